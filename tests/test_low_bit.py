@@ -14,14 +14,17 @@ import pytest
 import safetensors.torch
 import torch
 
+from damage import Reader as Damage
+from damage import any_json, any_tensors, holds
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.config import UserError
 from distlora.model.adapters import adapter_parameters
 from distlora.weights.low_bit.codecs import CODECS
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.checks import check_model
 from family_models import SINGLE, VARIANTS, load_ours, our_logits, tokens, write_family_folder
-from low_bit_checkpoints import CHECKPOINTS, Checkpoint, checkpoint, convert_folder
+from low_bit_checkpoints import CHECKPOINTS, NAME, Checkpoint, checkpoint, convert_folder
 from small_models import tokenizer
 from test_families import three_steps
 from test_loading import config_for, own_rows
@@ -178,3 +181,93 @@ def test_gpt_oss_in_mxfp4_trains_and_merges_as_transformers_reads_it(
     (losses, adapter), (dense_losses, dense_adapter) = (three_steps(SINGLE, folder=folder) for folder in (low, dense))
     assert losses == dense_losses
     assert all(torch.equal(tensor, dense_adapter[name]) for name, tensor in adapter.items())
+
+
+FUZZED = ("mxfp4", "gptq-64-order", "ct-int4-zeros", "fp8-ragged", "fp8-tensor", "ct-fp8-block", "ct-nvfp4")
+FUZZED += ("modelopt-nvfp4", "awq-32", "bnb-int8")
+
+
+def read_all(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read every weight and every stored block; return the shapes of the weights."""
+    headers = CheckpointFiles(folder).headers
+    with Reader() as reader:
+        for segment in headers.values():
+            if isinstance(segment, LowBitSegment):
+                assert reader.read([segment], 0, segment.numel).shape == (segment.numel,)
+                if segment.tensor.format:
+                    CODECS[segment.tensor.codec].blocks(segment.tensor, reader, 0, 1)
+    return {name: segment.shape for name, segment in headers.items() if isinstance(segment, LowBitSegment)}
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_damaged_checkpoints_are_refused_by_the_name_of_file_or_tensor(tmp_path: Path, name: str) -> None:
+    """300 cases: damaged headers, shapes and dtypes, truncated data, missing parts, other and unknown settings."""
+    write(tmp_path, checkpoint(name))
+    names = ("model.safetensors", "config.json", "quantization_config", "in the checkpoint, which")
+    for file, damages in (("model.safetensors", any_tensors), ("config.json", any_json)):
+        holds(Damage(file, damages, read_all, names=names, examples=15), tmp_path)
+
+
+def without(part: str) -> Callable[[Checkpoint], None]:
+    return lambda made: made[0].pop(f"{NAME}.{part}")
+
+
+def changed(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Checkpoint], None]:
+    return lambda made: made[0].update({f"{NAME}.{part}": change(made[0][f"{NAME}.{part}"]).contiguous()})
+
+
+def setting(**values: Any) -> Callable[[Checkpoint], None]:
+    return lambda made: made[1].update(values)
+
+
+REFUSED: list[tuple[str, Callable[[Checkpoint], None], str]] = [
+    ("fp8-ragged", without("weight_scale_inv"), r"no tensor .*down_proj.weight_scale_inv in the checkpoint"),
+    (
+        "fp8-ragged",
+        changed("weight_scale_inv", lambda s: s[1:]),
+        r"weight_scale_inv has shape \[4, 3\].*needs \[5, 3\]",
+    ),
+    ("fp8-ragged", without("weight"), r"no weight in .* is quantized"),
+    ("fp8-ragged", setting(weight_block_size=[128]), r"weight_block_size=\[128\] is not a pair"),
+    ("fp8-ragged", setting(rotation="hadamard"), r"quantization_config.rotation='hadamard' is unknown"),
+    ("fp8-ragged", setting(fmt="e5m2"), r"fmt='e5m2' is not supported, only 'e4m3'"),
+    ("ct-int4", setting(transform_config={"R1": {}}), r"transform_config=.* is not supported"),
+    ("ct-int4", changed("weight_shape", lambda s: s + 1), r"weight_shape of .* is \[68, 193\]"),
+    (
+        "ct-int4",
+        changed("weight_scale", lambda s: s[:, :-1]),
+        r"weight_packed of shape \[67, 24\] .* fits no config group",
+    ),
+    ("ct-int4-zeros", without("weight_zero_point"), r"no tensor .*weight_zero_point"),
+    ("ct-fp8-channel", changed("weight_scale", lambda s: s[:-1]), r"weight_scale has shape \[32, 1\]"),
+    ("ct-nvfp4", changed("weight_scale", lambda s: s.float()), r"weight_scale is stored as F32, not F8_E4M3"),
+    ("modelopt-nvfp4", setting(quant_algo="NVFP4_AWQ"), r"quant_algo='NVFP4_AWQ' is not supported"),
+    ("awq-32", setting(group_size=64), r"down_proj.scales has shape \[3, 40\]; .* needs \[2, 40\]"),
+    ("awq-32", setting(version="gemv"), r"version='gemv' is not supported"),
+    ("gptq-128", without("qzeros"), r"no tensor .*down_proj.qzeros"),
+    ("gptq-128", setting(bits=3), r"bits=3 is not supported, only 4 or 8"),
+    ("gptq-128", changed("g_idx", lambda g: g + 1), r"\(g_idx\) names groups 1 to 2 of 2"),
+    ("gptq-128", changed("g_idx", lambda g: g.roll(1)), r"activation order \(g_idx\), which desc_act=false"),
+    ("gptq-128", changed("qzeros", lambda z: z | 15), r"zero point stored as 15"),
+    ("bnb-int8", changed("weight_format", lambda f: f + 1), r"layout for old GPUs"),
+    ("bnb-int8", setting(load_in_4bit=True), r"load_in_4bit=True is not supported"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "reason"), REFUSED, ids=[f"{n}-{r[:24]}" for n, _, r in REFUSED])
+def test_what_is_not_certain_is_refused_by_name(
+    tmp_path: Path, name: str, damage: Callable[[Checkpoint], None], reason: str
+) -> None:
+    made = checkpoint(name)
+    damage(made)
+    write(tmp_path, made)
+    with pytest.raises(UserError, match=reason):
+        read_all(tmp_path)
+
+
+def test_modelopts_own_file_describes_a_checkpoint_whose_config_does_not(tmp_path: Path) -> None:
+    tensors, config, values = checkpoint("modelopt-nvfp4")
+    write(tmp_path, (tensors, config, values))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    assert read_all(tmp_path) == {name: tuple(value.shape) for name, value in values.items()}

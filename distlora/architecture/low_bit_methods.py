@@ -62,10 +62,10 @@ def quantization_method(config: Mapping[str, Any], place: Path | str) -> str | N
             if is_wrong:
                 raise UserError(f"{where}.{what}; {INSTEAD}")
         return NF4
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise UserError(f"{where}.quant_method={short(method)} is not supported, only {', '.join(_METHODS)}; {INSTEAD}")
     _METHODS[method].check(quantization, where)
-    return str(method)
+    return method
 
 
 def with_low_bit(stored: Mapping[str, Segment], folder: Path, config: Mapping[str, Any]) -> Mapping[str, Segment]:

@@ -347,7 +347,7 @@ def test_dense_linears_of_the_checkpoint_stay_dense(quantized: Path, dtype: str,
     [
         ({"quant_method": "hqq"}, r"quant_method='hqq'.*16-bit checkpoint"),
         ({"quant_method": None}, "quant_method=None"),
-        ({"load_in_8bit": True}, "load_in_8bit=true"),
+        ({"load_in_8bit": True}, "load_in_4bit=True is not supported, only False"),
         ({"load_in_4bit": False}, "load_in_4bit=False"),
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type='fp4'"),
     ],

@@ -105,6 +105,12 @@ def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
     require_whole_tensors(base)
     replaced = {name_of(weight): parts_of(weight) for weight in quantized}
     copied = {name: segment for name, segment in base.files.headers.items() if name not in replaced}
+    kept = next((name for name, segment in copied.items() if isinstance(segment, LowBitSegment)), None)
+    if kept is not None:
+        raise UserError(
+            f"{kept} is in low bits in {base.files.folder} and not among the weights that quant=nf4 quantizes, so "
+            "bitsandbytes cannot load it; run `distlora merge` instead, which writes it dense"
+        )
     tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in base.files.headers.values()}
     for name, segment in base.files.headers.items():
         tables[segment.file.name] |= replaced.get(name, {name: (segment.dtype, segment.shape)})

@@ -7,23 +7,27 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
+from closeness import relative_error
 from damage import Reader as Damage
 from damage import any_json, any_tensors, holds
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.config import UserError
-from distlora.model.adapters import adapter_parameters
+from distlora.model.adapters import BlockContext, adapter_parameters
+from distlora.model.experts import replace_experts
 from distlora.weights.low_bit.codecs import CODECS
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.checks import check_model
-from family_models import SINGLE, VARIANTS, load_ours, our_logits, tokens, write_family_folder
+from family_models import SINGLE, VARIANTS, hf_model, load_ours, our_logits, tokens, write_family_folder
 from low_bit_checkpoints import CHECKPOINTS, NAME, Checkpoint, checkpoint, convert_folder
 from small_models import tokenizer
 from test_families import three_steps
@@ -271,3 +275,20 @@ def test_modelopts_own_file_describes_a_checkpoint_whose_config_does_not(tmp_pat
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
     assert read_all(tmp_path) == {name: tuple(value.shape) for name, value in values.items()}
+
+
+def test_experts_in_the_stored_order_compute_what_the_transposed_ones_do() -> None:
+    layer, hidden = hf_model("gpt-oss").model.layers[0], torch.randn(7, 96)
+    choices, weights = torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
+    outputs = []
+    for as_stored in ((), ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")):
+        copy = deepcopy(layer)
+        formats = dict.fromkeys(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+        made = replace_experts(copy, formats, dtype=torch.float32, context=BlockContext(), as_stored=as_stored)
+        for path, weight in made.items():
+            dense = layer.get_parameter(path).data
+            weight.weight = nn.Parameter(dense.mT.contiguous() if path in as_stored else dense)
+            assert weight.transposed == (not as_stored)
+            assert (weight.shape, weight.out_features) == (tuple(weight.weight.shape), dense.shape[2])
+        outputs.append(copy.mlp.experts(hidden, choices, weights))
+    assert relative_error(outputs[1], outputs[0]) < 1e-6

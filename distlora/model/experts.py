@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,22 +208,29 @@ def find_experts(layer: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def replace_experts(
-    layer: nn.Module, formats: Mapping[str, str | None], *, dtype: torch.dtype, context: BlockContext
+    layer: nn.Module,
+    formats: Mapping[str, str | None],
+    *,
+    dtype: torch.dtype,
+    context: BlockContext,
+    as_stored: Collection[str] = (),
 ) -> dict[str, ExpertWeight]:
     """Replace the experts of a decoder layer by `Experts`, on meta. Return the fused weights by their names in it.
 
     `formats`: the weights' formats by their names in the layer. The activation stays the family's. Shapes, biases and
-    a transposed weight are read from the module.
+    a transposed weight are read from the module. Of the names in `as_stored` a transposed weight is held as (E, out,
+    in) all the same, the order in which gpt-oss' checkpoints store its low bits.
     """
     replaced: dict[str, ExpertWeight] = {}
     for path, names in find_experts(layer).items():
         module: Any = layer.get_submodule(path)
-        shape_of = {name: tuple(module.get_parameter(name).shape) for name in names}
-        stored = bool(module.is_transposed)
-        weights = {
-            name: ExpertWeight(shape, transposed=stored, format=formats[f"{path}.{name}"], dtype=dtype, context=context)
-            for name, shape in shape_of.items()
-        }
+        weights = {}
+        for name in names:
+            shape, transposed = tuple(module.get_parameter(name).shape), bool(module.is_transposed)
+            if transposed and f"{path}.{name}" in as_stored:
+                shape, transposed = (shape[0], shape[2], shape[1]), False
+            form = formats[f"{path}.{name}"]
+            weights[name] = ExpertWeight(shape, transposed=transposed, format=form, dtype=dtype, context=context)
         biases = [module.get_parameter(f"{name}_bias") for name in names] if module.has_bias else None
         activation = module._apply_gate if module.has_gate else module.act_fn
         layer.set_submodule(path, Experts(weights, biases=biases, activation=activation))

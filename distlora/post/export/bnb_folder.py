@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.config import UserError
 from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, trained_config, trained_part
 from distlora.post.export.client_check import Ours

@@ -27,7 +27,8 @@ that fails a check is refused before anything is started, with the name of the c
 |---|---|
 | safetensors in bf16, fp16 or fp32 | yes: quantized to NF4 shard by shard while it is read, or used as it is (`quant=none`) |
 | bitsandbytes NF4, with or without double quantization | yes: loaded byte for byte |
-| MXFP4, FP8, GPTQ, AWQ, GGUF, .bin files | not yet: refused by name |
+| MXFP4 (gpt-oss), FP8 (blocks, tensors, channels), NVFP4 and int4 of compressed-tensors and ModelOpt, AWQ, GPTQ (with and without activation order), bitsandbytes 8-bit | yes: read as they are shipped, then quantized to NF4 or used dense (`quant=none`) |
+| GGUF, .bin files, other methods | not yet: refused by name |
 
 ## Short names
 `model=` takes these; the planner knows their sizes without a download.

@@ -21,17 +21,23 @@ from damage import Reader as Damage
 from damage import any_json, any_tensors, holds
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
 from distlora.model.adapters import BlockContext, adapter_parameters
 from distlora.model.experts import replace_experts
+from distlora.post.merge.merge import merge_to
+from distlora.post.trained import Name
+from distlora.training.publish import publish_result
 from distlora.weights.low_bit.codecs import CODECS
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.checks import check_model
 from family_models import SINGLE, VARIANTS, hf_model, load_ours, our_logits, tokens, write_family_folder
+from family_models import config_for as family_config
 from low_bit_checkpoints import CHECKPOINTS, NAME, Checkpoint, checkpoint, convert_folder
 from small_models import tokenizer
 from test_families import three_steps
 from test_loading import config_for, own_rows
+from test_merging import their_logits
 from tiers import ci
 from worlds import World
 
@@ -292,3 +298,20 @@ def test_experts_in_the_stored_order_compute_what_the_transposed_ones_do() -> No
             assert (weight.shape, weight.out_features) == (tuple(weight.weight.shape), dense.shape[2])
         outputs.append(copy.mlp.experts(hidden, choices, weights))
     assert relative_error(outputs[1], outputs[0]) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["gpt-oss", ci("qwen3-moe"), ci("gemma2")])
+def test_a_merge_is_dense_and_computes_what_the_adapted_model_does(
+    models: Callable[[str], tuple[Path, Path]], tmp_path: Path, variant: str
+) -> None:
+    low, _ = models(variant)
+    model, backend = load_ours(low)
+    publish_result(tmp_path / "adapter", model, family_config(low).spec, None, backend)
+    trained = Name(place=str(tmp_path / "adapter"), base=str(low), quant="nf4").read()
+    ids, out = tokens(2, 24), tmp_path / "merged"
+    merge_to(trained, out, onto="trained", dtype=torch.float32, say=lambda text: None)
+    assert (our_logits(model, ids) - their_logits(out, ids, model.architecture)).abs().max() <= 1e-4
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert {name: segment.shape for name, segment in read_headers(out).items()} == {
+        name: segment.shape for name, segment in CheckpointFiles(low).headers.items()
+    }

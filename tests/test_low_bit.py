@@ -188,6 +188,7 @@ def test_gpt_oss_in_mxfp4_trains_and_merges_as_transformers_reads_it(
         for pair in adapter_parameters(model).values():
             torch.nn.init.zeros_(pair)
         assert (our_logits(model, ids) - expected).abs().max() <= 1e-4
+        assert not hasattr(model.hf_config, "quantization_config")
     (losses, adapter), (dense_losses, dense_adapter) = (three_steps(SINGLE, folder=folder) for folder in (low, dense))
     assert losses == dense_losses
     assert all(torch.equal(tensor, dense_adapter[name]) for name, tensor in adapter.items())
@@ -273,6 +274,13 @@ def test_what_is_not_certain_is_refused_by_name(
     write(tmp_path, made)
     with pytest.raises(UserError, match=reason):
         read_all(tmp_path)
+
+
+def test_a_composite_models_settings_may_lie_in_its_text_config(tmp_path: Path) -> None:
+    made = checkpoint("ct-int4")
+    write(tmp_path, made)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"quantization_config": made[1]}}))
+    assert read_all(tmp_path).keys() == made[2].keys()
 
 
 def test_modelopts_own_file_describes_a_checkpoint_whose_config_does_not(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.spec import architecture_of
 from distlora.config import SourceConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.file import parse_yaml, settings_by_name
-from distlora.config.json_files import read_object
 from distlora.config.training import DEFAULT_WARMUP
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
 from distlora.system.numbers import length, size
@@ -197,9 +198,10 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
 
 def _use(result: Result, repository: str, base: str | None) -> str:
     tokenizer = base or "PATH_OF_THE_BASE"
-    config, auto = Path(result.config.model.path) / "config.json", "AutoModelForCausalLM"
+    config, auto, stored = Path(result.config.model.path) / "config.json", "AutoModelForCausalLM", None
     if config.is_file():
-        auto = architecture_of(read_object(config, "download it again"), config).auto_class
+        model = read_config(config.parent)
+        auto, stored = architecture_of(model, config).auto_class, quantization_method(model, config)
     if result.adapter is None:
         code = (
             f"from transformers import {auto}, AutoTokenizer\n\n"
@@ -209,7 +211,8 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         return f"```python\n{code}```"
     commit = result.config.model.revision if base and base == result.config.model.name else None
     revision = f', revision="{commit}"' if commit else ""
-    needs_nf4 = result.config.adapter.for_nf4
+    is_low_bit = stored not in (None, NF4)  # bitsandbytes quantizes 16-bit checkpoints only.
+    needs_nf4 = result.config.adapter.for_nf4 and not is_low_bit
     classes = f"{auto}, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else "")
     code = f"from peft import PeftModel\nfrom transformers import {classes}\n\n"
     if needs_nf4:  # By default bitsandbytes computes in fp32.
@@ -240,7 +243,11 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         return text
     note = "The base can be loaded in the 4-bit form that it was trained on: "
     note += f"`quantization_config=BitsAndBytesConfig({_NF4})`."
-    if result.config.adapter.pissa:
+    if is_low_bit:
+        note = (
+            f"The base is stored in {stored}, and training had its values in NF4: `distlora merge` writes that model."
+        )
+    elif result.config.adapter.pissa:
         note = (
             "Load the base in 16 bits: training had the base less the adapter's start in 4 bits, which is not what "
             "quantizing the base gives."

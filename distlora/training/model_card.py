@@ -245,7 +245,7 @@ def _use(result: Result, repository: str, base: str | None) -> str:
     note += f"`quantization_config=BitsAndBytesConfig({_NF4})`."
     if is_low_bit:
         note = (
-            f"The base is stored in {stored}, and training had its values in NF4: `distlora merge` writes that model."
+            f"The base is stored in {stored}; training had its values in NF4. `distlora merge` writes that model."
         )
     elif result.config.adapter.pissa:
         note = (

@@ -244,9 +244,7 @@ def _use(result: Result, repository: str, base: str | None) -> str:
     note = "The base can be loaded in the 4-bit form that it was trained on: "
     note += f"`quantization_config=BitsAndBytesConfig({_NF4})`."
     if is_low_bit:
-        note = (
-            f"The base is stored in {stored}; training had its values in NF4. `distlora merge` writes that model."
-        )
+        note = f"The base is stored in {stored}; training had its values in NF4. `distlora merge` writes that model."
     elif result.config.adapter.pissa:
         note = (
             "Load the base in 16 bits: training had the base less the adapter's start in 4 bits, which is not what "

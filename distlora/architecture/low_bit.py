@@ -42,9 +42,36 @@ class LowBitFormat(NamedTuple):
         return -(-math.prod(shape[:-1]) // rows) * -(-shape[-1] // columns)
 
 
+_GGUF_BLOCKS = {
+    "q4_0": (32, 18),
+    "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
+    "q8_0": (32, 34),
+    "q2_K": (256, 84),
+    "q3_K": (256, 110),
+    "q4_K": (256, 144),
+    "q5_K": (256, 176),
+    "q6_K": (256, 210),
+}
+"""Weights and bytes of the blocks of ggml's types."""
+
 LOW_BIT_FORMATS: Mapping[str, LowBitFormat] = {
     "nf4": LowBitFormat((PartSize(8192, 1), PartSize(256, 1), PartSize(1, 4)), 4),
     "nf4_absmax": LowBitFormat((PartSize(8192, 1), PartSize(256, 4))),
+    "mxfp4": LowBitFormat((PartSize(8192, 1), PartSize(512, 1))),
+    "nvfp4": LowBitFormat((PartSize(8192, 1), PartSize(1024, 1), PartSize(1, 4))),
+    "fp8_block": LowBitFormat((PartSize(GROUP, 1), PartSize(1, 4)), tile=(128, 128)),
+    "int8": LowBitFormat((PartSize(GROUP, 1), PartSize(128, 4))),
+    **{
+        f"int4_g{size}{dtype}{zeros}": LowBitFormat(
+            (PartSize(8192, 1), PartSize(GROUP // size, 2), *([PartSize(GROUP // size, 1)] if zeros else []))
+        )
+        for size in (32, 64, 128)
+        for dtype in ("", "_fp16")
+        for zeros in ("", "_zeros")
+    },
+    **{name: LowBitFormat((PartSize(GROUP // block * size, 1),)) for name, (block, size) in _GGUF_BLOCKS.items()},
 }
 
 

@@ -130,23 +130,8 @@ class Format(ABC):
     def dequantize_rows(
         self, parts: Sequence[Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        """Return some rows of a weight (O, I) in `dtype`: rows (n,) int64 -> (n, I).
-
-        Rows are whole blocks here, and no part has fewer numbers than blocks; other formats have their own.
-        """
-        columns, per_group, count = shape[1], GROUP // self.block, len(rows)
-        assert columns % self.block == 0, f"rows of {columns} weights are not whole blocks of {self.block}"
-        assert not self.replicated, f"{self.name} has numbers for more than a block"
-        blocks = (
-            rows[:, None] * (columns // self.block) + torch.arange(columns // self.block, device=rows.device)
-        ).view(-1)
-        groups = -(-len(blocks) // per_group)
-        chosen = []
-        for part, (_, part_shape, _) in zip(parts, self.parts, strict=True):
-            filled = part.new_zeros(groups, *part_shape)
-            filled.view(groups * per_group, -1)[: len(blocks)] = part.reshape(part.shape[0] * per_group, -1)[blocks]
-            chosen.append(filled)
-        return self.dequantize(chosen, shape=(count, columns), dtype=dtype)
+        """Return some rows of a weight (O, I) in `dtype`: rows (n,) int64 -> (n, I). NF4 has no embeddings."""
+        raise NotImplementedError(f"no rows of {self.name} are decoded alone")
 
 
 def place(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,0 +1,131 @@
+"""Decode blocks on the CPU: a piece of blocks at a time, each thread its own pieces; rows of an embedding; quantize.
+
+A format decodes blocks to fp32, in which its formula is exact or the reference library's; the result is rounded once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from distlora_kernels.dispatch import on_device_of, threads_of_one, uses_triton
+from distlora_kernels.formats.base import Format, place
+from distlora_kernels.reference import GROUP
+
+PIECE = 16 * GROUP
+"""Weights that are decoded at once: 1 MiB in fp32, which stays in a core's cache. Of a tiled format, a row of tiles."""
+MOST_THREADS = 16
+"""Most threads; each has its work memory."""
+
+
+class BlockFormat(Format):
+    """A format whose blocks are decoded one by one, and in Triton by dequantize_triton.py."""
+
+    @abstractmethod
+    def decode(self, *parts: Tensor) -> Tensor:
+        """Return n blocks in fp32, (n, block). A part has what is stored for each of them: (n, numbers)."""
+
+    def dequantize(
+        self, parts: Sequence[Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """Return the weight in `dtype`: the format's fp32 value, rounded to nearest even once."""
+        self.check(parts, shape)
+        weight = place(out, shape, dtype, parts[0].device)
+        if uses_triton(parts[0]):
+            from distlora_kernels.formats import dequantize_triton
+
+            with on_device_of(parts[0]):
+                dequantize_triton.dequantize(self, parts, weight)
+            return weight
+        target, step, blocks = weight.view(-1), PIECE, PIECE // self.block
+        if self.tile is not None:
+            target, step, blocks = weight.view(-1, shape[-1]), self.tile[0], self._tiles(shape)[1]
+
+        def decode(number: int) -> None:
+            piece = target[number * step : (number + 1) * step]
+            count = blocks if self.tile is not None else -(-len(piece) // self.block)
+            values = self.decode(*self._blocks(parts, slice(number * blocks, number * blocks + count)))
+            if self.tile is not None:
+                values = self.in_rows(values, piece.shape)[:, : shape[-1]]
+            piece.copy_(values.reshape(-1)[: piece.numel()].view(piece.shape))
+
+        in_threads(decode, range(-(-len(target) // step)))
+        return weight
+
+    def dequantize_rows(
+        self, parts: Sequence[Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Return some rows of a weight (O, I) in a flat format in `dtype`: rows (n,) int64 -> (n, I)."""
+        assert self.tile is None, f"{self.name} has no embeddings"
+        columns, last = shape[1], self.num_groups(shape) * (GROUP // self.block) - 1
+        chosen = torch.empty(len(rows), columns, dtype=dtype, device=parts[0].device)
+        # A row that does not begin with a block may touch one more.
+        touched = columns // self.block if columns % self.block == 0 else (columns - 2) // self.block + 2
+        blocks, weights = (torch.arange(count, device=rows.device) for count in (touched, columns))
+        step = len(rows) if uses_triton(parts[0]) else max(PIECE // columns, 1)
+
+        def decode(number: int) -> None:
+            start = rows[number * step : (number + 1) * step, None] * columns
+            index = (start // self.block + blocks).clamp_(max=last)
+            values = self.decode(*self._blocks(parts, index.view(-1))).view(len(start), -1)
+            if values.shape[1] > columns:
+                values = values.gather(1, start % self.block + weights)
+            chosen[number * step : (number + 1) * step] = values
+
+        in_threads(decode, range(-(-len(rows) // max(step, 1))))
+        return chosen
+
+    def _blocks(self, parts: Sequence[Tensor], index: slice | Tensor) -> list[Tensor]:
+        """Return what the parts have for some blocks. A group's only number is that of all its blocks."""
+        per_group, chosen = GROUP // self.block, []
+        for part in parts:
+            if part.dim() > 1:
+                chosen.append(part.reshape(len(part) * per_group, -1)[index])
+            else:
+                blocks = torch.arange(index.start, index.stop) if isinstance(index, slice) else index
+                chosen.append(part[blocks // per_group, None])
+        return chosen
+
+
+def quantize(blocks: Tensor, largest: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return codes (n, block) uint8, the bytes of `dtype`, and scales (n,) fp32 of blocks (n, block).
+
+    scale = absmax / `largest`, at least 2^-126: below, a quotient could exceed it. Raises ValueError for NaN or Inf.
+    """
+    blocks, step = blocks.detach(), max(PIECE // blocks.shape[1], 1)
+    codes = torch.empty(blocks.shape, dtype=dtype, device=blocks.device)
+    scales = torch.empty(len(blocks), device=blocks.device)
+
+    def quantize_piece(number: int) -> None:
+        piece = slice(number * step, (number + 1) * step)
+        values = blocks[piece].float()
+        absmax = values.abs().amax(dim=1)
+        if not bool(torch.isfinite(absmax).all()):
+            raise ValueError("a weight holds NaN or Inf, which cannot be quantized")
+        scales[piece] = absmax.div_(largest).clamp_(min=torch.finfo(torch.float32).tiny)
+        values = values / scales[piece, None]
+        codes[piece] = values if dtype.is_floating_point else values.round_()
+
+    in_threads(quantize_piece, range(-(-len(blocks) // step)))
+    return codes.view(torch.uint8), scales
+
+
+def in_threads(work: Callable[[int], None], numbers: range) -> None:
+    """Call `work` with each number, each of torch's threads with its own: a piece is too short to be shared by them."""
+    threads = min(torch.get_num_threads(), len(numbers), MOST_THREADS)
+    inference = torch.is_inference_mode_enabled()
+
+    def run(first: int) -> None:
+        with torch.inference_mode(inference):  # A thread does not inherit the mode.
+            for number in numbers[first::threads]:
+                work(number)
+
+    if threads < 2:
+        for number in numbers:
+            work(number)
+        return
+    with threads_of_one(threads) as pool:
+        list(pool.map(run, range(threads)))

@@ -195,7 +195,7 @@ def test_weight_left_in_16_bits_is_detected(folders: Path, monkeypatch: pytest.M
         return FrozenLinear(*args, format=None, **kwargs)
 
     monkeypatch.setattr(distlora.model.build, "FrozenLinear", forgetful)
-    with pytest.raises(AssertionError, match="is not in 4 bits"):
+    with pytest.raises(AssertionError, match="is not in its format, which is nf4"):
         loaded(folders / "llama", adapter={"target_modules": "qv"})
 
 

@@ -16,12 +16,11 @@ from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quanti
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM
-from distlora.model.frozen_linear import FrozenLinear, FrozenTensor
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, watch, whole_shape
 from distlora.weights.conversion import Source, find_sources, names_without_a_place
 from distlora.weights.decompose import LowRankFactors, Residual
 from distlora.weights.prequantized import (
-    PrequantizedWeight,
     packed_outside_blocks,
     prequantized_parameters,
     read_prequantized_weights,
@@ -132,8 +131,7 @@ def load_base(
         _load_buffers(model, sources, reader, backend)
         bytes_read = reader.bytes_read + shards.bytes_read
         boundary(None, "writing the quantized-weights cache", long=True)
-    if quantized_weights:
-        _check_packed(model, packed)
+    _check_formats(model)
     return Loaded(
         seconds=time.monotonic() - began,
         bytes_read=bytes_read,
@@ -207,10 +205,12 @@ def segments_of(
     return source.segments
 
 
-def _check_packed(model: CausalLM, packed: Mapping[str, PrequantizedWeight]) -> None:
-    """Assert that no frozen weight stayed 16-bit or was quantized twice, but linears that `packed` keeps dense."""
-    for path, module in model.named_modules():
-        if isinstance(module, FrozenTensor):
-            name = model.hf_name(f"{path}.weight")
-            expected = not packed or not isinstance(module, FrozenLinear) or name in packed
-            assert module.quantized == expected, f"{name} is not in 4 bits, or not kept as the checkpoint has it"
+def _check_formats(model: CausalLM) -> None:
+    """Assert that every large weight of the layers is in the format that was chosen for it."""
+    frozen = {
+        model.hf_name(f"{path}.weight"): None if module.format is None else module.format.name
+        for path, module in model.named_modules()
+        if isinstance(module, FrozenTensor)
+    }
+    wrong = [name for name in model.formats.keys() | frozen.keys() if frozen.get(name, "") != model.formats.get(name)]
+    assert not wrong, f"{min(wrong)} is not in its format, which is {model.formats.get(min(wrong))}"

@@ -126,6 +126,8 @@ class CausalLM(nn.Module):
         """Paths of linears of the Hugging Face model that are not frozen linears here: a vision tower's, routers."""
         self.compute_dtype: torch.dtype | None = None
         """Compute dtype of trained base parameters if they are fp32 masters; otherwise None."""
+        self.formats: dict[str, str | None] = {}
+        """Formats of the layers' large weights by Hugging Face name, None for a dense one. With adapter=full, none."""
         self.made_buffers: dict[str, Tensor] = {}
         """Buffers on the CPU that no checkpoint holds, by Hugging Face name."""
         self.attends_by_documents = False
@@ -373,8 +375,9 @@ def build_model(
     )
     contexts = [BlockContext() for _ in layers]
     format_of = formats_of(spec, base, layout, architecture.layer_prefix)
+    formats = {}
     if not full:
-        _replace_weights(layers, contexts, spec, dtype, format_of, architecture, for_slots=for_slots)
+        formats = _replace_weights(layers, contexts, spec, dtype, format_of, architecture, for_slots=for_slots)
     blocks = _wrap_layers(layers, contexts, train, spec.quant, dtype, architecture)
     model = CausalLM(
         decoder,
@@ -388,7 +391,7 @@ def build_model(
         modules_to_save=whole,
         outside_linears=outside,
     )
-    model.made_buffers, model.notes = buffers, architecture.notes
+    model.formats, model.made_buffers, model.notes = formats, buffers, architecture.notes
     if architecture.has_experts:
         model.router_aux_loss = weight_of(train, model.hf_config)
         if model.router_aux_loss > 0:
@@ -460,8 +463,8 @@ def _replace_weights(
     architecture: Architecture,
     *,
     for_slots: bool,
-) -> None:
-    """Replace the linears of the layers, and their experts, by frozen or adapted ones.
+) -> dict[str, str | None]:
+    """Replace the linears of the layers, and their experts, by frozen or adapted ones. Return `CausalLM.formats`.
 
     `for_slots`: all linears can have adapters, and none has one yet.
     """
@@ -469,9 +472,11 @@ def _replace_weights(
     if not for_slots:
         targets = set(select_adapted(spec.adapter, architecture))
         check_patterns(spec.adapter, targets)
+    chosen: dict[str, str | None] = {}
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
         kind, prefix = architecture.layer(index), f"{architecture.layer_prefix}{index}."
         formats = {weight.path: format_of(prefix + weight.path, weight.kind) for weight in kind.weights if weight.packs}
+        chosen |= {prefix + path: format for path, format in formats.items()}
         replaced: dict[str, FrozenLinear] = {}
         for weight in kind.weights:
             if weight.kind != "linear":
@@ -500,6 +505,7 @@ def _replace_weights(
                     expert_weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path, seed=spec.seed)
         large = {weight.path: formats[weight.path] for weight in kind.weights if weight.kind == "fused"}
         freeze_parameters(layer, large, dtype=dtype)
+    return chosen
 
 
 def _train_whole(embedding: Any, head: LossHead, names: Collection[str], *, dtype: torch.dtype, training: bool) -> None:

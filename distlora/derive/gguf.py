@@ -1,0 +1,275 @@
+"""Describe a GGUF file as a folder in Hugging Face format without weights: `python -m distlora.derive.gguf FILE FOLDER`.
+
+transformers rebuilds config.json and the tokenizer from the file's metadata, names its tensors, and undoes what
+llama.cpp's converter does to them. Its functions for that run here on the positions of rows instead of on weights, so
+gguf.json can tell where the rows of each parameter lie in the file, and weights are read from there when they are
+needed. Refused by name: an operation that does more than move rows or subtract one, a tensor without a parameter, a
+parameter without a tensor, and metadata that config.json contradicts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distlora.architecture.checkpoint_files import refused_by_transformers
+from distlora.config import UserError, require
+from distlora.config.errors import short
+from distlora.derive.gguf_header import GgufHeader, StoredTensor, read_gguf_header
+from distlora.model.hf_model import auto_class_of, transformers_model
+from distlora.system import atomic_io
+from distlora.system.exit_codes import BAD_INPUT
+from distlora.weights.low_bit.gguf import NOTE_NAME
+
+_INSTEAD = "set {model.path} to the model's safetensors"
+ROPE_FACTORS = "rope_freqs.weight"
+
+_ATTRIBUTES = {
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.dimension_count": "rotary_dim",
+    "rope.freq_base": "rope_theta",
+}
+"""config.json's names for metadata of an architecture, where transformers' own table has none."""
+
+_LARGE_GEMMA = {("gemma2", 46), ("gemma3_text", 62)}
+"""Models of 27B, whose scale of attention stands neither in the file nor in transformers' table."""
+
+_DIGITS = ("smollm", "starcoder", "refact", "command-r")
+"""Values of tokenizer.ggml.pre by which each digit is a token, which transformers does not know."""
+
+
+def describe(file: Path, folder: Path) -> None:
+    """Write config.json, the tokenizer and gguf.json. Raises UserError for what cannot be read exactly."""
+    header = read_gguf_header(file)
+    settings, known = settings_of(file, header)
+    with refused_by_transformers(file):
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(**settings)
+        if ROPE_FACTORS in header.tensors:
+            config.rope_parameters = llama3_rope(file, header.tensors[ROPE_FACTORS], config)
+    auto_class = auto_class_of(config, file)
+    model = transformers_model(config, file, auto_class=auto_class, attention="eager", dtype=torch.float32)
+    config.architectures = [type(model).__name__]
+    check_metadata(file, header, config, known)
+    with refused_by_transformers(file):
+        parameters, orders = find_parameters(file, header, model, settings)
+        tokenizer = tokenizer_of(file, header)
+    tokenizer.model_max_length = config.max_position_embeddings
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    note = {"file": str(file), "bytes": file.stat().st_size, "header_bytes": header.size}
+    atomic_io.write_json(folder / NOTE_NAME, note | {"orders": orders, "parameters": parameters})
+
+
+def settings_of(file: Path, header: GgufHeader) -> tuple[dict[str, Any], Mapping[str, str | None]]:
+    """Return (settings of config.json, transformers' table from the architecture's metadata to their names)."""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    architecture, parts = header.metadata.get("general.architecture"), header.metadata.get("split.count", 0)
+    require(parts < 2, f"{file} is one of {parts} parts; put them together with `llama-gguf-split --merge`")
+    try:
+        settings: dict[str, Any] = load_gguf_checkpoint(str(file))["config"]
+        settings.pop("_model_name_or_path", None)
+        known = GGUF_CONFIG_MAPPING[str(settings["model_type"]).removesuffix("_text")]
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{file}: general.architecture={short(architecture)} is not one that transformers reads ({error}); {_INSTEAD}"
+        ) from error
+    require(
+        (settings["model_type"], settings.get("num_hidden_layers")) not in _LARGE_GEMMA,
+        f"{file}: the file does not state the scale of attention of {architecture} 27B; {_INSTEAD}",
+    )
+    for key, name in _ATTRIBUTES.items():
+        value = header.metadata.get(f"{architecture}.{key}")
+        if value is not None and known.get(key) is None and not name.startswith("ro"):
+            settings.setdefault(name, value)
+    return settings, known
+
+
+def llama3_rope(file: Path, tensor: StoredTensor, config: Any) -> dict[str, Any]:
+    """Return the rope_parameters of Llama 3.1 and later. The file holds only what they divide each frequency by.
+
+    Raises UserError if those are other divisors.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stored = torch.from_numpy(np.fromfile(file, np.float32, math.prod(tensor.shape), offset=tensor.offset))
+    plain, theta = dict(config.rope_parameters), config.rope_parameters["rope_theta"]
+    config.rope_parameters = plain | {
+        "rope_type": "llama3",
+        "factor": float(stored.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    size = _attribute(config, "head_dim")
+    divisors = theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size) / frequencies.double()
+    if divisors.shape != stored.shape or not torch.allclose(divisors.float(), stored, rtol=1e-5, atol=0):
+        raise UserError(f"{file}: {ROPE_FACTORS} is not what Llama 3.1 and later have; {_INSTEAD}")
+    return dict(config.rope_parameters)
+
+
+def check_metadata(file: Path, header: GgufHeader, config: Any, known: Mapping[str, str | None]) -> None:
+    """Raise UserError for metadata of the architecture that config.json contradicts, or has no setting for."""
+    prefix = f"{header.metadata['general.architecture']}."
+    for full, value in header.metadata.items():
+        key = full.removeprefix(prefix)
+        if key == full or (key, value) == ("rope.scaling.type", "none"):
+            continue
+        name = known.get(key) or _ATTRIBUTES.get(key)
+        actual = None if name is None else _attribute(config, name)
+        if name is None:
+            raise UserError(f"{file}: transformers passes over {full}={short(value)}; {_INSTEAD}")
+        same = actual == value or (isinstance(actual, float) and math.isclose(actual, value, rel_tol=1e-6))
+        require(same, f"{file}: {full}={short(value)}, and transformers reads {name}={short(actual)}; {_INSTEAD}")
+
+
+def _attribute(config: Any, name: str) -> Any:
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    match name:
+        case "rope_theta":
+            return rope.get(name)
+        case "head_dim":
+            return getattr(config, name, None) or config.hidden_size // config.num_attention_heads
+        case "rotary_dim":
+            return int(_attribute(config, "head_dim") * (rope.get("partial_rotary_factor") or 1.0))
+    return getattr(config, name, None)
+
+
+def find_parameters(
+    file: Path, header: GgufHeader, model: Any, settings: dict[str, Any]
+) -> tuple[dict[str, Any], list[list[list[int]]]]:
+    """Return (gguf.json's entry of each parameter, the orders of rows that they name by number)."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    architecture = header.metadata["general.architecture"]
+    processor = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)(config=settings)
+    names = reading.get_gguf_hf_weights_map(model, processor)
+    found: dict[str, dict[str, Any]] = {"tensors": {}}
+    starts, tensors = list[int](), list[StoredTensor]()
+    following = 1  # Row 0 is no tensor's: transformers fills with zeros.
+    for name, tensor in header.tensors.items():
+        if name == ROPE_FACTORS:
+            continue
+        rows = tensor.shape[0] if len(tensor.shape) == 1 else math.prod(tensor.shape[:-1])
+        probe = 4.0 * (following + np.arange(rows))
+        if len(tensor.shape) > 1:  # Two columns tell whether rows stay whole.
+            probe = (probe[:, None] + np.arange(2)).reshape(*tensor.shape[:-1], 2)
+        starts.append(following)
+        tensors.append(tensor)
+        following += rows + 1  # A gap, so that no run of rows goes on in the next tensor.
+        result = processor.process(weights=probe, name=name, tensor_key_mapping=names, parsed_parameters=found)
+        if result.name is None:
+            continue
+        require(result.name in names, f"{file}: transformers has no parameter for the tensor {name}; {_INSTEAD}")
+        found["tensors"][names[result.name]] = torch.from_numpy(np.array(result.weights))
+    tied, placed = set(model.all_tied_weights_keys), found["tensors"]
+    parameters, orders = dict[str, Any](), dict[tuple[tuple[int, int], ...], int]()
+    for name, parameter in model.state_dict().items():
+        if name in tied and name not in placed:
+            continue
+        if name not in placed:
+            raise UserError(f"{file}: no tensor of it is transformers' parameter {name}; {_INSTEAD}")
+        entry = _entry(placed.pop(name).double().numpy(), tuple(parameter.shape), starts, tensors)
+        if entry is None:
+            raise UserError(
+                f"{file}: transformers makes {name} by more than moving rows and subtracting one, or in another "
+                f"shape than {list(parameter.shape)}; {_INSTEAD}"
+            )
+        order = entry.pop("order")
+        entry["order"] = None if order is None else orders.setdefault(order, len(orders))
+        parameters[name] = entry
+    require(not placed, f"{file}: transformers reads {next(iter(placed), '')}, which its model does not have; {_INSTEAD}")
+    return parameters, [[list(run) for run in order] for order in orders]
+
+
+def _entry(
+    values: np.ndarray[Any, Any], shape: tuple[int, ...], starts: list[int], tensors: list[StoredTensor]
+) -> dict[str, Any] | None:
+    """Return a parameter's entry in gguf.json from the probe's values in it; None if they are more than whole rows.
+
+    `starts`: number of the first row of each tensor.
+    """
+    flat = values.reshape(-1)
+    if not np.isfinite(flat).all() or flat.min() < 3:
+        return None
+    used = bisect.bisect_right(starts, int(-(-flat[0] // 4))) - 1
+    is_vector = len(tensors[used].shape) == 1
+    width = 1 if is_vector else tensors[used].shape[-1]
+    if not is_vector:
+        if values.shape[-1] != 2 or not (values[..., 1] == values[..., 0] + 1).all():
+            return None
+        flat = values[..., 0].reshape(-1)
+    minus_one = bool(flat[0] % 4 == 3)
+    rows, rest = np.divmod(flat + minus_one, 4)
+    sources = np.searchsorted(starts, rows, side="right") - 1
+    within = rows - np.asarray(starts)[sources]
+    members = [tensors[index] for index in np.unique(sources)]
+    sizes = [member.shape[0] if is_vector else math.prod(member.shape[:-1]) for member in members]
+    fits = shape[-1] == width or is_vector
+    same = all((len(member.shape) == 1) == is_vector and (is_vector or member.shape[-1] == width) for member in members)
+    if rest.any() or not fits or not same or len(rows) * width != math.prod(shape):
+        return None
+    firsts = dict(zip(np.unique(sources), itertools.accumulate(sizes, initial=0), strict=False))
+    virtual = (within + [firsts[index] for index in sources]).astype(np.int64)
+    breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    runs = tuple((int(virtual[first]), stop - first) for first, stop in itertools.pairwise(breaks))
+    return {
+        "shape": list(shape),
+        "width": width,
+        "minus_one": minus_one,
+        "sources": [
+            [member.type, member.offset, size, member.block, member.block_bytes]
+            for member, size in zip(members, sizes, strict=True)
+        ],
+        "order": None if runs == ((0, sum(sizes)),) else runs,
+    }
+
+
+def tokenizer_of(file: Path, header: GgufHeader) -> Any:
+    """Return the tokenizer that a file describes. Raises UserError if transformers would split texts otherwise."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    kind, split = (header.metadata.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    require(
+        kind != "gpt2" or split in ("gpt-2", *_DIGITS, *GGUF_PRE_TOKENIZER_SPLITS),
+        f"{file}: tokenizer.ggml.pre={short(split)} is not one that transformers splits texts by; {_INSTEAD}",
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    if kind == "gpt2" and split in _DIGITS:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    return tokenizer
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    answers, sys.stdout = sys.stdout, sys.stderr  # Libraries print too.
+    try:
+        describe(Path(sys.argv[1]), Path(sys.argv[2]))
+    except UserError as error:
+        print(error, file=answers)
+        sys.exit(BAD_INPUT)

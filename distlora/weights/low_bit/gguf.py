@@ -1,0 +1,1 @@
+NOTE_NAME = "gguf.json"

@@ -36,6 +36,7 @@ from distlora.post.export.gguf.vocabulary import (
 from distlora.post.weights import Factors, open_base
 from distlora.weights.reader import Reader
 from family_models import WINDOW, config_for, edit_config, tokens, write_family_folder
+from gguf_files import described_here
 from small_models import tokenizer
 
 # The expressions of known tokenizer.json files, which llama.cpp has in other words.
@@ -123,6 +124,30 @@ def test_transformers_computes_the_same_from_the_file(variant: str, tmp_path: Pa
     context = next(field for name, field in fields.items() if name.endswith(".context_length")).contents()
     assert context == (WINDOW if windowed else 512)
     assert any("window of 16" in line for line in said) == windowed
+
+
+@pytest.mark.parametrize("variant", ["llama3-tied", "mistral-window", "qwen2-tied-window", "qwen3"])
+def test_the_file_is_read_as_the_base_that_it_was_written_from(variant: str, tmp_path: Path) -> None:
+    """Read back every tensor, Llama 3's rotary embedding, and the tokenizer. GGUF has no Mistral and no windows."""
+    write_family_folder(tmp_path, variant)
+    if variant.startswith("llama3"):
+        rope = transformers.AutoConfig.from_pretrained(tmp_path).rope_parameters
+        edit_config(tmp_path, rope_parameters=rope | {"original_max_position_embeddings": 8192})
+    write_gguf(tmp_path, tmp_path / "model.gguf", "fp32", tokenizer())
+    folder = described_here(tmp_path / "model.gguf", tmp_path / "described")
+    was, now = (transformers.AutoConfig.from_pretrained(place) for place in (tmp_path, folder))
+    for name in ("rope_parameters", "head_dim", "rms_norm_eps", "num_key_value_heads", "tie_word_embeddings"):
+        theirs, ours = (getattr(config, name, None) for config in (was, now))
+        assert ours == (pytest.approx(theirs) if isinstance(theirs, float) else theirs), name
+    read = open_base(config_for(folder, quant={"method": "none"}).spec)
+    exact = open_base(config_for(tmp_path, quant={"method": "none"}).spec)
+    assert read.weights.keys() == exact.weights.keys()
+    with Reader() as reader:
+        for name, weight in exact.weights.items():
+            assert torch.equal(read.weights[name].whole(reader), weight.whole(reader)), name
+    texts = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (LLAMA_CPP_TEXT, *MORE_TEXTS):
+        assert texts(text).input_ids == tokenizer()(text).input_ids
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "q8_0"])

@@ -43,7 +43,7 @@ HOMES = {
     "accelerate": "distlora.bench",
     "lm_eval": "distlora.post.evaluate",
     "liger_kernel": "distlora.model.fused_modules distlora_kernels.bench",
-    "gguf": "distlora.post.export",
+    "gguf": "distlora.post.export distlora.derive.gguf_header distlora.weights.low_bit.gguf",
     "llama_cpp": "distlora.post.export",
     "matplotlib": "distlora.output distlora.analysis distlora.planner distlora_launcher",
     "optuna": "distlora_launcher.sweeps",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.gguf_note import read_gguf_note, stored_parts
 from distlora.architecture.low_bit_methods import with_low_bit
 from distlora.architecture.safetensors_headers import Segment, read_headers
 from distlora.config import UserError, nearest
@@ -37,14 +38,19 @@ class CheckpointFiles:
         return read_config(self.folder)
 
     @functools.cached_property
+    def _in_gguf(self) -> Mapping[str, Segment] | None:
+        """The parameters in the GGUF file that the folder describes, or None."""
+        return read_gguf_note(self.folder)
+
+    @functools.cached_property
     def stored(self) -> Mapping[str, Segment]:
         """Every tensor by its name on disk."""
-        return read_headers(self.folder)
+        return read_headers(self.folder) if self._in_gguf is None else stored_parts(self._in_gguf)
 
     @functools.cached_property
     def headers(self) -> Mapping[str, Segment]:
         """Every weight by its name, one in low bits as a `LowBitSegment` that stands for its tensors."""
-        return with_low_bit(self.stored, self.folder, self.config)
+        return with_low_bit(self.stored, self.folder, self.config) if self._in_gguf is None else self._in_gguf
 
     @functools.cached_property
     def fingerprint(self) -> str:

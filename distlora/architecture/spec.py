@@ -406,20 +406,28 @@ def versions() -> str:
 
 def derive(content: str, place: str) -> str:
     """Return the JSON of the architecture that a process with torch derives. Raises UserError with its reason."""
-    with still("checking how transformers builds the model"):
-        finished = subprocess.run(
-            [sys.executable, "-m", "distlora.derive", place], input=content, capture_output=True, text=True, check=False
-        )
-    if finished.returncode == BAD_INPUT:
-        raise UserError(finished.stdout.strip())
-    if finished.returncode:
-        raise RuntimeError(f"deriving the architecture of {place} ended with {finished.returncode}:\n{finished.stderr}")
-    found = Architecture.from_json(finished.stdout)
+    answer = derived("checking how transformers builds the model", place, content=content)
+    found = Architecture.from_json(answer)
     print(
         f"{found.model_type}: checked in {found.seconds:.0f} s on a small model: forward, gradients, packing and "
         f"adapters equal transformers'{''.join(f'; {note}' for note in found.notes)}",
         file=sys.stderr,
     )
+    return answer
+
+
+def derived(doing: str, *arguments: str, content: str = "") -> str:
+    """Return what `python -m distlora.derive` answers. Raises UserError with its reason.
+
+    `doing` is printed while it runs for long; `content` is its standard input.
+    """
+    with still(doing):
+        command = [sys.executable, "-m", "distlora.derive", *arguments]
+        finished = subprocess.run(command, input=content, capture_output=True, text=True, check=False)
+    if finished.returncode == BAD_INPUT:
+        raise UserError(finished.stdout.strip())
+    if finished.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {finished.returncode}:\n{finished.stderr}")
     return finished.stdout
 
 

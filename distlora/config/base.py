@@ -12,7 +12,9 @@ from distlora.config.errors import nearest, require, require_choice, require_cho
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".jinja")
+FILE_SUFFIXES = (
+    *(".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".xz", ".bz2", ".zip", ".jinja", ".gguf"),
+)
 
 
 def cache_root() -> Path:
@@ -88,8 +90,9 @@ class ModelConfig:
     """The base model and its tokenizer."""
 
     path: str
-    """A local folder in Hugging Face format (config.json, safetensors, tokenizer) or a name on the hub (org/name): the
-    launcher downloads it once, and RUN/config.yaml then holds its folder."""
+    """A local folder in Hugging Face format (config.json, safetensors, tokenizer), a GGUF file, or a name on the hub
+    (org/name), which the launcher downloads once. RUN/config.yaml then holds a folder: of a GGUF file one in the cache
+    that describes it."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub; null: its main branch. RUN/config.yaml holds the commit."""
     name: str | None = None

@@ -1,31 +1,36 @@
-"""Print the architecture of a config.json on standard input: `python -m distlora.derive PLACE < config.json`."""
+"""Answer what only transformers and torch can tell, in a process of its own, on standard output.
+
+`python -m distlora.derive PLACE < config.json`: the architecture of a config.json.
+`python -m distlora.derive --gguf FILE FOLDER`: gguf.json of a GGUF file, whose config.json and tokenizer it writes.
+"""
 
 from __future__ import annotations
 
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 
 from distlora.config import UserError
 from distlora.derive import derive
+from distlora.derive.gguf import describe
 from distlora.system.exit_codes import BAD_INPUT
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # Small tensors gain nothing from threads, which spin while they wait.
     answers, sys.stdout = sys.stdout, sys.stderr  # Libraries print too.
+    is_gguf, place = sys.argv[1] == "--gguf", sys.argv[min(2, len(sys.argv) - 1)]
     try:
-        print(derive(sys.stdin.read(), sys.argv[1]), file=answers)
+        print(describe(Path(place), Path(sys.argv[3])) if is_gguf else derive(sys.stdin.read(), place), file=answers)
     except UserError as error:
         print(error, file=answers)
         sys.exit(BAD_INPUT)
     except Exception as error:  # Of a model's own code, which may fail in any way.
         traceback.print_exc()
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__} in {place.name}, line {place.lineno} of {place.filename}: {error}"
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__} in {line.name}, line {line.lineno} of {line.filename}: {error}"
         reason = " ".join(reason.split())
-        print(
-            f"{sys.argv[1]}: a small model of it cannot be checked ({reason}); set {{model.path}} to another model",
-            file=answers,
-        )
+        what = "it cannot be described" if is_gguf else "a small model of it cannot be checked"
+        print(f"{place}: {what} ({reason}); set {{model.path}} to another model", file=answers)
         sys.exit(BAD_INPUT)

@@ -1,4 +1,4 @@
-"""Describe a GGUF file as a folder in Hugging Face format without weights: `python -m distlora.derive.gguf FILE FOLDER`.
+"""Describe a GGUF file as a folder in Hugging Face format without weights.
 
 transformers rebuilds config.json and the tokenizer from the file's metadata, names its tensors, and undoes what
 llama.cpp's converter does to them. Its functions for that run here on the positions of rows instead of on weights, so
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import json
 import math
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,11 @@ import numpy as np
 import torch
 
 from distlora.architecture.checkpoint_files import refused_by_transformers
+from distlora.architecture.gguf_note import header_digest
 from distlora.config import UserError, require
 from distlora.config.errors import short
 from distlora.derive.gguf_header import GgufHeader, StoredTensor, read_gguf_header
 from distlora.model.hf_model import auto_class_of, transformers_model
-from distlora.system import atomic_io
-from distlora.system.exit_codes import BAD_INPUT
-from distlora.weights.low_bit.gguf import NOTE_NAME
 
 _INSTEAD = "set {model.path} to the model's safetensors"
 ROPE_FACTORS = "rope_freqs.weight"
@@ -53,8 +50,11 @@ _DIGITS = ("smollm", "starcoder", "refact", "command-r")
 """Values of tokenizer.ggml.pre by which each digit is a token, which transformers does not know."""
 
 
-def describe(file: Path, folder: Path) -> None:
-    """Write config.json, the tokenizer and gguf.json. Raises UserError for what cannot be read exactly."""
+def describe(file: Path, folder: Path) -> str:
+    """Write config.json and the tokenizer, and return the content of gguf.json.
+
+    Raises UserError for what cannot be read exactly.
+    """
     header = read_gguf_header(file)
     settings, known = settings_of(file, header)
     with refused_by_transformers(file):
@@ -71,11 +71,17 @@ def describe(file: Path, folder: Path) -> None:
         parameters, orders = find_parameters(file, header, model, settings)
         tokenizer = tokenizer_of(file, header)
     tokenizer.model_max_length = config.max_position_embeddings
-    folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    note = {"file": str(file), "bytes": file.stat().st_size, "header_bytes": header.size}
-    atomic_io.write_json(folder / NOTE_NAME, note | {"orders": orders, "parameters": parameters})
+    note = {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "header_bytes": header.size,
+        "header_sha256": header_digest(file, header.size),
+        "orders": orders,
+        "parameters": parameters,
+    }
+    return json.dumps(note)
 
 
 def settings_of(file: Path, header: GgufHeader) -> tuple[dict[str, Any], Mapping[str, str | None]]:
@@ -91,7 +97,7 @@ def settings_of(file: Path, header: GgufHeader) -> tuple[dict[str, Any], Mapping
         known = GGUF_CONFIG_MAPPING[str(settings["model_type"]).removesuffix("_text")]
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"{file}: general.architecture={short(architecture)} is not one that transformers reads ({error}); {_INSTEAD}"
+            f"{file}: transformers does not read general.architecture={short(architecture)} ({error}); {_INSTEAD}"
         ) from error
     require(
         (settings["model_type"], settings.get("num_hidden_layers")) not in _LARGE_GEMMA,
@@ -199,7 +205,9 @@ def find_parameters(
         order = entry.pop("order")
         entry["order"] = None if order is None else orders.setdefault(order, len(orders))
         parameters[name] = entry
-    require(not placed, f"{file}: transformers reads {next(iter(placed), '')}, which its model does not have; {_INSTEAD}")
+    require(
+        not placed, f"{file}: transformers reads {next(iter(placed), '')}, which its model does not have; {_INSTEAD}"
+    )
     return parameters, [[list(run) for run in order] for order in orders]
 
 
@@ -236,10 +244,16 @@ def _entry(
     runs = tuple((int(virtual[first]), stop - first) for first, stop in itertools.pairwise(breaks))
     return {
         "shape": list(shape),
-        "width": width,
         "minus_one": minus_one,
         "sources": [
-            [member.type, member.offset, size, member.block, member.block_bytes]
+            {
+                "type": member.type,
+                "offset": member.offset,
+                "rows": size,
+                "width": width,
+                "block": member.block,
+                "block_bytes": member.block_bytes,
+            }
             for member, size in zip(members, sizes, strict=True)
         ],
         "order": None if runs == ((0, sum(sizes)),) else runs,
@@ -263,13 +277,3 @@ def tokenizer_of(file: Path, header: GgufHeader) -> Any:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     return tokenizer
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    answers, sys.stdout = sys.stdout, sys.stderr  # Libraries print too.
-    try:
-        describe(Path(sys.argv[1]), Path(sys.argv[2]))
-    except UserError as error:
-        print(error, file=answers)
-        sys.exit(BAD_INPUT)

@@ -100,7 +100,7 @@ class _Parser:
     def header(self) -> GgufHeader:
         magic, version, tensors, keys = self.unpack("4sIQQ")
         require(magic == b"GGUF", f"{self.file} is not a GGUF file; set {{model.path}} to one")
-        require(version in (2, 3), f"{self.file} is GGUF version {version}; versions 2 and 3 are read: convert it again")
+        require(version in (2, 3), f"{self.file} is GGUF version {version}; convert it again to version 3")
         metadata = dict[str, Any]()
         for number in range(keys):
             self.reading = f"the key number {number + 1}"

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
+from distlora.architecture.gguf_folder import gguf_file
+from distlora.architecture.gguf_note import NOTE_NAME
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
 from distlora.architecture.shapes import ModelShapes, architecture_named, nearest_architecture, shapes_of
@@ -56,6 +58,9 @@ def find_model(
     path, new = config.model.path, len(config.model.new_tokens)
     full, length = config.adapter.method == "full", None if any_length else config.data.sequence_length
     if not is_hub_name(path):
+        if preview is not None and gguf_file(path) is not None:
+            with preview(config.model) as here:
+                return model_in(Path(here.path), new_tokens=new, full=full, sequence_length=length)
         return model_in(Path(path), name=config.model.name, new_tokens=new, full=full, sequence_length=length)
     snapshot = None if cache is None else cached_snapshot(cache, path, config.model.revision)
     if snapshot is not None:
@@ -147,7 +152,9 @@ def _stored_formats(folder: Path, shapes: ModelShapes) -> dict[int, dict[str, st
 
 
 def weights_size(folder: Path) -> int | None:
-    """Bytes of the safetensors files that a model consists of; None where not all of them are there."""
+    """Bytes of the safetensors or GGUF files that a model consists of; None where not all of them are there."""
+    if (folder / NOTE_NAME).is_file():
+        return sum(segment.num_bytes for segment in CheckpointFiles(folder).stored.values())
     index = folder / INDEX_NAME
     files = sorted(set(read_index(index, _AGAIN).values())) if index.is_file() else [SINGLE_NAME]
     if not all((folder / file).is_file() for file in files):

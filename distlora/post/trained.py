@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora import __version__
-from distlora.architecture.safetensors_headers import read_headers
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import (
     AdapterConfig,
     Config,
@@ -137,7 +137,7 @@ def _without_run(folder: Path, place: str, *, base: str | None, quant: Quant) ->
         check_quantization(initial, quant)
         numbers: Counter[str] = Counter()
         with contextlib.suppress(UserError):  # Not downloaded yet, or damaged, which is refused where it is read.
-            for segment in read_headers(Path(base).expanduser()).values():
+            for segment in CheckpointFiles(Path(base).expanduser()).headers.values():
                 numbers[segment.dtype] += segment.numel
         # The dtype that keeps most of the stored weights exact.
         is_fp32 = numbers["F32"] + numbers["F16"] > numbers["BF16"]

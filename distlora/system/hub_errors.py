@@ -104,6 +104,11 @@ def explain_absent_weights(name: str, files: Iterable[str]) -> UserError:
             f"{{model.path}}={name} has its weights as .bin files alone, which can hold code; convert them at "
             f"{endpoint()}/spaces/safetensors/convert and set model.revision=refs/pr/N to the pull request"
         )
+    if files := [file for file in present if file.endswith(".gguf")]:
+        return UserError(
+            f"{{model.path}}={name} has its weights as GGUF alone; `hf download {name} {files[0]} --local-dir FOLDER`, "
+            f"and set {{model.path}}=FOLDER/{files[0]}"
+        )
     return UserError(
         f"{{model.path}}={name} holds neither model.safetensors nor model.safetensors.index.json; set "
         "{model.path} to a causal language model with safetensors weights"

@@ -9,6 +9,7 @@ from typing import Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
+from distlora.architecture.gguf_folder import gguf_file
 from distlora.config import ModelConfig, UserError, require
 from distlora.config.base import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
@@ -281,7 +282,7 @@ def model_subject(place: str, quant: str | None) -> Subject:
     """Return a model's folder, or a name on the hub, which is downloaded."""
     folder = Path(place).expanduser().absolute()
     path = place_of(place)
-    if not is_hub_name(path) and not (folder / "config.json").is_file():
+    if not is_hub_name(path) and not (folder / "config.json").is_file() and gguf_file(folder) is None:
         what = "holds neither a run, an adapter nor a model" if folder.is_dir() else "does not exist"
         raise UserError(f"{place} {what}; name a run's folder, or a model's in Hugging Face format")
     model = ModelConfig(path=path)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distlora.architecture.safetensors_headers import read_headers
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, DataConfig, ModelSpec, require
 from distlora.config.base import place_of
 from distlora.post.trained import Name, Trained
@@ -88,7 +88,7 @@ def default_place(trained: Trained, options: Named, name: str, *, inside: str = 
 
 def num_weights(trained: Trained) -> int:
     """Return the approximate number of weights of the base; packed codes hold two per byte."""
-    tensors = read_headers(trained.base).values()
+    tensors = CheckpointFiles(trained.base).headers.values()
     return sum(segment.numel * (2 if segment.dtype == "U8" else 1) for segment in tensors)
 
 

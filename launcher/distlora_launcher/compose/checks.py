@@ -17,6 +17,7 @@ from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
+from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
 from distlora.architecture.spec import Architecture, architecture_of
@@ -213,7 +214,7 @@ def check_model(config: Config) -> None:
 
     A model on the hub is checked by its small files and the headers of its weights, before the rest is downloaded.
     """
-    if is_hub_name(config.model.path):
+    if is_hub_name(config.model.path) or gguf_file(config.model.path) is not None:
         from distlora_launcher.compose.hub import with_small_files
 
         with with_small_files(config.model) as local:

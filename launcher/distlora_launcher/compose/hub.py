@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from distlora.architecture.gguf_folder import described, gguf_file
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
 from distlora.config import ModelConfig, UserError, require
 from distlora.config.base import is_hub_name
@@ -78,10 +79,12 @@ def is_to_download(model: ModelConfig) -> bool:
 def localize(model: ModelConfig) -> ModelConfig:
     """Return the model on this node: a hub model is downloaded, a local folder is returned as it is.
 
-    The path becomes the snapshot's folder, the name its name on the hub, the revision its commit.
+    The path becomes the snapshot's folder, the name its name on the hub, the revision its commit. The path of a GGUF
+    file becomes a folder that describes it.
     """
     if not is_hub_name(model.path):
-        return model
+        file = gguf_file(model.path)
+        return model if file is None else dataclasses.replace(model, path=str(described(file)))
     on_hub = locate(model.path, model.revision)
     download(on_hub)
     return dataclasses.replace(model, path=str(on_hub.folder), name=on_hub.name, revision=on_hub.commit)
@@ -270,10 +273,12 @@ PARALLEL_REQUESTS = 16
 def with_small_files(model: ModelConfig) -> Iterator[ModelConfig]:
     """Yield the model with its path set to a local folder: for a model on the hub, its snapshot or its small files.
 
+    For a GGUF file it is the folder that describes it.
+
     A UserError raised in the block names the model in place of the folder.
     """
     if not is_hub_name(model.path):
-        yield model
+        yield localize(model)
         return
     found = locate(model.path, model.revision)
     folder = _preview_folder(model.path, model.revision) if found.absent() else found.folder

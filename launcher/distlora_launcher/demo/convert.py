@@ -12,7 +12,9 @@ def main(file: str, folder: str) -> None:
     """Write config.json, model.safetensors, the tokenizer and its chat template to a folder."""
     import torch
     import transformers
-    from tokenizers import pre_tokenizers
+
+    from distlora.derive.gguf import tokenizer_of
+    from distlora.derive.gguf_header import read_gguf_header
 
     place, name = Path(file).parent, Path(file).name
     # transformers keeps the weights packed by default since it can, and cannot save those.
@@ -25,12 +27,7 @@ def main(file: str, folder: str) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place, gguf_file=name, trust_remote_code=False)
-    # The file names SmolLM's pre-tokenizer, which transformers does not read: each digit is a token of its own.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer = tokenizer_of(Path(file), read_gguf_header(Path(file)))
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 

@@ -1,0 +1,129 @@
+"""Read gguf.json: where the parameters of a model lie in a GGUF file. `distlora.derive.gguf` writes it. Needs no torch.
+
+The folder that holds it has a config.json and a tokenizer, and no weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
+from distlora.architecture.safetensors_headers import Segment
+from distlora.config import UserError
+from distlora.config.json_files import read_object
+
+NOTE_NAME = "gguf.json"
+
+_KEPT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+"""Types of ggml that a format of the kernels holds as they are."""
+
+_DENSE = {"F32": 32, "F16": 16, "BF16": 16}
+"""Bits of a weight of the types without blocks."""
+
+_SHAPE = {
+    "file": str,
+    "bytes": int,
+    "header_bytes": int,
+    "header_sha256": str,
+    "orders": [[[int]]],
+    "parameters": {
+        "*": {
+            "shape": [int],
+            "minus_one": bool,
+            "order": (int, type(None)),
+            "sources": [{"type": str, "offset": int, "rows": int, "width": int, "block": int, "block_bytes": int}],
+        },
+    },
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufTensor(LowBitTensor):
+    """A parameter that lies in a GGUF file as blocks of a type, or with its rows in another order.
+
+    `parts` are its tensors there, "0", "1", ..., as bytes; their rows follow each other.
+    """
+
+    types: tuple[tuple[str, int, int], ...]
+    """(ggml's name of the type, weights of a block, bytes of a block) of each part: ("Q4_K", 256, 144)."""
+    width: int
+    """Weights of a row; 1 of a vector."""
+    runs: tuple[tuple[int, int, int], ...]
+    """(row of the parameter, row of the parts, number of rows), ascending."""
+    minus_one: bool
+    """True if the file holds the weight plus one."""
+
+
+def header_digest(file: Path, num_bytes: int) -> str:
+    """Return the SHA-256 of a file's first bytes."""
+    with file.open("rb") as stream:
+        return hashlib.sha256(stream.read(num_bytes)).hexdigest()
+
+
+def read_gguf_note(folder: Path) -> dict[str, Segment] | None:
+    """Return the parameters by gguf.json of a folder, those in blocks as `LowBitSegment`s; None if it has none.
+
+    Raises UserError if it is damaged, and if the GGUF file is not the one that it describes.
+    """
+    path = folder / NOTE_NAME
+    if not path.is_file():
+        return None
+    remedy = f"remove {folder}, and set {{model.path}} to the GGUF file"
+    note = read_object(path, remedy, _SHAPE)
+    file = Path(note["file"])
+    if not file.is_file():
+        raise UserError(f"{file} is missing, whose weights {path} describes; put it back there, or {remedy}")
+    if (file.stat().st_size, header_digest(file, note["header_bytes"])) != (note["bytes"], note["header_sha256"]):
+        raise UserError(f"{file} is not the file that {path} describes any more; {remedy}")
+    orders = [_runs(order) for order in note["orders"]]
+    return {name: _segment(file, name, entry, orders) for name, entry in note["parameters"].items()}
+
+
+def _runs(order: Sequence[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
+    """Return the runs of an order, which is (first row in the parts, number of rows) of each."""
+    counts = [count for _, count in order]
+    begins = itertools.accumulate(counts, initial=0)
+    return tuple((begin, first, count) for begin, (first, count) in zip(begins, order, strict=False))
+
+
+def _segment(
+    file: Path, name: str, entry: Mapping[str, Any], orders: Sequence[tuple[tuple[int, int, int], ...]]
+) -> Segment:
+    shape, sources, order = tuple(entry["shape"]), entry["sources"], entry["order"]
+    sizes = [each["rows"] * each["width"] // each["block"] * each["block_bytes"] for each in sources]
+    kind, rows = sources[0]["type"], sum(each["rows"] for each in sources)
+    if kind in _DENSE and len(sources) == 1 and order is None and not entry["minus_one"]:
+        return Segment(file, sources[0]["offset"], sizes[0], kind, shape)
+    parts = [Segment(file, each["offset"], size, "U8", (size,)) for each, size in zip(sources, sizes, strict=True)]
+    types = tuple((each["type"], each["block"], each["block_bytes"]) for each in sources)
+    kept = len(set(types)) == 1 and kind in _KEPT and not entry["minus_one"]
+    return GgufTensor(
+        name=name,
+        shape=shape,
+        codec="gguf",
+        parts={str(number): part for number, part in enumerate(parts)},
+        block=(1, sources[0]["block"]),
+        bits=_DENSE.get(kind) or 8 * sources[0]["block_bytes"] // sources[0]["block"],
+        format=kind[0].lower() + kind[1:] if kept else "",
+        reason="" if kept else f"{name} is stored as {', '.join(dict.fromkeys(kind for kind, _, _ in types))}",
+        types=types,
+        width=sources[0]["width"],
+        runs=((0, 0, rows),) if order is None else orders[order],
+        minus_one=entry["minus_one"],
+    ).segment
+
+
+def stored_parts(parameters: Mapping[str, Segment]) -> dict[str, Segment]:
+    """Return the tensors of the GGUF file by the names of their parameters: bytes where they are in blocks."""
+    found = dict[str, Segment]()
+    for name, segment in parameters.items():
+        if isinstance(segment, LowBitSegment):
+            found |= {f"{name}#{number}": part for number, part in segment.tensor.parts.items()}
+        else:
+            found[name] = segment
+    return found

@@ -1,0 +1,179 @@
+"""GGUF files as the base: values equal transformers', rows in the model's order, and what is refused."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.gguf_folder import gguf_file
+from distlora.architecture.gguf_note import GgufTensor
+from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.config import UserError
+from distlora.derive.gguf_header import read_gguf_header
+from distlora.weights.low_bit.codecs import CODECS
+from distlora.weights.low_bit.gguf import decode
+from distlora.weights.reader import Reader
+from gguf_files import MODELS, dense_by_transformers, described_here, write_random
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("gguf") / "llama.gguf"
+    write_random(file, "llama")
+    return file
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_equals_transformers(name: str, tmp_path: Path) -> None:
+    write_random(tmp_path / "m.gguf", name)
+    headers = CheckpointFiles(described_here(tmp_path / "m.gguf", tmp_path / "described")).headers
+    model = dense_by_transformers(tmp_path / "m.gguf", tmp_path / "described")
+    expected = {n: v for n, v in model.state_dict().items() if n in headers}
+    assert model.state_dict().keys() - expected.keys() <= set(model.all_tied_weights_keys)
+    with Reader() as reader:
+        for parameter, value in expected.items():
+            assert headers[parameter].shape == value.shape, parameter
+            whole = reader.read([headers[parameter]], 0, value.numel())
+            assert torch.equal(whole.float(), value.flatten()), parameter
+            start, stop = value.numel() // 3, value.numel() // 3 + min(999, value.numel() // 2)
+            parts = [part for _, part in reader.chunks([headers[parameter]], start, stop, 100)]
+            assert torch.equal(torch.cat(parts).float(), value.flatten()[start:stop]), parameter
+
+
+def test_blocks_are_those_of_the_model_s_rows(llama: Path, tmp_path: Path) -> None:
+    """Blocks of q_proj, whose rows llama.cpp has moved, decode to what is read."""
+    headers = CheckpointFiles(described_here(llama, tmp_path / "described")).headers
+    kept = dict[str, GgufTensor]()
+    for segment in headers.values():
+        if isinstance(segment, LowBitSegment) and segment.tensor.format:
+            assert isinstance(segment.tensor, GgufTensor)
+            kept[segment.tensor.name] = segment.tensor
+    assert any(len(tensor.runs) > 1 for tensor in kept.values())
+    assert {tensor.format for tensor in kept.values()} >= {"q8_0", "q6_K", "q4_1", "q5_K", "q4_0", "q5_0"}
+    with Reader() as reader:
+        for tensor in kept.values():
+            kind, block, _ = tensor.types[0]
+            number = int(np.prod(tensor.shape)) // block
+            for first, count in ((0, number), (number // 3, number // 2), (number - 1, 1)):
+                (blocks,) = CODECS["gguf"].blocks(tensor, reader, first, count)
+                values = decode(kind, blocks.flatten())
+                start = first * block
+                assert torch.equal(values, reader.read([tensor.segment], start, start + count * block)), tensor.name
+
+
+def test_two_files_and_safetensors_beside_one(tmp_path: Path) -> None:
+    assert gguf_file(tmp_path / "absent") is None
+    (tmp_path / "a.gguf").touch()
+    assert gguf_file(tmp_path) == gguf_file(tmp_path / "a.gguf") == tmp_path / "a.gguf"
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(UserError, match=r"2 GGUF files \(a.gguf, b.gguf\); set model.path to one of them"):
+        gguf_file(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert gguf_file(tmp_path) is None
+
+
+def test_a_file_that_changes_is_not_read(llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(llama.read_bytes())
+    folder = described_here(file, tmp_path / "described")
+    content = bytearray(file.read_bytes())
+    content[200] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"m.gguf is not the file that .*gguf.json describes any more"):
+        _ = CheckpointFiles(folder).headers
+    file.unlink()
+    with pytest.raises(UserError, match=r"m.gguf is missing, whose weights .*gguf.json describes"):
+        _ = CheckpointFiles(folder).headers
+
+
+def rewritten(source: Path, target: Path, *, drop: str = "", add: str = "", **metadata: Any) -> Path:
+    """Copy a file without a tensor, with one more, or with more metadata of llama."""
+    read = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "llama")
+    for name, field in read.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture" and name not in metadata:
+            kinds = [*field.types, None]
+            writer.add_key_value(name, field.contents(), kinds[0], sub_type=kinds[1])
+    for name, value in metadata.items():
+        kind = {str: gguf.GGUFValueType.STRING, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+        writer.add_key_value(name, value, kind[type(value)])
+    for tensor in read.tensors:
+        if tensor.name != drop:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    if add:
+        writer.add_tensor(add, np.full(32, 3.0, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"drop": "blk.1.attn_k.weight"}, "no tensor of it is .*model.layers.1.self_attn.k_proj.weight"),
+        ({"add": "blk.0.attn_rot.weight"}, "no parameter for the tensor blk.0.attn_rot.weight"),
+        ({"add": "rope_freqs.weight"}, "rope_freqs.weight is not what Llama 3.1 and later have"),
+        ({"llama.rope.scaling.type": "yarn"}, "passes over llama.rope.scaling.type='yarn'"),
+        ({"llama.expert_count": 8}, "passes over llama.expert_count=8"),
+        ({"llama.attention.value_length": 32}, "llama.attention.value_length=32, and transformers reads head_dim=64"),
+        ({"tokenizer.ggml.pre": "poro-chat"}, "tokenizer.ggml.pre='poro-chat' is not one that transformers splits"),
+        ({"split.count": 3}, "is one of 3 parts; put them together with `llama-gguf-split --merge`"),
+    ],
+)
+def test_what_cannot_be_read_exactly_is_refused(
+    changes: dict[str, Any], reason: str, llama: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        described_here(rewritten(llama, tmp_path / "m.gguf", **changes), tmp_path / "described")
+
+
+def test_an_unknown_architecture_is_refused(llama: Path, tmp_path: Path) -> None:
+    content = llama.read_bytes().replace(b"llama", b"clima")
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=r"does not read general.architecture='clima'"):
+        described_here(tmp_path / "m.gguf", tmp_path / "described")
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.ci)])
+def test_damaged_headers_are_refused_by_name(seed: int, llama: Path, tmp_path: Path) -> None:
+    """A header of changed bytes is refused, or has other names and numbers; a cut file is refused by its tensor."""
+    whole, content = read_gguf_header(llama), llama.read_bytes()
+    file, generator = tmp_path / "m.gguf", np.random.default_rng(seed)
+    names = list(whole.tensors)
+    refused = accepted = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for place in generator.integers(0, whole.size, generator.integers(1, 4)):
+            damaged[place] = generator.integers(0, 256)
+        file.write_bytes(damaged)
+        try:
+            read_gguf_header(file)
+        except UserError as error:
+            refused += str(file) in str(error)
+        else:
+            accepted += 1
+    assert refused > 15
+    assert refused + accepted == 150
+    for cut in generator.integers(whole.size, len(content), 30).tolist():
+        file.write_bytes(content[:cut])
+        first = next(name for name in names if whole.tensors[name].offset + whole.tensors[name].num_bytes > cut)
+        with pytest.raises(UserError, match=f"truncated: {first} ends at byte"):
+            read_gguf_header(file)
+    for cut in generator.integers(0, whole.size, 20).tolist():
+        file.write_bytes(content[:cut])
+        with pytest.raises(UserError, match=r"truncated|damaged"):
+            read_gguf_header(file)
+    for value in (2**63, 2**31, 10**6):  # Counts and lengths that fill no file.
+        for place in (8, 16, 24):
+            file.write_bytes(content[:place] + struct.pack("<Q", value) + content[place + 8 :])
+            with pytest.raises(UserError, match="damaged"):
+                read_gguf_header(file)

@@ -121,7 +121,7 @@ def llama3_rope(file: Path, tensor: StoredTensor, config: Any) -> dict[str, Any]
     plain, theta = dict(config.rope_parameters), config.rope_parameters["rope_theta"]
     config.rope_parameters = plain | {
         "rope_type": "llama3",
-        "factor": float(stored.max()),
+        "factor": round(float(stored.max()), 4),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,

@@ -10,17 +10,27 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from closeness import assert_close
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.gguf_note import GgufTensor
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.config import UserError
 from distlora.derive.gguf_header import read_gguf_header
+from distlora.loading.load_base import load_base
+from distlora.model.adapters import adapter_parameters, reset_adapters
+from distlora.model.buffers import materialize_buffers
+from distlora.model.token_matrix import TokenEmbedding
+from distlora.parallel import Ranks
 from distlora.weights.low_bit.codecs import CODECS
 from distlora.weights.low_bit.gguf import decode
 from distlora.weights.reader import Reader
+from family_models import SINGLE, config_for, move_adapters_off_start
 from gguf_files import MODELS, dense_by_transformers, described_here, write_random
+from run_models import build_run_model, parallelize_run
+from worlds import World
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +187,67 @@ def test_damaged_headers_are_refused_by_name(seed: int, llama: Path, tmp_path: P
             file.write_bytes(content[:place] + struct.pack("<Q", value) + content[place + 8 :])
             with pytest.raises(UserError, match="damaged"):
                 read_gguf_header(file)
+
+
+def losses(ranks: Ranks, *, folder: Path, keep: bool, backend: str = "fsdp2") -> dict[str, Tensor]:
+    """Return the losses of two sequences, and the gradients of the adapters, with dense linears."""
+    config = config_for(folder, quant={"method": "none"}, parallel={"backend": backend})
+    model = build_run_model(config, keep_tokens=keep)
+    shards = parallelize_run(model, ranks, config)
+    load_base(model, CheckpointFiles(folder), shards)
+    materialize_buffers(model, ranks.device)
+    reset_adapters(model.adapted_linears(), config.adapter, seed=0)
+    move_adapters_off_start(model)
+    assert (model.head.kept is not None) == isinstance(model.embedding, TokenEmbedding) == keep
+    ids = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    sums = model(ids, torch.arange(40).expand_as(ids), ids.roll(-1, 1))
+    if ranks.world == 1:
+        sums.sum().backward()
+    gradients = {name: p.grad for name, p in adapter_parameters(model).items() if p.grad is not None}
+    return {"losses": sums.detach(), **gradients}
+
+
+@pytest.fixture(scope="module")
+def in_low_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make the folders of a model whose head is the embedding, and of one that has both."""
+    root = tmp_path_factory.mktemp("tokens")
+    for name, types in (("llama", ("Q8_0",)), ("llama-untied", ("Q6_K", "Q4_1"))):
+        write_random(root / f"{name}.gguf", name, types)
+        described_here(root / f"{name}.gguf", root / name)
+    return root
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+def test_embedding_and_head_in_their_own_type_compute_what_their_dense_copies_do(
+    world: World, in_low_bits: Path, name: str
+) -> None:
+    kept, dense = (losses(SINGLE, folder=in_low_bits / name, keep=keep) for keep in (True, False))
+    assert len(kept) == len(dense) > 20
+    for parameter, value in dense.items():
+        assert_close(kept[parameter], value, ulps=32)
+    for by_rank in world.run(2, losses, folder=in_low_bits / name, keep=True):
+        assert torch.equal(by_rank["losses"], kept["losses"])
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+def test_zero3_gathers_an_embedding_and_a_head_in_low_bits(world: World, in_low_bits: Path, name: str) -> None:
+    alone = losses(SINGLE, folder=in_low_bits / name, keep=True)["losses"]
+    for by_rank in world.run(2, losses, folder=in_low_bits / name, keep=True, backend="zero3"):
+        assert torch.equal(by_rank["losses"], alone)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}},
+        {"adapter": {"trainable_token_indices": [3]}},
+        {"model": {"new_tokens": ["<|more|>"]}},
+    ],
+)
+def test_training_a_matrix_in_low_bits_is_refused(settings: dict[str, Any], in_low_bits: Path) -> None:
+    (section, values), folder = next(iter(settings.items())), in_low_bits / "llama-untied"
+    sections = {section: ({"path": str(folder)} if section == "model" else {}) | values}
+    (setting,) = values
+    with pytest.raises(UserError, match=f"{section}.{setting} trains the embedding or the LM head, which quant=keep"):
+        build_run_model(config_for(folder, quant={"method": "none"}, **sections), keep_tokens=True)

@@ -19,10 +19,12 @@ from closeness import assert_close
 from distlora.architecture.config_checks import check_train
 from distlora.architecture.shapes import logit_bytes, tokens_per_chunk
 from distlora.config import TrainConfig, UserError
+from distlora.model import token_matrix
 from distlora.model.adapters import TokenRows
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
 from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
 from distlora.parallel import Ranks, Shards
+from distlora_kernels.formats import nf4
 from family_models import architecture
 from small_models import use_chunks_of
 from worlds import World
@@ -38,6 +40,16 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     labels[0, ::3] = -100
     labels[2] = -100
     return hidden, labels, torch.randn(VOCABULARY, HIDDEN, generator=generator)
+
+
+def small_decoder(hidden: int) -> Any:
+    """Return a decoder on meta that has an embedding alone."""
+    with torch.device("meta"):
+        decoder: Any = nn.Module()
+        decoder.embed_tokens = nn.Embedding(VOCABULARY, hidden).requires_grad_(False)
+    decoder.get_input_embeddings = lambda: decoder.embed_tokens
+    decoder.set_input_embeddings = functools.partial(setattr, decoder, "embed_tokens")
+    return decoder
 
 
 def plain_loss(hidden: Tensor, labels: Tensor, weight: Tensor, softcap: float | None, scale: float) -> Tensor:
@@ -331,3 +343,36 @@ def test_the_models_own_forward_is_the_same_when_the_head_is_sharded(world: Worl
     for whole, sharded in world.run(2, _sharded_head):
         for expected, actual in zip(whole, sharded, strict=True):
             assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_matrix_in_low_bits_is_looked_up_and_multiplied_as_its_dense_copy(
+    monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """Decode 512 of 1001 rows at once; 256 rows of 64 are whole groups."""
+    monkeypatch.setattr(token_matrix, "CHUNK", 2**15)
+    use_chunks_of(monkeypatch, 24)
+    hidden, labels, _ = inputs()
+    hidden = hidden.repeat(1, 1, 3)[..., :64]
+    decoder = small_decoder(64)
+    with torch.device("meta"):
+        alone = nn.Parameter(torch.empty(VOCABULARY, 64), requires_grad=False)
+    head = LossHead(decoder.get_input_embeddings().weight if tied else alone)
+    token_matrix.keep_token_matrices(decoder, head, ("nf4_absmax", "nf4_absmax"), dtype=torch.float32)
+    modules, embedding = nn.ModuleList([decoder, head]), decoder.get_input_embeddings()
+    modules.to_empty(device="cpu")
+    for matrix in dict.fromkeys((embedding, head.kept)):
+        weight = torch.randn(VOCABULARY, 64, generator=torch.Generator().manual_seed(1))
+        for part, values in zip(matrix.stored.parts, nf4.quantize_blocks(weight.view(-1)), strict=True):
+            part.copy_(values)
+    assert sum(name.endswith("codes") for name, _ in modules.named_parameters()) == (1 if tied else 2)
+    dense = embedding.stored.dense(torch.float32)
+    assert torch.equal(embedding(labels.clamp(min=0)), F.embedding(labels.clamp(min=0), dense))
+    results = []
+    for loss in (head, LossHead(nn.Parameter(dense, requires_grad=False)), head.copied()):
+        leaf = hidden.clone().requires_grad_()
+        sums = loss(leaf, labels)
+        results.append([sums, *torch.autograd.grad(sums.sum(), leaf), loss(hidden[:, -1:], None)])
+    for actual in results[1:]:
+        for value, expected in zip(actual, results[0], strict=True):
+            assert_close(value, expected, ulps=8)

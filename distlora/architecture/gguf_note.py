@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
 from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
 from distlora.config.json_files import read_object
 
 NOTE_NAME = "gguf.json"
-
-_KEPT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-"""Types of ggml that a format of the kernels holds as they are."""
 
 _DENSE = {"F32": 32, "F16": 16, "BF16": 16}
 """Bits of a weight of the types without blocks."""
@@ -32,12 +31,7 @@ _SHAPE = {
     "header_sha256": str,
     "orders": [[[int]]],
     "parameters": {
-        "*": {
-            "shape": [int],
-            "minus_one": bool,
-            "order": (int, type(None)),
-            "sources": [{"type": str, "offset": int, "rows": int, "width": int, "block": int, "block_bytes": int}],
-        },
+        "*": {"shape": [int], "width": int, "minus_one": bool, "order": (int, type(None)), "sources": [list]},
     },
 }
 
@@ -94,26 +88,26 @@ def _runs(order: Sequence[Sequence[int]]) -> tuple[tuple[int, int, int], ...]:
 def _segment(
     file: Path, name: str, entry: Mapping[str, Any], orders: Sequence[tuple[tuple[int, int, int], ...]]
 ) -> Segment:
-    shape, sources, order = tuple(entry["shape"]), entry["sources"], entry["order"]
-    sizes = [each["rows"] * each["width"] // each["block"] * each["block_bytes"] for each in sources]
-    kind, rows = sources[0]["type"], sum(each["rows"] for each in sources)
-    if kind in _DENSE and len(sources) == 1 and order is None and not entry["minus_one"]:
-        return Segment(file, sources[0]["offset"], sizes[0], kind, shape)
-    parts = [Segment(file, each["offset"], size, "U8", (size,)) for each, size in zip(sources, sizes, strict=True)]
-    types = tuple((each["type"], each["block"], each["block_bytes"]) for each in sources)
-    kept = len(set(types)) == 1 and kind in _KEPT and not entry["minus_one"]
+    shape, width, sources = tuple(entry["shape"]), entry["width"], entry["sources"]
+    kind, offset, size, block, block_bytes = sources[0]
+    if kind in _DENSE and len(sources) == 1 and entry["order"] is None and not entry["minus_one"]:
+        return Segment(file, offset, size, kind, shape)
+    types = tuple((kind, block, block_bytes) for kind, _, _, block, block_bytes in sources)
+    format = kind[0].lower() + kind[1:]
+    if len(set(types)) > 1 or format not in LOW_BIT_FORMATS or entry["minus_one"]:
+        format = ""
     return GgufTensor(
         name=name,
         shape=shape,
         codec="gguf",
-        parts={str(number): part for number, part in enumerate(parts)},
-        block=(1, sources[0]["block"]),
-        bits=_DENSE.get(kind) or 8 * sources[0]["block_bytes"] // sources[0]["block"],
-        format=kind[0].lower() + kind[1:] if kept else "",
-        reason="" if kept else f"{name} is stored as {', '.join(dict.fromkeys(kind for kind, _, _ in types))}",
+        parts={str(i): Segment(file, source[1], source[2], "U8", (source[2],)) for i, source in enumerate(sources)},
+        block=(1, block),
+        bits=_DENSE.get(kind) or 8 * block_bytes // block,
+        format=format,
+        reason="" if format else f"{name} is stored as {', '.join(dict.fromkeys(kind for kind, _, _ in types))}",
         types=types,
-        width=sources[0]["width"],
-        runs=((0, 0, rows),) if order is None else orders[order],
+        width=width,
+        runs=((0, 0, math.prod(shape) // width),) if entry["order"] is None else orders[entry["order"]],
         minus_one=entry["minus_one"],
     ).segment
 

@@ -177,13 +177,12 @@ def find_parameters(
     for name, tensor in header.tensors.items():
         if name == ROPE_FACTORS:
             continue
-        rows = tensor.shape[0] if len(tensor.shape) == 1 else math.prod(tensor.shape[:-1])
-        probe = 4.0 * (following + np.arange(rows))
+        probe = 4.0 * (following + np.arange(tensor.rows))
         if len(tensor.shape) > 1:  # Two columns tell whether rows stay whole.
             probe = (probe[:, None] + np.arange(2)).reshape(*tensor.shape[:-1], 2)
         starts.append(following)
         tensors.append(tensor)
-        following += rows + 1  # A gap, so that no run of rows goes on in the next tensor.
+        following += tensor.rows + 1  # A gap, so that no run of rows goes on in the next tensor.
         result = processor.process(weights=probe, name=name, tensor_key_mapping=names, parsed_parameters=found)
         if result.name is None:
             continue
@@ -221,42 +220,27 @@ def _entry(
     flat = values.reshape(-1)
     if not np.isfinite(flat).all() or flat.min() < 3:
         return None
-    used = bisect.bisect_right(starts, int(-(-flat[0] // 4))) - 1
-    is_vector = len(tensors[used].shape) == 1
-    width = 1 if is_vector else tensors[used].shape[-1]
-    if not is_vector:
-        if values.shape[-1] != 2 or not (values[..., 1] == values[..., 0] + 1).all():
+    first = tensors[bisect.bisect_right(starts, math.ceil(flat[0] / 4)) - 1]
+    if len(first.shape) > 1:
+        if values.shape[-1] != 2 or not (values[..., 1] == values[..., 0] + 1).all() or shape[-1] != first.width:
             return None
         flat = values[..., 0].reshape(-1)
     minus_one = bool(flat[0] % 4 == 3)
     rows, rest = np.divmod(flat + minus_one, 4)
-    sources = np.searchsorted(starts, rows, side="right") - 1
-    within = rows - np.asarray(starts)[sources]
-    members = [tensors[index] for index in np.unique(sources)]
-    sizes = [member.shape[0] if is_vector else math.prod(member.shape[:-1]) for member in members]
-    fits = shape[-1] == width or is_vector
-    same = all((len(member.shape) == 1) == is_vector and (is_vector or member.shape[-1] == width) for member in members)
-    if rest.any() or not fits or not same or len(rows) * width != math.prod(shape):
+    used, member_of = np.unique(np.searchsorted(starts, rows, side="right") - 1, return_inverse=True)
+    members = [tensors[index] for index in used]
+    if rest.any() or {each.width for each in members} != {first.width} or len(rows) * first.width != math.prod(shape):
         return None
-    firsts = dict(zip(np.unique(sources), itertools.accumulate(sizes, initial=0), strict=False))
-    virtual = (within + [firsts[index] for index in sources]).astype(np.int64)
+    before = [0, *itertools.accumulate(each.rows for each in members)]
+    in_parts = rows - np.take(np.take(starts, used) - before[:-1], member_of)
     breaks = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
-    runs = tuple((int(virtual[first]), stop - first) for first, stop in itertools.pairwise(breaks))
+    runs = tuple((int(in_parts[start]), stop - start) for start, stop in itertools.pairwise(breaks))
     return {
         "shape": list(shape),
+        "width": first.width,
         "minus_one": minus_one,
-        "sources": [
-            {
-                "type": member.type,
-                "offset": member.offset,
-                "rows": size,
-                "width": width,
-                "block": member.block,
-                "block_bytes": member.block_bytes,
-            }
-            for member, size in zip(members, sizes, strict=True)
-        ],
-        "order": None if runs == ((0, sum(sizes)),) else runs,
+        "sources": [[each.type, each.offset, each.num_bytes, each.block, each.block_bytes] for each in members],
+        "order": None if runs == ((0, before[-1]),) else runs,
     }
 
 

@@ -11,12 +11,20 @@ from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, check_stored_shape
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
-from distlora.loading.quantize import copy_into, fill_row_norms, keep_packed_into, load_matrix, quantize_into
+from distlora.loading.quantize import (
+    copy_into,
+    fill_row_norms,
+    keep_blocks_into,
+    keep_packed_into,
+    load_matrix,
+    quantize_into,
+)
 from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quantized_cache
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
+from distlora.model.token_matrix import TokenMatrix
 from distlora.parallel import Backend, watch, whole_shape
 from distlora.weights.conversion import Source, find_sources, names_without_a_place
 from distlora.weights.decompose import LowRankFactors, Residual
@@ -100,6 +108,8 @@ def load_base(
                 elif name in packed:
                     check_stored_shape(name, packed[name].shape, module.shape)
                     keep_packed_into(module, packed[name], reader, backend)
+                elif isinstance(module, TokenMatrix):
+                    keep_blocks_into(module, segments_of(sources, name, module.shape), reader, backend)
                 else:
                     segments = segments_of(sources, name, module.shape)
                     quantize_into(module, segments, reader, backend, name, residual=residual)

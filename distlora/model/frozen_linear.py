@@ -32,6 +32,9 @@ class FrozenTensor(nn.Module):
     `weight` (shape) in `dtype`.
     """
 
+    is_parameter = True
+    """True if transformers has a Parameter in its place, False for a module with a weight."""
+
     def __init__(self, shape: tuple[int, ...], *, format: str | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.shape, self.format = shape, None if format is None else FORMATS[format]
@@ -94,6 +97,8 @@ class FrozenTensor(nn.Module):
 class FrozenLinear(FrozenTensor):
     """y = x W^T + bias with frozen W (out_features, in_features). `bias` (out_features,) in `dtype`, or None."""
 
+    is_parameter = False
+
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, format: str | None, dtype: torch.dtype
     ) -> None:
@@ -118,7 +123,7 @@ class FrozenLinear(FrozenTensor):
 def fused_paths(model: nn.Module) -> set[str]:
     """Return the paths of frozen weights that are Parameters in transformers, not modules with a weight."""
     frozen = {path: module for path, module in model.named_modules() if isinstance(module, FrozenTensor)}
-    return {path for path, module in frozen.items() if not isinstance(module, FrozenLinear)}
+    return {path for path, module in frozen.items() if module.is_parameter}
 
 
 class SharedInput:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from distlora.architecture.shapes import ADDED_AT_ONCE, GRADIENT_PARTS, logit_bytes, tokens_per_chunk
 from distlora.model.adapters import TokenRows, weighted_sum
+from distlora.model.token_matrix import TokenMatrix, TokenProduct
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +120,10 @@ class LossHead(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = weight
-        """(vocabulary, H); the embedding's Parameter if the two are tied."""
+        """(vocabulary, H); the embedding's Parameter if the two are tied. Empty if `kept` holds the weight."""
+        self.matrix: TokenMatrix | None = None
+        """The weight in the checkpoint's low-bit format."""
+        self._shared: tuple[TokenMatrix, ...] = ()
         self.bias = bias
         """(vocabulary,), frozen."""
         self.own = own
@@ -136,8 +140,25 @@ class LossHead(nn.Module):
     @property
     def takes_cross_entropy(self) -> bool:
         """True if the logits are the product with the frozen weight, and a bias, and nothing else."""
-        plain = self.logit_softcap is None and self.logit_scale == 1.0 and not self._token_rows
+        plain = self.logit_softcap is None and self.logit_scale == 1.0 and not self._token_rows and self.kept is None
         return plain and self.own is None and not self.weight.requires_grad
+
+    @property
+    def kept(self) -> TokenMatrix | None:
+        """The weight in the checkpoint's low-bit format, the embedding's if the two are tied; None if it is dense."""
+        return self._shared[0] if self._shared else self.matrix
+
+    def hold(self, matrix: TokenMatrix, *, shared: bool) -> None:
+        """Use a low-bit matrix instead of the weight from now on. `shared`: it is the embedding's."""
+        self._shared, self.matrix = ((matrix,), None) if shared else ((), matrix)
+        del self.weight
+        empty = torch.empty(0, matrix.shape[1], dtype=matrix.dtype, device="meta")
+        self.register_buffer("weight", empty, persistent=False)
+
+    @property
+    def num_rows(self) -> int:
+        """Return the rows of the weight, one per token; call it where a sharded weight is gathered."""
+        return self.weight.shape[0] if self.kept is None else self.kept.shape[0]
 
     @contextlib.contextmanager
     def read_by(self, reader: Callable[[Tensor], None]) -> Iterator[None]:
@@ -181,7 +202,7 @@ class LossHead(nn.Module):
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         plain = self.takes_cross_entropy and self.weight.dtype == flat.dtype
         tokens = tokens_per_chunk(
-            self.weight.shape[0],
+            self.num_rows,
             logit_bytes(
                 flat.dtype.itemsize,
                 plain=plain,
@@ -215,7 +236,8 @@ class LossHead(nn.Module):
 
     def copied(self) -> LossHead:
         """Return an unsharded copy of this head. If the weight is sharded, call it within forward only."""
-        weight = nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        dense = self.weight.detach().clone() if self.kept is None else self.kept.stored.dense(self.kept.dtype)
+        weight = nn.Parameter(dense, requires_grad=False)
         head = LossHead(
             weight,
             bias=copy.deepcopy(self.bias),
@@ -240,7 +262,12 @@ class LossHead(nn.Module):
 
         def product(inputs: Tensor) -> Tensor:
             matrix = self.weight if weight is None else weight  # In fp32 where the model keeps it so.
-            logits = F.linear(inputs.to(matrix.dtype), matrix, self.bias).float()
+            inputs = inputs.to(matrix.dtype)
+            if self.kept is not None:
+                flat: Tensor = TokenProduct.apply(inputs.flatten(0, -2), self.kept)
+                plain = flat.view(*inputs.shape[:-1], -1)
+                return (plain if self.bias is None else plain + self.bias).float()
+            logits = F.linear(inputs, matrix, self.bias).float()
             if (rows := self.token_rows) is None:
                 return logits
             columns = rows.columns(inputs)

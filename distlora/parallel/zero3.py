@@ -92,10 +92,11 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
                 tensors.append(taken[parameter])
         return tensors
 
-    embedding, head = _Unit(take(model.embedding.modules())), _Unit(take(model.head.modules()))
+    embedding = take(model.embedding.modules())
+    head = take(model.head.modules()) if model.head.kept is not model.embedding else embedding
     blocks = [_Unit(take(block.modules())) for block in model.blocks]
     rest = _Unit(take(model.modules()))
-    units = Units(rest, embedding, blocks, head, gathering, device)
+    units = Units(rest, _Unit(embedding), blocks, _Unit(head), gathering, device)
     units.hook(model)
     model.notes.append(
         f"DeepSpeed {version('deepspeed')} (ZeRO-3) gathers the base, "

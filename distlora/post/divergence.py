@@ -120,7 +120,7 @@ class Readings:
             self._head = self._head or head.copied()
         else:
             theirs, their_head = self.dense._hidden[step].to(hidden.device), self.dense._head
-        size = max(16, LOGITS_AT_ONCE // head.weight.shape[0])
+        size = max(16, LOGITS_AT_ONCE // head.num_rows)
         for first in range(0, len(targets), size):
             part = slice(first, first + size)
             own, of_row = head.logits(at_targets[part]), row_of[part]

@@ -9,15 +9,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from distlora_kernels.formats.flat import FlatFormat
 from torch import Tensor
 
 from distlora.architecture.gguf_note import GgufTensor
 from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.architecture.safetensors_headers import Segment
 from distlora.weights.low_bit.codecs import Codec
+from distlora_kernels.formats import FORMATS
+from distlora_kernels.reference import GROUP
 
 if TYPE_CHECKING:
     from distlora.weights.reader import Reader
+
+DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class GgufCodec(Codec):
@@ -73,8 +78,11 @@ def _stored_rows(tensor: GgufTensor, reader: Reader, first: int, stop: int) -> l
 
 def decode(kind: str, content: Tensor) -> Tensor:
     """Return the flat weights of bytes of whole blocks, in fp32."""
-    if kind == "BF16":
-        return content.view(torch.bfloat16).float()
-    import gguf
+    if kind in DENSE:
+        return content.view(DENSE[kind]).float()
+    format = FORMATS.get(kind[0].lower() + kind[1:])
+    if isinstance(format, FlatFormat):
+        return format.decode(content.view(-1, format.parts[0].nbytes * format.block // GROUP)).flatten()
+    import gguf  # The types that no format of the kernels holds.
 
     return torch.from_numpy(gguf.quants.dequantize(content.numpy(), gguf.GGMLQuantizationType[kind]).copy())

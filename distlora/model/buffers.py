@@ -58,7 +58,8 @@ def made_buffers(hf_model: PreTrainedModel) -> dict[str, Tensor]:
 
 def stored_buffers(model: CausalLM) -> dict[str, Tensor]:
     """Return the buffers that a checkpoint holds, by Hugging Face name. They are the same on every rank."""
-    names = {model.hf_name(path): buffer for path, buffer in model.named_buffers()}
+    # The weight of a head in low bits is an empty buffer.
+    names = {model.hf_name(path): buffer for path, buffer in model.named_buffers() if path != "head.weight"}
     return {name: buffer for name, buffer in names.items() if name in model.layout.names}
 
 

@@ -49,7 +49,7 @@ class TokenEmbedding(TokenMatrix):
     """Look up the rows of token ids, as nn.Embedding does."""
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """Return an empty tensor: transformers reads its dtype and device."""
         return self.get_parameter(self.part_names[0]).new_empty(0, self.shape[1], dtype=self.dtype)
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from distlora_kernels.formats.flat import FlatFormat
 from torch import Tensor
 
 from distlora.architecture.gguf_note import GgufTensor
@@ -81,8 +80,12 @@ def decode(kind: str, content: Tensor) -> Tensor:
     if kind in DENSE:
         return content.view(DENSE[kind]).float()
     format = FORMATS.get(kind[0].lower() + kind[1:])
-    if isinstance(format, FlatFormat):
-        return format.decode(content.view(-1, format.parts[0].nbytes * format.block // GROUP)).flatten()
+    if format is not None:
+        (part,), length = format.parts, len(content)
+        groups = content.new_zeros(-(-length // part.nbytes), part.nbytes)
+        groups.view(-1)[:length] = content
+        shape = (length * GROUP // part.nbytes,)
+        return format.dequantize((groups,), shape=shape, dtype=torch.float32)
     import gguf  # The types that no format of the kernels holds.
 
     return torch.from_numpy(gguf.quants.dequantize(content.numpy(), gguf.GGMLQuantizationType[kind]).copy())

@@ -94,7 +94,8 @@ def settings_of(file: Path, header: GgufHeader) -> tuple[dict[str, Any], Mapping
     try:
         settings: dict[str, Any] = load_gguf_checkpoint(str(file))["config"]
         settings.pop("_model_name_or_path", None)
-        known: Mapping[str, str | None] = GGUF_CONFIG_MAPPING[str(settings["model_type"]).removesuffix("_text")]
+        tables: Any = GGUF_CONFIG_MAPPING
+        known: Mapping[str, str | None] = tables[str(settings["model_type"]).removesuffix("_text")]
     except (ValueError, KeyError) as error:
         raise UserError(
             f"{file}: transformers does not read general.architecture={short(architecture)} ({error}); {_INSTEAD}"

@@ -24,7 +24,8 @@ from distlora.config.peer_names import ACCUMULATION, OPTIMIZERS, nearest_peer, p
 from distlora_launcher.compose.options import leaves, options_of, parsed
 
 REQUIRED = {
-    "model.path": "a local folder in Hugging Face format (config.json, safetensors, tokenizer), a GGUF file, or a name on the hub",
+    "model.path": "a local folder in Hugging Face format (config.json, safetensors, tokenizer), a GGUF file, or a name "
+    "on the hub",
     "data.path": "a file (jsonl, json, parquet, csv, txt), a folder of them, or a data set on the hub",
 }
 EXAMPLE = "for example: distlora train model.path=./Llama-3.2-1B data.path=documents.jsonl"

@@ -15,7 +15,7 @@ from typing import Any
 
 from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
-from distlora.architecture.safetensors_headers import Segment
+from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment
 from distlora.config import UserError
 from distlora.config.json_files import read_object
 
@@ -60,12 +60,13 @@ def header_digest(file: Path, num_bytes: int) -> str:
 
 
 def read_gguf_note(folder: Path) -> dict[str, Segment] | None:
-    """Return the parameters by gguf.json of a folder, those in blocks as `LowBitSegment`s; None if it has none.
+    """Return the parameters by gguf.json of a folder, those in blocks as `LowBitSegment`s; None if it has none, or
+    safetensors of its own.
 
     Raises UserError if it is damaged, and if the GGUF file is not the one that it describes.
     """
     path = folder / NOTE_NAME
-    if not path.is_file():
+    if not path.is_file() or any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):
         return None
     remedy = f"remove {folder}, and set {{model.path}} to the GGUF file"
     note = read_object(path, remedy, _SHAPE)

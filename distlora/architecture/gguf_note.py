@@ -62,7 +62,8 @@ def header_digest(file: Path, num_bytes: int) -> str:
 def read_gguf_note(folder: Path) -> dict[str, Segment] | None:
     """Return the parameters by gguf.json of a folder, those in blocks as `LowBitSegment`s.
 
-    None if it has none, or safetensors of its own. Raises UserError if it is damaged, and if the GGUF file is not the one that it describes.
+    None if it has none, or safetensors of its own. Raises UserError if it is damaged, and if the GGUF file is not the
+    one that it describes.
     """
     path = folder / NOTE_NAME
     if not path.is_file() or any((folder / name).is_file() for name in (SINGLE_NAME, INDEX_NAME)):

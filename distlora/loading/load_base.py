@@ -103,14 +103,12 @@ def load_base(
                 residual = Residual(LowRankFactors(pair.A, pair.B), pair.scaling)
             if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")
-                if shards.has(path):
-                    pass
-                elif name in packed:
+                if name in packed:
                     check_stored_shape(name, packed[name].shape, module.shape)
                     keep_packed_into(module, packed[name], reader, backend)
                 elif isinstance(module, TokenMatrix):
                     keep_blocks_into(module, segments_of(sources, name, module.shape), reader, backend)
-                else:
+                elif not shards.has(path):
                     segments = segments_of(sources, name, module.shape)
                     quantize_into(module, segments, reader, backend, name, residual=residual)
                     shards.quantized(path)

@@ -400,14 +400,19 @@ def build_model(
     )
     model.formats, model.made_buffers, model.notes = formats, buffers, architecture.notes
     if architecture.has_experts:
-        model.router_aux_loss = weight_of(train, model.hf_config)
-        if model.router_aux_loss > 0:
-            layouts = [architecture.layer(index).experts for index in range(len(blocks))]
-            routers = ["" if layout is None else layout.router for layout in layouts]
-            place_routers(blocks, routers, next(layout.chosen for layout in layouts if layout is not None))
+        _balance_routers(model, train)
     if training and (full or whole) and spec.dtype != "fp32":
         model.compute_dtype = DTYPES[spec.dtype]
     return model
+
+
+def _balance_routers(model: CausalLM, train: TrainConfig) -> None:
+    """Set the weight of the load-balancing loss, and let routers collect statistics for it."""
+    model.router_aux_loss = weight_of(train, model.hf_config)
+    if model.router_aux_loss > 0:
+        layouts = [model.architecture.layer(index).experts for index in range(len(model.blocks))]
+        routers = ["" if layout is None else layout.router for layout in layouts]
+        place_routers(model.blocks, routers, next(layout.chosen for layout in layouts if layout is not None))
 
 
 FormatOf = Callable[[str, WeightKind], str | None]

@@ -30,7 +30,6 @@ from distlora.parallel import Ranks
 from distlora.weights.low_bit.codecs import CODECS
 from distlora.weights.low_bit.gguf import decode
 from distlora.weights.reader import Reader
-from distlora_kernels.formats import FORMATS
 from distlora_launcher.demo import model as demo_model
 from family_models import SINGLE, config_for, move_adapters_off_start
 from gguf_files import MODELS, dense_by_transformers, described_here, write_random
@@ -62,7 +61,6 @@ def test_every_parameter_equals_transformers(name: str, tmp_path: Path) -> None:
             assert torch.equal(torch.cat(parts).float(), value.flatten()[start:stop]), parameter
 
 
-@pytest.mark.skipif("q8_0" not in FORMATS, reason="the kernels have no formats of ggml yet")
 def test_blocks_are_those_of_the_model_s_rows(llama: Path, tmp_path: Path) -> None:
     """Blocks of q_proj, whose rows llama.cpp has moved, decode to what is read."""
     headers = CheckpointFiles(described_here(llama, tmp_path / "described")).headers
@@ -213,9 +211,6 @@ def losses(ranks: Ranks, *, folder: Path, keep: bool, backend: str = "fsdp2") ->
     return {"losses": sums.detach(), **gradients}
 
 
-needs_formats = pytest.mark.skipif("q8_0" not in FORMATS, reason="the kernels have no formats of ggml yet")
-
-
 @pytest.fixture(scope="module")
 def in_low_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make the folders of a model whose head is the embedding, and of one that has both."""
@@ -226,7 +221,6 @@ def in_low_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@needs_formats
 @pytest.mark.parametrize("name", ["llama", "llama-untied"])
 def test_embedding_and_head_in_their_own_type_compute_what_their_dense_copies_do(
     world: World, in_low_bits: Path, name: str
@@ -239,7 +233,6 @@ def test_embedding_and_head_in_their_own_type_compute_what_their_dense_copies_do
         assert torch.equal(by_rank["losses"], kept["losses"])
 
 
-@needs_formats
 @pytest.mark.ci
 @pytest.mark.parametrize("name", ["llama", "llama-untied"])
 def test_zero3_gathers_an_embedding_and_a_head_in_low_bits(in_low_bits: Path, name: str) -> None:

@@ -364,9 +364,8 @@ def build_model(
     layers = decoder.get_submodule(architecture.layers)
     hf_model.requires_grad_(full and training)
     whole = spec.adapter.modules_to_save
-    trained = full or HEAD in whole
-    causal, form = hf_model.get_submodule(architecture.causal), architecture.head_form
-    head = loss_head(causal, architecture.decoder_in_causal, form, trained=trained, grown=vocabulary.has_grown)
+    causal, form, grown = hf_model.get_submodule(architecture.causal), architecture.head_form, vocabulary.has_grown
+    head = loss_head(causal, architecture.decoder_in_causal, form, trained=full or HEAD in whole, grown=grown)
     # Follow the module, not the config: a composite model's config and its text_config may disagree.
     tied = head.weight is decoder.get_input_embeddings().weight
     if keep_tokens:

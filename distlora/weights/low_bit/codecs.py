@@ -16,11 +16,13 @@ from torch import Tensor
 
 from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.config import UserError
+from distlora_kernels.formats.flat import BlockFormat
+from distlora_kernels.formats.mxfp4 import MXFP4
+from distlora_kernels.formats.nvfp4 import NVFP4
 
 if TYPE_CHECKING:
     from distlora.weights.reader import Reader
 
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 TILE = 128
 
 
@@ -178,18 +180,13 @@ class Fp4Codec(Codec):
     the reciprocal global scale. MXFP4 is exact in bf16; NVFP4 is code * (scale / global scale) in fp32.
     """
 
-    def __init__(self, *, reciprocal: bool = False) -> None:
-        self.reciprocal = reciprocal
+    def __init__(self, format: BlockFormat, *, reciprocal: bool = False) -> None:
+        self.format, self.reciprocal = format, reciprocal
 
     def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
         """Return rows of a stored matrix."""
-        codes, scales, *divisor = self._parts(tensor, reader, matrix, first, stop)
-        plain = scales.view(torch.float8_e4m3fn).float() if divisor else powers_of_two(scales).bfloat16()
-        scales = plain / divisor[0] if divisor else plain
-        pairs = torch.tensor([(E2M1[byte & 15], E2M1[byte >> 4]) for byte in range(256)], dtype=scales.dtype)
-        both = pairs.view(torch.int64 if divisor else torch.int32).flatten()  # One look-up a byte.
-        values = both[codes.flatten().int()].view(scales.dtype).view(*scales.shape, -1)
-        return values.mul_(scales[..., None]).view(stop - first, -1)
+        values = self.format.decode(*self.row_blocks(tensor, reader, matrix, first, stop)).view(stop - first, -1)
+        return values.bfloat16() if self.format is MXFP4 else values
 
     def _parts(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> tuple[Tensor, ...]:
         codes = read_rows(tensor, reader, "codes", matrix, first, stop)
@@ -346,9 +343,9 @@ class AwqCodec(IntegerCodec):
 CODECS: dict[str, Codec] = {
     "scaled": ScaledCodec(),
     "bnb_int8": BnbInt8Codec(),
-    "mxfp4": Fp4Codec(),
-    "nvfp4": Fp4Codec(),
-    "modelopt_nvfp4": Fp4Codec(reciprocal=True),
+    "mxfp4": Fp4Codec(MXFP4),
+    "nvfp4": Fp4Codec(NVFP4),
+    "modelopt_nvfp4": Fp4Codec(NVFP4, reciprocal=True),
     "packed": PackedCodec(),
     "gptq": GptqCodec(first_version=True),
     "gptq_v2": GptqCodec(first_version=False),

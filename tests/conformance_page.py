@@ -27,8 +27,19 @@ that fails a check is refused before anything is started, with the name of the c
 |---|---|
 | safetensors in bf16, fp16 or fp32 | yes: quantized to NF4 shard by shard while it is read, or used as it is (`quant=none`) |
 | bitsandbytes NF4, with or without double quantization | yes: loaded byte for byte |
-| MXFP4 (gpt-oss), FP8 (blocks, tensors, channels), NVFP4 and int4 of compressed-tensors and ModelOpt, AWQ, GPTQ (with and without activation order), bitsandbytes 8-bit | yes: read as they are shipped, then quantized to NF4 or used dense (`quant=none`) |
-| GGUF, .bin files, other methods | not yet: refused by name |
+| MXFP4 (gpt-oss), FP8 (blocks, tensors, channels), NVFP4 and int4 of compressed-tensors and ModelOpt, AWQ, GPTQ (with and without activation order), bitsandbytes 8-bit | yes: kept in their own codes and scales (`quant=keep`, but for FP8 per channel, 8-bit integers and activation order), quantized to NF4, or used dense (`quant=none`) |
+| GGUF: a file, or a folder with one | any type of ggml; the architectures that transformers maps. `quant=keep` but for types without a kernel |
+| .bin files, other methods | not yet: refused by name |
+
+## Train on what is served
+`quant=keep` trains on the bytes of the checkpoint. Large weights of the decoder layers that are shipped in low bits stay so on each rank and
+on the network, and a product sees the values that the format's reference library computes. What is dense on disk stays dense: gpt-oss'
+attention, routers, norms. Nothing is quantized, so nothing is cached, and the result does not depend on the number of ranks.
+```bash
+distlora train model.path=openai/gpt-oss-20b quant=keep data.path=chats.jsonl
+```
+`adapter.init=pissa` and `loftq` change the base or correct a rounding, and are refused. A weight that cannot be kept is refused by its name
+before the run starts, with the settings that read it. `quant=auto` is `keep` for a checkpoint that can be kept. The model card names the formats.
 
 ## Short names
 `model=` takes these; the planner knows their sizes without a download.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.bench.load import Figures, measure
@@ -52,6 +55,26 @@ def test_loading_peak_is_shard_plus_largest_slice_and_64_mb(tmp_path: Path, back
     for figures in by_rank:
         # Half of 131M bf16 weights of embedding and head, half of 270M at 4.127 bits, and 14 MB of fp32 adapters.
         assert figures.kept_bytes < 0.54 * parameters
+
+
+@pytest.mark.ci
+def test_keeping_shipped_bytes_takes_no_more_than_quantizing(tmp_path: Path) -> None:
+    """Of 0.4B weights, 270M in block FP8; nothing is dequantized but what a chunk's check needs."""
+    parameters = write_model(tmp_path / "model")
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(file)
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in tensors[name].shape], 0.5)
+        safetensors.torch.save_file(tensors, file)
+    settings = json.loads((tmp_path / "model" / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    by_rank = measure(tmp_path / "model", world=RANKS, quant="keep")
+    check_memory(by_rank, tmp_path / "model")
+    for figures in by_rank:
+        # Half of 131M bf16 weights, half of 270M at 8 bits, and 14 MB of fp32 adapters.
+        assert figures.kept_bytes < 0.71 * parameters
 
 
 @pytest.mark.slow

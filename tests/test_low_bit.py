@@ -20,6 +20,7 @@ from closeness import relative_error
 from damage import Reader as Damage
 from damage import any_json, any_tensors, holds
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
@@ -79,7 +80,7 @@ def decoded(format: str, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return codes.view(torch.float8_e4m3fn).float() * scales
     nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
     if format.startswith("int4"):
-        return (nibbles.float() - more[0].float()) * scales.float()
+        return (nibbles.float() - (more[0].float() if more else 8)) * scales.float()
     levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     values = torch.cat([levels, -levels])[nibbles.long()]
     if format == "mxfp4":
@@ -102,7 +103,7 @@ def test_stored_blocks_hold_the_same_values(tmp_path: Path, name: str) -> None:
         stored = padded.view(down, 128, across, 128).transpose(1, 2)
         size = 128 * 128
     else:
-        size = {"mxfp4": 32, "nvfp4": 16}.get(tensor.format) or int(tensor.format.removeprefix("int4_g"))
+        size = LOW_BIT_FORMATS[tensor.format].block
     blocks, draw = stored.reshape(-1, size), random.Random(0)
     with Reader() as reader:
         for _ in range(10):

@@ -254,7 +254,7 @@ def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_gpu_that_it_doe
 
 
 def test_auto_is_read_by_nobody_before_it_is_decided() -> None:
-    with pytest.raises(UserError, match=r"quant\.method=auto stands for nf4 or none"):
+    with pytest.raises(UserError, match=r"quant\.method=auto stands for nf4, keep or none"):
         plan_of(config_of(1, quant={"method": "auto"}), model_of("8b"), machine("h100", 1))
 
 

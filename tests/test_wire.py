@@ -71,7 +71,7 @@ def test_formats_have_the_bytes_that_the_kernels_store() -> None:
         sizes, shape = LOW_BIT_FORMATS[name], (3, 130, 300)
         assert list(sizes.parts) == [(math.prod(part.shape), part.dtype.itemsize) for part in format.parts], name
         found = sizes.num_groups(shape) * sizes.group_bytes + sizes.replicated_bytes
-        assert (found, sizes.tile) == (format.num_bytes(shape), format.tile), name
+        assert (found, sizes.tile, sizes.block) == (format.num_bytes(shape), format.tile, format.block), name
 
 
 def config_of(folder: Path, **sections: dict[str, Any]) -> Config:

@@ -28,6 +28,8 @@ class LowBitFormat(NamedTuple):
     """Bytes per weight that every rank has."""
     tile: tuple[int, int] | None = None
     """Rows and columns of the tile that a group holds; None if a group is a run of weights."""
+    block: int = GROUP
+    """Neighbouring weights that are decoded together."""
 
     @property
     def group_bytes(self) -> int:
@@ -57,21 +59,25 @@ _GGUF_BLOCKS = {
 """Weights and bytes of the blocks of ggml's types."""
 
 LOW_BIT_FORMATS: Mapping[str, LowBitFormat] = {
-    "nf4": LowBitFormat((PartSize(8192, 1), PartSize(256, 1), PartSize(1, 4)), 4),
-    "nf4_absmax": LowBitFormat((PartSize(8192, 1), PartSize(256, 4))),
-    "mxfp4": LowBitFormat((PartSize(8192, 1), PartSize(512, 1))),
-    "nvfp4": LowBitFormat((PartSize(8192, 1), PartSize(1024, 1), PartSize(1, 4))),
+    "nf4": LowBitFormat((PartSize(8192, 1), PartSize(256, 1), PartSize(1, 4)), 4, block=64),
+    "nf4_absmax": LowBitFormat((PartSize(8192, 1), PartSize(256, 4)), block=64),
+    "mxfp4": LowBitFormat((PartSize(8192, 1), PartSize(512, 1)), block=32),
+    "nvfp4": LowBitFormat((PartSize(8192, 1), PartSize(1024, 1), PartSize(1, 4)), block=16),
     "fp8_block": LowBitFormat((PartSize(GROUP, 1), PartSize(1, 4)), tile=(128, 128)),
-    "int8": LowBitFormat((PartSize(GROUP, 1), PartSize(128, 4))),
+    "int8": LowBitFormat((PartSize(GROUP, 1), PartSize(128, 4)), block=128),
     **{
         f"int4_g{size}{dtype}{zeros}": LowBitFormat(
-            (PartSize(8192, 1), PartSize(GROUP // size, 2), *([PartSize(GROUP // size, 1)] if zeros else []))
+            (PartSize(8192, 1), PartSize(GROUP // size, 2), *([PartSize(GROUP // size, 1)] if zeros else [])),
+            block=size,
         )
         for size in (32, 64, 128)
         for dtype in ("", "_fp16")
         for zeros in ("", "_zeros")
     },
-    **{name: LowBitFormat((PartSize(GROUP // block * size, 1),)) for name, (block, size) in _GGUF_BLOCKS.items()},
+    **{
+        name: LowBitFormat((PartSize(GROUP // block * size, 1),), block=block)
+        for name, (block, size) in _GGUF_BLOCKS.items()
+    },
 }
 
 

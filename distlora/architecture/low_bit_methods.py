@@ -284,9 +284,10 @@ def _integers(
 ) -> LowBitTensor:
     """Return a weight of integers, and the format that holds it: 4 bits with a scale per 32, 64 or 128 of a row."""
     size = next((size for size in (128, 64, 32) if block[1] % size == shape[-1] % size == 0), None)
-    reason = ""
-    if bits != 4 or size is None:
-        reason = f"{bits}-bit integers with a scale per {block[1]} of {shape[-1]:,} weights are not kept"
+    reason, suffix = "", {"BF16": "", "F16": "_fp16"}.get(found["scales"].dtype)
+    if bits != 4 or size is None or suffix is None:
+        reason = f"{bits}-bit integers with a scale in {found['scales'].dtype} per {block[1]} of {shape[-1]:,} weights"
+        reason += " are not kept"
     elif not in_order and block[1] < shape[-1]:
         reason = "its columns are in activation order"
     return LowBitTensor(
@@ -296,7 +297,7 @@ def _integers(
         parts=found,
         block=block,
         bits=bits,
-        format="" if reason else f"int4_g{size}",
+        format="" if reason else f"int4_g{size}{suffix}{'_zeros' if 'zeros' in found else ''}",
         reason=reason,
     )
 

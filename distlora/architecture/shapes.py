@@ -58,6 +58,8 @@ class Adapter:
         return sum(self.numels)
 
 
+KEEP = "keep"
+"""Workload.format of quant=keep, which stands for each weight's own."""
 Formats = tuple[str | None, ...]
 """Formats of the weights of one decoder layer (distlora.architecture.low_bit), None for a dense one."""
 
@@ -72,23 +74,32 @@ class ModelShapes:
     formats: Mapping[int, Mapping[str, str | None]] = field(default_factory=dict)
     """Formats of weights (None: dense) by path, by number of the layer, where they are not those of all: a checkpoint
     keeps weights as they are shipped."""
+    kept: Mapping[int, Mapping[str, str | None]] = field(default_factory=dict)
+    """Formats of the weights that quant=keep keeps, as `formats`."""
 
     def layer_formats(self, default: str | None) -> list[tuple[int, Formats]]:
         """Return each layer's kind and the formats of its weights in the kind's order.
 
-        `default`: format of all other large weights of the layers; None: all weights are dense.
+        `default`: format of all other large weights of the layers; None: all weights are dense. KEEP: those of `kept`
+        have formats, all others are dense.
         """
-        kinds = self.architecture.kinds
+        kinds, by_layer = self.architecture.kinds, self.formats if default is not None else {}
+        if default == KEEP:
+            default, by_layer = None, self.kept
 
         def of(kind: int, exceptions: Mapping[str, str | None]) -> Formats:
-            formats = (exceptions.get(each.path, default) if each.packs else None for each in kinds[kind].weights)
-            return tuple(formats) if default is not None else (None,) * len(kinds[kind].weights)
+            return tuple(exceptions.get(each.path, default) if each.packs else None for each in kinds[kind].weights)
 
         plain = [of(kind, {}) for kind in range(len(kinds))]
         return [
-            (kind, of(kind, self.formats[index]) if index in self.formats else plain[kind])
+            (kind, of(kind, by_layer[index]) if index in by_layer else plain[kind])
             for index, kind in enumerate(self.architecture.kind_of_layer)
         ]
+
+    @property
+    def kept_formats(self) -> str:
+        """Names of the formats of `kept`, in words."""
+        return ", ".join(sorted({format for layer in self.kept.values() for format in layer.values() if format}))
 
     @property
     def hidden(self) -> int:

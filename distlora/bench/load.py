@@ -54,7 +54,9 @@ class Figures:
     """True if nothing was quantized."""
 
 
-def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cache: Path | None, results: Any) -> None:
+def ours(
+    rank: int, world: int, port: int, folder: Path, backend_name: str, cache: Path | None, quant: str, results: Any
+) -> None:
     """Load `folder` on one rank, on its part of the threads."""
     from distlora.loading.load_base import load_base
     from distlora.model.adapters import adapter_parameters
@@ -66,7 +68,7 @@ def ours(rank: int, world: int, port: int, folder: Path, backend_name: str, cach
     torch.set_num_threads(max(1, THREADS // world))
     dist.init_process_group("gloo")
     sections: dict[str, Any] = {"model": {"path": str(folder)}, "data": {"path": "none"}, "run_dir": "none"}
-    sections["quant"] = {"cache": False} if cache is None else {"cache_dir": str(cache)}
+    sections["quant"] = {"method": quant, **({"cache": False} if cache is None else {"cache_dir": str(cache)})}
     config = build(Config, sections | {"parallel": {"backend": backend_name}})
     if backend_name == "zero3":  # Imports do not count.
         from distlora.parallel import zero3
@@ -126,6 +128,7 @@ def measure(
     world: int,
     backend: str = "fsdp2",
     cache: Path | None = None,
+    quant: str = "nf4",
     environment: Mapping[str, str] | None = None,
 ) -> list[Figures]:
     """Return our figures by rank, with a folder of the quantized-weights cache or none.
@@ -133,7 +136,7 @@ def measure(
     `environment` holds the variables that the launcher sets for workers.
     """
     port = free_port()
-    arguments = [(rank, world, port, folder, backend, cache) for rank in range(world)]
+    arguments = [(rank, world, port, folder, backend, cache, quant) for rank in range(world)]
     return run_each(ours, arguments, environment=environment)
 
 

@@ -115,6 +115,11 @@ class Config:
                 "train.objective=dpo, or name the format of what else the data holds",
             )
         require(
+            not self.adapter.decomposes or self.quant.method != "keep",
+            f"adapter.init={self.adapter.init} changes the base's weights or corrects their rounding, and quant=keep "
+            "keeps them as they are shipped; set adapter.init=kaiming, or quant=nf4",
+        )
+        require(
             self.adapter.init != "loftq" or self.quant.method != "none",
             f"adapter.init=loftq corrects quantization errors, and quant={self.quant.method} has none; set "
             "quant=nf4, or adapter.init=pissa",
@@ -154,7 +159,7 @@ class Config:
     def _check_full(self) -> None:
         """Refuse settings that adapter=full cannot use."""
         require(
-            self.quant.method != "nf4",
+            self.quant.method not in ("nf4", "keep"),
             f"adapter=full trains every parameter, which quant={self.quant.method} cannot store; add quant=none",
         )
         partial = {

@@ -322,11 +322,13 @@ def matches(key: str, path: str) -> bool:
 class QuantConfig:
     """The low-bit format of the base weights."""
 
-    method: Literal["nf4", "none", "auto"] = "nf4"
+    method: Literal["nf4", "keep", "none", "auto"] = "nf4"
     """`nf4` keeps the linears of the decoder layers in NF4 with double quantization, 4.127 bits per weight; `none`
-    keeps them in the run's dtype. A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with
-    `nf4`, and refused with `none`. `auto` is `none` if that fits the GPUs by calculation (distlora/planner/), else
-    `nf4`: the launcher decides, so RUN/config.yaml has one of the other two."""
+    keeps them in the run's dtype. `keep` keeps those that a checkpoint ships in low bits (MXFP4, NVFP4, block FP8,
+    4-bit integers, GGUF) with its own codes and scales, and the others dense: training sees the values that are served.
+    A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with `nf4`, and refused with the other
+    two. `auto` is `keep` for a checkpoint that can be kept, else `none` if that fits the GPUs by calculation
+    (distlora/planner/), else `nf4`: the launcher decides, so RUN/config.yaml has one of the other three."""
     dense_layers: int | Literal["auto"] = 0
     """Number of first decoder layers that keep a copy of their weights in train.dtype beside the quantized ones, for
     the whole run: they are dequantized once, and gathered once if the base is sharded (FSDP2 only). Each takes 2 bytes
@@ -335,7 +337,7 @@ class QuantConfig:
     cache: bool = True
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
     checkpoint, on any number of ranks and bit for bit the same. A checkpoint that is already quantized is not cached. A
-    full or read-only disk only prints a warning. This and the next two have no effect with quant=none."""
+    full or read-only disk only prints a warning. This and the next two have effect with quant=nf4 alone."""
     cache_dir: str = field(default_factory=lambda: str(cache_root() / "quantized"))
     """Folder of the cache, shared by all nodes or local to each; `distlora cache list` shows it. Use one per user: in a
     shared one, reading another user's entries does not mark them as used, and cache_gb does not remove them."""
@@ -343,7 +345,7 @@ class QuantConfig:
     """Largest size of the cache in GB (1e9 bytes); the least recently used base is removed first. null: no limit."""
 
     def __post_init__(self) -> None:
-        require_choice("quant.method", self.method, ("nf4", "none", "auto"))
+        require_choice("quant.method", self.method, ("nf4", "keep", "none", "auto"))
         dense = self.dense_layers
         require(
             dense == "auto" or (isinstance(dense, int) and dense >= 0),
@@ -366,8 +368,8 @@ class QuantConfig:
         """Return whether linears are kept in NF4. Raises UserError for `auto`, which must be resolved first."""
         require(
             self.method != "auto",
-            "quant.method=auto stands for nf4 or none, and only `distlora train` and `distlora plan` choose between "
-            "them; set quant=nf4 or quant=none here",
+            "quant.method=auto stands for nf4, keep or none, and only `distlora train` and `distlora plan` choose one; "
+            "set one of them here",
         )
         return self.method == "nf4"
 

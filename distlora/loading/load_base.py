@@ -7,18 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.kept_weights import is_kept
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, check_stored_shape
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
-from distlora.loading.quantize import (
-    copy_into,
-    fill_row_norms,
-    keep_blocks_into,
-    keep_packed_into,
-    load_matrix,
-    quantize_into,
-)
+from distlora.loading.fill_kept import fill_kept
+from distlora.loading.quantize import copy_into, fill_row_norms, keep_packed_into, load_matrix, quantize_into
 from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quantized_cache
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.buffers import stored_buffers
@@ -47,7 +42,7 @@ class Loaded:
     quantized_bytes: int
     """Their bytes over all ranks, without FSDP2's padding."""
     prequantized: bool
-    """True if they were in NF4 on disk, so that nothing was quantized."""
+    """True if the checkpoint has them in low bits, which are kept as they are."""
     cached_weights: int = 0
     """Weights among them that came from the quantized-weights cache."""
     kept_bytes: int = 0
@@ -92,7 +87,7 @@ def load_base(
     packed = prequantized_parameters(stored, sources)
     adapters = set(adapter_parameters(model))
     token_matrices = {f"decoder.{model.architecture.embedding}.weight": EMBEDDING, "head.weight": HEAD}
-    quantized_weights = quantized_bytes = 0
+    quantized_weights = quantized_bytes = kept_weights = 0
     shards = open_quantized_cache(None if packed else cache, model, base.stored, sources, backend, boundary)
     with Reader() as reader, shards:
         for path, module in model.named_modules():
@@ -106,8 +101,10 @@ def load_base(
                 if name in packed:
                     check_stored_shape(name, packed[name].shape, module.shape)
                     keep_packed_into(module, packed[name], reader, backend)
-                elif isinstance(module, TokenMatrix):
-                    keep_blocks_into(module, segments_of(sources, name, module.shape), reader, backend)
+                    kept_weights += module.numel
+                elif module.format is not None and is_kept(module.format.name, source_of(sources, name).segments):
+                    fill_kept(module, sources[name].segments, reader, backend, name)
+                    kept_weights += module.numel
                 elif not shards.has(path):
                     segments = segments_of(sources, name, module.shape)
                     quantize_into(module, segments, reader, backend, name, residual=residual)
@@ -145,7 +142,7 @@ def load_base(
         bytes_read=bytes_read,
         quantized_weights=quantized_weights,
         quantized_bytes=quantized_bytes,
-        prequantized=bool(packed),
+        prequantized=kept_weights > 0,
         cached_weights=shards.filled_weights,
         kept_bytes=shards.kept_bytes,
     )
@@ -201,9 +198,7 @@ def segments_of(
 
     Raises UserError if it is absent or contradicts config.json.
     """
-    source = sources.get(name)
-    if source is None:
-        raise UserError(f"the checkpoint has no tensor {name}, which config.json describes; download the folder again")
+    source = source_of(sources, name)
     check_stored_shape(name, source.shape, shape)
     dtype = source.segments[0].dtype
     if dtype not in dtypes and not (dtypes is SOURCE_DTYPES and isinstance(source.segments[0], LowBitSegment)):
@@ -222,3 +217,10 @@ def _check_formats(model: CausalLM) -> None:
     }
     wrong = [name for name in model.formats.keys() | frozen.keys() if frozen.get(name, "") != model.formats.get(name)]
     assert not wrong, f"{min(wrong)} is not in its format, which is {model.formats.get(min(wrong))}"
+
+
+def source_of(sources: Mapping[str, Source], name: str) -> Source:
+    """Return a parameter's tensors on disk by its Hugging Face name. Raises UserError if it is absent."""
+    if name not in sources:
+        raise UserError(f"the checkpoint has no tensor {name}, which config.json describes; download the folder again")
+    return sources[name]

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.tokens import Vocabulary
 from distlora.config import UserError
@@ -25,7 +24,6 @@ from distlora.model.adapters import AdaptedLinear, TokenRows
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, Ranks, whole_shape
 from distlora.weights.decompose import Residual
-from distlora.weights.low_bit.codecs import CODECS
 from distlora.weights.prequantized import PrequantizedWeight
 from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import reference
@@ -34,8 +32,6 @@ from distlora_kernels.formats import nf4
 CHUNK_GROUPS = 64
 """Groups quantized at once: a million weights, 4 MiB in fp32, which fits into a core's cache."""
 CHUNK_ELEMENTS = CHUNK_GROUPS * nf4.GROUP
-BLOCKS_AT_ONCE = 2**15
-"""Blocks of a low-bit format that are read at once: a million weights or more."""
 MAP_ULPS = 4
 """Tolerance for a stored 8-bit map, in ulps: bitsandbytes recomputes it on each machine, and torch.linspace's last bits
 depend on the processor (2 ulps seen).
@@ -119,26 +115,6 @@ def keep_packed_into(linear: FrozenTensor, packed: PrequantizedWeight, reader: R
     assert packed.offset is not None
     copy_into(group_scale[0], [packed.nested_absmax], reader, backend, f"{packed.name}.nested_absmax")
     linear.get_buffer("offset").fill_(packed.offset)
-
-
-@torch.no_grad()
-def keep_blocks_into(weight: FrozenTensor, segments: Sequence[Segment], reader: Reader, backend: Backend) -> None:
-    """Fill the rank's groups of a weight with the blocks of a checkpoint in its flat format; zeros pad the last group.
-
-    Every part has the same number of elements for each block.
-    """
-    (segment,), format = segments, weight.format
-    assert isinstance(segment, LowBitSegment), "token_formats chooses such weights"
-    assert format is not None
-    (parts, first_group), per_group = backend.local_groups(weight), nf4.GROUP // format.block
-    start = first_group * per_group
-    stop = min(start + parts[0].shape[0] * per_group, weight.numel // format.block)
-    rows = [part.zero_().view(part.shape[0] * per_group, -1) for part in parts]
-    for first in range(start, stop, BLOCKS_AT_ONCE):
-        count = min(BLOCKS_AT_ONCE, stop - first)
-        blocks = CODECS[segment.tensor.codec].blocks(segment.tensor, reader, first, count)
-        for own, stored in zip(rows, blocks, strict=True):
-            own[first - start : first - start + count] = stored.view(count, -1)
 
 
 def _check_maps(packed: PrequantizedWeight, reader: Reader) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config
 from distlora.architecture.config_checks import check_config, check_train
+from distlora.architecture.kept_weights import KeptWeight, kept_weights
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.spec import Architecture, WeightKind
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
@@ -380,10 +381,10 @@ def build_model(
         if isinstance(module, nn.Linear) and name not in linears and name != architecture.head
     )
     contexts = [BlockContext() for _ in layers]
-    format_of = formats_of(spec, base, layout, architecture.layer_prefix)
+    format_of, kept = formats_of(spec, base, layout, architecture)
     formats = {}
     if not full:
-        formats = _replace_weights(layers, contexts, spec, dtype, format_of, architecture, for_slots=for_slots)
+        formats = _replace_weights(layers, contexts, spec, dtype, format_of, kept, architecture, for_slots=for_slots)
     blocks = _wrap_layers(layers, contexts, train, spec.quant, dtype, architecture)
     model = CausalLM(
         decoder,
@@ -431,15 +432,20 @@ def token_formats(base: CheckpointFiles, layout: CheckpointLayout) -> tuple[str,
     return first, second
 
 
-def formats_of(spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, inside: str) -> FormatOf:
-    """Return the choice of formats for a base."""
+def formats_of(
+    spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, architecture: Architecture
+) -> tuple[FormatOf, dict[str, KeptWeight]]:
+    """Return the choice of formats for a base, and the weights that quant=keep keeps; it leaves others dense."""
+    if spec.quant.method == "keep":
+        kept = kept_weights(architecture, base.headers, base.folder)
+        return (lambda name, kind: kept[name].format if name in kept else None), kept
     wanted = "nf4" if spec.quant.is_nf4 else None
     if "quantization_config" not in base.config:
-        return lambda name, kind: wanted
+        return (lambda name, kind: wanted), {}
     stored = read_prequantized_weights(base)
     if stored:
         refuse_dense_settings(spec)
-    weights = {name for name in layout.names if name.startswith(inside) and name.endswith(".weight")}
+    weights = {name for name in layout.names if name.startswith(architecture.layer_prefix) and name.endswith(".weight")}
     packed = prequantized_parameters(stored, find_sources(layout, base.headers, weights))
 
     def format_of(name: str, kind: WeightKind) -> str | None:
@@ -448,7 +454,7 @@ def formats_of(spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout,
         # bitsandbytes leaves fused experts in 16 bits, also in a checkpoint that it has quantized.
         return None if packed and kind == "linear" else wanted
 
-    return format_of
+    return format_of, {}
 
 
 def _wrap_layers(
@@ -484,13 +490,14 @@ def _replace_weights(
     spec: ModelSpec,
     dtype: torch.dtype,
     format_of: FormatOf,
+    kept: Mapping[str, KeptWeight],
     architecture: Architecture,
     *,
     for_slots: bool,
 ) -> dict[str, str | None]:
     """Replace the linears of the layers, and their experts, by frozen or adapted ones. Return `CausalLM.formats`.
 
-    `for_slots`: all linears can have adapters, and none has one yet.
+    `kept`: weights that are kept as they are shipped. `for_slots`: all linears can have adapters, and none has one yet.
     """
     targets: set[str] = set()
     if not for_slots:
@@ -523,7 +530,8 @@ def _replace_weights(
             replaced[path] = new
         link_shared_inputs(replaced)
         if kind.experts is not None:
-            fused = replace_experts(layer, formats, dtype=dtype, context=context)
+            as_stored = {path for path in formats if (found := kept.get(prefix + path)) and found.transposed}
+            fused = replace_experts(layer, formats, as_stored=as_stored, dtype=dtype, context=context)
             for path, expert_weight in fused.items():
                 if (path := f"{prefix}{path}") in targets:
                     expert_weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path, seed=spec.seed)

@@ -2,7 +2,8 @@
 
 The search is exact: first the storage and the sharding of the base, then each combination of how a step runs, then as
 many resident layers as fit. A branch whose base alone does not fit ends at its first plan. Results do not depend on the
-settings, but for quant.method: 16 bits if they fit on the GPUs and are not far slower than NF4, else NF4.
+settings, but for quant.method: the low bits that a base is shipped in, else 16 bits if they fit on the GPUs and are not
+far slower than NF4, else NF4.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def cost_of(plan: Plan) -> tuple[float, ...]:
 def _dequantized_layers(plan: Plan) -> float:
     """Return how many layers a step dequantizes: each in forward, in its recomputation and in backward."""
     quant, recomputes = plan.config.quant, plan.config.train.checkpointing in ("block", "offload")
-    layers = plan.model.shapes.num_layers - quant.num_dense if quant.method == "nf4" else 0
+    layers = plan.model.shapes.num_layers - quant.num_dense if quant.method != "none" else 0
     return layers * (3 if recomputes else 2)
 
 
@@ -380,6 +381,8 @@ def _quantizations(search: Search) -> tuple[list[str], str | None]:
         return [config.quant.method], None
     if config.adapter.method == "full":
         return ["none"], "adapter=full trains every parameter"
+    if model.shapes.kept and not (config.adapter.decomposes or config.adapter.for_nf4):
+        return ["keep"], f"{model.name} is shipped in {model.shapes.kept_formats}, which is kept"
     only_nf4 = {
         f"{model.name} is in NF4 already": quantization_method(model.settings, model.name) == NF4,
         "the adapter starts from the quantization error of NF4": config.adapter.for_nf4,

@@ -13,6 +13,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.gguf_note import NOTE_NAME
+from distlora.architecture.kept_weights import kept_weights
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
 from distlora.architecture.shapes import ModelShapes, architecture_named, nearest_architecture, shapes_of
@@ -40,6 +41,8 @@ class PlannedModel:
     """Bytes of its weights on disk, where that is known; of a model that is built in, what they are in 16 bits."""
     note: str | None = None
     """Assumption of the plan on the model, as a sentence."""
+    cannot_keep: UserError | None = None
+    """Error of quant=keep; None if `shapes.kept` has what it keeps."""
 
 
 def find_model(
@@ -67,7 +70,8 @@ def find_model(
         found = model_in(snapshot, name=path, new_tokens=new, full=full, sequence_length=length)
         return dataclasses.replace(found, source="hub cache")
     settings = architecture_named(path)
-    if settings is not None:
+    # Which weights are in low bits stands in the headers of the weights.
+    if settings is not None and (config.quant.method != "keep" or preview is None):
         check_config(settings, path, sequence_length=length, full=full)
         return built_in(path, settings, new_tokens=new)
     if preview is None:
@@ -98,6 +102,10 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
         source="built in",
         stored_bytes=2 * stored.numel,
         note=note_on(stored),
+        cannot_keep=UserError(
+            f"quant=keep: the formats of the weights of {name} are read from its checkpoint; download it and set "
+            "model.path to its folder, or set quant=nf4"
+        ),
     )
 
 
@@ -124,8 +132,14 @@ def model_in(
     check_config(settings, place, full=full, sequence_length=sequence_length)
     size = weights_size(folder)
     shapes = shapes_of(settings, place)
-    if quantization_method(settings, place) == NF4 and size is not None:
+    method, cannot_keep = quantization_method(settings, place), None
+    if method == NF4 and size is not None:
         shapes = dataclasses.replace(shapes, formats=_stored_formats(folder, shapes))
+    is_low_bit = method not in (None, NF4) or (folder / NOTE_NAME).is_file()
+    try:
+        shapes = dataclasses.replace(shapes, kept=_kept_formats(folder, shapes, is_low_bit=is_low_bit))
+    except UserError as error:
+        cannot_keep = error
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
     return PlannedModel(
         name=name or folder.name,
@@ -134,7 +148,19 @@ def model_in(
         source="folder",
         stored_bytes=size,
         note=note_on(shapes),
+        cannot_keep=cannot_keep,
     )
+
+
+def _kept_formats(folder: Path, shapes: ModelShapes, *, is_low_bit: bool) -> dict[int, dict[str, str | None]]:
+    """Return `ModelShapes.kept` of a checkpoint. Raises UserError if it cannot be kept, or its files are absent."""
+    architecture = shapes.architecture
+    headers = CheckpointFiles(folder).headers if is_low_bit else {}
+    found: dict[int, dict[str, str | None]] = {}
+    for name, weight in kept_weights(architecture, headers, folder).items():
+        index, _, path = name.removeprefix(architecture.layer_prefix).partition(".")
+        found.setdefault(int(index), {})[path] = weight.format
+    return found
 
 
 def _stored_formats(folder: Path, shapes: ModelShapes) -> dict[int, dict[str, str | None]]:

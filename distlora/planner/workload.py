@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from distlora.architecture.shapes import KEEP
 from distlora.config import AdapterConfig, Config, OptimConfig, ParallelConfig, TrainConfig, UserError
 
 
@@ -20,7 +21,8 @@ class Workload:
     parallel: ParallelConfig
     gpus_per_node: int
     format: str | None
-    """Format of large weights of the decoder layers, unless `ModelShapes.formats` has another; None: all are dense."""
+    """Format of large weights of the decoder layers, unless `ModelShapes.formats` has another; None: all are dense;
+    KEEP: as `ModelShapes.kept`."""
     dense_layers: int
     """Number of first decoder layers with a dense copy of them."""
     keeps_shards: bool
@@ -51,7 +53,7 @@ class Workload:
             adapters=(config.adapter,),
             parallel=config.parallel,
             gpus_per_node=config.cluster.gpus_per_node,
-            format="nf4" if config.quant.is_nf4 else None,
+            format="nf4" if config.quant.is_nf4 else KEEP if config.quant.method == KEEP else None,
             dense_layers=config.quant.num_dense,
             keeps_shards=config.quant.keeps_shards,
             new_tokens=tuple(config.model.new_tokens),

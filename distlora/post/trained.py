@@ -38,7 +38,7 @@ BY_FLAG = {"adapter.init_from": "--adapter"}
 BY_PLACE = {"adapter.init_from": "ADAPTER"}
 """Names of an adapter in errors: given by --adapter, or as the folder that a command works on."""
 
-Quant = Literal["nf4", "none"]
+Quant = Literal["nf4", "keep", "none"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

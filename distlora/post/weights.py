@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.kept_weights import is_kept, is_transposed
 from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.config import ModelSpec, UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
@@ -27,6 +28,7 @@ from distlora.loading.quantize import DoubleQuantizedAbsmax
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM, build_model
+from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.weights.conversion import Source
 from distlora.weights.decompose import LowRankFactors, Residual
@@ -57,6 +59,8 @@ class BaseWeight:
     """The initial adapter that PiSSA subtracted before quantization."""
     held: torch.dtype = torch.float32
     """The dtype that training rounds an unquantized weight to (train.dtype)."""
+    transposed: bool = False
+    """True if the matrix of each expert is read as (in, out)."""
 
     @property
     def quantized(self) -> bool:
@@ -80,7 +84,9 @@ class BaseWeight:
                 yield self._finite(chunk.float())
         elif not self.quantized:
             for chunk in self._before_quantization(reader):
-                if self.format is None:
+                if self.format is not None and is_kept(self.format.name, self.source.segments):
+                    yield chunk.float()
+                elif self.format is None:
                     yield chunk.to(self.held).float()
                 else:
                     parts = self.format.quantize(chunk)
@@ -218,6 +224,7 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
             packed=packed.get(name),
             residual=residuals.get(name),
             held=held.get(name, torch.float32),
+            transposed=isinstance(module, ExpertWeight) and (module.transposed or is_transposed(source.segments)),
         )
     return Base(model=model, weights=weights, files=files)
 

@@ -36,6 +36,12 @@ def count_parameters(model: CausalLM) -> tuple[int, int]:
     )
 
 
+def formats_of(model: CausalLM) -> list[str]:
+    """Return the names of the formats of the base's weights in low bits."""
+    modules = (module for module in model.modules() if isinstance(module, FrozenTensor))
+    return sorted({module.format.name for module in modules if module.format is not None})
+
+
 def describe(
     reporter: Reporter, model: CausalLM, loaded: Loaded, spec: ModelSpec, cluster: ClusterConfig, backend: Backend
 ) -> None:
@@ -47,8 +53,7 @@ def describe(
         f"({trainable / total:.2%}), {spec.dtype}"
     )
     if loaded.bits_per_weight is not None:
-        modules = (module for module in model.modules() if isinstance(module, FrozenTensor))
-        formats = ", ".join(sorted({module.format.name.upper() for module in modules if module.format is not None}))
+        formats = ", ".join(formats_of(model)).upper()
         reporter.event(
             f"{loaded.quantized_weights:,} parameters in {formats} at {loaded.bits_per_weight:.3f} bits each; "
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
@@ -166,6 +171,7 @@ def summarize(
         figures["parameters_without_gradient"] = trial.without_gradient
     if loaded.bits_per_weight is not None:
         figures["bits_per_parameter"] = loaded.bits_per_weight
+        figures["formats"] = formats_of(model)
     if trial.step_traffic is not None:  # None: the resumed checkpoint is the last step's.
         gathered = trial.step_traffic.gathered_bytes
         extra = backend.unpacked_extra_bytes(model, trial.step_passes)

@@ -64,7 +64,7 @@ def _metadata(result: Result, base: str | None, license_of_base: Mapping[str, An
     config = result.config
     tags = ["distlora"]
     if result.adapter is not None:
-        tags = ["lora", *(["qlora"] if config.quant.is_nf4 else []), *tags]
+        tags = ["lora", *(["qlora"] if config.quant.method != "none" else []), *tags]
     datasets = sorted({source.path for source in config.data.training_sources if is_hub_name(source.path)})
     values: dict[str, Any] = {
         **({"base_model": base} if base else {}),
@@ -83,6 +83,8 @@ def _introduction(result: Result, base: str | None) -> str:
         kind = "A fully fine-tuned model"
     elif config.quant.is_nf4:
         kind = "A QLoRA adapter, trained on the base in 4-bit NF4 with double quantization"
+    elif config.quant.method == "keep":
+        kind = f"A QLoRA adapter, trained on the base as it is shipped, in {_formats(result)}"
     else:
         kind = f"A LoRA adapter, trained on the base in {config.train.dtype}"
     if base is None:
@@ -90,6 +92,11 @@ def _introduction(result: Result, base: str | None) -> str:
     commit = config.model.revision if base == config.model.name else None
     place = f"[{base}]({HUB}/{base})" + (f" at commit [`{commit[:12]}`]({HUB}/{base}/tree/{commit})" if commit else "")
     return f"{kind}. Base: {place}."
+
+
+def _formats(result: Result) -> str:
+    """Return the formats of the base's weights in low bits, in words."""
+    return ", ".join(name.upper() for name in result.summary.get("formats", [])) or "low bits"
 
 
 def _data(result: Result) -> Iterator[str]:
@@ -239,6 +246,9 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             'tokenizer.chat_template = Path(template).read_text(encoding="utf-8")\n'
         )
     text = f"```python\n{code}```"
+    if result.config.quant.method == "keep":
+        text += "\n\nThe adapter is for the base as it is shipped: training had the codes and scales in "
+        text += f"{_formats(result)} that its files hold, and changed none of them."
     if not result.config.quant.is_nf4:
         return text
     note = "The base can be loaded in the 4-bit form that it was trained on: "

@@ -268,8 +268,8 @@ def weights_digest(folder: str | Path) -> str:
 
 
 def check_quantization(initial: PeftAdapter, method: str) -> None:
-    """Raise UserError if a LoftQ adapter meets an unquantized base. `method`: quant.method."""
-    if initial.settings["init_from_loftq"] and method == "none":
+    """Raise UserError if a LoftQ adapter meets a base that is not quantized to NF4. `method`: quant.method."""
+    if initial.settings["init_from_loftq"] and method in ("none", "keep"):
         raise UserError(
             f"{{adapter.init_from}}={initial.folder} started by LoftQ: A and B hold a correction of what NF4 loses of "
             f"the base, and quant={method} loses nothing; set quant=nf4, or another {{adapter.init_from}}"

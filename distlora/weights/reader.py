@@ -5,10 +5,12 @@ pread instead of mmap, because mapped pages count against a job's memory limit.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from torch import Tensor
 from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.weights.low_bit.codecs import read_low_bit
+
+Value = TypeVar("Value")
 
 TORCH_DTYPES = {
     "F32": torch.float32,
@@ -58,14 +62,18 @@ class Reader:
 
         The next chunk is read ahead.
         """
+        return self.ahead(functools.partial(self.read, segments), start, stop, size)
+
+    def ahead(self, read: Callable[[int, int], Value], start: int, stop: int, size: int) -> Iterator[tuple[int, Value]]:
+        """Yield (first, read(first, end)) for each `size` of [start, stop), and read the next one meanwhile."""
         starts = range(start, stop, size)
         pending = None
         for position, first in enumerate(starts):
-            current = pending or self._ahead.submit(self.read, segments, first, min(first + size, stop))
+            current = pending or self._ahead.submit(read, first, min(first + size, stop))
             pending = None
             if position + 1 < len(starts):
                 following = starts[position + 1]
-                pending = self._ahead.submit(self.read, segments, following, min(following + size, stop))
+                pending = self._ahead.submit(read, following, min(following + size, stop))
             yield first, current.result()
 
     def read(self, segments: Sequence[Segment], start: int, stop: int) -> Tensor:

@@ -21,7 +21,6 @@ from distlora.analysis.naming import in_a_block, layer_of, linear_of
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config.errors import named_settings
 from distlora.loading.load_base import find_base
-from distlora.model.experts import ExpertWeight
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.parameters import open_adapter
 from distlora.post.trained import BY_PLACE, Trained
@@ -77,11 +76,6 @@ class Changes:
         else:
             paths = {path if path in base.weights else f"{path}.weight": path for path in adapter.paths}
         self._paths = {name: paths[name] for name in base.weights if name in paths}
-        self._transposed = {
-            base.model.hf_name(f"{path}.weight")
-            for path, module in base.model.named_modules()
-            if isinstance(module, ExpertWeight) and module.transposed
-        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,7 +106,7 @@ class Changes:
         both = zip(_matrices(weight, reader), others, strict=False)
         for number, (before, after) in enumerate(both):
             label = name if len(weight.shape) == 2 else f"{name}[{number}]"
-            if name in self._transposed:
+            if weight.transposed:
                 before, after = before.T.contiguous(), None if after is None else after.T.contiguous()
             kept = None
             if factors is not None:

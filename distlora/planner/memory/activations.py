@@ -8,10 +8,11 @@ alive at a step's peak, within 5 %.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from distlora.architecture.shapes import ADDED_AT_ONCE, logit_bytes, tokens_per_chunk
+from distlora.architecture.shapes import ADDED_AT_ONCE, KEEP, ModelShapes, logit_bytes, tokens_per_chunk
 from distlora.architecture.spec import Architecture, LayerKind
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
@@ -69,6 +70,14 @@ class Activations:
     """Part of `working`: NF4 weights as dense tensors, on the CPU and of experts without grouped products."""
 
 
+def _formats_of(work: Workload, shapes: ModelShapes, kind: LayerKind) -> Sequence[str | None]:
+    """Return the formats of a kind's weights, of quant=keep in its first layer."""
+    if work.format != KEEP:
+        return [work.format if weight.packs else None for weight in kind.weights]
+    kinds = shapes.architecture.kinds
+    return next(formats for number, formats in shapes.layer_formats(KEEP) if kinds[number] == kind)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs(LayerRun):
     """Bytes per token of a decoder layer and the LM head, with what the settings keep."""
@@ -119,7 +128,7 @@ class Costs(LayerRun):
             attention=attention,
             dora=adapter.use_dora,
             dropout=adapter.lora_dropout > 0,
-            formats=formats_by_name(kind, [work.format if weight.packs else None for weight in kind.weights]),
+            formats=formats_by_name(kind, _formats_of(work, shapes, kind)),
             groups_experts=machine.is_gpu and sixteen_bits and (gpu is None or gpu.capability[0] in (9, 10)),
             balances=decoder.experts is not None and work.train.objective == "sft" and bool(balanced),
             trains_base=full,

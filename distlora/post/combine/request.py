@@ -17,7 +17,7 @@ from distlora.config.errors import named_settings
 from distlora.config.file import load_config
 from distlora.config.json_files import read_object
 from distlora.post.merge.request import Onto
-from distlora.post.trained import BY_PLACE
+from distlora.post.trained import BY_PLACE, Quant
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders, find_result, read_result
 from distlora.weights.initial_adapter_file import read_initial_adapter_record
 from distlora.weights.peft_folder import CONFIG_NAME, PeftAdapter, read_peft_adapter
@@ -111,7 +111,7 @@ class CombineRequest:
     seed: int = 0
     base_folder: str | None = None
     """Folder of the base; None if its values are not needed."""
-    quant: Literal["nf4", "none"] = "nf4"
+    quant: Quant = "nf4"
     """Quantization of the base."""
     held: Literal["bf16", "fp32"] = "fp32"
     """Dtype that training rounded the base's unquantized weights to; fp32: as stored."""

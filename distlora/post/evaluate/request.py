@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from distlora.config import DataConfig, UserError, require
 from distlora.config.base import cache_root
-from distlora.post.trained import Name, Trained, base_spec
+from distlora.post.trained import Name, Quant, Trained, base_spec
 from distlora.run_folder.layout import DATA_NAME, read_record
 
 NAMES = {
@@ -34,7 +34,7 @@ class Subject:
     name: Name | None = None
     model: str | None = None
     """Folder in Hugging Face format."""
-    quant: Literal["nf4", "none"] = "none"
+    quant: Quant = "none"
     """Quantization of a folder's weights."""
     rounded: Literal["bf16", "fp16"] | None = None
     """Dtype that unquantized weights are rounded to before evaluation."""

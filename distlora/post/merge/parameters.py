@@ -111,8 +111,6 @@ class Parameter:
     """Path in the adapter's file, for an adapted weight."""
     experts: int | None = None
     """Number of experts of a fused weight."""
-    transposed: bool = False
-    """True if each expert's weight is stored as (in, out)."""
     matrix: str | None = None
     """EMBEDDING or HEAD, for a matrix that may have trained rows."""
 
@@ -146,7 +144,6 @@ def parameters_of(base: Base, adapter: Adapter | None) -> list[Parameter]:
                 outputs=outputs,
                 path=path if path in adapted else None,
                 experts=None if fused is None else fused.num_experts,
-                transposed=fused is not None and fused.transposed,
                 matrix=matrix,
             )
         )
@@ -211,7 +208,7 @@ def pieces(
         if parameter.experts is None:
             yield part, adapted_rows(part, first, factors)
         else:
-            yield part, adapted_expert_rows(part, first, factors, transposed=parameter.transposed)
+            yield part, adapted_expert_rows(part, first, factors, transposed=parameter.weight.transposed)
 
 
 def _matrix_pieces(

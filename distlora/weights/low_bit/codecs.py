@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.config import UserError
 from distlora_kernels.formats.flat import BlockFormat
@@ -48,7 +49,8 @@ class Codec(ABC):
         Blocks follow the flat order of `tensor.stored_shape`; FP8 tiles are those of the (E * O, I) matrix.
         """
         num_rows, width = tensor.stored_shape[-2:]
-        height, columns = (TILE, TILE) if tensor.format == "fp8_block" else (1, FORMAT_BLOCKS[tensor.format])
+        sizes = LOW_BIT_FORMATS[tensor.format]
+        height, columns = sizes.tile or (1, sizes.block)
         across, down = -(-width // columns), -(-num_rows // height)
         row, stop = first // across, -(-(first + count) // across)
         skipped, pieces = first - row * across, []
@@ -238,22 +240,19 @@ class IntegerCodec(Codec):
     def row_blocks(
         self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
     ) -> tuple[Tensor, ...]:
-        """Return (codes (n, N / 2) uint8, low nibble first, scales (n, 1) as stored, zeros (n, 1) uint8)."""
+        """Return (codes (n, N / 2) uint8, low nibble first, scales (n, 1) as stored), and stored zeros (n, 1) uint8."""
         codes, zeros, scales = self.integers(tensor, reader, first, stop, matrix)
-        size = FORMAT_BLOCKS[tensor.format]
+        size = LOW_BIT_FORMATS[tensor.format].block
         groups = self._groups(tensor, reader)
         if not bool((groups.view(-1, size) == groups[::size, None]).all()):
             raise UserError(
                 f"{tensor.parts['order'].file}: {tensor.name} has its columns in activation order (g_idx), which "
                 "desc_act=false in config.json denies; set {quant.method}=nf4 to quantize it again"
             )
-        blocks = codes.view(-1, size)
-        of_block = groups[::size]
-        return (
-            blocks[:, ::2] | blocks[:, 1::2] << 4,
-            scales[:, of_block].reshape(-1, 1),
-            zeros[:, of_block].reshape(-1, 1),
-        )
+        blocks = codes.reshape(-1, size)
+        parts = (scales, zeros) if "zeros" in tensor.parts else (scales,)
+        of_block = (part[:, groups[::size]].reshape(-1, 1) for part in parts)
+        return blocks[:, ::2] | blocks[:, 1::2] << 4, *of_block
 
 
 def unpacked(words: Tensor, bits: int, *, interleaved: bool = False) -> Tensor:
@@ -352,8 +351,6 @@ CODECS: dict[str, Codec] = {
     "awq": AwqCodec(),
 }
 """Decoders by LowBitTensor.codec."""
-FORMAT_BLOCKS = {"mxfp4": 32, "nvfp4": 16, "int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
-"""Weights of a block of each flat format."""
 
 
 def read_low_bit(tensor: LowBitTensor, reader: Reader, start: int, stop: int) -> Tensor:

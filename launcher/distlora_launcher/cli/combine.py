@@ -23,7 +23,7 @@ from distlora.post.combine.request import (
     needs_base,
 )
 from distlora.post.merge.request import Onto, check_mergeable
-from distlora.post.trained import Trained, base_spec, with_adapter
+from distlora.post.trained import Quant, Trained, base_spec, with_adapter
 from distlora.system.exit_codes import require_package
 from distlora.weights.peft_folder import PeftAdapter, check_quantization, read_peft_adapter
 from distlora_launcher.compose.checks import check_writable
@@ -62,7 +62,7 @@ class CombineArguments:
     """S: random seed of DARE (default: 0)."""
     model: str | None = None
     """BASE: base of adapters whose own base is not on this node: a folder or a name on the hub."""
-    quant: Literal["nf4", "none"] | None = None
+    quant: Quant | None = None
     """Precision of the base, for DoRA and --merged (default: as in the runs)."""
     same_base: bool = False
     """Treat adapters without a known base as adapters of the same base."""
@@ -177,12 +177,13 @@ def check_unchanged(folder: str | None, known: str | None) -> None:
         )
 
 
-def quant_of(members: Sequence[Member], requested: Literal["nf4", "none"] | None) -> Literal["nf4", "none"]:
+def quant_of(members: Sequence[Member], requested: Quant | None) -> Quant:
     """Return the quantization of the base, as in training."""
     trained = sorted({member.quant for member in members if member.quant is not None})
     if requested is None and len(trained) > 1:
         raise UserError(
             f"the runs held their base as {' and as '.join(trained)}, and what these adapters add depends on that; "
-            "write --quant nf4 or --quant none for the base of the result"
+            "write --quant nf4, keep or none for the base of the result"
         )
-    return requested or ("none" if trained == ["none"] else "nf4")
+    known: dict[str, Quant] = {"none": "none", "keep": "keep"}
+    return requested or known.get("".join(trained), "nf4")

@@ -10,7 +10,7 @@ from typing import Literal
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
-from distlora.config import ModelConfig, UserError, require
+from distlora.config import ModelConfig, ModelSpec, UserError, require
 from distlora.config.base import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
 from distlora.post.evaluate.request import NAMES as NAMES
@@ -24,7 +24,7 @@ from distlora.post.evaluate.request import (
     check_out,
     held_out,
 )
-from distlora.post.trained import BASE_ALONE, Trained, base_spec
+from distlora.post.trained import BASE_ALONE, Quant, Trained, base_spec
 from distlora.system.exit_codes import require_package
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora.weights.prequantized import read_prequantized_weights
@@ -61,9 +61,9 @@ class EvaluateArguments:
     """PATH|base: another LoRA adapter for the run's base, or the base alone (base)."""
     model: str | None = None
     """BASE: base model of an adapter without a run: a folder or a name on the hub."""
-    quant: Literal["nf4", "none"] | None = None
-    """Precision: load a model in NF4 or as stored; for an adapter without a run, its base during training (default:
-    nf4)."""
+    quant: Quant | None = None
+    """Precision: load a model in NF4, in the low bits that it ships (keep) or in 16 bits; for an adapter without a run,
+    its base during training (default: nf4)."""
     text: str | None = None
     """FILE: documents in any format of data.path (default: the held-out data of the first RUN; for chats, the
     answers)."""
@@ -252,8 +252,9 @@ def base_of(trained: Trained, subject: Subject) -> Subject:
     if trained.run_dir is not None:
         name = dataclasses.replace(subject.name, adapter=BASE_ALONE, checkpoint=None)
         return Subject(label=base_label(trained), kind="base", name=name)
-    model, held = trained.spec.model.path, trained.spec.quant
-    return Subject(label=base_label(trained), kind="base", model=model, quant="nf4" if held.is_nf4 else "none")
+    model, method = trained.spec.model.path, trained.spec.quant.method
+    assert method != "auto", "the launcher has resolved it"
+    return Subject(label=base_label(trained), kind="base", model=model, quant=method)
 
 
 def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subject]:
@@ -261,8 +262,7 @@ def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subje
     found: dict[tuple[object, ...], Subject] = {}
     for trained, subject in zip(runs, subjects, strict=True):
         spec = trained.spec
-        held = "nf4" if spec.quant.is_nf4 else spec.dtype
-        key = (str(spec.path.resolve()), held, spec.model.new_tokens)
+        key = (str(spec.path.resolve()), held_in(spec), spec.model.new_tokens)
         if key not in found:
             base = base_of(trained, subject)
             labels = [other.label for other in found.values()]
@@ -274,11 +274,15 @@ def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subje
 def base_label(trained: Trained) -> str:
     """Return the base's name and storage format for the report."""
     model = trained.spec.model
-    held = "nf4" if trained.spec.quant.is_nf4 else trained.spec.dtype
-    return f"base {model.name or name_of(model.path)} in {held}"
+    return f"base {model.name or name_of(model.path)} {held_in(trained.spec)}"
 
 
-def model_subject(place: str, quant: str | None) -> Subject:
+def held_in(spec: ModelSpec) -> str:
+    """Return how a base is held, in words."""
+    return {"nf4": "in nf4", "keep": "as shipped"}.get(spec.quant.method, f"in {spec.dtype}")
+
+
+def model_subject(place: str, quant: Quant | None) -> Subject:
     """Return a model's folder, or a name on the hub, which is downloaded."""
     folder = Path(place).expanduser().absolute()
     path = place_of(place)
@@ -290,16 +294,16 @@ def model_subject(place: str, quant: str | None) -> Subject:
         small = Path(here.path)
         packed = read_prequantized_weights(CheckpointFiles(small))
         require(
-            quant != "none" or not packed,
-            f"--quant=none: {place} is stored in NF4; leave --quant out",
+            quant in (None, "nf4") or not packed,
+            f"--quant={quant}: {place} is stored in NF4; leave --quant out",
         )
-        held: Literal["nf4", "none"] = "nf4" if packed or quant == "nf4" else "none"
+        held: Quant = "nf4" if packed or quant == "nf4" else "keep" if quant == "keep" else "none"
         named.check_base(dataclasses.replace(base_spec(path, held), model=here))
     local = localize(model).path
     merged = (Path(local) / MERGE_RECEIPT).is_file()
     label = place if is_hub_name(path) else shown(folder)
     return Subject(
-        label=f"{label} in nf4" if held == "nf4" else label,
+        label=label if held == "none" else f"{label} in nf4" if held == "nf4" else f"{label} as shipped",
         kind="merged" if merged else "model",
         model=local,
         quant=held,

@@ -5,12 +5,11 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, DataConfig, ModelSpec, require
 from distlora.config.base import place_of
-from distlora.post.trained import Name, Trained
+from distlora.post.trained import Name, Quant, Trained
 from distlora.system.progress import say
 from distlora_launcher.compose.checks import check_data, check_model
 from distlora_launcher.compose.hub import localize, restore
@@ -29,7 +28,7 @@ class Named:
     """PATH|base: another LoRA adapter for the run's base, or the base alone (base)."""
     model: str | None = None
     """BASE: base model of an adapter without a run: a folder or a name on the hub."""
-    quant: Literal["nf4", "none"] | None = None
+    quant: Quant | None = None
     """Base precision during training, for an adapter without a run (default: nf4)."""
 
 

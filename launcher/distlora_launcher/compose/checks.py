@@ -18,6 +18,7 @@ from pathlib import Path
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
 from distlora.architecture.gguf_folder import gguf_file
+from distlora.architecture.kept_weights import kept_weights
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
 from distlora.architecture.spec import Architecture, architecture_of
@@ -225,6 +226,8 @@ def check_model(config: Config) -> None:
     packed = read_prequantized_weights(base)
     if packed:
         refuse_dense_settings(config.spec)
+    if config.quant.method == "keep":
+        kept_weights(architecture, base.headers, base.folder)
     check_tensors(base, packed, architecture)
     check_model_sizes(config.parallel, config.train, architecture)
     config.quant.check_layers(architecture.num_layers)

@@ -87,6 +87,8 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     config.quant.check_layers(model.shapes.num_layers)
     if quantization_method(model.settings, model.name) == NF4:
         refuse_dense_settings(spec)
+    if spec.quant.method == "keep" and model.cannot_keep is not None:
+        raise model.cannot_keep
     if spec.adapter.method == "full":
         return
     adapters = [each for block in model.shapes.adapters(spec.adapter) for each in block]

@@ -69,7 +69,7 @@ def _subtitle(run: RunRecords) -> Iterator[str]:
     if adapter.method == "full":
         yield "full fine-tuning"
     else:
-        name = ("Q" if quant.method == "nf4" else "") + ("DoRA" if adapter.use_dora else "LoRA")
+        name = ("" if quant.method == "none" else "Q") + ("DoRA" if adapter.use_dora else "LoRA")
         yield f"{name}, rank {adapter.r}"
     yield model.name or Path(model.path).name
     environment = run.state.get("environment", {})

@@ -1,0 +1,97 @@
+"""Decide which weights quant=keep keeps in the low bits that a checkpoint ships them in. Needs no torch.
+
+Large weights of the decoder layers are kept: linears and experts. Those that are dense on disk stay dense, and weights
+in low bits elsewhere (an LM head) are dequantized while they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS
+from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.safetensors_headers import Segment
+from distlora.architecture.spec import Architecture
+from distlora.config import UserError
+
+
+class KeptWeight(NamedTuple):
+    """A weight in the format in which it is kept."""
+
+    format: str
+    """Name of its format in LOW_BIT_FORMATS."""
+    transposed: bool
+    """True if each of its matrices is stored, and kept, as the transpose of the model's."""
+
+
+def kept_weights(architecture: Architecture, headers: Mapping[str, Segment], place: object) -> dict[str, KeptWeight]:
+    """Return the kept weights by the model's names.
+
+    `headers`: CheckpointFiles.headers; `place`: the checkpoint's folder, for messages. Raises UserError if there are
+    none, and with the name and the reason for a weight in low bits that cannot be kept.
+    """
+    found = {}
+    stored_as = architecture.on_disk(headers)
+    for index in range(architecture.num_layers):
+        for weight in architecture.layer(index).weights:
+            name = f"{architecture.layer_prefix}{index}.{weight.path}"
+            segments = [headers[stored] for stored in stored_as.get(name, ())]
+            if weight.packs and (kept := kept_weight(name, segments)) is not None:
+                if kept.transposed and weight.kind != "experts":
+                    raise _cannot_keep(name, "its matrices are stored transposed, and the model's own code reads them")
+                found[name] = kept
+    if not found:
+        raise UserError(
+            "quant=keep keeps weights in the low bits that they are shipped in, and the linears in the decoder layers "
+            f"of {{model.path}}={place} have none, or bitsandbytes' NF4, which quant=nf4 keeps; set quant=nf4"
+        )
+    return found
+
+
+def kept_weight(name: str, segments: Sequence[Segment]) -> KeptWeight | None:
+    """Return how a weight is kept that consists of these segments; None if they are dense. Raises UserError."""
+    tensors = [segment.tensor for segment in segments if isinstance(segment, LowBitSegment)]
+    if not tensors:
+        return None
+    formats = sorted({tensor.format for tensor in tensors})
+    for tensor in tensors:
+        if not tensor.format:
+            raise _cannot_keep(name, tensor.reason)
+    if len(formats) > 1 or len(tensors) < len(segments):
+        raise _cannot_keep(name, f"it is put together from tensors in {' and '.join(formats)} and others")
+    if len({tensor.transposed for tensor in tensors}) > 1 or (tensors[0].transposed and len(segments) > 1):
+        raise _cannot_keep(name, "it is put together from transposed matrices")
+    unit, start = _unit(formats[0], tensors[0].stored_shape[-1]), 0
+    for segment, tensor in zip(segments, tensors, strict=True):
+        end = segment.offset + segment.num_bytes
+        if start % unit or segment.offset % unit or (end % unit and end < tensor.segment.num_bytes):
+            raise _cannot_keep(name, f"it is put together from parts that are not whole blocks of {formats[0]}")
+        start += segment.num_bytes
+    return KeptWeight(formats[0], tensors[0].transposed)
+
+
+def _unit(format: str, width: int) -> int:
+    """Return the weights after which another tensor can go on: rows of tiles, or what shares every number."""
+    sizes = LOW_BIT_FORMATS[format]
+    if sizes.tile is not None:
+        return sizes.tile[0] * width
+    return GROUP if any(part.elements == 1 for part in sizes.parts) else sizes.block
+
+
+def is_kept(format: str | None, segments: Sequence[Segment]) -> bool:
+    """Return True if a weight in this format has the bytes of the checkpoint: it is shipped in it."""
+    first = segments[0]
+    return isinstance(first, LowBitSegment) and first.tensor.format == format
+
+
+def is_transposed(segments: Sequence[Segment]) -> bool:
+    """Return True if a weight's matrices are stored as the transposes of the model's."""
+    return isinstance(segments[0], LowBitSegment) and segments[0].tensor.transposed
+
+
+def _cannot_keep(name: str, reason: str) -> UserError:
+    return UserError(
+        f"quant=keep cannot keep {name}: {reason}; set quant=nf4, which quantizes it again, or quant=none, which "
+        "dequantizes it"
+    )

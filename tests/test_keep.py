@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close, assert_same_run
-from counted_step import measure_ours
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.kept_weights import is_transposed
 from distlora.architecture.low_bit_headers import LowBitSegment
@@ -43,6 +42,7 @@ from test_exporting import exported, in_process  # noqa: F401  (a fixture)
 from test_packed import run_pack
 from test_parity import adapters_after, outcome, result_of
 from test_resume import run_until
+from test_wire import our_traffic
 from test_zero3 import Alone, alone  # noqa: F401  (a fixture)
 from tiers import ci
 from worlds import World
@@ -228,10 +228,6 @@ def test_what_transformers_and_peft_compute_is_what_was_trained(
         assert "changed none of them" in card
 
 
-def traffic_of(ranks: Ranks, *, config: Config) -> Any:
-    return measure_ours(config, ranks, accumulation=1)
-
-
 @pytest.mark.parametrize("name", EACH)
 def test_bytes_on_the_network_and_in_memory_are_those_of_the_plan(world: World, place: Any, name: str) -> None:
     config = config_for(place(name) / name, quant=KEEP)
@@ -239,7 +235,7 @@ def test_bytes_on_the_network_and_in_memory_are_those_of_the_plan(world: World, 
     assert planned.cannot_keep is None
     assert planned.shapes.kept_formats == MODELS[name][3]
     step = wire.step_traffic(work, planned.shapes, world=2, accumulation=1)
-    for counts, _ in world.run(2, traffic_of, config=config):
+    for counts, _ in world.run(2, our_traffic, config=config, accumulation=1):
         assert (counts.gathered, counts.reduced) == (step.gathered, step.reduced)
     kept = base_of(work, planned.shapes).kept(1)
     parts = [part for _, parts in held(SINGLE, config=config).values() for part in parts]

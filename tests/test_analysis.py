@@ -48,7 +48,7 @@ ONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
 def whole(weights: Tensor) -> Sums:
-    return measure(lambda: iter([weights]), weights.numel())
+    return measure(lambda size: iter(weights.split(size)), (weights.numel(),))
 
 
 def nearest(value: float, levels: tuple[float, ...]) -> float:
@@ -118,7 +118,7 @@ def test_errors_are_those_of_the_whole_weight_whatever_the_chunks() -> None:
     restored = torch.cat([round_trip(chunk, FORMATS["nf4"], second, n)[0] for n, chunk in enumerate(chunks)])
     shape = tuple(weights.shape)
     assert torch.equal(restored, nf4.nf4_dequantize(codes, *parts, shape=shape, dtype=torch.float32))
-    sums = measure(lambda: iter(chunks), weights.numel())
+    sums = measure(lambda size: iter(chunks), (weights.numel(),))
     assert sums.relative_error("nf4") == pytest.approx(relative_error(restored, weights), rel=1e-9)
 
 
@@ -188,7 +188,7 @@ def test_a_dense_model_of_restored_weights_is_the_packed_one(folders: Path, tmp_
     with Reader() as reader:
         for weight, module in block_weights(model):
             if weight in by_name:  # A router stays as it is.
-                put_through(by_name[weight], FORMATS["nf4"], module.weight, reader)
+                put_through(by_name[weight], "nf4", module.weight, reader)
     for kind, other in (("restored", model), ("packed", packed)):
         readings[kind] = Readings(rows, ONE, print, readings["dense"])
         readings[kind].take(other, kind)

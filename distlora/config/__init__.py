@@ -120,8 +120,9 @@ class Config:
             "keeps them as they are shipped; set adapter.init=kaiming, or quant=nf4",
         )
         require(
-            self.adapter.init != "loftq" or self.quant.method != "none",
-            f"adapter.init=loftq corrects quantization errors, and quant={self.quant.method} has none; set "
+            self.adapter.init != "loftq" or self.quant.method in ("nf4", "auto"),
+            f"adapter.init=loftq corrects errors of NF4, and quant={self.quant.method} has "
+            f"{'none' if self.quant.method == 'none' else 'those of other formats too'}; set "
             "quant=nf4, or adapter.init=pissa",
         )
         require(
@@ -159,7 +160,7 @@ class Config:
     def _check_full(self) -> None:
         """Refuse settings that adapter=full cannot use."""
         require(
-            self.quant.method not in ("nf4", "keep"),
+            self.quant.method not in ("nf4", "keep", "mixed"),
             f"adapter=full trains every parameter, which quant={self.quant.method} cannot store; add quant=none",
         )
         partial = {

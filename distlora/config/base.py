@@ -318,17 +318,34 @@ def matches(key: str, path: str) -> bool:
     return re.match(_PATTERN.format(key), path) is not None
 
 
+DENSE = "bf16"
+"""Name of the format of dense weights, which are in the run's dtype."""
+MIXED_FORMATS = ("nf4", "int8", "fp8_block", DENSE)
+"""Formats that quant=mixed chooses from."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuantConfig:
     """The low-bit format of the base weights."""
 
-    method: Literal["nf4", "keep", "none", "auto"] = "nf4"
+    method: Literal["nf4", "keep", "mixed", "none", "auto"] = "nf4"
     """`nf4` keeps the linears of the decoder layers in NF4 with double quantization, 4.127 bits per weight; `none`
     keeps them in the run's dtype. `keep` keeps those that a checkpoint ships in low bits (MXFP4, NVFP4, block FP8,
     4-bit integers, GGUF) with its own codes and scales, and the others dense: training sees the values that are served.
-    A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with `nf4`, and refused with the other
-    two. `auto` is `keep` for a checkpoint that can be kept, else `none` if that fits the GPUs by calculation
-    (distlora/planner/), else `nf4`: the launcher decides, so RUN/config.yaml has one of the other three."""
+    A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with `nf4`, and refused with the
+    others. `auto` is `keep` for a checkpoint that can be kept, else `none` if that fits the GPUs by calculation
+    (distlora/planner/), else `nf4`: the launcher decides, so RUN/config.yaml has one of those three. `mixed` chooses a
+    format for each weight (NF4, int8, FP8 or the run's dtype), so that the harm measured in `harm` is least within
+    `budget`."""
+    budget: float | None = None
+    """Most stored bits per weight with `mixed`, on average over the weights that `nf4` would quantize: 4.13 leaves all
+    in NF4. Null if `formats` says which weight has which."""
+    harm: str | None = None
+    """Folder that `distlora analyze quantization MODEL --formats nf4,int8,fp8,bf16` wrote for this model, which `mixed`
+    needs. The launcher reads it once, before the plan."""
+    formats: Mapping[str, tuple[str, ...]] | None = None
+    """With `mixed`, the weights of each format but NF4 (int8, fp8_block, bf16: the run's dtype), by Hugging Face name.
+    The launcher chooses them, so RUN/config.yaml has them, and whatever reads the run."""
     dense_layers: int | Literal["auto"] = 0
     """Number of first decoder layers that keep a copy of their weights in train.dtype beside the quantized ones, for
     the whole run: they are dequantized once, and gathered once if the base is sharded (FSDP2 only). Each takes 2 bytes
@@ -345,7 +362,8 @@ class QuantConfig:
     """Largest size of the cache in GB (1e9 bytes); the least recently used base is removed first. null: no limit."""
 
     def __post_init__(self) -> None:
-        require_choice("quant.method", self.method, ("nf4", "keep", "none", "auto"))
+        require_choice("quant.method", self.method, ("nf4", "keep", "mixed", "none", "auto"))
+        self._check_mixed()
         dense = self.dense_layers
         require(
             dense == "auto" or (isinstance(dense, int) and dense >= 0),
@@ -362,6 +380,45 @@ class QuantConfig:
             f"quant.cache_gb={self.cache_gb} is not a positive number of gigabytes; set quant.cache_gb=200, null for "
             "no limit, or quant.cache=false to keep nothing",
         )
+
+    def _check_mixed(self) -> None:
+        """Refuse settings of quant=mixed without it, and formats that it does not have."""
+        for name in ("budget", "harm", "formats"):
+            require(
+                self.method == "mixed" or getattr(self, name) is None,
+                f"quant.{name} has no effect with quant={self.method}; leave it out, or set quant=mixed",
+            )
+        require(
+            self.budget is None or 4 < self.budget <= 32,
+            f"quant.budget={self.budget} is not a number of bits per weight that formats of 4.13 to 16 bits can meet; "
+            "set quant.budget=4.5",
+        )
+        names: set[str] = set()
+        for format, weights in (self.formats or {}).items():
+            require_choice("quant.formats' key", format, MIXED_FORMATS[1:])
+            twice = sorted(names.intersection(weights))
+            require(not twice, f"quant.formats has {twice[0] if twice else ''} twice; leave one out")
+            names.update(weights)
+
+    @property
+    def default_format(self) -> str | None:
+        """Format of the large weights of the layers, unless `formats` has another; None: dense. UserError for `auto`.
+
+        Raises UserError for `mixed` before the launcher has chosen the formats, too.
+        """
+        require(
+            self.method != "mixed" or self.formats is not None,
+            "quant=mixed chooses by the harm of each format to each weight, which is not measured yet: run `distlora "
+            "analyze quantization MODEL --formats nf4,int8,fp8,bf16 --text DATA --out FOLDER` once, and set "
+            "quant.harm=FOLDER",
+        )
+        return "nf4" if self.method == "mixed" or self.is_nf4 else None
+
+    @property
+    def exceptions(self) -> dict[str, str | None]:
+        """Formats of the weights that do not have `default_format`, by name; None for the run's dtype."""
+        chosen = (self.formats or {}).items()
+        return {name: None if format == DENSE else format for format, names in chosen for name in names}
 
     @property
     def is_nf4(self) -> bool:

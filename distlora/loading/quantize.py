@@ -27,7 +27,8 @@ from distlora.weights.decompose import Residual
 from distlora.weights.prequantized import PrequantizedWeight
 from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import reference
-from distlora_kernels.formats import nf4
+from distlora_kernels.formats import Format, nf4
+from distlora_kernels.formats.fp8_block import in_tiles
 
 CHUNK_GROUPS = 64
 """Groups quantized at once: a million weights, 4 MiB in fp32, which fits into a core's cache."""
@@ -48,7 +49,7 @@ def quantize_into(
     *,
     residual: Residual | None = None,
 ) -> None:
-    """Fill the rank's groups of a weight in a flat format, and its replicated parts.
+    """Fill the rank's groups of a weight in a format, and its replicated parts.
 
     The result is the slice of the whole tensor's quantization, bit for bit, on any number of ranks. Every rank must
     call it for every tensor in the same order, because NF4's offset is a mean over all ranks. With `residual`, the
@@ -56,22 +57,26 @@ def quantize_into(
     """
     format = weight.format
     assert format is not None, f"{name} is dense"
-    assert format.tile is None, f"{name}: a group of {format.name} is not a run of weights"
     parts, first_group = backend.local_groups(weight)
+    width, size = weight.shape[-1], run_size(format, weight.shape[-1])
+    # The fewest weights that are whole groups, and the groups in them: a row of tiles, or one group.
+    unit, in_unit = (nf4.GROUP, 1) if format.tile is None else (size, -(-width // format.tile[1]))
     device = backend.ranks.device  # Where the rows lie, or what they are gathered to from host memory.
     absmax = torch.zeros(len(parts[0]), nf4.BLOCKS_PER_GROUP, dtype=torch.float32, device=device)
-    quantize, filled = format.quantize, parts
-    if weight.nf4:
-        quantize, filled = nf4.quantize_blocks, [parts[0], absmax]
-    stop = min((first_group + len(parts[0])) * nf4.GROUP, weight.numel)
-    for start, chunk in reader.chunks(segments, first_group * nf4.GROUP, stop, CHUNK_ELEMENTS):
-        row = start // nf4.GROUP - first_group
+    filled = [parts[0], absmax] if weight.nf4 else parts
+    stop = min(-(-(first_group + len(parts[0])) // in_unit) * unit, weight.numel)
+    for start, chunk in reader.chunks(segments, first_group // in_unit * unit, stop, size):
+        row = start // unit * in_unit - first_group
         if residual is not None:
             chunk = residual.of(chunk, start)
         if not weight.nf4 and not all_finite(chunk):
             absmax.fill_(torch.inf)
-        for part, values in zip(filled, quantize(chunk.to(device)), strict=True):
-            part[row : row + len(values)] = values
+            break
+        on_device = chunk.to(device)
+        quantized = nf4.quantize_blocks(on_device) if weight.nf4 else quantize_run(format, on_device, width)
+        for part, values in zip(filled, quantized, strict=True):
+            own = values[max(-row, 0) : len(part) - row]  # Of a row of tiles, other ranks have others.
+            part[max(row, 0) :][: len(own)] = own
     if not bool(torch.isfinite(absmax).all()):
         raise UserError(
             f"{name} holds NaN or Inf weights, which {format.name.upper()} cannot represent; the checkpoint is "
@@ -80,6 +85,22 @@ def quantize_into(
     if weight.nf4:
         own_blocks = -(-max(stop - first_group * nf4.GROUP, 0) // nf4.BLOCK)
         _quantize_absmax(weight, absmax, own_blocks, backend)
+
+
+def run_size(format: Format, width: int) -> int:
+    """Return how many weights of a weight (O, I = `width`) to quantize at once: whole groups, or a row of tiles."""
+    return CHUNK_ELEMENTS if format.tile is None else format.tile[0] * width
+
+
+def quantize_run(format: Format, flat: Tensor, width: int) -> tuple[Tensor, ...]:
+    """Return the parts of flat weights that begin with a group, or with a row of tiles of a weight (O, I = `width`)."""
+    return format.quantize(flat if format.tile is None else in_tiles(flat.view(-1, width)))
+
+
+def requantized(format: Format, flat: Tensor, width: int) -> Tensor:
+    """Return what the format gives back of weights as `quantize_run` takes them, flat, in fp32."""
+    shape = (len(flat),) if format.tile is None else (len(flat) // width, width)
+    return format.dequantize(quantize_run(format, flat, width), shape=shape, dtype=torch.float32).view(-1)
 
 
 def _quantize_absmax(weight: FrozenTensor, absmax: Tensor, num_blocks: int, backend: Backend) -> None:

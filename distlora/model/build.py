@@ -439,9 +439,9 @@ def formats_of(
     if spec.quant.method == "keep":
         kept = kept_weights(architecture, base.headers, base.folder)
         return (lambda name, kind: kept[name].format if name in kept else None), kept
-    wanted = "nf4" if spec.quant.is_nf4 else None
+    wanted, chosen = spec.quant.default_format, spec.quant.exceptions
     if "quantization_config" not in base.config:
-        return (lambda name, kind: wanted), {}
+        return (lambda name, kind: chosen.get(name, wanted)), {}
     stored = read_prequantized_weights(base)
     if stored:
         refuse_dense_settings(spec)
@@ -452,7 +452,7 @@ def formats_of(
         if name in packed:
             return packed[name].format
         # bitsandbytes leaves fused experts in 16 bits, also in a checkpoint that it has quantized.
-        return None if packed and kind == "linear" else wanted
+        return None if packed and kind == "linear" else chosen.get(name, wanted)
 
     return format_of, {}
 

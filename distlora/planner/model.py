@@ -45,12 +45,11 @@ class PlannedModel:
     """Error of quant=keep; None if `shapes.kept` has what it keeps."""
 
 
+Preview = Callable[[ModelConfig], AbstractContextManager[ModelConfig]]
+
+
 def find_model(
-    config: Config,
-    *,
-    cache: Path | None = None,
-    preview: Callable[[ModelConfig], AbstractContextManager[ModelConfig]] | None = None,
-    any_length: bool = False,
+    config: Config, *, cache: Path | None = None, preview: Preview | None = None, any_length: bool = False
 ) -> PlannedModel:
     """Return the model of a config from its folder, the hub's cache (`cache`), the built-in sizes, or `preview`.
 
@@ -58,6 +57,29 @@ def find_model(
     UserError if none of them has the model, if it cannot be trained, and unless `any_length` for sequences longer than
     its positions.
     """
+    model = _find_model(config, cache, preview, any_length)
+    if not config.quant.exceptions:
+        return model
+    return dataclasses.replace(model, shapes=_with_formats(model.shapes, config.quant.exceptions))
+
+
+def _with_formats(shapes: ModelShapes, chosen: Mapping[str, str | None]) -> ModelShapes:
+    """Return the shapes with the formats of quant=mixed. Raises UserError for those of another model."""
+    formats, left = {index: dict(of_layer) for index, of_layer in shapes.formats.items()}, dict(chosen)
+    for index in range(shapes.num_layers):
+        for weight in shapes.architecture.layer(index).weights:
+            name = f"{shapes.architecture.layer_prefix}{index}.{weight.path}"
+            if weight.packs and name in left:
+                formats.setdefault(index, {})[weight.path] = left.pop(name)
+    if left:
+        raise UserError(
+            f"quant.formats names {next(iter(left))}, which the layers of this model do not have; measure this model "
+            "with `distlora analyze quantization --formats`, and set quant.harm to the result"
+        )
+    return dataclasses.replace(shapes, formats=formats)
+
+
+def _find_model(config: Config, cache: Path | None, preview: Preview | None, any_length: bool) -> PlannedModel:
     path, new = config.model.path, len(config.model.new_tokens)
     full, length = config.adapter.method == "full", None if any_length else config.data.sequence_length
     if not is_hub_name(path):

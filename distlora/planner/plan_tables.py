@@ -19,7 +19,7 @@ Name = TypeVar("Name")
 
 SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "the table of known models"}
 """Source of a model's sizes in words."""
-BASES = {"nf4": "NF4", "keep": "kept", "none": "bf16"}
+BASES = {"nf4": "NF4", "keep": "kept", "mixed": "mixed", "none": "bf16"}
 """Format of the base by quant.method."""
 RECOMPUTED = {
     "none": "recompute none",

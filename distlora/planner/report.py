@@ -172,8 +172,9 @@ def _trained(plan: Plan) -> str:
     config, shapes = plan.config, plan.model.shapes
     trained = sum(tensor.numel for tensor in trained_tensors(plan.work, shapes))
     share = f"{count(trained)} ({trained / shapes.numel:.2%})"
-    kept = f"as it is shipped ({shapes.kept_formats})"
-    base = {"nf4": "in 4 bits (NF4)", "keep": kept, "none": f"in {config.train.dtype}"}
+    base = {"nf4": "in 4 bits (NF4)", "none": f"in {config.train.dtype}"}
+    base["keep"] = f"as it is shipped ({shapes.kept_formats})"
+    base["mixed"] = f"in formats of {config.quant.budget or 'given'} bits per weight"
     if config.adapter.method == "full":
         return f"everything, {count(trained)} parameters; fp32 masters"
     targets = config.adapter.target_modules

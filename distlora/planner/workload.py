@@ -53,7 +53,7 @@ class Workload:
             adapters=(config.adapter,),
             parallel=config.parallel,
             gpus_per_node=config.cluster.gpus_per_node,
-            format="nf4" if config.quant.is_nf4 else KEEP if config.quant.method == KEEP else None,
+            format=KEEP if config.quant.method == KEEP else config.quant.default_format,
             dense_layers=config.quant.num_dense,
             keeps_shards=config.quant.keeps_shards,
             new_tokens=tuple(config.model.new_tokens),

@@ -24,7 +24,7 @@ from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.config import ModelSpec, UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.load_base import find_base
-from distlora.loading.quantize import DoubleQuantizedAbsmax
+from distlora.loading.quantize import DoubleQuantizedAbsmax, requantized, run_size
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM, build_model
@@ -83,14 +83,13 @@ class BaseWeight:
             for _, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
                 yield self._finite(chunk.float())
         elif not self.quantized:
-            for chunk in self._before_quantization(reader):
-                if self.format is not None and is_kept(self.format.name, self.source.segments):
-                    yield chunk.float()
-                elif self.format is None:
+            format, width = self.format, self.shape[-1]
+            kept = format is not None and is_kept(format.name, self.source.segments)
+            for chunk in self._before_quantization(reader, CHUNK if format is None else run_size(format, width)):
+                if format is None:
                     yield chunk.to(self.held).float()
                 else:
-                    parts = self.format.quantize(chunk)
-                    yield self.format.dequantize(parts, shape=tuple(chunk.shape), dtype=torch.float32)
+                    yield chunk.float() if kept else requantized(format, chunk, width)
         else:
             second, group = self.second_level(reader), 0
             for size, codes in self.codes(reader):
@@ -125,8 +124,8 @@ class BaseWeight:
             first += len(chunk)
         return weight.view(self.shape)
 
-    def _before_quantization(self, reader: Reader) -> Iterator[Tensor]:
-        for first, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
+    def _before_quantization(self, reader: Reader, size: int = CHUNK) -> Iterator[Tensor]:
+        for first, chunk in reader.chunks(self.source.segments, 0, self.numel, size):
             chunk = chunk if self.residual is None else self.residual.of(chunk, first)
             yield self._finite(chunk)
 

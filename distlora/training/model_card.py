@@ -85,6 +85,11 @@ def _introduction(result: Result, base: str | None) -> str:
         kind = "A QLoRA adapter, trained on the base in 4-bit NF4 with double quantization"
     elif config.quant.method == "keep":
         kind = f"A QLoRA adapter, trained on the base as it is shipped, in {_formats(result)}"
+    elif config.quant.method == "mixed":
+        number = len(config.quant.exceptions)
+        kind = (
+            f"A QLoRA adapter, trained on the base in 4-bit NF4 with {number} weights in larger formats (quant=mixed)"
+        )
     else:
         kind = f"A LoRA adapter, trained on the base in {config.train.dtype}"
     if base is None:

@@ -269,10 +269,11 @@ def weights_digest(folder: str | Path) -> str:
 
 def check_quantization(initial: PeftAdapter, method: str) -> None:
     """Raise UserError if a LoftQ adapter meets a base that is not quantized to NF4. `method`: quant.method."""
-    if initial.settings["init_from_loftq"] and method in ("none", "keep"):
+    if initial.settings["init_from_loftq"] and method in ("none", "keep", "mixed"):
+        loses = "less" if method == "mixed" else "nothing"
         raise UserError(
             f"{{adapter.init_from}}={initial.folder} started by LoftQ: A and B hold a correction of what NF4 loses of "
-            f"the base, and quant={method} loses nothing; set quant=nf4, or another {{adapter.init_from}}"
+            f"the base, and quant={method} loses {loses}; set quant=nf4, or another {{adapter.init_from}}"
         )
 
 

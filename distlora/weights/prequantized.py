@@ -95,10 +95,10 @@ def refuse_dense_settings(spec: ModelSpec) -> None:
     reason = f"{{model.path}}={spec.model.path} is quantized already"
     if spec.adapter.method == "full":
         raise UserError(f"adapter=full trains every weight, but {reason}; set {{model.path}} to the 16-bit checkpoint")
-    if spec.quant.method == "none":
+    if spec.quant.method in ("none", "mixed"):
+        does = "keeps weights in 16 bits" if spec.quant.method == "none" else "quantizes 16-bit weights"
         raise UserError(
-            f"quant=none keeps weights in 16 bits, but {reason}; set quant=nf4, or {{model.path}} to the 16-bit "
-            "checkpoint"
+            f"quant={spec.quant.method} {does}, but {reason}; set quant=nf4, or {{model.path}} to the 16-bit checkpoint"
         )
     if spec.adapter.decomposes:
         raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,22 @@ def tables(figures: Mapping[str, Any]) -> Iterator[Table]:
     """All of them, the most important first."""
     yield _formats(figures)
     layers = {f"layer {number}": values for number, values in figures["layers"].items()}
-    yield _errors("By layer", layers)
-    yield _errors("By linear", figures["linears"])
-    yield _errors("Beside them: 2 million weights drawn from a distribution", figures["references"])
+    if not _by_harm(figures):
+        yield _errors("By layer", layers)
+        yield _errors("By linear", figures["linears"])
+        yield _errors("Beside them: 2 million weights drawn from a distribution", figures["references"])
+        return
+    first = figures["formats"][0]
+    tensors = sorted(figures["tensors"], key=lambda t: -t["formats"][first].get("harm", 0.0) / t["weights"])
+    yield _harms("Harm by layer, nats per token / 1,000", figures["formats"], layers)
+    yield _harms("Harm by linear", figures["formats"], figures["linears"])
+    heading = f"Harm of the {MOST_ROWS} tensors with the most per weight in {first}"
+    yield _harms(heading, figures["formats"], {tensor["name"]: tensor for tensor in tensors[:MOST_ROWS]})
+
+
+def _by_harm(figures: Mapping[str, Any]) -> bool:
+    """Return whether formats were named, and so measured by their harm, or by their errors alone without a text."""
+    return "int4" not in figures["formats"]
 
 
 def _formats(figures: Mapping[str, Any]) -> Table:
@@ -31,7 +44,7 @@ def _formats(figures: Mapping[str, Any]) -> Table:
     dense, formats = figures["dtype"], figures["overall"]["formats"]
     head = ["format", "relative error", "SNR, dB", "largest error", "bits a weight", "model, MiB"]
     rows = [head + (["perplexity", "points", "KL, nats"] if perplexity else [])]
-    for name in ("bf16", "nf4", "int4"):
+    for name in figures["formats"]:
         values, model_bytes = formats[name], figures["model"]["bytes"][name]
         cells = [
             name,
@@ -44,10 +57,10 @@ def _formats(figures: Mapping[str, Any]) -> Table:
         of = perplexity and perplexity["formats"].get(name)  # bf16 has none where the model computed in fp32.
         if perplexity:
             cells.append(f"{of['perplexity']:,.2f}" if of else "")
-            cells += ["", ""] if name == "bf16" else [points(of), f"{of['divergence']:.5f}"]
+            cells += ["", ""] if name == "bf16" or not of else [points(of), f"{of['divergence']:.5f}"]
         rows.append(cells)
-    if perplexity and dense == "fp32":
-        rows.insert(1, ["fp32", *[""] * 5, f"{perplexity['formats'][dense]['perplexity']:,.2f}", "", ""])
+    if perplexity and dense not in figures["formats"]:
+        rows.insert(1, [dense, *[""] * 5, f"{perplexity['formats'][dense]['perplexity']:,.2f}", "", ""])
     computed = f", computed in {dense}" if perplexity else ""
     return Table(f"{figures['model_name']}: {figures['overall']['weights']:,} weights of its blocks{computed}", rows)
 
@@ -67,9 +80,21 @@ def _errors(heading: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
                 "-" if gain is None else f"{gain:+.2f}",
             ]
         )
-    if len(rows) > MOST_ROWS:
+    return _shortened(heading, rows)
+
+
+def _harms(heading: str, formats: Sequence[str], groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    rows = [["", "weights", *formats]]
+    for name, values in groups.items():
+        harms = [values["formats"][format].get("harm") for format in formats]
+        rows.append([name, f"{values['weights']:,}", *("-" if h is None else f"{1000 * h:.3g}" for h in harms)])
+    return _shortened(heading, rows)
+
+
+def _shortened(heading: str, rows: list[list[str]]) -> Table:
+    if len(rows) > MOST_ROWS + 1:
         half = MOST_ROWS // 2
-        left = [f"({len(rows) - 1 - 2 * half} more in quantization.json)", *[""] * 5]
+        left = [f"({len(rows) - 1 - 2 * half} more in quantization.json)", *[""] * (len(rows[0]) - 1)]
         rows = [*rows[: half + 1], left, *rows[-half:]]
     return Table(heading, rows)
 
@@ -83,6 +108,15 @@ def gain_db(figures: Mapping[str, Any]) -> float | None:
 def reading(figures: Mapping[str, Any]) -> list[str]:
     """Return the figures that matter most, in sentences."""
     tensors, measured = figures["tensors"], figures["perplexity"]
+    if _by_harm(figures):
+        found = []
+        for name, values in figures["overall"]["formats"].items():
+            sentence = f"{name} at {values['bits']:.3f} bits per weight"
+            sentence += f" harms by {values['harm']:.3g} nats per token, estimated" if "harm" in values else ""
+            if measured and name in measured["formats"]:
+                sentence += f", and {measured['formats'][name]['divergence']:.3g} measured on held-out sequences"
+            found.append(f"{sentence}.")
+        return found
     better = sum((gain_db(tensor) or 0) > 0 for tensor in tensors)
     nf4, int4 = (figures["overall"]["formats"][name] for name in ("nf4", "int4"))
     found = [
@@ -114,7 +148,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
         reading(figures),
         ("errors by layer, gain by kurtosis, perplexity", PLOT_NAME),
         tables(figures),
-        NOTES,
+        NOTES + (HARM_NOTE if _by_harm(figures) else ""),
     )
 
 
@@ -125,30 +159,40 @@ bytes, padding of the last group of 16,384 included. Perplexity is exp of the me
 mean of KL(unquantized model's prediction || this one's); for int4 a dense model holds what int4 gives back."""
 
 
+HARM_NOTE = """
+
+**Harm** is the KL per token that a format causes in one weight alone, estimated to second order: half the squared
+errors times the diagonal of the Fisher information, from one backward per sequence for tokens that the model itself
+draws. `quant=mixed quant.budget=4.5 quant.harm=FOLDER` chooses the format of each weight by it."""
+
+
 def terminal(figures: Mapping[str, Any]) -> str:
     """Return the tables and conclusions for the terminal."""
     return as_text(tables(figures), reading(figures))
 
 
 _FORMAT_COLOURS = {"bf16": COLOURS[6], "fp32": COLOURS[6], "nf4": COLOURS[0], "int4": COLOURS[1]}
+_FORMAT_COLOURS |= {"int8": COLOURS[2], "fp8_block": COLOURS[3]}
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> None:
     """Errors by layer, NF4's gain over int4 by the tensors' kurtosis, and perplexity where it was measured."""
     has_text = bool(figures["perplexity"])
-    figure, panels = new_figure(4 if has_text else 2, width=13 if has_text else 8, height=3.4)
-    _plot_layers(panels[0], figures["tensors"])
-    _plot_gains(panels[1], figures["tensors"], figures["references"])
+    left = 1 if _by_harm(figures) else 2
+    figure, panels = new_figure(left + 2 * has_text, width=4 * left + 5 * has_text, height=3.4)
+    _plot_layers(panels[0], figures["tensors"], [name for name in figures["formats"] if name != "bf16"])
+    if left == 2:
+        _plot_gains(panels[1], figures["tensors"], figures["references"])
     if has_text:
-        _plot_perplexity(panels[2], panels[3], figures["perplexity"]["formats"])
-    figure.suptitle(f"What 4 bits cost {figures['model_name']}", fontsize=11)
+        _plot_perplexity(panels[left], panels[left + 1], figures["perplexity"]["formats"])
+    figure.suptitle(f"What {'formats' if left == 1 else '4 bits'} cost {figures['model_name']}", fontsize=11)
     save(figure, path)
 
 
-def _plot_layers(panel: Axes, tensors: list[Mapping[str, Any]]) -> None:
+def _plot_layers(panel: Axes, tensors: list[Mapping[str, Any]], names: Sequence[str]) -> None:
     """Every tensor's relative error over its layer: a dot each, and the range of each layer."""
-    for name, shift in (("nf4", -0.12), ("int4", 0.12)):
-        x = [tensor["layer"] + shift for tensor in tensors]
+    for number, name in enumerate(names):
+        x = [tensor["layer"] + 0.24 * (number - (len(names) - 1) / 2) for tensor in tensors]
         y = [100 * tensor["formats"][name]["relative_error"] for tensor in tensors]
         panel.plot(x, y, ".", color=_FORMAT_COLOURS[name], alpha=0.7, label=name.replace("nf4", "NF4"))
     panel.set(xlabel="layer", ylabel="relative error of a tensor, %")

@@ -38,6 +38,12 @@ class QuantizationRequest:
     """Tokens in a row."""
     rows: int = 128
     """Most rows that are measured; of more, as many are taken at even distances."""
+    formats: tuple[str, ...] = ()
+    """Formats to measure, with the harm of each to each weight; none: NF4 and int4, without harm."""
+    harm_rows: int = 32
+    """Most rows that harm is measured on, in the same way."""
+    held_out: bool = True
+    """Whether the loss of each of `formats` is measured, for which the model is dense."""
 
     def __post_init__(self) -> None:
         require(self.rows > 0, f"--rows={self.rows} is not a valid number of rows; write 1 or more")

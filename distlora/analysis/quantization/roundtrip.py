@@ -7,25 +7,28 @@ the absmax of a block, and with it the whole second level.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from distlora.analysis.quantization.sensitivity import Sensitivity
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES
 from distlora.config import ModelSpec, UserError
 from distlora.loading.load_base import find_base
-from distlora.loading.quantize import DoubleQuantizedAbsmax
+from distlora.loading.quantize import DoubleQuantizedAbsmax, requantized, run_size
 from distlora.model.build import CausalLM, build_model
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.weights.conversion import Source
-from distlora.weights.reader import Reader
+from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import reference
+from distlora_kernels.formats import FORMATS as REGISTERED
 from distlora_kernels.formats import nf4
 
 CHUNK = 64 * nf4.GROUP
@@ -65,6 +68,8 @@ FORMATS = {
     "nf4": FourBit(nf4.quantize_blocks, nf4.nf4_dequantize),
     "int4": FourBit(_quantize_int4, _dequantize_int4),
 }
+MEASURED = (DENSE, "nf4", "int4")
+"""Formats that are measured where none are named."""
 
 
 def round_trip(
@@ -86,9 +91,13 @@ class FormatSums:
     largest: float = 0.0
     """Largest error."""
     num_bytes: int = 0
+    harm: float | None = None
+    """Estimated divergence from the unquantized model in nats per token; None where it is not measured."""
 
     def add(self, other: FormatSums) -> None:
         """Add the sums of another chunk."""
+        if other.harm is not None:
+            self.harm = (self.harm or 0.0) + other.harm
         self.error += other.error
         self.largest = max(self.largest, other.largest)
         self.num_bytes += other.num_bytes
@@ -139,26 +148,52 @@ class Sums:
         return (fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4) / variance**2 - 3
 
 
-def measure(chunks: Callable[[], Iterator[Tensor]], numel: int) -> Sums:
-    """Measure both 4-bit formats and bf16 on one tensor of `numel` weights, dequantized in fp32.
+Chunks = Callable[[int], Iterator[Tensor]]
+"""Reads a tensor again, in flat pieces of this many weights (the last may be smaller)."""
 
-    Each call of `chunks` reads the tensor again, in flat pieces of whole groups (but the last). Raises ValueError for
-    NaN and Inf.
+
+def measure(
+    chunks: Chunks, shape: tuple[int, ...], formats: Sequence[str] = MEASURED, sensitivity: Sensitivity | None = None
+) -> Sums:
+    """Measure formats by their names on one tensor, dequantized in fp32; with a sensitivity, the harm of each too.
+
+    Raises ValueError for NaN and Inf.
     """
-    second = DoubleQuantizedAbsmax.of(chunks(), numel)
-    sums = Sums(formats={name: FormatSums() for name in (*FORMATS, DENSE)})
-    first_group = 0
-    for chunk in chunks():
-        weights = chunk.float()
-        sums.add(Sums(weights.numel(), _powers(weights)))
-        for name, format in FORMATS.items():
-            restored, num_bytes = round_trip(chunk, format, second, first_group)
-            sums.formats[name].add(_difference(weights, restored, num_bytes))
-        sums.formats[DENSE].add(_difference(weights, weights.bfloat16().float(), 2 * weights.numel()))
-        first_group += nf4.num_groups(chunk.numel())
-    for name in FORMATS:
-        sums.formats[name].num_bytes += second.offset.nbytes
+    sums = Sums()
+    for number, name in enumerate(formats):
+        of_format, start = FormatSums(), 0
+        for weights, values, num_bytes in restored(chunks, shape, name):
+            more = _difference(weights, values, num_bytes)
+            if sensitivity is not None:
+                harm = (weights - values).square_() * sensitivity.of(start, len(weights))
+                more.harm = float(harm.sum(dtype=torch.float64)) / 2
+            of_format.add(more)
+            if number == 0:
+                sums.add(Sums(len(weights), _powers(weights)))
+            start += len(weights)
+        of_format.num_bytes += torch.float32.itemsize if name in FORMATS else 0  # The offset.
+        sums.formats[name] = of_format
     return sums
+
+
+@torch.no_grad()
+def restored(chunks: Chunks, shape: tuple[int, ...], format: str) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield (weights, what the format gives back of them, stored bytes without replicated parts), flat in fp32."""
+    if format in FORMATS:
+        second, first = DoubleQuantizedAbsmax.of(chunks(CHUNK), math.prod(shape)), 0
+        for chunk in chunks(CHUNK):
+            yield chunk.float(), *round_trip(chunk, FORMATS[format], second, first)
+            first += nf4.num_groups(chunk.numel())
+        return
+    kept, width = REGISTERED.get(format), shape[-1]
+    for chunk in chunks(CHUNK if kept is None else run_size(kept, width)):
+        if not all_finite(chunk):
+            raise ValueError("NaN or Inf weights")
+        if kept is None:
+            yield chunk.float(), chunk.bfloat16().float(), 2 * chunk.numel()
+        else:
+            num_bytes = kept.num_bytes((len(chunk),) if kept.tile is None else (len(chunk) // width, width))
+            yield chunk.float(), requantized(kept, chunk, width), num_bytes
 
 
 def _powers(weights: Tensor) -> list[float]:
@@ -193,7 +228,7 @@ def measure_references() -> dict[str, Sums]:
         else:
             uniform = torch.rand(REFERENCE_SIZE, generator=generator, dtype=torch.float64) - 0.5
             weights = (-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()
-        found[name] = measure(lambda weights=weights: iter(weights.split(CHUNK)), REFERENCE_SIZE)  # type: ignore[misc]
+        found[name] = measure(lambda size, weights=weights: iter(weights.split(size)), (REFERENCE_SIZE,))  # type: ignore[misc]
     return found
 
 
@@ -215,15 +250,17 @@ class Weight:
         """Return the number of elements."""
         return sum(segment.numel for segment in self.source.segments)
 
-    def chunks(self, reader: Reader, device: torch.device) -> Iterator[Tensor]:
-        """Yield the weight in flat order, in pieces of whole groups (but the last), in its dtype on disk."""
-        for _, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
+    def chunks(self, reader: Reader, device: torch.device, size: int) -> Iterator[Tensor]:
+        """Yield the weight in flat order, in pieces of `size` weights (but the last), in its dtype on disk."""
+        for _, chunk in reader.chunks(self.source.segments, 0, self.numel, size):
             yield chunk.to(device)
 
-    def measure(self, reader: Reader, device: torch.device) -> Sums:
-        """Measure all formats on the weight. Raises UserError for NaN and Inf."""
+    def measure(
+        self, reader: Reader, device: torch.device, formats: Sequence[str], sensitivity: Sensitivity | None
+    ) -> Sums:
+        """Measure formats on the weight (`measure`). Raises UserError for NaN and Inf."""
         try:
-            return measure(lambda: self.chunks(reader, device), self.numel)
+            return measure(functools.partial(self.chunks, reader, device), self.shape, formats, sensitivity)
         except ValueError as error:
             raise UserError(f"{self.name} holds {error}; the checkpoint is damaged, download it again") from error
 

@@ -1,8 +1,9 @@
 """The worker of `distlora analyze quantization`: weights, then perplexity, then the files and the tables."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,28 +14,28 @@ from distlora.analysis.naming import layer_of, linear_of
 from distlora.analysis.quantization import report
 from distlora.analysis.quantization.request import NAMES, PLOT_NAME, REPORT_NAME, RESULT_NAME, QuantizationRequest
 from distlora.analysis.quantization.roundtrip import (
-    FORMATS,
-    FourBit,
+    DENSE,
+    MEASURED,
     Sums,
     Weight,
     block_weights,
     find_weights,
     measure_references,
-    round_trip,
+    restored,
 )
+from distlora.analysis.quantization.sensitivity import Sensitivity, measure_sensitivity
 from distlora.config import TrainConfig
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
-from distlora.loading.quantize import DoubleQuantizedAbsmax
+from distlora.model.build import CausalLM
 from distlora.output.results import Written
 from distlora.parallel import Ranks, join_ranks
-from distlora.post.divergence import Loss, Readings, compare, evenly, let_go
+from distlora.post.divergence import Loss, Readings, compare, evenly
 from distlora.post.load_trained import made_on
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress
 from distlora.training.setup import start_model
 from distlora.weights.reader import Reader
-from distlora_kernels.formats.nf4 import GROUP
 
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report)
 
@@ -48,12 +49,24 @@ def run(request: QuantizationRequest) -> int:
     weights, total = find_weights(request.spec("nf4"))
     say.line(f"weights: {len(weights):,} tensors, {sum(weight.numel for weight in weights):,} of {total:,} parameters")
     found: dict[str, Any] = describe(request, ranks)
-    found |= _of_weights(measured(weights, ranks, say), total)
+    model, sensitivities, held_out = None, {}, rows
+    if rows is not None:
+        quant: Literal["nf4", "none"] = "none" if request.held_out else "nf4"
+        say(f"loading the base in {request.dtype if request.held_out else quant}")
+        train = TrainConfig(dtype=request.dtype, fused_kernels="none")  # Hooks on linears need them called.
+        model, _, _ = start_model(request.spec(quant), ranks, train=train, shard_degree=ranks.world)
+        if request.formats:
+            # Every second sequence is for the harm, the others are held out.
+            halves = [rows.take(np.arange(first, len(rows), 2)) for first in (0, 1)]
+            measured_on, held_out = evenly(halves[0], request.harm_rows), halves[1]
+            found["harm_rows"] = len(measured_on)
+            sensitivities = measure_sensitivity(model, measured_on, ranks, say)
+    found |= _of_weights(measured(request, weights, sensitivities, ranks, say), total)
     found["references"] = {name: _of_sums(sums) for name, sums in measure_references().items()}
     found["perplexity"] = None
-    if rows is not None:
-        chosen = evenly(rows, request.rows)
-        losses = measure_formats(request, chosen, weights, ranks, say)
+    if rows is not None and held_out is not None and model is not None and request.held_out:
+        chosen = evenly(held_out, request.rows)
+        losses = measure_losses(request, model, chosen, weights, ranks, say)
         found["perplexity"] = {
             "text": request.text_name,
             "rows": len(chosen),
@@ -72,11 +85,18 @@ def read_rows(request: QuantizationRequest) -> PackedRows:
     return PackedRows.open(prepare(request.spec("nf4").model, request.data(), train), "train")
 
 
-def measured(weights: list[Weight], ranks: Ranks, say: Progress) -> Iterator[tuple[Weight, Sums]]:
+def measured(
+    request: QuantizationRequest,
+    weights: list[Weight],
+    sensitivities: Mapping[str, Sensitivity],
+    ranks: Ranks,
+    say: Progress,
+) -> Iterator[tuple[Weight, Sums]]:
     """Each weight with what the formats do to it."""
+    formats = request.formats or MEASURED
     with Reader() as reader:
         for number, weight in enumerate(weights, start=1):
-            yield weight, weight.measure(reader, ranks.device)
+            yield weight, weight.measure(reader, ranks.device, formats, sensitivities.get(weight.name))
             say(f"weights: {number:,}/{len(weights):,} tensors, {weight.name}")
 
 
@@ -86,6 +106,7 @@ def describe(request: QuantizationRequest, ranks: Ranks) -> dict[str, Any]:
         "model_name": request.model_name,
         "command": f"distlora analyze quantization {request.model_name}",
         "dtype": request.dtype,
+        "formats": list(request.formats or MEASURED),
     }
 
 
@@ -128,6 +149,7 @@ def _of_sums(sums: Sums) -> dict[str, Any]:
                 "largest_error": format.largest,
                 "bytes": format.num_bytes,
                 "bits": sums.bits(name),
+                **({} if format.harm is None else {"harm": format.harm}),
             }
             for name, format in sums.formats.items()
         },
@@ -152,62 +174,34 @@ def _of_losses(losses: Mapping[str, Loss]) -> dict[str, Any]:
     }
 
 
-def measure_formats(
-    request: QuantizationRequest, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
+def measure_losses(
+    request: QuantizationRequest, model: CausalLM, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Progress
 ) -> dict[str, Loss]:
-    """Return the loss of every format by its name: `request.dtype`, then the 4-bit ones.
-
-    Of the two models, dense and packed, one is in memory at a time.
-    """
-    dense, int4 = _of_dense_model(request, rows, weights, ranks, say)
-    let_go(ranks.device)
-    found = {request.dtype: dense, "nf4": _of_packed_model(request, dense, say), "int4": int4}
+    """Return the loss of a dense model, and of each format, whose restored weights take the place of its own."""
+    dense = Readings(rows, ranks, say)
+    dense.take(model, request.dtype)
+    modules = dict(block_weights(model))
+    found: dict[str, Readings] = {request.dtype: dense}
+    for format in request.formats or (name for name in MEASURED if name != DENSE):
+        if format != request.dtype:
+            with Reader() as reader:
+                for weight in weights:
+                    put_through(weight, format, modules[weight.name].weight, reader)
+            found[format] = Readings(rows, ranks, say, dense)
+            found[format].take(model, format)
     targets = torch.from_numpy(rows.targets.astype(np.float64))
     return {
         name: compare(readings.losses, dense.losses, readings.divergences, targets) for name, readings in found.items()
     }
 
 
-def _of_dense_model(
-    request: QuantizationRequest, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Callable[[str], None]
-) -> tuple[Readings, Readings]:
-    """Return (the base's readings, int4's). int4 has no packed path: a dense model holds the restored weights."""
-    say(f"perplexity: loading the base in {request.dtype}")
-    model, _, _ = start_model(
-        request.spec("none"), ranks, train=TrainConfig(dtype=request.dtype), shard_degree=ranks.world
-    )
-    dense = Readings(rows, ranks, say)
-    dense.take(model, request.dtype)
-    by_name = {weight.name: weight for weight in weights}
-    with Reader() as reader, torch.no_grad():
-        for name, module in block_weights(model):
-            if name in by_name:  # A router stays as it is.
-                put_through(by_name[name], FORMATS["int4"], module.weight, reader)
-    int4 = Readings(rows, ranks, say, dense)
-    int4.take(model, "int4")
-    return dense, int4
-
-
-def _of_packed_model(request: QuantizationRequest, dense: Readings, say: Callable[[str], None]) -> Readings:
-    """NF4's, which runs as in training."""
-    say("perplexity: loading the base in nf4")
-    model, _, _ = start_model(
-        request.spec("nf4"), dense.ranks, train=TrainConfig(dtype=request.dtype), shard_degree=dense.ranks.world
-    )
-    nf4 = Readings(dense.rows, dense.ranks, say, dense)
-    nf4.take(model, "nf4")
-    return nf4
-
-
 @torch.no_grad()
-def put_through(weight: Weight, format: FourBit, into: Tensor, reader: Reader) -> None:
-    """Fill `into` (the weight's shape, fp32 or bf16) with what `format` gives back of the weight on disk."""
-    second = DoubleQuantizedAbsmax.of(weight.chunks(reader, into.device), weight.numel)
+def put_through(weight: Weight, format: str, into: Tensor, reader: Reader) -> None:
+    """Fill `into` (the weight's shape, fp32 or bf16) with what a format gives back of the weight on disk."""
     flat, first = into.view(-1), 0
-    for chunk in weight.chunks(reader, into.device):
-        restored, _ = round_trip(chunk, format, second, first // GROUP, into.dtype)
-        flat[first : first + chunk.numel()] = restored
-        first += chunk.numel()
+    for _, values, _ in restored(functools.partial(weight.chunks, reader, into.device), weight.shape, format):
+        flat[first : first + len(values)] = values
+        first += len(values)
 
 
 def main(request: QuantizationRequest) -> int:

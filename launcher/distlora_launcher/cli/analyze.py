@@ -14,8 +14,8 @@ from distlora.analysis.quantization import request as quantization
 from distlora.analysis.spectrum import request as spectrum
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError, require
-from distlora.config.base import cache_root, place_of
-from distlora.config.errors import named_settings
+from distlora.config.base import MIXED_FORMATS, cache_root, place_of
+from distlora.config.errors import named_settings, require_choice
 from distlora.post.trained import BASE_ALONE
 from distlora.system import atomic_io
 from distlora.system.command_worker import to_json
@@ -40,6 +40,8 @@ TEXT_NAME = "text.jsonl"
 class QuantizationArguments:
     """Measure the quantization error of a base: NF4 with double quantization, uniform int4 at the same bits, and bf16.
 
+    With --formats, measure other formats, and how much harm each does to each weight, from which quant=mixed chooses.
+
     Prints the error per weight, layer and linear, bits per weight, and perplexity on a text; FOLDER gets a report with
     plots. Weights are read one at a time. Perplexity needs the whole model in the memory of one process.
 
@@ -52,7 +54,12 @@ class QuantizationArguments:
     """FILE: documents to measure perplexity on, in any format of data.path (default: Python's language reference,
     which large models were trained on)."""
     no_perplexity: bool = False
-    """Measure only the weights."""
+    """Measure only the weights; with --formats their harm too, on the base in NF4, and no held-out loss."""
+    formats: tuple[str, ...] = ()
+    """FORMAT,...: formats to measure: nf4, int8, fp8 (blocks of 128 x 128), bf16. Adds the harm of each to each weight
+    on every second sequence of the text, in nats per token; the others are held out for the loss of each format."""
+    harm_rows: int | None = None
+    """N: maximum number of sequences that harm is measured on (default: 32)."""
     out: str | None = None
     """FOLDER: folder for the results, without earlier ones (default: analysis/MODEL-quantization)."""
     dtype: Literal["bf16", "fp32"] = "bf16"
@@ -159,8 +166,15 @@ def check_quantization(options: QuantizationArguments) -> quantization.Quantizat
 
     Raises UserError for anything that can be checked before the run.
     """
+    formats = tuple(dict.fromkeys({"fp8": "fp8_block"}.get(name, name) for name in options.formats))
+    for name in formats:
+        require_choice("--formats", name, MIXED_FORMATS)
     require(
-        options.text is None or not options.no_perplexity,
+        options.harm_rows is None or (options.harm_rows > 0 and len(formats) > 0),
+        f"--harm-rows={options.harm_rows} needs --formats and a number of 1 or more",
+    )
+    require(
+        options.text is None or not options.no_perplexity or len(formats) > 0,
         f"--text={options.text} has no effect with --no-perplexity; leave one of them out",
     )
     model = place_of(options.model)
@@ -174,12 +188,15 @@ def check_quantization(options: QuantizationArguments) -> quantization.Quantizat
         model=model,
         model_name=name,
         # Where nothing is named, a file that is written once everything is checked.
-        text=None if options.no_perplexity else text or str(out / TEXT_NAME),
+        text=None if options.no_perplexity and not formats else text or str(out / TEXT_NAME),
         text_name=name_of(text) if text else "Python's language reference",
         out=str(out),
         cache_dir=str(cache_root() / "data"),
         dtype=options.dtype,
         rows=options.rows,
+        formats=formats,
+        harm_rows=options.harm_rows or 32,
+        held_out=not options.no_perplexity,
         sequence_length=ROW_TOKENS if options.sequence_length is None else options.sequence_length,
     )
     with with_small_files(request.spec("nf4").model) as small:

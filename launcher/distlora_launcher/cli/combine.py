@@ -180,7 +180,7 @@ def check_unchanged(folder: str | None, known: str | None) -> None:
 def quant_of(members: Sequence[Member], requested: Quant | None) -> Quant:
     """Return the quantization of the base, as in training."""
     trained = sorted({member.quant for member in members if member.quant is not None})
-    if requested is None and len(trained) > 1:
+    if requested is None and (len(trained) > 1 or trained == ["mixed"]):
         raise UserError(
             f"the runs held their base as {' and as '.join(trained)}, and what these adapters add depends on that; "
             "write --quant nf4, keep or none for the base of the result"

@@ -262,7 +262,7 @@ def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subje
     found: dict[tuple[object, ...], Subject] = {}
     for trained, subject in zip(runs, subjects, strict=True):
         spec = trained.spec
-        key = (str(spec.path.resolve()), held_in(spec), spec.model.new_tokens)
+        key = (str(spec.path.resolve()), held_in(spec), str(spec.quant.formats), spec.model.new_tokens)
         if key not in found:
             base = base_of(trained, subject)
             labels = [other.label for other in found.values()]
@@ -279,7 +279,7 @@ def base_label(trained: Trained) -> str:
 
 def held_in(spec: ModelSpec) -> str:
     """Return how a base is held, in words."""
-    return {"nf4": "in nf4", "keep": "as shipped"}.get(spec.quant.method, f"in {spec.dtype}")
+    return {"nf4": "in nf4", "keep": "as shipped", "mixed": "in mixed formats"}.get(spec.quant.method, f"in {spec.dtype}")
 
 
 def model_subject(place: str, quant: Quant | None) -> Subject:

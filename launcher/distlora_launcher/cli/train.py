@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from distlora.config import ClusterConfig, UserError, require
 from distlora.config.peer_names import peer_hint
 from distlora.planner.choose import Choice
+from distlora.planner.mixed import with_formats
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
 from distlora_launcher.cli.resume import resume
 from distlora_launcher.cli.train_help import help_text
@@ -244,7 +245,7 @@ def run_job(settings: DictConfig, number: int, runs: ArrayRuns) -> int:
     try:
         restore_options(settings, overrides)
         config = config_from_hydra(settings, run_dir=str(hydra_settings.runtime.output_dir))
-        config = with_initial_adapter(config, overrides)
+        config = with_formats(with_initial_adapter(config, overrides))
         return start_composed(decide(config, user_settings(config.plan, overrides)), number, runs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

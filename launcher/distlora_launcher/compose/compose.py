@@ -24,6 +24,7 @@ from distlora.config.base import cache_root, means_hub
 from distlora.config.file import build
 from distlora.config.plan import GPUS
 from distlora.config.training import TRACKERS
+from distlora.planner.mixed import with_formats
 from distlora.run_folder.sweep import words_of
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 from distlora_launcher.compose.explain import EXAMPLE, EXPLAINED, REQUIRED, explain, refuse_unusable
@@ -52,6 +53,7 @@ PATHS = (
     "data.eval_path",
     "data.cache_dir",
     "quant.cache_dir",
+    "quant.harm",
     "adapter.init_from",
     "parallel.deepspeed_config",
 )
@@ -61,6 +63,7 @@ MAPPINGS = (
     "model.special_tokens",
     "adapter.rank_pattern",
     "adapter.alpha_pattern",
+    "quant.formats",
     "data.columns",
     "cluster.environment",
     "sweep.space",
@@ -242,7 +245,7 @@ def _compose_one(overrides: list[str], may_lack_paths: bool) -> Composed:
             del composed["hydra"]
         restore_options(composed, overrides)
         config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
-        config = with_initial_adapter(config, overrides)
+        config = with_formats(with_initial_adapter(config, overrides))
         return Composed(config=config, fixed=user_settings(config.plan, overrides))
     except EXPLAINED as error:
         raise explain(error, overrides) from error

@@ -69,7 +69,7 @@ def start_torchrun_early(run_dir: Path, config: Config) -> Torchrun:
         processes=config.cluster.gpus_per_node,
         max_restarts=config.cluster.max_restarts,
         imports=[
-            *([QUANTIZED_IMPORT] if config.quant.is_nf4 else []),
+            *([QUANTIZED_IMPORT] if config.quant.default_format else []),
             *(["wandb"] if config.tracker.wandb else []),
             *([f"transformers.models.{family}.modeling_{family}"] if isinstance(family, str) else []),
         ],

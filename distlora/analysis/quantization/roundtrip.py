@@ -185,7 +185,7 @@ def restored(chunks: Chunks, shape: tuple[int, ...], format: str) -> Iterator[tu
             yield chunk.float(), *round_trip(chunk, FORMATS[format], second, first)
             first += nf4.num_groups(chunk.numel())
         return
-    kept, width = REGISTERED.get(format), shape[-1]
+    kept, width = None if format == DENSE else REGISTERED[format], shape[-1]
     for chunk in chunks(CHUNK if kept is None else run_size(kept, width)):
         if not all_finite(chunk):
             raise ValueError("NaN or Inf weights")

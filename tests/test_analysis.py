@@ -240,6 +240,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (["quantization", "model", "--out", "old"], "holds an earlier analysis"),
         (["quantization", "model", "--dtype", "fp16"], "choose from 'bf16', 'fp32'"),
         (["quantization", "model", "--rows", "0"], "--rows=0"),
+        (
+            ["quantization", "model", "--formats", "nf4,gptq"],
+            "--formats='gptq' is not one of nf4, int8, fp8_block, bf16",
+        ),
+        (["quantization", "model", "--harm-rows", "3"], "--harm-rows=3 needs --formats"),
         (["quantization", "model", "--rows", "many"], "--rows"),
         (["quantization", "model", "--sequence-length", "1"], "leaves no token to predict"),
         (["quantization", "model", "--sequence-length", "65"], "--sequence-length"),

@@ -254,6 +254,7 @@ def base_of(trained: Trained, subject: Subject) -> Subject:
         return Subject(label=base_label(trained), kind="base", name=name)
     model, method = trained.spec.model.path, trained.spec.quant.method
     assert method != "auto", "the launcher has resolved it"
+    assert method != "mixed", "an adapter without its run has a base in one format"
     return Subject(label=base_label(trained), kind="base", model=model, quant=method)
 
 
@@ -279,7 +280,9 @@ def base_label(trained: Trained) -> str:
 
 def held_in(spec: ModelSpec) -> str:
     """Return how a base is held, in words."""
-    return {"nf4": "in nf4", "keep": "as shipped", "mixed": "in mixed formats"}.get(spec.quant.method, f"in {spec.dtype}")
+    return {"nf4": "in nf4", "keep": "as shipped", "mixed": "in mixed formats"}.get(
+        spec.quant.method, f"in {spec.dtype}"
+    )
 
 
 def model_subject(place: str, quant: Quant | None) -> Subject:

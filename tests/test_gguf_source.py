@@ -264,6 +264,8 @@ def texts_are_those_of_the_file(file: Path, folder: Path) -> None:
     values = {name.removeprefix("tokenizer."): field.contents() for name, field in fields.items()}
     tokens = values["ggml.tokens"]
     assert tokenizer.convert_ids_to_tokens(range(len(tokens))) == tokens
+    assert len(tokenizer) == len(tokens)
+    assert max(tokenizer("<|endoftext|>").input_ids) < len(tokens)
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     assert [" ".join(pair) for pair in spec["model"]["merges"]] == values["ggml.merges"]
     for name in ("bos", "eos"):

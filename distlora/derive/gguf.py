@@ -247,7 +247,7 @@ def _entry(
 
 def tokenizer_of(file: Path, header: GgufHeader) -> Any:
     """Return the tokenizer that a file describes. Raises UserError if transformers would split texts otherwise."""
-    from tokenizers import pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
     from transformers import AutoTokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
@@ -257,6 +257,10 @@ def tokenizer_of(file: Path, header: GgufHeader) -> Any:
         f"{file}: tokenizer.ggml.pre={short(split)} is not one that transformers splits texts by; {_INSTEAD}",
     )
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    within = [token for token in spec["added_tokens"] if token["id"] < header.metadata["tokenizer.ggml.tokens"]]
+    if len(within) < len(spec["added_tokens"]):  # transformers adds GPT-2's <|endoftext|> behind the last token.
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec | {"added_tokens": within}))
     if kind == "gpt2" and split in _DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -28,7 +28,7 @@ that fails a check is refused before anything is started, with the name of the c
 | safetensors in bf16, fp16 or fp32 | yes: quantized to NF4 shard by shard while it is read, or used as it is (`quant=none`) |
 | bitsandbytes NF4, with or without double quantization | yes: loaded byte for byte |
 | MXFP4 (gpt-oss), FP8 (blocks, tensors, channels), NVFP4 and int4 of compressed-tensors and ModelOpt, AWQ, GPTQ (with and without activation order), bitsandbytes 8-bit | yes: kept in their own codes and scales (`quant=keep`, but for FP8 per channel, 8-bit integers and activation order), quantized to NF4, or used dense (`quant=none`) |
-| GGUF: a file, or a folder with one | any type of ggml; the architectures that transformers maps. `quant=keep` but for types without a kernel |
+| GGUF: a file, or a folder with one | Q4_0 to Q8_0 and Q2_K to Q6_K with `quant=keep`; other types with `quant=nf4` or `none`. The architectures that transformers maps |
 | .bin files, other methods | not yet: refused by name |
 
 ## Train on what is served
@@ -38,6 +38,13 @@ attention, routers, norms. Nothing is quantized, so nothing is cached, and the r
 ```bash
 distlora train model.path=openai/gpt-oss-20b quant=keep data.path=chats.jsonl
 ```
+A GGUF file needs an extra:
+```bash
+pip install 'distlora[gguf]'
+distlora train model.path=SmolLM2.Q4_1.gguf quant=keep data.path=chats.jsonl
+```
+`quant=nf4` reads the same checkpoint and rounds its weights a second time, which the run says when it starts.
+
 `adapter.init=pissa` and `loftq` change the base or correct a rounding, and are refused. A weight that cannot be kept is refused by its name
 before the run starts, with the settings that read it. `quant=auto` is `keep` for a checkpoint that can be kept. The model card names the formats.
 

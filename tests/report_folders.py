@@ -15,7 +15,7 @@ from distlora.config.file import as_mapping, build
 MOMENT = 1_795_655_700.0
 VOID = {"meta", "br", "img", "col", "link", "input", "base"}
 PLAN = {
-    "model": {"name": "llama", "model_type": "llama", "parameters": 448608, "parameters_in_4_bit": 255744},
+    "model": {"name": "llama", "model_type": "llama", "parameters": 448608, "parameters_quantized": 255744},
     "machine": {"name": "CPU", "is_gpu": False, "gpu": None, "ranks": 2, "ranks_per_machine": 2, "host_bytes": None},
     "fits": True,
     "device": {

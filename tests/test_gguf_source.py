@@ -100,10 +100,10 @@ def test_a_file_that_changes_is_not_read(llama: Path, tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[200] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"m.gguf is not the file that .*gguf.json describes any more"):
+    with pytest.raises(UserError, match=r"m.gguf changed after .*gguf.json was written"):
         _ = CheckpointFiles(folder).headers
     file.unlink()
-    with pytest.raises(UserError, match=r"m.gguf is missing, whose weights .*gguf.json describes"):
+    with pytest.raises(UserError, match=r"m.gguf is missing; .*gguf.json refers to its weights"):
         _ = CheckpointFiles(folder).headers
 
 
@@ -136,11 +136,14 @@ def rewritten(source: Path, target: Path, *, drop: str = "", add: str = "", **me
         ({"drop": "blk.1.attn_k.weight"}, "no tensor of it is .*model.layers.1.self_attn.k_proj.weight"),
         ({"add": "blk.0.attn_rot.weight"}, "no parameter for the tensor blk.0.attn_rot.weight"),
         ({"add": "rope_freqs.weight"}, "rope_freqs.weight is not what Llama 3.1 and later have"),
-        ({"llama.rope.scaling.type": "yarn"}, "passes over llama.rope.scaling.type='yarn'"),
-        ({"llama.expert_count": 8}, "passes over llama.expert_count=8"),
-        ({"llama.attention.value_length": 32}, "llama.attention.value_length=32, and transformers reads head_dim=64"),
+        ({"llama.rope.scaling.type": "yarn"}, "ignores llama.rope.scaling.type='yarn'"),
+        ({"llama.expert_count": 8}, "ignores llama.expert_count=8"),
+        (
+            {"llama.attention.value_length": 32},
+            "has llama.attention.value_length=32, but transformers' config has head_dim=64",
+        ),
         ({"tokenizer.ggml.pre": "poro-chat"}, "tokenizer.ggml.pre='poro-chat' is not one that transformers splits"),
-        ({"split.count": 3}, "is one of 3 parts; put them together with `llama-gguf-split --merge`"),
+        ({"split.count": 3}, "is one of 3 parts; merge them with `llama-gguf-split --merge FIRST_PART OUT.gguf`"),
     ],
 )
 def test_what_cannot_be_read_exactly_is_refused(

@@ -16,6 +16,7 @@ from torch import Tensor
 from closeness import assert_adapters_close, assert_losses_close, assert_same_run
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.kept_weights import is_transposed
+from distlora.architecture.low_bit import labels
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.config import Config, UserError
 from distlora.config.file import build
@@ -224,7 +225,7 @@ def test_what_transformers_and_peft_compute_is_what_was_trained(
     assert logits["difference"] <= 1e-4
     if form == "peft":
         card = (tmp_path / "out" / "README.md").read_text()
-        assert f"trained on the base as it is shipped, in {MODELS[name][3].upper()}" in card
+        assert f"trained on the base in the checkpoint's format, {', '.join(labels(MODELS[name][3].split(', ')))}" in card
         assert "changed none of them" in card
 
 
@@ -233,7 +234,7 @@ def test_bytes_on_the_network_and_in_memory_are_those_of_the_plan(world: World, 
     config = config_for(place(name) / name, quant=KEEP)
     work, planned = Workload.of(config), model_in(place(name) / name)
     assert planned.cannot_keep is None
-    assert planned.shapes.kept_formats == MODELS[name][3]
+    assert planned.shapes.kept_formats == ", ".join(labels(MODELS[name][3].split(", ")))
     step = wire.step_traffic(work, planned.shapes, world=2, accumulation=1)
     for counts, _ in world.run(2, our_traffic, config=config, accumulation=1):
         assert (counts.gathered, counts.reduced) == (step.gathered, step.reduced)
@@ -266,7 +267,7 @@ def per_channel(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
 
 
 CANNOT = [
-    ("gptq", in_activation_order, r"layers\.0\.\S+: its columns are in activation order; set quant=nf4"),
+    ("gptq", in_activation_order, r"layers\.0\.\S+: no format stores columns in activation order .*; set quant=nf4"),
     ci("fp8", per_channel, r"layers\.0\.\S+: FP8 with a scale per 1 x \d+ weights .* not in tiles .*; set quant=nf4"),
 ]
 
@@ -290,7 +291,7 @@ def test_a_weight_that_cannot_be_kept_is_refused_by_its_name(
 
 def test_experts_of_parts_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
     write_kept_model(tmp_path / "model", "nvfp4-experts", num_hidden_layers=1, moe_intermediate_size=96)
-    with pytest.raises(UserError, match=r"experts\.gate_up_proj: .* not whole blocks of nvfp4; set quant=nf4"):
+    with pytest.raises(UserError, match=r"experts\.gate_up_proj: .* not whole blocks of NVFP4; set quant=nf4"):
         check_model(config_in(tmp_path / "model"))
 
 

@@ -259,7 +259,11 @@ REFUSED: list[tuple[str, Callable[[Checkpoint], None], str]] = [
     ("gptq-128", without("qzeros"), r"no tensor .*down_proj.qzeros"),
     ("gptq-128", setting(bits=3), r"bits=3 is not supported, only 4 or 8"),
     ("gptq-128", changed("g_idx", lambda g: g + 1), r"\(g_idx\) names groups 1 to 2 of 2"),
-    ("gptq-128", changed("g_idx", lambda g: g.roll(1)), r"activation order \(g_idx\), which desc_act=false"),
+    (
+        "gptq-128",
+        changed("g_idx", lambda g: g.roll(1)),
+        r"activation order \(g_idx\), but config.json has desc_act=false",
+    ),
     ("gptq-128", changed("qzeros", lambda z: z | 15), r"zero point stored as 15"),
     ("bnb-int8", changed("weight_format", lambda f: f + 1), r"layout for old GPUs"),
     ("bnb-int8", setting(load_in_4bit=True), r"load_in_4bit=True is not supported"),

@@ -44,7 +44,7 @@ def shapes_of(name: str) -> ModelShapes:
 
 def packed(shapes: ModelShapes, *, bits_of_scales: float) -> float:
     """Bytes of weights in 4 bits, with so many for their scales."""
-    return shapes.packed_numel * (4 + bits_of_scales) / 8
+    return shapes.quantized_numel("nf4") * (4 + bits_of_scales) / 8
 
 
 def bits() -> float:

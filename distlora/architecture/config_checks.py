@@ -78,10 +78,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no config.json; point {{model.path}} at a model's folder in Hugging Face format"
         )
-    config, beside = read_object(path, _AGAIN), folder / MODELOPT_CONFIG
-    if "quantization_config" not in config and beside.is_file():
-        content = read_object(beside, _AGAIN)
-        check_shape(content, {"quantization": dict, "*": object}, beside, _AGAIN)
+    config, modelopt_path = read_object(path, _AGAIN), folder / MODELOPT_CONFIG
+    if "quantization_config" not in config and modelopt_path.is_file():
+        content = read_object(modelopt_path, _AGAIN)
+        check_shape(content, {"quantization": dict, "*": object}, modelopt_path, _AGAIN)
         config["quantization_config"] = {"quant_method": "modelopt", **content["quantization"]}
     return config
 

@@ -72,9 +72,9 @@ def read_gguf_note(folder: Path) -> dict[str, Segment] | None:
     note = read_object(path, remedy, _SHAPE)
     file = Path(note["file"])
     if not file.is_file():
-        raise UserError(f"{file} is missing, whose weights {path} describes; put it back there, or {remedy}")
+        raise UserError(f"{file} is missing; {path} refers to its weights. Restore it, or {remedy}")
     if (file.stat().st_size, header_digest(file, note["header_bytes"])) != (note["bytes"], note["header_sha256"]):
-        raise UserError(f"{file} is not the file that {path} describes any more; {remedy}")
+        raise UserError(f"{file} changed after {path} was written; {remedy}")
     orders = [_runs(order) for order in note["orders"]]
     return {name: _segment(file, name, entry, orders) for name, entry in note["parameters"].items()}
 

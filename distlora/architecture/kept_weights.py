@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS
+from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS, labels
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.spec import Architecture
@@ -42,9 +42,12 @@ def kept_weights(architecture: Architecture, headers: Mapping[str, Segment], pla
                     raise _cannot_keep(name, "its matrices are stored transposed, and the model's own code reads them")
                 found[name] = kept
     if not found:
+        is_nf4 = any(".quant_state.bitsandbytes__nf4" in name for name in headers)
         raise UserError(
-            "quant=keep keeps weights in the low bits that they are shipped in, and the linears in the decoder layers "
-            f"of {{model.path}}={place} have none, or bitsandbytes' NF4, which quant=nf4 keeps; set quant=nf4"
+            f"{{model.path}}={place} is stored in NF4; set quant=nf4, which keeps it unchanged"
+            if is_nf4
+            else "quant=keep keeps the quantized weights of a checkpoint, and the linears in the decoder layers of "
+            f"{{model.path}}={place} are not quantized; set quant=nf4"
         )
     return found
 
@@ -59,14 +62,16 @@ def kept_weight(name: str, segments: Sequence[Segment]) -> KeptWeight | None:
         if not tensor.format:
             raise _cannot_keep(name, tensor.reason)
     if len(formats) > 1 or len(tensors) < len(segments):
-        raise _cannot_keep(name, f"it is put together from tensors in {' and '.join(formats)} and others")
+        dtypes = {segment.dtype for segment in segments if not isinstance(segment, LowBitSegment)}
+        listed = ", ".join([*labels(formats), *sorted(dtypes)])
+        raise _cannot_keep(name, f"it merges tensors of different formats ({listed})")
     if len({tensor.transposed for tensor in tensors}) > 1 or (tensors[0].transposed and len(segments) > 1):
-        raise _cannot_keep(name, "it is put together from transposed matrices")
+        raise _cannot_keep(name, "it merges transposed matrices")
     unit, start = _unit(formats[0], tensors[0].stored_shape[-1]), 0
     for segment, tensor in zip(segments, tensors, strict=True):
         end = segment.offset + segment.num_bytes
         if start % unit or segment.offset % unit or (end % unit and end < tensor.segment.num_bytes):
-            raise _cannot_keep(name, f"it is put together from parts that are not whole blocks of {formats[0]}")
+            raise _cannot_keep(name, f"it merges parts that are not whole blocks of {labels(formats)[0]}")
         start += segment.num_bytes
     return KeptWeight(formats[0], tensors[0].transposed)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 GROUP = 16_384
@@ -30,6 +30,8 @@ class LowBitFormat(NamedTuple):
     """Rows and columns of the tile that a group holds; None if a group is a run of weights."""
     block: int = GROUP
     """Neighbouring weights that are decoded together."""
+    label: str = ""
+    """Name in text for users."""
 
     @property
     def group_bytes(self) -> int:
@@ -59,26 +61,32 @@ _GGUF_BLOCKS = {
 """Weights and bytes of the blocks of ggml's types."""
 
 LOW_BIT_FORMATS: Mapping[str, LowBitFormat] = {
-    "nf4": LowBitFormat((PartSize(8192, 1), PartSize(256, 1), PartSize(1, 4)), 4, block=64),
-    "nf4_absmax": LowBitFormat((PartSize(8192, 1), PartSize(256, 4)), block=64),
-    "mxfp4": LowBitFormat((PartSize(8192, 1), PartSize(512, 1)), block=32),
-    "nvfp4": LowBitFormat((PartSize(8192, 1), PartSize(1024, 1), PartSize(1, 4)), block=16),
-    "fp8_block": LowBitFormat((PartSize(GROUP, 1), PartSize(1, 4)), tile=(128, 128)),
-    "int8": LowBitFormat((PartSize(GROUP, 1), PartSize(128, 4)), block=128),
+    "nf4": LowBitFormat((PartSize(8192, 1), PartSize(256, 1), PartSize(1, 4)), 4, block=64, label="NF4"),
+    "nf4_absmax": LowBitFormat((PartSize(8192, 1), PartSize(256, 4)), block=64, label="NF4"),
+    "mxfp4": LowBitFormat((PartSize(8192, 1), PartSize(512, 1)), block=32, label="MXFP4"),
+    "nvfp4": LowBitFormat((PartSize(8192, 1), PartSize(1024, 1), PartSize(1, 4)), block=16, label="NVFP4"),
+    "fp8_block": LowBitFormat((PartSize(GROUP, 1), PartSize(1, 4)), tile=(128, 128), label="FP8 in 128 x 128 blocks"),
+    "int8": LowBitFormat((PartSize(GROUP, 1), PartSize(128, 4)), block=128, label="int8 in groups of 128"),
     **{
         f"int4_g{size}{dtype}{zeros}": LowBitFormat(
             (PartSize(8192, 1), PartSize(GROUP // size, 2), *([PartSize(GROUP // size, 1)] if zeros else [])),
             block=size,
+            label=f"int4 in groups of {size}",
         )
         for size in (32, 64, 128)
         for dtype in ("", "_fp16")
         for zeros in ("", "_zeros")
     },
     **{
-        name: LowBitFormat((PartSize(GROUP // block * size, 1),), block=block)
+        name: LowBitFormat((PartSize(GROUP // block * size, 1),), block=block, label=name[0].upper() + name[1:])
         for name, (block, size) in _GGUF_BLOCKS.items()
     },
 }
+
+
+def labels(formats: Iterable[str]) -> list[str]:
+    """Return the names of formats in text for users, each once."""
+    return list(dict.fromkeys(LOW_BIT_FORMATS[format].label for format in formats))
 
 
 def is_nf4(format: str | None) -> bool:

@@ -2,8 +2,8 @@
 
 A quantized weight is several tensors on disk: codes, scales, sometimes zero points or an order of the columns. They are
 paired here by the rules of `quantization_config.quant_method`, and appear under the weight's ordinary name as one
-`LowBitSegment`; scales of activations and of the KV cache are dropped. Which weights are quantized is told by the
-tensors themselves, not by lists of modules in config.json. Values: distlora/weights/low_bit.
+`LowBitSegment`; scales of activations and of the KV cache are dropped. Which weights are quantized is determined by
+the tensors themselves, not by lists of modules in config.json. Values: distlora/weights/low_bit.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def _scaled(
     block = (fitting or blocks)[0]
     found = {"codes": parts.left.pop(name)}
     found["scales"] = parts.take(name + suffix, name, (*FLOATS, "F8_E8M0", "U8"), grid_of(shape, block))
-    format, reason = "", "8-bit integers are not kept"
+    format, reason = "", f"no format stores 8-bit integers with a scale per {block[0]} x {block[1]} weights"
     if found["codes"].dtype == "F8_E4M3":
         format, reason = as_tiles(shape, block)
     return LowBitTensor(
@@ -213,7 +213,7 @@ def _blocks_of(arguments: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[in
 
 
 def _find_compressed(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
-    """Yield the weights of compressed-tensors' formats, told apart by names and dtypes."""
+    """Yield the weights of compressed-tensors' formats, distinguished by names and dtypes."""
     arguments = _weight_arguments(settings)
     for name, codes in parts.ending("_packed", "U8"):
         yield _fp4(parts, name, matrix_of(name, codes, 2), f"{name}_packed", f"{name}_global_scale")
@@ -287,9 +287,9 @@ def _integers(
     reason, suffix = "", {"BF16": "", "F16": "_fp16"}.get(found["scales"].dtype)
     if bits != 4 or size is None or suffix is None:
         reason = f"{bits}-bit integers with a scale in {found['scales'].dtype} per {block[1]} of {shape[-1]:,} weights"
-        reason += " are not kept"
+        reason = f"no format stores {reason}"
     elif not in_order and block[1] < shape[-1]:
-        reason = "its columns are in activation order"
+        reason = "no format stores columns in activation order (desc_act, actorder)"
     return LowBitTensor(
         name=name,
         shape=shape,
@@ -376,7 +376,7 @@ def _find_gptq(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTens
     """Yield GPTQ's weights: X.qweight (I * bits / 32, O), X.qzeros (G, O * bits / 32), X.scales (G, O), X.g_idx (I,).
 
     In the first version of the format zero points are stored less 1. Bits are those of the settings, or (`dynamic`)
-    those that the length of g_idx tells.
+    those that the length of g_idx implies.
     """
     version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     for name, codes in parts.ending(".qweight"):
@@ -409,7 +409,7 @@ def _find_bnb(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTenso
             parts=found,
             block=(1, shape[-1]),
             bits=8,
-            reason="8-bit integers are not kept",
+            reason="no format stores 8-bit integers per row",
         )
 
 

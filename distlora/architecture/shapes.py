@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.low_bit import labels
 from distlora.architecture.spec import Architecture, Weight, architecture_of
 from distlora.architecture.targets import select_adapted
 from distlora.config import AdapterConfig, nearest
@@ -98,8 +99,10 @@ class ModelShapes:
 
     @property
     def kept_formats(self) -> str:
-        """Names of the formats of `kept`, in words."""
-        return ", ".join(sorted({format for layer in self.kept.values() for format in layer.values() if format}))
+        """Names of the formats of `kept` in text for users."""
+        return ", ".join(
+            labels(sorted({format for layer in self.kept.values() for format in layer.values() if format}))
+        )
 
     @property
     def hidden(self) -> int:
@@ -128,12 +131,11 @@ class ModelShapes:
             1 if self.tied else 2
         )
 
-    @property
-    def packed_numel(self) -> int:
-        """Parameters that quant=nf4 keeps in 4 bits."""
-        kinds = self.architecture.kinds
-        packed = [sum(weight.numel for weight in kind.weights if weight.packs) for kind in kinds]
-        return sum(packed[kind] for kind in self.architecture.kind_of_layer)
+    def quantized_numel(self, default: str | None) -> int:
+        """Return the number of parameters that have a format, `default` as in `layer_formats`."""
+        layers, kinds = self.layer_formats(default), self.architecture.kinds
+        pairs = (zip(kinds[kind].weights, formats, strict=True) for kind, formats in layers)
+        return sum(weight.numel for layer in pairs for weight, format in layer if format is not None)
 
     def ties(self, config: AdapterConfig) -> bool:
         """Return True if a run has one matrix for embedding and LM head; a trained whole one is untied."""

@@ -332,7 +332,7 @@ class QuantConfig:
     """`nf4` keeps the linears of the decoder layers in NF4 with double quantization, 4.127 bits per weight; `none`
     keeps them in the run's dtype. `keep` keeps those that a checkpoint ships in low bits (MXFP4, NVFP4, block FP8,
     4-bit integers, GGUF) with its own codes and scales, and the others dense: training sees the values that are served.
-    A checkpoint that bitsandbytes has already quantized to NF4 is kept as it is with `nf4`, and refused with the
+    A checkpoint that bitsandbytes has already quantized to NF4 is kept unchanged with `nf4`, and refused with the
     others. `auto` is `keep` for a checkpoint that can be kept, else `none` if that fits the GPUs by calculation
     (distlora/planner/), else `nf4`: the launcher decides, so RUN/config.yaml has one of those three. `mixed` chooses a
     format for each weight (NF4, int8, FP8 or the run's dtype), so that the harm measured in `harm` is least within
@@ -354,7 +354,7 @@ class QuantConfig:
     cache: bool = True
     """Keep the quantized shards, as many bytes as the base in NF4, so that the next start reads them instead of the
     checkpoint, on any number of ranks and bit for bit the same. A checkpoint that is already quantized is not cached. A
-    full or read-only disk only prints a warning. This and the next two have effect with quant=nf4 alone."""
+    full or read-only disk only prints a warning. This and the next two settings apply only to quant=nf4."""
     cache_dir: str = field(default_factory=lambda: str(cache_root() / "quantized"))
     """Folder of the cache, shared by all nodes or local to each; `distlora cache list` shows it. Use one per user: in a
     shared one, reading another user's entries does not mark them as used, and cache_gb does not remove them."""

@@ -90,7 +90,11 @@ def settings_of(file: Path, header: GgufHeader) -> tuple[dict[str, Any], Mapping
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     architecture, parts = header.metadata.get("general.architecture"), header.metadata.get("split.count", 0)
-    require(parts < 2, f"{file} is one of {parts} parts; put them together with `llama-gguf-split --merge`")
+    require(
+        parts < 2,
+        f"{file} is one of {parts} parts; merge them with `llama-gguf-split --merge FIRST_PART OUT.gguf`, and set "
+        "{model.path}=OUT.gguf",
+    )
     try:
         settings: dict[str, Any] = load_gguf_checkpoint(str(file))["config"]
         settings.pop("_model_name_or_path", None)
@@ -145,9 +149,16 @@ def check_metadata(file: Path, header: GgufHeader, config: Any, known: Mapping[s
         name = known.get(key) or _ATTRIBUTES.get(key)
         actual = None if name is None else _attribute(config, name)
         if name is None:
-            raise UserError(f"{file}: transformers passes over {full}={short(value)}; {_INSTEAD}")
+            raise UserError(
+                f"{file}: transformers ignores {full}={short(value)}, so the model could compute something else; "
+                f"{_INSTEAD}"
+            )
         same = actual == value or (isinstance(actual, float) and math.isclose(actual, value, rel_tol=1e-6))
-        require(same, f"{file}: {full}={short(value)}, and transformers reads {name}={short(actual)}; {_INSTEAD}")
+        require(
+            same,
+            f"{file}: the file has {full}={short(value)}, but "
+            f"transformers' config has {name}={short(actual)}; {_INSTEAD}",
+        )
 
 
 def _attribute(config: Any, name: str) -> Any:

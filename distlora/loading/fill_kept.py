@@ -1,7 +1,7 @@
-"""Fill a rank's groups of a weight that is kept in the low bits it is shipped in (quant=keep), a chunk at a time.
+"""Fill a rank's groups of a weight kept in the checkpoint's format (quant=keep), a chunk at a time.
 
-Nothing is quantized and no rank needs another: each one reads the blocks of its own groups. Memory beyond the shard:
-two chunks as they are read, and one decoded to look for NaN and Inf.
+Nothing is quantized, and ranks do not communicate: each one reads the blocks of its own groups. Memory beyond the
+shard: two chunks as they are read, and one decoded to look for NaN and Inf.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def fill_kept(weight: FrozenTensor, segments: Sequence[Segment], reader: Reader,
     for start, chunk in itertools.chain.from_iterable(chunks):
         group = start // per_group - first_group
         groups = -(-len(chunk[0]) // per_group)
-        own = [part[group : group + groups] for part in parts]
-        for part, values in zip(own, chunk, strict=True):
+        rank_parts = [part[group : group + groups] for part in parts]
+        for part, values in zip(rank_parts, chunk, strict=True):
             _place(part, values.to(part.device), per_group, name)
-        on_device = [part.to(backend.ranks.device) for part in own]
-        if not all(map(all_finite, (*own, format.dequantize_groups(on_device, torch.float32)))):
+        on_device = [part.to(backend.ranks.device) for part in rank_parts]
+        if not all(map(all_finite, (*rank_parts, format.dequantize_groups(on_device, torch.float32)))):
             raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
 
 

@@ -28,8 +28,8 @@ def _frozen(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 class FrozenTensor(nn.Module):
     """Frozen weight of any shape: in a format (`distlora_kernels.formats`), or dense.
 
-    `format` is its name, whose parts become Parameters over G groups, and whose replicated parts buffers. Without one,
-    `weight` (shape) in `dtype`.
+    `format`: name of the format. Its parts become Parameters (G, ...), its replicated parts buffers. None: `weight`
+    (shape) in `dtype`.
     """
 
     is_parameter = True

@@ -157,7 +157,7 @@ class LossHead(nn.Module):
 
     @property
     def num_rows(self) -> int:
-        """Return the rows of the weight, one per token; call it where a sharded weight is gathered."""
+        """Number of tokens, the rows of the weight; call it where a sharded weight is gathered."""
         return self.weight.shape[0] if self.kept is None else self.kept.shape[0]
 
     @contextlib.contextmanager

@@ -84,7 +84,7 @@ def cost_of(plan: Plan) -> tuple[float, ...]:
 def _dequantized_layers(plan: Plan) -> float:
     """Return how many layers a step dequantizes: each in forward, in its recomputation and in backward."""
     quant, recomputes = plan.config.quant, plan.config.train.checkpointing in ("block", "offload")
-    layers = plan.model.shapes.num_layers - quant.num_dense if quant.method != "none" else 0
+    layers = plan.model.shapes.num_layers - quant.num_dense if plan.work.format is not None else 0
     return layers * (3 if recomputes else 2)
 
 

@@ -84,8 +84,8 @@ def _find_model(config: Config, cache: Path | None, preview: Preview | None, any
     full, length = config.adapter.method == "full", None if any_length else config.data.sequence_length
     if not is_hub_name(path):
         if preview is not None and gguf_file(path) is not None:
-            with preview(config.model) as here:
-                return model_in(Path(here.path), new_tokens=new, full=full, sequence_length=length)
+            with preview(config.model) as folder:
+                return model_in(Path(folder.path), new_tokens=new, full=full, sequence_length=length)
         return model_in(Path(path), name=config.model.name, new_tokens=new, full=full, sequence_length=length)
     snapshot = None if cache is None else cached_snapshot(cache, path, config.model.revision)
     if snapshot is not None:
@@ -103,12 +103,11 @@ def _find_model(config: Config, cache: Path | None, preview: Preview | None, any
         )
     with ExitStack() as stack:
         try:
-            here = stack.enter_context(preview(config.model))
+            folder = stack.enter_context(preview(config.model))
         except UserError as error:  # The hub's answer, which knows nothing of names that are alike.
             near = nearest_architecture(path)
             raise UserError(f"{path} is not built in{near}: {error}" if near else str(error)) from error
-        folder = Path(here.path)
-        return model_in(folder, name=path, new_tokens=new, full=full, sequence_length=length)
+        return model_in(Path(folder.path), name=path, new_tokens=new, full=full, sequence_length=length)
 
 
 def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> PlannedModel:
@@ -157,9 +156,9 @@ def model_in(
     method, cannot_keep = quantization_method(settings, place), None
     if method == NF4 and size is not None:
         shapes = dataclasses.replace(shapes, formats=_stored_formats(folder, shapes))
-    is_low_bit = method not in (None, NF4) or (folder / NOTE_NAME).is_file()
+    is_quantized = method is not None or (folder / NOTE_NAME).is_file()
     try:
-        shapes = dataclasses.replace(shapes, kept=_kept_formats(folder, shapes, is_low_bit=is_low_bit))
+        shapes = dataclasses.replace(shapes, kept=_kept_formats(folder, shapes, is_quantized=is_quantized))
     except UserError as error:
         cannot_keep = error
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
@@ -174,10 +173,10 @@ def model_in(
     )
 
 
-def _kept_formats(folder: Path, shapes: ModelShapes, *, is_low_bit: bool) -> dict[int, dict[str, str | None]]:
+def _kept_formats(folder: Path, shapes: ModelShapes, *, is_quantized: bool) -> dict[int, dict[str, str | None]]:
     """Return `ModelShapes.kept` of a checkpoint. Raises UserError if it cannot be kept, or its files are absent."""
     architecture = shapes.architecture
-    headers = CheckpointFiles(folder).headers if is_low_bit else {}
+    headers = CheckpointFiles(folder).headers if is_quantized else {}
     found: dict[int, dict[str, str | None]] = {}
     for name, weight in kept_weights(architecture, headers, folder).items():
         index, _, path = name.removeprefix(architecture.layer_prefix).partition(".")

@@ -48,6 +48,9 @@ def lines(plan: Plan) -> list[str]:
         found.append("  per step: " + "; ".join(filter(None, (moved, time))))
     if (empty := empty_rows(plan)) is not None:
         found.append(f"  {empty}")
+    method, stored = plan.config.quant.method, plan.model.shapes.kept_formats
+    if stored and method in ("nf4", "mixed"):
+        found.append(f"  stored in {stored}; quant={method} rounds it again (quant=keep trains on the stored values)")
     return found
 
 
@@ -173,7 +176,7 @@ def _trained(plan: Plan) -> str:
     trained = sum(tensor.numel for tensor in trained_tensors(plan.work, shapes))
     share = f"{count(trained)} ({trained / shapes.numel:.2%})"
     base = {"nf4": "in 4 bits (NF4)", "none": f"in {config.train.dtype}"}
-    base["keep"] = f"as it is shipped ({shapes.kept_formats})"
+    base["keep"] = f"in the checkpoint's format ({shapes.kept_formats})"
     base["mixed"] = f"in formats of {config.quant.budget or 'given'} bits per weight"
     if config.adapter.method == "full":
         return f"everything, {count(trained)} parameters; fp32 masters"

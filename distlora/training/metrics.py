@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit import labels
 from distlora.architecture.tokens import HEAD
 from distlora.config import AdapterConfig, ClusterConfig, ModelSpec
 from distlora.loading.load_base import Loaded
@@ -53,7 +54,7 @@ def describe(
         f"({trainable / total:.2%}), {spec.dtype}"
     )
     if loaded.bits_per_weight is not None:
-        formats = ", ".join(formats_of(model)).upper()
+        formats = ", ".join(labels(formats_of(model)))
         reporter.event(
             f"{loaded.quantized_weights:,} parameters in {formats} at {loaded.bits_per_weight:.3f} bits each; "
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit import labels
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.spec import architecture_of
 from distlora.config import SourceConfig, UserError
@@ -84,7 +85,7 @@ def _introduction(result: Result, base: str | None) -> str:
     elif config.quant.is_nf4:
         kind = "A QLoRA adapter, trained on the base in 4-bit NF4 with double quantization"
     elif config.quant.method == "keep":
-        kind = f"A QLoRA adapter, trained on the base as it is shipped, in {_formats(result)}"
+        kind = f"A QLoRA adapter, trained on the base in the checkpoint's format, {_formats(result)}"
     elif config.quant.method == "mixed":
         number = len(config.quant.exceptions)
         kind = (
@@ -101,7 +102,7 @@ def _introduction(result: Result, base: str | None) -> str:
 
 def _formats(result: Result) -> str:
     """Return the formats of the base's weights in low bits, in words."""
-    return ", ".join(name.upper() for name in result.summary.get("formats", [])) or "low bits"
+    return ", ".join(labels(result.summary.get("formats", []))) or "low bits"
 
 
 def _data(result: Result) -> Iterator[str]:
@@ -252,7 +253,7 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         )
     text = f"```python\n{code}```"
     if result.config.quant.method == "keep":
-        text += "\n\nThe adapter is for the base as it is shipped: training had the codes and scales in "
+        text += "\n\nThe adapter is for the checkpoint's own quantized weights: training had the codes and scales in "
         text += f"{_formats(result)} that its files hold, and changed none of them."
     if not result.config.quant.is_nf4:
         return text

@@ -57,7 +57,10 @@ def extends(weight: FrozenWeight) -> bool:
 
 
 def take_beside(weight: FrozenWeight, b: Tensor, *, first_rank: int, columns: int) -> Tensor:
-    """Return of NF4 [W | 0 b 0] (O, I + `columns`), b (O, R) from column I + `first_rank` on, valid as `take`'s."""
+    """Return [W | 0 b 0] (O, I + `columns`) of a weight in NF4; b (O, R) is at column I + `first_rank`.
+
+    It is valid as `take`'s.
+    """
     out, features = weight.shape
     dense = _place((out, features + columns), b.dtype, b.device)
     assert isinstance(weight.format, Nf4)

@@ -176,7 +176,7 @@ class BnbInt8Codec(Codec):
 
 
 class Fp4Codec(Codec):
-    """MXFP4 (exponents per 32) or NVFP4 (e4m3 scales per 16, over a global scale): two e2m1 a byte, low nibble first.
+    """MXFP4 (exponents per 32) or NVFP4 (e4m3 scales per 16, over a global scale): two e2m1 per byte, low nibble first.
 
     transformers' convert_moe_packed_tensors; compressed-tensors' mxfp4- and nvfp4-pack-quantized, of which ModelOpt has
     the reciprocal global scale. MXFP4 is exact in bf16; NVFP4 is code * (scale / global scale) in fp32.
@@ -246,8 +246,8 @@ class IntegerCodec(Codec):
         groups = self._groups(tensor, reader)
         if not bool((groups.view(-1, size) == groups[::size, None]).all()):
             raise UserError(
-                f"{tensor.parts['order'].file}: {tensor.name} has its columns in activation order (g_idx), which "
-                "desc_act=false in config.json denies; set {quant.method}=nf4 to quantize it again"
+                f"{tensor.parts['order'].file}: {tensor.name} has its columns in activation order (g_idx), but "
+                "config.json has desc_act=false; set {quant.method}=nf4 to quantize it again"
             )
         blocks = codes.reshape(-1, size)
         parts = (scales, zeros) if "zeros" in tensor.parts else (scales,)

@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 class Format(ABC):
-    """A format. `parts` of a method are a weight's tensors in the order of `parts` and `replicated`."""
+    """A format. Methods take `parts`: the weight's tensors in the order of `self.parts`, then `self.replicated`."""
 
     name: str
     parts: tuple[Part, ...]

@@ -297,7 +297,7 @@ def model_subject(place: str, quant: Quant | None) -> Subject:
         small = Path(here.path)
         packed = read_prequantized_weights(CheckpointFiles(small))
         require(
-            quant in (None, "nf4") or not packed,
+            quant != "none" or not packed,
             f"--quant={quant}: {place} is stored in NF4; leave --quant out",
         )
         held: Quant = "nf4" if packed or quant == "nf4" else "keep" if quant == "keep" else "none"

@@ -40,7 +40,7 @@ _MAX_NUMBER = 1e200
 
 _NUMBER = (float, type(None))
 _PLAN: Shape = RECORDED | {
-    "model?": {"name?": str, "model_type?": str, "parameters?": int, "parameters_in_4_bit?": int},
+    "model?": {"name?": str, "model_type?": str, "parameters?": int, "parameters_quantized?": int},
     "machine?": RECORDED["machine?"] | {"name?": str, "ranks?": int, "ranks_per_machine?": int, "host_bytes?": _NUMBER},
     "host?": {"while_training?": float, "machine?": float},
     "disk?": {"checkpoint?": float, "result?": float},

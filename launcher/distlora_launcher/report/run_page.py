@@ -381,10 +381,10 @@ def _environment(run: RunRecords) -> list[tuple[str, Any]]:
             rows.append(("revision", run.config.model.revision))
     if "parameters" in model:
         rows.append(("model type", f"{model.get('model_type', '')}, {count(model['parameters'])} parameters"))
-        if quantized := model.get("parameters_in_4_bit"):
+        if quantized := model.get("parameters_quantized"):
             bits = run.summary.get("bits_per_parameter")
             each = f", {bits:.3f} bits each with their scales" if bits is not None else ""
-            rows.append(("in 4 bits", f"{count(quantized)} parameters{each}"))
+            rows.append(("quantized", f"{count(quantized)} parameters{each}"))
     if "base_fingerprint" in run.state.get("identity", {}):
         rows.append(("fingerprint of the base", run.state["identity"]["base_fingerprint"]))
     if "name" in machine and "ranks" in machine:

@@ -24,10 +24,12 @@ from distlora.loading.load_base import find_base
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Ranks
+from distlora.planner import plan_of
 from distlora.planner import traffic as wire
 from distlora.planner.choose import Search, resolve_auto
 from distlora.planner.memory.base import base_of
 from distlora.planner.model import model_in
+from distlora.planner.report import lines
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora.weights.reader import Reader
@@ -225,7 +227,9 @@ def test_what_transformers_and_peft_compute_is_what_was_trained(
     assert logits["difference"] <= 1e-4
     if form == "peft":
         card = (tmp_path / "out" / "README.md").read_text()
-        assert f"trained on the base in the checkpoint's format, {', '.join(labels(MODELS[name][3].split(', ')))}" in card
+        assert (
+            f"trained on the base in the checkpoint's format, {', '.join(labels(MODELS[name][3].split(', ')))}" in card
+        )
         assert "changed none of them" in card
 
 
@@ -287,6 +291,20 @@ def test_a_weight_that_cannot_be_kept_is_refused_by_its_name(
         Search(config=config_in(folder, quant={"method": "auto"}), model=model_in(folder), machine=cpu_machine(1))
     ).config.quant.method in ("nf4", "none")
     check_model(config_in(folder, quant={"method": "nf4"}))
+
+
+def test_a_plan_counts_kept_weights_and_says_that_nf4_rounds_them_again(place: Any) -> None:
+    folder = place("fp8") / "fp8"
+    model = model_in(folder)
+    by_method = {
+        method: plan_of(config_in(folder, quant={"method": method}), model, cpu_machine(1))
+        for method in ("keep", "nf4", "none")
+    }
+    quantized = {method: plan.as_json()["model"]["parameters_quantized"] for method, plan in by_method.items()}
+    linears = sum(weight.numel for weight in model.shapes.block if weight.packs) * model.shapes.num_layers
+    assert quantized == {"keep": linears, "nf4": linears, "none": 0}
+    again = "  stored in FP8 in 128 x 128 blocks; quant=nf4 rounds it again (quant=keep trains on the stored values)"
+    assert [again in lines(plan) for plan in by_method.values()] == [False, True, False]
 
 
 def test_experts_of_parts_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:

@@ -429,6 +429,7 @@ def test_map_with_other_last_bits_is_accepted(quantized: Path, tmp_path: Path) -
             {"quant": {"method": "none"}},
             r"quant=none keeps weights in 16 bits, but model\.path=.* is quantized already; set quant=nf4",
         ),
+        ({"quant": {"method": "keep"}}, r"model\.path=.* is stored in NF4; set quant=nf4, which keeps it unchanged"),
         ({"quant": {"method": "none"}, "adapter": {"method": "full"}}, "adapter=full trains every weight, but"),
         (
             {"adapter": {"init": "pissa_niter_4"}},
@@ -436,7 +437,7 @@ def test_map_with_other_last_bits_is_accepted(quantized: Path, tmp_path: Path) -
         ),
         ({"adapter": {"init": "loftq"}}, "init=loftq decomposes 16-bit weights, but .* is quantized already"),
     ],
-    ids=["none", "full", "pissa", "loftq"],
+    ids=["none", "keep", "full", "pissa", "loftq"],
 )
 def test_settings_that_need_16_bit_weights_are_refused(quantized: Path, sections: dict[str, Any], says: str) -> None:
     for refuse in (check_model, build_run_model):

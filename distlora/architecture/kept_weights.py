@@ -42,11 +42,8 @@ def kept_weights(architecture: Architecture, headers: Mapping[str, Segment], pla
                     raise _cannot_keep(name, "its matrices are stored transposed, and the model's own code reads them")
                 found[name] = kept
     if not found:
-        is_nf4 = any(".quant_state.bitsandbytes__nf4" in name for name in headers)
         raise UserError(
-            f"{{model.path}}={place} is stored in NF4; set quant=nf4, which keeps it unchanged"
-            if is_nf4
-            else "quant=keep keeps the quantized weights of a checkpoint, and the linears in the decoder layers of "
+            "quant=keep keeps the quantized weights of a checkpoint, and the linears in the decoder layers of "
             f"{{model.path}}={place} are not quantized; set quant=nf4"
         )
     return found

@@ -436,15 +436,15 @@ def formats_of(
     spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, architecture: Architecture
 ) -> tuple[FormatOf, dict[str, KeptWeight]]:
     """Return the choice of formats for a base, and the weights that quant=keep keeps; it leaves others dense."""
+    stored = read_prequantized_weights(base)
+    if stored:
+        refuse_dense_settings(spec)
     if spec.quant.method == "keep":
         kept = kept_weights(architecture, base.headers, base.folder)
         return (lambda name, kind: kept[name].format if name in kept else None), kept
     wanted, chosen = spec.quant.default_format, spec.quant.exceptions
     if "quantization_config" not in base.config:
         return (lambda name, kind: chosen.get(name, wanted)), {}
-    stored = read_prequantized_weights(base)
-    if stored:
-        refuse_dense_settings(spec)
     weights = {name for name in layout.names if name.startswith(architecture.layer_prefix) and name.endswith(".weight")}
     packed = prequantized_parameters(stored, find_sources(layout, base.headers, weights))
 

@@ -156,9 +156,9 @@ def model_in(
     method, cannot_keep = quantization_method(settings, place), None
     if method == NF4 and size is not None:
         shapes = dataclasses.replace(shapes, formats=_stored_formats(folder, shapes))
-    is_quantized = method is not None or (folder / NOTE_NAME).is_file()
+    is_low_bit = method not in (None, NF4) or (folder / NOTE_NAME).is_file()
     try:
-        shapes = dataclasses.replace(shapes, kept=_kept_formats(folder, shapes, is_quantized=is_quantized))
+        shapes = dataclasses.replace(shapes, kept=_kept_formats(folder, shapes, is_low_bit=is_low_bit))
     except UserError as error:
         cannot_keep = error
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
@@ -173,10 +173,10 @@ def model_in(
     )
 
 
-def _kept_formats(folder: Path, shapes: ModelShapes, *, is_quantized: bool) -> dict[int, dict[str, str | None]]:
+def _kept_formats(folder: Path, shapes: ModelShapes, *, is_low_bit: bool) -> dict[int, dict[str, str | None]]:
     """Return `ModelShapes.kept` of a checkpoint. Raises UserError if it cannot be kept, or its files are absent."""
     architecture = shapes.architecture
-    headers = CheckpointFiles(folder).headers if is_quantized else {}
+    headers = CheckpointFiles(folder).headers if is_low_bit else {}
     found: dict[int, dict[str, str | None]] = {}
     for name, weight in kept_weights(architecture, headers, folder).items():
         index, _, path = name.removeprefix(architecture.layer_prefix).partition(".")

@@ -91,10 +91,12 @@ def read_prequantized_weights(base: CheckpointFiles) -> dict[str, PrequantizedWe
 
 
 def refuse_dense_settings(spec: ModelSpec) -> None:
-    """Raise UserError for settings that need 16-bit weights, for a base that is quantized already."""
+    """Raise UserError for settings that a base that is stored in NF4 does not support."""
     reason = f"{{model.path}}={spec.model.path} is quantized already"
     if spec.adapter.method == "full":
         raise UserError(f"adapter=full trains every weight, but {reason}; set {{model.path}} to the 16-bit checkpoint")
+    if spec.quant.method == "keep":
+        raise UserError(f"{{model.path}}={spec.model.path} is stored in NF4; set quant=nf4, which keeps it unchanged")
     if spec.quant.method in ("none", "mixed"):
         does = "keeps weights in 16 bits" if spec.quant.method == "none" else "quantizes 16-bit weights"
         raise UserError(

@@ -109,7 +109,10 @@ def compressed(dense: Tensor, format: str, **weights: Any) -> Checkpoint:
 
 
 def modelopt_nvfp4(dense: Tensor) -> Checkpoint:
-    """ModelOpt's names and its reciprocal global scale, converted and decompressed by compressed-tensors."""
+    """ModelOpt's names and its reciprocal global scale; the values by its NVFP4QTensor.dequantize.
+
+    It is e2m1 * (scale in fp32 * double_scale). Within bf16's rounding it agrees with compressed-tensors' converter.
+    """
     weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
     theirs, _, _ = compressed(dense, "nvfp4-pack-quantized", **weights)
     tensors = {
@@ -123,7 +126,13 @@ def modelopt_nvfp4(dense: Tensor) -> Checkpoint:
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     value = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized").decompress(state, scheme)["weight"]
     tensors[f"{NAME}.weight_scale_2"] = tensors[f"{NAME}.weight_scale_2"].view(())  # As ModelOpt writes it.
-    return tensors, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []}, {f"{NAME}.weight": value}
+    packed, levels = tensors[f"{NAME}.weight"], torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+    scale = tensors[f"{NAME}.weight_scale"].float() * tensors[f"{NAME}.weight_scale_2"]
+    theirs_in_fp32 = torch.cat([levels, -levels])[codes.long()].unflatten(1, (-1, 16)) * scale[..., None]
+    assert (theirs_in_fp32.flatten(1) - value.float()).abs().max() <= value.float().abs().max() / 128
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []}
+    return tensors, config, {f"{NAME}.weight": theirs_in_fp32.flatten(1)}
 
 
 def modelopt_fp8(dense: Tensor) -> Checkpoint:

@@ -103,7 +103,9 @@ def test_each_rank_holds_its_groups_of_the_shipped_values(world: World, place: A
             assert (weight.format.name if weight.format else None) == (first.tensor.format if is_low else None)
             formats |= {weight.format.name} if weight.format else set()
             decoded = weight.frozen_weight.dense(torch.float32)
-            assert torch.equal(decoded.mT if is_transposed(source.segments) else decoded, expected)
+            decoded = decoded.mT if is_transposed(source.segments) else decoded
+            # ModelOpt's scale multiplies, the format's divides: the last bits differ (Fp4Codec).
+            torch.testing.assert_close(decoded, expected, rtol=5 * 2**-24 * (name == "nvfp4-experts"), atol=0)
     assert ", ".join(sorted(formats)) == MODELS[name][3]
     whole = held(SINGLE, config=config)
     for size in (2, 3):

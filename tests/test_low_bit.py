@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import random
 import shutil
@@ -111,7 +112,10 @@ def test_stored_blocks_hold_the_same_values(tmp_path: Path, name: str) -> None:
             parts = CODECS[tensor.codec].blocks(tensor, reader, first, stop - first)
             assert {len(part) for part in parts} == {stop - first}
             values = decoded(tensor.format, parts)
-            assert torch.equal(values.to(expected.dtype), blocks[first:stop].to(expected.dtype))
+            if name == "modelopt-nvfp4":  # Its scale multiplies, the format's divides.
+                torch.testing.assert_close(values, blocks[first:stop], rtol=5 * 2**-24, atol=0)
+            else:
+                assert torch.equal(values.to(expected.dtype), blocks[first:stop].to(expected.dtype))
 
 
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -243,6 +247,7 @@ REFUSED: list[tuple[str, Callable[[Checkpoint], None], str]] = [
     ("fp8-ragged", setting(weight_block_size=[128]), r"weight_block_size=\[128\] is not a pair"),
     ("fp8-ragged", setting(rotation="hadamard"), r"quantization_config.rotation='hadamard' is unknown"),
     ("fp8-ragged", setting(fmt="e5m2"), r"fmt='e5m2' is not supported, only 'e4m3'"),
+    ("fp8-tensor", changed("weight_scale_inv", lambda s: s.expand(1, 130)), r"weight_scale_inv has shape \[1, 130\]"),
     ("ct-int4", setting(transform_config={"R1": {}}), r"transform_config=.* is not supported"),
     ("ct-int4", changed("weight_shape", lambda s: s + 1), r"weight_shape of .* is \[68, 193\]"),
     (
@@ -255,6 +260,8 @@ REFUSED: list[tuple[str, Callable[[Checkpoint], None], str]] = [
     ("ct-nvfp4", changed("weight_scale", lambda s: s.float()), r"weight_scale is stored as F32, not F8_E4M3"),
     ("modelopt-nvfp4", setting(quant_algo="NVFP4_AWQ"), r"quant_algo='NVFP4_AWQ' is not supported"),
     ("awq-32", setting(group_size=64), r"down_proj.scales has shape \[3, 40\]; .* needs \[2, 40\]"),
+    ("awq-32", changed("qweight", lambda q: q[None]), r"qweight has shape \[1, 96, 5\], not that of one matrix"),
+    ("gptq-128", changed("qweight", lambda q: q[None]), r"qweight has shape \[1, 32, 40\], not that of one matrix"),
     ("awq-32", setting(version="gemv"), r"version='gemv' is not supported"),
     ("gptq-128", without("qzeros"), r"no tensor .*down_proj.qzeros"),
     ("gptq-128", setting(bits=3), r"bits=3 is not supported, only 4 or 8"),
@@ -279,6 +286,41 @@ def test_what_is_not_certain_is_refused_by_name(
     write(tmp_path, made)
     with pytest.raises(UserError, match=reason):
         read_all(tmp_path)
+
+
+def test_the_fingerprint_covers_how_bytes_are_decoded(tmp_path: Path, monkeypatch: Any) -> None:
+    """It names the base of a run and of the cache's NF4 shards. That of dense checkpoints stays what it was."""
+    tensors, config, _ = checkpoint("gptq-v2-32")
+    found = {write(tmp_path, (tensors, config | {"desc_act": each}, {})).fingerprint for each in (False, True)}
+    assert len(found) == 1, "quant=keep alone asks for it"
+    found.add(write(tmp_path, (tensors, config | {"checkpoint_format": "gptq"}, {})).fingerprint)
+    assert len(found) == 2
+    monkeypatch.setattr("distlora.architecture.low_bit_headers.READER_VERSION", 0)
+    found.add(CheckpointFiles(tmp_path).fingerprint)
+    assert len(found) == 3
+    safetensors.torch.save_file({"w": torch.arange(6.0).view(2, 3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    before = hashlib.sha256(b"w F32 (2, 3)\n" + torch.arange(6.0).numpy().tobytes()).hexdigest()
+    assert CheckpointFiles(tmp_path).fingerprint == before
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_scales_may_lack_only_ones_at_the_end(tmp_path: Path, rows: bool) -> None:
+    """A square matrix with scales (1, O) is not one with a scale per row."""
+    scale = torch.rand(64) + 1
+    tensors = {
+        f"{NAME}.weight": torch.randn(64, 64).to(torch.float8_e4m3fn),
+        f"{NAME}.weight_scale_inv": scale if rows else scale[None],
+    }
+    files = write(tmp_path, (tensors, {"quant_method": "fp8", "fmt": "float8_e4m3fn"}, {}))
+    if not rows:
+        with pytest.raises(UserError, match=r"weight_scale_inv has shape \[1, 64\]"):
+            read_all(tmp_path)
+        return
+    segment = files.headers[f"{NAME}.weight"]
+    with Reader() as reader:
+        expected = tensors[f"{NAME}.weight"].float() * scale[:, None]
+        assert torch.equal(reader.read([segment], 0, segment.numel).view(64, 64), expected)
 
 
 def test_a_composite_models_settings_may_lie_in_its_text_config(tmp_path: Path) -> None:

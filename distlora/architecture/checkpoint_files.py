@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.gguf_note import read_gguf_note, stored_parts
+from distlora.architecture.low_bit_headers import meaning_of
 from distlora.architecture.low_bit_methods import with_low_bit
 from distlora.architecture.safetensors_headers import Segment, read_headers
 from distlora.config import UserError, nearest
@@ -54,7 +55,7 @@ class CheckpointFiles:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of each tensor's name, dtype, shape and 4 KiB from its middle.
+        """SHA-256 of each tensor's name, dtype, shape and 4 KiB from its middle, and of how low bits are decoded.
 
         It tells two bases apart within a second, because training changes bytes everywhere. Checkpoints that differ
         only outside of the sampled bytes have the same fingerprint.
@@ -65,6 +66,7 @@ class CheckpointFiles:
             with segment.file.open("rb") as stream:
                 stream.seek(segment.offset + max(segment.num_bytes // 2 - _SAMPLE_BYTES // 2, 0))
                 digest.update(stream.read(min(_SAMPLE_BYTES, segment.num_bytes)))
+        digest.update(meaning_of(self.headers))
         return digest.hexdigest()
 
 

@@ -8,9 +8,10 @@ the tensors themselves, not by lists of modules in config.json. Values: distlora
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from distlora.architecture.safetensors_headers import Segment
@@ -20,6 +21,8 @@ from distlora.config.errors import short
 LOW_BIT = "LOWBIT"
 """Dtype of a `LowBitSegment`, in which a weight counts as one byte."""
 
+READER_VERSION = 1
+"""Part of the identity of weights in low bits. Increase it after any change of the values that they are read as."""
 FLOATS = ("F32", "BF16", "F16")
 AGAIN = "the checkpoint is damaged, download it again"
 INSTEAD = "set {model.path} to the 16-bit checkpoint (quant=nf4 quantizes it while it is read)"
@@ -55,6 +58,13 @@ class LowBitTensor:
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
 
     @property
+    def meaning(self) -> str:
+        """Return all but the stored bytes that decides the values: the shape, the codec and its settings."""
+        left_out = ("parts", "format", "reason")
+        settings = [f"{each.name}={getattr(self, each.name)!r}" for each in fields(self) if each.name not in left_out]
+        return ", ".join([*settings, f"parts={sorted(self.parts)}"])
+
+    @property
     def segment(self) -> LowBitSegment:
         """Return the whole weight as a segment."""
         numel = math.prod(self.shape)
@@ -67,6 +77,17 @@ class LowBitSegment(Segment):
     """A weight in low bits, or a range of it: `offset` and `num_bytes` count weights, `file` holds the codes."""
 
     tensor: LowBitTensor
+
+
+def meaning_of(headers: Mapping[str, Segment]) -> bytes:
+    """Return the SHA-256 of how the weights in low bits among `headers` are decoded; empty if there are none.
+
+    The same bytes have other values by other settings, so a name of the values needs both.
+    """
+    meanings = [each.tensor.meaning for _, each in sorted(headers.items()) if isinstance(each, LowBitSegment)]
+    if not meanings:
+        return b""
+    return hashlib.sha256("\n".join([f"reader {READER_VERSION}", *meanings]).encode()).digest()
 
 
 ACTIVATIONS = (
@@ -99,7 +120,7 @@ class Parts:
                 yield name[: len(name) - len(suffix)], segment
 
     def take(self, name: str, of: str, dtypes: Sequence[str], shape: Sequence[int] | None = None) -> Segment:
-        """Remove and return a part of the weight `of`. Sizes of one do not count in its `shape`.
+        """Remove and return a part of the weight `of`. Sizes of one at the end of its `shape` may be left out.
 
         Raises UserError if it is missing or has another dtype or shape.
         """
@@ -108,7 +129,7 @@ class Parts:
             raise UserError(f"no tensor {name} in the checkpoint, which {of} needs; download it again")
         if segment.dtype not in dtypes:
             raise UserError(f"{segment.file}: {name} is stored as {segment.dtype}, not {' or '.join(dtypes)}; {AGAIN}")
-        if shape is not None and without_ones(segment.shape) != without_ones(shape):
+        if shape is not None and trimmed(segment.shape) != trimmed(shape):
             raise UserError(
                 f"{segment.file}: {name} has shape {short(list(segment.shape))}; {of} needs {short(list(shape))}; "
                 f"{AGAIN}"
@@ -116,9 +137,10 @@ class Parts:
         return segment
 
 
-def without_ones(shape: Sequence[int]) -> list[int]:
-    """Return the sizes of a shape but those of one."""
-    return [size for size in shape if size != 1]
+def trimmed(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape without the ones at its end: scales (O, 1) of rows may be stored as (O,), one scale as ()."""
+    length = max((place + 1 for place, size in enumerate(shape) if size != 1), default=0)
+    return tuple(shape[:length])
 
 
 def matrix_of(name: str, segment: Segment, widths: int = 1) -> tuple[int, ...]:

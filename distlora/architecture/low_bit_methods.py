@@ -21,7 +21,7 @@ from distlora.architecture.low_bit_headers import (
     grid_of,
     is_block,
     matrix_of,
-    without_ones,
+    trimmed,
 )
 from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
@@ -99,7 +99,7 @@ def _check_fp8(settings: Mapping[str, Any], where: str) -> None:
     block = settings.get("weight_block_size")
     if block is not None and not is_block(block):
         raise UserError(f"{where}.weight_block_size={short(block)} is not a pair of sizes; download the file again")
-    check_value(settings, where, "fmt", "e4m3", None)
+    check_value(settings, where, "fmt", "e4m3", "float8_e4m3fn", None)
     check_value(settings, where, "expert_dtype", "fp8", None)
 
 
@@ -118,7 +118,7 @@ def _scaled(
 ) -> LowBitTensor:
     """Take an 8-bit weight whose scales are one per block; `blocks` are the sizes that its settings allow."""
     scales = parts.left.get(name + suffix)
-    fitting = [b for b in blocks if scales and without_ones(scales.shape) == without_ones(grid_of(shape, b))]
+    fitting = [b for b in blocks if scales and trimmed(scales.shape) == trimmed(grid_of(shape, b))]
     block = (fitting or blocks)[0]
     found = {"codes": parts.left.pop(name)}
     found["scales"] = parts.take(name + suffix, name, (*FLOATS, "F8_E8M0", "U8"), grid_of(shape, block))
@@ -252,7 +252,7 @@ def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequenc
         width = scales.shape[-1] * size if is_grouped and scales and scales.shape else packed[-1] * 32 // bits
         shape = (*packed[:-1], width)
         grid = grid_of(shape, _blocks_of(each, shape))
-        if -(-width * bits // 32) == packed[-1] and scales and without_ones(scales.shape) == without_ones(grid):
+        if -(-width * bits // 32) == packed[-1] and scales and trimmed(scales.shape) == trimmed(grid):
             break
     else:
         have = "no scales" if scales is None else f"scales of shape {short(list(scales.shape))}"
@@ -329,8 +329,16 @@ def _check_awq(settings: Mapping[str, Any], where: str) -> None:
 def _find_awq(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
     """Yield AutoAWQ's weights: X.qweight (I, O / 8), X.qzeros (I / g, O / 8) and X.scales (I / g, O)."""
     for name, codes in parts.ending(".qweight"):
-        rows, words = matrix_of(f"{name}.qweight", codes)[-2:]
+        rows, words = _words_of(name, codes)
         yield _columns(parts, name, "awq", (words * 8, rows), 4, settings)
+
+
+def _words_of(name: str, codes: Segment) -> tuple[int, int]:
+    """Return the shape of AWQ's or GPTQ's codes. Raises UserError if they are not one matrix."""
+    shape = matrix_of(f"{name}.qweight", codes)
+    if len(shape) != 2:
+        raise UserError(f"{codes.file}: {name}.qweight has shape {short(list(shape))}, not that of one matrix; {AGAIN}")
+    return shape[0], shape[1]
 
 
 def _columns(
@@ -380,7 +388,7 @@ def _find_gptq(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTens
     """
     version = settings.get("checkpoint_format") or settings.get("format") or "gptq"
     for name, codes in parts.ending(".qweight"):
-        words, rows = matrix_of(f"{name}.qweight", codes)[-2:]
+        words, rows = _words_of(name, codes)
         order = parts.left.get(f"{name}.g_idx")
         bits = settings["bits"]
         if order is not None and order.numel:

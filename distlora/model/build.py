@@ -21,6 +21,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_conf
 from distlora.architecture.config_checks import check_config, check_train
 from distlora.architecture.kept_weights import KeptWeight, kept_weights
 from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.low_bit_methods import quantization_of
 from distlora.architecture.spec import Architecture, WeightKind
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, check_rows_of_tokens, vocabulary_of
@@ -443,7 +444,7 @@ def formats_of(
         kept = kept_weights(architecture, base.headers, base.folder)
         return (lambda name, kind: kept[name].format if name in kept else None), kept
     wanted, chosen = spec.quant.default_format, spec.quant.exceptions
-    if "quantization_config" not in base.config:
+    if quantization_of(base.config) is None:
         return (lambda name, kind: chosen.get(name, wanted)), {}
     weights = {name for name in layout.names if name.startswith(architecture.layer_prefix) and name.endswith(".weight")}
     packed = prequantized_parameters(stored, find_sources(layout, base.headers, weights))

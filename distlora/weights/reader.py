@@ -109,7 +109,8 @@ class Reader:
 
         A row's columns are few bytes, so up to COLUMNS_BYTES are read ahead and kept, of three matrices at a time.
         """
-        rows, width = segment.shape
+        rows = segment.shape[0]  # Zero points of one word per row may be stored as a vector.
+        width = segment.numel // rows
         key, element = (segment.file, segment.offset), DTYPE_BYTES[segment.dtype]
         low, kept = self._columns.get(key, (0, torch.empty(rows, 0)))
         if not low <= first <= stop <= low + kept.shape[1]:

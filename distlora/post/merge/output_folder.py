@@ -316,11 +316,12 @@ def merged_config(folder: Path, base: Base, dtype: str) -> dict[str, Any]:
     It has the new dtype, no quantization, the grown vocabulary, and an untied head if needed.
     """
     model = base.model
-    config = {key: value for key, value in read_config(folder).items() if key != "quantization_config"}
+    config = read_config(folder)
     text = config
     if (key := model.architecture.text_config) is not None:
         text = config[key] = dict(config[key])
     for settings in (config, text):
+        settings.pop("quantization_config", None)
         keys = [key for key in ("dtype", "torch_dtype") if key in settings]  # transformers reads both.
         for key in keys or (["dtype"] if settings is config else []):
             settings[key] = dtype

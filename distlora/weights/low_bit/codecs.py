@@ -17,6 +17,7 @@ from torch import Tensor
 from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.config import UserError
+from distlora_kernels.formats import codes as numbers
 from distlora_kernels.formats.flat import BlockFormat
 from distlora_kernels.formats.mxfp4 import MXFP4
 from distlora_kernels.formats.nvfp4 import NVFP4
@@ -178,8 +179,10 @@ class BnbInt8Codec(Codec):
 class Fp4Codec(Codec):
     """MXFP4 (exponents per 32) or NVFP4 (e4m3 scales per 16, over a global scale): two e2m1 per byte, low nibble first.
 
-    transformers' convert_moe_packed_tensors; compressed-tensors' mxfp4- and nvfp4-pack-quantized, of which ModelOpt has
-    the reciprocal global scale. MXFP4 is exact in bf16; NVFP4 is code * (scale / global scale) in fp32.
+    transformers' convert_moe_packed_tensors; compressed-tensors' mxfp4- and nvfp4-pack-quantized. MXFP4 is exact in
+    bf16; NVFP4 is code * (scale / global scale) in fp32. `reciprocal`: ModelOpt's NVFP4, code * (scale * scale_2) in
+    fp32 (NVFP4QTensor.dequantize). Its blocks have 1 / scale_2 as their global scale, so that what quant=keep computes
+    differs from these values by up to 5 units of rounding (2^-24) of fp32.
     """
 
     def __init__(self, format: BlockFormat, *, reciprocal: bool = False) -> None:
@@ -187,6 +190,11 @@ class Fp4Codec(Codec):
 
     def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
         """Return rows of a stored matrix."""
+        if self.reciprocal:
+            codes, scales, scale_2 = self._parts(tensor, reader, matrix, first, stop)
+            scale = numbers.look_up(numbers.e4m3(scales.device), scales).mul_(scale_2)
+            values = numbers.nibbles(codes, numbers.E2M1).view(*scale.shape, -1)
+            return values.mul_(scale[..., None]).flatten(1)
         values = self.format.decode(*self.row_blocks(tensor, reader, matrix, first, stop)).view(stop - first, -1)
         return values.bfloat16() if self.format is MXFP4 else values
 
@@ -195,15 +203,15 @@ class Fp4Codec(Codec):
         scales = read_rows(tensor, reader, "scales", matrix, first, stop).view(torch.uint8)
         if "global_scale" not in tensor.parts:
             return codes, scales
-        divisor = reader.read([tensor.parts["global_scale"]], 0, 1)
-        return codes, scales, 1 / divisor if self.reciprocal else divisor
+        return codes, scales, reader.read([tensor.parts["global_scale"]], 0, 1)
 
     def row_blocks(
         self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
     ) -> tuple[Tensor, ...]:
         """Return (codes (n, 16 or 8) uint8, scales (n, 1) uint8), with NVFP4 the global scale (n, 1) fp32."""
-        codes, scales, *divisor = self._parts(tensor, reader, matrix, first, stop)
+        codes, scales, *more = self._parts(tensor, reader, matrix, first, stop)
         scales = scales.reshape(-1, 1)
+        divisor = [1 / each if self.reciprocal else each for each in more]
         return codes.reshape(len(scales), -1), scales, *(each.expand(len(scales), 1) for each in divisor)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,6 @@ from distlora.model.adapters import TokenRows
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
 from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
 from distlora.parallel import Ranks, Shards
-from distlora_kernels.formats import nf4
 from family_models import architecture
 from small_models import use_chunks_of
 from worlds import World
@@ -358,14 +358,14 @@ def test_a_matrix_in_low_bits_is_looked_up_and_multiplied_as_its_dense_copy(
     with torch.device("meta"):
         alone = nn.Parameter(torch.empty(VOCABULARY, 64), requires_grad=False)
     head = LossHead(decoder.get_input_embeddings().weight if tied else alone)
-    token_matrix.keep_token_matrices(decoder, head, ("nf4_absmax", "nf4_absmax"), dtype=torch.float32)
+    token_matrix.keep_token_matrices(decoder, head, ("q8_0", "q8_0"), dtype=torch.float32)
     modules, embedding = nn.ModuleList([decoder, head]), decoder.get_input_embeddings()
     modules.to_empty(device="cpu")
     for matrix in dict.fromkeys((embedding, head.kept)):
         weight = torch.randn(VOCABULARY, 64, generator=torch.Generator().manual_seed(1))
-        for part, values in zip(matrix.stored.parts, nf4.quantize_blocks(weight.view(-1)), strict=True):
-            part.copy_(values)
-    assert sum(name.endswith("codes") for name, _ in modules.named_parameters()) == (1 if tied else 2)
+        stored = torch.from_numpy(gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)).flatten()
+        matrix.blocks.zero_().view(-1)[: len(stored)] = stored
+    assert sum(name.endswith("blocks") for name, _ in modules.named_parameters()) == (1 if tied else 2)
     dense = embedding.stored.dense(torch.float32)
     assert torch.equal(embedding(labels.clamp(min=0)), F.embedding(labels.clamp(min=0), dense))
     results = []

@@ -120,13 +120,13 @@ def _scaled(
     scales = parts.left.get(name + suffix)
     fitting = [b for b in blocks if scales and trimmed(scales.shape) == trimmed(grid_of(shape, b))]
     block = (fitting or blocks)[0]
-    found = {"codes": parts.left.pop(name)}
-    found["scales"] = parts.take(name + suffix, name, (*FLOATS, "F8_E8M0", "U8"), grid_of(shape, block))
+    taken = {"codes": parts.left.pop(name)}
+    taken["scales"] = parts.take(name + suffix, name, (*FLOATS, "F8_E8M0", "U8"), grid_of(shape, block))
     format, reason = "", f"no format stores 8-bit integers with a scale per {block[0]} x {block[1]} weights"
-    if found["codes"].dtype == "F8_E4M3":
+    if taken["codes"].dtype == "F8_E4M3":
         format, reason = as_tiles(shape, block)
     return LowBitTensor(
-        name=name, shape=shape, codec="scaled", parts=found, block=block, bits=8, format=format, reason=reason
+        name=name, shape=shape, codec="scaled", parts=taken, block=block, bits=8, format=format, reason=reason
     )
 
 
@@ -143,13 +143,13 @@ def _find_mxfp4(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTen
                 f"{AGAIN}"
             )
         experts, rows, across, _ = codes.shape
-        found = {
+        taken = {
             "codes": parts.take(f"{name}_blocks", name, ("U8",)),
             "scales": parts.take(f"{name}_scales", name, ("U8",), codes.shape[:3]),
         }
         shape = (experts, across * 32, rows)
         yield LowBitTensor(
-            name=name, shape=shape, codec="mxfp4", parts=found, block=(1, 32), bits=4, transposed=True, format="mxfp4"
+            name=name, shape=shape, codec="mxfp4", parts=taken, block=(1, 32), bits=4, transposed=True, format="mxfp4"
         )
 
 
@@ -175,7 +175,7 @@ def _check_compressed(settings: Mapping[str, Any], where: str) -> None:
 
 def _weight_arguments(settings: Mapping[str, Any], where: str = "quantization_config") -> list[Mapping[str, Any]]:
     """Return the settings of the weights of each of compressed-tensors' config_groups, checked."""
-    groups, found = settings.get("config_groups"), list[Mapping[str, Any]]()
+    groups, entries = settings.get("config_groups"), list[Mapping[str, Any]]()
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         raise UserError(f"{where}.config_groups={short(groups)} is not an object of objects; {INSTEAD}")
     for name, group in groups.items():
@@ -197,8 +197,8 @@ def _weight_arguments(settings: Mapping[str, Any], where: str = "quantization_co
             raise UserError(f"{place}.group_size={short(size)} is not a size; {INSTEAD}")
         if block is not None and not is_block(block):
             raise UserError(f"{place}.block_structure={short(block)} is not a pair of sizes; {INSTEAD}")
-        found.append(weights)
-    return found
+        entries.append(weights)
+    return entries
 
 
 def _blocks_of(arguments: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, int]:
@@ -231,15 +231,15 @@ def _fp4(parts: Parts, name: str, shape: tuple[int, ...], codes: str, global_sca
     """Take an NVFP4 weight, or MXFP4 if no tensor `global_scale` is there."""
     is_nvfp4 = global_scale in parts.left
     kind, size = ("nvfp4", 16) if is_nvfp4 else ("mxfp4", 32)
-    found = {"codes": parts.take(codes, name, ("U8",))}
+    taken = {"codes": parts.take(codes, name, ("U8",))}
     if shape[-1] % size:
-        raise UserError(f"{found['codes'].file}: {codes} has rows of {shape[-1]:,}, not of whole blocks; {AGAIN}")
+        raise UserError(f"{taken['codes'].file}: {codes} has rows of {shape[-1]:,}, not of whole blocks; {AGAIN}")
     dtypes = ("F8_E4M3",) if is_nvfp4 else ("U8", "F8_E8M0")
-    found["scales"] = parts.take(f"{name}_scale", name, dtypes, grid_of(shape, (1, size)))
+    taken["scales"] = parts.take(f"{name}_scale", name, dtypes, grid_of(shape, (1, size)))
     if is_nvfp4:
-        found["global_scale"] = parts.take(global_scale, name, ("F32",), ())
+        taken["global_scale"] = parts.take(global_scale, name, ("F32",), ())
     codec = "modelopt_nvfp4" if global_scale.endswith("_scale_2") else kind
-    return LowBitTensor(name=name, shape=shape, codec=codec, parts=found, block=(1, size), bits=4, format=kind)
+    return LowBitTensor(name=name, shape=shape, codec=codec, parts=taken, block=(1, size), bits=4, format=kind)
 
 
 def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequence[Mapping[str, Any]]) -> LowBitTensor:
@@ -259,24 +259,24 @@ def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequenc
         raise UserError(
             f"{codes.file}: {name}_packed of shape {short(list(packed))} with {have} fits no config group; {AGAIN}"
         )
-    found = {
+    taken = {
         "codes": parts.take(f"{name}_packed", name, ("I32",)),
         "scales": parts.take(f"{name}_scale", name, FLOATS),
     }
-    found["shape"] = parts.take(f"{name}_shape", name, ("I64", "I32"), (len(shape),))
+    taken["shape"] = parts.take(f"{name}_shape", name, ("I64", "I32"), (len(shape),))
     if not each.get("symmetric", True):
         zeros = (*shape[:-2], -(-shape[-2] * bits // 32), grid[-1])
-        found["zeros"] = parts.take(f"{name}_zero_point", name, ("I32",), zeros)
+        taken["zeros"] = parts.take(f"{name}_zero_point", name, ("I32",), zeros)
     if f"{name}_g_idx" in parts.left:
-        found["order"] = parts.take(f"{name}_g_idx", name, ("I32",), (width,))
-    return _integers(name, shape, "packed", found, _blocks_of(each, shape), bits, in_order="order" not in found)
+        taken["order"] = parts.take(f"{name}_g_idx", name, ("I32",), (width,))
+    return _integers(name, shape, "packed", taken, _blocks_of(each, shape), bits, in_order="order" not in taken)
 
 
 def _integers(
     name: str,
     shape: tuple[int, ...],
     codec: str,
-    found: dict[str, Segment],
+    taken: dict[str, Segment],
     block: tuple[int, int],
     bits: int,
     *,
@@ -284,9 +284,9 @@ def _integers(
 ) -> LowBitTensor:
     """Return a weight of integers, and the format that holds it: 4 bits with a scale per 32, 64 or 128 of a row."""
     size = next((size for size in (128, 64, 32) if block[1] % size == shape[-1] % size == 0), None)
-    reason, suffix = "", {"BF16": "", "F16": "_fp16"}.get(found["scales"].dtype)
+    reason, suffix = "", {"BF16": "", "F16": "_fp16"}.get(taken["scales"].dtype)
     if bits != 4 or size is None or suffix is None:
-        reason = f"{bits}-bit integers with a scale in {found['scales'].dtype} per {block[1]} of {shape[-1]:,} weights"
+        reason = f"{bits}-bit integers with a scale in {taken['scales'].dtype} per {block[1]} of {shape[-1]:,} weights"
         reason = f"no format stores {reason}"
     elif not in_order and block[1] < shape[-1]:
         reason = "no format stores columns in activation order (desc_act, actorder)"
@@ -294,10 +294,10 @@ def _integers(
         name=name,
         shape=shape,
         codec=codec,
-        parts=found,
+        parts=taken,
         block=block,
         bits=bits,
-        format="" if reason else f"int4_g{size}{suffix}{'_zeros' if 'zeros' in found else ''}",
+        format="" if reason else f"int4_g{size}{suffix}{'_zeros' if 'zeros' in taken else ''}",
         reason=reason,
     )
 
@@ -353,14 +353,14 @@ def _columns(
         raise UserError(f"quantization_config.group_size={short(size)} is not a size; {INSTEAD}")
     size = shape[1] if size == -1 else size
     groups = -(-shape[1] // size)
-    found = {
+    taken = {
         "codes": parts.take(f"{name}.qweight", weight, ("I32",)),
         "scales": parts.take(f"{name}.scales", weight, FLOATS, (groups, shape[0])),
         "zeros": parts.take(f"{name}.qzeros", weight, ("I32",), (groups, -(-shape[0] * bits // 32))),
     }
     if f"{name}.g_idx" in parts.left:
-        found["order"] = parts.take(f"{name}.g_idx", weight, ("I32",), (shape[1],))
-    return _integers(weight, shape, codec, found, (1, size), bits, in_order=not settings.get("desc_act"))
+        taken["order"] = parts.take(f"{name}.g_idx", weight, ("I32",), (shape[1],))
+    return _integers(weight, shape, codec, taken, (1, size), bits, in_order=not settings.get("desc_act"))
 
 
 _GPTQ_FIELDS = (
@@ -407,14 +407,14 @@ def _find_bnb(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTenso
         weight = f"{name}.weight"
         codes = parts.take(weight, weight, ("I8",))
         shape = matrix_of(weight, codes)
-        found = {"codes": codes, "scales": parts.take(f"{name}.SCB", weight, ("F32",), shape[:1])}
+        taken = {"codes": codes, "scales": parts.take(f"{name}.SCB", weight, ("F32",), shape[:1])}
         if f"{name}.weight_format" in parts.left:
-            found["layout"] = parts.take(f"{name}.weight_format", weight, ("U8",), ())
+            taken["layout"] = parts.take(f"{name}.weight_format", weight, ("U8",), ())
         yield LowBitTensor(
             name=weight,
             shape=shape,
             codec="bnb_int8",
-            parts=found,
+            parts=taken,
             block=(1, shape[-1]),
             bits=8,
             reason="no format stores 8-bit integers per row",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from distlora.architecture.low_bit import labels
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.config import Config, UserError
 from distlora.config.file import build
+from distlora.config.plan import CHOSEN
 from distlora.loading.load_base import find_base
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Ranks
 from distlora.planner import plan_of
 from distlora.planner import traffic as wire
-from distlora.planner.choose import Search, resolve_auto
+from distlora.planner.choose import Search, choose, resolve_auto
 from distlora.planner.memory.base import base_of
 from distlora.planner.model import model_in
 from distlora.planner.report import lines
@@ -38,7 +40,7 @@ from distlora_launcher.compose.planning import check_planned
 from family_models import config_for
 from kept_models import MODELS, edited, write_kept_model
 from packs import make_pack
-from plan_inputs import cpu_machine
+from plan_inputs import cpu_machine, machine_of
 from small_models import make_run, write_model_folder, write_text_file
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_exporting import exported, in_process  # noqa: F401  (a fixture)
@@ -353,6 +355,35 @@ def test_auto_keeps_what_can_be_kept(place: Any) -> None:
             machine=cpu_machine(1),
         )
         assert resolve_auto(search).config.quant.method in {method, "none" if method == "nf4" else method}
+
+
+@pytest.mark.parametrize("find", [choose, resolve_auto])
+@pytest.mark.parametrize("dense_layers", [0, "auto"])
+def test_auto_takes_nf4_where_what_is_shipped_does_not_fit(place: Any, find: Any, dense_layers: Any) -> None:
+    folder = place("fp8") / "fp8"
+    search = Search(
+        config=config_in(folder, quant={"method": "auto", "dense_layers": dense_layers}),
+        model=model_in(folder),
+        machine=machine_of(),
+        fixed=tuple(name for name in CHOSEN if name != "quant.dense_layers"),
+        reserve=0.0,
+    )
+    need = {
+        method: search.plan({"quant.method": method, "quant.dense_layers": 0}).device.total
+        for method in ("keep", "nf4")
+    }
+    assert need["nf4"] < need["keep"]
+    for usable, method, why in (
+        (need["keep"], "keep", "kept as it is shipped"),
+        (need["keep"] - 1, "nf4", "as it is shipped, it would take"),
+        (need["nf4"], "nf4", "as it is shipped, it would take"),
+        (need["nf4"] - 1, "keep", ""),
+    ):
+        machine = dataclasses.replace(search.machine, usable_bytes=usable)
+        choice = find(dataclasses.replace(search, machine=machine))
+        assert choice.config.quant.method == method
+        assert choice.plan.lacks() is None or usable < need["nf4"]
+        assert why in str(choice.changes[0])
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 The search is exact: first the storage and the sharding of the base, then each combination of how a step runs, then as
 many resident layers as fit. A branch whose base alone does not fit ends at its first plan. Results do not depend on the
-settings, but for quant.method: the low bits that a base is shipped in, else 16 bits if they fit on the GPUs and are not
-far slower than NF4, else NF4.
+settings, but for quant.method: the low bits that a base is shipped in if they fit, or 16 bits if they fit on the GPUs
+and are not far slower than NF4, else NF4.
 """
 
 from __future__ import annotations
@@ -319,6 +319,8 @@ class Choice:
         time, slower = plan.time, None if other is None else other.time
         if self.only_reason is not None:
             why = self.only_reason
+        elif method == "keep":
+            why = f"the base is kept as it is shipped, in {plan.model.shapes.kept_formats}, {_of_usable(plan)}"
         elif method == "none":
             why = f"the base fits in 16 bits, {_of_usable(plan)}"
             if time is not None and slower is not None:
@@ -329,9 +331,11 @@ class Choice:
                 f"faster: {time.tokens_per_second:,.0f} tokens/s, not {slower.tokens_per_second:,.0f}"
             )
         else:
-            in_16_bits = plan.replan({"quant.method": "none", "quant.dense_layers": 0})
-            assert in_16_bits is not None, "16 bits were tried"
-            why = f"in 16 bits it would take {size(in_16_bits.device.total)}, in NF4 {_of_usable(plan)}"
+            larger = "keep" if "keep" in _quantizations(self.search)[0] else "none"
+            before = plan.replan({"quant.method": larger, "quant.dense_layers": 0})
+            assert before is not None, f"quant={larger} was tried"
+            form = "16 bits" if larger == "none" else f"{plan.model.shapes.kept_formats}, as it is shipped,"
+            why = f"in {form} it would take {size(before.device.total)}, in NF4 {_of_usable(plan)}"
         return Change(settings={"quant.method": method}, why=why)
 
 
@@ -353,12 +357,12 @@ def choose(search: Search) -> Choice:
             given = dataclasses.replace(given, fixed={*given.fixed, "parallel.offload_base"})
         plan = given.fastest()
         plans += [] if plan is None else [plan]
-        if plan is not None and plan.time is None:
-            break  # The faster method is unknown.
+        if plan is not None and (plan.time is None or method == "keep"):
+            break  # The faster method is unknown, or what is shipped is exact.
     times = [each.time.seconds for each in plans if each.time is not None]
     if len(times) > 1 and times[0] > TOO_SLOW * times[1]:
         plans.reverse()
-    plan = plans[0] if plans else search.plan({"quant.method": methods[-1], **zero})
+    plan = plans[0] if plans else search.plan({"quant.method": _if_nothing_fits(methods), **zero})
     return Choice(plan=plan, search=search, only_reason=only_reason, other=plans[1] if len(plans) > 1 else None)
 
 
@@ -369,9 +373,17 @@ def resolve_auto(search: Search) -> Choice:
         return choose(search) if search.config.quant.method == "auto" else Choice(plan=search.plan(), search=search)
     # Dense layers need quantized weights, and the memory of some is unknown.
     methods, only_reason = _quantizations(search)
-    plan = search.plan({"quant.method": methods[-1], "quant.dense_layers": 0})
+    plan = search.plan({"quant.method": _if_nothing_fits(methods), "quant.dense_layers": 0})
+    if "keep" in methods and not has_room(plan, search.reserve):
+        smaller = search.plan({"quant.method": methods[-1], "quant.dense_layers": 0})
+        plan = smaller if has_room(smaller, search.reserve) else plan
     most = None if search.machine.usable_bytes is None else search.with_most(plan, "quant.dense_layers")
     return Choice(plan=most or plan, search=search, only_reason=only_reason)
+
+
+def _if_nothing_fits(methods: list[str]) -> str:
+    """Return the value of quant.method if none fits: the base as it is shipped, else the smallest."""
+    return "keep" if "keep" in methods else methods[-1]
 
 
 def _quantizations(search: Search) -> tuple[list[str], str | None]:
@@ -382,6 +394,8 @@ def _quantizations(search: Search) -> tuple[list[str], str | None]:
     if config.adapter.method == "full":
         return ["none"], "adapter=full trains every parameter"
     if model.shapes.kept and not (config.adapter.decomposes or config.adapter.for_nf4):
+        if search.machine.usable_bytes is not None:
+            return ["keep", "nf4"], None
         return ["keep"], f"{model.name} is shipped in {model.shapes.kept_formats}, which is kept"
     only_nf4 = {
         f"{model.name} is in NF4 already": quantization_method(model.settings, model.name) == NF4,

@@ -34,6 +34,7 @@ from distlora.post.merge.output_folder import (
     check_space,
     copy_companions,
     each,
+    file_of,
     lay_out_files,
     write_index,
 )
@@ -112,9 +113,9 @@ def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
             f"{kept} is in low bits in {base.files.folder} and not among the weights that quant=nf4 quantizes, so "
             "bitsandbytes cannot load it; run `distlora merge` instead, which writes it dense"
         )
-    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {s.file.name: {} for s in base.files.headers.values()}
+    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {file_of(s): {} for s in base.files.headers.values()}
     for name, segment in base.files.headers.items():
-        tables[segment.file.name] |= replaced.get(name, {name: (segment.dtype, segment.shape)})
+        tables[file_of(segment)] |= replaced.get(name, {name: (segment.dtype, segment.shape)})
     return lay_out_files(tables, copied)
 
 

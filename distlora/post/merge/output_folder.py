@@ -126,11 +126,6 @@ class Plan:
 
 def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], dtype: torch.dtype) -> Plan:
     """Lay out the merged files from the base's headers (`on_disk`)."""
-
-    def file_of(segment: Segment) -> str:
-        """Return the name of the file that a tensor's goes into; one for all of a GGUF file."""
-        return SINGLE_NAME if segment.file.suffix == ".gguf" else segment.file.name
-
     written = {name: shape for parameter in parameters for name, shape in parameter.outputs.items()}
     home = {name: file_of(on_disk[name]) for name in written if name in on_disk}
     for parameter in parameters:  # A tensor that the base lacks goes into the file of its source.
@@ -144,6 +139,11 @@ def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], 
     for name, segment in copied.items():
         tables[file_of(segment)][name] = (segment.dtype, segment.shape)
     return lay_out_files(tables, copied)
+
+
+def file_of(segment: Segment) -> str:
+    """Return the name of the file that a tensor's goes into; one for all of a GGUF file."""
+    return SINGLE_NAME if segment.file.suffix == ".gguf" else segment.file.name
 
 
 def lay_out_files(tables: Mapping[str, Mapping[str, tuple[str, Sequence[int]]]], copied: Mapping[str, Segment]) -> Plan:

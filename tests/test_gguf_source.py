@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -16,20 +18,27 @@ import transformers
 from torch import Tensor
 
 from closeness import assert_close
+from distlora.architecture import gguf_folder
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.gguf_folder import gguf_file
-from distlora.architecture.gguf_note import GgufTensor
+from distlora.architecture.gguf_note import GgufTensor, stored_parts
 from distlora.architecture.low_bit_headers import LowBitSegment
-from distlora.config import UserError
+from distlora.config import ModelConfig, UserError
+from distlora.derive.gguf import describe
 from distlora.derive.gguf_header import read_gguf_header
 from distlora.loading.load_base import load_base
 from distlora.model.adapters import adapter_parameters, reset_adapters
 from distlora.model.buffers import materialize_buffers
 from distlora.model.token_matrix import TokenEmbedding
 from distlora.parallel import Ranks
+from distlora.post.export import bnb_folder
+from distlora.post.weights import open_base
+from distlora.run_folder.layout import Result
+from distlora.training.model_card import model_card
 from distlora.weights.low_bit.codecs import CODECS
 from distlora.weights.low_bit.gguf import decode
 from distlora.weights.reader import Reader
+from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.demo import model as demo_model
 from family_models import SINGLE, config_for, move_adapters_off_start
 from gguf_files import MODELS, dense_by_transformers, described_here, write_random
@@ -298,3 +307,77 @@ def test_the_demo_s_file_is_read_as_transformers_does(tmp_path: Path) -> None:
         for name, value in dense_by_transformers(file, folder).state_dict().items():
             if name in headers:
                 assert torch.equal(reader.read([headers[name]], 0, value.numel()).float(), value.flatten()), name
+
+
+@pytest.fixture
+def kept_run(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    """Return model.path of a run on a GGUF file of its own, as RUN/config.yaml holds it."""
+    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf_folder, "derived", described_by_name)
+    file = tmp_path / "m.gguf"
+    file.write_bytes(llama.read_bytes())
+    return localize(ModelConfig(path=str(file)))
+
+
+def described_by_name(_doing: str, _flag: str, file: str, folder: str) -> str:
+    return describe(Path(file), Path(folder))
+
+
+def test_the_folder_of_a_gguf_file_is_made_again(kept_run: ModelConfig, tmp_path: Path) -> None:
+    folder, names = Path(kept_run.path), sorted(CheckpointFiles(kept_run.path).headers)
+    assert kept_run.gguf_file == str(tmp_path / "m.gguf")
+    shutil.rmtree(tmp_path / "cache")
+    restore(kept_run)
+    assert {"config.json", "tokenizer.json", "gguf.json"} <= {path.name for path in folder.iterdir()}
+    (folder / "gguf.json").write_text("{")
+    restore(kept_run)
+    moved = (tmp_path / "m.gguf").rename(tmp_path / "moved.gguf")
+    with pytest.raises(UserError, match=r"m.gguf is missing, the GGUF file that the run trained on"):
+        restore(kept_run)
+    kept_run = dataclasses.replace(kept_run, gguf_file=str(moved))
+    restore(kept_run)
+    headers = CheckpointFiles(folder).headers
+    assert sorted(headers) == names
+    assert {part.file for part in stored_parts(headers).values()} == {moved}
+    content = bytearray(moved.read_bytes())
+    content[200] ^= 1
+    moved.write_bytes(content)
+    with pytest.raises(UserError, match=r"moved.gguf is not the GGUF file that the run trained on, but another"):
+        restore(kept_run)
+
+
+def test_a_cache_that_cannot_be_written_is_named(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"cache/gguf/.*llama, which is to describe .*cannot be written .Not a dir"):
+        gguf_folder.described(llama)
+
+
+@pytest.mark.parametrize("method", ["keep", "nf4"])
+def test_a_model_card_names_the_gguf_file(kept_run: ModelConfig, tmp_path: Path, method: str) -> None:
+    config = config_for(Path(kept_run.path), quant={"method": method})
+    result = Result(
+        config=dataclasses.replace(config, model=kept_run),
+        folder=tmp_path,
+        step=None,
+        adapter={},
+        evaluations={},
+        data={},
+        summary={},
+        environment={},
+    )
+    (tmp_path / "adapter_model.safetensors").touch()
+    card = model_card(result, repository="me/it", base=None, license_of_base={})
+    assert "The base is the GGUF file `m.gguf`" in card
+    assert card.count('("FOLDER_OF_THE_GGUF_FILE", gguf_file="m.gguf"') == 2
+    assert "BitsAndBytesConfig" not in card
+    assert ("training had its values in NF4" in card) == (method == "nf4")
+
+
+def test_an_export_for_bitsandbytes_is_one_safetensors_file(tmp_path: Path) -> None:
+    write_random(tmp_path / "m.gguf", "llama-untied", ("F16",))
+    folder = described_here(tmp_path / "m.gguf", tmp_path / "described")
+    base = open_base(config_for(folder, quant={"method": "nf4"}).spec)
+    plan = bnb_folder.plan_files(base, [weight for weight in base.weights.values() if weight.quantized])
+    assert list(plan.headers) == ["model.safetensors"]
+    assert {segment.file.name for segment in plan.places.values()} == {"model.safetensors"}

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 from distlora.architecture.gguf_note import NOTE_NAME
 from distlora.architecture.spec import derived, kept_text, versions
 from distlora.config import UserError, require
 from distlora.config.base import cache_root
+from distlora.config.json_files import object_or_empty
 from distlora.system.exit_codes import require_package
 
 SUFFIX = ".gguf"
+_METADATA_BYTES = 2**24
+"""Bytes that hold the metadata and the tokenizer of any file that we know: at most 11 MB."""
 
 
 def gguf_file(path: str | Path) -> Path | None:
@@ -44,10 +48,47 @@ def described(file: Path) -> Path:
             f"{{model.path}}={file} is missing or not a file; set {{model.path}} to a GGUF file, or to a model's folder"
         )
     file = file.absolute()
-    status = file.stat()
-    key = json.dumps([str(file), status.st_size, status.st_mtime_ns, versions()])
-    folder = cache_root() / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:16] / file.stem
-    if not (folder / NOTE_NAME).is_file():
-        require_package("gguf", f"{{model.path}}={file}")
-    kept_text(folder / NOTE_NAME, lambda: derived(f"reading {file.name}", "--gguf", str(file), str(folder)))
+    key = json.dumps([str(file), file.stat().st_mtime_ns, versions()])
+    read_by = hashlib.sha256(key.encode()).hexdigest()[:16]
+    folder = cache_root() / "gguf" / _content_key(file) / read_by / file.stem
+    _describe(file, folder)
     return folder
+
+
+def restore_folder(folder: Path, file: Path) -> None:
+    """Make the folder of `described` again if the cache lacks it, cannot be read, or describes a file elsewhere.
+
+    Raises UserError for a file that is missing, or is not the one that the folder was made from.
+    """
+    place = "set model.gguf_file in the run's config.yaml to its place"
+    if not file.is_file():
+        raise UserError(f"{file} is missing, the GGUF file that the run trained on; put it back there, or {place}")
+    if folder.parts[-3:-2] != (_content_key(file),):
+        raise UserError(f"{file} is not the GGUF file that the run trained on, but another; put that back, or {place}")
+    note = folder / NOTE_NAME
+    if not (folder / "config.json").is_file() or object_or_empty(note).get("file") != str(file):
+        note.unlink(missing_ok=True)
+    _describe(file, folder)
+
+
+def _content_key(file: Path) -> str:
+    """Return a digest of a file's size and its first bytes, which hold its metadata."""
+    with file.open("rb") as stream:
+        content = stream.read(_METADATA_BYTES)
+    return hashlib.sha256(f"{file.stat().st_size} ".encode() + content).hexdigest()[:16]
+
+
+def _describe(file: Path, folder: Path) -> None:
+    note = folder / NOTE_NAME
+    if note.is_file():
+        return
+    require_package("gguf", f"{{model.path}}={file}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{folder}, which is to describe {file}, cannot be written ({error.strerror}); set DISTLORA_CACHE to a "
+            "folder that can"
+        ) from error
+    kept_text(note, lambda: derived(f"reading {file.name}", "--gguf", str(file), str(folder)))

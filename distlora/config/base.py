@@ -97,6 +97,9 @@ class ModelConfig:
     """Branch, tag or commit of a model on the hub; null: its main branch. RUN/config.yaml holds the commit."""
     name: str | None = None
     """The model's name on the hub, as adapters and model cards refer to it. The launcher fills it in."""
+    gguf_file: str | None = None
+    """The GGUF file that the folder in `path` describes. The launcher fills it in; change it in RUN/config.yaml if the
+    file was moved."""
     new_tokens: tuple[str, ...] = ()
     """Texts that become tokens of their own: [<|im_start|>, <|im_end|>]. Those written <|...|> are special, so decoders
     leave them out of text. Their rows start as the mean of all others and are trained; embedding and head grow where

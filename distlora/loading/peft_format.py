@@ -115,7 +115,7 @@ def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAP
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": spec.model.name or spec.model.path,
+        "base_model_name_or_path": spec.model.name or spec.model.gguf_file or spec.model.path,
         "revision": spec.model.revision,
         "r": spec.adapter.r,
         "lora_alpha": spec.adapter.lora_alpha,

@@ -93,6 +93,8 @@ def _introduction(result: Result, base: str | None) -> str:
         )
     else:
         kind = f"A LoRA adapter, trained on the base in {config.train.dtype}"
+    if base is None and config.model.gguf_file is not None:
+        return f"{kind}. The base is the GGUF file `{PurePath(config.model.gguf_file).name}`."
     if base is None:
         return f"{kind}. The base is a model that is not on the Hugging Face hub."
     commit = config.model.revision if base == config.model.name else None
@@ -210,7 +212,8 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def _use(result: Result, repository: str, base: str | None) -> str:
-    tokenizer = base or "PATH_OF_THE_BASE"
+    file = result.config.model.gguf_file if base is None else None
+    tokenizer = base or ("PATH_OF_THE_BASE" if file is None else "FOLDER_OF_THE_GGUF_FILE")
     config, auto, stored = Path(result.config.model.path) / "config.json", "AutoModelForCausalLM", None
     if config.is_file():
         model = read_config(config.parent)
@@ -224,6 +227,8 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         return f"```python\n{code}```"
     commit = result.config.model.revision if base and base == result.config.model.name else None
     revision = f', revision="{commit}"' if commit else ""
+    if file is not None:
+        revision, stored = f', gguf_file="{PurePath(file).name}"', "GGUF blocks"
     is_low_bit = stored not in (None, NF4)  # bitsandbytes quantizes 16-bit checkpoints only.
     needs_nf4 = result.config.adapter.for_nf4 and not is_low_bit
     classes = f"{auto}, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else "")

@@ -23,7 +23,7 @@ from distlora.weights.peft_folder import CONFIG_NAME
 
 
 def write(export: Export) -> None:
-    """Write the folder; it names the base by its hub name, else by its folder."""
+    """Write the folder; it names the base by its hub name, else by its folder or GGUF file."""
     trained, checkpoint = export.trained, export.request.name.checkpoint
     assert trained.run_dir is not None
     assert trained.weights is not None
@@ -36,9 +36,10 @@ def write(export: Export) -> None:
         files = collect(plain, repository=Path(export.request.out).name, base=base)
         if base is None:
             settings = json.loads(bytes(files[CONFIG_NAME]))
-            settings["base_model_name_or_path"] = result.config.model.path
+            place = result.config.model.gguf_file or result.config.model.path
+            settings["base_model_name_or_path"] = place
             files[CONFIG_NAME] = (json.dumps(settings, indent=2) + "\n").encode()
-            export.say(f"adapter_config.json names the base by a folder of this node, {result.config.model.path}")
+            export.say(f"adapter_config.json names the base by its place on this node, {place}")
         export.place.mkdir()
         write_files(files, export.place)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
 from distlora.architecture.gguf_folder import gguf_file
+from distlora.architecture.gguf_note import NOTE_NAME
 from distlora.architecture.kept_weights import kept_weights
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
@@ -252,6 +253,11 @@ def check_model_folder(config: Config) -> Architecture:
         f"model.revision={config.model.revision} has no effect on the folder {config.model.path}; leave it out",
     )
     folder = Path(config.model.path)
+    require(
+        config.model.gguf_file is None or (folder / NOTE_NAME).is_file(),
+        f"model.gguf_file={config.model.gguf_file} has no effect on the folder {folder}; leave it out, and set "
+        "model.path to the GGUF file to train on it",
+    )
     if not folder.is_dir():
         raise _no_folder(folder)
     model = read_config(folder)
@@ -347,7 +353,7 @@ def check_initial_adapter(spec: ModelSpec, architecture: Architecture) -> None:
     check_rows(initial.token_rows, file, stored=stored, hidden=hidden)
     rows = range(stored, stored + len(spec.model.new_tokens) + 1)  # The worker knows how many fit into spare rows.
     check_modules(initial.modules, file, rows=rows, hidden=hidden)
-    names = {spec.model.path, spec.model.name}
+    names = {spec.model.path, spec.model.name, spec.model.gguf_file}
     if initial.base is not None and Path(initial.base).name not in {Path(name).name for name in names if name}:
         base = spec.model.name or spec.model.path
         print(f"note: the adapter at init_from says that its base is {initial.base}; this run's is {base}", flush=True)

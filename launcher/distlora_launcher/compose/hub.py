@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distlora.architecture.gguf_folder import described, gguf_file
+from distlora.architecture.gguf_folder import described, gguf_file, restore_folder
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
 from distlora.config import ModelConfig, UserError, require
 from distlora.config.base import is_hub_name
@@ -84,7 +84,9 @@ def localize(model: ModelConfig) -> ModelConfig:
     """
     if not is_hub_name(model.path):
         file = gguf_file(model.path)
-        return model if file is None else dataclasses.replace(model, path=str(described(file)))
+        if file is None:
+            return model
+        return dataclasses.replace(model, path=str(described(file)), gguf_file=str(file.absolute()))
     on_hub = locate(model.path, model.revision)
     download(on_hub)
     return dataclasses.replace(model, path=str(on_hub.folder), name=on_hub.name, revision=on_hub.commit)
@@ -93,8 +95,11 @@ def localize(model: ModelConfig) -> ModelConfig:
 def restore(model: ModelConfig) -> None:
     """Download the snapshot that RUN/config.yaml names again if it is missing or incomplete.
 
-    Does nothing for a model that did not come from the hub.
+    The folder that describes a GGUF file is made again from the file. Does nothing for another local model.
     """
+    if model.gguf_file is not None:
+        restore_folder(Path(model.path), Path(model.gguf_file))
+        return
     folder, name, commit = Path(model.path), model.name, model.revision
     if name is None or commit is None or folder.parts[-2:] != ("snapshots", commit):
         return

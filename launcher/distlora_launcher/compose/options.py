@@ -106,7 +106,7 @@ def without_replaced(words: Sequence[str], overrides: Sequence[str]) -> list[str
     unset = {override.key_or_group for override in parsed(overrides) if override.value() is None}
     replaced.update(name for rivals in _RIVALS if (replaced - unset).intersection(rivals) for name in rivals)
     if "model.path" in replaced:
-        replaced |= {"model.revision", "model.name"}
+        replaced |= {"model.revision", "model.name", "model.gguf_file"}
     kept = []
     for word, override in zip(words, parsed(words), strict=True):
         group, *names = override.key_or_group.split(".")

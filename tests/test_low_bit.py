@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,9 +27,11 @@ from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
 from distlora.model.adapters import BlockContext, adapter_parameters
+from distlora.model.build import formats_of
 from distlora.model.experts import replace_experts
 from distlora.post.merge.merge import merge_to
-from distlora.post.trained import Name
+from distlora.post.merge.output_folder import merged_config
+from distlora.post.trained import Name, base_spec
 from distlora.training.publish import publish_result
 from distlora.weights.low_bit.codecs import CODECS
 from distlora.weights.reader import Reader
@@ -323,11 +326,91 @@ def test_scales_may_lack_only_ones_at_the_end(tmp_path: Path, rows: bool) -> Non
         assert torch.equal(reader.read([segment], 0, segment.numel).view(64, 64), expected)
 
 
+def zero_points(made: Checkpoint) -> None:
+    made[0][f"{NAME}.weight_zero_point"] = torch.zeros(33, 1, dtype=torch.int8)
+
+
+def scaled_inputs(made: Checkpoint) -> None:
+    made[0][f"{NAME}.pre_quant_scale"] = torch.ones(50)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("ct-int8", zero_points, "weight has zero points, which only packed"),
+        ("ct-int8", lambda made: group(made).update(symmetric=False), "weight has zero points, which only packed"),
+        ("ct-int8", lambda made: group(made).update(num_bits=4), "stored as I8, and no config group has ints of 8"),
+        ("ct-fp8-tensor", lambda made: group(made).update(symmetric=False), "symmetric=False is not supported"),
+        ("modelopt-fp8", scaled_inputs, "pre_quant_scale belongs to no quantized weight of a supported kind"),
+    ],
+    ids=["zeros", "asymmetric", "unpacked-4-bits", "asymmetric-float", "scaled-inputs"],
+)
+def test_valid_kinds_that_are_not_read_are_not_called_damaged(
+    tmp_path: Path, name: str, damage: Callable[[Checkpoint], None], reason: str
+) -> None:
+    made = checkpoint(name)
+    damage(made)
+    write(tmp_path, made)
+    with pytest.raises(UserError, match=rf"{reason}.*set model.path to the 16-bit checkpoint"):
+        read_all(tmp_path)
+
+
+def group(made: Checkpoint) -> dict[str, Any]:
+    """Return the settings of the weights of a compressed-tensors checkpoint."""
+    weights: dict[str, Any] = made[1]["config_groups"]["group_0"]["weights"]
+    return weights
+
+
+@pytest.mark.parametrize("name", ["ct-int4-channel", "ct-int8-packed", "ct-int4", "ct-int4-zeros"])
+def test_groups_of_4_and_8_bits_that_both_fit_are_told_apart(tmp_path: Path, name: str) -> None:
+    """By zero points and by the stored shape: codes and scales alone fit twice as many weights of half the bits."""
+    tensors, config, values = checkpoint(name)
+    own = config["config_groups"]["group_0"]
+    twice = {"num_bits": 12 - own["weights"]["num_bits"], "symmetric": True}
+    if (size := own["weights"].get("group_size")) is not None:
+        twice["group_size"] = size * own["weights"]["num_bits"] // twice["num_bits"]
+    other = own | {"weights": own["weights"] | twice}
+    for groups in ({"a": other, "b": own}, {"a": own, "b": other}):
+        made = (tensors, config | {"config_groups": groups}, values)
+        segment = write(tmp_path, made).headers[f"{NAME}.weight"]
+        with Reader() as reader:
+            expected = values[f"{NAME}.weight"]
+            assert segment.shape == expected.shape
+            assert torch.equal(reader.read([segment], 0, segment.numel).to(expected.dtype), expected.flatten())
+
+
 def test_a_composite_models_settings_may_lie_in_its_text_config(tmp_path: Path) -> None:
     made = checkpoint("ct-int4")
     write(tmp_path, made)
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"quantization_config": made[1]}}))
     assert read_all(tmp_path).keys() == made[2].keys()
+
+
+def test_a_merge_drops_settings_in_text_config_and_a_build_reads_them(tmp_path: Path) -> None:
+    four = {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}
+    files = write(tmp_path, ({f"{NAME}.weight": torch.zeros(4, 4)}, {}, {}))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": four}))
+    nothing: Any = None
+    with pytest.raises(UserError, match=r"no weight in .* is quantized"):
+        formats_of(base_spec(str(tmp_path), "nf4"), files, nothing, nothing)
+    vocabulary, architecture = SimpleNamespace(has_grown=False), SimpleNamespace(text_config="text_config")
+    model = SimpleNamespace(vocabulary=vocabulary, architecture=architecture, tied_in_base=False)
+    base: Any = SimpleNamespace(model=model)
+    assert merged_config(tmp_path, base, "bfloat16") == {"dtype": "bfloat16", "text_config": {}}
+
+
+def test_an_adapter_without_a_run_on_a_base_in_low_bits_is_bf16(tmp_path: Path) -> None:
+    """Norms in fp32 beside weights in low bits, which no number of BF16 stands for, do not make the run fp32."""
+    tensors, config, _ = checkpoint("gptq-128")
+    write(tmp_path / "base", (tensors | {"model.norm.weight": torch.ones(40)}, config, {}))
+    path = f"base_model.model.{NAME}"
+    pair = {f"{path}.lora_A.weight": torch.zeros(2, 256), f"{path}.lora_B.weight": torch.zeros(40, 2)}
+    (tmp_path / "adapter").mkdir()
+    safetensors.torch.save_file(pair, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["down_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    trained = Name(place=str(tmp_path / "adapter"), base=str(tmp_path / "base"), quant="nf4").read()
+    assert trained.spec.dtype == "bf16"
 
 
 def test_modelopts_own_file_describes_a_checkpoint_whose_config_does_not(tmp_path: Path) -> None:

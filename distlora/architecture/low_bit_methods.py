@@ -89,7 +89,10 @@ def with_low_bit(stored: Mapping[str, Segment], folder: Path, config: Mapping[st
         if name.endswith(ACTIVATIONS):
             del parts.left[name]
         elif name.endswith(PARTS) or name in parts.weights:
-            raise UserError(f"{segment.file}: {name} belongs to no quantized weight; {AGAIN}")
+            raise UserError(
+                f"{segment.file}: {name} belongs to no quantized weight of a supported kind; {INSTEAD}, or download it "
+                "again if it is damaged"
+            )
     return parts.left | parts.weights
 
 
@@ -187,10 +190,11 @@ def _weight_arguments(settings: Mapping[str, Any], where: str = "quantization_co
             continue
         if not isinstance(weights, Mapping):
             raise UserError(f"{place}.weights={short(weights)} is not an object; {INSTEAD}")
-        place, weights = f"{place}.weights", {"num_bits": 8, "type": "int", **weights}
+        place, weights = f"{place}.weights", {"num_bits": 8, "type": "int", "symmetric": True, **weights}
         check_fields(weights, place, _ARGUMENTS)
         check_value(weights, place, "num_bits", 4, 8)
         check_value(weights, place, "type", "int", "float")
+        check_value(weights, place, "symmetric", *((True, False) if weights["type"] == "int" else (True,)))
         check_value(weights, place, "strategy", "tensor", "channel", "group", "tensor_group", "block", None)
         size, block = weights.get("group_size"), weights.get("block_structure")
         if size is not None and not (type(size) is int and (size > 0 or size == -1)):
@@ -221,9 +225,14 @@ def _find_compressed(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowB
         yield _packed_integers(parts, name, codes, [each for each in arguments if each["type"] == "int"])
     for name, codes in parts.ending("", "F8_E4M3", "I8"):
         shape, wanted = matrix_of(name, codes), "int" if codes.dtype == "I8" else "float"
-        blocks = [_blocks_of(each, shape) for each in arguments if (each["type"], each["num_bits"]) == (wanted, 8)]
-        if not blocks:
-            raise UserError(f"{codes.file}: {name} is stored as {codes.dtype}, which no config group is; {AGAIN}")
+        fitting = [each for each in arguments if (each["type"], each["num_bits"]) == (wanted, 8)]
+        blocks = [_blocks_of(each, shape) for each in fitting if each["symmetric"]]
+        for is_wrong, what in (
+            (not fitting, f"is stored as {codes.dtype}, and no config group has {wanted}s of 8 bits"),
+            (not blocks or f"{name}_zero_point" in parts.left, "has zero points, which only packed integers may have"),
+        ):
+            if is_wrong:
+                raise UserError(f"{codes.file}: {name} {what}; {INSTEAD}")
         yield _scaled(parts, name, shape, "_scale", blocks)
 
 
@@ -243,9 +252,11 @@ def _fp4(parts: Parts, name: str, shape: tuple[int, ...], codes: str, global_sca
 
 
 def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequence[Mapping[str, Any]]) -> LowBitTensor:
-    """Take a weight of 4- or 8-bit integers in int32 words along its rows; the first fitting group describes it."""
+    """Take a weight of 4- or 8-bit integers in int32 words along its rows, by the group that fits its parts."""
     packed = matrix_of(f"{name}_packed", codes)
     scales = parts.left.get(f"{name}_scale")
+    taken = {"shape": parts.take(f"{name}_shape", name, ("I64", "I32"), (len(packed),))}
+    fitting = list[tuple[int, tuple[int, ...], tuple[int, int], bool]]()
     for each in arguments:
         bits, size = each["num_bits"], each.get("group_size") or -1
         is_grouped = size > 0 and each.get("strategy") in ("group", None) and scales is not None
@@ -253,23 +264,35 @@ def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequenc
         shape = (*packed[:-1], width)
         grid = grid_of(shape, _blocks_of(each, shape))
         if -(-width * bits // 32) == packed[-1] and scales and trimmed(scales.shape) == trimmed(grid):
-            break
-    else:
+            fitting.append((bits, shape, _blocks_of(each, shape), each["symmetric"]))
+    has_zeros = f"{name}_zero_point" in parts.left
+    fitting = [each for each in fitting if each[3] != has_zeros] or fitting
+    if len({each[:2] for each in fitting}) > 1:  # 8 bits, or twice as many weights of 4.
+        stored = _integers_of(taken["shape"])
+        fitting = [each for each in fitting if list(each[1]) == stored]
+    if not fitting:
         have = "no scales" if scales is None else f"scales of shape {short(list(scales.shape))}"
         raise UserError(
             f"{codes.file}: {name}_packed of shape {short(list(packed))} with {have} fits no config group; {AGAIN}"
         )
-    taken = {
-        "codes": parts.take(f"{name}_packed", name, ("I32",)),
-        "scales": parts.take(f"{name}_scale", name, FLOATS),
-    }
-    taken["shape"] = parts.take(f"{name}_shape", name, ("I64", "I32"), (len(shape),))
-    if not each.get("symmetric", True):
-        zeros = (*shape[:-2], -(-shape[-2] * bits // 32), grid[-1])
+    bits, shape, block, is_symmetric = fitting[0]
+    taken["codes"] = parts.take(f"{name}_packed", name, ("I32",))
+    taken["scales"] = parts.take(f"{name}_scale", name, FLOATS)
+    if not is_symmetric:
+        zeros = (*shape[:-2], -(-shape[-2] * bits // 32), grid_of(shape, block)[-1])
         taken["zeros"] = parts.take(f"{name}_zero_point", name, ("I32",), zeros)
     if f"{name}_g_idx" in parts.left:
-        taken["order"] = parts.take(f"{name}_g_idx", name, ("I32",), (width,))
-    return _integers(name, shape, "packed", taken, _blocks_of(each, shape), bits, in_order="order" not in taken)
+        taken["order"] = parts.take(f"{name}_g_idx", name, ("I32",), shape[-1:])
+    return _integers(name, shape, "packed", taken, block, bits, in_order="order" not in taken)
+
+
+def _integers_of(segment: Segment) -> list[int]:
+    """Read a small tensor of integers."""
+    size = segment.num_bytes // segment.numel
+    with segment.file.open("rb") as stream:
+        stream.seek(segment.offset)
+        content = stream.read(segment.num_bytes)
+    return [int.from_bytes(content[i : i + size], "little", signed=True) for i in range(0, segment.num_bytes, size)]
 
 
 def _integers(

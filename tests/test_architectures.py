@@ -72,6 +72,8 @@ WITH_VISION = {
 UNPACKED = {"openai/gpt-oss-20b": 20_914_757_184, "openai/gpt-oss-120b": 116_829_156_672}
 """What is in MXFP4 on disk, where the hub counts bytes, by the index's total_parameters; 20.91e9 and 116.83e9 in the
 model card (arXiv 2508.10925, table 1)."""
+QUANTIZED = {name: entry["names"][0] for entry in SHIPPED for name in entry.get("quantized", ())}
+"""First names of the 16-bit models of the same sizes, by the names of those that are shipped in low bits."""
 
 PUBLISHED: dict[str, tuple[float, float | None]] = {
     "Qwen/Qwen3.5-4B": (4_659_865_088, None),
@@ -136,10 +138,10 @@ def test_a_vision_tower_is_what_else_a_gemma_holds(name: str) -> None:
 def test_all_of_them_are_of_a_family_that_can_be_trained() -> None:
     for name, settings in ARCHITECTURES.items():
         check_config(settings, name, sequence_length=2048)
-    counted = {
-        id(architecture_named(name)) for name in (*COUNTED, *UNTIED_ON_DISK, *WITH_VISION, *UNPACKED, *PUBLISHED)
-    }
-    assert counted == {id(settings) for settings in ARCHITECTURES.values()}, "no sizes without a count"
+    names = (*COUNTED, *UNTIED_ON_DISK, *WITH_VISION, *UNPACKED, *PUBLISHED)
+    counted = {id(architecture_named(QUANTIZED.get(name, name))) for name in names}
+    dense = {id(settings) for name, settings in ARCHITECTURES.items() if name not in QUANTIZED}
+    assert counted == dense, "no sizes without a count"
 
 
 def stored(module: Any) -> int:
@@ -194,7 +196,7 @@ def test_a_config_that_ships_builds_as_many_parameters_as_are_published(name: st
 
 def test_all_that_ships_is_counted_and_says_where_it_was_seen() -> None:
     assert {entry["names"][0] for entry in SHIPPED if "source" in entry} == PUBLISHED.keys()
-    names = [name.lower() for entry in SHIPPED for name in entry["names"]]
+    names = [name.lower() for entry in SHIPPED for name in (*entry["names"], *entry.get("quantized", ()))]
     assert len(names) == len(set(names))
 
 
@@ -209,9 +211,11 @@ def test_names_know_no_upper_case_and_mistyped_ones_have_a_nearest() -> None:
 def test_every_file_of_conf_names_a_model_that_is_built_in() -> None:
     files = {path.stem: yaml.safe_load(path.read_text()) for path in CONF.glob("*.yaml")}
     del files["local"]
-    named = {id(architecture_named(values["path"])) for values in files.values()}
+    paths = {values["path"] for values in files.values()}
+    assert paths >= QUANTIZED.keys()
+    named = {id(architecture_named(QUANTIZED.get(path, path))) for path in paths}
     assert all(values["defaults"] == ["local"] for values in files.values())
-    for settings in ARCHITECTURES.values():
+    for settings in (architecture_named(entry["names"][0]) for entry in SHIPPED):
         names = [name for name, own in ARCHITECTURES.items() if own is settings]
         # Of sizes that differ in nothing that is calculated, the newest has the option; one in FP8 alone has none.
         unnamed = any(old in names[0] for old in ("Llama-3-", "Mistral-7B-v0.1", "8x22B-v0.1", "Mistral-Small-4"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.kept_weights import is_transposed
 from distlora.architecture.low_bit import labels
 from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.low_bit_methods import is_converted
 from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.config.plan import CHOSEN
@@ -401,3 +403,37 @@ def test_scales_that_are_not_finite_are_refused_by_name(
     weight = part.removesuffix("_scale_inv").removesuffix("_scales").removesuffix("_scale")
     with pytest.raises(UserError, match=f"{weight} holds NaN or Inf"):
         start_run_model(config_for(folder, quant=KEEP), SINGLE)
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", *map(ci, ("fp8-experts", "fp8-compressed", "int4", "int4-experts"))])
+def test_a_plan_without_weights_has_the_formats_of_their_headers(place: Any, tmp_path: Path, name: str) -> None:
+    folder = place(name) / name
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with_weights, without = model_in(folder), model_in(tmp_path)
+    assert with_weights.shapes.kept
+    assert without.shapes.kept == with_weights.shapes.kept
+    assert (without.cannot_keep, without.stored_bytes) == (None, None)
+
+
+def test_a_plan_without_weights_says_which_formats_it_cannot_tell(place: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((place("nvfp4-experts") / "nvfp4-experts" / "config.json").read_text())
+    assert re.search(r"the formats of modelopt are read from the weights", str(model_in(tmp_path).cannot_keep))
+
+
+@pytest.mark.parametrize(
+    ("listed", "module", "expected"),
+    [
+        ("model.layers.*.self_attn", "model.layers.11.self_attn.q_proj", False),
+        ("model.layers.*.mlp.router", "model.layers.0.mlp.experts.gate_up_proj", True),
+        ("model.layers.1", "model.layers.11.mlp.up_proj", True),
+        ("model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj", True),
+        ("gate_proj", "model.layers.0.mlp.gate_proj", False),
+        (r"re:.*mlp\.(gate|up)_proj.*", "model.layers.1.mlp.experts.0.up_proj", True),
+        (r"re:.*mlp\.(gate|up)_proj.*", "model.layers.1.mlp.up_proj", False),
+    ],
+)
+def test_lists_of_modules_that_are_not_converted(listed: str, module: str, expected: bool) -> None:
+    config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", listed]}}
+    assert is_converted(config, "here")(module) is expected
+    with pytest.raises(UserError, match=r"here: quantization_config.ignore has '\(': missing \)"):
+        is_converted({"quantization_config": {"ignore": ["("]}}, "here")

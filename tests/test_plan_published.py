@@ -12,16 +12,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS
-from distlora.architecture.shapes import ARCHITECTURES, ModelShapes
+from distlora.architecture.shapes import ARCHITECTURES, KEEP, ModelShapes
 from distlora.planner import Plan, plan_of, traffic
 from distlora.planner.machine import machine_of
 from distlora.planner.memory.activations import Activations
+from distlora.planner.memory.base import base_of
 from distlora.planner.memory.step import blocks_of
 from distlora.planner.model import built_in, find_model
+from distlora.planner.workload import Workload
 from plan_inputs import composed
 
 GB, MIB, GIB = 1e9, 2**20, 2**30
@@ -121,6 +124,100 @@ class Published:
         digits = 3 if self.unit == "bits" else 1
         ours = f"{self.calculated():.{digits}f}"
         return f"| {self.what} | {self.said:g} {self.unit} | {ours} | {self.error:+.1%} | {self.left} | {self.source} |"
+
+
+KIMI_K2: dict[str, Any] = {
+    **ARCHITECTURES["unsloth/DeepSeek-V3-bf16"],
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "vocab_size": 163_840,
+    "n_routed_experts": 384,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.827,
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+        "ignore": [
+            *("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"),
+            "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+        ],
+        "config_groups": {
+            "group_0": {
+                "input_activations": None,
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": 32,
+                    "actorder": None,
+                    "block_structure": None,
+                    "dynamic": False,
+                    "observer": "minmax",
+                },
+            }
+        },
+    },
+}
+"""Sizes and quantization_config of Kimi-K2-Thinking, whose model_type kimi_k2 is DeepSeek-V3's code."""
+EXPERT = 3 * 2048 * 7168
+"""Weights of an expert of DeepSeek-V3 and Kimi-K2."""
+MLA_TILES = 12 * 56 + 192 * 12 + 5 * 56 + 256 * 4 + 56 * 128
+"""Tiles of q_a, q_b, kv_a (576 rows: the fifth is ragged), kv_b and o of a layer of DeepSeek-V3."""
+DEEPSEEK_TILES = 61 * MLA_TILES + 3 * 3 * 144 * 56 + 58 * 257 * EXPERT // 128**2
+DEEPSEEK_DENSE = 2 * 129_280 * 7168 + 58 * 256 * 7168 + 61 * (2 * 7168 + 1536 + 512) + 7168
+QWEN_TILES = 48 * (2 * 32 * 16 + 2 * 4 * 16 + 128 * 3 * 6 * 16)
+KIMI_EXPERTS = 60 * 384 * EXPERT
+AS_SHIPPED: dict[str, tuple[str, float, int]] = {
+    # The hub's index says 13,761,264,768 and 65,248,815,744 bytes in total.
+    "openai/gpt-oss-20b": ("mxfp4", 4.25, 24 * 32 * 3 * 2880**2 * 17 // 32 + 2 * 1_804_459_584),
+    "openai/gpt-oss-120b": ("mxfp4", 4.25, 36 * 128 * 3 * 2880**2 * 17 // 32 + 2 * 2_167_371_072),
+    "Qwen/Qwen3-30B-A3B-FP8": (
+        *("fp8_block", 8 + 32 / 16_384),
+        (16_384 + 4) * QWEN_TILES + 2 * (30_532_122_624 - 16_384 * QWEN_TILES),
+    ),
+    "deepseek-ai/DeepSeek-V3": ("fp8_block", 8 + 32 / 16_384, (16_384 + 4) * DEEPSEEK_TILES + 2 * DEEPSEEK_DENSE),
+    "Kimi-K2-shaped": ("int4_g32", 4.5, KIMI_EXPERTS * 9 // 16 + 2 * (1_026_408_209_408 - KIMI_EXPERTS)),
+}
+"""Format, bits per kept weight, and bytes of the whole base with quant=keep."""
+
+
+@pytest.mark.parametrize("name", AS_SHIPPED)
+def test_a_base_as_it_is_shipped_takes_the_bits_of_its_format(name: str) -> None:
+    """The formats follow from quantization_config alone; sizes are multiples of 8 ranks, so that nothing is padded."""
+    format, bits, total = AS_SHIPPED[name]
+    model = built_in(name, ARCHITECTURES.get(name, KIMI_K2))
+    shapes = model.shapes
+    assert model.cannot_keep is None
+    assert shapes.kept_formats == format
+    assert 8 * LOW_BIT_FORMATS[format].group_bytes / GROUP == bits
+    assert model.stored_bytes == pytest.approx(total, rel=1e-4), "on disk ragged tiles are not padded"
+    words = ("train.global_batch=8", "train.micro_batch=1", "cluster.gpus_per_node=8")
+    for method, kept in (("keep", KEEP), ("nf4", "nf4")):
+        config = composed(*words, f"quant.method={method}", model={"path": name}, data={"path": "/data"})
+        work = Workload.of(config)
+        for shards in (1, 8):
+            held = traffic.held_bytes(shapes, shards, format=kept, itemsize=2)
+            sizes = base_of(work, shapes).kept(shards)
+            assert sum(sizes.values()) - base_of(work, shapes).replicated == held
+            if method == "keep":
+                assert held == total // shards
+        ends = 2 * (2 * shapes.vocabulary + 1) * shapes.hidden
+        layers = traffic.held_bytes(shapes, 1, format=kept, itemsize=2) - ends
+        assert traffic.moved_bytes(work, shapes, 8) == layers
+        step = traffic.step_traffic(work, shapes, world=8, accumulation=1)
+        assert step.gathered == 2 * layers + ends
+
+
+def test_qwen3_in_fp8_has_as_many_scales_as_its_files() -> None:
+    """The hub counts 30,533,947,392 elements, scales among them."""
+    assert QWEN_TILES == 30_533_947_392 - 30_532_122_624
 
 
 PAPER = "QLoRA, arXiv 2305.14314"

@@ -6,12 +6,15 @@ in low bits elsewhere (an LM head) are dequantized while they are read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS, labels
 from distlora.architecture.low_bit_headers import LowBitSegment
-from distlora.architecture.safetensors_headers import Segment
+from distlora.architecture.low_bit_methods import expected_parts, is_converted, with_low_bit
+from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.architecture.spec import Architecture
 from distlora.config import UserError
 
@@ -47,6 +50,36 @@ def kept_weights(architecture: Architecture, headers: Mapping[str, Segment], pla
             f"{{model.path}}={place} are not quantized; set quant=nf4"
         )
     return found
+
+
+def expected_headers(architecture: Architecture, config: Mapping[str, Any], place: Path | str) -> Mapping[str, Segment]:
+    """Return the headers that `kept_weights` needs of a checkpoint whose config.json alone is known.
+
+    They have the linears of the decoder layers, and of experts that are stored one by one the first of each layer.
+    Raises UserError if quantization_config does not tell how a weight is stored.
+    """
+    whole, single = dict[str, tuple[int, ...]](), dict[str, dict[str, tuple[int, ...]]]()
+    for index in range(architecture.num_layers):
+        for weight in architecture.layer(index).weights:
+            name = f"{architecture.layer_prefix}{index}.{weight.path}"
+            if weight.packs:
+                whole[name] = weight.shape
+            if weight.kind == "experts":
+                module, _, tail = name.rpartition(".")
+                tails = ("gate_proj", "up_proj") if tail == "gate_up_proj" else (tail,)
+                rows = weight.shape[1] // len(tails)
+                single[name] = {f"{module}.0.{each}.weight": (rows, weight.shape[2]) for each in tails}
+    stored_as = architecture.on_disk([each for names in single.values() for each in names])
+    is_quantized, stored = is_converted(config, place), dict[str, Segment]()
+    for name, shape in whole.items():
+        tensors = single[name] if stored_as.get(name) else {name: shape}
+        for tensor, size in tensors.items():
+            parts = {tensor: ("BF16", size)}
+            if is_quantized(tensor.removesuffix(".weight")):
+                parts = expected_parts(config, tensor, size, place)
+            for part, (dtype, sizes) in parts.items():
+                stored[part] = Segment(Path(place), 0, math.prod(sizes) * DTYPE_BYTES[dtype], dtype, sizes)
+    return with_low_bit(stored, Path(place), config)
 
 
 def kept_weight(name: str, segments: Sequence[Segment]) -> KeptWeight | None:

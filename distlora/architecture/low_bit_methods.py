@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,46 @@ def with_low_bit(stored: Mapping[str, Segment], folder: Path, config: Mapping[st
     return parts.left | parts.weights
 
 
+_BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+"""Pattern of the end of a component in a module's path."""
+Expected = dict[str, tuple[str, tuple[int, ...]]]
+"""(Dtype, shape) of tensors by name."""
+
+
+def is_converted(config: Mapping[str, Any], place: Path | str) -> Callable[[str], bool]:
+    """Return a function that tells by the lists of a quantization_config whether a linear is in low bits.
+
+    Names are compared as transformers does for modules_to_not_convert: whole components, from the start or at the end,
+    as a regular expression. Raises UserError for a list that is not one of such names.
+    """
+    settings, found = quantization_of(config), list[str]()
+    for key in ("modules_to_not_convert", "ignored_layers", "ignore"):
+        for name in settings.get(key) or ():
+            pattern = str(name).removeprefix("re:")
+            found.append(
+                pattern if str(name).startswith("re:") else rf"(?:{pattern}){_BOUNDARY}|.*{re.escape(pattern)}$"
+            )
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"{place}: quantization_config.{key} has {short(name)}: {error}; {INSTEAD}") from error
+    left_out = re.compile("|".join(f"(?:{each})" for each in found) or r"(?!)")
+    return lambda module: left_out.match(module) is None
+
+
+def expected_parts(config: Mapping[str, Any], name: str, shape: tuple[int, ...], place: Path | str) -> Expected:
+    """Return the tensors of a quantized weight by the settings of its method alone. Raises UserError if they differ."""
+    settings = quantization_of(config)
+    expect = _METHODS[settings["quant_method"]].expect
+    found = None if expect is None else expect(settings, name, shape)
+    if found is None:
+        raise UserError(
+            f"{place}: the formats of {settings['quant_method']} are read from the weights, which are not here; "
+            "download them and set {model.path} to their folder, or set quant=nf4"
+        )
+    return found
+
+
 def _check_fp8(settings: Mapping[str, Any], where: str) -> None:
     known = "activation_scheme weight_block_size dequantize modules_to_not_convert modules_to_convert fmt scale_fmt"
     check_fields(settings, where, f"{known} expert_dtype ignored_layers activation_scale_ub")
@@ -114,6 +155,12 @@ def _find_fp8(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTenso
         size = settings.get("weight_block_size")
         blocks = [(shape[-2], shape[-1]), (1, shape[-1])] if size is None else [(size[0], size[1])]
         yield _scaled(parts, name, shape, suffix, blocks)
+
+
+def _expect_fp8(settings: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Expected:
+    size = settings.get("weight_block_size")
+    grid = () if size is None else grid_of(shape, (size[0], size[1]))
+    return {name: ("F8_E4M3", shape), f"{name}_scale_inv": ("F32", grid)}
 
 
 def _scaled(
@@ -154,6 +201,13 @@ def _find_mxfp4(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTen
         yield LowBitTensor(
             name=name, shape=shape, codec="mxfp4", parts=taken, block=(1, 32), bits=4, transposed=True, format="mxfp4"
         )
+
+
+def _expect_mxfp4(settings: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Expected:
+    if len(shape) != 3 or shape[1] % 32:  # Of gpt-oss the experts alone are quantized.
+        return {name: ("BF16", shape)}
+    grid = (shape[0], shape[2], shape[1] // 32)
+    return {f"{name}_blocks": ("U8", (*grid, 16)), f"{name}_scales": ("U8", grid)}
 
 
 _ARGUMENTS = (
@@ -234,6 +288,22 @@ def _find_compressed(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowB
             if is_wrong:
                 raise UserError(f"{codes.file}: {name} {what}; {INSTEAD}")
         yield _scaled(parts, name, shape, "_scale", blocks)
+
+
+def _expect_compressed(settings: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Expected | None:
+    groups, arguments = settings["config_groups"].values(), _weight_arguments(settings)
+    if len(groups) != 1 or not arguments or next(iter(groups)).get("targets") != ["Linear"] or len(shape) != 2:
+        return None
+    weights, grid = arguments[0], grid_of(shape, _blocks_of(arguments[0], shape))
+    bits, kind = weights["num_bits"], weights["type"]
+    if (kind, bits) == ("float", 8):
+        return {name: ("F8_E4M3", shape), f"{name}_scale": ("BF16", grid)}
+    if kind != "int" or settings.get("format") != "pack-quantized" or weights.get("actorder"):
+        return None
+    found: Expected = {f"{name}_packed": ("I32", (shape[0], -(-shape[1] * bits // 32)))}
+    if not weights.get("symmetric", True):
+        found[f"{name}_zero_point"] = ("I32", (-(-shape[0] * bits // 32), grid[-1]))
+    return found | {f"{name}_scale": ("BF16", grid), f"{name}_shape": ("I64", (2,))}
 
 
 def _fp4(parts: Parts, name: str, shape: tuple[int, ...], codes: str, global_scale: str) -> LowBitTensor:
@@ -452,14 +522,16 @@ class _Method:
     """Raises UserError for settings that are not supported; gets them and their place."""
     find: Callable[[Parts, Mapping[str, Any]], Iterator[LowBitTensor]]
     """Takes the parts of quantized weights and yields these."""
+    expect: Callable[[Mapping[str, Any], str, tuple[int, ...]], Expected | None] | None = None
+    """Returns the parts of a weight of a name and a shape by the settings alone; None if these do not tell."""
 
 
 _METHODS = {
     "bitsandbytes": _Method(_check_bnb, _find_bnb),
-    "fp8": _Method(_check_fp8, _find_fp8),
+    "fp8": _Method(_check_fp8, _find_fp8, _expect_fp8),
     "fbgemm_fp8": _Method(_check_fp8, _find_fp8),
-    "mxfp4": _Method(_check_mxfp4, _find_mxfp4),
-    "compressed-tensors": _Method(_check_compressed, _find_compressed),
+    "mxfp4": _Method(_check_mxfp4, _find_mxfp4, _expect_mxfp4),
+    "compressed-tensors": _Method(_check_compressed, _find_compressed, _expect_compressed),
     "modelopt": _Method(_check_modelopt, _find_modelopt),
     "awq": _Method(_check_awq, _find_awq),
     "gptq": _Method(_check_gptq, _find_gptq),

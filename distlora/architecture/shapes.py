@@ -253,10 +253,11 @@ def computed_pairs(length: int, groups: int, window: int | None) -> int:
     return sum((end - start) * (end - key) for start, end, key in tiles(length, tile_length(length, groups), left))
 
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    name: model["config"]
-    for model in json.loads(resources.files("distlora.architecture").joinpath("known_models.json").read_text("utf-8"))
-    for name in model["names"]
+_KNOWN = json.loads(resources.files("distlora.architecture").joinpath("known_models.json").read_text("utf-8"))
+ARCHITECTURES: dict[str, dict[str, Any]] = {name: model["config"] for model in _KNOWN for name in model["names"]} | {
+    name: model["config"] | {"quantization_config": quantization}
+    for model in _KNOWN
+    for name, quantization in model.get("quantized", {}).items()
 }
 """Settings of config.json by a model's name on the hub; of a gated original an open copy comes first."""
 

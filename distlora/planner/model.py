@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.gguf_note import NOTE_NAME
-from distlora.architecture.kept_weights import kept_weights
+from distlora.architecture.kept_weights import expected_headers, kept_weights
+from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS
 from distlora.architecture.low_bit_methods import NF4, quantization_method
-from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, read_index
-from distlora.architecture.shapes import ModelShapes, architecture_named, nearest_architecture, shapes_of
+from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, read_index
+from distlora.architecture.shapes import KEEP, ModelShapes, architecture_named, nearest_architecture, shapes_of
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.json_files import read_object
@@ -38,7 +40,7 @@ class PlannedModel:
     """Shapes, with the rows of new tokens."""
     source: Source
     stored_bytes: int | None = None
-    """Bytes of its weights on disk, where that is known; of a model that is built in, what they are in 16 bits."""
+    """Bytes of its weights on disk, where that is known; of a model that is built in, by the formats of its weights."""
     note: str | None = None
     """Assumption of the plan on the model, as a sentence."""
     cannot_keep: UserError | None = None
@@ -92,8 +94,7 @@ def _find_model(config: Config, cache: Path | None, preview: Preview | None, any
         found = model_in(snapshot, name=path, new_tokens=new, full=full, sequence_length=length)
         return dataclasses.replace(found, source="hub cache")
     settings = architecture_named(path)
-    # Which weights are in low bits stands in the headers of the weights.
-    if settings is not None and (config.quant.method != "keep" or preview is None):
+    if settings is not None:
         check_config(settings, path, sequence_length=length, full=full)
         return built_in(path, settings, new_tokens=new)
     if preview is None:
@@ -115,19 +116,26 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
 
     The number of spare embedding rows is unknown there, so each new token counts as one more row.
     """
-    stored = shapes_of(settings, name)
+    stored, cannot_keep = _with_kept(shapes_of(settings, name), settings, name)
     return PlannedModel(
         name=name,
         settings=settings,
         shapes=dataclasses.replace(stored, vocabulary=stored.vocabulary + new_tokens),
         source="built in",
-        stored_bytes=2 * stored.numel,
+        stored_bytes=_shipped_bytes(stored),
         note=note_on(stored),
-        cannot_keep=UserError(
-            f"quant=keep: the formats of the weights of {name} are read from its checkpoint; download it and set "
-            "model.path to its folder, or set quant=nf4"
-        ),
+        cannot_keep=cannot_keep,
     )
+
+
+def _shipped_bytes(shapes: ModelShapes) -> int:
+    """Return the bytes of weights in the formats that they are shipped in, and of all others in 16 bits."""
+    total, kinds = 2 * shapes.numel, shapes.architecture.kinds
+    for (kind, formats), count in Counter(shapes.layer_formats(KEEP)).items():
+        for weight, format in zip(kinds[kind].weights, formats, strict=True):
+            if format is not None:
+                total += count * (weight.numel * LOW_BIT_FORMATS[format].group_bytes // GROUP - 2 * weight.numel)
+    return total
 
 
 def note_on(shapes: ModelShapes) -> str | None:
@@ -153,14 +161,10 @@ def model_in(
     check_config(settings, place, full=full, sequence_length=sequence_length)
     size = weights_size(folder)
     shapes = shapes_of(settings, place)
-    method, cannot_keep = quantization_method(settings, place), None
-    if method == NF4 and size is not None:
+    if size is not None and quantization_method(settings, place) == NF4:
         shapes = dataclasses.replace(shapes, formats=_stored_formats(folder, shapes))
-    is_low_bit = method not in (None, NF4) or (folder / NOTE_NAME).is_file()
-    try:
-        shapes = dataclasses.replace(shapes, kept=_kept_formats(folder, shapes, is_low_bit=is_low_bit))
-    except UserError as error:
-        cannot_keep = error
+    noted = (folder / NOTE_NAME).is_file()
+    shapes, cannot_keep = _with_kept(shapes, settings, folder, has_headers=noted or size is not None, is_low_bit=noted)
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
     return PlannedModel(
         name=name or folder.name,
@@ -173,15 +177,34 @@ def model_in(
     )
 
 
-def _kept_formats(folder: Path, shapes: ModelShapes, *, is_low_bit: bool) -> dict[int, dict[str, str | None]]:
-    """Return `ModelShapes.kept` of a checkpoint. Raises UserError if it cannot be kept, or its files are absent."""
-    architecture = shapes.architecture
-    headers = CheckpointFiles(folder).headers if is_low_bit else {}
-    found: dict[int, dict[str, str | None]] = {}
-    for name, weight in kept_weights(architecture, headers, folder).items():
-        index, _, path = name.removeprefix(architecture.layer_prefix).partition(".")
-        found.setdefault(int(index), {})[path] = weight.format
-    return found
+def _with_kept(
+    shapes: ModelShapes,
+    settings: Mapping[str, Any],
+    place: Path | str,
+    *,
+    has_headers: bool = False,
+    is_low_bit: bool = False,
+) -> tuple[ModelShapes, UserError | None]:
+    """Return shapes with the formats that quant=keep keeps, or the reason why it cannot.
+
+    The headers of the weights in the folder `place` tell, or config.json where there are none (`has_headers`).
+    `is_low_bit`: weights are in low bits though config.json says nothing. Raises UserError for settings of a
+    quantization that is not read.
+    """
+    architecture, headers = shapes.architecture, dict[str, Segment]()
+    kept: dict[int, dict[str, str | None]] = {}
+    is_low_bit = quantization_method(settings, place) not in (None, NF4) or is_low_bit
+    try:
+        if is_low_bit and has_headers:
+            headers |= CheckpointFiles(place).headers
+        elif is_low_bit:
+            headers |= expected_headers(architecture, settings, place)
+        for name, weight in kept_weights(architecture, headers, place).items():
+            index, _, path = name.removeprefix(architecture.layer_prefix).partition(".")
+            kept.setdefault(int(index), {})[path] = weight.format
+    except UserError as error:
+        return shapes, error
+    return dataclasses.replace(shapes, kept=kept), None
 
 
 def _stored_formats(folder: Path, shapes: ModelShapes) -> dict[int, dict[str, str | None]]:

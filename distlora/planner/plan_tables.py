@@ -31,7 +31,7 @@ RECOMPUTED = {
 
 
 def largest(by_kind: Mapping[Kind, int], count: int = 3) -> str:
-    """Return the largest categories: `4-bit weights of the base 17.1 GB, ...`."""
+    """Return the largest categories: `codes of the base weights 17.1 GB, ...`."""
     kinds = sorted(by_kind.items(), key=lambda each: -each[1])[:count]
     return ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in kinds)
 

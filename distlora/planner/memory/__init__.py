@@ -5,7 +5,7 @@ from __future__ import annotations
 Kind = str
 """A category of memory: a key of KINDS."""
 KINDS = {
-    "codes": "4-bit weights of the base",
+    "codes": "codes of the base weights",
     "scales": "quantization scales",
     "weights": "16-bit weights of the base",
     "embeddings": "embedding and LM head",

@@ -209,7 +209,7 @@ def test_a_base_as_it_is_shipped_takes_the_bits_of_its_format(name: str) -> None
             if method == "keep":
                 assert held == total // shards
         ends = 2 * (2 * shapes.vocabulary + 1) * shapes.hidden
-        layers = traffic.held_bytes(shapes, 1, format=kept, itemsize=2) - ends
+        layers = 8 * traffic.held_bytes(shapes, 8, format=kept, itemsize=2) - ends  # NF4: filled up to 8 groups.
         assert traffic.moved_bytes(work, shapes, 8) == layers
         step = traffic.step_traffic(work, shapes, world=8, accumulation=1)
         assert step.gathered == 2 * layers + ends

@@ -91,6 +91,15 @@ def test_blocks_are_those_of_the_model_s_rows(llama: Path, tmp_path: Path) -> No
                 assert torch.equal(values, reader.read([tensor.segment], start, start + count * block)), tensor.name
 
 
+def test_the_fingerprint_covers_the_order_of_rows(llama: Path, tmp_path: Path) -> None:
+    folder = described_here(llama, tmp_path / "described")
+    before, note = CheckpointFiles(folder).fingerprint, json.loads((folder / "gguf.json").read_text())
+    assert CheckpointFiles(folder).fingerprint == before
+    note["orders"][0].reverse()
+    (folder / "gguf.json").write_text(json.dumps(note))
+    assert CheckpointFiles(folder).fingerprint != before
+
+
 def test_two_files_and_safetensors_beside_one(tmp_path: Path) -> None:
     assert gguf_file(tmp_path / "absent") is None
     (tmp_path / "a.gguf").touch()

@@ -125,16 +125,20 @@ def test_quant_none_keeps_run_dtype(folders: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "value"),
-    [("model.layers.1.mlp.up_proj.weight", float("nan")), ("model.embed_tokens.weight", float("inf"))],
+    ("tensor", "value", "format"),
+    [
+        *(("model.layers.1.mlp.up_proj.weight", float("nan"), format) for format in ("nf4", "int8", "fp8_block")),
+        ("model.embed_tokens.weight", float("inf"), "nf4"),
+    ],
 )
-def test_non_finite_weights_are_refused(folders: Path, tmp_path: Path, tensor: str, value: float) -> None:
+def test_non_finite_weights_are_refused(folders: Path, tmp_path: Path, tensor: str, value: float, format: str) -> None:
     shutil.copytree(folders / "llama", tmp_path / "bad")
     tensors = safetensors.torch.load_file(tmp_path / "bad" / "model.safetensors")
     tensors[tensor].view(-1)[777] = value
     safetensors.torch.save_file(tensors, tmp_path / "bad" / "model.safetensors")
+    quant = {} if format == "nf4" else {"method": "mixed", "formats": {format: [tensor]}}
     with pytest.raises(UserError, match=f"{tensor} holds NaN or Inf"):
-        loaded(tmp_path / "bad")
+        loaded(tmp_path / "bad", quant=quant)
 
 
 def test_tensors_of_another_model_are_refused(folders: Path, tmp_path: Path) -> None:

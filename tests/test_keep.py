@@ -237,6 +237,7 @@ def test_what_transformers_and_peft_compute_is_what_was_trained(
             f"trained on the base in the checkpoint's format, {', '.join(labels(MODELS[name][3].split(', ')))}" in card
         )
         assert "changed none of them" in card
+        assert ("quantization_config=Mxfp4Config(dequantize=True)" in card) == (name == "mxfp4")
 
 
 @pytest.mark.parametrize("name", EACH)

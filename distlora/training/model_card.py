@@ -231,12 +231,15 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         revision, stored = f', gguf_file="{PurePath(file).name}"', "GGUF blocks"
     is_low_bit = stored not in (None, NF4)  # bitsandbytes quantizes 16-bit checkpoints only.
     needs_nf4 = result.config.adapter.for_nf4 and not is_low_bit
-    classes = f"{auto}, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else "")
+    # PEFT adds to fused experts in 16 bits alone.
+    dense = _DENSE.get(str(stored), "") if result.adapter and result.adapter.get("target_parameters") else ""
+    classes = f"{auto}, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else f", {dense}" if dense else "")
     code = f"from peft import PeftModel\nfrom transformers import {classes}\n\n"
     if needs_nf4:  # By default bitsandbytes computes in fp32.
         dtype = _TORCH_NAMES[result.config.train.dtype]
         code += f'nf4 = BitsAndBytesConfig(\n    {_NF4}, bnb_4bit_compute_dtype="{dtype}"\n)\n'
     how = f'{revision}, dtype="auto"' + (", quantization_config=nf4" if needs_nf4 else "")
+    how += f", quantization_config={dense}(dequantize=True)" if dense else ""
     code += f'base = {auto}.from_pretrained("{tokenizer}"{how})\n'
     load = f'model = PeftModel.from_pretrained(base, "{repository}")\n'
     own_tokenizer = result.config.model.changes_tokenizer
@@ -279,6 +282,8 @@ def _use(result: Result, repository: str, base: str | None) -> str:
 
 
 _NF4 = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+_DENSE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""transformers' settings that can dequantize, by quant_method."""
 _TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 

@@ -169,8 +169,8 @@ def _forms(
         Subject(label="exact sum in NF4 again", kind="form", model=exact, quant="nf4"),
     ]
     if receipt.onto == "trained":
-        own = {"fp32": 0, "bf16": 1, "fp16": 2}[receipt.dtype]
-        del forms[own]
+        own = {"fp32": 0, "bf16": 1, "fp16": 2}.get(receipt.dtype)
+        forms = [form for number, form in enumerate(forms) if number != own]
     if trained.spec.quant.is_nf4 and receipt.onto == "trained":
         try:
             check_mergeable(trained, "original")

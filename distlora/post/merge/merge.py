@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,17 @@ from distlora.post.merge.output_folder import (
     write_index,
 )
 from distlora.post.merge.parameters import Parameter, is_changed, open_adapter, parameters_of, pieces
-from distlora.post.merge.request import MergeRequest, Onto, Receipt, check_mergeable
+from distlora.post.merge.request import (
+    SHIPPED,
+    MergeRequest,
+    Onto,
+    Receipt,
+    check_mergeable,
+    check_shipped,
+    loss_in_words,
+    worst_tensors,
+)
+from distlora.post.merge.shipped import Outputs
 from distlora.post.trained import Trained, versions
 from distlora.post.weights import open_base
 from distlora.run_folder.layout import sha256
@@ -48,6 +58,7 @@ from distlora_kernels.formats import nf4
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Storage dtypes of a merged model."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 AGAIN = "nf4"
 """The name of quantizing the merged model again."""
 
@@ -60,22 +71,27 @@ class Change:
     """||W||^2."""
     delta: float
     """||dW||^2."""
+    merged: float
+    """||M||^2."""
     lost: Mapping[str, float]
     """||M - Q||^2 by storage form; NF4 only for weights that would be quantized."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the change for merge.json; `kept` is without forms that overflow, and empty if nothing was added."""
         finite = {name: lost for name, lost in self.lost.items() if self.delta and math.isfinite(lost)}
-        return {
+        change: dict[str, Any] = {
             "ratio": math.sqrt(self.delta / self.base) if self.base else 0.0,
             "kept": {name: 1 - math.sqrt(lost / self.delta) for name, lost in finite.items()},
             "base_norm": math.sqrt(self.base),
         }
+        if SHIPPED in self.lost:
+            change["error"] = math.sqrt(self.lost[SHIPPED] / self.merged) if self.merged else 0.0
+        return change
 
 
 def _sum_of(changes: Sequence[Change], forms: Sequence[str]) -> Change:
-    base, delta = (sum(getattr(change, name) for change in changes) for name in ("base", "delta"))
-    return Change(base=base, delta=delta, lost={form: sum(change.lost[form] for change in changes) for form in forms})
+    sums = {name: sum(getattr(change, name) for change in changes) for name in ("base", "delta", "merged")}
+    return Change(**sums, lost={form: sum(change.lost[form] for change in changes) for form in forms})
 
 
 class Measure:
@@ -92,7 +108,7 @@ class Measure:
 
     def __init__(self, numel: int, *, quantized: bool) -> None:
         self._numel, self._quantized = numel, quantized
-        self._base = self._delta = 0.0
+        self._base = self._delta = self._merged = 0.0
         self._lost = {"fp32": 0.0, "bf16": 0.0, "fp16": 0.0}
         self._rest = torch.empty(0)
         """Merged weights behind the last whole group."""
@@ -104,6 +120,7 @@ class Measure:
         """Add a chunk of the base and of the merged weights."""
         self._base += _square(base)
         self._delta += _square(merged - base)
+        self._merged += _square(merged)
         for name in ("bf16", "fp16"):
             self._lost[name] += _square(merged - merged.to(DTYPES[name]))
         if self._quantized:
@@ -116,7 +133,7 @@ class Measure:
     def result(self) -> Change:
         """Return the change over all chunks."""
         lost = self._lost | ({AGAIN: self._lost_by_nf4()} if self._quantized else {})
-        return Change(base=self._base, delta=self._delta, lost=lost)
+        return Change(base=self._base, delta=self._delta, merged=self._merged, lost=lost)
 
     def _lost_by_nf4(self) -> float:
         if len(self._rest):
@@ -146,17 +163,24 @@ def _square(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values)) ** 2
 
 
-def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say: Say) -> Receipt:
+def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype | None, say: Say) -> Receipt:
     """Write the folder `out`: base and adapter as one model in `dtype`, with its receipt.
+
+    dtype None: in the low bits that the base is shipped in; what did not change is copied byte for byte.
 
     Raises UserError for what cannot be merged and, before writing, if the disk is too small.
     """
     began, folder = time.monotonic(), trained.base
     check_mergeable(trained, onto)
+    if dtype is None:
+        check_shipped(trained, onto)
     base = open_base(trained.spec, trained.initial_adapter_dir)
     with open_adapter(trained, base, onto) as adapter, ThreadPoolExecutor(max_workers=1) as hashing:
-        parameters = parameters_of(base, adapter)
-        plan = plan_files(parameters, base.files.headers, dtype)
+        parameters, on_disk = parameters_of(base, adapter), base.files.headers
+        if dtype is None:
+            parameters, on_disk = [each for each in parameters if is_changed(each, base, adapter)], base.files.stored
+        outputs = Outputs(base, dtype)
+        plan = plan_files(parameters, on_disk, outputs.tensors)
         check_space(out, sum(plan.sizes.values()))
         clock = Clock("merging", sum(segment.num_bytes for segment in plan.places.values()), say)
         sources = [
@@ -167,25 +191,29 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
         def fill(parameter: Parameter, files: Files) -> Change | None:
             """Write one parameter; return its change, None if nothing changed."""
             clock.passed(0, parameter.weight.name)  # Stop before the first read if another thread failed.
-            cursor = Cursor(files, parameter.weight.name, parameter.outputs, dtype)
             changed = is_changed(parameter, base, adapter)
             measure = Measure(parameter.numel, quantized=parameter.path is not None)
-            with Reader() as reader:
+            with Reader() as reader, Reader() as of_scales:
+                cursor = outputs.cursor(files, parameter, of_scales)
                 for before, merged in pieces(parameter, base, adapter, reader, original=onto == "original"):
                     written = cursor.write(merged)
                     if changed:
                         measure.add(before, merged)
-                    clock.passed(written.nbytes, parameter.weight.name)
+                    clock.passed(written, parameter.weight.name)
             cursor.close()
-            return measure.result() if changed else None
+            change = measure.result() if changed else None
+            if change is None or dtype is not None:
+                return change
+            lost = change.lost[NAMES[cursor.dtype]] if isinstance(cursor, Cursor) else cursor.lost
+            return replace(change, lost={**change.lost, SHIPPED: lost})
 
         with clock.stopping(), new_folder(out) as temporary:
             with Files(temporary, plan) as files:
                 changes = each(lambda parameter: fill(parameter, files), parameters, clock)
                 each(lambda name: files.copy(name, clock.passed), list(plan.copied), clock)
             write_index(temporary, plan, folder)
-            copy_companions(temporary, trained)
-            config = merged_config(folder, base, str(dtype).removeprefix("torch."))
+            copy_companions(temporary, trained, shipped=dtype is None)
+            config = merged_config(folder, base, None if dtype is None else str(dtype).removeprefix("torch."))
             atomic_io.write_json(temporary / "config.json", config)
             written = sorted(path for path in temporary.rglob("*") if path.is_file())
             names = [path.relative_to(temporary).as_posix() for path in written]
@@ -195,7 +223,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
             found = {p.weight.name: c for p, c in zip(parameters, changes, strict=True) if c is not None}
             receipt = Receipt(
                 onto=onto,
-                dtype=next(name for name, known in DTYPES.items() if known is dtype),
+                dtype=SHIPPED if dtype is None else NAMES[dtype],
                 date=f"{datetime.date.today():%Y-%m-%d}",
                 versions=versions("distlora", "torch", "transformers"),
                 base={"path": str(folder), "fingerprint": base.files.fingerprint, "files": of_base_files},
@@ -210,7 +238,8 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype, say
 
 
 def _total(changes: Sequence[Change]) -> dict[str, Any]:
-    total = _sum_of(changes, ("bf16", "fp16", "fp32")).as_json()
+    shipped = (SHIPPED,) if changes and SHIPPED in changes[0].lost else ()
+    total = _sum_of(changes, ("bf16", "fp16", "fp32", *shipped)).as_json()
     in_nf4 = [change for change in changes if AGAIN in change.lost]
     total["kept"] |= _sum_of(in_nf4, (AGAIN,)).as_json()["kept"]
     return total
@@ -222,7 +251,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 def run(request: MergeRequest) -> int:
     """Merge as requested; print the summary on stdout and progress on stderr. Returns the exit code."""
-    out, dtype = Path(request.out), DTYPES[request.dtype]
+    out, dtype = Path(request.out), DTYPES.get(request.dtype)
     receipt = merge_to(request.name.read(), out, onto=request.onto, dtype=dtype, say=Progress())
     print(summary(receipt, out))
     return DONE
@@ -238,6 +267,8 @@ def summary(receipt: Receipt, out: Path) -> str:
         rows += [[name if name != receipt.dtype else f"{name} (this)", f"{kept[name]:.2%}"] for name in kept]
         heading = f"{len(receipt.weights)} tensors changed, ||dW||/||W|| = {receipt.total['ratio']:.3g}"
         lines.append(Table(heading, rows).text())
+        if "error" in receipt.total:
+            lines += [worst_tensors(receipt).text(), loss_in_words(receipt)]
     return "\n".join(lines)
 
 

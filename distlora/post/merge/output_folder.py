@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from distlora.architecture.config_checks import read_config
+from distlora.architecture.config_checks import MODELOPT_CONFIG, read_config
 from distlora.architecture.safetensors_headers import (
     DTYPE_BYTES,
     INDEX_NAME,
@@ -40,7 +40,6 @@ from distlora.post.weights import Base
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, read_record
 from distlora.system import atomic_io, numbers
 from distlora.training.publish import companions_of
-from distlora.weights.reader import DTYPE_NAMES
 from distlora_kernels.dispatch import threads_of_one
 
 Say = Callable[[str], None]
@@ -124,18 +123,25 @@ class Plan:
         return sizes
 
 
-def plan_files(parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], dtype: torch.dtype) -> Plan:
-    """Lay out the merged files from the base's headers (`on_disk`)."""
-    written = {name: shape for parameter in parameters for name, shape in parameter.outputs.items()}
-    home = {name: file_of(on_disk[name]) for name in written if name in on_disk}
-    for parameter in parameters:  # A tensor that the base lacks goes into the file of its source.
-        for name in parameter.outputs:
-            home.setdefault(name, file_of(parameter.weight.source.segments[0]))
+Tensors = Mapping[str, tuple[str, Sequence[int]]]
+"""Dtype (safetensors' name) and shape of tensors by name."""
+
+
+def plan_files(
+    parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], tensors: Callable[[Parameter], Tensors]
+) -> Plan:
+    """Lay out the merged files from the base's headers (`on_disk`) and the tensors to write of each parameter."""
+    written, home = dict[str, tuple[str, Sequence[int]]](), dict[str, str]()
+    for parameter in parameters:
+        for name, tensor in tensors(parameter).items():
+            written[name] = tensor
+            # A tensor that the base lacks goes into the file of its source.
+            home[name] = file_of(on_disk.get(name, parameter.weight.source.segments[0]))
     packed = tuple(f"{p.weight.packed.name}." for p in parameters if p.weight.packed is not None)
     copied = {name: s for name, s in on_disk.items() if name not in written and not name.startswith(packed)}
     tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {file_of(s): {} for s in on_disk.values()}
-    for name, shape in written.items():
-        tables[home[name]][name] = (DTYPE_NAMES[dtype], shape)
+    for name, tensor in written.items():
+        tables[home[name]][name] = tensor
     for name, segment in copied.items():
         tables[file_of(segment)][name] = (segment.dtype, segment.shape)
     return lay_out_files(tables, copied)
@@ -146,7 +152,7 @@ def file_of(segment: Segment) -> str:
     return SINGLE_NAME if segment.file.suffix == ".gguf" else segment.file.name
 
 
-def lay_out_files(tables: Mapping[str, Mapping[str, tuple[str, Sequence[int]]]], copied: Mapping[str, Segment]) -> Plan:
+def lay_out_files(tables: Mapping[str, Tensors], copied: Mapping[str, Segment]) -> Plan:
     """Lay out files from dtype (safetensors' name) and shape of their tensors."""
     headers, places = {}, {}
     for file, tensors in tables.items():
@@ -210,15 +216,17 @@ class Cursor:
     """Writes the values of a parameter, in flat order, to its output tensors."""
 
     def __init__(self, files: Files, name: str, outputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self._files, self._name, self._dtype = files, name, dtype
+        self.dtype = dtype
+        self._files, self._name = files, name
         self._left = [(output, torch.Size(shape).numel()) for output, shape in [*outputs.items()][::-1]]
         self._first = 0
 
-    def write(self, values: Tensor) -> Tensor:
-        """Round and write values; return the rounded values, flat. Raises UserError for values beyond the dtype."""
+    def write(self, values: Tensor) -> int:
+        """Round and write values; return the bytes written. Raises UserError for values beyond the dtype."""
         flat = values.reshape(-1)
-        written = rounded = flat.to(self._dtype)
-        if self._dtype is torch.float16 and not bool(torch.isfinite(rounded).all()):
+        rounded = flat.to(self.dtype)
+        num_bytes = rounded.nbytes
+        if self.dtype is torch.float16 and not bool(torch.isfinite(rounded).all()):
             largest = float(flat.abs().max())
             raise UserError(
                 f"--dtype=fp16 ends at 65,504, and {self._name} has {largest:,.0f}; write --dtype bf16 or fp32"
@@ -231,7 +239,7 @@ class Cursor:
             if self._first == numel:
                 self._left.pop()
                 self._first = 0
-        return written
+        return num_bytes
 
     def close(self) -> None:
         """Check that every tensor is written whole."""
@@ -271,8 +279,13 @@ def _write_all(descriptor: int, content: bytes | memoryview, offset: int) -> Non
         view, offset = view[written:], offset + written
 
 
-def copy_companions(folder: Path, trained: Trained) -> None:
-    """Write tokenizer, generation config and chat template: all companions except config.json."""
+def copy_companions(folder: Path, trained: Trained, *, shipped: bool = False) -> None:
+    """Write tokenizer, generation config and chat template: all companions except config.json.
+
+    `shipped`: the weights stay in the base's low bits, which ModelOpt describes in a file of its own.
+    """
+    if shipped and (described := trained.base / MODELOPT_CONFIG).is_file():
+        shutil.copy2(described, folder / MODELOPT_CONFIG)
     for path in companions_of(trained.base):
         if path.name != "config.json":
             shutil.copy2(path, folder / path.name)
@@ -310,17 +323,18 @@ def write_stops(folder: Path, trained: Trained) -> None:
         atomic_io.write_json(place, settings | {"eos_token_id": [*known, *sorted(stops - set(known))]})
 
 
-def merged_config(folder: Path, base: Base, dtype: str) -> dict[str, Any]:
+def merged_config(folder: Path, base: Base, dtype: str | None) -> dict[str, Any]:
     """Return config.json of a merged model from that of its base's folder.
 
-    It has the new dtype, no quantization, the grown vocabulary, and an untied head if needed.
+    It has the new dtype and no quantization, or both as they are if `dtype` is None; the grown vocabulary, and an
+    untied head if needed.
     """
-    model = base.model
-    config = read_config(folder)
+    # Without the settings that read_config adds of a file that is copied.
+    model, config = base.model, read_config(folder) if dtype is not None else read_object(folder / "config.json", "")
     text = config
     if (key := model.architecture.text_config) is not None:
         text = config[key] = dict(config[key])
-    for settings in (config, text):
+    for settings in (config, text) if dtype is not None else ():
         settings.pop("quantization_config", None)
         keys = [key for key in ("dtype", "torch_dtype") if key in settings]  # transformers reads both.
         for key in keys or (["dtype"] if settings is config else []):

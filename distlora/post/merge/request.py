@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.config import require
 from distlora.config.json_files import check_shape, read_object
@@ -18,7 +20,11 @@ from distlora.system import atomic_io
 
 Onto = Literal["trained", "original"]
 """The base as it was trained on (dequantized NF4, less PiSSA's initial adapter), or as it is stored."""
-Dtype = Literal["fp32", "bf16", "fp16"]
+Dtype = Literal["fp32", "bf16", "fp16", "shipped"]
+SHIPPED = "shipped"
+"""The low-bit format in which the base is stored."""
+REQUANTIZED = ("scaled", "mxfp4", "nvfp4", "modelopt_nvfp4", "packed")
+"""Codecs that can be written: keys of distlora.weights.low_bit.requantize.GRIDS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +37,41 @@ class MergeRequest:
     """New folder for the result."""
     onto: Onto = "trained"
     dtype: Dtype = "fp32"
-    """Storage dtype of the merged weights."""
+    """Storage dtype of the merged weights, or SHIPPED."""
+
+
+def low_bit_tensors(trained: Trained) -> list[LowBitTensor]:
+    """Return the weights that the base is shipped with in low bits other than NF4."""
+    headers = CheckpointFiles(trained.base).headers.values()
+    return [segment.tensor for segment in headers if isinstance(segment, LowBitSegment)]
+
+
+def default_dtype(trained: Trained) -> Dtype:
+    """Return the dtype without --dtype."""
+    return "bf16" if low_bit_tensors(trained) else "fp32"
+
+
+def check_shipped(trained: Trained, onto: Onto) -> None:
+    """Raise UserError for a base whose stored format cannot be written again, or was not trained on."""
+    place, tensors = trained.spec.model.path, low_bit_tensors(trained)
+    instead = "Leave --dtype out for a merge in 16 bits, or serve the base as it is with the adapter beside it"
+    require(
+        bool(tensors),
+        f"--dtype=shipped: the weights of {place} are not in low bits, or in bitsandbytes' NF4, which is not "
+        f"written again. {instead}",
+    )
+    require(
+        onto == "original" or trained.spec.quant.method in ("keep", "none"),
+        f"--dtype=shipped: {trained.place} was trained on {place} with quant={trained.spec.quant.method}, and what is "
+        "not adapted stays as it is shipped; add --onto original, which adds the adapter to the shipped values",
+    )
+    for tensor in tensors:
+        how = f"as {tensor.codec}" if tensor.codec not in REQUANTIZED else "with its columns in activation order"
+        require(
+            tensor.codec in REQUANTIZED and "order" not in tensor.parts,
+            f"--dtype=shipped: {tensor.name} is stored {how}, which can be read only; FP8, MXFP4, NVFP4 and "
+            f"compressed-tensors' integers can be written. {instead}",
+        )
 
 
 def check_mergeable(trained: Trained, onto: Onto) -> None:
@@ -66,7 +106,7 @@ class Receipt:
     onto: str
     """trained or original."""
     dtype: str
-    """fp32, bf16 or fp16."""
+    """fp32, bf16, fp16 or shipped."""
     date: str
     versions: dict[str, str]
     base: dict[str, Any]
@@ -74,7 +114,8 @@ class Receipt:
     adapter: dict[str, Any] | None
     """place as it was typed, folder, `files`; None for the base alone."""
     weights: dict[str, dict[str, Any]]
-    """`ratio` ||dW||/||W||, `kept` by dtype (merge.py) and `base_norm` ||W||, by changed tensor."""
+    """`ratio` ||dW||/||W||, `kept` by dtype (merge.py) and `base_norm` ||W||, by changed tensor. Of dtype shipped also
+    `error` ||M - Q||/||M||, the relative error of the stored weight to the exact sum."""
     total: dict[str, Any]
     """The same over all tensors; `kept.nf4` covers only those that would be quantized."""
     files: dict[str, str]
@@ -137,7 +178,9 @@ def markdown(receipt: Receipt) -> str:
     else:
         parts += ["What the merged model computes was not measured (`distlora eval RUN THIS_FOLDER` does it)."]
     if receipt.weights:
-        parts.append(_tensors(receipt).markdown())
+        parts.append(worst_tensors(receipt).markdown())
+        if "error" in receipt.total:
+            parts.append(loss_in_words(receipt))
     files = [[name, f"`{digest}`"] for name, digest in receipt.files.items()]
     parts.append(Table("Files", [["file", "SHA-256"], *files]).markdown())
     return "\n\n".join(parts) + "\n"
@@ -197,13 +240,24 @@ def _measured_in_words(figures: Mapping[str, Any]) -> Iterator[str]:
         yield text + f", the loss {signed(model['loss_difference'])}."
 
 
-def _tensors(receipt: Receipt) -> Table:
+def loss_in_words(receipt: Receipt) -> str:
+    """Return what quantizing a merged model again lost, beside the size of the adapter's change."""
+    error, ratio, kept = receipt.total["error"], receipt.total["ratio"], receipt.total["kept"].get(SHIPPED, 1.0)
+    text = f"Relative error of the quantized weights {error:.2g}, of leaving the adapter out {ratio:.2g}."
+    if kept < 0.5:
+        text += " Less than half of the change is left: serve the shipped base with the adapter, or merge in bf16."
+    return text
+
+
+def worst_tensors(receipt: Receipt) -> Table:
     """Return a table of the ten tensors that lose most."""
     forms = list(next(iter(receipt.weights.values()))["kept"])
     by_loss = sorted(receipt.weights.items(), key=lambda item: item[1]["kept"].get(receipt.dtype, 1.0))
-    rows = [["tensor", "||dW||/||W||", *forms]]
+    has_error = "error" in receipt.total
+    rows = [["tensor", "||dW||/||W||", *(["error"] if has_error else []), *forms]]
     for name, values in by_loss[:10]:
         kept = values["kept"]
-        rows.append([name, f"{values['ratio']:.3g}", *(f"{kept[form]:.2%}" if form in kept else "" for form in forms)])
+        sizes = [f"{values[key]:.3g}" for key in ("ratio", *(["error"] if has_error else []))]
+        rows.append([name, *sizes, *(f"{kept[form]:.2%}" if form in kept else "" for form in forms)])
     of = f", 10 of {len(by_loss):,}" if len(by_loss) > 10 else ""
     return Table(f"Kept of dW by tensor, those first of which {receipt.dtype} keeps least{of}", rows)

@@ -8,7 +8,7 @@ from typing import Literal
 from distlora.config import UserError, require
 from distlora.post.evaluate.request import NAMES as evaluation_names
 from distlora.post.evaluate.request import EvaluateRequest, Merged, Subject
-from distlora.post.merge.request import MergeRequest, check_mergeable
+from distlora.post.merge.request import SHIPPED, MergeRequest, check_mergeable, check_shipped, default_dtype
 from distlora.post.trained import Name, Trained
 from distlora.system.exit_codes import DONE
 from distlora.system.host_memory import available_bytes
@@ -44,8 +44,10 @@ class MergeArguments(Named):
     onto: Literal["trained", "original"] = "trained"
     """Base to merge into: trained is the dequantized base that training computed with; original is the base on disk,
     whose outputs differ by the NF4 error."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Dtype of the weights: fp32 is exact; bf16 and fp16 round."""
+    dtype: Literal["fp32", "bf16", "fp16", "shipped"] | None = None
+    """Dtype of the weights: fp32 is exact; bf16 and fp16 round; shipped quantizes what the adapter changes to the low
+    bits that the base is shipped in, and copies the rest (default: fp32; bf16 for a base that is shipped in low
+    bits)."""
     text: str | None = None
     """FILE: text to measure on, in any format of data.path (default: the run's held-out data)."""
     rows: int | None = None
@@ -64,13 +66,16 @@ def main(arguments: list[str]) -> int:
     options = read(MergeArguments, "distlora merge", arguments)
     name, trained = named(options)
     check_mergeable(trained, options.onto)
+    dtype = options.dtype or default_dtype(trained)
+    if dtype == SHIPPED:
+        check_shipped(trained, options.onto)
     out = (
         default_place(trained, options, "merged") if options.out is None else Path(options.out).expanduser().absolute()
     )
     require(not out.exists(), f"--out={shown(out)} exists already; name another folder, or remove it")
     check_writable(out, "--out")
     measured = to_measure(options, name, trained, out)
-    request = MergeRequest(name=name, out=str(out), onto=options.onto, dtype=options.dtype)
+    request = MergeRequest(name=name, out=str(out), onto=options.onto, dtype=dtype)
     print(f"merging into {shown(out)} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
     if measured is None:
         become(WORKER, request)
@@ -113,7 +118,7 @@ def to_measure(options: MergeArguments, name: Name, trained: Trained, out: Path)
             raise
         print(f"not measured: {error}", file=sys.stderr, flush=True)
         return None
-    merged = Subject(label=f"merged ({options.dtype})", kind="merged", model=str(out))
+    merged = Subject(label=f"merged ({options.dtype or default_dtype(trained)})", kind="merged", model=str(out))
     receipt = Merged(folder=str(out), name=name, compares=options.compare)
     # In fp32, so that what differs is the weights and no rounding of what is computed with them.
     return EvaluateRequest(subjects=(adapted, merged, base), text=text, dtype="fp32", merged=receipt)

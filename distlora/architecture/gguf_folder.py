@@ -65,10 +65,8 @@ def restore_folder(folder: Path, file: Path) -> None:
         raise UserError(f"{file} is missing, the GGUF file that the run trained on; put it back there, or {place}")
     if folder.parts[-3:-2] != (_content_key(file),):
         raise UserError(f"{file} is not the GGUF file that the run trained on, but another; put that back, or {place}")
-    note = folder / NOTE_NAME
-    if not (folder / "config.json").is_file() or object_or_empty(note).get("file") != str(file):
-        note.unlink(missing_ok=True)
-    _describe(file, folder)
+    is_whole = (folder / "config.json").is_file() and object_or_empty(folder / NOTE_NAME).get("file") == str(file)
+    _describe(file, folder, again=not is_whole)
 
 
 def _content_key(file: Path) -> str:
@@ -78,14 +76,16 @@ def _content_key(file: Path) -> str:
     return hashlib.sha256(f"{file.stat().st_size} ".encode() + content).hexdigest()[:16]
 
 
-def _describe(file: Path, folder: Path) -> None:
+def _describe(file: Path, folder: Path, *, again: bool = False) -> None:
     note = folder / NOTE_NAME
-    if note.is_file():
+    if note.is_file() and not again:
         return
     require_package("gguf", f"{{model.path}}={file}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if again:
+            note.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"{folder}, which is to describe {file}, cannot be written ({error.strerror}); set DISTLORA_CACHE to a "

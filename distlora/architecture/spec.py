@@ -376,7 +376,10 @@ def kept_text(path: Path, make: Callable[[], str]) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_suffix(".lock").open("w")
     except OSError as error:
-        print(f"{path.parent} cannot be written ({error.strerror}), so its result is not kept", file=sys.stderr)
+        print(
+            f"{path.parent} cannot be written ({error.strerror}), so what the check of the model finds is not kept",
+            file=sys.stderr,
+        )
         return make()
     with lock:
         with still("waiting for another process that checks the model"):

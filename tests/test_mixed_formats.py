@@ -113,12 +113,6 @@ def test_an_experts_slice_is_the_whole_weights(format: Int8, shape: tuple[int, i
         assert torch.equal(format.slice(weight.parts, shape, expert, torch.bfloat16)[:, : shape[2]], whole[expert])
 
 
-def test_chosen_rows_are_the_whole_weights() -> None:
-    weight, rows = frozen(FLAT, (700, 96)), torch.tensor([3, 699, 0, 3, 512])
-    found = FLAT.dequantize_rows(weight.parts, weight.shape, rows, torch.bfloat16)
-    assert torch.equal(found, weight.dense(torch.bfloat16)[rows])
-
-
 @pytest.mark.parametrize("format", [FLAT, TILED], ids=lambda format: format.name)
 def test_sums_over_runs_of_groups_are_found_by_row(format: Int8) -> None:
     weight = frozen(format, (200, 320))

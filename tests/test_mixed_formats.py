@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
-from counted_step import measure_ours
+from counted_step import measure_ours, only_collectives
 from distlora.architecture.low_bit import LOW_BIT_FORMATS, LowBitFormat, PartSize
 from distlora.architecture.shapes import ModelShapes
 from distlora.config.file import load_config
@@ -205,7 +205,7 @@ _quantize_into = load_base.quantize_into
 def mixed() -> Iterator[None]:
     """Keep each weight of a model in the format of `format_of`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "formats_of", lambda *arguments: format_of)
+        patch.setattr(build, "formats_of", lambda *arguments: (format_of, {}))
         patch.setattr(load_base, "quantize_into", fill)
         yield
 
@@ -324,7 +324,7 @@ def test_a_run_on_formats_resumes_bit_for_bit_and_on_other_ranks(
 def counted(ranks: Ranks, *, run_dir: Path) -> tuple[int, int, int]:
     """Return the bytes of the frozen base on this rank, and those a step gathers as torch issues and as we count."""
     config = load_config(run_dir)
-    with mixed():
+    with mixed(), only_collectives():
         counts, moved = measure_ours(config, ranks, accumulation=2)
         model, backend, _ = start_run_model(config, ranks)
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
@@ -344,8 +344,7 @@ def with_formats(shapes: ModelShapes) -> ModelShapes:
 def test_the_plan_counts_a_mix_of_formats_to_the_byte(world: World, folders: Path, tmp_path: Path) -> None:
     config = make_run(tmp_path / "run", folders)
     work, shapes = Workload.of(config), with_formats(model_in(folders / "llama").shapes)
-    own = [mine for mine, _, _ in world.run(2, counted, run_dir=tmp_path / "run")]
-    _, gathered, ours = world.run(2, counted, run_dir=tmp_path / "run")[0]
+    (own, gathered, ours), _ = world.run(2, counted, run_dir=tmp_path / "run")
     step = traffic.step_traffic(work, shapes, world=2, accumulation=2)
     assert gathered == ours == step.gathered
-    assert own[0] == sum(base_of(work, shapes).kept(2).values())
+    assert own == sum(base_of(work, shapes).kept(2).values())

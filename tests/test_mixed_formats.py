@@ -87,7 +87,9 @@ FLAT, TILED = Int8("test_flat"), Int8("test_tiled", (128, 128))
 for _format in (FLAT, TILED):
     FORMATS[_format.name] = _format
     _sizes = tuple(PartSize(math.prod(part.shape), part.dtype.itemsize) for part in _format.parts)
-    cast("dict[str, LowBitFormat]", LOW_BIT_FORMATS)[_format.name] = LowBitFormat(_sizes, tile=_format.tile)
+    cast("dict[str, LowBitFormat]", LOW_BIT_FORMATS)[_format.name] = LowBitFormat(
+        _sizes, tile=_format.tile, block=_format.block
+    )
 
 
 def random(*shape: int, seed: int) -> Tensor:

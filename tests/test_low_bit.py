@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -446,6 +447,7 @@ def test_a_merge_is_dense_and_computes_what_the_adapted_model_does(
     model, backend = load_ours(low)
     publish_result(tmp_path / "adapter", model, family_config(low).spec, None, backend)
     trained = Name(place=str(tmp_path / "adapter"), base=str(low), quant="nf4").read()
+    trained = replace(trained, spec=replace(trained.spec, dtype="fp32"))  # As `model`; by its weights it may be bf16.
     ids, out = tokens(2, 24), tmp_path / "merged"
     merge_to(trained, out, onto="trained", dtype=torch.float32, say=lambda text: None)
     assert (our_logits(model, ids) - their_logits(out, ids, model.architecture)).abs().max() <= 1e-4

@@ -24,7 +24,6 @@ from distlora.planner.memory.step import blocks_of
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 from distlora_kernels import dropout, skinny_launch
-from distlora_kernels.formats import nf4
 from family_models import config_for
 from model_types import config_of
 from plan_inputs import cpu_machine
@@ -183,7 +182,6 @@ def test_planner_and_kernels_have_the_same_bounds() -> None:
     assert layer._PARTS_BYTES == skinny_launch.MOST_PARTS_BYTES
     assert layer._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
     assert 8 * integrity._LINES_AT_ONCE["cuda"] * integrity.LINE == step._CHECKED
-    assert layer._BLOCK == nf4.BLOCK
 
 
 MIXERS: dict[str, dict[str, int]] = {

@@ -145,6 +145,8 @@ def test_the_file_is_read_as_the_base_that_it_was_written_from(variant: str, tmp
     with Reader() as reader:
         for name, weight in exact.weights.items():
             assert torch.equal(read.weights[name].whole(reader), weight.whole(reader)), name
+    if variant.startswith("qwen2"):  # transformers reads any tokenizer of this type with Qwen's pre-tokenizer.
+        return
     texts = transformers.AutoTokenizer.from_pretrained(folder)
     for text in (LLAMA_CPP_TEXT, *MORE_TEXTS):
         assert texts(text).input_ids == tokenizer()(text).input_ids

@@ -73,6 +73,7 @@ def describe(file: Path, folder: Path) -> str:
     tokenizer.model_max_length = config.max_position_embeddings
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _keep_rules(tokenizer, folder)
     note = {
         "file": str(file),
         "bytes": file.stat().st_size,
@@ -115,6 +116,19 @@ def settings_of(file: Path, header: GgufHeader) -> tuple[dict[str, Any], Mapping
     return settings, known
 
 
+def _keep_rules(tokenizer: Any, folder: Path) -> None:
+    """Have a saved tokenizer read by transformers' general class where its own class would replace its rules.
+
+    For some types, such as qwen2, transformers takes their own class all the same, as it does for any folder.
+    """
+    from transformers import AutoTokenizer
+
+    reread = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if reread.backend_tokenizer.to_str() != tokenizer.backend_tokenizer.to_str():
+        path, general = folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | general, indent=2))
+
+
 def llama3_rope(file: Path, tensor: StoredTensor, config: Any) -> dict[str, Any]:
     """Return the rope_parameters of Llama 3.1 and later. The file holds only what they divide each frequency by.
 
@@ -122,7 +136,9 @@ def llama3_rope(file: Path, tensor: StoredTensor, config: Any) -> dict[str, Any]
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    stored = torch.from_numpy(np.fromfile(file, np.float32, math.prod(tensor.shape), offset=tensor.offset))
+    with file.open("rb") as stream:
+        stream.seek(tensor.offset)
+        stored = torch.frombuffer(bytearray(stream.read(4 * math.prod(tensor.shape))), dtype=torch.float32)
     plain, theta = dict(config.rope_parameters), config.rope_parameters["rope_theta"]
     config.rope_parameters = plain | {
         "rope_type": "llama3",

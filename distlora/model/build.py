@@ -437,14 +437,15 @@ def formats_of(
     spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, architecture: Architecture
 ) -> tuple[FormatOf, dict[str, KeptWeight]]:
     """Return the choice of formats for a base, and the weights that quant=keep keeps; it leaves others dense."""
-    stored = read_prequantized_weights(base)
+    is_quantized = quantization_of(base.config) is not None
+    stored = read_prequantized_weights(base) if is_quantized else {}  # Sizes alone need no weights on disk.
     if stored:
         refuse_dense_settings(spec)
     if spec.quant.method == "keep":
         kept = kept_weights(architecture, base.headers, base.folder)
         return (lambda name, kind: kept[name].format if name in kept else None), kept
     wanted, chosen = spec.quant.default_format, spec.quant.exceptions
-    if quantization_of(base.config) is None:
+    if not is_quantized:
         return (lambda name, kind: chosen.get(name, wanted)), {}
     weights = {name for name in layout.names if name.startswith(architecture.layer_prefix) and name.endswith(".weight")}
     packed = prequantized_parameters(stored, find_sources(layout, base.headers, weights))

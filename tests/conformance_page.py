@@ -36,7 +36,7 @@ that fails a check is refused before anything is started, with the name of the c
 on the network, and a product sees the values that the format's reference library computes. What is dense on disk stays dense: gpt-oss'
 attention, routers, norms. Nothing is quantized, so nothing is cached, and the result does not depend on the number of ranks.
 ```bash
-distlora train recipe=gpt_oss_20b_80gb data.path=chats.jsonl
+distlora train recipe=gpt_oss_20b_80gb data.path=chats.jsonl   # GPU: 1 x h100
 distlora plan model=qwen3_30b_a3b_fp8 quant=keep gpu=h100
 ```
 A plan needs no weights: without them quantization_config tells the format of each weight, for MXFP4, FP8 and int4 of compressed-tensors.
@@ -44,7 +44,7 @@ A plan needs no weights: without them quantization_config tells the format of ea
 unknown to transformers; with deepseek_v3 in its config.json, as its authors advise, it is planned (its weights were not tried).
 
 A GGUF file needs an extra:
-```bash
+```text
 pip install 'distlora[gguf]'
 distlora train model.path=SmolLM2.Q4_1.gguf quant=keep data.path=chats.jsonl
 ```

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.shapes import shapes_of
+from distlora.architecture.shapes import Weight, shapes_of
 from distlora.config import Config
 from distlora.config.file import load_config
-from distlora.planner import Plan, plan_of
+from distlora.planner import Plan, plan_of, traffic
 from distlora.planner.model import model_in
 from distlora.planner.traffic import StepBytes, step_traffic
 from distlora.planner.workload import Workload
@@ -53,3 +54,14 @@ def traffic_of(config: Config, *, world: int) -> StepBytes:
     folder, work = Path(config.model.path), Workload.of(config)
     shapes = shapes_of(read_config(folder), folder / "config.json")
     return step_traffic(work, shapes, world=world, accumulation=work.train.accumulation(world))
+
+
+def block_bytes(block: Iterable[Weight], ranks: int, *, format: str, itemsize: int) -> int:
+    """Return the bytes of gathering one decoder layer whose large weights are in one format.
+
+    `itemsize`: bytes per element that is not quantized.
+    """
+    return sum(
+        traffic.weight_bytes(weight.shape, ranks, format=format if weight.packs else None, itemsize=itemsize)
+        for weight in block
+    )

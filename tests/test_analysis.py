@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import quantization_requests
 from closeness import assert_losses_close, relative_error
 from distlora.analysis.quantization import report, roundtrip
 from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, QuantizationRequest
@@ -149,19 +150,8 @@ def test_the_standard_error_is_that_of_a_ratio_over_rows() -> None:
 
 
 def request_for(folder: Path, out: Path, **settings: Any) -> QuantizationRequest:
-    out.mkdir(exist_ok=True)
-    values: dict[str, Any] = {
-        "model": str(folder / "llama"),
-        "model_name": "tiny",
-        "text": str(folder / "text.jsonl"),
-        "text_name": "text.jsonl",
-        "out": str(out),
-        "cache_dir": str(folder / "cache"),
-        "dtype": "fp32",
-        "sequence_length": 64,
-        "rows": 9,
-    }
-    return QuantizationRequest(**(values | settings))
+    tiny = {"model": str(folder / "llama"), "model_name": "tiny", "rows": 9}
+    return quantization_requests.request_for(folder, out, **tiny | settings)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

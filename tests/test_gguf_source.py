@@ -35,7 +35,7 @@ from distlora.post.export import bnb_folder
 from distlora.post.weights import open_base
 from distlora.run_folder.layout import Result
 from distlora.training.model_card import model_card
-from distlora.weights.low_bit.codecs import CODECS
+from distlora.weights.low_bit import CODECS
 from distlora.weights.low_bit.gguf import decode
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.hub import localize, restore

@@ -22,6 +22,7 @@ from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.bench.random_inputs import LLAMA_1B5, write_random_checkpoint
 from distlora.config import AdapterConfig
 from distlora.planner import traffic
+from planned import block_bytes
 from small_models import read_metrics, tokenizer, write_text_file
 
 DISTLORA = Path(sys.executable).with_name("distlora")
@@ -83,7 +84,7 @@ def predicted_worker_bytes(shapes: ModelShapes, ranks: int) -> int:
     held = traffic.held_bytes(shapes, ranks, format="nf4", itemsize=2)
     config = AdapterConfig(r=RANK, target_modules="all-linear")
     adapters = sum(each.numel for block in shapes.adapters(config) for each in block)
-    block = traffic.block_bytes(shapes.block, ranks, format="nf4", itemsize=2)
+    block = block_bytes(shapes.block, ranks, format="nf4", itemsize=2)
     matrix = 2 * shapes.vocabulary * shapes.hidden
     tokens = TOKENS * ROWS // ranks
     # FSDP2 copies out of an all-gather's result. The head and what is gathered ahead of it are there together; then the
@@ -167,7 +168,7 @@ def test_large_model_trains_within_predicted_memory(model: Path, tmp_path: Path)
         adapter = safetensors.torch.load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
         assert all(bool(tensor.any()) for tensor in adapter.values()), "an adapter was not trained"
         summary = json.loads((folder / "run" / "summary.json").read_text())
-        assert summary["gathered_bytes_per_step"] == 2 * shapes.num_layers * traffic.block_bytes(
+        assert summary["gathered_bytes_per_step"] == 2 * shapes.num_layers * block_bytes(
             shapes.block, ranks, format="nf4", itemsize=2
         ) + 2 * (2 * shapes.vocabulary * shapes.hidden + shapes.hidden)
         assert sampled.peak <= 20e9

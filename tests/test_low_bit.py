@@ -34,7 +34,7 @@ from distlora.post.merge.merge import merge_to
 from distlora.post.merge.output_folder import merged_config
 from distlora.post.trained import Name, base_spec
 from distlora.training.publish import publish_result
-from distlora.weights.low_bit.codecs import CODECS
+from distlora.weights.low_bit import CODECS
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.checks import check_model
 from family_models import SINGLE, VARIANTS, hf_model, load_ours, our_logits, tokens, write_family_folder

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import quantization_requests
 from closeness import relative_error
 from distlora.analysis.quantization.request import RESULT_NAME, QuantizationRequest
 from distlora.analysis.quantization.roundtrip import block_weights, find_weights
@@ -48,21 +49,7 @@ ONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
 def request_for(folder: Path, out: Path, **settings: Any) -> QuantizationRequest:
-    out.mkdir(exist_ok=True)
-    values: dict[str, Any] = {
-        "model": str(folder / "model"),
-        "model_name": "small",
-        "text": str(folder / "text.jsonl"),
-        "text_name": "text.jsonl",
-        "out": str(out),
-        "cache_dir": str(folder / "cache"),
-        "dtype": "fp32",
-        "sequence_length": 64,
-        "rows": 8,
-        "harm_rows": 24,
-        "formats": MIXED_FORMATS,
-    }
-    return QuantizationRequest(**(values | settings))
+    return quantization_requests.request_for(folder, out, **{"harm_rows": 24, "formats": MIXED_FORMATS} | settings)
 
 
 @pytest.fixture(scope="module")

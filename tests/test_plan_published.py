@@ -26,6 +26,7 @@ from distlora.planner.memory.step import blocks_of
 from distlora.planner.model import built_in, find_model
 from distlora.planner.workload import Workload
 from plan_inputs import composed
+from planned import block_bytes
 
 GB, MIB, GIB = 1e9, 2**20, 2**30
 BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -98,7 +99,7 @@ def torchtune_405b(micro_batch: int) -> float:
     shapes = plan.model.shapes
     held = traffic.held_bytes(shapes, 8, format="nf4", itemsize=2) + shapes.adapted_numel(plan.config.adapter)
     root = 2 * 2 * shapes.vocabulary * shapes.hidden
-    block = traffic.block_bytes(shapes.block, 8, format="nf4", itemsize=2)
+    block = block_bytes(shapes.block, 8, format="nf4", itemsize=2)
     largest = 2 * max(weight.numel for weight in shapes.block)
     return (held + root + step.kept + 2 * block + step.working + largest) / GIB
 

@@ -21,7 +21,7 @@ from distlora.planner import traffic
 from distlora.system import host_memory
 from distlora.training import worker
 from distlora.training.reporter import Reporter
-from planned import traffic_of
+from planned import block_bytes, traffic_of
 from small_models import make_run, read_metrics
 from test_integrity import started
 from test_parity import outcome, result_of, run_once
@@ -54,7 +54,7 @@ def test_inside_the_block_eight_micro_batches_gather_what_one_does(world: World,
 
 def bytes_of_a_block(config: Config, size: int) -> int:
     shapes = shapes_of(read_config(Path(config.model.path)), "config.json")
-    return traffic.block_bytes(shapes.block, size, format="nf4", itemsize=4)
+    return block_bytes(shapes.block, size, format="nf4", itemsize=4)
 
 
 @pytest.fixture(scope="module")

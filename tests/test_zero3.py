@@ -27,6 +27,7 @@ from distlora.planner.workload import Workload
 from distlora.training import setup
 from distlora.training import worker as train
 from distlora.training.open_run import open_data
+from planned import block_bytes
 from small_models import NEW_TOKENS, TYPES, make_run, read_metrics
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_loading import check_slices, own_rows
@@ -169,7 +170,7 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
     alone: Alone, folders: Path, tmp_path: Path, model: str
 ) -> None:
     shapes = shapes_of(read_config(folders / model), folders / model)
-    block = traffic.block_bytes(shapes.block, 3, format="nf4", itemsize=4)
+    block = block_bytes(shapes.block, 3, format="nf4", itemsize=4)
     # From the second forward on the last block stays from forward to backward: the head is smaller than a block, so
     # that gathering a block ahead comes upon it while it is there.
     settings = {"micro_batch": 2, "global_batch": 12}

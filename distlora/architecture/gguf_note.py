@@ -53,6 +53,11 @@ class GgufTensor(LowBitTensor):
     """True if the file holds the weight plus one."""
 
 
+def format_name(kind: str) -> str:
+    """Return what a type of ggml is called as a format: q4_K of Q4_K."""
+    return kind[0].lower() + kind[1:]
+
+
 def header_digest(file: Path, num_bytes: int) -> str:
     """Return the SHA-256 of a file's first bytes."""
     with file.open("rb") as stream:
@@ -94,7 +99,7 @@ def _segment(
     if kind in _DENSE and len(sources) == 1 and entry["order"] is None and not entry["minus_one"]:
         return Segment(file, offset, size, kind, shape)
     types = tuple((kind, block, block_bytes) for kind, _, _, block, block_bytes in sources)
-    format = kind[0].lower() + kind[1:]
+    format = format_name(kind)
     if len(set(types)) > 1 or format not in LOW_BIT_FORMATS or entry["minus_one"]:
         format = ""
     return GgufTensor(

@@ -45,6 +45,10 @@ class LowBitFormat(NamedTuple):
         rows, columns = self.tile
         return -(-math.prod(shape[:-1]) // rows) * -(-shape[-1] // columns)
 
+    def num_bytes(self, shape: Sequence[int]) -> int:
+        """Return the stored bytes of a weight of this shape."""
+        return self.num_groups(shape) * self.group_bytes + self.replicated_bytes
+
 
 _GGUF_BLOCKS = {
     "q4_0": (32, 18),

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
 from distlora.config.errors import short
@@ -23,10 +24,8 @@ LOW_BIT = "LOWBIT"
 
 READER_VERSION = 1
 """Part of the identity of weights in low bits. Increase it after any change of the values that they are read as."""
-FLOATS = ("F32", "BF16", "F16")
 AGAIN = "the checkpoint is damaged, download it again"
 INSTEAD = "set {model.path} to the 16-bit checkpoint (quant=nf4 quantizes it while it is read)"
-_TILE = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +37,7 @@ class LowBitTensor:
     shape: tuple[int, ...]
     """(O, I) or (E, O, I) in the model's layout; with `transposed` (E, I, O)."""
     codec: str
-    """Name of its decoder in distlora.weights.low_bit.codecs."""
+    """Name of its decoder in distlora.weights.low_bit.CODECS."""
     parts: Mapping[str, Segment]
     """Tensors by role: codes, scales, zeros, global_scale, order."""
     block: tuple[int, int]
@@ -160,8 +159,11 @@ def grid_of(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
 
 def as_tiles(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[str, str]:
     """Return (format, reason) of FP8 codes with a scale per block, held as tiles of 128 x 128."""
-    fits = all(each % _TILE == 0 or each >= size for each, size in zip(block, shape[-2:], strict=True))
-    if fits and (len(shape) == 2 or shape[-2] % _TILE == 0):
+    tile = LOW_BIT_FORMATS["fp8_block"].tile
+    assert tile is not None
+    sizes = zip(block, shape[-2:], tile, strict=True)
+    fits = all(each % of_tile == 0 or each >= size for each, size, of_tile in sizes)
+    if fits and (len(shape) == 2 or shape[-2] % tile[0] == 0):
         return "fp8_block", ""
     return "", f"FP8 with a scale per {block[0]} x {block[1]} weights of {list(shape)} is not in tiles of 128 x 128"
 

@@ -11,7 +11,6 @@ from typing import Any
 from distlora.architecture.low_bit_headers import (
     ACTIVATIONS,
     AGAIN,
-    FLOATS,
     INSTEAD,
     PARTS,
     LowBitTensor,
@@ -24,7 +23,7 @@ from distlora.architecture.low_bit_headers import (
     matrix_of,
     trimmed,
 )
-from distlora.architecture.safetensors_headers import Segment
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
 from distlora.config import UserError
 from distlora.config.errors import short
 
@@ -82,10 +81,7 @@ def with_low_bit(stored: Mapping[str, Segment], folder: Path, config: Mapping[st
     for tensor in _METHODS[method].find(parts, quantization_of(config)):
         parts.weights[tensor.name] = tensor.segment
     if not parts.weights:
-        raise UserError(
-            f"{folder / 'config.json'} has a quantization_config, but no weight in {folder} is quantized; "
-            "remove quantization_config from config.json if the weights are dense (quant=nf4 then quantizes them)"
-        )
+        raise none_quantized(folder)
     for name, segment in list(parts.left.items()):
         if name.endswith(ACTIVATIONS):
             del parts.left[name]
@@ -95,6 +91,14 @@ def with_low_bit(stored: Mapping[str, Segment], folder: Path, config: Mapping[st
                 "again if it is damaged"
             )
     return parts.left | parts.weights
+
+
+def none_quantized(folder: Path) -> UserError:
+    """Return the error for a checkpoint of which only config.json says that it is quantized."""
+    return UserError(
+        f"{folder / 'config.json'} has a quantization_config, but no weight in {folder} is quantized; "
+        "remove quantization_config from config.json if the weights are dense (quant=nf4 then quantizes them)"
+    )
 
 
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
@@ -171,7 +175,7 @@ def _scaled(
     fitting = [b for b in blocks if scales and trimmed(scales.shape) == trimmed(grid_of(shape, b))]
     block = (fitting or blocks)[0]
     taken = {"codes": parts.left.pop(name)}
-    taken["scales"] = parts.take(name + suffix, name, (*FLOATS, "F8_E8M0", "U8"), grid_of(shape, block))
+    taken["scales"] = parts.take(name + suffix, name, (*SOURCE_DTYPES, "F8_E8M0", "U8"), grid_of(shape, block))
     format, reason = "", f"no format stores 8-bit integers with a scale per {block[0]} x {block[1]} weights"
     if taken["codes"].dtype == "F8_E4M3":
         format, reason = as_tiles(shape, block)
@@ -347,7 +351,7 @@ def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequenc
         )
     bits, shape, block, is_symmetric = fitting[0]
     taken["codes"] = parts.take(f"{name}_packed", name, ("I32",))
-    taken["scales"] = parts.take(f"{name}_scale", name, FLOATS)
+    taken["scales"] = parts.take(f"{name}_scale", name, SOURCE_DTYPES)
     if not is_symmetric:
         zeros = (*shape[:-2], -(-shape[-2] * bits // 32), grid_of(shape, block)[-1])
         taken["zeros"] = parts.take(f"{name}_zero_point", name, ("I32",), zeros)
@@ -448,7 +452,7 @@ def _columns(
     groups = -(-shape[1] // size)
     taken = {
         "codes": parts.take(f"{name}.qweight", weight, ("I32",)),
-        "scales": parts.take(f"{name}.scales", weight, FLOATS, (groups, shape[0])),
+        "scales": parts.take(f"{name}.scales", weight, SOURCE_DTYPES, (groups, shape[0])),
         "zeros": parts.take(f"{name}.qzeros", weight, ("I32",), (groups, -(-shape[0] * bits // 32))),
     }
     if f"{name}.g_idx" in parts.left:

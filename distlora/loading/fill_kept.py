@@ -20,7 +20,7 @@ from distlora.config import UserError
 from distlora.loading.quantize import CHUNK_GROUPS
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend
-from distlora.weights.low_bit.codecs import CODECS
+from distlora.weights.low_bit import CODECS
 from distlora.weights.reader import Reader, all_finite
 from distlora_kernels.formats import Format
 from distlora_kernels.reference import GROUP
@@ -41,7 +41,7 @@ def fill_kept(weight: FrozenTensor, segments: Sequence[Segment], reader: Reader,
     parts, first_group = backend.local_groups(weight)
     for part in parts:
         part.zero_()
-    per_group, stop = _per_group(format), min(first_group + len(parts[0]), weight.num_groups)
+    per_group, stop = GROUP // format.block, min(first_group + len(parts[0]), weight.num_groups)
     first, last = first_group * per_group, stop * per_group
     # A row of tiles is read at once, as its codes are rows of the matrix.
     across = 1 if format.tile is None else -(-weight.shape[-1] // format.tile[1])
@@ -74,10 +74,6 @@ def read_blocks(
             pieces.append(CODECS[segment.tensor.codec].blocks(segment.tensor, reader, start, high - low))
         before += count
     return tuple(part[0] if len(part) == 1 else torch.cat(part) for part in zip(*pieces, strict=True))
-
-
-def _per_group(format: Format) -> int:
-    return GROUP // format.block if format.tile is None else 1
 
 
 def _blocks_in(format: Format, weights: int, width: int) -> int:

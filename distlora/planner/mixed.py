@@ -36,8 +36,7 @@ class MeasuredWeight:
         """Return the stored bytes in a format; `itemsize` is that of dense weights."""
         if format == DENSE:
             return math.prod(self.shape) * itemsize
-        sizes = LOW_BIT_FORMATS[format]
-        return sizes.num_groups(self.shape) * sizes.group_bytes + sizes.replicated_bytes
+        return LOW_BIT_FORMATS[format].num_bytes(self.shape)
 
 
 def with_formats(config: Config) -> Config:

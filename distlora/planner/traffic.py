@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.low_bit import LOW_BIT_FORMATS
-from distlora.architecture.shapes import ModelShapes, Weight
+from distlora.architecture.shapes import ModelShapes
 from distlora.architecture.tokens import trained_indices
 from distlora.planner.workload import Workload
 
@@ -91,17 +91,6 @@ def weight_bytes(shape: Sequence[int], ranks: int, *, format: str | None, itemsi
         return itemsize * padded(shape, ranks)
     sizes = LOW_BIT_FORMATS[format]
     return padded((sizes.num_groups(shape),), ranks) * sizes.group_bytes
-
-
-def block_bytes(block: Iterable[Weight], ranks: int, *, format: str | None, itemsize: int) -> int:
-    """Return the bytes of gathering one decoder layer whose large weights are in one format.
-
-    `itemsize`: bytes per element that is not quantized.
-    """
-    return sum(
-        weight_bytes(weight.shape, ranks, format=format if weight.packs else None, itemsize=itemsize)
-        for weight in block
-    )
 
 
 def layers_bytes(shapes: ModelShapes, ranks: int, *, format: str | None, itemsize: int, first: int = 0) -> int:

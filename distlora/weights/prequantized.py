@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.low_bit_headers import INSTEAD
+from distlora.architecture.low_bit_methods import NF4, none_quantized, quantization_method
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.config import ModelSpec, UserError
 from distlora.config.json_files import parse_object
@@ -32,7 +33,6 @@ from distlora.weights.conversion import Source
 _STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
 _STORAGES = ("U8", "BF16", "F16", "F32")
 _BLOCK, _NESTED_BLOCK = 64, 256
-_INSTEAD = "set {model.path} to the 16-bit checkpoint (quant=nf4 quantizes it while it is read)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,16 +77,13 @@ def read_prequantized_weights(base: CheckpointFiles) -> dict[str, PrequantizedWe
         if states:
             raise UserError(
                 f"{folder}: {min(states)} is quantized by bitsandbytes, but config.json has no quantization_config; "
-                f"the folder is put together from two checkpoints: download it again, or {_INSTEAD}"
+                f"the folder is put together from two checkpoints: download it again, or {INSTEAD}"
             )
         return {}
     if method != NF4:
         return {}
     if not states:
-        raise UserError(
-            f"{folder / 'config.json'} has a quantization_config, but no weight in {folder} is quantized; "
-            "remove quantization_config from config.json if the weights are dense (quant=nf4 then quantizes them)"
-        )
+        raise none_quantized(folder)
     return {name: _packed_weight(name, match[0], match[2], headers) for name, match in sorted(states.items())}
 
 
@@ -114,7 +111,7 @@ def packed_outside_blocks(name: str) -> UserError:
     module = name.removesuffix(".weight").rpartition(".")[2]
     return UserError(
         f"{name} is stored in NF4, which only linears of the decoder blocks may be; save the checkpoint again with "
-        f"{module} in llm_int8_skip_modules, or {_INSTEAD}"
+        f"{module} in llm_int8_skip_modules, or {INSTEAD}"
     )
 
 
@@ -131,7 +128,7 @@ def prequantized_parameters(
         if stored and (len(source.names) > 1 or not source.whole):
             raise UserError(
                 f"{parameter} is made from {len(source.names)} tensors, of which {stored[0]} is quantized; NF4 "
-                f"weights cannot be merged or cut as they are: {_INSTEAD}"
+                f"weights cannot be merged or cut as they are: {INSTEAD}"
             )
         if stored:
             by_parameter[parameter] = packed[stored[0]]
@@ -141,7 +138,7 @@ def prequantized_parameters(
 def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, Segment]) -> PrequantizedWeight:
     """Return one weight's parts, checked against each other."""
     if kind != "nf4":
-        raise UserError(f"{name} is stored as {kind}; only nf4 can be kept as it is: {_INSTEAD}")
+        raise UserError(f"{name} is stored as {kind}; only nf4 can be kept as it is: {INSTEAD}")
     at = headers[state_name]
     with at.file.open("rb") as stream:
         stream.seek(at.offset)
@@ -164,7 +161,7 @@ def _packed_weight(name: str, state_name: str, kind: str, headers: Mapping[str, 
             raise UserError(f"no tensor {part} in the checkpoint, which its quant_state needs; download it again")
         if segment.dtype not in dtypes:
             raise UserError(
-                f"{segment.file}: {part} is stored as {segment.dtype}, not {' or '.join(dtypes)}; {_INSTEAD}"
+                f"{segment.file}: {part} is stored as {segment.dtype}, not {' or '.join(dtypes)}; {INSTEAD}"
             )
         if not suffix:  # Codes are the same bytes in any storage.
             segment = replace(segment, dtype="U8", shape=(segment.num_bytes,))
@@ -196,11 +193,11 @@ def _checked_state(name: str, state: dict[str, Any]) -> tuple[tuple[int, ...], f
         if state.get(field) != value:
             raise UserError(
                 f"{name}: {field}={state.get(field)!r} in its quant_state cannot be kept as it is, only {value!r}; "
-                f"{_INSTEAD}"
+                f"{INSTEAD}"
             )
     shape = state.get("shape")
     if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(size, int) and size > 0 for size in shape)):
-        raise UserError(f"{name}: shape={shape!r} in its quant_state is not that of a linear; {_INSTEAD}")
+        raise UserError(f"{name}: shape={shape!r} in its quant_state is not that of a linear; {INSTEAD}")
     offset = state.get("nested_offset")
     if nested and not (isinstance(offset, (int, float)) and math.isfinite(offset)):
         raise UserError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
-from distlora.weights.low_bit.codecs import read_low_bit
+from distlora.weights.low_bit import read_low_bit
 
 Value = TypeVar("Value")
 

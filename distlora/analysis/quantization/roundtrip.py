@@ -159,41 +159,56 @@ def measure(
 
     Raises ValueError for NaN and Inf.
     """
-    sums = Sums()
-    for number, name in enumerate(formats):
-        of_format, start = FormatSums(), 0
-        for weights, values, num_bytes in restored(chunks, shape, name):
-            more = _difference(weights, values, num_bytes)
+    sums = Sums(formats={name: FormatSums() for name in formats})
+    for start, weights, values in restored(chunks, shape, formats):
+        if start == sums.numel:  # Pieces of another size come again from 0 on.
+            sums.add(Sums(len(weights), _powers(weights)))
+        for name, (back, num_bytes) in values.items():
+            more = _difference(weights, back, num_bytes)
             if sensitivity is not None:
-                harm = (weights - values).square_() * sensitivity.of(start, len(weights))
+                harm = (weights - back).square_() * sensitivity.of(start, len(weights))
                 more.harm = float(harm.sum(dtype=torch.float64)) / 2
-            of_format.add(more)
-            if number == 0:
-                sums.add(Sums(len(weights), _powers(weights)))
-            start += len(weights)
-        of_format.num_bytes += torch.float32.itemsize if name in FORMATS else 0  # The offset.
-        sums.formats[name] = of_format
+            sums.formats[name].add(more)
+    for name in FORMATS.keys() & sums.formats.keys():
+        sums.formats[name].num_bytes += torch.float32.itemsize  # The offset.
     return sums
 
 
 @torch.no_grad()
-def restored(chunks: Chunks, shape: tuple[int, ...], format: str) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield (weights, what the format gives back of them, stored bytes without replicated parts), flat in fp32."""
+def restored(
+    chunks: Chunks, shape: tuple[int, ...], formats: Sequence[str]
+) -> Iterator[tuple[int, Tensor, dict[str, tuple[Tensor, int]]]]:
+    """Yield (first weight, weights, by format what it gives back of them and its bytes), flat in fp32.
+
+    The bytes are without replicated parts. The tensor is read once for all formats with pieces of one size, and once
+    before for the absmax of those with a second level. Raises ValueError for NaN and Inf.
+    """
+    width, by_size = shape[-1], dict[int, list[str]]()
+    for name in formats:
+        size = run_size(REGISTERED[name], width) if name in REGISTERED and name not in FORMATS else CHUNK
+        by_size.setdefault(size, []).append(name)
+    second = None if FORMATS.keys().isdisjoint(formats) else DoubleQuantizedAbsmax.of(chunks(CHUNK), math.prod(shape))
+    for size, names in by_size.items():
+        start = 0
+        for chunk in chunks(size):
+            if second is None and not all_finite(chunk):
+                raise ValueError("NaN or Inf weights")
+            yield start, chunk.float(), {name: _restored(chunk, name, width, second, start) for name in names}
+            start += chunk.numel()
+
+
+def _restored(
+    chunk: Tensor, format: str, width: int, second: DoubleQuantizedAbsmax | None, start: int
+) -> tuple[Tensor, int]:
+    """Return what a format gives back of a piece from weight `start` on, flat in fp32, and the bytes of that."""
+    if format == DENSE:
+        return chunk.bfloat16().float(), 2 * chunk.numel()
     if format in FORMATS:
-        second, first = DoubleQuantizedAbsmax.of(chunks(CHUNK), math.prod(shape)), 0
-        for chunk in chunks(CHUNK):
-            yield chunk.float(), *round_trip(chunk, FORMATS[format], second, first)
-            first += nf4.num_groups(chunk.numel())
-        return
-    kept, width = None if format == DENSE else REGISTERED[format], shape[-1]
-    for chunk in chunks(CHUNK if kept is None else run_size(kept, width)):
-        if not all_finite(chunk):
-            raise ValueError("NaN or Inf weights")
-        if kept is None:
-            yield chunk.float(), chunk.bfloat16().float(), 2 * chunk.numel()
-        else:
-            num_bytes = kept.num_bytes((len(chunk),) if kept.tile is None else (len(chunk) // width, width))
-            yield chunk.float(), requantized(kept, chunk, width), num_bytes
+        assert second is not None
+        return round_trip(chunk, FORMATS[format], second, start // nf4.GROUP)
+    kept = REGISTERED[format]
+    num_bytes = kept.num_bytes((len(chunk),) if kept.tile is None else (len(chunk) // width, width))
+    return requantized(kept, chunk, width), num_bytes
 
 
 def _powers(weights: Tensor) -> list[float]:

@@ -198,10 +198,11 @@ def measure_losses(
 @torch.no_grad()
 def put_through(weight: Weight, format: str, into: Tensor, reader: Reader) -> None:
     """Fill `into` (the weight's shape, fp32 or bf16) with what a format gives back of the weight on disk."""
-    flat, first = into.view(-1), 0
-    for _, values, _ in restored(functools.partial(weight.chunks, reader, into.device), weight.shape, format):
-        flat[first : first + len(values)] = values
-        first += len(values)
+    flat = into.view(-1)
+    chunks = functools.partial(weight.chunks, reader, into.device)
+    for start, _, values in restored(chunks, weight.shape, (format,)):
+        back, _ = values[format]
+        flat[start : start + len(back)] = back
 
 
 def main(request: QuantizationRequest) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from distlora.architecture.checkpoint_files import read_hf_config
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import ModelSpec, QuantConfig, UserError
 from distlora.loading.decomposed_adapters import plain_form
@@ -156,9 +157,7 @@ def dense_model(trained: Trained, *, original: bool = False) -> Any:
 
     base = open_base(trained.spec, trained.initial_adapter_dir)
     architecture, folder = base.model.architecture, trained.spec.model.path
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):  # The weights are filled in dense.
-        del config.quantization_config
+    config = read_hf_config(folder)
     model = getattr(transformers, architecture.auto_class).from_config(
         config,
         dtype=torch.float32,

@@ -18,6 +18,7 @@ from distlora.config import UserError
 from distlora.post.merge.output_folder import Cursor, Files, Tensors
 from distlora.post.merge.parameters import Parameter
 from distlora.post.weights import Base
+from distlora.weights.low_bit.codecs import place_of_row
 from distlora.weights.low_bit.requantize import requantize
 from distlora.weights.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
 
@@ -83,11 +84,9 @@ class LowBitCursor:
             stored_rows = rows.T.contiguous() if tensor.transposed else rows
             parts, lost = requantize(tensor, self._reader, matrix, first, stored_rows)
             for part, stored in parts.items():
-                segment = tensor.parts[part]
-                height = tensor.block[0] if part == "scales" else 1
-                whole = segment.numel // (tensor.shape[0] if len(tensor.shape) == 3 else 1)
-                columns = whole // -(-tensor.stored_shape[-2] // height)
-                self._files.write(self._names[segment], matrix * whole + first // height * columns, stored)
+                row = first // tensor.block[0] if part == "scales" else first
+                start, _ = place_of_row(tensor, part, matrix, row)
+                self._files.write(self._names[tensor.parts[part]], start, stored)
                 written += stored.nbytes
             self.lost += lost
             self._bands.popleft()

@@ -19,13 +19,11 @@ from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.config import UserError
 from distlora_kernels.formats import codes as numbers
 from distlora_kernels.formats.flat import BlockFormat
+from distlora_kernels.formats.fp8_block import TILE, in_tiles
 from distlora_kernels.formats.mxfp4 import MXFP4
-from distlora_kernels.formats.nvfp4 import NVFP4
 
 if TYPE_CHECKING:
     from distlora.weights.reader import Reader
-
-TILE = 128
 
 
 class Codec(ABC):
@@ -103,16 +101,18 @@ class Codec(ABC):
 
 def read_rows(tensor: LowBitTensor, reader: Reader, part: str, matrix: int, first: int, stop: int) -> Tensor:
     """Return rows [first, stop) of matrix `matrix` of a part (E, rows, columns), (stop - first, columns)."""
-    segment = tensor.parts[part]
-    matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
-    columns = segment.numel // matrices // _part_rows(tensor, part)
-    start = (matrix * _part_rows(tensor, part) + first) * columns
-    return reader.read([segment], start, start + (stop - first) * columns).view(stop - first, columns)
+    start, columns = place_of_row(tensor, part, matrix, first)
+    return reader.read([tensor.parts[part]], start, start + (stop - first) * columns).view(stop - first, columns)
 
 
-def _part_rows(tensor: LowBitTensor, part: str) -> int:
+def place_of_row(tensor: LowBitTensor, part: str, matrix: int, row: int) -> tuple[int, int]:
+    """Return (elements of a part before a row of matrix `matrix` of it, elements of a row)."""
     rows = tensor.stored_shape[-2]
-    return -(-rows // tensor.block[0]) if part == "scales" else rows
+    if part == "scales":
+        rows = -(-rows // tensor.block[0])
+    matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
+    columns = tensor.parts[part].numel // matrices // rows
+    return (matrix * rows + row) * columns, columns
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:
@@ -149,15 +149,11 @@ class ScaledCodec(Codec):
         """Return (codes (n, 16384) uint8, scales (n, 1) fp32) of tiles of 128 x 128, zeros past the edges."""
         codes = read_rows(tensor, reader, "codes", matrix, first, stop).view(torch.uint8)
         width, (height, columns) = tensor.stored_shape[-1], tensor.block
-        across, down = -(-width // TILE), -(-(stop - first) // TILE)
-        padded = torch.zeros(down * TILE, across * TILE, dtype=torch.uint8)
-        padded[: stop - first, :width] = codes
-        tiles = padded.view(down, TILE, across, TILE).transpose(1, 2).reshape(-1, TILE * TILE)
         low = first // height
         scales = self._scales(tensor, reader, matrix, low, -(-stop // height))
         rows = torch.arange(first, stop, TILE).div(height, rounding_mode="floor") - low
         scales = scales[rows][:, torch.arange(0, width, TILE).div(columns, rounding_mode="floor")]
-        return tiles, scales.reshape(-1, 1)
+        return in_tiles(codes), scales.reshape(-1, 1)
 
 
 class BnbInt8Codec(Codec):
@@ -345,22 +341,3 @@ class AwqCodec(IntegerCodec):
             for part in ("codes", "zeros")
         )
         return codes.contiguous(), zeros, reader.read_columns(tensor.parts["scales"], first, stop).T
-
-
-CODECS: dict[str, Codec] = {
-    "scaled": ScaledCodec(),
-    "bnb_int8": BnbInt8Codec(),
-    "mxfp4": Fp4Codec(MXFP4),
-    "nvfp4": Fp4Codec(NVFP4),
-    "modelopt_nvfp4": Fp4Codec(NVFP4, reciprocal=True),
-    "packed": PackedCodec(),
-    "gptq": GptqCodec(first_version=True),
-    "gptq_v2": GptqCodec(first_version=False),
-    "awq": AwqCodec(),
-}
-"""Decoders by LowBitTensor.codec."""
-
-
-def read_low_bit(tensor: LowBitTensor, reader: Reader, start: int, stop: int) -> Tensor:
-    """Return the flat weights [start, stop) of a tensor in its logical layout, fp32 or bf16."""
-    return torch.cat(list(CODECS[tensor.codec].bands(tensor, reader, start, stop)))

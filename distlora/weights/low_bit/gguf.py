@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from distlora.architecture.gguf_note import GgufTensor
+from distlora.architecture.gguf_note import GgufTensor, format_name
 from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.architecture.safetensors_headers import Segment
 from distlora.weights.low_bit.codecs import Codec
@@ -79,7 +79,7 @@ def decode(kind: str, content: Tensor) -> Tensor:
     """Return the flat weights of bytes of whole blocks, in fp32."""
     if kind in DENSE:
         return content.view(DENSE[kind]).float()
-    format = FORMATS.get(kind[0].lower() + kind[1:])
+    format = FORMATS.get(format_name(kind))
     if format is not None:
         (part,), length = format.parts, len(content)
         groups = content.new_zeros(-(-length // part.nbytes), part.nbytes)

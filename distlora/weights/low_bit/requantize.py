@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from distlora.architecture.low_bit_headers import LowBitTensor
-from distlora.weights.low_bit.codecs import CODECS, Fp4Codec, PackedCodec, powers_of_two, read_rows
+from distlora.weights.low_bit import CODECS
+from distlora.weights.low_bit.codecs import Fp4Codec, PackedCodec, powers_of_two, read_rows
 from distlora.weights.reader import TORCH_DTYPES, Reader
 from distlora_kernels.formats.codes import E2M1
 

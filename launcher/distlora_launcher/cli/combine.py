@@ -186,4 +186,4 @@ def quant_of(members: Sequence[Member], requested: Quant | None) -> Quant:
             "write --quant nf4, keep or none for the base of the result"
         )
     known: dict[str, Quant] = {"none": "none", "keep": "keep"}
-    return requested or known.get("".join(trained), "nf4")
+    return requested or (known.get(trained[0], "nf4") if trained else "nf4")

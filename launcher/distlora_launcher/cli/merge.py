@@ -1,5 +1,6 @@
 """`distlora merge RUN`: a base and what was trained on it as one model, in Hugging Face format."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def main(arguments: list[str]) -> int:
     )
     require(not out.exists(), f"--out={shown(out)} exists already; name another folder, or remove it")
     check_writable(out, "--out")
-    measured = to_measure(options, name, trained, out)
+    measured = to_measure(dataclasses.replace(options, dtype=dtype), name, trained, out)
     request = MergeRequest(name=name, out=str(out), onto=options.onto, dtype=dtype)
     print(f"merging into {shown(out)} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
     if measured is None:

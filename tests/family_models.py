@@ -195,9 +195,8 @@ def positions_of(input_ids: Tensor) -> Tensor:
 
 
 def our_logits(model: CausalLM, input_ids: Tensor) -> Tensor:
-    return model.head.logits(model.hidden_states(input_ids, positions_of(input_ids)).flatten(0, 1)).view(
-        *input_ids.shape, -1
-    )
+    hidden = model.hidden_states(input_ids, positions_of(input_ids)).flatten(0, 1)
+    return model.head.logits(hidden).view(*input_ids.shape, -1).detach()
 
 
 def edit_config(folder: Path, **values: Any) -> None:

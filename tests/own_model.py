@@ -159,13 +159,8 @@ class TandemModel(TandemPreTrainedModel):
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         if self.config.fault == "leak":  # Outside of the layers, where documents cannot be run apart.
             hidden = hidden + hidden.cumsum(dim=1) / 8
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
+        # The fourth argument is a cache, whose name depends on transformers' version.
+        mask = create_causal_mask(self.config, hidden, attention_mask, None, position_ids=position_ids)
         embeddings = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=embeddings)

@@ -93,7 +93,7 @@ def test_muon_updates_matrices_of_layers_and_adamw_the_rest() -> None:
     states = {name: {key for key, _, owner in keys if owner == name} for name in alone}
     assert all(states[name] == ours.states_of(name) == {"momentum_buffer"} for name in matrices)
     assert all(states[name] == ours.states_of(name) for name in alone)
-    moved = (ours.parameters[matrices[1]].detach() - parameters()["x.B"]).pow(2).mean().sqrt()
+    moved = (ours.parameters[matrices[1]] - parameters()["x.B"]).detach().pow(2).mean().sqrt()
     assert 0.1 < float(moved) / 3e-2 < 0.5, "of the size of AdamW's updates: 0.2 per step, less where signs change"
 
 

@@ -174,8 +174,9 @@ def test_ranks_load_what_a_dense_checkpoint_of_these_values_gives(
     settings = {"quant": {"method": quant, "cache": False}, "adapter": {"target_modules": "all-linear"}}
     check_model(config_for(low, **settings))
     expected = world.run(1, own_rows, folder=dense, **settings)[0]
+    by_rank = world.run(size, own_rows, folder=low, **settings)
     for name, (rows, _) in expected.items():
-        found = [ranks_rows[name] for ranks_rows in world.run(size, own_rows, folder=low, **settings)]
+        found = [ranks_rows[name] for ranks_rows in by_rank]
         assert torch.equal(torch.cat([local for local, _ in found]) if rows.dim() else found[0][0], rows), name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from distlora.config.plan import GPUS
 from distlora.planner import Machine
 from distlora.planner.model import PlannedModel, built_in
 from small_models import config_with
+from tiers import ci
 
 MODELS = {
     "8b": "NousResearch/Meta-Llama-3.1-8B",
@@ -24,6 +26,17 @@ MODELS = {
     "moe": "Qwen/Qwen3-30B-A3B",
     "tied": "Qwen/Qwen2.5-1.5B",
 }
+
+
+FIRST_OF_TYPE = {settings["model_type"]: name for name, settings in reversed(ARCHITECTURES.items())}
+"""One model that is built in of each type, for `make test`: a model takes half a second to check when it is new."""
+
+
+def by_type(names: Iterable[str]) -> list[Any]:
+    """Return names of models as cases; those with other sizes than FIRST_OF_TYPE run in `make test-ci`."""
+    first = [ARCHITECTURES[name] for name in FIRST_OF_TYPE.values()]
+    sizes = {name: {k: v for k, v in ARCHITECTURES[name].items() if k != "quantization_config"} for name in names}
+    return [name if own in first else ci(name) for name, own in sizes.items()]
 
 
 def model_of(name: str, **settings: Any) -> PlannedModel:

@@ -14,6 +14,7 @@ import yaml
 from distlora.architecture.config_checks import check_config
 from distlora.architecture.shapes import ARCHITECTURES, architecture_named, nearest_architecture, shapes_of
 from distlora_launcher.compose.compose import compose_config
+from plan_inputs import by_type
 from tiers import ci
 
 CONF = Path(__file__).parent.parent / "conf" / "model"
@@ -117,15 +118,14 @@ def numel(name: str) -> int:
     return shapes_of(settings, name).numel
 
 
-def test_parameters_are_as_many_as_the_hub_counts() -> None:
-    assert {name: numel(name) for name in COUNTED} == COUNTED
-    for name, count in UNTIED_ON_DISK.items():
-        settings = ARCHITECTURES[name]
-        assert numel(name) + settings["vocab_size"] * settings["hidden_size"] == count
-    assert {name: numel(name) for name in UNPACKED} == UNPACKED
+@pytest.mark.parametrize("name", by_type([*COUNTED, *UNTIED_ON_DISK, *UNPACKED]))
+def test_parameters_are_as_many_as_the_hub_counts(name: str) -> None:
+    settings = ARCHITECTURES[name]
+    head = settings["vocab_size"] * settings["hidden_size"] if name in UNTIED_ON_DISK else 0
+    assert numel(name) + head == (COUNTED | UNTIED_ON_DISK | UNPACKED)[name]
 
 
-@pytest.mark.parametrize("name", WITH_VISION)
+@pytest.mark.parametrize("name", by_type(WITH_VISION))
 def test_a_vision_tower_is_what_else_a_gemma_holds(name: str) -> None:
     """SigLIP so400m, patches of 14 in 896 x 896 pixels, and its norm and projection into the text model."""
     hidden, inner, layers, patches = 1152, 4304, 27, (896 // 14) ** 2
@@ -135,9 +135,12 @@ def test_a_vision_tower_is_what_else_a_gemma_holds(name: str) -> None:
     assert numel(name) + tower + hidden + hidden * text == WITH_VISION[name]
 
 
-def test_all_of_them_are_of_a_family_that_can_be_trained() -> None:
-    for name, settings in ARCHITECTURES.items():
-        check_config(settings, name, sequence_length=2048)
+@pytest.mark.parametrize("name", by_type(ARCHITECTURES))
+def test_all_of_them_are_of_a_family_that_can_be_trained(name: str) -> None:
+    check_config(ARCHITECTURES[name], name, sequence_length=2048)
+
+
+def test_all_of_them_are_counted() -> None:
     names = (*COUNTED, *UNTIED_ON_DISK, *WITH_VISION, *UNPACKED, *PUBLISHED)
     counted = {id(architecture_named(QUANTIZED.get(name, name))) for name in names}
     dense = {id(settings) for name, settings in ARCHITECTURES.items() if name not in QUANTIZED}

@@ -23,7 +23,7 @@ from distlora.training import worker
 from distlora.training.trial import Trial
 from distlora_kernels import native
 from small_disks import fill, small_disk
-from small_models import make_run, read_metrics, write_model_folder
+from small_models import make_run, read_metrics, write_model_folder, write_text_file
 from worlds import World
 
 SETTINGS = {"max_steps": 9, "save_every": 2, "eval_every": 3, "log_every": 1, "keep": 3, "global_batch": 6}
@@ -175,8 +175,10 @@ def test_part_of_an_epoch_with_a_warm_up_in_steps_resumes_bit_for_bit(folders: P
     settings = {"max_steps": None, "epochs": 1.4, "global_batch": 8, "eval_every": "auto", "evals_per_epoch": 2}
     settings |= {"saves_per_epoch": 2, "keep": 9, "log_every": 1}
     runs = [tmp_path / "whole", tmp_path / "stopped"]
+    write_text_file(tmp_path / "text.jsonl", 24)
+    data = {"path": str(tmp_path / "text.jsonl")}
     for run in runs:
-        make_run(run, folders, train=settings, optim={"warmup_steps": 3})
+        make_run(run, folders, train=settings, optim={"warmup_steps": 3}, data=data)
     rows = json.loads((runs[0] / "data.json").read_text())["splits"]["train"]["rows"]
     epoch = -(-rows // 8)
     total = math.ceil(epoch * 7 / 5)

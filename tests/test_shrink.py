@@ -13,6 +13,7 @@ import distlora
 from distlora.config import UserError
 from distlora.derive.shrink import build, build_on_meta, decoder_layers, layer_kinds, read_settings, shrink
 from model_types import CAUSAL, COMPOSITES, UNBUILDABLE, VARIANTS, config_of
+from plan_inputs import by_type
 from tiers import ci
 
 # Windows, an expert share, latent attention with dense layers first, shared keys, periods, mixers, a scaled head,
@@ -46,11 +47,7 @@ def test_a_small_model_has_every_kind_of_layer_and_runs(name: str) -> None:
     assert logits.std() > 0
 
 
-FIRST = {entry["config"]["model_type"]: name for name, entry in reversed(KNOWN.items())}
-"""One known model of each type for `make test`."""
-
-
-@pytest.mark.parametrize("name", [name if name in FIRST.values() else ci(name) for name in KNOWN])
+@pytest.mark.parametrize("name", by_type(KNOWN))
 def test_the_known_models_shrink(name: str) -> None:
     config = KNOWN[name]["config"]
     small = shrink(config)

@@ -168,6 +168,7 @@ def test_outputs_and_gradients_on_the_gpus_path(
         assert_equal_to_fp64(*problem(dtype, triton_device, packed=packed, dropout=dropout, choice=choice))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(
     ("path", "dropout"), [("torch", True), ci("torch", False), ci("triton", False), ci("triton", True)]
 )

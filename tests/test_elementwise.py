@@ -78,6 +78,7 @@ def test_a_norm_is_transformers(dtype: torch.dtype, plus_one: bool, shape: tuple
         assert_close(found, wanted, ulps=2.0)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("halves", [False, True])
@@ -156,6 +157,7 @@ def test_no_row_depends_on_the_others_or_on_threads() -> None:
         assert torch.equal(one[101:104], own)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_not_lost(dtype: torch.dtype, bad: float, device: str) -> None:

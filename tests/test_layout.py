@@ -60,11 +60,15 @@ MODULES = {
 
 
 @functools.cache
+def parsed(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text())
+
+
+@functools.cache
 def imports(module: str, *, at_import: bool = False) -> set[str]:
     """Return what a module imports; with at_import only what it imports at its top level."""
-    tree = ast.parse(MODULES[module].read_text())
     names: set[str] = set()
-    for node in tree.body if at_import else ast.walk(tree):
+    for node in parsed(module).body if at_import else ast.walk(parsed(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -118,7 +122,7 @@ def test_pages_name_files_that_exist() -> None:
 def test_files_and_functions_are_short_and_docstrings_in_plain_english() -> None:
     for module, path in MODULES.items():
         assert path.read_text().count("\n") <= 600, f"{module} is longer than 600 lines"
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(parsed(module)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < 80, f"{module}.{node.name} is longer than 80 lines"
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):

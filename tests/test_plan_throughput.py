@@ -20,20 +20,17 @@ from plan_inputs import machine_of, model_of
 from test_plan_timing import config_of
 
 BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-QWEN_72B = built_in(
-    "72B",
-    {
-        "model_type": "llama",  # Its config.json has names of its own; these are the sizes.
-        "hidden_size": 8192,
-        "intermediate_size": 24_576,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 64,
-        "vocab_size": 152_064,
-        "max_position_embeddings": 32_768,
-        "tie_word_embeddings": False,
-    },
-)
+QWEN_72B = {
+    "model_type": "llama",  # Its config.json has names of its own; these are the sizes.
+    "hidden_size": 8192,
+    "intermediate_size": 24_576,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "vocab_size": 152_064,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": False,
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ RUNS = [
 
 def planned(run: Published) -> tuple[StepTime, float]:
     """(its time, what its GPUs must compute, as a share of all that they can in the time that was published)."""
-    model = QWEN_72B if run.model == "72b" else model_of(run.model)
+    model = built_in("72B", QWEN_72B) if run.model == "72b" else model_of(run.model)
     batch = run.ranks * run.rows * run.accumulation
     config = config_of(
         run.ranks,

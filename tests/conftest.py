@@ -29,31 +29,37 @@ ROOT = Path(__file__).parents[1]
 
 LONGEST = (
     "test_slurm_cluster",
-    "test_packed",
+    "test_api",
+    "test_demo",
     "test_end_to_end",
+    "test_packed",
     "test_parity",
+    "test_exporting",
+    "test_hub",
     "test_sweeps",
     "test_methods",
     "test_families",
-    "test_launcher_workers",
-    "test_exporting",
-    "test_zero3",
     "test_generation",
-    "test_full",
-    "test_resume",
-    "test_hsdp",
-    "test_offline",
-    "test_hub",
-    "test_dropout",
-    "test_evaluation",
-    "test_layout",
     "test_loading_memory",
-    "test_prequantized",
-    "test_quantized_cache",
+    "test_resume",
     "test_documents",
+    "test_keep",
+    "test_zero3",
+    "test_architectures",
+    "test_conversion",
+    "test_conformance",
+    "test_plan_command",
+    "test_recipes",
+    "test_plan_choose",
+    "test_prove",
     "test_data_hub",
+    "test_evaluation",
+    "test_watch",
 )
-"""The files that take longest, in the order in which they start, so that no process is left with one at the end."""
+"""The files that take longest in `make test` or `make test-ci`, in the order in which they start.
+
+So no process is left with one at the end.
+"""
 
 # Small tensors gain nothing from threads, and on a busy machine two threads wait for each other.
 torch.set_num_threads(1)

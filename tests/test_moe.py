@@ -5,6 +5,7 @@ Their forward, gradients and files are columns of tests/test_families.py.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -21,13 +22,16 @@ from closeness import assert_adapters_close, assert_close, assert_losses_close, 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.loading.load_base import load_base
-from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
+from distlora.loading.peft_format import adapter_tensors, load_peft_adapter, transposed_factors
 from distlora.model.adapters import adapter_parameters
 from distlora.model.experts import ExpertPair, ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.planner.model import find_model
+from distlora.post.weights import read_factors
 from distlora.training.metrics import describe_experts
 from distlora.training.setup import start_run_model
+from distlora.weights.peft_folder import read_peft_adapter, with_layout
+from distlora.weights.reader import Reader
 from distlora_kernels.formats import nf4
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
@@ -297,6 +301,41 @@ def test_experts_start_from_an_adapter_of_pefts(folders: Path, tmp_path: Path, f
     with torch.no_grad():
         theirs, ours = tuned(input_ids=rows).logits[:, -1], model(rows, positions_of(rows), None)[:, 0]
     assert (theirs - ours).abs().max() <= 1e-4
+
+
+def test_experts_start_from_an_adapter_of_peft_before_its_change(folders: Path, tmp_path: Path) -> None:
+    """Its factors are those of the transposed weights, which the shapes tell; a square weight alone is refused."""
+    lora = write_adapter(tmp_path / "lora", folders / "mixtral", r=4, target_modules=[], target_parameters=TARGETS)
+    file, settings = lora / "adapter_model.safetensors", lora / "adapter_config.json"
+    stored = safetensors.torch.load_file(file)
+    stems = {name.partition(".lora_")[0] for name in stored}
+    early = {}
+    for stem in stems:
+        pair = (stored[f"{stem}.lora_{part}.weight"] for part in "AB")
+        early |= {f"{stem}.lora_{part}.weight": t for part, t in zip("AB", transposed_factors(*pair, 4), strict=True)}
+    assert all(early[name].shape != stored[name].shape for name in stored)
+    safetensors.torch.save_file(early, file)
+    model, backend, _ = start_run_model(from_adapter(folders, lora), SINGLE)
+    load_peft_adapter(model, (config := from_adapter(folders, lora)).adapter, config.quant.method, backend)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in adapter_tensors(model).items())
+    read = with_layout(read_peft_adapter(lora), model.architecture)
+    assert read.transposed == set(read.paths)
+    with Reader() as reader:
+        early_factors = {path: read_factors(read, path, reader, experts=4) for path in read.paths}
+        safetensors.torch.save_file(stored, file)
+        later = with_layout(read_peft_adapter(lora), model.architecture)
+        for path, factors in early_factors.items():
+            assert torch.equal(factors.delta(), read_factors(later, path, reader, experts=4).delta()), path
+    safetensors.torch.save_file({name: (early if "base_layer" in name else stored)[name] for name in stored}, file)
+    with pytest.raises(UserError, match=r"has the layout of PEFT before 0.19, and .* the later one"):
+        from_adapter(folders, lora)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"peft_version": "0.18.1"}))
+    kinds = [
+        dataclasses.replace(kind, weights=[dataclasses.replace(w, shape=(4, 72, 72)) for w in kind.weights])
+        for kind in model.architecture.kinds
+    ]
+    with pytest.raises(UserError, match=r"as this weight is square \(72 x 72\), its shape does not tell which layout"):
+        with_layout(read_peft_adapter(lora), dataclasses.replace(model.architecture, kinds=tuple(kinds)))
 
 
 def test_an_adapter_of_experts_that_is_not_the_models_is_refused(folders: Path, tmp_path: Path) -> None:

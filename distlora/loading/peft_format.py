@@ -6,7 +6,7 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distlora.architecture.targets import match_ending, peft_paths, select_targets
 from distlora.architecture.tokens import EMBEDDING
@@ -74,11 +74,15 @@ def load_peft_adapter(
     assert settings.init_from is not None
     initial = read_peft_adapter(settings.init_from)
     check_quantization(initial, quant_method)
-    check_fits(initial, settings, model.architecture)
+    initial = check_fits(initial, settings, model.architecture)
     file = initial.folder / WEIGHTS_NAME
     with safetensors.safe_open(file, framework="pt") as tensors:
         whole = {of.name for of in initial.modules.values()}
         stored = {name: tensors.get_tensor(name) for name in tensors.keys() if name not in whole}  # noqa: SIM118
+    experts = {path: weight.shape[0] for path, weight in model.architecture.adaptable() if path in initial.transposed}
+    for path, count in experts.items():
+        a, b = (initial.names[path, part] for part in "AB")
+        stored[a], stored[b] = transposed_factors(stored[a], stored[b], count)
     for path, weight in model.adapted_weights(adapter):
         pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)
@@ -107,6 +111,17 @@ def load_peft_adapter(
             if not torch.isfinite(rank_rows).all():
                 raise UserError(f"{file}: {of.name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
             local[: len(rank_rows)] = rank_rows  # Rows of the run's new tokens keep their initial values.
+
+
+def transposed_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return A and B of a fused weight's transpose, in PEFT's layout: from before 0.19 to later ones, and back.
+
+    A (E R, I) and B (O, R E), column r * E + e, become (E R, O) and (I, R E).
+    """
+    (out, columns), width, rank = b.shape, a.shape[1], a.shape[0] // experts
+    turned_a = b.reshape(out, rank, experts).permute(2, 1, 0).reshape(columns, out)
+    turned_b = a.reshape(experts, rank, width).permute(2, 1, 0).reshape(width, columns)
+    return turned_a.contiguous(), turned_b.contiguous()
 
 
 def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.config import ModelSpec, UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.load_base import find_base
+from distlora.loading.peft_format import transposed_factors
 from distlora.loading.quantize import DoubleQuantizedAbsmax, requantized, run_size
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.buffers import stored_buffers
@@ -269,6 +270,9 @@ def read_factors(adapter: PeftAdapter, path: str, reader: Reader, *, experts: in
     names = {part: name for part in ("A", "B", "magnitude") if (name := adapter.names.get((path, part))) is not None}
     parts = {part: _finite(adapter.tensors[path, part], name, reader) for part, name in names.items()}
     a, b = parts["A"], parts["B"]
+    if path in adapter.transposed:
+        assert experts is not None
+        a, b = transposed_factors(a, b, experts)
     if experts is not None:  # PEFT's layout (experts.ExpertPair): row e * R + j of A, column j * E + e of B.
         a = a.view(experts, -1, a.shape[1])
         b = b.view(b.shape[0], -1, experts).permute(2, 0, 1).contiguous()

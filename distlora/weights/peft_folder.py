@@ -13,7 +13,7 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,10 @@ class PeftAdapter:
     """Trained rows by matrix."""
     modules: dict[str, PeftWholeModule]
     """Modules trained whole, by last name."""
+    is_early: bool = False
+    """True if PEFT before EXPERTS_CHANGED wrote it, by its config."""
+    transposed: frozenset[str] = frozenset()
+    """Fused weights whose A and B are in the layout before EXPERTS_CHANGED (`with_layout`)."""
 
     @property
     def adapter_config(self) -> AdapterConfig:
@@ -258,7 +262,52 @@ def read_peft_adapter(folder: str | Path) -> PeftAdapter:
         names=names,
         token_rows=token_rows,
         modules=modules,
+        is_early=_is_early(values),
     )
+
+
+EXPERTS_CHANGED = (0, 19)
+"""Release of PEFT that changed the layout of fused weights (huggingface/peft e84dd8f40, #3165). Before it, a weight
+(E, O, I) has the factors of its transpose: A (E R, O) and B (I, R E), where PEFT now has (E R, I) and (O, R E). A
+weight that its module holds as (E, I, O), as gpt-oss does, has always had the latter."""
+
+
+def _is_early(values: Mapping[str, Any]) -> bool:
+    """Return True if PEFT before EXPERTS_CHANGED wrote the config. It writes peft_version since 0.18, ours has none."""
+    version = re.match(r"(\d+)\.(\d+)", str(values.get("peft_version") or ""))
+    if version is None:
+        return "auto_mapping" in values
+    return (int(version[1]), int(version[2])) < EXPERTS_CHANGED
+
+
+def with_layout(adapter: PeftAdapter, architecture: Architecture) -> PeftAdapter:
+    """Return the adapter with the layout of its fused weights, which is told by the shapes of one that is not square.
+
+    Raises UserError if weights contradict each other, or all are square and PEFT before EXPERTS_CHANGED wrote them.
+    """
+    shapes = {path: weight.shape for path, weight in architecture.adaptable() if weight.kind == "experts"}
+    fused = [path for path in adapter.paths if path in shapes]
+    layouts: dict[bool, str] = {}
+    for path in fused:
+        _, out, width = shapes[path]
+        columns, rows = adapter.tensors[path, "A"].shape[-1], adapter.tensors[path, "B"].shape[0]
+        if out != width and (columns, rows) in ((width, out), (out, width)):
+            layouts[columns == out] = adapter.names[path, "A"]
+    file = adapter.folder / WEIGHTS_NAME
+    if len(layouts) > 1:
+        raise UserError(
+            f"{file}: {layouts[True]} has the layout of PEFT before 0.19, and {layouts[False]} the later one; save the "
+            "adapter again"
+        )
+    if fused and not layouts and adapter.is_early:
+        _, out, width = shapes[fused[0]]
+        if out == width:
+            raise UserError(
+                f"{file}: PEFT before 0.19 wrote {adapter.names[fused[0], 'A']}, and as this weight is square "
+                f"({out} x {width}), its shape does not tell which layout it has; save the adapter again with PEFT "
+                "0.19 or later"
+            )
+    return replace(adapter, transposed=frozenset(fused if True in layouts else ()))
 
 
 def weights_digest(folder: str | Path) -> str:
@@ -277,10 +326,10 @@ def check_quantization(initial: PeftAdapter, method: str) -> None:
         )
 
 
-def check_fits(initial: PeftAdapter, adapter: AdapterConfig, architecture: Architecture) -> None:
-    """Raise UserError if an adapter has other linears or other shapes than the run.
+def check_fits(initial: PeftAdapter, adapter: AdapterConfig, architecture: Architecture) -> PeftAdapter:
+    """Return an adapter with the layout of its fused weights (`with_layout`).
 
-    `adapter`: the run's settings.
+    `adapter`: the run's settings. Raises UserError if the adapter has other linears or other shapes than the run.
     """
     shapes = {path: weight.shape for path, weight in architecture.adaptable()}
     file, trained_on = initial.folder / WEIGHTS_NAME, f" (it was trained on {initial.base})" if initial.base else ""
@@ -299,8 +348,11 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, architecture: Archi
                 f"means {len(targets)} linears of this model{trained_on}; set another {{adapter.init_from}} or "
                 f"model.path"
             )
+    initial = with_layout(initial, architecture)
     for (path, part), segment in sorted(initial.tensors.items()):
         *num_experts, out_features, in_features = shapes[path]
+        if path in initial.transposed:
+            out_features, in_features = in_features, out_features
         rank = adapter.rank_of(path)
         rows = rank * math.prod(num_experts)
         expected = {"A": (rows, in_features), "B": (out_features, rows), "magnitude": (out_features,)}[part]
@@ -309,6 +361,7 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, architecture: Archi
                 f"{file}: {initial.names[path, part]} has shape {list(segment.shape)}, and {path} at rank {rank} needs "
                 f"{list(expected)}{trained_on}; set another {{adapter.init_from}} or model.path"
             )
+    return initial
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -212,7 +212,13 @@ def fingerprint_of(folder: str | None) -> str | None:
 
 def _alone(place: str, folder: Path, weight: float, base: str | None) -> Member:
     with named_settings(BY_PLACE):
-        says = read_peft_adapter(folder).base
+        initial = read_peft_adapter(folder)
+    says = initial.base
+    require(
+        not (initial.is_early and initial.settings["target_parameters"]),
+        f"{place}: PEFT before 0.19 wrote it, whose adapters of experts have another layout; write it in the present "
+        f"one first: distlora export {place} --model {base or says or 'BASE'} --for peft --out NEW",
+    )
     record = folder / RECORD_NAME
     known = read_object(record, "combine again").get("base_fingerprint") if record.is_file() else None
     named = says if says is not None and Path(says).is_dir() else base

@@ -84,7 +84,7 @@ def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter |
         check_base(folder, trained)
     with plain_form(folder, spec.adapter, trained.initial_adapter_dir) as plain:
         file, model = read_peft_adapter(plain), base.model
-        check_fits(file, file.adapter_config, model.architecture)
+        file = check_fits(file, file.adapter_config, model.architecture)
         hidden, stored = int(model.hf_config.hidden_size), model.vocabulary.stored
         check_rows(file.token_rows, plain / WEIGHTS_NAME, stored=stored, hidden=hidden)
         check_modules(file.modules, plain / WEIGHTS_NAME, rows=(stored, model.vocabulary.rows), hidden=hidden)

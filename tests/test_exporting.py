@@ -227,6 +227,23 @@ def test_a_merged_folder_in_16_bits_and_one_on_the_base_without_nf4(place: Path,
         assert record["adapter"]["folder"] == (step if name else "adapter")
 
 
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(("form", "run"), [("vllm", "lora"), ("sglang", "pissa"), ci("vllm", "pissa")])
+def test_a_servers_adapter_is_plain_lora_of_one_scale(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, run: str
+) -> None:
+    record = exported(place, run, form, tmp_path / "out")
+    printed = capsys.readouterr().out
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    trained = json.loads((place / run / "adapter" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["use_rslora"]) == (trained["r"], False)
+    assert settings["lora_alpha"] == pytest.approx(trained["lora_alpha"] * trained["r"] ** 0.5)
+    assert record["check"] is None
+    assert "binds every tensor" in printed
+    assert "(bound 1e-06: met)" in printed
+    assert "serve it with: " in printed
+
+
 @pytest.mark.ci
 @pytest.mark.usefixtures("in_process")
 def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path) -> None:
@@ -235,9 +252,10 @@ def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path) -> None:
     tokenizer().save_pretrained(tmp_path / "qwen3-moe")
     write_text_file(tmp_path / "text.jsonl")
     run(tmp_path, "run", "qwen3-moe", adapter={"r": 4})
-    exported(tmp_path, "run", "peft", tmp_path / "peft")
+    for form in ("peft", "vllm", "sglang"):
+        exported(tmp_path, "run", form, tmp_path / form)
     exported(tmp_path, "run", "hf", tmp_path / "merged", "fp32")
-    with pytest.raises(UserError, match=r"no linear, which bitsandbytes leaves in 16 bits.*--format hf or peft"):
+    with pytest.raises(UserError, match=r"no linear, which bitsandbytes leaves in 16 bits.*--format hf, or --for peft"):
         exported(tmp_path, "run", "bnb", tmp_path / "bnb")
 
 
@@ -276,7 +294,7 @@ def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path
     """With the processes that a user has: the launcher, the worker, the check."""
     shutil.copytree(place / "pissa", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
-    command = [sys.executable, "-m", "distlora_launcher.cli.main", "export", "run", "--format", "peft"]
+    command = [sys.executable, "-m", "distlora_launcher.cli.main", "export", "run", "--for", "peft"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "bound 1.0e-04: met" in ended.stdout
@@ -287,10 +305,11 @@ def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path
 
 def test_a_gguf_file_is_named_after_its_run_and_dtype(place: Path) -> None:
     def name(run: Path, form: str, **options: Any) -> str:
-        return Path(checked(ExportArguments(run=str(run), format=form, **options))[0].out).relative_to(place).as_posix()
+        options["for_" if FORMATS[form].adapter else "format"] = form
+        return Path(checked(ExportArguments(run=str(run), **options))[0].out).relative_to(place).as_posix()
 
     assert name(place / "lora", "gguf", dtype="q8_0") == "lora/exports/lora-q8_0.gguf"
-    assert name(place / "lora", "gguf-lora") == "lora/exports/lora-lora-fp32.gguf"
+    assert name(place / "lora", "llama.cpp") == "lora/exports/lora-lora-fp32.gguf"
     assert name(place / "lora", "hf") == "lora/exports/hf"
     with pytest.raises(UserError, match=r"gguf is a file that ends in \.gguf; name it x\.gguf"):
         name(place / "lora", "gguf", out="x")
@@ -316,14 +335,28 @@ def test_bad_export_options_are_refused(
     (tmp_path / "there").mkdir()
     run_dir = str(place / "lora")
     words: list[tuple[list[str], str]] = [
-        ([run_dir], "--format FORMAT is missing; write one of hf, peft"),
-        ([run_dir, "--format", "gptq"], "--format=gptq is not known (did you mean 'peft'?); write one of hf, peft"),
-        ([run_dir, "--format", "peft", "--dtype", "bf16"], "peft keeps the dtypes that there are; leave --dtype out"),
+        (
+            [run_dir],
+            "write --format (hf, bnb, gguf) for a whole model, or --for (peft, vllm, sglang",
+        ),
+        (
+            [run_dir, "--format", "ggud"],
+            "--format=ggud is not known (did you mean 'gguf'?); write one of hf, bnb",
+        ),
+        ([run_dir, "--for", "vlm"], "--for=vlm is not known (did you mean 'vllm'?); write one of peft, vllm"),
+        ([run_dir, "--format", "gguf-lora"], "named by their consumer; write --for llama.cpp"),
+        ([run_dir, "--for", "peft", "--dtype", "bf16"], "peft keeps the dtypes that there are; leave --dtype out"),
+        ([run_dir, "--for", "vllm", "--version", "0.9.1"], "the layout is known from vLLM 0.33.0 on"),
+        ([run_dir, "--for", "peft", "--version", "0.16"], "has adapters of fused weights since 0.17"),
+        ([run_dir, "--for", "sglang", "--version", "new"], "--version=new is not a release"),
+        ([run_dir, "--for", "llama.cpp", "--version", "1"], "llama.cpp has one layout; leave --version out"),
+        ([str(place / "dora"), "--for", "vllm"], "--for=vllm: the adapter has use_dora=true, and the server adds B A"),
+        ([str(place / "loftq-bf16"), "--for", "sglang"], "the adapter has LoftQ's correction of NF4"),
         ([run_dir, "--format", "bnb", "--onto", "original"], "bnb holds no merged weights"),
         ([run_dir, "--format", "bnb", "--out", "there"], "--out=there exists already"),
-        ([run_dir, "--format", "peft", "--adapter", "base"], "the base alone has nothing trained"),
-        ([run_dir, "--format", "peft", "--adapter", f"{run_dir}/adapter"], "is an adapter in PEFT's format already"),
-        (["nowhere", "--format", "peft"], "nowhere"),
+        ([run_dir, "--for", "peft", "--adapter", "base"], "the base alone has nothing trained"),
+        ([run_dir, "--for", "peft", "--adapter", f"{run_dir}/adapter"], "is an adapter in PEFT's format already"),
+        (["nowhere", "--for", "peft"], "nowhere"),
     ]
     for arguments, says in words:
         assert main(["export", *arguments]) == 2, arguments
@@ -371,8 +404,8 @@ def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_not_checked(folders: Pat
         ("dora", "gguf", None, {}),
         ci("dora", "gguf", "q8_0", {}),
         ci("pissa", "gguf", "bf16", {}),
-        ci("pissa", "gguf-lora", None, {"checkpoint": "step_2"}),
-        ("pissa", "gguf-lora", "fp16", {}),
+        ci("pissa", "llama.cpp", None, {"checkpoint": "step_2"}),
+        ("pissa", "llama.cpp", "fp16", {}),
         ("pissa", "gguf", "fp16", {"adapter": "base"}),
         ("pissa", "gguf", "bf16", {"onto": "original"}),
         ("full", "gguf", None, {}),
@@ -390,10 +423,10 @@ def test_what_was_trained_is_in_the_gguf_file(
     """By logits to 1e-4 before anything is rounded, and by weights to what rounding may move each."""
     assert export(place, run, form, tmp_path / "out.gguf", dtype, **name) == 0
     printed = capsys.readouterr().out
-    assert "bound 1.0e-04: met" in printed or form == "gguf-lora"
+    assert "bound 1.0e-04: met" in printed or form == "llama.cpp"
     assert (form == "gguf" or dtype is not None) == ("may move each" in printed)
     fields = gguf.GGUFReader(tmp_path / "out.gguf").fields
-    assert fields["general.type"].contents() == ("adapter" if form == "gguf-lora" else "model")
+    assert fields["general.type"].contents() == ("adapter" if form == "llama.cpp" else "model")
     if form == "gguf":
         tokens = fields["tokenizer.ggml.tokens"].contents()
         assert ("kettle" in tokens) == (run == "dora")
@@ -417,16 +450,16 @@ def test_a_file_without_the_adapter_is_not_left_behind(
 
 
 def test_dora_and_full_models_are_refused_as_llama_cpp_adapters(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"use_dora=true, and llama\.cpp adds B A .* write --format gguf"):
-        export(place, "dora", "gguf-lora", tmp_path / "out.gguf")
+    with pytest.raises(UserError, match=r"use_dora=true, and the server adds B A .*--format gguf"):
+        export(place, "dora", "llama.cpp", tmp_path / "out.gguf")
     with pytest.raises(UserError, match="trained the whole model"):
-        export(place, "full", "gguf-lora", tmp_path / "out.gguf")
+        export(place, "full", "llama.cpp", tmp_path / "out.gguf")
 
 
 @pytest.mark.llama_cpp
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.skipif(not model_format.has_llama_cpp(), reason="llama-cpp-python is not installed; `make test-llama-cpp`")
-@pytest.mark.parametrize("form", ["gguf", "gguf-lora"])
+@pytest.mark.parametrize("form", ["gguf", "llama.cpp"])
 def test_llama_cpp_computes_what_was_trained(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:

@@ -1,12 +1,14 @@
 """Define the formats of `distlora export`, its request, and what each format refuses. Imports no torch.
 
-A format is a row of FORMATS. Its module, imported by the worker alone, has write(export) that makes `export.place`, and
-check(export, ours) that loads it with its real client in another process and returns readings.
+A format is a row of FORMATS: a whole model (--format) or an adapter for a consumer (--for). Its module, imported by the
+worker alone, has write(export) that makes `export.place`, and check(export, ours) that loads it with its real client in
+another process and returns readings. A format without clients is checked by its write.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,9 @@ from typing import Any, Literal
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.spec import architecture_of
+from distlora.architecture.targets import select_adapted
 from distlora.config import UserError, require
+from distlora.post.export.consumers import CONSUMERS, served, slots, unserved
 from distlora.post.merge.request import check_mergeable
 from distlora.post.trained import Name, Trained
 
@@ -66,6 +70,8 @@ def _check_rope(rope: Mapping[str, Any], model_type: str, place: object) -> None
 
 
 DTYPES = ("fp32", "bf16", "fp16")
+PEFT_OLDEST = (0, 17)
+"""Oldest release of PEFT that --version may name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +87,8 @@ class ExportRequest:
     """Dtype of the written weights or of the client's computation; None if the format has no choice."""
     onto: Literal["trained", "original"] = "trained"
     """Base that a merged format adds dW to (`distlora merge`)."""
+    version: str | None = None
+    """Release of the consumer that the adapter is for; None for the one that the format was written from."""
     check: bool = True
     place: str | None = None
     """Temporary place of the export, for the check."""
@@ -139,6 +147,8 @@ class Format:
     """Returns the dtype without --dtype; None for the first choice."""
     merged: bool = False
     """True if it contains merged weights, so that --onto applies."""
+    adapter: bool = False
+    """True if it is the adapter alone, which --for names by its consumer; else --format names it."""
     suffix: str = ""
     """Suffix of a single file; "" for a folder."""
 
@@ -167,6 +177,7 @@ def is_packed(trained: Trained) -> bool:
 def refuse(trained: Trained, request: ExportRequest) -> None:
     """Raise UserError for a request that its format cannot meet."""
     name, form, spec, place = request.format, FORMATS[request.format], trained.spec, trained.place
+    option = f"--for={name}" if form.adapter else f"--format={name}"
     if request.dtype is not None:
         require(
             request.dtype in form.dtypes,
@@ -181,36 +192,93 @@ def refuse(trained: Trained, request: ExportRequest) -> None:
     if name != "gguf":
         require(
             spec.adapter.method != "full",
-            f"--format={name}: {place} trained the whole model (adapter=full), and has no adapter; {place}/model is a "
+            f"{option}: {place} trained the whole model (adapter=full), and has no adapter; {place}/model is a "
             "Hugging Face folder already",
         )
         require(
             trained.weights is not None,
-            f"--format={name}: the base alone has nothing trained to export; leave --adapter base out",
+            f"{option}: the base alone has nothing trained to export; leave --adapter base out",
         )
     if name == "peft":
         require(
-            not trained.foreign,
-            f"--format=peft: {trained.weights} is an adapter in PEFT's format already; copy that folder",
+            not trained.foreign or bool(spec.adapter.target_parameters),
+            f"--for=peft: {trained.weights} is an adapter in PEFT's format already; copy that folder",
         )
     elif name == "bnb":
         _refuse_bnb(trained, request)
     elif spec.adapter.method == "lora":
         check_mergeable(trained, request.onto)
-    if name.startswith("gguf"):
+    if name in ("gguf", "llama.cpp"):
         check_model(read_config(trained.base), trained.base / "config.json")
+    _check_version(request)
+    if form.adapter and name != "peft":
+        _refuse_beyond_lora(trained, option)
+    if name in CONSUMERS:
+        _refuse_unserved(trained, name)
+
+
+def _refuse_beyond_lora(trained: Trained, option: str) -> None:
+    """Refuse what is not B A on a weight of the stored base."""
+    spec = trained.spec
     beyond = {
         "use_dora=true": spec.adapter.use_dora,
         "trainable_token_indices": bool(spec.adapter.trainable_token_indices),
         "modules_to_save": bool(spec.adapter.modules_to_save),
         "model.new_tokens": bool(spec.model.new_tokens),
+        "LoftQ's correction of NF4": spec.adapter.for_nf4,
     }
     for what, is_there in beyond.items():
         require(
-            name != "gguf-lora" or not is_there,
-            f"--format=gguf-lora: the adapter has {what}, and llama.cpp adds B A to weights, nothing else; write "
-            "--format gguf, which merges it",
+            not is_there,
+            f"{option}: the adapter has {what}, and the server adds B A to the base's weights, nothing else; merge it "
+            "(`distlora merge`, or --format gguf for llama.cpp)",
         )
+
+
+def _refuse_unserved(trained: Trained, name: str) -> None:
+    """Refuse an adapter of weights that the server does not wrap with LoRA."""
+    consumer, spec = CONSUMERS[name], trained.spec
+    model = read_config(trained.base)
+    row = served(consumer, model)
+    architecture = architecture_of(model, trained.base / "config.json")
+    paths = select_adapted(spec.adapter, architecture)
+    why = unserved(consumer, row, slots(consumer, row, architecture), paths)
+    require(
+        not why,
+        f"--for={name}: {why}; merge the adapter (`distlora merge`), or train without this module "
+        "(adapter.target_modules)",
+    )
+    consumer.limit(max(map(spec.adapter.rank_of, paths)))
+
+
+def _check_version(request: ExportRequest) -> None:
+    """Refuse a release of the consumer whose layout is not known."""
+    version, name = request.version, request.format
+    if version is None:
+        return
+    if name == "peft":
+        require(
+            release(version) >= PEFT_OLDEST,
+            f"--version={version}: PEFT has adapters of fused weights since {'.'.join(map(str, PEFT_OLDEST))}, and its "
+            "later layouts alone are known; update PEFT",
+        )
+        return
+    require(name in CONSUMERS, f"--version={version}: {name} has one layout; leave --version out")
+    oldest = CONSUMERS[name].version
+    require(
+        release(version) >= release(oldest),
+        f"--version={version}: the layout is known from {CONSUMERS[name].name} {oldest} on, and earlier releases read "
+        f"other names; update the server, or merge the adapter (`distlora merge`)",
+    )
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a release, as (0, 33, 0). Raises UserError for what is none."""
+    require(
+        re.fullmatch(r"\d+(\.\d+)*", version) is not None,
+        f"--version={version} is not a release; write numbers with dots, as 0.19.0",
+    )
+    return tuple(map(int, version.split(".")))
 
 
 def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
@@ -222,7 +290,7 @@ def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
     require(
         spec.quant.is_nf4,
         f"--format=bnb: {trained.place} was trained on a base of quant={spec.quant.method}, and in NF4 that is "
-        "another; write --format peft, and let whoever loads it quantize",
+        "another; write --for peft, and let whoever loads it quantize",
     )
     architecture = architecture_of(read_config(spec.path), spec.path / "config.json")
     fused = {
@@ -231,7 +299,7 @@ def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
     require(
         not fused,
         f"--format=bnb: {architecture.model_type} has {min(fused, default='')}, no linear, which bitsandbytes "
-        "leaves in 16 bits, and the run trained on it in NF4; write --format hf or peft",
+        "leaves in 16 bits, and the run trained on it in NF4; write --format hf, or --for peft",
     )
 
 
@@ -243,11 +311,6 @@ FORMATS: dict[str, Format] = {
         dtypes=DTYPES,
         default=dtype_of_base,
         merged=True,
-    ),
-    "peft": Format(
-        summary="the adapter in PEFT's format with a model card, for the base as it is",
-        module="distlora.post.export.peft_folder",
-        clients=("peft",),
     ),
     "bnb": Format(
         summary="the base in the NF4 that was trained on, as bitsandbytes stores it, with the adapter beside it",
@@ -266,12 +329,33 @@ FORMATS: dict[str, Format] = {
         merged=True,
         suffix=".gguf",
     ),
-    "gguf-lora": Format(
-        summary="the adapter alone for llama.cpp, beside a GGUF file of the base",
+    "peft": Format(
+        summary="PEFT: the adapter with a model card, for the base as it is",
+        module="distlora.post.export.peft_folder",
+        clients=("peft",),
+        adapter=True,
+    ),
+    "vllm": Format(
+        summary="vLLM: experts one by one or stacked as it reads them; every tensor bound by its rules",
+        module="distlora.post.export.served_folder",
+        clients=(),
+        adapter=True,
+    ),
+    "sglang": Format(
+        summary="SGLang: one rank and one scale, whole groups of modules; every tensor bound by its rules",
+        module="distlora.post.export.served_folder",
+        clients=(),
+        adapter=True,
+    ),
+    "llama.cpp": Format(
+        summary="llama.cpp: one file beside a GGUF file of the base",
         module="distlora.post.export.gguf.adapter_format",
         clients=("gguf",),
         packages=("gguf",),
         dtypes=DTYPES,
         suffix=".gguf",
+        adapter=True,
     ),
 }
+RENAMED = {"gguf-lora": "--for llama.cpp", "peft": "--for peft"}
+"""Arguments to type in place of earlier values of --format."""

@@ -1,36 +1,60 @@
-"""Write `--format peft`: the published adapter or that of a saved step, with a model card.
+"""Write `--for peft`: the published adapter or that of a saved step, with a model card.
 
 PEFT must reproduce our logits with it on the dequantized base. On the stored base in 16 or 32 bits the logits differ by
-the quantization, which is reported.
+the quantization, which is reported. Fused weights are written in the layout of the release that --version names.
+Letters: O out features, I in features, R rank, E experts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.metadata
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
+from torch import Tensor
 
+from distlora.architecture.checkpoint_files import read_hf_config
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import Architecture, architecture_of
+from distlora.config import UserError
+from distlora.loading.peft_format import transposed_factors
+from distlora.model.hf_model import transformers_model
 from distlora.post.export.client_check import Ours, dense_model
-from distlora.post.export.formats import Export, Reading, is_packed
+from distlora.post.export.formats import Export, Reading, is_packed, release
 from distlora.post.export.repository import as_plain_adapter, collect, write_files
 from distlora.post.load_trained import weights_in
-from distlora.run_folder.layout import read_result
-from distlora.weights.peft_folder import CONFIG_NAME
+from distlora.post.weights import read_factors
+from distlora.run_folder.layout import Result, read_result
+from distlora.weights.peft_folder import CONFIG_NAME, EXPERTS_CHANGED, WEIGHTS_NAME, read_peft_adapter, with_layout
+from distlora.weights.reader import Reader
 
 
 def write(export: Export) -> None:
     """Write the folder; it names the base by its hub name, else by its folder or GGUF file."""
     trained, checkpoint = export.trained, export.request.name.checkpoint
-    assert trained.run_dir is not None
     assert trained.weights is not None
     weights = weights_in(trained.weights)
-    if checkpoint is None and weights.name.startswith("step_"):  # The newest of an unfinished run.
-        checkpoint = weights.name
-    result = dataclasses.replace(read_result(trained.run_dir, checkpoint), folder=weights)
+    if trained.foreign:
+        export.place.mkdir()
+        write_files({name: weights / name for name in (CONFIG_NAME, WEIGHTS_NAME)}, export.place)
+    else:
+        assert trained.run_dir is not None
+        if checkpoint is None and weights.name.startswith("step_"):  # The newest of an unfinished run.
+            checkpoint = weights.name
+        _write_result(export, dataclasses.replace(read_result(trained.run_dir, checkpoint), folder=weights))
+    if trained.spec.adapter.target_parameters:
+        _write_experts(export)
+
+
+def _write_result(export: Export, result: Result) -> None:
     base = result.config.model.name
     with as_plain_adapter(result) as plain:
         files = collect(plain, repository=Path(export.request.out).name, base=base)
@@ -44,8 +68,65 @@ def write(export: Export) -> None:
         write_files(files, export.place)
 
 
+def _is_for_early(export: Export) -> bool:
+    version = export.request.version
+    return version is not None and release(version) < EXPERTS_CHANGED
+
+
+def _write_experts(export: Export) -> None:
+    """Write the factors of fused weights again in the layout of the release that the export is for, and compare dW."""
+    trained = export.trained
+    architecture = architecture_of(read_config(trained.base), trained.base / "config.json")
+    read = with_layout(read_peft_adapter(export.place), architecture)
+    counts = {path: weight.shape[0] for path, weight in architecture.adaptable() if weight.kind == "experts"}
+    early = _early_paths(trained.base, architecture, read.paths) if _is_for_early(export) else frozenset()
+    file, config = export.place / WEIGHTS_NAME, export.place / CONFIG_NAME
+    with safetensors.safe_open(file, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        metadata = stored.metadata()
+    for path in early ^ read.transposed:
+        a, b = (read.names[path, part] for part in "AB")
+        tensors[a], tensors[b] = transposed_factors(tensors[a], tensors[b], counts[path])
+    with Reader() as reader:
+        before = {path: read_factors(read, path, reader, experts=counts[path]).delta() for path in early}
+    safetensors.torch.save_file(tensors, file, metadata=metadata)
+    version = export.request.version or ".".join(map(str, EXPERTS_CHANGED))
+    settings = json.loads(config.read_text()) | {"peft_version": version}
+    config.write_text(json.dumps(settings, indent=2) + "\n")
+    for path, ours in before.items():
+        a, b = (tensors[read.names[path, part]] for part in "AB")
+        theirs = _early_delta(a, b, counts[path]) * read.adapter_config.scaling_of(path)
+        if not torch.allclose(theirs, ours, rtol=0, atol=1e-6 * float(ours.abs().max())):
+            raise UserError(f"{file}: PEFT {version} computes another dW of {path}; please report this")
+    if early:
+        export.say(f"dW by the formula of PEFT {version}: within 1e-6 of ours for {len(early):,} fused weights")
+
+
+def _early_delta(a: Tensor, b: Tensor, experts: int) -> Tensor:
+    """Return B A of a fused weight (E, O, I) as PEFT 0.17 and 0.18 compute it (ParamWrapper.get_delta_weight)."""
+    a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
+    return torch.einsum("o r e, e r i -> e i o", b, a)
+
+
+def _early_paths(base: Path, architecture: Architecture, paths: Sequence[str]) -> frozenset[str]:
+    """Return the fused weights that PEFT before EXPERTS_CHANGED transposes: all but those of a transposed module."""
+    theirs = transformers_model(
+        read_hf_config(base),
+        base,
+        auto_class=architecture.auto_class,
+        attention=architecture.attention,
+        dtype=torch.float32,
+    )
+    experts = {path for path, weight in architecture.adaptable() if weight.kind == "experts"} & set(paths)
+    return frozenset(path for path in experts if not theirs.get_submodule(path.rpartition(".")[0]).is_transposed)
+
+
 def check(export: Export, ours: Ours) -> list[Reading]:
     """Return readings of PEFT on the trained-on base, and on the stored base if that differs."""
+    installed = release(re.match(r"[\d.]*\d", importlib.metadata.version("peft"))[0])  # type: ignore[index]
+    if export.trained.spec.adapter.target_parameters and (installed < EXPERTS_CHANGED) is not _is_for_early(export):
+        export.say("PEFT has not loaded it: the installed release has the other layout of fused weights")
+        return []
     readings = [ours.reading("PEFT on the base as it was trained on, fp32", _logits(export, ours), ours.exact)]
     spec = export.trained.spec
     if spec.quant.is_nf4 and not spec.adapter.for_nf4 and not is_packed(export.trained):

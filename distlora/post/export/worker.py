@@ -41,8 +41,9 @@ def run(request: ExportRequest) -> int:
             module.write(Export(request=request, trained=trained, place=place, say=say, progress=Progress()))
             size = sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
             say(f"written in {time.monotonic() - began:.1f} s, {size / 1e6:,.1f} MB")
-            found = checked(request, place) if request.check else None
-            if found is None:
+            has_client = bool(FORMATS[request.format].clients)
+            found = checked(request, place) if request.check and has_client else None
+            if found is None and has_client:
                 say("not loaded by a client: --no-check")
             if place.is_dir():
                 atomic_io.write_json(place / "export.json", record(request, trained, found))

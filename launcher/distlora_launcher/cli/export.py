@@ -1,4 +1,4 @@
-"""`distlora export RUN --format FORMAT`: what a run trained, in the formats that others load."""
+"""`distlora export RUN`: what a run trained, as a whole model (--format) or an adapter for its consumer (--for)."""
 
 import sys
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from distlora.config import UserError, nearest, require
-from distlora.post.export.formats import FORMATS, ExportRequest, refuse
+from distlora.post.export.formats import FORMATS, RENAMED, ExportRequest, refuse
 from distlora.post.trained import Trained
 from distlora.system.exit_codes import require_package
 from distlora.system.host_memory import available_bytes
@@ -21,18 +21,23 @@ WORKER = "distlora.post.export.worker:main"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportArguments(Named):
-    """Export a trained model to the format of another tool, and check it with that tool.
+    """Export a trained model, or its adapter, to the format of another tool, and check it.
 
-    The tool loads the export in another process, on the CPU, and its outputs are compared with the model as trained. An
+    The tool loads the export in another process, on the CPU, and its outputs are compared with the model as trained.
+    For vLLM and SGLang every tensor is bound by the rules of their loaders, and the change of each weight compared. An
     export that differs by more than the printed bound is removed.
 
     example: distlora export runs/first --format gguf
     """
 
     format: str = ""
-    """FORMAT: one of the formats below (required)."""
+    """FORMAT: write the whole model; one of the formats below."""
+    for_: str = ""
+    """CONSUMER: write the adapter alone, in the layout that this consumer reads; one of the consumers below."""
+    version: str | None = None
+    """X: release of the consumer (default: the one that the layout was written from)."""
     out: str | None = None
-    """PLACE: new folder or file for the export (default: RUN/exports/FORMAT or ADAPTER-FORMAT; of GGUF
+    """PLACE: new folder or file for the export (default: RUN/exports/NAME or ADAPTER-NAME; of GGUF
     RUN/exports/RUN-DTYPE.gguf)."""
     dtype: str | None = None
     """DTYPE: dtype of the weights, or the tool's compute dtype: fp32, bf16, fp16, q8_0 (default: that of the base)."""
@@ -44,45 +49,59 @@ class ExportArguments(Named):
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker. Returns for --help alone."""
-    formats = listed({name: form.summary for name, form in FORMATS.items()})
-    options = read(ExportArguments, "distlora export", arguments, epilog=f"formats:\n{formats}")
-    require(options.format != "", f"--format FORMAT is missing; write one of {', '.join(FORMATS)}")
-    require(
-        options.format in FORMATS,
-        f"--format={options.format} is not known{nearest(options.format, FORMATS)}; write one of {', '.join(FORMATS)}",
+    whole, adapters = (
+        {name: form.summary for name, form in FORMATS.items() if form.adapter is alone} for alone in (False, True)
     )
+    epilog = f"formats:\n{listed(whole)}\n\nconsumers:\n{listed(adapters)}"
+    options = read(ExportArguments, "distlora export", arguments, epilog=epilog)
+    require(
+        bool(options.format) != bool(options.for_),
+        f"write --format ({', '.join(whole)}) for a whole model, or --for ({', '.join(adapters)}) for its adapter",
+    )
+    if options.format in RENAMED:
+        raise UserError(
+            f"--format={options.format}: adapters are named by their consumer; write {RENAMED[options.format]}"
+        )
+    for flag, value, known in (("--format", options.format, whole), ("--for", options.for_, adapters)):
+        require(
+            value in ("", *known),
+            f"{flag}={value} is not known{nearest(value, known)}; write one of {', '.join(known)}",
+        )
     request, trained = checked(options)
     require_client(request, trained)
     place = shown(Path(trained.place))
-    print(f"exporting {place} as {request.format} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
+    print(
+        f"exporting {place} {'for' if options.for_ else 'as'} {request.format} (importing torch takes a few seconds)",
+        file=sys.stderr,
+        flush=True,
+    )
     become(WORKER, request)
 
 
 def checked(options: ExportArguments) -> tuple[ExportRequest, Trained]:
     """Return the request. Raises UserError for anything that can be checked before the run."""
     name, trained = named(options)
-    form = FORMATS[options.format]
-    suffix, dtype, stem = form.suffix, form.dtype_for(trained, options.dtype), options.format
+    stem = options.format or options.for_
+    form = FORMATS[stem]
+    format, suffix, dtype = stem, form.suffix, form.dtype_for(trained, options.dtype)
     if suffix:  # A file is moved without its folder, so its name says what it is.
         run = None if trained.run_dir is None else trained.run_dir.name
-        kind = options.format.removeprefix("gguf").lstrip("-")
-        stem = "-".join(word for word in (run, kind, dtype) if word)
+        stem = "-".join(word for word in (run, "lora" if form.adapter else None, dtype) if word)
     out = default_place(trained, options, stem, inside="exports", suffix=suffix)
     if options.out is not None:
         out = Path(options.out).expanduser().absolute()
     if out.exists():
         raise UserError(f"--out={shown(out)} exists already; remove it, or name another place with --out")
     if suffix and out.suffix != suffix:
-        raise UserError(
-            f"--out={shown(out)}: {options.format} is a file that ends in {suffix}; name it {out.name}{suffix}"
-        )
+        raise UserError(f"--out={shown(out)}: {format} is a file that ends in {suffix}; name it {out.name}{suffix}")
     check_writable(out, "--out")
     request = ExportRequest(
         name=name,
-        format=options.format,
+        format=format,
         out=str(out),
         dtype=dtype,
         onto=options.onto,
+        version=options.version,
         check=not options.no_check,
     )
     refuse(trained, request)
@@ -93,11 +112,11 @@ def require_client(request: ExportRequest, trained: Trained) -> None:
     """Refuse a check that this node cannot do. Raises UserError."""
     form = FORMATS[request.format]
     for package in form.packages:
-        require_package(package, f"--format={request.format}")
-    if not request.check:
+        require_package(package, f"--{'for' if form.adapter else 'format'}={request.format}")
+    if not (request.check and form.clients):
         return
     for package in form.clients:
-        require_package(package, f"the check of --format={request.format}", otherwise=", or add --no-check")
+        require_package(package, f"the check of {request.format}", otherwise=", or add --no-check")
     # The client's model in fp32, and what is beside it.
     needed, available = 4 * num_weights(trained) + 10**9, available_bytes()
     require(

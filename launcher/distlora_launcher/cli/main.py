@@ -107,7 +107,9 @@ def run_command(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP.format(commands="".join(map(_listed_group, GROUPS))).rstrip())
         return DONE if words else BAD_INPUT
-    if words[0] == "-V" or "--version" in words[: words.index("--") if "--" in words else None]:
+    own = words[: words.index("--") if "--" in words else None]
+    # `export --version 0.18` is a release of the consumer.
+    if words[0] == "-V" or ("--version" in own and (words[0] != "export" or own[-1] == "--version")):
         print(f"distlora {__version__}")
         return DONE
     if words[0] in ("-sc", "--shell-completion"):

@@ -73,9 +73,9 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
     """Return the arguments as a `request`, a dataclass whose docstrings make the help text.
 
     The docstring under a field is its help, after `METAVAR: ` where it takes any value; `[METAVAR]: ` makes the value
-    optional. A field without a default and a list are positional; other fields are options named `--like-this`; one
-    without a docstring is not an argument. A tuple is given as `a,b`. Raises HelpShownError after printing the help
-    text, and UserError as Parser.parse_args does.
+    optional. A field without a default and a list are positional; other fields are options named `--like-this` (`for_`
+    is `--for`); one without a docstring is not an argument. A tuple is given as `a,b`. Raises HelpShownError after
+    printing the help text, and UserError as Parser.parse_args does.
     """
     parser = Parser(program, inspect.getdoc(request), epilog)
     hints = get_type_hints(request)
@@ -83,7 +83,7 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
     for item in dataclasses.fields(request):  # type: ignore[arg-type]
         if item.name not in texts:
             continue
-        flag, kind = f"--{item.name.replace('_', '-')}", hints[item.name]
+        flag, kind = f"--{item.name.rstrip('_').replace('_', '-')}", hints[item.name]
         default = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
         if isinstance(default, str | int | float) and not isinstance(default, bool) and default != "":
             texts[item.name] += f" (default: {default})"
@@ -106,7 +106,7 @@ def read(request: type[Request], program: str, arguments: Sequence[str], *, epil
             continue
         if metavar.startswith("["):
             options |= {"nargs": "?", "const": ""}
-        parser.add_argument(flag, default=item.default, **options)
+        parser.add_argument(flag, dest=item.name, default=item.default, **options)
     parser.show_help(arguments)
     return request(**vars(parser.parse_args(arguments)))
 

@@ -1,4 +1,4 @@
-"""Write `--format gguf-lora`: the adapter alone, which llama.cpp adds to a GGUF file of the base.
+"""Write `--for llama.cpp`: the adapter alone, which llama.cpp adds to a GGUF file of the base.
 
 The matching base is `distlora export RUN --adapter base --format gguf`; a GGUF of the stored checkpoint lacks the
 rounding of NF4. With the former in fp32, the logits must equal ours.
@@ -23,7 +23,7 @@ import torch
 from gguf import GGUFWriter
 from torch import Tensor
 
-from distlora.config import UserError
+from distlora.config import UserError, require
 from distlora.post.export.client_check import Ours, dense_model
 from distlora.post.export.formats import Export, Reading
 from distlora.post.export.gguf.model_format import (
@@ -40,6 +40,9 @@ from distlora.post.merge.parameters import open_adapter
 from distlora.post.weights import Base, Factors, open_base
 from distlora.weights.reader import Reader
 
+_Pair = tuple[Tensor, Tensor, float]
+"""A, B with rows in Hugging Face order, and alpha / R, llama.cpp's multiplier, of one weight in the file."""
+
 
 def write(export: Export) -> None:
     """Write the file; of PiSSA the plain LoRA of twice the rank, for the unchanged base."""
@@ -51,6 +54,49 @@ def write(export: Export) -> None:
         check_paths(adapter.file.paths, base)
         factors = {path: functools.partial(adapter.factors, path, reader) for path in adapter.file.paths}
         write_adapter(export.place, base.model.hf_config, factors, dtype=dtype, name=name_of(trained))
+        bind(export.place, base)
+        export.say("llama.cpp binds every tensor (ggml-org/llama.cpp 0650ea8c0: src/llama-adapter.cpp)")
+        if dtype == "fp32":
+            read = _read(export.place, base)
+            worst = max(_error(path, factors[path](), read) for path in factors)
+            export.say(f"dW as it computes it: at most {worst:.1e} of its norm from ours (bound 1e-06: met)")
+
+
+def bind(path: Path, base: Base) -> None:
+    """Raise UserError for a tensor of the file that llama.cpp's loader refuses, ignores or reads transposed."""
+    file, names = gguf.GGUFReader(path), Names.of(base.model.hf_config)
+    wanted = {"general.type": "adapter", "adapter.type": "lora", "general.architecture": names.arch}
+    for key, value in wanted.items():
+        found = file.fields[key].contents() if key in file.fields else None
+        require(found == value, f"{path}: {key} is {found!r}, and llama.cpp reads {value!r}")
+    alpha = file.fields[gguf.Keys.Adapter.LORA_ALPHA].contents() if gguf.Keys.Adapter.LORA_ALPHA in file.fields else 0
+    require(alpha != 0, f"{path}: llama.cpp reads alpha=0 as alpha = rank; write the adapter's own")
+    matrices = {name: weight.shape for name, weight in base.weights.items() if name.endswith(".weight")}
+    shapes = {names.gguf_name(name): shape for name, shape in matrices.items() if len(shape) == 2}
+    tensors = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in file.tensors}
+    for name, shape in tensors.items():
+        place, _, part = name.rpartition(".")
+        require(part in ("lora_a", "lora_b"), f"{name}: llama.cpp reads *.lora_a and *.lora_b, nothing else")
+        require(place in shapes, f"{name}: {place} does not exist in llama.cpp's {names.arch}")
+        other = tensors.get(f"{place}.lora_{'b' if part == 'lora_a' else 'a'}")
+        require(other is not None, f"{name}: llama.cpp finds one half of the pair alone")
+        assert other is not None
+        out, width = shapes[place]
+        fits = shape == (other[1], width) if part == "lora_a" else shape == (out, other[0])
+        turned = "; it is transposed" if shape[::-1] in ((other[-1], width), (out, other[0])) and not fits else ""
+        require(fits, f"{name}: it has shape {list(shape)}, which does not fit a weight of {[out, width]}{turned}")
+
+
+def _error(path: str, own: Factors, read: Mapping[str, _Pair]) -> float:
+    """Return the relative error of dW in the file, (alpha / R) B A. Raises UserError beyond 1e-6."""
+    require(path in read, f"{path} was trained, and the file holds no tensor for it")
+    a, b, scale = read[path]
+    ours = own.delta()
+    error = float((scale * (b @ a) - ours).norm() / ours.norm().clamp_min(1e-30))
+    require(
+        error <= 1e-6, f"{path}: llama.cpp computes another dW than was trained, {error:.1e} apart; please report it"
+    )
+    return error
 
 
 def check_paths(paths: Sequence[str], base: Base) -> None:
@@ -58,7 +104,7 @@ def check_paths(paths: Sequence[str], base: Base) -> None:
     absent = [path for path in paths if f"{path}.weight" not in base.weights]
     if absent:
         raise UserError(
-            f"--format=gguf-lora: the adapter has {absent[0]}, which is not in the base's GGUF (its head is the "
+            f"--for=llama.cpp: the adapter has {absent[0]}, which is not in the base's GGUF (its head is the "
             "embedding); write --format gguf, which merges it"
         )
 
@@ -93,10 +139,6 @@ def check(export: Export, ours: Ours) -> list[Reading]:
         client = LlamaCpp(path, export.place, context=ours.tokens.shape[1])
         readings.append(ours.reading(f"llama.cpp, adapter in {dtype}", client.logits(ours.tokens), bound))
     return readings
-
-
-_Pair = tuple[Tensor, Tensor, float]
-"""A, B with rows in Hugging Face order, and alpha / R, llama.cpp's multiplier, of one weight in the file."""
 
 
 def _read(path: Path, base: Base) -> dict[str, _Pair]:

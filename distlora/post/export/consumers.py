@@ -1,0 +1,336 @@
+"""Bind the tensors of a LoRA adapter as vLLM and SGLang do: names, the weights they change, the layout. No torch.
+
+consumers.toml holds a table per consumer: by model type, the modules of a decoder layer that its model wraps with LoRA,
+written from its source at the release named there. `slots` turns a row into the places that a file can fill; `bind`
+finds the place of each tensor of a file, or raises UserError for what the consumer would refuse, drop or misread.
+Letters: O out features, I in features, R rank, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import Any
+
+from distlora.architecture.spec import Architecture
+from distlora.config import UserError, nearest, require
+from distlora.config.base import matches
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """A row of a consumer's table: what it wraps in a decoder layer of one model type."""
+
+    linears: tuple[str, ...]
+    """Paths in a layer of linears that bind under their Hugging Face names."""
+    experts: str = ""
+    """Path in a layer of the experts in the consumer's names; "" if it has no LoRA for them."""
+    names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+    """The modules of one expert: gate, up, down. Empty: all experts in one tensor, as in PEFT."""
+    interleaved: bool = False
+    """True if the rows of gate_up_proj alternate between gate and up."""
+    split: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Linears that the consumer names apart: the names of their parts, in the order of their rows."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Reasons by path in a layer, where the consumer loads an adapter and does not apply it."""
+    flags: str = ""
+    """Arguments that the server needs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Consumer:
+    """A server of LoRA adapters and what its loader does with a file."""
+
+    name: str
+    version: str
+    """Release that the tables were written from; earlier ones are refused."""
+    source: str
+    """Its repository and what identifies the source there."""
+    types: Mapping[str, Served]
+    """Rows by model_type of config.json."""
+    together: Sequence[Sequence[str]]
+    """Last names of modules that it needs all of, where a file has one of them."""
+    ranks: Sequence[int] = ()
+    """Choices of its largest rank, ascending; empty for any."""
+    plain: bool = False
+    """True if it reads alpha / r of the config alone: no rsLoRA, one rank and one alpha for all weights."""
+    wraps: Mapping[str, str] = field(default_factory=dict)
+    """Names in target_modules that make it wrap a module, by the module's last name, where they differ."""
+    reads_targets: bool = False
+    """True if it drops the tensors of modules that target_modules lacks."""
+    command: str = ""
+    """Command that starts it; {base}, {adapter} and {rank} are filled in."""
+
+    def limit(self, rank: int) -> int:
+        """Return the setting of the largest rank that an adapter of `rank` needs. Raises UserError if none does."""
+        if not self.ranks:
+            return rank
+        require(
+            rank <= self.ranks[-1],
+            f"the adapter has rank {rank}, and {self.name} serves at most {self.ranks[-1]} (--max-lora-rank); cut it "
+            f"with `distlora combine ADAPTER=1 --method svd --rank {self.ranks[-1]}`, or merge it",
+        )
+        return next(limit for limit in self.ranks if rank <= limit)
+
+
+def _consumer(values: dict[str, Any], sets: Mapping[str, list[str]]) -> Consumer:
+    rows: dict[str, Served] = {}
+    for row in values.pop("rows"):
+        linears = tuple(path for entry in row.pop("linears") for path in sets.get(entry, [entry]))
+        rows |= dict.fromkeys(row.pop("types"), Served(linears=linears, **row))
+    return Consumer(types=rows, **values)
+
+
+_TABLES = tomllib.loads(resources.files("distlora.post.export").joinpath("consumers.toml").read_text(encoding="utf-8"))
+CONSUMERS = {name: _consumer(values, _TABLES["sets"]) for name, values in _TABLES.items() if name != "sets"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slot:
+    """A place in a consumer's model that one pair of A and B fills."""
+
+    path: str
+    """Hugging Face path of the weight that it changes."""
+    rows: slice
+    """Its rows of that weight."""
+    shape: tuple[int, int]
+    """(O, I) of those rows."""
+    expert: int | None = None
+    """The expert of a fused weight; None for a linear, or for all experts."""
+    stack: int = 0
+    """Number of experts in one pair in PEFT's layout: A (E R, I), B (O, R E); 0 for a pair of one matrix."""
+    group: str = ""
+    """Slots of one group are all filled or none."""
+
+
+def served(consumer: Consumer, model: Mapping[str, Any]) -> Served:
+    """Return the row of a base. `model`: its config.json. Raises UserError for a type that is not in the table."""
+    model_type = str(model.get("model_type"))
+    require(
+        model_type in consumer.types,
+        f"model_type={model_type!r} is not among those whose adapters are known to load in {consumer.name} "
+        f"{consumer.version}: {', '.join(sorted(consumer.types))}; merge the adapter (`distlora merge`) and serve that",
+    )
+    return consumer.types[model_type]
+
+
+def slots(consumer: Consumer, row: Served, architecture: Architecture) -> dict[str, Slot]:
+    """Return the places that a file can fill, by the name of the module in the file less PREFIX."""
+    found: dict[str, Slot] = {}
+    shapes = {path: weight.shape for path, weight in architecture.adaptable()}
+    for path, weight in architecture.adaptable():
+        index = path.removeprefix(architecture.layer_prefix).partition(".")[0]
+        layer = f"{architecture.layer_prefix}{index}."
+        inside = path.removeprefix(layer)
+        if weight.kind == "experts":
+            if row.experts:
+                found |= _expert_slots(row, layer, path, weight.shape)
+        elif inside in row.split:
+            sizes = _sizes(inside, weight.shape[0], shapes, layer)
+            for name, size, first in zip(row.split[inside], sizes, _starts(sizes), strict=True):
+                rows = slice(first, first + size)
+                found[layer + name] = Slot(path=path, rows=rows, shape=(size, weight.shape[1]))
+        elif inside in row.linears:
+            found[path] = Slot(path=path, rows=slice(None), shape=(weight.shape[0], weight.shape[1]))
+    grouped = {name: _grouped(consumer, name, slot, found) for name, slot in found.items()}
+    return {name: slot for name, slot in grouped.items() if slot is not None}
+
+
+def _expert_slots(row: Served, layer: str, path: str, shape: tuple[int, ...]) -> dict[str, Slot]:
+    """Return the slots of one fused weight (E, O, I)."""
+    module, (experts, out, width) = layer + row.experts, shape
+    is_down = path.endswith(".down_proj")
+    if not (is_down or path.endswith(".gate_up_proj")):
+        return {}
+    if not row.names:
+        place = module if is_down else f"{module}.base_layer"
+        return {place: Slot(path=path, rows=slice(None), shape=(out, width), stack=experts, group=module)}
+    gate, up, down = row.names
+    half = out // 2
+    halves = (slice(0, None, 2), slice(1, None, 2)) if row.interleaved else (slice(0, half), slice(half, None))
+    parts = {down: (slice(None), out)} if is_down else {gate: (halves[0], half), up: (halves[1], half)}
+    return {
+        f"{module}.{expert}.{name}": Slot(path=path, rows=rows, shape=(size, width), expert=expert, group=module)
+        for expert in range(experts)
+        for name, (rows, size) in parts.items()
+    }
+
+
+def _sizes(linear: str, rows: int, shapes: Mapping[str, tuple[int, ...]], layer: str) -> list[int]:
+    """Return the rows of each part of a split linear: two halves, or q, k and v of linear attention."""
+    if linear != "linear_attn.in_proj_qkv":
+        return [rows // 2, rows - rows // 2]
+    values = shapes[f"{layer}linear_attn.in_proj_z"][0]
+    return [(rows - values) // 2, (rows - values) // 2, values]
+
+
+def _starts(sizes: Iterable[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts[:-1]
+
+
+def _grouped(consumer: Consumer, name: str, slot: Slot, found: Mapping[str, Slot]) -> Slot | None:
+    """Return the slot with its group, named after the first of its modules; None if the model lacks one of them."""
+    module, _, last = name.rpartition(".")
+    if slot.group or slot.expert is not None:
+        return slot
+    for names in consumer.together:
+        if last in names:
+            whole = all(f"{module}.{other}" in found for other in names)
+            return replace(slot, group=f"{module}.{names[0]}") if whole else None
+    return slot
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A pair of tensors of a file and the place that it fills."""
+
+    slot: Slot
+    a: str
+    """Name of A in the file."""
+    b: str
+    scale: float
+    """Factor of B A by the consumer's formula."""
+
+
+def bind(
+    consumer: Consumer, row: Served, places: Mapping[str, Slot], config: Mapping[str, Any], shapes: Mapping[str, Any]
+) -> dict[str, Pair]:
+    """Return the pairs of a file by the module's name in it, as the consumer's loader finds them.
+
+    `config`: adapter_config.json; `shapes`: the shapes of the file's tensors by name. Raises UserError, with the key,
+    for whatever the consumer refuses, drops, or reads as something else.
+    """
+    _check_config(consumer, config)
+    targets = config.get("target_modules") or []
+    require(
+        isinstance(targets, list) or not consumer.reads_targets,
+        f"target_modules={targets!r} in adapter_config.json: {consumer.name} reads a list of names",
+    )
+    named = {target.rpartition(".")[2] for target in targets}
+    halves: dict[str, dict[str, str]] = {}
+    for key in sorted(shapes):
+        module, part = _parse(consumer, key)
+        if module not in places:
+            raise UserError(f"{key}: {_why_unbound(consumer, row, module, places)}")
+        (target,) = target_modules(consumer, [module])
+        require(
+            not consumer.reads_targets or target in named,
+            f"{key}: {consumer.name} drops it, as target_modules in adapter_config.json lacks {target}",
+        )
+        halves.setdefault(module, {})[part] = key
+    pairs = {}
+    for module, found in halves.items():
+        slot = places[module]
+        for part, other in (("A", "B"), ("B", "A")):
+            require(part in found, f"{found.get(other)}: {consumer.name} finds no lora_{part} beside it")
+        rank, scale = _rank_and_scale(consumer, config, module)
+        columns, (out, width) = rank * max(slot.stack, 1), slot.shape
+        expected = {"A": (columns, width), "B": (out, columns)}
+        transposed = {"A": (columns, out), "B": (width, columns)}
+        for part, key in sorted(found.items()):
+            shape = tuple(shapes[key])
+            if shape != expected[part]:
+                turned = "; it is transposed" if shape in (transposed[part], expected[part][::-1]) else ""
+                raise UserError(
+                    f"{key}: it has shape {list(shape)}, and {consumer.name} reads {list(expected[part])}{turned}"
+                )
+        pairs[module] = Pair(slot=slot, a=found["A"], b=found["B"], scale=scale)
+    filled = {pair.slot.group for pair in pairs.values() if pair.slot.group}
+    for module, slot in places.items():
+        require(
+            slot.group not in filled or module in pairs,
+            f"{PREFIX}{module}.lora_A.weight is missing: {consumer.name} needs all modules of {slot.group} or none",
+        )
+    return pairs
+
+
+def unserved(consumer: Consumer, row: Served, places: Mapping[str, Slot], paths: Iterable[str]) -> str:
+    """Return why the first of `paths` that has no place has none; "" if all have."""
+    known = {slot.path for slot in places.values()}
+    absent = [path for path in paths if path not in known]
+    return f"{absent[0]}: {_why_unbound(consumer, row, absent[0], places)}" if absent else ""
+
+
+def target_modules(consumer: Consumer, modules: Iterable[str]) -> list[str]:
+    """Return the target_modules that make the consumer wrap these modules."""
+    last = {module.rpartition(".")[2] for module in modules}
+    return sorted({consumer.wraps.get(name, name) for name in last})
+
+
+def _parse(consumer: Consumer, key: str) -> tuple[str, str]:
+    """Return (module, A or B) of a tensor's name."""
+    for part in "AB":
+        ending = f".lora_{part}.weight"
+        if key.startswith(PREFIX) and key.endswith(ending):
+            return key.removeprefix(PREFIX).removesuffix(ending), part
+    raise UserError(f"{key}: {consumer.name} reads {PREFIX}*.lora_A.weight and lora_B.weight, nothing else")
+
+
+def _why_unbound(consumer: Consumer, row: Served, module: str, places: Mapping[str, Slot]) -> str:
+    """Return the reason why a module of a file, or a weight of the base, has no place."""
+    for path, reason in row.refused.items():
+        if module.endswith(f".{path}"):
+            return f"{consumer.name} loads an adapter here and does not apply it as trained: {reason}"
+    if ".experts" in module:
+        example = next((name for name in places if ".experts" in name), "")
+        if not example:
+            return f"{consumer.name} has no LoRA for the experts of this model type"
+        if row.names and not any(part.isdigit() for part in module.rpartition(".experts")[2].split(".")):
+            return (
+                f"it holds all experts of a layer in one tensor, PEFT's layout, and {consumer.name} reads one pair per "
+                f"expert here, as {PREFIX}{example}.lora_A.weight; write it with `distlora export --for`"
+            )
+        if not row.names:
+            return (
+                f"it is one expert's, and {consumer.name} reads all experts of a layer in one tensor here, as "
+                f"{PREFIX}{example}.lora_A.weight; write it with `distlora export --for`"
+            )
+    layer = re.match(r".*?\.\d+\.", module)
+    beside = [name for name in places if layer is not None and name.startswith(layer[0])]
+    return f"{consumer.name} wraps no module of this name with LoRA{nearest(module, beside)}"
+
+
+_TRAINED_ELSEWHERE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of init_lora_weights (or their beginnings) whose A and B belong to a changed base."""
+
+
+def _check_config(consumer: Consumer, config: Mapping[str, Any]) -> None:
+    """Raise UserError for settings that the consumer refuses or ignores."""
+    ignored = {
+        "use_dora": bool(config.get("use_dora")),
+        "modules_to_save": bool(config.get("modules_to_save")),
+        "trainable_token_indices": bool(config.get("trainable_token_indices")),
+        "bias": config.get("bias", "none") != "none",
+        "init_lora_weights": str(config.get("init_lora_weights", True)).startswith(_TRAINED_ELSEWHERE),
+    }
+    if consumer.plain:
+        ignored |= {name: bool(config.get(name)) for name in ("use_rslora", "rank_pattern", "alpha_pattern")}
+    for name, is_set in ignored.items():
+        require(
+            not is_set, f"adapter_config.json has {name}={config.get(name)!r}, which {consumer.name} does not support"
+        )
+    consumer.limit(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
+
+
+def _rank_and_scale(consumer: Consumer, config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Return the rank and the factor of B A that the consumer reads from the config for a module."""
+    rank, alpha = config["r"], config["lora_alpha"]
+    if consumer.plain:
+        return rank, alpha / rank
+    name = module
+    if module.endswith(".experts.base_layer"):
+        name = f"{module.removesuffix('.base_layer')}.gate_up_proj"
+    elif module.endswith(".experts"):
+        name = f"{module}.down_proj"
+    rank = next((value for key, value in (config.get("rank_pattern") or {}).items() if matches(key, name)), rank)
+    alpha = next((value for key, value in (config.get("alpha_pattern") or {}).items() if matches(key, name)), alpha)
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

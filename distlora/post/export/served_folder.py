@@ -1,0 +1,190 @@
+"""Write `--for vllm` and `--for sglang`: the adapter in the layout that the server's loader reads (consumers.py).
+
+The written adapter is a plain LoRA of one rank and one alpha: rsLoRA's scale and those of rank_pattern and
+alpha_pattern are folded into alpha / r and B, and smaller ranks are padded with zeros. Modules that the server needs
+beside an adapted one (k_proj beside q_proj, all experts of a layer) get zeros. Then every tensor of the file is bound
+by the server's rules, and the change that the server computes from it is compared with ours, weight by weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.safetensors_headers import read_header
+from distlora.config import UserError
+from distlora.post.export.consumers import CONSUMERS, PREFIX, Consumer, Pair, Served, Slot, bind, served, slots
+from distlora.post.export.consumers import target_modules as targets_of
+from distlora.post.export.formats import Export
+from distlora.post.export.repository import collect, write_files
+from distlora.post.merge.parameters import Adapter, open_adapter
+from distlora.post.weights import Factors, open_base
+from distlora.run_folder.layout import TEMPLATE_NAME, read_result
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.weights.reader import Reader
+
+BOUND = 1e-6
+"""Largest relative error of dW as the server computes it from the file, in fp32."""
+
+
+def write(export: Export) -> None:
+    """Write the folder and check it. Raises UserError for an adapter that the server would not read as trained."""
+    trained = export.trained
+    consumer = CONSUMERS[export.request.format]
+    base = open_base(trained.spec, trained.initial_adapter_dir)
+    row = served(consumer, read_config(trained.base))
+    places = slots(consumer, row, base.model.architecture)
+    counts = {path: weight.shape[0] for path, weight in base.model.architecture.adaptable() if weight.kind == "experts"}
+    export.place.mkdir()
+    with open_adapter(trained, base, "original") as adapter, Reader() as reader:
+        assert adapter is not None
+        factors = _Factors(adapter, reader, counts)
+        spec = trained.spec.model
+        config = write_adapter(export.place, consumer, places, factors)
+        config |= {"base_model_name_or_path": spec.name or spec.gguf_file or spec.path, "revision": spec.revision}
+        (export.place / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        worst = check_folder(export.place, consumer, row, places, factors)
+    if trained.run_dir is not None and not trained.foreign:
+        _write_chat_files(export)
+    template = " --chat-template " + TEMPLATE_NAME if (export.place / TEMPLATE_NAME).is_file() else ""
+    limit = consumer.limit(config["r"])
+    command = consumer.command.format(base=spec.name or spec.path, adapter=export.request.out, rank=limit)
+    export.say(f"{consumer.name} {consumer.version} binds every tensor ({consumer.source})")
+    export.say(f"dW as it computes it: at most {worst:.1e} of its norm from ours (bound {BOUND:.0e}: met)")
+    export.say(f"serve it with: {command}{' ' + row.flags if row.flags else ''}{template}")
+
+
+class _Factors:
+    """The adapter's factors by Hugging Face path, read one weight at a time."""
+
+    def __init__(self, adapter: Adapter, reader: Reader, counts: Mapping[str, int]) -> None:
+        self.adapter, self.reader, self.counts = adapter, reader, counts
+        self.paths = adapter.file.paths
+
+    def __getitem__(self, path: str) -> Factors:
+        return self.adapter.factors(path, self.reader, experts=self.counts.get(path))
+
+
+def write_adapter(folder: Path, consumer: Consumer, places: Mapping[str, Slot], factors: _Factors) -> dict[str, Any]:
+    """Write the weights file; return adapter_config.json without the base's name."""
+    scales, rank = {}, 0
+    for path in factors.paths:
+        trained = factors[path]
+        scales[path], rank = trained.scaling, max(rank, trained.rank)
+    scale = Counter(scales.values()).most_common(1)[0][0] or 1.0
+    groups = {slot.group for slot in places.values() if slot.path in scales and slot.group}
+    written = {name: slot for name, slot in places.items() if slot.path in scales or slot.group in groups}
+    tensors: dict[str, Tensor] = {}
+    by_path: dict[str, list[str]] = {}
+    for name, slot in written.items():
+        by_path.setdefault(slot.path, []).append(name)
+    for path, names in by_path.items():
+        own = factors[path] if path in scales else None
+        for name in names:
+            a, b = _pair(written[name], own, rank, scale)
+            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
+    safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "target_modules": targets_of(consumer, written),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _pair(slot: Slot, own: Factors | None, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return A and B of a slot at the file's rank and scale; zeros without factors."""
+    out, width = slot.shape
+    count = max(slot.stack, 1)
+    a, b = torch.zeros(count, rank, width), torch.zeros(count, out, rank)
+    if own is not None:
+        mine_a, mine_b = own.A.view(-1, *own.A.shape[-2:]), own.B.view(-1, *own.B.shape[-2:])
+        if slot.expert is not None:
+            mine_a, mine_b = mine_a[slot.expert : slot.expert + 1], mine_b[slot.expert : slot.expert + 1]
+        a[:, : own.rank] = mine_a
+        b[:, :, : own.rank] = mine_b[:, slot.rows] * (own.scaling / scale)
+    if not slot.stack:
+        return a[0], b[0]
+    return a.view(count * rank, width), b.permute(1, 2, 0).reshape(out, rank * count).contiguous()
+
+
+def delta(pair: Pair, a: Tensor, b: Tensor) -> Tensor:
+    """Return scale * B A as the server multiplies them: (O, I), or (E, O, I) of a stack."""
+    experts = pair.slot.stack
+    if experts:
+        a = a.reshape(experts, -1, a.shape[1])
+        b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+    return pair.scale * (b @ a)
+
+
+def check_folder(folder: Path, consumer: Consumer, row: Served, places: Mapping[str, Slot], factors: _Factors) -> float:
+    """Bind every tensor of a written folder; return the largest relative error of dW. Raises UserError beyond BOUND."""
+    header = read_header(folder / WEIGHTS_NAME)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    pairs = bind(consumer, row, places, config, {name: segment.shape for name, segment in header.items()})
+    by_path: dict[str, list[Pair]] = {}
+    for pair in pairs.values():
+        by_path.setdefault(pair.slot.path, []).append(pair)
+    absent = sorted(set(factors.paths) - by_path.keys())
+    if absent:
+        raise UserError(f"{absent[0]} was trained, and {consumer.name} finds no tensor for it in {folder}")
+    worst = 0.0
+    with safetensors.safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        for path, found in by_path.items():
+            ours = factors[path].delta() if path in factors.paths else None
+            worst = max(worst, _error(path, ours, found, file, consumer))
+    return worst
+
+
+def _error(path: str, ours: Tensor | None, pairs: Iterable[Pair], file: Any, consumer: Consumer) -> float:
+    """Return the relative error of one weight's dW. Raises UserError beyond BOUND."""
+    wrong = total = 0.0
+    for pair in pairs:
+        theirs = delta(pair, file.get_tensor(pair.a).float(), file.get_tensor(pair.b).float())
+        if ours is None:
+            wrong += float(theirs.double().square().sum())
+            continue
+        mine = ours if pair.slot.expert is None else ours[pair.slot.expert]
+        mine = mine[..., pair.slot.rows, :]
+        difference = float((theirs - mine).double().square().sum())
+        wrong, total = wrong + difference, total + float(mine.double().square().sum())
+        if difference**0.5 > BOUND * max(float(mine.double().norm()), 1e-30):
+            raise UserError(
+                f"{pair.b}: {consumer.name} computes another dW of {path} from it than was trained, "
+                f"{difference**0.5:.1e} apart; please report this with the model's config.json"
+            )
+    if ours is None:
+        if wrong:
+            raise UserError(f"{path} was not trained, and {consumer.name} would change it by {wrong**0.5:.1e}")
+        return 0.0
+    if abs(total - float(ours.double().square().sum())) > 1e-6 * total:
+        raise UserError(f"{path}: the file holds a part of its rows alone, as {consumer.name} reads it")
+    return (wrong / total) ** 0.5 if total else 0.0
+
+
+def _write_chat_files(export: Export) -> None:
+    """Write what of a run changes its prompts: the chat template and a changed tokenizer."""
+    trained = export.trained
+    assert trained.run_dir is not None
+    result = read_result(trained.run_dir, export.request.name.checkpoint)
+    files = collect(result, repository=export.place.name, base=trained.spec.model.name)
+    keep = {name: content for name, content in files.items() if name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md")}
+    write_files(keep, export.place)

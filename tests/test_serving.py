@@ -1,0 +1,264 @@
+"""Check the contracts of servers: every tensor of an export binds by the consumer's rules and means the trained dW."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from distlora.architecture.safetensors_headers import read_header
+from distlora.architecture.spec import Architecture, Weight
+from distlora.architecture.targets import peft_paths
+from distlora.config import AdapterConfig, UserError
+from distlora.derive.structure import structure
+from distlora.loading.peft_format import transposed_factors
+from distlora.model.hf_model import auto_class_of, transformers_model
+from distlora.post.export import served_folder
+from distlora.post.export.consumers import CONSUMERS, PREFIX, bind, served, slots, unserved
+from distlora.post.weights import Factors
+from family_models import hf_config
+
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "glm4", "cohere2")
+EXPERTS = (
+    *("qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next", "mixtral", "gpt_oss", "glm4_moe", "deepseek_v3"),
+    *("olmoe", "granitemoe", "qwen2_moe"),
+)
+REFUSED = {
+    ("sglang", "qwen3_next"): "model_type='qwen3_next' is not among",
+    ("sglang", "qwen3_5_moe_text"): "in_proj_b: SGLang wraps no module of this name",
+    ("sglang", "qwen3_5_moe"): "in_proj_b: SGLang wraps no module of this name",
+    ("vllm", "qwen3_next"): "in_proj_qkvz: vLLM loads an adapter here and does not apply it as trained",
+    **dict.fromkeys(
+        (("vllm", name) for name in ("qwen2_moe", "qwen3_5_moe_text", "qwen3_5_moe")),
+        "shared_expert_gate: vLLM loads an adapter here and does not apply it as trained",
+    ),
+    ("sglang", "qwen2_moe"): "shared_expert_gate: SGLang wraps no module of this name",
+    ("vllm", "deepseek_v3"): "kv_b_proj: vLLM loads an adapter here and does not apply it as trained: it folds",
+}
+"""Why all linears and experts of a type are not served, where they are not."""
+
+
+@functools.cache
+def model_of(model_type: str) -> tuple[Architecture, dict[str, Any]]:
+    """Return the architecture of a small model by its modules alone, and its config.json."""
+    config = hf_config(model_type)
+    auto_class = auto_class_of(config, model_type)
+    model = transformers_model(
+        config, model_type, auto_class=auto_class, attention="eager", dtype=torch.float32, device="meta"
+    )
+    return structure(model, auto_class=auto_class, kinds={}), config.to_dict()
+
+
+def adapted(architecture: Architecture) -> dict[str, Weight]:
+    """Return what target_modules=all-linear means: all but routers."""
+    return {path: weight for path, weight in architecture.adaptable() if not path.endswith((".gate", ".router"))}
+
+
+class RandomFactors:
+    """A random adapter: rank 3, 2 of o_proj, another scale of down_proj."""
+
+    def __init__(self, weights: Mapping[str, Weight], *, use_rslora: bool = True) -> None:
+        self.weights = weights
+        self.paths = list(weights)
+        self.config = AdapterConfig(
+            r=3,
+            lora_alpha=5.0,
+            use_rslora=use_rslora,
+            rank_pattern={"o_proj": 2},
+            alpha_pattern={"down_proj": 7.0},
+        )
+
+    def __getitem__(self, path: str) -> Factors:
+        *experts, out, width = self.weights[path].shape
+        made = torch.Generator().manual_seed(sum(path.encode()))
+        rank = self.config.rank_of(path)
+        a = torch.randn(*experts, rank, width, generator=made)
+        return Factors(A=a, B=torch.randn(*experts, out, rank, generator=made), scaling=self.config.scaling_of(path))
+
+
+def write(folder: Path, name: str, model_type: str, paths: Callable[[str], bool] = lambda _: True) -> Any:
+    """Write an adapter of the paths that the consumer serves; return what `check_folder` takes."""
+    architecture, config = model_of(model_type)
+    consumer = CONSUMERS[name]
+    row = served(consumer, config)
+    places = slots(consumer, row, architecture)
+    known = {slot.path for slot in places.values()}
+    factors = RandomFactors({p: w for p, w in adapted(architecture).items() if p in known and paths(p)})
+    folder.mkdir(exist_ok=True)
+    settings = served_folder.write_adapter(folder, consumer, places, factors)  # type: ignore[arg-type]
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return consumer, row, places, factors
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+@pytest.mark.parametrize("model_type", [*DENSE, *EXPERTS])
+def test_every_tensor_binds_and_means_what_was_trained(tmp_path: Path, name: str, model_type: str) -> None:
+    """Compare dW of rsLoRA with patterns of ranks and alphas, within 1e-6 by the consumer's formula, or the refusal."""
+    architecture, config = model_of(model_type)
+    consumer = CONSUMERS[name]
+    reason = REFUSED.get((name, model_type), "")
+    if model_type not in consumer.types:
+        with pytest.raises(UserError, match=re.escape(reason)):
+            served(consumer, config)
+        assert reason
+        return
+    row = served(consumer, config)
+    places = slots(consumer, row, architecture)
+    why = unserved(consumer, row, places, list(adapted(architecture)))
+    assert reason in why
+    assert bool(why) is bool(reason)
+    written = write(tmp_path, name, model_type)
+    assert served_folder.check_folder(tmp_path, *written) <= 1e-6
+    names = set(read_header(tmp_path / "adapter_model.safetensors"))
+    stacked = any(".experts.base_layer." in key for key in names)
+    numbered = any(re.search(r"\.experts\.\d+\.", key) for key in names)
+    assert (stacked, numbered) == (
+        (False, False) if model_type in DENSE else (True, False) if not row.names else (False, True)
+    )
+
+
+@pytest.mark.parametrize(("name", "adapts", "filled"), [
+    ("sglang", "q_proj", {"q_proj", "k_proj", "v_proj"}),
+    ("sglang", "gate_up_proj", {"gate_proj", "up_proj", "down_proj"}),
+    ("vllm", "gate_up_proj", {"gate_proj", "up_proj", "down_proj"}),
+    ("vllm", "q_proj", {"q_proj"}),
+])  # fmt: skip
+def test_what_a_server_needs_beside_an_adapter_is_written_as_zeros(
+    tmp_path: Path, name: str, adapts: str, filled: set[str]
+) -> None:
+    consumer, row, places, factors = write(tmp_path, name, "qwen3_moe", lambda path: path.endswith(adapts))
+    assert served_folder.check_folder(tmp_path, consumer, row, places, factors) <= 1e-6
+    header = read_header(tmp_path / "adapter_model.safetensors")
+    assert {key.split(".")[-3] for key in header} == filled
+    shapes = {key: segment.shape for key, segment in header.items()}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    if name == "sglang" or len(filled) > 1:
+        least = min(key for key in shapes if "lora_A" in key)
+        few = {key: shape for key, shape in shapes.items() if not key.startswith(least.removesuffix(".lora_A.weight"))}
+        with pytest.raises(UserError, match=f"^{re.escape(least)} is missing: {consumer.name} needs all modules of"):
+            bind(consumer, row, places, config, few)
+
+
+def damaged(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = {key: tensor.contiguous() for key, tensor in change(safetensors.torch.load_file(file)).items()}
+    safetensors.torch.save_file(tensors, file)
+
+
+GATE = f"{PREFIX}model.layers.0.mlp.experts.2.gate_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_a_transposed_renamed_or_stacked_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    written = write(tmp_path, name, "qwen3_moe")
+    key = f"{PREFIX}model.layers.1.self_attn.q_proj.lora_B.weight"
+    consumer = CONSUMERS[name].name
+    cases: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
+        (lambda t: t | {key: t[key].T}, rf"^{re.escape(key)}: it has shape .*; it is transposed"),
+        (
+            lambda t: {k.replace("1.self_attn.q_proj", "1.attention.wq"): v for k, v in t.items()},
+            rf"^base_model.model.model.layers.1.attention.wq.lora_A.weight: {consumer} wraps no module of this name",
+        ),
+        (
+            lambda t: {k: v for k, v in t.items() if k != key},
+            rf"^{re.escape(key.replace('lora_B', 'lora_A'))}: {consumer} finds no lora_B beside it",
+        ),
+        (
+            lambda t: t | {key.replace("lora_B", "lora_magnitude_vector"): torch.zeros(4)},
+            r"lora_magnitude_vector.*reads",
+        ),
+        (
+            lambda t: t | {f"{PREFIX}model.layers.0.mlp.experts.lora_A.weight": torch.zeros(15, 39)},
+            rf"experts.lora_A.weight: it holds all experts of a layer in one tensor, PEFT's layout, and {consumer}",
+        ),
+        (lambda t: t | {GATE: t[GATE] * 1.001}, r"gate_proj.lora_B.weight: .* computes another dW of"),
+        (lambda t: t | {GATE.replace("gate", "up"): t[GATE].flip(0)}, r"up_proj.lora_B.weight: .* another dW of"),
+    ]
+    saved = (tmp_path / "adapter_model.safetensors").read_bytes()
+    for change, says in cases:
+        (tmp_path / "adapter_model.safetensors").write_bytes(saved)
+        damaged(tmp_path, change)
+        with pytest.raises(UserError, match=says):
+            served_folder.check_folder(tmp_path, *written)
+
+
+def test_one_expert_where_the_server_reads_a_stack_is_refused_by_name(tmp_path: Path) -> None:
+    written = write(tmp_path, "vllm", "gpt_oss")
+    place = f"{PREFIX}model.layers.0.mlp.experts"
+    damaged(tmp_path, lambda t: t | {f"{place}.1.gate_proj.lora_A.weight": torch.zeros(3, 96)})
+    with pytest.raises(UserError, match=r"experts.1.gate_proj.lora_A.weight: it is one expert's, and vLLM reads all"):
+        served_folder.check_folder(tmp_path, *written)
+    # PEFT before 0.19 has the factors of the transpose, which vLLM would read as something else.
+    consumer, row, places, factors = write(tmp_path, "vllm", "gpt_oss")
+    halves = [f"{place}.base_layer.lora_{part}.weight" for part in "AB"]
+    experts = places[f"{place.removeprefix(PREFIX)}.base_layer"].stack
+    damaged(
+        tmp_path,
+        lambda t: t | dict(zip(halves, transposed_factors(*(t[half] for half in halves), experts), strict=True)),
+    )
+    with pytest.raises(UserError, match=r"experts.base_layer.lora_A.weight: it has shape .*; it is transposed"):
+        served_folder.check_folder(tmp_path, consumer, row, places, factors)
+
+
+@pytest.mark.parametrize(("name", "changes", "says"), [
+    ("sglang", {"use_rslora": True}, "use_rslora=True, which SGLang does not support"),
+    ("sglang", {"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ("sglang", {"target_modules": ["q_proj", "o_proj"]}, "drops it, as target_modules in adapter_config.json lacks"),
+    ("sglang", {"target_modules": "all-linear"}, "reads a list of names"),
+    ("vllm", {"use_dora": True}, "use_dora=True, which vLLM does not support"),
+    ("vllm", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ("vllm", {"init_lora_weights": "pissa"}, "init_lora_weights"),
+    ("vllm", {"rank_pattern": {"q_proj": 600}}, "rank 600, and vLLM serves at most 512"),
+    ("vllm", {"alpha_pattern": {"k_proj": 1.0}}, "k_proj.lora_B.weight: vLLM computes another dW"),
+])  # fmt: skip
+def test_settings_that_the_server_ignores_are_refused(
+    tmp_path: Path, name: str, changes: dict[str, Any], says: str
+) -> None:
+    written = write(tmp_path, name, "llama")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=re.escape(says)):
+        served_folder.check_folder(tmp_path, *written)
+
+
+def as_it_is(name: str, model_type: str) -> str:
+    """Return how a consumer takes RUN/adapter of target_modules=all-linear, for the table of docs/merging.md."""
+    consumer, (architecture, config) = CONSUMERS[name], model_of(model_type)
+    if model_type not in consumer.types:
+        return "merge"
+    row = served(consumer, config)
+    places = slots(consumer, row, architecture)
+    known = {slot.path for slot in places.values()}
+    weights = adapted(architecture)
+    beyond = sorted({path.rpartition(".")[2] for path in weights if path not in known})
+    names = peft_paths([path for path in weights if weights[path].kind == "experts"])
+    tensors = {}
+    for path in weights.keys() & known:
+        *experts, out, width = weights[path].shape
+        rows = 4 * (experts[0] if experts else 1)
+        tensors[f"{PREFIX}{names.get(path, path)}.lora_A.weight"] = (rows, width)
+        tensors[f"{PREFIX}{names.get(path, path)}.lora_B.weight"] = (out, rows)
+    settings = {"r": 4, "lora_alpha": 8.0, "target_modules": sorted({path.rpartition(".")[2] for path in weights})}
+    try:
+        bind(consumer, row, places, settings, tensors)
+    except UserError:
+        how = f"`--for {name}`"
+    else:
+        how = "as it is"
+    return f"{how}, without {', '.join(beyond)}" if beyond else how
+
+
+def test_the_documents_table_says_which_server_takes_an_adapter_as_it_is() -> None:
+    types = sorted({model_type for consumer in CONSUMERS.values() for model_type in consumer.types})
+    lines = ["| model_type | vLLM | SGLang |", "|---|---|---|"]
+    lines += [f"| {name} | {as_it_is('vllm', name)} | {as_it_is('sglang', name)} |" for name in types]
+    page = Path(__file__).parent.parent / "docs" / "merging.md"
+    assert "\n".join(lines) in page.read_text(), "\n".join(lines)

@@ -118,7 +118,7 @@ def test_errors_are_those_of_the_whole_weight_whatever_the_chunks() -> None:
     assert all(torch.equal(*pair) for pair in zip(second.groups(0, len(codes)), parts, strict=True))
     restored = torch.cat([round_trip(chunk, FORMATS["nf4"], second, n)[0] for n, chunk in enumerate(chunks)])
     shape = tuple(weights.shape)
-    assert torch.equal(restored, nf4.nf4_dequantize(codes, *parts, shape=shape, dtype=torch.float32))
+    assert torch.equal(restored, nf4.NF4.dequantize((codes, *parts), shape=shape, dtype=torch.float32))
     sums = measure(lambda size: iter(chunks), (weights.numel(),))
     assert sums.relative_error("nf4") == pytest.approx(relative_error(restored, weights), rel=1e-9)
 

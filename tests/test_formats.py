@@ -24,8 +24,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from distlora_kernels import dispatch
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_kernels.formats import FORMATS, flat
-from distlora_kernels.formats.base import Format
+from distlora_kernels.formats.base import Format, dtype_of
 from distlora_kernels.formats.codes import E2M1
 from distlora_kernels.formats.flat import BlockFormat
 from distlora_kernels.formats.fp8_block import FP8_BLOCK, in_tiles
@@ -52,11 +53,11 @@ def random_parts(format: Format, groups: int, seed: int = 0) -> Parts:
     parts: list[Tensor] = []
     for part in format.parts:
         shape = (groups, *part.shape)
-        if part.dtype == torch.uint8:
+        if part.dtype == "uint8":
             most = 17 if part.name == "zeros" else 256
             parts.append(torch.randint(most, shape, generator=generator, dtype=torch.uint8))
         else:
-            parts.append((torch.randn(shape, generator=generator) * 0.3).to(part.dtype))
+            parts.append((torch.randn(shape, generator=generator) * 0.3).to(dtype_of(part)))
     return tuple(parts)
 
 
@@ -326,6 +327,13 @@ def test_nan_and_inf_are_not_quantized(format: Format, fault: float) -> None:
     weights[-1] = fault
     with pytest.raises(ValueError, match="holds NaN or Inf"):
         format.quantize(weights)
+
+
+def test_every_layout_has_a_format_and_the_bytes_of_its_tensors() -> None:
+    assert FORMATS.keys() == FORMAT_LAYOUTS.keys()
+    for format in FORMATS.values():
+        for part in (*format.parts, *format.replicated):
+            assert part.nbytes == torch.empty(part.shape, dtype=dtype_of(part)).nbytes
 
 
 def test_bits_per_weight() -> None:

@@ -25,8 +25,8 @@ def test_quantizing_and_dequantizing_on_the_device_equal_the_cpu(dtype: torch.dt
     on_cpu, on_gpu = nf4.nf4_quantize(weight), nf4.nf4_quantize(weight.cuda())
     for ours, theirs in zip(on_cpu, on_gpu, strict=True):
         assert torch.equal(ours, theirs.cpu())
-    actual = nf4.nf4_dequantize(*on_gpu, shape=(1001, 96), dtype=dtype).cpu()
-    assert torch.equal(actual, nf4.nf4_dequantize(*on_cpu, shape=(1001, 96), dtype=dtype))
+    actual = nf4.NF4.dequantize(on_gpu, shape=(1001, 96), dtype=dtype).cpu()
+    assert torch.equal(actual, nf4.NF4.dequantize(on_cpu, shape=(1001, 96), dtype=dtype))
 
 
 def test_a_run_on_the_device_has_the_losses_of_the_cpu(folders: Path, tmp_path: Path) -> None:

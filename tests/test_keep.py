@@ -18,7 +18,6 @@ from torch import Tensor
 from closeness import assert_adapters_close, assert_losses_close, assert_same_run
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.kept_weights import is_transposed
-from distlora.architecture.low_bit import labels
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.low_bit_methods import is_converted
 from distlora.config import Config, UserError
@@ -37,6 +36,7 @@ from distlora.planner.report import lines
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora.weights.reader import Reader
+from distlora_kernels.format_layouts import labels
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.planning import check_planned
 from family_models import config_for

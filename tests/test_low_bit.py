@@ -23,7 +23,6 @@ from closeness import relative_error
 from damage import Reader as Damage
 from damage import any_json, any_tensors, holds
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
@@ -36,6 +35,7 @@ from distlora.post.trained import Name, base_spec
 from distlora.training.publish import publish_result
 from distlora.weights.low_bit import CODECS
 from distlora.weights.reader import Reader
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_launcher.compose.checks import check_model
 from family_models import SINGLE, VARIANTS, hf_model, load_ours, our_logits, tokens, write_family_folder
 from family_models import config_for as family_config
@@ -108,7 +108,7 @@ def test_stored_blocks_hold_the_same_values(tmp_path: Path, name: str) -> None:
         stored = padded.view(down, 128, across, 128).transpose(1, 2)
         size = 128 * 128
     else:
-        size = LOW_BIT_FORMATS[tensor.format].block
+        size = FORMAT_LAYOUTS[tensor.format].block
     blocks, draw = stored.reshape(-1, size), random.Random(0)
     with Reader() as reader:
         for _ in range(10):

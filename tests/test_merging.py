@@ -158,7 +158,7 @@ def test_the_receipt_counts_what_each_type_keeps(onto: str, tmp_path: Path) -> N
             weight = base.weights[f"{path}.weight"].whole(reader, original=onto == "original")
             delta = read_factors(adapter, path, reader).delta()
             merged = weight + delta
-            again = nf4.nf4_dequantize(*nf4.nf4_quantize(merged), shape=tuple(merged.shape), dtype=torch.float32)
+            again = nf4.NF4.dequantize(nf4.nf4_quantize(merged), shape=tuple(merged.shape), dtype=torch.float32)
             forms = {"bf16": merged.bfloat16(), "fp16": merged.half(), "nf4": again}
             found = receipt.weights[f"{path}.weight"]
             assert found["ratio"] == pytest.approx(float(delta.double().norm() / weight.double().norm()), rel=1e-5)

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
 from counted_step import measure_ours, only_collectives
-from distlora.architecture.low_bit import LOW_BIT_FORMATS, LowBitFormat, PartSize
 from distlora.architecture.shapes import ModelShapes
 from distlora.config.file import load_config
 from distlora.derive.prove import dense_weights
@@ -31,7 +30,8 @@ from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora_kernels import experts_grouped, experts_torch
-from distlora_kernels.formats import FORMATS, Format, Part
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, FormatLayout, Part
+from distlora_kernels.formats import FORMATS, Format
 from distlora_kernels.formats.base import place
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, lora_linears
 from distlora_kernels.operands import ExpertLinear, Routing
@@ -45,11 +45,6 @@ from worlds import World, start_world
 
 class Int8(Format):
     """Eight bits and one fp32 scale per block of 32 weights, or per tile."""
-
-    def __init__(self, name: str, tile: tuple[int, int] | None = None) -> None:
-        self.name, self.tile, self.block = name, tile, 32 if tile is None else GROUP
-        scales = Part("scales", (GROUP // self.block,), torch.float32)
-        self.parts = (Part("codes", (GROUP,), torch.uint8), scales)
 
     def quantize(self, flat: Tensor) -> tuple[Tensor, ...]:
         padded = torch.zeros(-(-len(flat) // GROUP) * GROUP)
@@ -83,13 +78,14 @@ class Int8(Format):
         return place(out, shape, dtype, codes.device).copy_(weight.reshape(shape))
 
 
-FLAT, TILED = Int8("test_flat"), Int8("test_tiled", (128, 128))
-for _format in (FLAT, TILED):
-    FORMATS[_format.name] = _format
-    _sizes = tuple(PartSize(math.prod(part.shape), part.dtype.itemsize) for part in _format.parts)
-    cast("dict[str, LowBitFormat]", LOW_BIT_FORMATS)[_format.name] = LowBitFormat(
-        _sizes, tile=_format.tile, block=_format.block
-    )
+def registered(name: str, block: int, tile: tuple[int, int] | None = None) -> Int8:
+    parts = (Part("codes", (GROUP,), "uint8"), Part("scales", (GROUP // block,), "float32"))
+    FORMAT_LAYOUTS[name] = FormatLayout(name, name, block, parts, tile=tile)
+    FORMATS[name] = format = Int8.named(name)
+    return format
+
+
+FLAT, TILED = registered("test_flat", 32), registered("test_tiled", GROUP, (128, 128))
 
 
 def random(*shape: int, seed: int) -> Tensor:

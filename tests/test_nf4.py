@@ -74,7 +74,6 @@ def test_dequantizing_bitsandbytes_own_bytes_equals_bitsandbytes(
 ) -> None:
     if path == "table":
         monkeypatch.setattr(nf4_cpu, "has_bitsandbytes", lambda: False)
-    dequantize = reference.nf4_dequantize if path == "reference" else nf4.nf4_dequantize
     weight = random_weight(shape, dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     expected = bitsandbytes_dequantize(packed, state, shape)
@@ -84,9 +83,11 @@ def test_dequantizing_bitsandbytes_own_bytes_equals_bitsandbytes(
     codes[: packed.numel()] = packed.view(-1)
     scales = torch.zeros(groups * nf4.BLOCKS_PER_GROUP, dtype=torch.uint8)
     scales[: state.absmax.numel()] = state.absmax
-    actual = dequantize(
-        codes.view(groups, -1), scales.view(groups, -1), state.state2.absmax, state.offset, shape=shape, dtype=dtype
-    )
+    parts = (codes.view(groups, -1), scales.view(groups, -1), state.state2.absmax, state.offset)
+    if path == "reference":
+        actual = reference.nf4_dequantize(*parts, shape=shape, dtype=dtype)
+    else:
+        actual = nf4.NF4.dequantize(parts, shape=shape, dtype=dtype)
     assert torch.equal(actual, expected)
 
 
@@ -179,12 +180,12 @@ def test_non_finite_weights_are_refused(value: float) -> None:
 def test_misfitting_parts_are_refused() -> None:
     packed = nf4.nf4_quantize(random_weight((256, 128), torch.float32))
     with pytest.raises(AssertionError, match="a weight \\(256, 512\\) in nf4 has 8 groups"):
-        nf4.nf4_dequantize(*packed, shape=(256, 512), dtype=torch.float32)
+        nf4.NF4.dequantize(packed, shape=(256, 512), dtype=torch.float32)
     with pytest.raises(AssertionError, match="int8"):
         nf4.quantize_blocks(torch.zeros(64, dtype=torch.int8))
 
 
 def test_bits_per_weight_are_those_of_the_paper() -> None:
-    assert round(nf4.bits_per_weight(4096 * 4096), 3) == 4.127
+    assert round(8 * nf4.NF4.num_bytes((4096, 4096)) / 4096**2, 3) == 4.127
     packed = nf4.nf4_quantize(random_weight((256, 128), torch.float32))
-    assert nf4.bits_per_weight(256 * 128) == 8 * sum(part.nbytes for part in packed) / (256 * 128)
+    assert nf4.NF4.num_bytes((256, 128)) == sum(part.nbytes for part in packed)

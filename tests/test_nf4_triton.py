@@ -41,15 +41,15 @@ def test_dequantizing_equals_the_reference(
 ) -> None:
     parts = random_parts(nf4.num_groups(math.prod(shape)), triton_device)
     absmax = torch.rand(parts[1].shape, generator=torch.Generator().manual_seed(1)).to(triton_device)
-    for ours, definition, operands in (
-        (nf4.nf4_dequantize, reference.nf4_dequantize, parts),
-        (nf4.dequantize_blocks, reference.dequantize_blocks, (parts[0], absmax)),
+    for format, definition, operands in (
+        (nf4.NF4, reference.nf4_dequantize, parts),
+        (nf4.NF4_ABSMAX, reference.dequantize_blocks, (parts[0], absmax)),
     ):
         expected = definition(*operands, shape=shape, dtype=dtype)
         out = poisoned(shape, dtype, triton_device)
-        assert ours(*operands, shape=shape, dtype=dtype, out=out).data_ptr() == out.data_ptr()
+        assert format.dequantize(operands, shape=shape, dtype=dtype, out=out).data_ptr() == out.data_ptr()
         assert torch.equal(out, expected)
-        assert torch.equal(ours(*operands, shape=shape, dtype=dtype), expected)
+        assert torch.equal(format.dequantize(operands, shape=shape, dtype=dtype), expected)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_slice_of_groups_is_dequantized_into_a_slice_of_the_weight(triton_devi
     weight = poisoned((5, GROUP), torch.bfloat16, triton_device)
     # group_scale[1:] starts at 4 bytes beyond any alignment.
     sliced = (codes[first:last], scales[first:last], group_scale[first:last], offset)
-    nf4.nf4_dequantize(*sliced, shape=(2 * GROUP,), dtype=torch.bfloat16, out=weight[first:last].view(-1))
+    nf4.NF4.dequantize(sliced, shape=(2 * GROUP,), dtype=torch.bfloat16, out=weight[first:last].view(-1))
     assert torch.equal(weight[first:last], expected[first:last])
     assert weight[:first].isnan().all()
     assert weight[last:].isnan().all()
@@ -171,7 +171,7 @@ def test_no_groups_are_quantized_and_dequantized_to_nothing(triton_device: torch
     offset = torch.zeros((), device=triton_device)
     scales, group_scale = nf4.quantize_absmax(absmax, offset, 0)
     assert (codes.shape, scales.shape, group_scale.shape) == ((0, 8192), (0, 256), (0,))
-    weight = nf4.nf4_dequantize(codes, scales, group_scale, offset, shape=(0, 64), dtype=torch.bfloat16)
+    weight = nf4.NF4.dequantize((codes, scales, group_scale, offset), shape=(0, 64), dtype=torch.bfloat16)
     assert weight.shape == (0, 64)
 
 
@@ -179,10 +179,10 @@ def test_dequantizing_into_a_given_tensor_without_triton_equals_the_reference() 
     codes, scales, group_scale, offset = random_parts(2, torch.device("cpu"))
     out = poisoned((300, 64), torch.bfloat16, torch.device("cpu"))
     expected = reference.nf4_dequantize(codes, scales, group_scale, offset, shape=(300, 64), dtype=torch.bfloat16)
-    nf4.nf4_dequantize(codes, scales, group_scale, offset, shape=(300, 64), dtype=torch.bfloat16, out=out)
+    nf4.NF4.dequantize((codes, scales, group_scale, offset), shape=(300, 64), dtype=torch.bfloat16, out=out)
     assert torch.equal(out, expected)
     absmax = scales.float()
-    nf4.dequantize_blocks(codes, absmax, shape=(300, 64), dtype=torch.bfloat16, out=out.view(-1))
+    nf4.NF4_ABSMAX.dequantize((codes, absmax), shape=(300, 64), dtype=torch.bfloat16, out=out.view(-1))
     assert torch.equal(out, nf4_cpu.dequantize_blocks(codes, absmax, shape=(300, 64), dtype=torch.bfloat16))
 
 
@@ -191,4 +191,4 @@ def test_parts_that_cannot_be_read_by_words_are_refused(triton_device: torch.dev
     shifted = torch.zeros(2 * nf4.GROUP_BYTES + 1, dtype=torch.uint8, device=triton_device)[1:].view(2, -1)
     for wrong in (codes.T.contiguous().T, shifted):
         with pytest.raises(AssertionError):
-            nf4.nf4_dequantize(wrong, *rest, shape=(2, GROUP), dtype=torch.float32)
+            nf4.NF4.dequantize((wrong, *rest), shape=(2, GROUP), dtype=torch.float32)

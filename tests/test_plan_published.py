@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS
 from distlora.architecture.shapes import ARCHITECTURES, KEEP, ModelShapes
 from distlora.planner import Plan, plan_of, traffic
 from distlora.planner.machine import machine_of
@@ -25,6 +24,7 @@ from distlora.planner.memory.base import base_of
 from distlora.planner.memory.step import blocks_of
 from distlora.planner.model import built_in, find_model
 from distlora.planner.workload import Workload
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP
 from plan_inputs import composed
 from planned import block_bytes
 
@@ -52,7 +52,7 @@ def packed(shapes: ModelShapes, *, bits_of_scales: float) -> float:
 
 
 def bits() -> float:
-    return 8 * LOW_BIT_FORMATS["nf4"].group_bytes / GROUP
+    return 8 * FORMAT_LAYOUTS["nf4"].group_bytes / GROUP
 
 
 def fp16(size: str) -> float:
@@ -196,8 +196,8 @@ def test_a_base_as_it_is_shipped_takes_the_bits_of_its_format(name: str) -> None
     model = built_in(name, ARCHITECTURES.get(name, KIMI_K2))
     shapes = model.shapes
     assert model.cannot_keep is None
-    assert shapes.kept_formats == LOW_BIT_FORMATS[format].label
-    assert 8 * LOW_BIT_FORMATS[format].group_bytes / GROUP == bits
+    assert shapes.kept_formats == FORMAT_LAYOUTS[format].label
+    assert 8 * FORMAT_LAYOUTS[format].group_bytes / GROUP == bits
     assert model.stored_bytes == pytest.approx(total, rel=1e-4), "on disk ragged tiles are not padded"
     words = ("train.global_batch=8", "train.micro_batch=1", "cluster.gpus_per_node=8")
     for method, kept in (("keep", KEEP), ("nf4", "nf4")):

@@ -176,14 +176,17 @@ def test_plain_absmax_dequantizes_like_bitsandbytes(
 ) -> None:
     if path == "table":
         monkeypatch.setattr(nf4_cpu, "has_bitsandbytes", lambda: False)
-    dequantize = reference.dequantize_blocks if path == "reference" else nf4.dequantize_blocks
     packed, state = bnb.quantize_4bit(random_weight(shape, dtype), blocksize=64, quant_type="nf4")
     groups = nf4.num_groups(torch.Size(shape).numel())
     codes = torch.full((groups * nf4.GROUP_BYTES,), 0x77, dtype=torch.uint8)
     codes[: packed.numel()] = packed.view(-1)
     absmax = torch.zeros(groups * nf4.BLOCKS_PER_GROUP)
     absmax[: state.absmax.numel()] = state.absmax
-    actual = dequantize(codes.view(groups, -1), absmax.view(groups, -1), shape=shape, dtype=dtype)
+    parts = (codes.view(groups, -1), absmax.view(groups, -1))
+    if path == "reference":
+        actual = reference.dequantize_blocks(*parts, shape=shape, dtype=dtype)
+    else:
+        actual = nf4.NF4_ABSMAX.dequantize(parts, shape=shape, dtype=dtype)
     assert torch.equal(actual, bitsandbytes_dequantize(packed, state, shape))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import transformers
 
 from counted_step import Counts, measure_ours, only_collectives
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.config import Config
 from distlora.model.adapters import adapter_parameters
@@ -20,7 +18,7 @@ from distlora.parallel.ranks import Traffic
 from distlora.planner import traffic as wire
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
-from distlora_kernels.formats import FORMATS
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from family_models import VARIANTS, config_for, hf_config
 from run_models import build_run_model
 from small_models import config_with
@@ -63,15 +61,6 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(kind: str) -> None:
     elif default.num_key_value_heads != default.num_attention_heads:
         sparse["num_key_value_heads"] = default.num_key_value_heads
     assert shapes_of(sparse, "config.json").block == full.block
-
-
-def test_formats_have_the_bytes_that_the_kernels_store() -> None:
-    assert LOW_BIT_FORMATS.keys() == FORMATS.keys()
-    for name, format in FORMATS.items():
-        sizes, shape = LOW_BIT_FORMATS[name], (3, 130, 300)
-        assert list(sizes.parts) == [(math.prod(part.shape), part.dtype.itemsize) for part in format.parts], name
-        found = sizes.num_groups(shape) * sizes.group_bytes + sizes.replicated_bytes
-        assert (found, sizes.tile, sizes.block) == (format.num_bytes(shape), format.tile, format.block), name
 
 
 def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -161,7 +150,7 @@ def test_each_ranks_part_of_the_base_falls_as_one_over_the_ranks(world: World, f
     config, shapes = config_of(folders / model), shapes_in(folders / model)
     packed = sum(weight.packs for weight in shapes.block)
     rows = shapes.num_layers * (
-        packed * LOW_BIT_FORMATS["nf4"].group_bytes + 2 * (len(shapes.block) - packed) * shapes.hidden
+        packed * FORMAT_LAYOUTS["nf4"].group_bytes + 2 * (len(shapes.block) - packed) * shapes.hidden
     )
     slack = rows + 2 * (2 * shapes.hidden + 1)
     held = {size: world.run(size, base_bytes, config=config) for size in (1, 3)}

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment
 from distlora.config import UserError
 from distlora.config.json_files import read_object
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 
 NOTE_NAME = "gguf.json"
 
@@ -100,7 +100,7 @@ def _segment(
         return Segment(file, offset, size, kind, shape)
     types = tuple((kind, block, block_bytes) for kind, _, _, block, block_bytes in sources)
     format = format_name(kind)
-    if len(set(types)) > 1 or format not in LOW_BIT_FORMATS or entry["minus_one"]:
+    if len(set(types)) > 1 or format not in FORMAT_LAYOUTS or entry["minus_one"]:
         format = ""
     return GgufTensor(
         name=name,

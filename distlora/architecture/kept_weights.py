@@ -11,19 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS, labels
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.low_bit_methods import expected_parts, is_converted, with_low_bit
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.architecture.spec import Architecture
 from distlora.config import UserError
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP, labels
 
 
 class KeptWeight(NamedTuple):
     """A weight in the format in which it is kept."""
 
     format: str
-    """Name of its format in LOW_BIT_FORMATS."""
+    """Name of its format in FORMAT_LAYOUTS."""
     transposed: bool
     """True if each of its matrices is stored, and kept, as the transpose of the model's."""
 
@@ -108,10 +108,10 @@ def kept_weight(name: str, segments: Sequence[Segment]) -> KeptWeight | None:
 
 def _unit(format: str, width: int) -> int:
     """Return the weights after which another tensor can go on: rows of tiles, or what shares every number."""
-    sizes = LOW_BIT_FORMATS[format]
+    sizes = FORMAT_LAYOUTS[format]
     if sizes.tile is not None:
         return sizes.tile[0] * width
-    return GROUP if any(part.elements == 1 for part in sizes.parts) else sizes.block
+    return GROUP if any(not part.shape for part in sizes.parts) else sizes.block
 
 
 def is_kept(format: str | None, segments: Sequence[Segment]) -> bool:

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
 from distlora.config.errors import short
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 
 LOW_BIT = "LOWBIT"
 """Dtype of a `LowBitSegment`, in which a weight counts as one byte."""
@@ -159,7 +159,7 @@ def grid_of(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
 
 def as_tiles(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[str, str]:
     """Return (format, reason) of FP8 codes with a scale per block, held as tiles of 128 x 128."""
-    tile = LOW_BIT_FORMATS["fp8_block"].tile
+    tile = FORMAT_LAYOUTS["fp8_block"].tile
     assert tile is not None
     sizes = zip(block, shape[-2:], tile, strict=True)
     fits = all(each % of_tile == 0 or each >= size for each, size, of_tile in sizes)

@@ -12,10 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.low_bit import labels
 from distlora.architecture.spec import Architecture, Weight, architecture_of
 from distlora.architecture.targets import select_adapted
 from distlora.config import AdapterConfig, nearest
+from distlora_kernels.format_layouts import labels
 
 _LAYER = re.compile(r"\.\d+\.")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora_kernels.formats import FORMATS
+from distlora_kernels.formats.base import dtype_of
 from distlora_kernels.formats.nf4 import NF4
 from distlora_kernels.lora_linear import FrozenWeight, Linear, lora_linears
 
@@ -44,9 +45,9 @@ class FrozenTensor(nn.Module):
             self.weight = _frozen(shape, dtype)
             return
         for part in self.format.parts:
-            self.register_parameter(part.name, _frozen((self.num_groups, *part.shape), part.dtype))
+            self.register_parameter(part.name, _frozen((self.num_groups, *part.shape), dtype_of(part)))
         for part in self.format.replicated:
-            self.register_buffer(part.name, torch.empty(part.shape, dtype=part.dtype, device="meta"))
+            self.register_buffer(part.name, torch.empty(part.shape, dtype=dtype_of(part), device="meta"))
 
     @property
     def quantized(self) -> bool:

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.config import Config, UserError, require
 from distlora.config.base import DENSE, MIXED_FORMATS
 from distlora.config.json_files import read_object
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 
 RESULT_NAME = "quantization.json"
 """File of an analysis in which the tensors are listed with the harm of each format."""
@@ -36,7 +36,7 @@ class MeasuredWeight:
         """Return the stored bytes in a format; `itemsize` is that of dense weights."""
         if format == DENSE:
             return math.prod(self.shape) * itemsize
-        return LOW_BIT_FORMATS[format].num_bytes(self.shape)
+        return FORMAT_LAYOUTS[format].num_bytes(self.shape)
 
 
 def with_formats(config: Config) -> Config:

@@ -15,7 +15,6 @@ from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.gguf_note import NOTE_NAME
 from distlora.architecture.kept_weights import expected_headers, kept_weights
-from distlora.architecture.low_bit import GROUP, LOW_BIT_FORMATS
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, read_index
 from distlora.architecture.shapes import KEEP, ModelShapes, architecture_named, nearest_architecture, shapes_of
@@ -23,6 +22,7 @@ from distlora.config import Config, ModelConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.json_files import read_object
 from distlora.weights.prequantized import read_prequantized_weights
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP
 
 Source = Literal["folder", "hub cache", "built in"]
 _AGAIN = "download it again"
@@ -134,7 +134,7 @@ def _shipped_bytes(shapes: ModelShapes) -> int:
     for (kind, formats), count in Counter(shapes.layer_formats(KEEP)).items():
         for weight, format in zip(kinds[kind].weights, formats, strict=True):
             if format is not None:
-                total += count * (weight.numel * LOW_BIT_FORMATS[format].group_bytes // GROUP - 2 * weight.numel)
+                total += count * (weight.numel * FORMAT_LAYOUTS[format].group_bytes // GROUP - 2 * weight.numel)
     return total
 
 

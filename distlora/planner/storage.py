@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, header_bytes, lay_out
 from distlora.architecture.shapes import Asked, ModelShapes
@@ -30,6 +29,7 @@ from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
 from distlora.system import host_memory
 from distlora.weights.quantized_cache_folder import GROUP_BYTES, Extent, cut, header_of
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 
 JSON_BYTES = 2300
 """adapter_config.json, state.json and manifest.json of a checkpoint together, one or two evaluations in (measured,
@@ -209,7 +209,7 @@ def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
     for (kind, formats), count in Counter(shapes.layer_formats(work.format)).items():
         weights = zip(shapes.architecture.kinds[kind].weights, formats, strict=True)
         packs = {
-            each.path: LOW_BIT_FORMATS[format].num_groups(each.shape) for each, format in weights if format == "nf4"
+            each.path: FORMAT_LAYOUTS[format].num_groups(each.shape) for each, format in weights if format == "nf4"
         }
         headers = sum(_header_bytes(shapes, packs, index, shards) for index in {0, shards - 1}) / len({0, shards - 1})
         pieces = sum(any(cut(groups, index, shards) for groups in packs.values()) for index in range(shards))

@@ -19,10 +19,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.shapes import ModelShapes
 from distlora.architecture.tokens import trained_indices
 from distlora.planner.workload import Workload
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
@@ -89,7 +89,7 @@ def weight_bytes(shape: Sequence[int], ranks: int, *, format: str | None, itemsi
     """Bytes of a weight as it is gathered: rows or whole groups, a multiple of the ranks of them."""
     if format is None:
         return itemsize * padded(shape, ranks)
-    sizes = LOW_BIT_FORMATS[format]
+    sizes = FORMAT_LAYOUTS[format]
     return padded((sizes.num_groups(shape),), ranks) * sizes.group_bytes
 
 

@@ -95,7 +95,7 @@ class BaseWeight:
             second, group = self.second_level(reader), 0
             for size, codes in self.codes(reader):
                 parts = second.groups(group, len(codes))
-                yield nf4.nf4_dequantize(codes, *parts, shape=(size,), dtype=torch.float32)
+                yield nf4.NF4.dequantize((codes, *parts), shape=(size,), dtype=torch.float32)
                 group += len(codes)
 
     def rows(self, reader: Reader, *, original: bool = False) -> Iterator[tuple[int, Tensor]]:
@@ -158,11 +158,11 @@ class BaseWeight:
             absmax[: len(stored)] = stored
             absmax = absmax.view(groups, nf4.BLOCKS_PER_GROUP)
             if not packed.nested:
-                yield self._finite(nf4.dequantize_blocks(codes, absmax, shape=(size,), dtype=torch.float32))
+                yield self._finite(nf4.NF4_ABSMAX.dequantize((codes, absmax), shape=(size,), dtype=torch.float32))
                 continue
             assert group_scale is not None
             parts = (absmax, group_scale[group : group + groups], torch.tensor(packed.offset, dtype=torch.float32))
-            yield self._finite(nf4.nf4_dequantize(codes, *parts, shape=(size,), dtype=torch.float32))
+            yield self._finite(nf4.NF4.dequantize((codes, *parts), shape=(size,), dtype=torch.float32))
 
     def _finite(self, chunk: Tensor) -> Tensor:
         if not all_finite(chunk):

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit import labels
 from distlora.architecture.tokens import HEAD
 from distlora.config import AdapterConfig, ClusterConfig, ModelSpec
 from distlora.loading.load_base import Loaded
@@ -21,6 +20,7 @@ from distlora.parallel import Backend, whole_shape
 from distlora.training.open_run import OpenRun
 from distlora.training.reporter import Reporter
 from distlora.training.trial import Trial
+from distlora_kernels.format_layouts import labels
 
 
 def count_parameters(model: CausalLM) -> tuple[int, int]:

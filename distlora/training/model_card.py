@@ -12,7 +12,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit import labels
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.spec import architecture_of
 from distlora.config import SourceConfig, UserError
@@ -22,6 +21,7 @@ from distlora.config.training import DEFAULT_WARMUP
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
 from distlora.system.numbers import length, size
 from distlora.weights.peft_folder import WEIGHTS_NAME
+from distlora_kernels.format_layouts import labels
 
 HUB = "https://huggingface.co"
 

@@ -102,11 +102,10 @@ def quantization_error(weight_OI: Tensor, *, chunk_groups: int) -> Tensor:
     error = torch.empty_like(flat, dtype=torch.float32)
     for index, chunk in enumerate(chunks):
         groups = slice(index * chunk_groups, (index + 1) * chunk_groups)
-        kept = nf4.nf4_dequantize(
-            codes[groups], scales[groups], group_scale[groups], offset, shape=(chunk.numel(),), dtype=torch.float32
-        )
+        parts = (codes[groups], scales[groups], group_scale[groups], offset)
+        restored = nf4.NF4.dequantize(parts, shape=(chunk.numel(),), dtype=torch.float32)
         first = index * chunk_groups * nf4.GROUP
-        torch.sub(chunk.float(), kept, out=error[first : first + chunk.numel()])
+        torch.sub(chunk.float(), restored, out=error[first : first + chunk.numel()])
     return error.view_as(weight_OI)
 
 

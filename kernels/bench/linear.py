@@ -146,7 +146,7 @@ def _fused_alone(each: Problem) -> Candidate:
         task=FORWARD,
         run=lambda: {"y0": fused.fused_linear(x, linear.weight, xa=xa, b=up)},
         expected=_outputs(each.adapted),
-        floor=(problem.quantized_bytes(*each.group.shapes[0]), 0.0),
+        floor=(NF4.num_bytes(each.group.shapes[0]), 0.0),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import reference
-from distlora_kernels.formats.nf4 import NF4, bits_per_weight, nf4_quantize
+from distlora_kernels.formats.nf4 import NF4, nf4_quantize
 from distlora_kernels.operands import Adapter, FrozenWeight, Linear
 
 SCALE = 2.0
@@ -154,14 +154,9 @@ def _group_of_shapes(text: str) -> Group:
     return Group(" + ".join(f"{out}x{features}" for out, features in shapes), shapes)
 
 
-def quantized_bytes(out: int, features: int) -> float:
-    """Return the stored bytes of a quantized weight."""
-    return out * features * bits_per_weight(out * features) / 8
-
-
 def floor(group: Group, num_rows: int, *, quantized: bool, backward: bool) -> tuple[float, float]:
     """Return the fewest bytes and flops of a group: stored weights, x and y; with `backward` dx and dy too."""
-    weights = sum(quantized_bytes(*shape) if quantized else 2 * shape[0] * shape[1] for shape in group.shapes)
+    weights = sum(NF4.num_bytes(shape) if quantized else 2 * shape[0] * shape[1] for shape in group.shapes)
     rows = 2 * num_rows * (group.features + sum(out for out, _ in group.shapes))
     flops = sum(2.0 * num_rows * out * features for out, features in group.shapes)
     return (weights + rows) * (1 + backward), flops * (1 + backward)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import reference
-from distlora_kernels.formats.nf4 import dequantize_blocks, nf4_dequantize, nf4_quantize
+from distlora_kernels.formats.nf4 import NF4, NF4_ABSMAX, nf4_quantize
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
-from .problem import SCALE, Group, normal, quantized_bytes
+from .problem import SCALE, Group, normal
 from .table import Candidate, Place, Rates, Row, judge
 
 DEQUANTIZATION, TO_BF16 = "Dequantization", "NF4 to bf16"
@@ -37,11 +37,11 @@ def _dequantizations(shape: tuple[int, int], device: torch.device) -> Iterator[C
     codes, absmax = parts[0], reference.dequantize_absmax(*parts[1:])
     dense = reference.nf4_dequantize(*parts, shape=shape, dtype=dtype)
     out = torch.empty(shape, dtype=dtype, device=device)
-    nbytes = quantized_bytes(*shape) + dense.nbytes
+    nbytes = NF4.num_bytes(shape) + dense.nbytes
     runs: dict[str, tuple[Run, float]] = {
-        OURS: (lambda: {"w": nf4_dequantize(*parts, shape=shape, dtype=dtype, out=out)}, nbytes),
+        OURS: (lambda: {"w": NF4.dequantize(parts, shape=shape, dtype=dtype, out=out)}, nbytes),
         "ours, plain absmax": (
-            lambda: {"w": dequantize_blocks(codes, absmax, shape=shape, dtype=dtype, out=out)},
+            lambda: {"w": NF4_ABSMAX.dequantize((codes, absmax), shape=shape, dtype=dtype, out=out)},
             codes.nbytes + absmax.nbytes + dense.nbytes,
         ),
     }

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distlora_kernels.format_layouts import GROUP as GROUP
+
 BLOCK = 64
 """Number of consecutive weights of the flattened tensor that share one absmax."""
-BLOCKS_PER_GROUP = 256
+BLOCKS_PER_GROUP = GROUP // BLOCK
 """Number of absmax values that share one group_scale."""
-GROUP = BLOCK * BLOCKS_PER_GROUP
-"""Number of weights in a group, the unit of sharding."""
 GROUP_BYTES = GROUP // 2
 
 # The NF4 levels (QLoRA, arXiv 2305.14314, appendix E) as the fp32 values that bitsandbytes stores.

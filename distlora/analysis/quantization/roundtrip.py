@@ -44,7 +44,7 @@ class FourBit(NamedTuple):
     quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
     """flat (n,) -> codes (G, 8192) uint8, absmax (G, 256) fp32."""
     dequantize: Callable[..., Tensor]
-    """(codes, scales, group_scale, offset, *, shape, dtype) -> the weight."""
+    """((codes, scales, group_scale, offset), *, shape, dtype) -> the weight."""
 
 
 INT4_LEVELS = tuple(k / 7 for k in range(-7, 8))
@@ -57,15 +57,13 @@ def _quantize_int4(flat: Tensor) -> tuple[Tensor, Tensor]:
     return reference.quantize_blocks(flat, INT4_LEVELS)
 
 
-def _dequantize_int4(
-    codes: Tensor, scales: Tensor, group_scale: Tensor, offset: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    absmax = reference.dequantize_absmax(scales, group_scale, offset)
+def _dequantize_int4(parts: Sequence[Tensor], *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    codes, absmax = parts[0], reference.dequantize_absmax(*parts[1:])
     return reference.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype, levels=INT4_LEVELS)
 
 
 FORMATS = {
-    "nf4": FourBit(nf4.quantize_blocks, nf4.nf4_dequantize),
+    "nf4": FourBit(nf4.quantize_blocks, nf4.NF4.dequantize),
     "int4": FourBit(_quantize_int4, _dequantize_int4),
 }
 MEASURED = (DENSE, "nf4", "int4")
@@ -78,7 +76,7 @@ def round_trip(
     """Return (the restored flat chunk in `dtype`; its stored bytes without the tensor's offset)."""
     codes, _ = format.quantize(chunk)
     scales, group_scale, offset = second.groups(first_group, len(codes))
-    restored = format.dequantize(codes, scales, group_scale, offset, shape=tuple(chunk.shape), dtype=dtype)
+    restored = format.dequantize((codes, scales, group_scale, offset), shape=tuple(chunk.shape), dtype=dtype)
     return restored, codes.nbytes + scales.nbytes + group_scale.nbytes
 
 

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.shapes import ModelShapes, Weight
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
 from distlora.planner.memory import Kind
 from distlora.planner.workload import Workload
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +144,10 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
     def of_block(weight: Weight, format: str | None) -> list[BaseTensor]:
         if format is None:
             return [dense("weights" if weight.packs else "norms", weight.shape, trained=full)]
-        sizes = LOW_BIT_FORMATS[format]
+        sizes = FORMAT_LAYOUTS[format]
         groups = sizes.num_groups(weight.shape)
         return [
-            BaseTensor("scales" if index else "codes", (groups, part.elements), part.itemsize, part.itemsize)
+            BaseTensor("scales" if index else "codes", (groups, *part.shape), part.itemsize, part.itemsize)
             for index, part in enumerate(sizes.parts)
         ]
 
@@ -170,7 +170,7 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
         kind_of_layer=tuple(map(kinds.index, layers)),
         head=() if tied else (matrix(HEAD),),
         rest=tuple(outside),
-        replicated=sum(LOW_BIT_FORMATS[kept].replicated_bytes for _, formats in layers for kept in formats if kept),
+        replicated=sum(FORMAT_LAYOUTS[kept].replicated_bytes for _, formats in layers for kept in formats if kept),
     )
 
 

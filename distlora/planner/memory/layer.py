@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from distlora.architecture.low_bit import GROUP, is_nf4
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length
 from distlora.planner.decoder_sizes import AdaptedRanks, AttentionKind, Decoder, ExpertSizes, ScaledHalf
 from distlora_kernels import extension
+from distlora_kernels.format_layouts import GROUP, is_nf4
 
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
 """Of flash attention's accumulators beside the tokens; tokens of a document, where nothing says."""

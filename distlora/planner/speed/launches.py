@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distlora.architecture.low_bit import is_nf4
 from distlora.architecture.shapes import GRADIENT_PARTS, logit_bytes, tokens_per_chunk
 from distlora.planner.decoder_sizes import AttentionKind, Decoder, ScaledHalf
 from distlora.planner.flops import PAIR_BACKWARD, PAIR_FORWARD, SCORES_AGAIN
 from distlora.planner.memory.base import UPDATE_BYTES
 from distlora.planner.traffic import weight_bytes
 from distlora_kernels import extension
+from distlora_kernels.format_layouts import is_nf4
 
 MovedKind = str
 """A category of device memory traffic: `dequantization`, `products` of linears, `adapters`, `elementwise`, `attention`,

@@ -152,7 +152,7 @@ class Measure:
         codes, absmax = nf4.quantize_blocks(flat)
         size = (len(codes) * nf4.GROUP,)
         padded = flat if len(flat) == size[0] else torch.cat([flat, flat.new_zeros(size[0] - len(flat))])
-        levels = nf4.dequantize_blocks(codes, torch.ones_like(absmax), shape=size, dtype=torch.float32)
+        levels = nf4.NF4_ABSMAX.dequantize((codes, torch.ones_like(absmax)), shape=size, dtype=torch.float32)
         levels = levels.view(-1, nf4.BLOCK)
         rest = torch.addcmul(padded.view(-1, nf4.BLOCK), levels, absmax.view(-1, 1), value=-1)
         self._absmax.append(absmax)

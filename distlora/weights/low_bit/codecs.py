@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from distlora.architecture.low_bit import LOW_BIT_FORMATS
 from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.config import UserError
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_kernels.formats import codes as numbers
 from distlora_kernels.formats.flat import BlockFormat
 from distlora_kernels.formats.fp8_block import TILE, in_tiles
@@ -48,7 +48,7 @@ class Codec(ABC):
         Blocks follow the flat order of `tensor.stored_shape`; FP8 tiles are those of the (E * O, I) matrix.
         """
         num_rows, width = tensor.stored_shape[-2:]
-        sizes = LOW_BIT_FORMATS[tensor.format]
+        sizes = FORMAT_LAYOUTS[tensor.format]
         height, columns = sizes.tile or (1, sizes.block)
         across, down = -(-width // columns), -(-num_rows // height)
         row, stop = first // across, -(-(first + count) // across)
@@ -246,7 +246,7 @@ class IntegerCodec(Codec):
     ) -> tuple[Tensor, ...]:
         """Return (codes (n, N / 2) uint8, low nibble first, scales (n, 1) as stored), and stored zeros (n, 1) uint8."""
         codes, zeros, scales = self.integers(tensor, reader, first, stop, matrix)
-        size = LOW_BIT_FORMATS[tensor.format].block
+        size = FORMAT_LAYOUTS[tensor.format].block
         groups = self._groups(tensor, reader)
         if not bool((groups.view(-1, size) == groups[::size, None]).all()):
             raise UserError(

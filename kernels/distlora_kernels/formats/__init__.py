@@ -1,13 +1,9 @@
-"""The formats of frozen weights, by name. A new format is one file, with its class, and one entry here.
-
-`distlora/architecture/low_bit.py` has their sizes for the planner, without torch.
-"""
+"""The formats of frozen weights, by name. `format_layouts.py` has their parts and sizes without torch."""
 
 from __future__ import annotations
 
 from distlora_kernels.formats import fp8_block, gguf, int4, int8, mxfp4, nf4, nvfp4
 from distlora_kernels.formats.base import Format as Format
-from distlora_kernels.formats.base import Part as Part
 
 FORMATS: dict[str, Format] = {
     format.name: format

@@ -12,40 +12,27 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from distlora_kernels.reference import GROUP
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP, FormatLayout, Part
 
 
-class Part(NamedTuple):
-    """A tensor of a format: (G, *shape), or `shape` if it is replicated."""
-
-    name: str
-    """Name of the Parameter or buffer in a module."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of `shape`."""
-        return math.prod(self.shape) * self.dtype.itemsize
+def dtype_of(part: Part) -> torch.dtype:
+    """Return the dtype of a part's tensor."""
+    dtype: torch.dtype = getattr(torch, part.dtype)
+    return dtype
 
 
-class Format(ABC):
+class Format(FormatLayout, ABC):
     """A format. Methods take `parts`: the weight's tensors in the order of `self.parts`, then `self.replicated`."""
 
-    name: str
-    parts: tuple[Part, ...]
-    """Parts that share dim 0."""
-    replicated: tuple[Part, ...] = ()
-    """Parts that every rank has whole."""
-    block: int
-    """Number of neighbouring weights that are decoded together."""
-    tile: tuple[int, int] | None = None
-    """Rows and columns of the tile that a group holds; None if the format is flat."""
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """Return a format with the name and the parts of an entry of FORMAT_LAYOUTS."""
+        return cls(**vars(FORMAT_LAYOUTS[name]))
 
     @abstractmethod
     def dequantize(
@@ -63,26 +50,11 @@ class Format(ABC):
         """
         raise NotImplementedError(f"{self.name} is read from checkpoints, nothing is quantized to it")
 
-    @property
-    def group_bytes(self) -> int:
-        """Stored bytes per group, which are also the gathered bytes."""
-        return sum(part.nbytes for part in self.parts)
-
-    def num_groups(self, shape: tuple[int, ...]) -> int:
-        """Return the number of groups of a weight of this shape."""
-        if self.tile is None:
-            return -(-math.prod(shape) // GROUP)
-        return math.prod(self._tiles(shape))
-
-    def num_bytes(self, shape: tuple[int, ...]) -> int:
-        """Return the stored bytes of a weight of this shape, with the replicated parts."""
-        return self.num_groups(shape) * self.group_bytes + sum(part.nbytes for part in self.replicated)
-
     def check(self, parts: Sequence[Tensor], shape: tuple[int, ...]) -> None:
         """Assert that the parts have the shapes and dtypes of a weight of this shape."""
         groups = self.num_groups(shape)
-        expected = [((groups, *part.shape), part.dtype) for part in self.parts]
-        expected += [(part.shape, part.dtype) for part in self.replicated]
+        expected = [((groups, *part.shape), dtype_of(part)) for part in self.parts]
+        expected += [(part.shape, dtype_of(part)) for part in self.replicated]
         found = [(tuple(part.shape), part.dtype) for part in parts]
         assert found == expected, f"a weight {shape} in {self.name} has {groups} groups; the parts are {found}"
 
@@ -104,7 +76,7 @@ class Format(ABC):
         rows, columns = math.prod(shape[:-1]), shape[-1]
         if self.tile is None:
             return values.flatten()[: values.shape[1] * rows * columns // GROUP].view(rows, -1)
-        tiles = self._tiles(shape)
+        tiles = self.tiles(shape)
         return values.view(*tiles, self.tile[0], -1).transpose(1, 2).reshape(tiles[0] * self.tile[0], -1)[:rows]
 
     def slice(self, parts: Sequence[Tensor], shape: tuple[int, ...], index: int, dtype: torch.dtype) -> Tensor:
@@ -116,16 +88,11 @@ class Format(ABC):
             groups = self.groups_of(parts, first, -(-(start + size) // GROUP))
             flat = self.dequantize_groups(groups, dtype).view(-1)
             return flat[start - first * GROUP :][:size].view(one)
-        (height, _), (_, wide) = self.tile, self._tiles(shape)
+        (height, _), (_, wide) = self.tile, self.tiles(shape)
         first, stop = index * rows // height, -(-(index + 1) * rows // height)
         groups = self.groups_of(parts, first * wide, stop * wide)
         whole = self.dequantize(groups, shape=((stop - first) * height, shape[2]), dtype=dtype)
         return whole[index * rows - first * height :][:rows]
-
-    def _tiles(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return the rows and columns of tiles of the matrix (E x O, I)."""
-        assert self.tile is not None
-        return -(-math.prod(shape[:-1]) // self.tile[0]), -(-shape[-1] // self.tile[1])
 
     def dequantize_rows(
         self, parts: Sequence[Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -193,8 +192,9 @@ def dequantize(format: Format, parts: Sequence[Tensor], out: Tensor) -> None:
 def _constants(format: Format) -> tuple[Any, dict[str, Any]]:
     """Return a format's kernel and its constants."""
     if isinstance(format, Gguf):
-        sizes = {"BLOCKS": WEIGHTS // format.block, "SUBS": format.subs, "SIZE": format.block // format.subs}
-        fields = {"LOW": format.low, "HIGH": format.high, "OFFSET": format.offset}
+        subs, low, high, offset = format.codes
+        sizes = {"BLOCKS": WEIGHTS // format.block, "SUBS": subs, "SIZE": format.block // subs}
+        fields = {"LOW": low, "HIGH": high, "OFFSET": offset}
         return _gguf_kernel, {"TYPE": format.name, "BYTES": format.nbytes, **sizes, **fields}
     block = format.block if format.tile is None else format.tile[1]
     return _kernel, {"KIND": format.name.partition("_g")[0], "BLOCK": block, "WEIGHTS": WEIGHTS}
@@ -205,7 +205,7 @@ def _case(format: Format, most: float) -> Case:
     kernel, constants = _constants(format)
     gguf = isinstance(format, Gguf)
     names = ("blocks_ptr",) if gguf else ("codes_ptr", "scales_ptr", "third_ptr")
-    dtypes = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    dtypes = {"uint8": "u8", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     signature = {name: f"*{dtypes[part.dtype]}:16" for name, part in zip(names, format.parts, strict=False)}
     constants |= dict.fromkeys(names[len(format.parts) :])
     if format.tile is None and not gguf:

@@ -42,7 +42,7 @@ class BlockFormat(Format):
             return weight
         target, step, blocks = weight.view(-1), PIECE, PIECE // self.block
         if self.tile is not None:
-            target, step, blocks = weight.view(-1, shape[-1]), self.tile[0], self._tiles(shape)[1]
+            target, step, blocks = weight.view(-1, shape[-1]), self.tile[0], self.tiles(shape)[1]
 
         def decode(number: int) -> None:
             piece = target[number * step : (number + 1) * step]
@@ -60,7 +60,7 @@ class BlockFormat(Format):
     ) -> Tensor:
         """Return some rows of a weight (O, I) in a flat format in `dtype`: rows (n,) int64 -> (n, I)."""
         assert self.tile is None, f"{self.name} has no embeddings"
-        columns, last = shape[1], self.num_groups(shape) * (GROUP // self.block) - 1
+        columns, last = shape[1], self.num_groups(shape) * self.blocks_per_group - 1
         chosen = torch.empty(len(rows), columns, dtype=dtype, device=parts[0].device)
         # A row that does not begin with a block may touch one more.
         touched = columns // self.block if columns % self.block == 0 else (columns - 2) // self.block + 2
@@ -80,7 +80,7 @@ class BlockFormat(Format):
 
     def _blocks(self, parts: Sequence[Tensor], index: slice | Tensor) -> list[Tensor]:
         """Return what the parts have for some blocks. A group's only number is that of all its blocks."""
-        per_group, chosen = GROUP // self.block, []
+        per_group, chosen = self.blocks_per_group, []
         for part in parts:
             if part.dim() > 1:
                 chosen.append(part.reshape(len(part) * per_group, -1)[index])

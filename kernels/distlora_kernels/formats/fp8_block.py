@@ -11,7 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from distlora_kernels.formats.base import Part
 from distlora_kernels.formats.codes import e4m3, look_up
 from distlora_kernels.formats.flat import BlockFormat, quantize
 from distlora_kernels.reference import GROUP
@@ -23,11 +22,6 @@ LARGEST = 448
 class Fp8Block(BlockFormat):
     """The values of transformers' Fp8Dequantize, and of _dequantize_fp8_weight in fp32."""
 
-    name = "fp8_block"
-    block = GROUP
-    tile = (TILE, TILE)
-    parts = (Part("codes", (GROUP,), torch.uint8), Part("scales", (), torch.float32))
-
     def decode(self, *parts: Tensor) -> Tensor:
         """Return n tiles in fp32, (n, 16384)."""
         codes, scales = parts
@@ -38,7 +32,7 @@ class Fp8Block(BlockFormat):
         return quantize(flat.view(-1, GROUP), LARGEST, torch.float8_e4m3fn)
 
 
-FP8_BLOCK = Fp8Block()
+FP8_BLOCK = Fp8Block.named("fp8_block")
 
 
 def in_tiles(matrix: Tensor) -> Tensor:

@@ -6,16 +6,15 @@ codes (G, 8192) uint8, the first of two weights in the low nibble; scales (G, 16
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_kernels.formats import codes as numbers
-from distlora_kernels.formats.base import Part
 from distlora_kernels.formats.flat import BlockFormat
-from distlora_kernels.reference import GROUP, GROUP_BYTES
 
-ZERO = 8
-"""Zero point of the symmetric formats."""
+CODES = tuple(map(float, range(16)))
+SYMMETRIC = tuple(code - 8 for code in CODES)
+"""Codes less the zero point of the symmetric formats."""
 
 
 class Int4(BlockFormat):
@@ -24,26 +23,13 @@ class Int4(BlockFormat):
     They compute in it; the product is exact in fp32.
     """
 
-    def __init__(self, block: int, scale_dtype: torch.dtype, *, zeros: bool) -> None:
-        self.block, self.zeros = block, zeros
-        self.name = f"int4_g{block}" + ("_fp16" if scale_dtype == torch.float16 else "") + ("_zeros" if zeros else "")
-        self.parts = (Part("codes", (GROUP_BYTES,), torch.uint8), Part("scales", (GROUP // block,), scale_dtype))
-        if zeros:
-            self.parts += (Part("zeros", (GROUP // block,), torch.uint8),)
-        self.levels = tuple(float(code if zeros else code - ZERO) for code in range(16))
-
     def decode(self, *parts: Tensor) -> Tensor:
         """Return n blocks in fp32, (n, block)."""
         codes, scales, *zeros = parts
-        values = numbers.nibbles(codes, self.levels)
+        values = numbers.nibbles(codes, CODES if zeros else SYMMETRIC)
         for zero in zeros:
             values.sub_(zero.float())
         return values.mul_(scales.float())
 
 
-INT4 = tuple(
-    Int4(block, scale_dtype, zeros=zeros)
-    for block in (32, 64, 128)
-    for scale_dtype in (torch.bfloat16, torch.float16)
-    for zeros in (False, True)
-)
+INT4 = tuple(Int4.named(name) for name in FORMAT_LAYOUTS if name.startswith("int4_"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distlora_kernels.formats.base import Part
 from distlora_kernels.formats.flat import BlockFormat, quantize
 from distlora_kernels.reference import GROUP
 
@@ -18,10 +17,6 @@ LARGEST = 127
 
 class Int8(BlockFormat):
     """Symmetric, with the nearest code, ties to even."""
-
-    name = "int8"
-    block = 128
-    parts = (Part("codes", (GROUP,), torch.uint8), Part("scales", (GROUP // 128,), torch.float32))
 
     def decode(self, *parts: Tensor) -> Tensor:
         """Return n blocks in fp32, (n, 128)."""
@@ -32,7 +27,7 @@ class Int8(BlockFormat):
         """Return codes and scales of flat weights (n,). Raises ValueError for NaN or Inf."""
         blocks = torch.nn.functional.pad(flat, (0, -len(flat) % GROUP)).view(-1, self.block)
         codes, scales = quantize(blocks, LARGEST, torch.int8)
-        return codes.view(-1, GROUP), scales.view(-1, GROUP // self.block)
+        return codes.view(-1, GROUP), scales.view(-1, self.blocks_per_group)
 
 
-INT8 = Int8()
+INT8 = Int8.named("int8")

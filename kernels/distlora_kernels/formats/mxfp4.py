@@ -6,13 +6,10 @@ w = e2m1[code] * 2^(scale - 127), exact in fp32 and bf16. Scale 255, OCP's NaN, 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from distlora_kernels.formats import codes as numbers
-from distlora_kernels.formats.base import Part
 from distlora_kernels.formats.flat import BlockFormat
-from distlora_kernels.reference import GROUP, GROUP_BYTES
 
 DOUBLED = tuple(2 * level for level in numbers.E2M1)
 
@@ -20,14 +17,10 @@ DOUBLED = tuple(2 * level for level in numbers.E2M1)
 class Mxfp4(BlockFormat):
     """The values of transformers' convert_moe_packed_tensors, and of compressed-tensors' mxfp4-pack-quantized."""
 
-    name = "mxfp4"
-    block = 32
-    parts = (Part("codes", (GROUP_BYTES,), torch.uint8), Part("scales", (GROUP // 32,), torch.uint8))
-
     def decode(self, *parts: Tensor) -> Tensor:
         """Return n blocks in fp32, (n, 32)."""
         codes, scales = parts
         return numbers.nibbles(codes, DOUBLED).mul_(numbers.look_up(numbers.half_e8m0(codes.device), scales))
 
 
-MXFP4 = Mxfp4()
+MXFP4 = Mxfp4.named("mxfp4")

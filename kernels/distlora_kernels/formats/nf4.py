@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distlora_kernels import nf4_cpu, reference
 from distlora_kernels.dispatch import on_device_of, uses_triton
-from distlora_kernels.formats.base import Format, Part, place
+from distlora_kernels.formats.base import Format, place
 from distlora_kernels.reference import BLOCK as BLOCK
 from distlora_kernels.reference import BLOCKS_PER_GROUP as BLOCKS_PER_GROUP
 from distlora_kernels.reference import GROUP as GROUP
@@ -86,18 +86,6 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 class Nf4(Format):
     """NF4 with double quantization, or with the fp32 absmax of each block."""
 
-    block = BLOCK
-
-    def __init__(self, *, double: bool) -> None:
-        codes = Part("codes", (GROUP_BYTES,), torch.uint8)
-        if double:
-            self.name, self.replicated = "nf4", (Part("offset", (), torch.float32),)
-            scales = Part("scales", (BLOCKS_PER_GROUP,), torch.uint8)
-            self.parts = (codes, scales, Part("group_scale", (), torch.float32))
-        else:
-            self.name = "nf4_absmax"
-            self.parts = (codes, Part("absmax", (BLOCKS_PER_GROUP,), torch.float32))
-
     def dequantize(
         self, parts: Sequence[Tensor], *, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None
     ) -> Tensor:
@@ -120,17 +108,7 @@ class Nf4(Format):
         return weight
 
 
-NF4, NF4_ABSMAX = Nf4(double=True), Nf4(double=False)
-
-
-def nf4_dequantize(*parts: Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return the weight of codes, scales, group_scale and offset (`Nf4.dequantize`)."""
-    return NF4.dequantize(parts, shape=shape, dtype=dtype, out=out)
-
-
-def dequantize_blocks(*parts: Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return the weight of codes and absmax, without double quantization (`Nf4.dequantize`)."""
-    return NF4_ABSMAX.dequantize(parts, shape=shape, dtype=dtype, out=out)
+NF4, NF4_ABSMAX = Nf4.named("nf4"), Nf4.named("nf4_absmax")
 
 
 def dequantize_beside(
@@ -150,8 +128,3 @@ def dequantize_beside(
     )
     with on_device_of(codes):
         nf4_triton.dequantize(codes, scales, group_scale, offset, out[:, : shape[1]], b=b, first_rank=first_rank)
-
-
-def bits_per_weight(numel: int) -> float:
-    """Return the stored bits per weight, with padding and offset: 4.127 for a large one (4 + 8/64 + 32/16384)."""
-    return 8 * NF4.num_bytes((numel,)) / numel

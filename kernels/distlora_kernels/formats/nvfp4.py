@@ -7,25 +7,14 @@ w = fl(e2m1[code] * fl(scale / global_scale)). ModelOpt's weight_scale_2 is 1 / 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from distlora_kernels.formats import codes as numbers
-from distlora_kernels.formats.base import Part
 from distlora_kernels.formats.flat import BlockFormat
-from distlora_kernels.reference import GROUP, GROUP_BYTES
 
 
 class Nvfp4(BlockFormat):
     """The values of compressed-tensors' nvfp4-pack-quantized."""
-
-    name = "nvfp4"
-    block = 16
-    parts = (
-        Part("codes", (GROUP_BYTES,), torch.uint8),
-        Part("scales", (GROUP // 16,), torch.uint8),
-        Part("global_scale", (), torch.float32),
-    )
 
     def decode(self, *parts: Tensor) -> Tensor:
         """Return n blocks in fp32, (n, 16)."""
@@ -34,4 +23,4 @@ class Nvfp4(BlockFormat):
         return numbers.nibbles(codes, numbers.E2M1).mul_(scale)
 
 
-NVFP4 = Nvfp4()
+NVFP4 = Nvfp4.named("nvfp4")

@@ -190,7 +190,7 @@ def sanitizer(session: Session, tool: str, section: str) -> Figures:
 
 def kernel_names() -> list[str]:
     """Return the names of our Triton kernels."""
-    sources = sorted((ROOT / "kernels" / "distlora_kernels").glob("*_triton.py"))
+    sources = sorted((ROOT / "kernels" / "distlora_kernels").rglob("*_triton.py"))
     launched = re.compile(r"^@triton\.jit.*\ndef (\w+_kernel|add_partials)\(", re.MULTILINE)
     return [name for source in sources for name in launched.findall(source.read_text())]
 
@@ -221,9 +221,10 @@ def check_parts(dry: bool) -> Iterator[Part]:
     yield Part(name="kernel tests", run=partial(tests, marked=False), least=60)
     yield Part(name="tests marked gpu", run=partial(tests, marked=True), least=60)
     for model in ("llama-8b", "llama-70b")[: 1 if dry else 2]:
-        for section in ("dequantize", "linear", "skinny", "elementwise")[: 1 if dry else 4]:
-            run = partial(bench_kernels, section=section, shapes=model, counts="16,256,8192")
-            yield Part(name=f"bench {section}, {model}", run=run, least=30)
+        for section in ("dequantize", "formats", "linear", "skinny", "elementwise")[: 2 if dry else 5]:
+            counts, least = ("8192", 120) if section == "formats" else ("16,256,8192", 30)
+            run = partial(bench_kernels, section=section, shapes=model, counts=counts)
+            yield Part(name=f"bench {section}, {model}", run=run, least=least)
     yield from sanitizers[2:]
 
 

@@ -15,7 +15,7 @@ import torch
 from distlora_kernels.bench import linear, products, table
 from distlora_kernels.bench.__main__ import main, verdicts
 from distlora_kernels.bench.linear import train
-from distlora_kernels.bench.problem import make_batch, make_weights
+from distlora_kernels.bench.problem import BLOCK_FORMATS, groups_named, make_batch, make_weights
 from distlora_kernels.bench.table import (
     FORWARD,
     TRAINING,
@@ -31,6 +31,7 @@ from distlora_kernels.bench.table import (
 from torch import Tensor
 
 from closeness import assert_close
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, labels
 from distlora_kernels.lora_linear import lora_linears
 
 ROOT = Path(__file__).parents[1]
@@ -67,8 +68,12 @@ def test_every_row_is_there_and_right(tmp_path: Path) -> None:
         for task in (FORWARD, TRAINING):
             alone = {"ours, fused GEMM alone"} if (shape, task) == ("128x64", FORWARD) else set()
             assert {name for where, what, name in found if (where, what) == (shape, task)} == adapted | alone
+        by_format = {(what, name) for where, what, name in found if where == shape and ", " in what}
+        tasks = {f"{task}, {format.label}" for task in (FORWARD, TRAINING) for format in BLOCK_FORMATS}
+        assert by_format == {(task, name) for task in tasks for name in ("plain bf16 GEMM", "ours, scratch")}
     for shape in ("128x64", "66x64"):
-        assert {(shape, "NF4 to bf16", name) for name in ("ours", "ours, plain absmax")} <= found
+        tasks = {"nf4", "nf4_absmax", *(format.name for format in BLOCK_FORMATS)}
+        assert {(shape, f"{name} to bf16", "ours") for name in tasks} <= found
         for task in ("x A^T", "(x A^T) B^T", "dY B, dB", "dA"):
             assert {name for where, what, name in found if (where, what) == (shape, task)} == {"library GEMM", "ours"}
     for task in ("RMSNorm", "SwiGLU", "rotary embedding", "cross-entropy"):
@@ -98,6 +103,14 @@ def test_wrong_arguments_are_named(
         main([*arguments, "--device", "cpu"])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_format_has_right_rows() -> None:
+    assert {format.label for format in BLOCK_FORMATS} == set(labels(FORMAT_LAYOUTS)) - {"NF4"}
+    groups = groups_named("130x128+66x128")
+    rows = [*linear.rows(groups, (5,), 3, CPU, None, BLOCK_FORMATS), *products.dequantize_rows(groups, CPU, None)]
+    assert not [row for row in rows if row.fault]
+    assert len(rows) == 4 * len(BLOCK_FORMATS) + 2 * (len(BLOCK_FORMATS) + 3)
 
 
 SEQUENCES = {"peft": linear.peft, "peft under autocast": linear.peft_autocast, "unsloth": linear.unsloth}
@@ -150,7 +163,7 @@ def test_what_is_right_is_timed_beside_the_baseline(monkeypatch: pytest.MonkeyPa
         baseline="library",
     )
     lines = markdown(rows).splitlines()
-    assert "| 4x4 | 4 | forward | good | 5.0 | 1.25 | 40% of copy bandwidth | 3 | 0.00 |" in lines
+    assert "| 4x4 | 4 | forward | good | 5.0 | 1.25 | 40% of copy bandwidth (400 GB/s) | 3 | 0.00 |" in lines
     assert "| 4x4 | 4 | forward | bad | WRONG: y is 13 ulps off (at most 2) |  |  |  | 12.80 |" in lines
 
 

@@ -1,6 +1,6 @@
 """Check the kernels beside library GEMMs and other libraries' sequences, time them, and print Markdown.
 
-    PYTHONPATH=kernels:. python -m bench [dequantize|linear|skinny|elementwise ...] [--shapes ..] [--m ..]
+    PYTHONPATH=kernels:. python -m bench [dequantize|linear|formats|skinny|elementwise ...] [--shapes ..] [--m ..]
     python -m distlora_kernels.bench ...             the same, where distlora is installed
 
 All shapes and M take some minutes. For the bounds: --shapes llama-70b/o,llama-70b/down --m 16,8192
@@ -28,7 +28,7 @@ from distlora_kernels.dispatch import interpreted
 from . import elementwise, linear, problem, products
 from .table import FORWARD, TRAINING, Rates, Row, legend, markdown, measure_rates
 
-SECTIONS = ("dequantize", "linear", "skinny", "elementwise")
+SECTIONS = ("dequantize", "linear", "formats", "skinny", "elementwise")
 _PACKAGES = ("torch", "triton", "bitsandbytes")
 
 
@@ -126,6 +126,8 @@ def _rows(options: argparse.Namespace, device: torch.device, rates: Rates | None
         yield from products.dequantize_rows(options.shapes, device, rates)
     if "linear" in options.sections:
         yield from linear.rows(options.shapes, options.m, options.r, device, rates)
+    if "formats" in options.sections:
+        yield from linear.rows(options.shapes, options.m, options.r, device, rates, problem.BLOCK_FORMATS)
     if "skinny" in options.sections:
         yield from products.skinny_rows(options.shapes, options.m, options.r, device, rates)
     if "elementwise" in options.sections:
@@ -152,7 +154,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     large = {  # From 2^26 weights on, which a copy of 1 GiB compares with.
         row.shape: row.floor_share
         for row in rows
-        if (row.section, row.name) == (products.DEQUANTIZATION, products.OURS)
+        if (row.task, row.name) == (products.TO_BF16, products.OURS)
         and math.prod(map(int, row.shape.split("x"))) >= 2**26
     }
     for shape, share in (large or {"from 2^26 weights on": None}).items():

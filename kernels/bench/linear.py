@@ -6,6 +6,7 @@ which takes three, so the sequences are faster than theirs by two launches and 0
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distlora_kernels import fused
+from distlora_kernels.formats import Format
 from distlora_kernels.formats.nf4 import NF4
 from distlora_kernels.lora_linear import lora_linears
 from distlora_kernels.operands import Adapter, FrozenWeight, Linear
@@ -51,26 +53,30 @@ class Problem:
         """M."""
         return self.batch.x.shape[0]
 
-    def candidate(
-        self, name: str, forward: Forward, parameters: Sequence[Tensor], *, quantized: bool = True
-    ) -> Candidate:
-        """Return the candidate of `forward`; `parameters` are its adapters' masters, none for the base alone."""
-        expected = self.adapted if parameters else self.base
+    def candidate(self, name: str, forward: Forward, parameters: Sequence[Tensor]) -> Candidate:
+        """Return the candidate of `forward`; `parameters` are its adapters' masters, none for the dense base alone."""
+        expected, task = self.adapted if parameters else self.base, TRAINING if self.backward else FORWARD
+        format = self.weights.format
         return Candidate(
             name=name,
-            task=TRAINING if self.backward else FORWARD,
+            task=task if format is NF4 else f"{task}, {format.label}",
             run=partial(train if self.backward else infer, forward, self.batch, parameters),
             expected=expected if self.backward else _outputs(expected),
-            floor=problem.floor(self.group, self.num_rows, quantized=quantized, backward=self.backward),
+            floor=problem.floor(self.group, self.num_rows, format if parameters else None, backward=self.backward),
         )
 
 
 def rows(
-    groups: Sequence[Group], counts: Sequence[int], rank: int, device: torch.device, rates: Rates | None
+    groups: Sequence[Group],
+    counts: Sequence[int],
+    rank: int,
+    device: torch.device,
+    rates: Rates | None,
+    formats: Sequence[Format] = (NF4,),
 ) -> Iterator[Row]:
-    """Yield the rows of every group and M."""
-    for group in groups:
-        weights = make_weights(group.shapes, rank, device)
+    """Yield the rows of every group, format and M."""
+    for group, format in itertools.product(groups, formats):
+        weights = make_weights(group.shapes, rank, device, format)
         for count in counts:
             place = Place(section=SECTION, shape=group.label, num_rows=count, device=device, rates=rates)
             batch = make_batch(group.shapes, count, device)
@@ -82,19 +88,20 @@ def rows(
 
 
 def candidates(each: Problem) -> Iterator[Candidate]:
-    """Yield every candidate of a problem."""
+    """Yield every candidate of a problem; other formats than NF4 have the scratch alone."""
     linears, masters, dense = each.weights.linears, each.weights.masters, each.weights.dense
-    plain = each.candidate(PLAIN, partial(_products, dense=dense), (), quantized=False)
+    plain = each.candidate(PLAIN, partial(_products, dense=dense), ())
     # Backward is explicit: autograd would not let the products of dX accumulate.
     run = partial(_plain_training, dense, each.batch)
     yield dataclasses.replace(plain, run=run) if each.backward else plain
-    fits = each.num_rows <= MOST_FUSED_ROWS and all(fused.supports(shape) for shape in each.group.shapes)
+    nf4 = each.weights.format is NF4
+    fits = nf4 and each.num_rows <= MOST_FUSED_ROWS and all(fused.supports(shape) for shape in each.group.shapes)
     for name, variant in ((SCRATCH, "scratch"), (FUSED, "fused"))[: 1 + fits]:
         ours = each.candidate(name, partial(lora_linears, linears=linears), masters)
         yield dataclasses.replace(ours, run=partial(_run_forced, cast(fused.Variant, variant), ours.run))
     if fits and len(each.group.shapes) == 1 and not each.backward:
         yield _fused_alone(each)
-    for name, sequence in ((PEFT, peft), (PEFT_AUTOCAST, peft_autocast), (UNSLOTH, unsloth)):
+    for name, sequence in ((PEFT, peft), (PEFT_AUTOCAST, peft_autocast), (UNSLOTH, unsloth)) if nf4 else ():
         yield each.candidate(name, partial(sequence, linears=linears), masters)
 
 

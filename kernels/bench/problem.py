@@ -3,6 +3,7 @@
 Letters: M rows, I in features, O out features, R rank.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +13,26 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import reference
+from distlora_kernels.formats import FORMATS, Format
+from distlora_kernels.formats.base import dtype_of
+from distlora_kernels.formats.flat import BlockFormat
 from distlora_kernels.formats.nf4 import NF4, nf4_quantize
 from distlora_kernels.operands import Adapter, FrozenWeight, Linear
 
 SCALE = 2.0
 """Scale of the adapters: a power of two, so that rounding s B and B agree."""
-_WEIGHT_DEVIATION, _UP_DEVIATION = 0.02, 0.05
-"""Standard deviations of W and B: without the adapter outputs change by 10 %, far beyond a check's limit."""
+_UP_DEVIATION = 2.5
+"""Standard deviation of B over W's: without the adapter outputs change by 10 %, far beyond a check's limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """The operands that are the same for every M."""
 
+    format: Format
     linears: tuple[Linear, ...]
     dense: tuple[Tensor, ...]
-    """Dense weights (O, I) bf16, dequantized by the reference."""
+    """Dense weights (O, I) bf16, dequantized by the format's definition."""
 
     @property
     def masters(self) -> list[Tensor]:
@@ -36,19 +41,46 @@ class Weights:
         return [master for adapter in adapters for master in (adapter.a, adapter.b)]
 
 
-def make_weights(shapes: Sequence[tuple[int, int]], rank: int, device: torch.device) -> Weights:
-    """Return Gaussian NF4 weights with adapters; fp32 masters are bf16 numbers, so that all candidates have them."""
+def make_weights(shapes: Sequence[tuple[int, int]], rank: int, device: torch.device, format: Format = NF4) -> Weights:
+    """Return random weights with adapters; fp32 masters are bf16 numbers, so that all candidates have them."""
     generator = torch.Generator(device).manual_seed(0)
     linears, dense = [], []
-    for out, features in shapes:
-        weight = normal((out, features), device, generator).mul_(_WEIGHT_DEVIATION)
-        parts = nf4_quantize(weight)
-        del weight
-        a = normal((rank, features), device, generator).mul_(features**-0.5).float().requires_grad_()
-        b = normal((out, rank), device, generator).mul_(_UP_DEVIATION).float().requires_grad_()
-        linears.append(Linear(FrozenWeight(parts, (out, features), NF4), Adapter(a, b, SCALE)))
-        dense.append(reference.nf4_dequantize(*parts, shape=(out, features), dtype=torch.bfloat16))
-    return Weights(tuple(linears), tuple(dense))
+    for shape in shapes:
+        parts, weight = random_weight(format, shape, device, generator)
+        a = normal((rank, shape[1]), device, generator).mul_(shape[1] ** -0.5).float().requires_grad_()
+        deviation = _UP_DEVIATION * float(weight.float().square().mean().sqrt())
+        b = normal((shape[0], rank), device, generator).mul_(deviation).float().requires_grad_()
+        linears.append(Linear(FrozenWeight(parts, shape, format), Adapter(a, b, SCALE)))
+        dense.append(weight)
+    return Weights(format, tuple(linears), tuple(dense))
+
+
+BLOCK_FORMATS = tuple({each.label: each for each in FORMATS.values() if isinstance(each, BlockFormat)}.values())
+"""The registered formats other than NF4, one of each label: of int4 the last, which has zero points."""
+
+
+def random_weight(
+    format: Format, shape: tuple[int, int], device: torch.device, generator: torch.Generator
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return random parts of a weight (O, I), and the weight in bf16 by the format's definition."""
+    dtype = torch.bfloat16
+    if not isinstance(format, BlockFormat):
+        codes, *second = nf4_quantize(normal(shape, device, generator))
+        absmax = reference.dequantize_absmax(*second)
+        parts = (codes, *second) if format is NF4 else (codes, absmax)
+        return parts, reference.dequantize_blocks(codes, absmax, shape=shape, dtype=dtype)
+    stored = {}
+    for part in format.parts:
+        size = (format.num_groups(shape), *part.shape)
+        if part.dtype == "uint8":
+            stored[part.name] = torch.randint(256, size, dtype=torch.uint8, device=device, generator=generator)
+            last = part.name
+        else:
+            stored[part.name] = torch.rand(size, device=device, generator=generator).add_(1).to(dtype_of(part))
+    # These bytes hold scales, or everything: from 0x60 to 0x6F they are finite and of a like size in every format.
+    stored[last] = stored[last] & 0x0F | 0x60
+    parts = tuple(stored.values())
+    return parts, format.decode_into(torch.empty(shape, dtype=dtype, device=device), parts)
 
 
 def normal(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> Tensor:
@@ -154,9 +186,12 @@ def _group_of_shapes(text: str) -> Group:
     return Group(" + ".join(f"{out}x{features}" for out, features in shapes), shapes)
 
 
-def floor(group: Group, num_rows: int, *, quantized: bool, backward: bool) -> tuple[float, float]:
-    """Return the fewest bytes and flops of a group: stored weights, x and y; with `backward` dx and dy too."""
-    weights = sum(NF4.num_bytes(shape) if quantized else 2 * shape[0] * shape[1] for shape in group.shapes)
+def floor(group: Group, num_rows: int, format: Format | None, *, backward: bool) -> tuple[float, float]:
+    """Return the fewest bytes and flops of a group: stored weights, x and y; with `backward` dx and dy too.
+
+    `format`: that of the weights, None for bf16.
+    """
+    weights = sum(2 * math.prod(shape) if format is None else format.num_bytes(shape) for shape in group.shapes)
     rows = 2 * num_rows * (group.features + sum(out for out, _ in group.shapes))
     flops = sum(2.0 * num_rows * out * features for out, features in group.shapes)
     return (weights + rows) * (1 + backward), flops * (1 + backward)

@@ -1,22 +1,24 @@
-"""Compare dequantization with bitsandbytes', and the adapter's products with the library's.
+"""Time dequantization, NF4's beside bitsandbytes', and compare the adapter's products with the library's.
 
 Letters: M rows, I in features, O out features, R rank.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from distlora_kernels import reference
-from distlora_kernels.formats.nf4 import NF4, NF4_ABSMAX, nf4_quantize
+from distlora_kernels.formats.nf4 import NF4, NF4_ABSMAX
 from distlora_kernels.nf4_cpu import has_bitsandbytes
+from distlora_kernels.operands import FrozenWeight
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 
-from .problem import SCALE, Group, normal
+from .problem import BLOCK_FORMATS, SCALE, Group, normal, random_weight
 from .table import Candidate, Place, Rates, Row, judge
 
-DEQUANTIZATION, TO_BF16 = "Dequantization", "NF4 to bf16"
+DEQUANTIZATION, TO_BF16 = "Dequantization", f"{NF4.name} to bf16"
 SKINNY, LIBRARY = "Products of the adapter", "library GEMM"
 OURS = "ours"
 
@@ -32,27 +34,28 @@ def dequantize_rows(groups: Sequence[Group], device: torch.device, rates: Rates 
 
 
 def _dequantizations(shape: tuple[int, int], device: torch.device) -> Iterator[Candidate]:
-    generator, dtype = torch.Generator(device).manual_seed(0), torch.bfloat16
-    parts = nf4_quantize(normal(shape, device, generator))
-    codes, absmax = parts[0], reference.dequantize_absmax(*parts[1:])
-    dense = reference.nf4_dequantize(*parts, shape=shape, dtype=dtype)
-    out = torch.empty(shape, dtype=dtype, device=device)
-    nbytes = NF4.num_bytes(shape) + dense.nbytes
-    runs: dict[str, tuple[Run, float]] = {
-        OURS: (lambda: {"w": NF4.dequantize(parts, shape=shape, dtype=dtype, out=out)}, nbytes),
-        "ours, plain absmax": (
-            lambda: {"w": NF4_ABSMAX.dequantize((codes, absmax), shape=shape, dtype=dtype, out=out)},
-            codes.nbytes + absmax.nbytes + dense.nbytes,
-        ),
-    }
-    if has_bitsandbytes():
-        from bitsandbytes import functional
+    generator, out = torch.Generator(device).manual_seed(0), torch.empty(shape, dtype=torch.bfloat16, device=device)
+    for format in (NF4, NF4_ABSMAX, *BLOCK_FORMATS):
+        parts, dense = random_weight(format, shape, device, generator)
+        ours = Candidate(
+            name=OURS,
+            task=f"{format.name} to bf16",
+            run=partial(_named, partial(FrozenWeight(parts, shape, format).dense, out.dtype, out)),
+            expected={"w": dense},
+            floor=(format.num_bytes(shape) + out.nbytes, 0.0),
+        )
+        yield ours
+        if format is NF4 and has_bitsandbytes():
+            from bitsandbytes import functional
 
-        # With nested statistics, as Linear4bit calls it, on weights with our codes.
-        packed, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
-        runs["bitsandbytes dequantize_4bit"] = (lambda: {"w": functional.dequantize_4bit(packed, state)}, nbytes)
-    for name, (run, moved) in runs.items():
-        yield Candidate(name=name, task=TO_BF16, run=run, expected={"w": dense}, floor=(moved, 0.0))
+            # With nested statistics, as Linear4bit calls it, on weights with our codes.
+            packed, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+            theirs = partial(functional.dequantize_4bit, packed, state)
+            yield dataclasses.replace(ours, name="bitsandbytes dequantize_4bit", run=partial(_named, theirs))
+
+
+def _named(dequantize: Callable[[], Tensor]) -> dict[str, Tensor]:
+    return {"w": dequantize()}
 
 
 def skinny_rows(

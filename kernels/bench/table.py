@@ -114,7 +114,8 @@ def _key(candidate: Candidate) -> str:
 def _floor(candidate: Candidate, rates: Rates, seconds: float) -> tuple[float | None, str]:
     """Return the share of `seconds` that the task needs at the GPU's rates, and the rate that binds."""
     nbytes, flops = candidate.floor
-    least, kind = max((nbytes / rates.bandwidth, "copy bandwidth"), (flops / rates.gemm, "GEMM rate"))
+    bandwidth = f"copy bandwidth ({nbytes / seconds / 1e9:,.0f} GB/s)"
+    least, kind = max((nbytes / rates.bandwidth, bandwidth), (flops / rates.gemm, "GEMM rate"))
     return (least / seconds if least else None), kind
 
 

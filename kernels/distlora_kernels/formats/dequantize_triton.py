@@ -39,7 +39,7 @@ def _e4m3(byte):
 
 
 @triton.jit
-def _kernel(
+def _blocks_kernel(
     codes_ptr, scales_ptr, third_ptr, out_ptr, numel, columns,
     KIND: tl.constexpr, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +197,7 @@ def _constants(format: Format) -> tuple[Any, dict[str, Any]]:
         fields = {"LOW": low, "HIGH": high, "OFFSET": offset}
         return _gguf_kernel, {"TYPE": format.name, "BYTES": format.nbytes, **sizes, **fields}
     block = format.block if format.tile is None else format.tile[1]
-    return _kernel, {"KIND": format.name.partition("_g")[0], "BLOCK": block, "WEIGHTS": WEIGHTS}
+    return _blocks_kernel, {"KIND": format.name.partition("_g")[0], "BLOCK": block, "WEIGHTS": WEIGHTS}
 
 
 def _case(format: Format, most: float) -> Case:

@@ -40,6 +40,11 @@ class BlockFormat(Format):
             with on_device_of(parts[0]):
                 dequantize_triton.dequantize(self, parts, weight)
             return weight
+        return self.decode_into(weight, parts)
+
+    def decode_into(self, weight: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """Return the weight, filled by `decode`: the definition of the format in torch, on any device."""
+        shape = weight.shape
         target, step, blocks = weight.view(-1), PIECE, PIECE // self.block
         if self.tile is not None:
             target, step, blocks = weight.view(-1, shape[-1]), self.tile[0], self.tiles(shape)[1]

@@ -44,7 +44,7 @@ def test_the_weights_are_those_that_a_model_loads(variant: str, tmp_path: Path) 
             for path, module in model.named_modules():
                 if isinstance(module, FrozenTensor):
                     weight = base.weights[model.hf_name(f"{path}.weight")]
-                    assert weight.quantized == module.quantized
+                    assert weight.is_nf4 == module.quantized
                     assert torch.equal(weight.whole(reader), module.frozen_weight.dense(torch.float32))
                     rows = [part for _, part in weight.rows(reader)]
                     assert torch.equal(torch.cat(rows), weight.whole(reader).view(-1, weight.shape[-1]))
@@ -63,7 +63,7 @@ def test_what_training_rounds_to_its_dtype_is_rounded(quant: str, tmp_path: Path
     checked = 0
     with Reader() as reader:
         for name, weight in open_base(config.spec).weights.items():
-            if name in held and not weight.quantized:
+            if name in held and not weight.is_nf4:
                 assert torch.equal(weight.whole(reader), held[name].detach().float()), name
                 checked += not torch.equal(weight.whole(reader), weight.whole(reader, original=True))
     assert checked > (20 if quant == "none" else 2)

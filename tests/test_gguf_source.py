@@ -399,6 +399,6 @@ def test_an_export_for_bitsandbytes_is_one_safetensors_file(tmp_path: Path) -> N
     write_random(tmp_path / "m.gguf", "llama-untied", ("F16",))
     folder = described_here(tmp_path / "m.gguf", tmp_path / "described")
     base = open_base(config_for(folder, quant={"method": "nf4"}).spec)
-    plan = bnb_folder.plan_files(base, [weight for weight in base.weights.values() if weight.quantized])
+    plan = bnb_folder.plan_files(base, [weight for weight in base.weights.values() if weight.is_nf4])
     assert list(plan.headers) == ["model.safetensors"]
     assert {segment.file.name for segment in plan.places.values()} == {"model.safetensors"}

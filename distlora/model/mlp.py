@@ -25,7 +25,7 @@ from distlora.architecture.spec import Architecture
 from distlora.model.adapters import BlockContext
 from distlora.model.layer_wrapper import Block
 from distlora.model.wrapper import Wrapper
-from distlora_kernels.kept import keep, kept
+from distlora_kernels.saved import save, saved_tensors
 
 
 class HandsOn(nn.Module):
@@ -68,7 +68,7 @@ class MLP(Wrapper):
             with torch.no_grad():
                 return in_tiles(self._run_tile, hidden_states, tile)
         # Saved before the tiles run: a recomputation of the layer runs none.
-        keeper = keep((hidden_states,), hidden_states.device)
+        keeper = save((hidden_states,), hidden_states.device)
         return _Tiles.apply(keeper, hidden_states, self._with_rows(self._run_tile), tile, *parameters)
 
     def _run(self, hidden_states: Tensor) -> Any:
@@ -168,7 +168,7 @@ class _Tiles(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = kept(ctx)
+        (hidden,) = saved_tensors(ctx)
         assert hidden is not None
         needs_hidden, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[4:]
         wanted = [parameter for parameter, need in zip(ctx.parameters, needs, strict=True) if need]

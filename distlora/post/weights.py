@@ -64,7 +64,7 @@ class BaseWeight:
     """True if the matrix of each expert is read as (in, out)."""
 
     @property
-    def quantized(self) -> bool:
+    def is_nf4(self) -> bool:
         """True if training stores it in NF4."""
         return isinstance(self.format, nf4.Nf4)
 
@@ -83,7 +83,7 @@ class BaseWeight:
         elif original:
             for _, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
                 yield self._finite(chunk.float())
-        elif not self.quantized:
+        elif not self.is_nf4:
             format, width = self.format, self.shape[-1]
             kept = format is not None and is_kept(format.name, self.source.segments)
             for chunk in self._before_quantization(reader, CHUNK if format is None else run_size(format, width)):
@@ -101,13 +101,13 @@ class BaseWeight:
     def rows(self, reader: Reader, *, original: bool = False) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, (n, columns) fp32), the weight in whole rows in order. A vector is one row."""
         columns = self.shape[-1]
-        kept, first = torch.empty(0), 0
+        rest, first = torch.empty(0), 0
         for chunk in self.chunks(reader, original=original):
-            kept = torch.cat([kept, chunk]) if len(kept) else chunk
-            whole = len(kept) // columns
+            rest = torch.cat([rest, chunk]) if len(rest) else chunk
+            whole = len(rest) // columns
             if whole:
-                yield first, kept[: whole * columns].view(whole, columns)
-                kept, first = kept[whole * columns :], first + whole
+                yield first, rest[: whole * columns].view(whole, columns)
+                rest, first = rest[whole * columns :], first + whole
 
     def published_rows(self, reader: Reader, *, original: bool = False) -> Iterator[Tensor]:
         """Yield the rows of the base that a published adapter is for: with PiSSA's initial adapter added back."""

@@ -83,7 +83,7 @@ def scaled_rows(weight: FrozenWeight, factor: Tensor) -> FrozenWeight:
     The product is rounded once, when it is dequantized; a factor of 1 changes no bit.
     """
     (rows, columns), parts = weight.shape, list(weight.parts)
-    assert weight.nf4, "no other format has an absmax to scale"
+    assert weight.is_nf4, "no other format has an absmax to scale"
     assert columns % BLOCK == 0, f"rows of {columns} are not whole blocks"
     assert (factor.shape, factor.dtype) == ((rows,), torch.float32), f"{tuple(factor.shape)} {factor.dtype}"
     if not uses_triton(parts[0]):
@@ -171,7 +171,7 @@ def _zero_for_zero_rows(row_norms_squared: Tensor, norms: Tensor) -> Tensor:
 def can_fold(adapter: Adapter, weight: FrozenWeight, dtype: torch.dtype) -> bool:
     """Return whether k can be folded into the weight: into NF4's absmax."""
     plain = adapter.dropout is None and not isinstance(adapter.scale, RowChoice)
-    return plain and weight.nf4 and fused.supports(weight.shape) and dtype in (torch.bfloat16, torch.float16)
+    return plain and weight.is_nf4 and fused.supports(weight.shape) and dtype in (torch.bfloat16, torch.float16)
 
 
 def folded(linear: Linear, factor: Tensor) -> Linear:

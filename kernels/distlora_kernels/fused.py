@@ -124,7 +124,7 @@ def choose_variant(rows: Tensor, weight: FrozenWeight) -> Variant:
 
     Weights that are not in NF4, fp32 (slow in Triton without TF32) and fp64 (not supported) use the library's GEMM.
     """
-    if not weight.nf4:
+    if not weight.is_nf4:
         return "scratch"
     if _forced is not None:
         return _forced

@@ -334,7 +334,7 @@ def _pays(x: Tensor, group: Sequence[Linear], rank: int) -> bool:
         assert adapter is not None
         if adapter.magnitude is not None or not _is_plain(adapter) or choose_variant(x, weight) == "fused":
             return False
-        if not (weight.nf4 and scratch.extends(weight)):
+        if not (weight.is_nf4 and scratch.extends(weight)):
             return False
     (m, features), written = x.shape, sum(linear.weight.shape[0] for linear in group)
     return features % BLOCK == 0 and extends(

@@ -28,7 +28,6 @@ from distlora_kernels import lora_native, lora_torch
 from distlora_kernels.dispatch import check_compilation, uses_triton
 from distlora_kernels.dropout import ChosenDropout, Dropout
 from distlora_kernels.formats import Format
-from distlora_kernels.kept import keep, kept
 from distlora_kernels.operands import (
     Adapter,
     Copies,
@@ -40,6 +39,7 @@ from distlora_kernels.operands import (
     SavedDora,
     SavedLinear,
 )
+from distlora_kernels.saved import save, saved_tensors
 
 __all__ = ["Adapter", "Copies", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_linear", "lora_linears"]
 
@@ -72,7 +72,7 @@ def lora_linears(x: Tensor, linears: Sequence[Linear], *, unread: bool = False) 
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (rows, *tensors)):
         adapted = any(form.scale is not None for form in forms)
         # x for dA, x A^T for dB.
-        keeper = keep((rows if adapted else None, *xas, *tensors), rows.device)
+        keeper = save((rows if adapted else None, *xas, *tensors), rows.device)
     has_magnitude = any(linear.adapter is not None and linear.adapter.magnitude is not None for linear in linears)
     if unread and torch.is_grad_enabled() and not has_magnitude:
         inputs = None
@@ -137,7 +137,7 @@ class _LoRALinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         forms, count = ctx.forms, len(ctx.forms)
-        x, *rest = kept(ctx)
+        x, *rest = saved_tensors(ctx)
         xas, tensors = rest[:count], rest[count:]
         after, size = ctx.saved_tensors, len(_NO_MAGNITUDE)
         saved = [

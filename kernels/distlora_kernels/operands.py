@@ -37,7 +37,7 @@ class FrozenWeight(NamedTuple):
         return self.format is not None
 
     @property
-    def nf4(self) -> bool:
+    def is_nf4(self) -> bool:
         """True if the weight is in NF4: some products decode it themselves, all other formats are dequantized first."""
         return isinstance(self.format, Nf4)
 

@@ -204,9 +204,9 @@ def _restored(
     if format in FORMATS:
         assert second is not None
         return round_trip(chunk, FORMATS[format], second, start // nf4.GROUP)
-    kept = REGISTERED[format]
-    num_bytes = kept.num_bytes((len(chunk),) if kept.tile is None else (len(chunk) // width, width))
-    return requantized(kept, chunk, width), num_bytes
+    block = REGISTERED[format]
+    num_bytes = block.num_bytes((len(chunk),) if block.tile is None else (len(chunk) // width, width))
+    return requantized(block, chunk, width), num_bytes
 
 
 def _powers(weights: Tensor) -> list[float]:

@@ -57,10 +57,10 @@ def write(export: Export) -> None:
     trained, place = export.trained, export.place
     source = trained.base
     base = open_base(trained.spec, trained.initial_adapter_dir)
-    quantized = [weight for weight in base.weights.values() if weight.quantized and weight.packed is None]
+    quantized = [weight for weight in base.weights.values() if weight.is_nf4 and weight.packed is None]
     dtype = str(DTYPES[export.request.dtype or "fp32"]).removeprefix("torch.")
     if export.request.check:
-        odd = next((w for w in base.weights.values() if w.quantized and w.shape[-1] % 64 == 32), None)
+        odd = next((w for w in base.weights.values() if w.is_nf4 and w.shape[-1] % 64 == 32), None)
         if odd is not None:  # bitsandbytes (0.50) would compute the check incorrectly.
             raise UserError(
                 f"{odd.name} has rows of {odd.shape[-1]:,} weights: of 32, 96, 160... bitsandbytes takes wrong scales "
@@ -92,7 +92,7 @@ def write_rounded(base: Base, files: Files) -> set[str]:
     with Reader() as reader:
         for weight in base.weights.values():
             stored = weight.source.segments[0].dtype
-            if weight.quantized or weight.packed is not None or weight.held in (torch.float32, TORCH_DTYPES[stored]):
+            if weight.is_nf4 or weight.packed is not None or weight.held in (torch.float32, TORCH_DTYPES[stored]):
                 continue
             (name,), first = weight.source.names, 0
             for chunk in weight.chunks(reader):

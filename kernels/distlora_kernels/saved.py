@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from distlora_kernels.dispatch import check_compilation
 
 
-class _Keep(torch.autograd.Function):
+class _Save(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trigger: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
         ctx.set_materialize_grads(False)
@@ -31,20 +31,20 @@ class _Keep(torch.autograd.Function):
         return None, None
 
 
-def keep(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+def save(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """Save tensors; return the first argument of the function whose backward needs them, an empty tensor.
 
     Autograd frees them after that backward. Do not call it where nothing needs a gradient: the result requires one.
     """
     check_compilation()
-    kept: Tensor = _Keep.apply(_trigger(device), tensors)
-    return kept
+    node: Tensor = _Save.apply(_trigger(device), tensors)
+    return node
 
 
-def kept(ctx: Any) -> tuple[Tensor | None, ...]:
-    """Return the tensors in the backward of the function whose first argument `keep` returned."""
-    saved: tuple[Tensor | None, ...] = ctx.next_functions[0][0].saved_tensors
-    return saved
+def saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
+    """Return the tensors in the backward of the function whose first argument `save` returned."""
+    tensors: tuple[Tensor | None, ...] = ctx.next_functions[0][0].saved_tensors
+    return tensors
 
 
 @functools.cache

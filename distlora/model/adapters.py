@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -173,6 +173,33 @@ class Adapted:
     adapters: nn.ModuleDict
     context: BlockContext
 
+    def add_adapter(
+        self,
+        name: str,
+        config: AdapterConfig,
+        *,
+        path: str,
+        seed: int,
+        slot: int | None = None,
+        device: torch.device | str = "meta",
+    ) -> LoRAPair:
+        """Add an adapter. `path` is the weight's Hugging Face path, which patterns match for rank and scale.
+
+        `path` and `seed` also name the stream of the dropout masks; experts have no dropout.
+        """
+        assert name not in self.adapters, f"{path} has an adapter {name} already"
+        self.adapters[name] = pair = self._new_pair(config, path, seed)(
+            slot=len(self.adapters) if slot is None else slot,
+            rank=config.rank_of(path),
+            scaling=config.scaling_of(path),
+            device=device,
+        )
+        return pair
+
+    def _new_pair(self, config: AdapterConfig, path: str, seed: int) -> Callable[..., LoRAPair]:
+        """Return what makes an adapter from its slot, rank, scaling and device."""
+        raise NotImplementedError
+
     def check_alone(self) -> None:
         """Check that rows which choose nothing have only one adapter to use."""
         if len(self.adapters) > 1:
@@ -218,37 +245,13 @@ class AdaptedLinear(Adapted, FrozenLinear):
         """Return the LoRA adapters, without those of other methods."""
         return [pair for pair in self.adapters.values() if isinstance(pair, LoRAPair)]
 
-    def add_adapter(
-        self,
-        name: str,
-        config: AdapterConfig,
-        *,
-        path: str,
-        seed: int,
-        slot: int | None = None,
-        device: torch.device | str = "meta",
-    ) -> LoRAPair:
-        """Add an adapter. `path` is the linear's Hugging Face path, which patterns match for rank and scale.
-
-        `path` and `seed` also name the stream of the dropout masks.
-        """
-        assert name not in self.adapters, f"{path} has an adapter {name} already"
+    def _new_pair(self, config: AdapterConfig, path: str, seed: int) -> Callable[..., LoRAPair]:
         dora = config.use_dora
         if dora and not self.pairs:
             self.expect_magnitudes()
         assert dora == (self.row_norms_squared is not None), "DoRA's adapters and LoRA's do not mix"
-        pair = LoRAPair(
-            self.in_features,
-            self.out_features,
-            slot=len(self.adapters) if slot is None else slot,
-            rank=config.rank_of(path),
-            scaling=config.scaling_of(path),
-            dropout=Stream(randomness.key_of(seed, f"{path}.dropout"), threshold_of(config.lora_dropout)),
-            dora=dora,
-            device=device,
-        )
-        self.adapters[name] = pair
-        return pair
+        dropout = Stream(randomness.key_of(seed, f"{path}.dropout"), threshold_of(config.lora_dropout))
+        return functools.partial(LoRAPair, self.in_features, self.out_features, dropout=dropout, dora=dora)
 
     def expect_magnitudes(self) -> None:
         """Prepare for DoRA adapters, before loading."""

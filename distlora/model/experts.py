@@ -10,6 +10,7 @@ Letters: B rows of the batch, T tokens of all of them, K experts per token, S = 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -90,29 +91,8 @@ class ExpertWeight(Adapted, FrozenTensor):
         """Return the LoRA adapters, without those of other methods."""
         return [pair for pair in self.adapters.values() if isinstance(pair, ExpertPair)]
 
-    def add_adapter(
-        self,
-        name: str,
-        config: AdapterConfig,
-        *,
-        path: str,
-        seed: int,
-        slot: int | None = None,
-        device: torch.device | str = "meta",
-    ) -> ExpertPair:
-        """Add an adapter as `AdaptedLinear.add_adapter` does; `seed` has no effect, because experts have no dropout."""
-        assert name not in self.adapters, f"{path} has an adapter {name} already"
-        pair = ExpertPair(
-            self.in_features,
-            self.out_features,
-            slot=len(self.adapters) if slot is None else slot,
-            num_experts=self.num_experts,
-            rank=config.rank_of(path),
-            scaling=config.scaling_of(path),
-            device=device,
-        )
-        self.adapters[name] = pair
-        return pair
+    def _new_pair(self, config: AdapterConfig, path: str, seed: int) -> Callable[..., LoRAPair]:
+        return functools.partial(ExpertPair, self.in_features, self.out_features, num_experts=self.num_experts)
 
     def forward(self, x: Tensor, routing: Routing, bias: Tensor | None, slots: tuple[int, ...] = ()) -> Tensor:
         """Return (S, out) from x (S, in), sorted by expert, with the adapters that the tokens' rows use.

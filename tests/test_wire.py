@@ -13,12 +13,14 @@ from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.config import Config
 from distlora.model.adapters import adapter_parameters
+from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Ranks
 from distlora.parallel.ranks import Traffic
 from distlora.planner import traffic as wire
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
+from distlora_kernels.formats.nf4 import NF4
 from family_models import VARIANTS, config_for, hf_config
 from run_models import build_run_model
 from small_models import config_with
@@ -47,6 +49,24 @@ def test_every_family_has_the_shapes_that_its_config_says(name: str, tmp_path: P
     assert sum(a.numel for block in shapes.adapters(config.adapter) for a in block) == sum(
         p.numel() for p in adapters.values()
     )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_large_weight_of_the_layers_is_in_nf4_and_no_other(name: str, tmp_path: Path) -> None:
+    hf_config(name).save_pretrained(tmp_path)
+    model, architecture = build_run_model(config_for(tmp_path)), shapes_in(tmp_path).architecture
+    large = {
+        f"{architecture.layer_prefix}{index}.{weight.path}"
+        for index in range(architecture.num_layers)
+        for weight in architecture.layer(index).weights
+        if weight.packs
+    }
+    held = {
+        model.hf_name(f"{path}.weight"): module.format
+        for path, module in model.named_modules()
+        if isinstance(module, FrozenTensor)
+    }
+    assert held == dict.fromkeys(large, NF4)
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "Gemma2", "Gemma3Text", "Llama", "Mistral"])

@@ -19,7 +19,6 @@ from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.model.token_matrix import TokenMatrix
 from distlora.parallel import Backend, watch, whole_shape
 from distlora.weights.conversion import Source, find_sources, names_without_a_place
 from distlora.weights.decompose import LowRankFactors, Residual
@@ -136,7 +135,6 @@ def load_base(
         _load_buffers(model, sources, reader, backend)
         bytes_read = reader.bytes_read + shards.bytes_read
         boundary(None, "writing the quantized-weights cache", long=True)
-    _check_formats(model)
     return Loaded(
         seconds=time.monotonic() - began,
         bytes_read=bytes_read,
@@ -206,17 +204,6 @@ def segments_of(
             f"{name} is stored as {dtype}; it is read from {', '.join(dtypes)}: set {{model.path}} to such a copy"
         )
     return source.segments
-
-
-def _check_formats(model: CausalLM) -> None:
-    """Assert that every large weight of the layers is in the format that was chosen for it."""
-    frozen = {
-        model.hf_name(f"{path}.weight"): None if module.format is None else module.format.name
-        for path, module in model.named_modules()
-        if isinstance(module, FrozenTensor) and not isinstance(module, TokenMatrix)
-    }
-    wrong = [name for name in model.formats.keys() | frozen.keys() if frozen.get(name, "") != model.formats.get(name)]
-    assert not wrong, f"{min(wrong)} is not in its format, which is {model.formats.get(min(wrong))}"
 
 
 def source_of(sources: Mapping[str, Source], name: str) -> Source:

@@ -130,8 +130,6 @@ class CausalLM(nn.Module):
         """Paths of linears of the Hugging Face model that are not frozen linears here: a vision tower's, routers."""
         self.compute_dtype: torch.dtype | None = None
         """Compute dtype of trained base parameters if they are fp32 masters; otherwise None."""
-        self.formats: dict[str, str | None] = {}
-        """Formats of the layers' large weights by Hugging Face name, None for a dense one. With adapter=full, none."""
         self.made_buffers: dict[str, Tensor] = {}
         """Buffers on the CPU that no checkpoint holds, by Hugging Face name."""
         self.attends_by_documents = False
@@ -383,9 +381,8 @@ def build_model(
     )
     contexts = [BlockContext() for _ in layers]
     format_of, kept = formats_of(spec, base, layout, architecture)
-    formats = {}
     if not full:
-        formats = _replace_weights(layers, contexts, spec, dtype, format_of, kept, architecture, for_slots=for_slots)
+        _replace_weights(layers, contexts, spec, dtype, format_of, kept, architecture, for_slots=for_slots)
     blocks = _wrap_layers(layers, contexts, train, spec.quant, dtype, architecture)
     model = CausalLM(
         decoder,
@@ -399,7 +396,7 @@ def build_model(
         modules_to_save=whole,
         outside_linears=outside,
     )
-    model.formats, model.made_buffers, model.notes = formats, buffers, architecture.notes
+    model.made_buffers, model.notes = buffers, architecture.notes
     if architecture.has_experts:
         _balance_routers(model, train)
     if training and (full or whole) and spec.dtype != "fp32":
@@ -496,8 +493,8 @@ def _replace_weights(
     architecture: Architecture,
     *,
     for_slots: bool,
-) -> dict[str, str | None]:
-    """Replace the linears of the layers, and their experts, by frozen or adapted ones. Return `CausalLM.formats`.
+) -> None:
+    """Replace the linears of the layers, and their experts, by frozen or adapted ones.
 
     `kept`: weights that are kept as they are shipped. `for_slots`: all linears can have adapters, and none has one yet.
     """
@@ -505,11 +502,9 @@ def _replace_weights(
     if not for_slots:
         targets = set(select_adapted(spec.adapter, architecture))
         check_patterns(spec.adapter, targets)
-    chosen: dict[str, str | None] = {}
     for index, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
         kind, prefix = architecture.layer(index), f"{architecture.layer_prefix}{index}."
         formats = {weight.path: format_of(prefix + weight.path, weight.kind) for weight in kind.weights if weight.packs}
-        chosen |= {prefix + path: format for path, format in formats.items()}
         replaced: dict[str, FrozenLinear] = {}
         for weight in kind.weights:
             if weight.kind != "linear":
@@ -539,7 +534,6 @@ def _replace_weights(
                     expert_weight.add_adapter(DEFAULT_ADAPTER, spec.adapter, path=path, seed=spec.seed)
         large = {weight.path: formats[weight.path] for weight in kind.weights if weight.kind == "fused"}
         freeze_parameters(layer, large, dtype=dtype)
-    return chosen
 
 
 def _train_whole(embedding: Any, head: LossHead, names: Collection[str], *, dtype: torch.dtype, training: bool) -> None:

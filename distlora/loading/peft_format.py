@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -79,6 +80,8 @@ def load_peft_adapter(
     with safetensors.safe_open(file, framework="pt") as tensors:
         whole = {of.name for of in initial.modules.values()}
         stored = {name: tensors.get_tensor(name) for name in tensors.keys() if name not in whole}  # noqa: SIM118
+    for name, tensor in stored.items():
+        _check_finite(file, name, tensor)
     experts = {path: weight.shape[0] for path, weight in model.architecture.adaptable() if path in initial.transposed}
     for path, count in experts.items():
         a, b = (initial.names[path, part] for part in "AB")
@@ -87,17 +90,12 @@ def load_peft_adapter(
         pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)
         for part, parameter in pair.named_parameters():
-            name = initial.names[path, part]
-            if not torch.isfinite(stored[name]).all():
-                raise UserError(f"{file}: {name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
-            parameter.copy_(stored[name])
+            parameter.copy_(stored[initial.names[path, part]])
     check_rows(initial.token_rows, file, stored=model.vocabulary.stored, hidden=whole_shape(model.head.weight)[1])
     for matrix, from_file in initial.token_rows.items():
         rows = model.rows_of(matrix)
         if rows is None:  # Of a tied head, which has the embedding's.
             continue
-        if not torch.isfinite(stored[from_file.name]).all():
-            raise UserError(f"{file}: {from_file.name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
         # Rows of this run's new tokens keep their initial values.
         rows.rows[[rows.ids.index(id) for id in from_file.ids]] = stored[from_file.name].to(rows.rows)
     vocabulary, modules = model.vocabulary, whole_modules(model)
@@ -108,9 +106,13 @@ def load_peft_adapter(
         for module, of in initial.modules.items():
             local, first = backend.local_rows(by_name[module])
             rank_rows = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]
-            if not torch.isfinite(rank_rows).all():
-                raise UserError(f"{file}: {of.name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
+            _check_finite(file, of.name, rank_rows)
             local[: len(rank_rows)] = rank_rows  # Rows of the run's new tokens keep their initial values.
+
+
+def _check_finite(file: Path, name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{file}: {name} holds NaN or Inf; set {{adapter.init_from}} to another adapter")
 
 
 def transposed_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tensor]:

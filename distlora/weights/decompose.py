@@ -145,7 +145,7 @@ def gram(tall_TN: Tensor) -> Tensor:
     """Return X^T X, (N, N) fp64."""
     columns = tall_TN.shape[1]
     gram_NN = torch.zeros(columns, columns, dtype=torch.float64, device=tall_TN.device)
-    for part_cN in _parts(tall_TN):
+    for _, part_cN in _parts(tall_TN):
         gram_NN.addmm_(part_cN.T, part_cN)
     return gram_NN
 
@@ -153,24 +153,21 @@ def gram(tall_TN: Tensor) -> Tensor:
 def times(tall_TN: Tensor, other_NR: Tensor) -> Tensor:
     """Return X @ other, (T, R) fp64."""
     product_TR = torch.empty(tall_TN.shape[0], other_NR.shape[1], dtype=torch.float64, device=tall_TN.device)
-    first = 0
-    for part_cN in _parts(tall_TN):
-        torch.mm(part_cN, other_NR, out=product_TR[first : first + len(part_cN)])
-        first += len(part_cN)
+    for rows, part_cN in _parts(tall_TN):
+        torch.mm(part_cN, other_NR, out=product_TR[rows])
     return product_TR
 
 
 def transposed_times(tall_TN: Tensor, other_TR: Tensor) -> Tensor:
     """Return X^T @ other, (N, R) fp64."""
     product_NR = torch.zeros(tall_TN.shape[1], other_TR.shape[1], dtype=torch.float64, device=tall_TN.device)
-    first = 0
-    for part_cN in _parts(tall_TN):
-        product_NR.addmm_(part_cN.T, other_TR[first : first + len(part_cN)])
-        first += len(part_cN)
+    for rows, part_cN in _parts(tall_TN):
+        product_NR.addmm_(part_cN.T, other_TR[rows])
     return product_NR
 
 
-def _parts(tall_TN: Tensor) -> Iterator[Tensor]:
-    rows = max(1, ELEMENTS // tall_TN.shape[1])
-    for part_cN in tall_TN.split(rows):
-        yield part_cN.double()
+def _parts(tall_TN: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    step = max(1, ELEMENTS // tall_TN.shape[1])
+    for first in range(0, len(tall_TN), step):
+        rows = slice(first, first + step)
+        yield rows, tall_TN[rows].double()

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from distlora.analysis.quantization.sensitivity import Sensitivity
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.low_bit_headers import LowBitSegment
-from distlora.architecture.safetensors_headers import SOURCE_DTYPES
 from distlora.config import ModelSpec, UserError
-from distlora.loading.load_base import find_base
+from distlora.loading.load_base import find_base, segments_of
 from distlora.loading.quantize import DoubleQuantizedAbsmax, requantized, run_size
 from distlora.model.build import CausalLM, build_model
 from distlora.model.frozen_linear import FrozenTensor
@@ -298,17 +296,8 @@ def find_weights(spec: ModelSpec) -> tuple[list[Weight], int]:
     for name, module in block_weights(model):
         if not module.quantized:  # A router, which stays as it is.
             continue
-        source = sources.get(name)
-        if source is None or source.shape != module.shape:
-            found = "no tensor" if source is None else f"shape {list(source.shape)}"
-            raise UserError(
-                f"the checkpoint has {found} for {name}, which config.json describes as {list(module.shape)}; they "
-                "belong to different models: download the folder again"
-            )
-        stored = source.segments[0]
-        if stored.dtype not in SOURCE_DTYPES and not isinstance(stored, LowBitSegment):
-            raise UserError(f"{name} is stored as {stored.dtype}, not as {', '.join(SOURCE_DTYPES)}; name such a copy")
-        weights.append(Weight(name, source))
+        segments_of(sources, name, module.shape)
+        weights.append(Weight(name, sources[name]))
     tied = {f"{model.architecture.head}.weight"} if model.tied else set()
     total = sum(segment.numel for name, s in sources.items() if name not in tied for segment in s.segments)
     return weights, total

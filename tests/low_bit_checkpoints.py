@@ -218,15 +218,27 @@ def bnb_int8(dense: Tensor) -> Checkpoint:
     return tensors, {"quant_method": "bitsandbytes", "load_in_8bit": True}, {f"{NAME}.weight": value}
 
 
+def bnb_nf4(dense: Tensor, *, nested: bool) -> Checkpoint:
+    """Return a weight in NF4. The values are asked for as rows of one block (tests/test_nf4.py)."""
+    import bitsandbytes.functional as F
+
+    packed, state = F.quantize_4bit(dense, blocksize=64, compress_statistics=nested, quant_type="nf4")
+    tensors = {f"{NAME}.weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    tensors[f"{NAME}.weight"] = packed
+    state.shape = torch.Size((dense.numel() // 64, 64))
+    value = F.dequantize_4bit(packed, state).view(dense.shape)
+    return tensors, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {f"{NAME}.weight": value}
+
+
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group"}
 FP8 = {"num_bits": 8, "type": "float"}
-CHECKPOINTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Checkpoint], str]] = {
+CHECKPOINTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Checkpoint], str | None]] = {
     "fp8": ((256, 384), block_fp8, "fp8_block"),
     "fp8-ragged": ((576, 300), block_fp8, "fp8_block"),
     "fp8-bf16-scales": ((130, 512), lambda w: block_fp8(w, torch.bfloat16), "fp8_block"),
     "fp8-ue8m0": ((64, 200), lambda w: block_fp8(w, torch.float8_e8m0fnu), "fp8_block"),
     "fp8-experts": ((3, 256, 130), block_fp8, "fp8_block"),
-    "fp8-ragged-experts": ((3, 200, 130), block_fp8, ""),
+    "fp8-ragged-experts": ((3, 200, 130), block_fp8, None),
     "fp8-tensor": ((200, 130), tensor_fp8, "fp8_block"),
     "mxfp4": ((3, 90, 64), gpt_oss, "mxfp4"),
     "ct-int4": ((67, 192), lambda w: compressed(w, "pack-quantized", **INT4, group_size=32), "int4_g32"),
@@ -244,10 +256,10 @@ CHECKPOINTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Checkpoint], st
     "ct-int8-packed": (
         (33, 64),
         lambda w: compressed(w, "pack-quantized", **INT4 | {"num_bits": 8}, group_size=32),
-        "",
+        None,
     ),
-    "ct-int8": ((33, 50), lambda w: compressed(w, "int-quantized", num_bits=8, type="int", strategy="channel"), ""),
-    "ct-fp8-channel": ((33, 50), lambda w: compressed(w, "float-quantized", **FP8, strategy="channel"), ""),
+    "ct-int8": ((33, 50), lambda w: compressed(w, "int-quantized", num_bits=8, type="int", strategy="channel"), None),
+    "ct-fp8-channel": ((33, 50), lambda w: compressed(w, "float-quantized", **FP8, strategy="channel"), None),
     "ct-fp8-tensor": ((33, 50), lambda w: compressed(w, "float-quantized", **FP8, strategy="tensor"), "fp8_block"),
     "ct-fp8-block": (
         (200, 300),
@@ -272,12 +284,14 @@ CHECKPOINTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Checkpoint], st
     "awq-128": ((24, 384), lambda w: awq(w, 128), "int4_g128_fp16_zeros"),
     "awq-channel": ((24, 64), lambda w: awq(w, -1), "int4_g64_fp16_zeros"),
     "gptq-128": ((40, 256), lambda w: gptq(w, 128), "int4_g128_fp16_zeros"),
-    "gptq-64-order": ((40, 192), lambda w: gptq(w, 64, in_order=False), ""),
+    "gptq-64-order": ((40, 192), lambda w: gptq(w, 64, in_order=False), None),
     "gptq-v2-32": ((40, 96), lambda w: gptq(w, 32, version="gptq_v2"), "int4_g32_fp16_zeros"),
     "gptq-channel": ((40, 96), lambda w: gptq(w, -1), "int4_g32_fp16_zeros"),
-    "gptq-ragged": ((40, 200), lambda w: gptq(w, 128), ""),
-    "gptq-8": ((40, 96), lambda w: gptq(w, 32, bits=8), ""),
-    "bnb-int8": ((33, 50), bnb_int8, ""),
+    "gptq-ragged": ((40, 200), lambda w: gptq(w, 128), None),
+    "gptq-8": ((40, 96), lambda w: gptq(w, 32, bits=8), None),
+    "bnb-int8": ((33, 50), bnb_int8, None),
+    "bnb-nf4": ((48, 100), lambda w: bnb_nf4(w, nested=True), "nf4"),
+    "bnb-nf4-absmax": ((48, 100), lambda w: bnb_nf4(w, nested=False), "nf4_absmax"),
 }
 """By name: shape, how it is written, and the format that quant=keep holds it in."""
 

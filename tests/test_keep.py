@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close, assert_same_run
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.kept_weights import is_transposed
+from distlora.architecture.kept_weights import is_transposed, kept_weights
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.low_bit_methods import is_converted
+from distlora.architecture.spec import Weight
 from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.config.plan import CHOSEN
@@ -41,11 +43,13 @@ from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.planning import check_planned
 from family_models import config_for
 from kept_models import MODELS, edited, write_kept_model
+from low_bit_checkpoints import checkpoint
 from packs import make_pack
 from plan_inputs import cpu_machine, machine_of
 from small_models import make_run, write_model_folder, write_text_file
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_exporting import exported, in_process  # noqa: F401  (a fixture)
+from test_low_bit import write
 from test_packed import run_pack
 from test_parity import adapters_after, outcome, result_of
 from test_resume import run_until
@@ -318,6 +322,25 @@ def test_experts_of_parts_that_are_no_whole_blocks_are_refused(tmp_path: Path) -
     write_kept_model(tmp_path / "model", "nvfp4-experts", num_hidden_layers=1, moe_intermediate_size=96)
     with pytest.raises(UserError, match=r"experts\.gate_up_proj: .* not whole blocks of NVFP4; set quant=nf4"):
         check_model(config_in(tmp_path / "model"))
+
+
+def test_a_tensor_that_is_cut_inside_a_tile_is_refused_from_headers(tmp_path: Path) -> None:
+    tensors, config, values = checkpoint("fp8")
+    headers = write(tmp_path, (tensors, config, values)).headers
+    ((stored, value),) = values.items()
+    for heights, message in (((128, 128), None), ((96, 160), r"0\.a: a part of a tensor is not whole blocks of FP8")):
+        weights = [Weight(path, (rows, value.shape[1]), "linear") for path, rows in zip("ab", heights, strict=True)]
+        model: Any = SimpleNamespace(
+            num_layers=1,
+            layer_prefix="",
+            layer=lambda _, weights=weights: SimpleNamespace(weights=weights),
+            on_disk=lambda _: {"0.a": (stored,), "0.b": (stored,)},
+        )
+        if message is None:
+            assert set(kept_weights(model, headers)) == {"0.a", "0.b"}
+        else:
+            with pytest.raises(UserError, match=message):
+                kept_weights(model, headers)
 
 
 def test_a_base_in_16_bits_is_refused_in_a_second_without_torch(place: Any, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from distlora.post.trained import Name, base_spec
 from distlora.training.publish import publish_result
 from distlora.weights.low_bit import CODECS
 from distlora.weights.reader import Reader
+from distlora_kernels import reference
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_launcher.compose.checks import check_model
 from family_models import SINGLE, VARIANTS, hf_model, load_ours, our_logits, tokens, write_family_folder
@@ -84,6 +85,9 @@ def decoded(format: str, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     if format == "fp8_block":
         return codes.view(torch.float8_e4m3fn).float() * scales
     nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+    if format.startswith("nf4"):
+        values = torch.tensor(reference.NF4_LEVELS)[nibbles.view(-1, 32, 2).flip(2).flatten(1).long()]
+        return values * (reference.dynamic_map()[scales.long()] * more[0] + more[1] if more else scales)
     if format.startswith("int4"):
         return (nibbles.float() - (more[0].float() if more else 8)) * scales.float()
     levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -115,7 +119,7 @@ def test_stored_blocks_hold_the_same_values(tmp_path: Path, name: str) -> None:
             first, stop = sorted(draw.sample(range(len(blocks) + 1), k=2))
             parts = CODECS[tensor.codec].blocks(tensor, reader, first, stop - first)
             assert {len(part) for part in parts} == {stop - first}
-            values = decoded(tensor.format, parts)
+            values = decoded(tensor.format, (*parts, *CODECS[tensor.codec].replicated(tensor, reader)))
             if name == "modelopt-nvfp4":  # Its scale multiplies, the format's divides.
                 torch.testing.assert_close(values, blocks[first:stop], rtol=5 * 2**-24, atol=0)
             else:
@@ -205,7 +209,7 @@ def test_gpt_oss_in_mxfp4_trains_and_merges_as_transformers_reads_it(
 
 
 FUZZED = ("mxfp4", "gptq-64-order", "ct-int4-zeros", "fp8-ragged", "fp8-tensor", "ct-fp8-block", "ct-nvfp4")
-FUZZED += ("modelopt-nvfp4", "awq-32", "bnb-int8")
+FUZZED += ("modelopt-nvfp4", "awq-32", "bnb-int8", "bnb-nf4")
 
 
 def read_all(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -224,7 +228,14 @@ def read_all(folder: Path) -> dict[str, tuple[int, ...]]:
 def test_damaged_checkpoints_are_refused_by_the_name_of_file_or_tensor(tmp_path: Path, name: str) -> None:
     """300 cases: damaged headers, shapes and dtypes, truncated data, missing parts, other and unknown settings."""
     write(tmp_path, checkpoint(name))
-    names = ("model.safetensors", "config.json", "quantization_config", "in the checkpoint, which")
+    names = (
+        "model.safetensors",
+        "config.json",
+        "quantization_config",
+        "quant_state",
+        "quant_map",
+        "in the checkpoint, which",
+    )
     for file, damages in (("model.safetensors", any_tensors), ("config.json", any_json)):
         holds(Damage(file, damages, read_all, names=names, examples=15), tmp_path)
 
@@ -394,7 +405,7 @@ def test_a_merge_drops_settings_in_text_config_and_a_build_reads_them(tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps({"text_config": four}))
     nothing: Any = None
     with pytest.raises(UserError, match=r"no weight in .* is quantized"):
-        formats_of(base_spec(str(tmp_path), "nf4"), files, nothing, nothing)
+        formats_of(base_spec(str(tmp_path), "nf4"), files, nothing)
     vocabulary, architecture = SimpleNamespace(has_grown=False), SimpleNamespace(text_config="text_config")
     model = SimpleNamespace(vocabulary=vocabulary, architecture=architecture, tied_in_base=False)
     base: Any = SimpleNamespace(model=model)

@@ -29,10 +29,11 @@ from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, Ranks
 from distlora.planner import plan_of
+from distlora.planner.choose import Search, resolve_auto
 from distlora.planner.machine import machine_of
 from distlora.planner.model import find_model
+from distlora.planner.report import lines
 from distlora.training import worker
-from distlora.weights.prequantized import read_prequantized_weights
 from distlora_kernels import nf4_cpu, reference
 from distlora_kernels.formats import nf4
 from distlora_launcher.compose.checks import check_model
@@ -370,13 +371,13 @@ def test_other_quantization_is_refused_by_field(
 
 
 STATES = [
-    ({"blocksize": 128}, r"q_proj\.weight: blocksize=128.*only 64"),
+    ({"blocksize": 128}, r"q_proj\.weight\.quant_state\.blocksize=128.*only 64"),
     ({"nested_blocksize": 128}, "nested_blocksize=128.*only 256"),
     ({"nested_dtype": "float16"}, "nested_dtype='float16'"),
     ({"nested_offset": float("nan")}, "nested_offset=nan"),
     ({"quant_type": "fp4"}, "quant_type='fp4'"),
     ({"shape": [128]}, r"shape=\[128\]"),
-    ({"shape": [128, 64]}, r"has 8,192 entries; a weight of shape \[128, 64\].*has 4,096"),
+    ({"shape": [128, 64]}, r"has 8,192 bytes of codes; a weight of shape \[128, 64\] has 4,096"),
 ]
 
 
@@ -386,14 +387,15 @@ def test_missing_or_unsupported_parts_are_refused(quantized: Path, tmp_path: Pat
         ({f"{WEIGHT}.absmax": None}, r"no tensor model\.layers\.1.*absmax"),
         ({f"{WEIGHT}.nested_quant_map": None}, "no tensor .*nested_quant_map"),
         ({f"{WEIGHT}.absmax": torch.zeros(256)}, "absmax is stored as F32, not U8"),
-        ({f"{WEIGHT}.nested_absmax": torch.zeros(3)}, r"nested_absmax has 3 entries; .* has 1;"),
+        ({f"{WEIGHT}.nested_absmax": torch.zeros(3)}, r"nested_absmax has shape \[3\]; .* needs \[1\]"),
+        ({"model.norm.weight.absmax": torch.zeros(3)}, r"norm\.weight\.absmax belongs to no quantized weight"),
         ({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.tensor(list(b"{"), dtype=torch.uint8)}, "is not JSON"),
         ({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.tensor(list(b"[]"), dtype=torch.uint8)}, "not a JSON obj"),
     ]
     for number, (change, says) in enumerate(changes):
         folder = copy_with(quantized / "nested", tmp_path / str(number), change)
         with pytest.raises(UserError, match=says):
-            read_prequantized_weights(CheckpointFiles(folder))
+            _ = CheckpointFiles(folder).headers
 
 
 def test_other_maps_and_non_finite_numbers_are_refused(quantized: Path, tmp_path: Path) -> None:
@@ -407,8 +409,8 @@ def test_other_maps_and_non_finite_numbers_are_refused(quantized: Path, tmp_path
         (nested, {f"{WEIGHT}.quant_map": bnb.get_4bit_type("fp4", device="cpu")}, r"quant_map holds .* NF4's levels"),
         (nested, {f"{WEIGHT}.nested_quant_map": linear_map}, r"nested_quant_map is not .* dynamic map \(entry"),
         (nested, {f"{WEIGHT}.nested_quant_map": with_nan}, r"nested_quant_map is not .* \(entry 7 is nan"),
-        (nested, {f"{WEIGHT}.nested_absmax": torch.tensor([torch.nan])}, r"nested_absmax holds NaN or Inf"),
-        (plain, {f"{WEIGHT}.absmax": absmax}, r"q_proj\.weight\.absmax holds NaN or Inf"),
+        (nested, {f"{WEIGHT}.nested_absmax": torch.tensor([torch.nan])}, r"q_proj\.weight holds NaN or Inf"),
+        (plain, {f"{WEIGHT}.absmax": absmax}, r"q_proj\.weight holds NaN or Inf"),
     ]
     for number, (source, change, says) in enumerate(changes):
         folder = copy_with(source, tmp_path / str(number), change)
@@ -432,7 +434,6 @@ def test_map_with_other_last_bits_is_accepted(quantized: Path, tmp_path: Path) -
             {"quant": {"method": "none"}},
             r"quant=none keeps weights in 16 bits, but model\.path=.* is quantized already; set quant=nf4",
         ),
-        ({"quant": {"method": "keep"}}, r"model\.path=.* is stored in NF4; set quant=nf4, which keeps it unchanged"),
         ({"quant": {"method": "none"}, "adapter": {"method": "full"}}, "adapter=full trains every weight, but"),
         (
             {"adapter": {"init": "pissa_niter_4"}},
@@ -440,12 +441,34 @@ def test_map_with_other_last_bits_is_accepted(quantized: Path, tmp_path: Path) -
         ),
         ({"adapter": {"init": "loftq"}}, "init=loftq decomposes 16-bit weights, but .* is quantized already"),
     ],
-    ids=["none", "keep", "full", "pissa", "loftq"],
+    ids=["none", "full", "pissa", "loftq"],
 )
 def test_settings_that_need_16_bit_weights_are_refused(quantized: Path, sections: dict[str, Any], says: str) -> None:
     for refuse in (check_model, build_run_model):
         with pytest.raises(UserError, match=says):
             refuse(config_for(quantized / "nested", **sections))
+
+
+@pytest.mark.parametrize("variant", ["skipping", "odd-plain"])
+def test_keep_is_nf4_and_auto_is_keep(quantized: Path, variant: str) -> None:
+    folder = quantized / variant
+    kept, _, figures = loaded(folder, quant={"method": "keep"})
+    assert figures.prequantized
+    in_nf4, (config, auto) = (
+        loaded(folder)[0],
+        (config_for(folder, quant={"method": each}) for each in ("keep", "auto")),
+    )
+    expected = in_nf4.state_dict()
+    assert kept.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in kept.state_dict().items())
+    check_model(config)
+    plans = [
+        plan_of(each, find_model(each), machine_of(each.gpu, each.cluster)) for each in (config_for(folder), config)
+    ]
+    assert plans[0].device == plans[1].device
+    assert not any("rounds it again" in line for line in lines(plans[0]))
+    found = resolve_auto(Search(config=auto, model=find_model(auto), machine=machine_of(auto.gpu, auto.cluster)))
+    assert found.config.quant.method == "keep"
 
 
 def test_quantized_head_is_refused(quantized: Path) -> None:

@@ -109,8 +109,12 @@ def test_second_start_reads_only_its_rows_and_is_bit_identical(
     for plain, kept, read in zip(without, first, second, strict=True):
         assert_same(plain, kept)
         assert_same(plain, read)
-        assert (plain.loaded.kept_bytes, kept.loaded.cached_weights, read.loaded.kept_bytes) == (0, 0, 0)
-        assert kept.loaded.kept_bytes > 0
+        assert (plain.loaded.cache_bytes_written, kept.loaded.cached_weights, read.loaded.cache_bytes_written) == (
+            0,
+            0,
+            0,
+        )
+        assert kept.loaded.cache_bytes_written > 0
         assert is_whole(read)
         assert read.loaded.how == "from the quantized-weights cache"
         assert kept.loaded.how == "and quantized and cached"
@@ -163,7 +167,7 @@ def test_only_one_replica_writes_and_all_read(world: World, folders: Path, tmp_p
     copies = {"parallel": {"shard_degree": 2}, "cluster": {"gpus_per_node": 4}}
     config = config_for(folders / "llama", tmp_path / "cache", **copies)
     first, second = world.run(4, start, config=config), world.run(4, start, config=config)
-    assert [s.loaded.kept_bytes > 0 for s in first] == [True, True, False, False]
+    assert [s.loaded.cache_bytes_written > 0 for s in first] == [True, True, False, False]
     for rank, (kept, read) in enumerate(zip(first, second, strict=True)):
         assert is_whole(read)
         assert_same(kept, read)
@@ -334,7 +338,7 @@ def test_ranks_with_different_base_files_cache_nothing(world: World, folders: Pa
     started = world.run(2, start_on, configs=configs)
     assert "the ranks see different files of the base" in started[0].said[-1]
     assert entries(tmp_path / "cache") == []
-    assert {one.loaded.kept_bytes for one in started} == {0}
+    assert {one.loaded.cache_bytes_written for one in started} == {0}
 
 
 def test_damage_on_one_rank_quantizes_the_layer_on_all(world: World, folders: Path, tmp_path: Path) -> None:
@@ -509,7 +513,7 @@ def test_least_recently_used_entry_is_removed_first(folders: Path, tmp_path: Pat
     # The own entry is used now: another base's start would find it in use.
     tight = start(SINGLE, config=config_for(folders / "qwen3", cache, quant={"cache_gb": 1.3e-3}))
     assert sum("leaves no room" in line for line in tight.said) == 2  # For base-2, which went, and for its own.
-    assert tight.loaded.kept_bytes == 0
+    assert tight.loaded.cache_bytes_written == 0
     # What is whole is read, and nothing said or removed, under a limit that it would not fit.
     within = start(SINGLE, config=config_for(folders / "llama", cache, quant={"cache_gb": 1e-4}))
     assert is_whole(within)

@@ -99,9 +99,9 @@ def _segment(
     if kind in _DENSE and len(sources) == 1 and entry["order"] is None and not entry["minus_one"]:
         return Segment(file, offset, size, kind, shape)
     types = tuple((kind, block, block_bytes) for kind, _, _, block, block_bytes in sources)
-    format = format_name(kind)
+    format: str | None = format_name(kind)
     if len(set(types)) > 1 or format not in FORMAT_LAYOUTS or entry["minus_one"]:
-        format = ""
+        format = None
     return GgufTensor(
         name=name,
         shape=shape,

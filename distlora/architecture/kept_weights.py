@@ -1,7 +1,7 @@
 """Decide which weights quant=keep keeps in the low bits that a checkpoint ships them in. Needs no torch.
 
 Large weights of the decoder layers are kept: linears and experts. Those that are dense on disk stay dense, and weights
-in low bits elsewhere (an LM head) are dequantized while they are read.
+in low bits elsewhere (an LM head) are dequantized while they are read. Weights in NF4 are kept by quant=nf4 too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distlora.architecture.low_bit_headers import LowBitSegment
-from distlora.architecture.low_bit_methods import expected_parts, is_converted, with_low_bit
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.low_bit_headers import USE_16_BIT, LowBitSegment
+from distlora.architecture.low_bit_methods import NF4, expected_parts, is_converted, quantization_method, with_low_bit
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.architecture.spec import Architecture
-from distlora.config import UserError
-from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP, labels
+from distlora.config import ModelSpec, UserError
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP, is_nf4, labels
 
 
 class KeptWeight(NamedTuple):
@@ -28,11 +29,57 @@ class KeptWeight(NamedTuple):
     """True if each of its matrices is stored, and kept, as the transpose of the model's."""
 
 
-def kept_weights(architecture: Architecture, headers: Mapping[str, Segment], place: object) -> dict[str, KeptWeight]:
-    """Return the kept weights by the model's names.
+def kept_by(spec: ModelSpec, base: CheckpointFiles, architecture: Architecture) -> dict[str, KeptWeight]:
+    """Return the weights that a run keeps as its checkpoint has them. Raises UserError if it cannot keep them."""
+    in_nf4 = quantization_method(base.config, base.folder / "config.json") == NF4
+    if in_nf4:
+        check_nf4_base(spec)
+    if spec.quant.method != "keep" and not in_nf4:
+        return {}
+    kept = kept_weights(architecture, base.headers)
+    if spec.quant.method == "keep" and not kept:
+        raise nothing_to_keep(base.folder)
+    return kept
 
-    `headers`: CheckpointFiles.headers; `place`: the checkpoint's folder, for messages. Raises UserError if there are
-    none, and with the name and the reason for a weight in low bits that cannot be kept.
+
+def check_nf4_base(spec: ModelSpec) -> None:
+    """Raise UserError for settings that a base that is stored in NF4 does not support."""
+    reason = f"{{model.path}}={spec.model.path} is quantized already"
+    if spec.adapter.method == "full":
+        raise UserError(f"adapter=full trains every weight, but {reason}; set {{model.path}} to the 16-bit checkpoint")
+    if spec.quant.method in ("none", "mixed"):
+        does = "keeps weights in 16 bits" if spec.quant.method == "none" else "quantizes 16-bit weights"
+        raise UserError(
+            f"quant={spec.quant.method} {does}, but {reason}; set quant=nf4, or {{model.path}} to the 16-bit checkpoint"
+        )
+    if spec.adapter.decomposes:
+        raise UserError(
+            f"adapter.init={spec.adapter.init} decomposes 16-bit weights, but {reason}; set adapter.init=kaiming, or "
+            "{model.path} to the 16-bit checkpoint"
+        )
+
+
+def nf4_outside_layers(name: str) -> UserError:
+    """Return the error for a weight in NF4 that distlora keeps dense, such as the LM head."""
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return UserError(
+        f"{name} is stored in NF4, which only linears of the decoder blocks may be; save the checkpoint again with "
+        f"{module} in llm_int8_skip_modules, or {USE_16_BIT}"
+    )
+
+
+def nothing_to_keep(place: object) -> UserError:
+    """Return the error for quant=keep with a checkpoint in the folder `place` that has nothing to keep."""
+    return UserError(
+        "quant=keep keeps the quantized weights of a checkpoint, and the linears in the decoder layers of "
+        f"{{model.path}}={place} are not quantized; set quant=nf4"
+    )
+
+
+def kept_weights(architecture: Architecture, headers: Mapping[str, Segment]) -> dict[str, KeptWeight]:
+    """Return the weights that can be kept by the model's names; `headers`: CheckpointFiles.headers.
+
+    Raises UserError with the name and the reason for a weight in low bits that cannot be kept.
     """
     found = {}
     stored_as = architecture.on_disk(headers)
@@ -41,14 +88,12 @@ def kept_weights(architecture: Architecture, headers: Mapping[str, Segment], pla
             name = f"{architecture.layer_prefix}{index}.{weight.path}"
             segments = [headers[stored] for stored in stored_as.get(name, ())]
             if weight.packs and (kept := kept_weight(name, segments)) is not None:
+                cut = sum(segment.numel for segment in segments) > weight.numel
+                if cut and weight.numel % _unit(kept.format, weight.shape[-1]):
+                    raise _cannot_keep(name, f"a part of a tensor is not whole blocks of {labels([kept.format])[0]}")
                 if kept.transposed and weight.kind != "experts":
                     raise _cannot_keep(name, "its matrices are stored transposed, and the model's own code reads them")
                 found[name] = kept
-    if not found:
-        raise UserError(
-            "quant=keep keeps the quantized weights of a checkpoint, and the linears in the decoder layers of "
-            f"{{model.path}}={place} are not quantized; set quant=nf4"
-        )
     return found
 
 
@@ -87,10 +132,15 @@ def kept_weight(name: str, segments: Sequence[Segment]) -> KeptWeight | None:
     tensors = [segment.tensor for segment in segments if isinstance(segment, LowBitSegment)]
     if not tensors:
         return None
-    formats = sorted({tensor.format for tensor in tensors})
     for tensor in tensors:
-        if not tensor.format:
+        if tensor.format is None:
             raise _cannot_keep(name, tensor.reason)
+    formats = sorted({tensor.format for tensor in tensors if tensor.format is not None})
+    if any(map(is_nf4, formats)) and list(segments) != [tensors[0].segment]:
+        raise UserError(
+            f"{name} is made from {len(segments)} tensors, of which {tensors[0].name} is quantized; NF4 weights cannot "
+            f"be merged or cut as they are: {USE_16_BIT}"
+        )
     if len(formats) > 1 or len(tensors) < len(segments):
         dtypes = {segment.dtype for segment in segments if not isinstance(segment, LowBitSegment)}
         listed = ", ".join([*labels(formats), *sorted(dtypes)])
@@ -114,7 +164,7 @@ def _unit(format: str, width: int) -> int:
     return GROUP if any(not part.shape for part in sizes.parts) else sizes.block
 
 
-def is_kept(format: str | None, segments: Sequence[Segment]) -> bool:
+def is_kept(format: str, segments: Sequence[Segment]) -> bool:
     """Return True if a weight in this format has the bytes of the checkpoint: it is shipped in it."""
     first = segments[0]
     return isinstance(first, LowBitSegment) and first.tensor.format == format

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint ships in low bits: found by name and shape in its headers. Needs no torch, reads no values.
+"""Describe the quantized weights of a checkpoint, and take their parts from its headers. Needs no torch.
 
 A quantized weight is several tensors on disk: codes, scales, sometimes zero points or an order of the columns. They are
 paired here by the rules of `quantization_config.quant_method`, and appear under the weight's ordinary name as one
@@ -17,15 +17,15 @@ from typing import Any
 from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
 from distlora.config.errors import short
-from distlora_kernels.format_layouts import FORMAT_LAYOUTS
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, is_nf4
 
 LOW_BIT = "LOWBIT"
 """Dtype of a `LowBitSegment`, in which a weight counts as one byte."""
 
 READER_VERSION = 1
 """Part of the identity of weights in low bits. Increase it after any change of the values that they are read as."""
-AGAIN = "the checkpoint is damaged, download it again"
-INSTEAD = "set {model.path} to the 16-bit checkpoint (quant=nf4 quantizes it while it is read)"
+DOWNLOAD_AGAIN = "the checkpoint is damaged, download it again"
+USE_16_BIT = "set {model.path} to the 16-bit checkpoint (quant=nf4 quantizes it while it is read)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,10 +46,10 @@ class LowBitTensor:
     """Bits of a code."""
     transposed: bool = False
     """True if each matrix is stored as the transpose of what `shape` says."""
-    format: str = ""
-    """Name of the kernels' format that holds it as it is; empty if quant=keep cannot."""
+    format: str | None = None
+    """Name of the kernels' format that holds it as it is; None if quant=keep cannot."""
     reason: str = ""
-    """Why `format` is empty."""
+    """Why `format` is None."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -71,6 +71,19 @@ class LowBitTensor:
         return LowBitSegment(file=file, offset=0, num_bytes=numel, dtype=LOW_BIT, shape=self.shape, tensor=self)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nf4Tensor(LowBitTensor):
+    """A weight that bitsandbytes stored in NF4; `parts` are named as those of its format, with quant_map beside."""
+
+    offset: float | None
+    """Mean of all absmax; None without double quantization."""
+
+    @property
+    def meaning(self) -> str:
+        """Return nothing: all that decides the values is stored, in quant_state."""
+        return ""
+
+
 @dataclass(frozen=True, slots=True)
 class LowBitSegment(Segment):
     """A weight in low bits, or a range of it: `offset` and `num_bytes` count weights, `file` holds the codes."""
@@ -78,13 +91,18 @@ class LowBitSegment(Segment):
     tensor: LowBitTensor
 
 
+def in_nf4(segment: Segment) -> bool:
+    """Return True for a weight that is stored in NF4."""
+    return isinstance(segment, LowBitSegment) and is_nf4(segment.tensor.format)
+
+
 def meaning_of(headers: Mapping[str, Segment]) -> bytes:
     """Return the SHA-256 of how the weights in low bits among `headers` are decoded; empty if there are none.
 
     The same bytes have other values by other settings, so a name of the values needs both.
     """
-    meanings = [each.tensor.meaning for _, each in sorted(headers.items()) if isinstance(each, LowBitSegment)]
-    if not meanings:
+    low_bit = [each.tensor for _, each in sorted(headers.items()) if isinstance(each, LowBitSegment)]
+    if not (meanings := [meaning for tensor in low_bit if (meaning := tensor.meaning)]):
         return b""
     return hashlib.sha256("\n".join([f"reader {READER_VERSION}", *meanings]).encode()).digest()
 
@@ -97,6 +115,7 @@ PARTS = (
     *("_scale_inv", "_scale_2", "_proj_scale", ".weight_scale", ".weight_global_scale", ".weight_zero_point"),
     *("_packed", ".weight_shape", ".weight_g_idx", "_proj_blocks", "_proj_scales", ".pre_quant_scale"),
     *(".qweight", ".qzeros", ".scales", ".g_idx", ".SCB", ".weight_format"),
+    *(".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".bitsandbytes__nf4", ".bitsandbytes__fp4"),
 )
 """Endings of tensors that only a quantized weight has."""
 
@@ -127,13 +146,22 @@ class Parts:
         if segment is None:
             raise UserError(f"no tensor {name} in the checkpoint, which {of} needs; download it again")
         if segment.dtype not in dtypes:
-            raise UserError(f"{segment.file}: {name} is stored as {segment.dtype}, not {' or '.join(dtypes)}; {AGAIN}")
+            raise UserError(
+                f"{segment.file}: {name} is stored as {segment.dtype}, not {' or '.join(dtypes)}; {DOWNLOAD_AGAIN}"
+            )
         if shape is not None and trimmed(segment.shape) != trimmed(shape):
             raise UserError(
                 f"{segment.file}: {name} has shape {short(list(segment.shape))}; {of} needs {short(list(shape))}; "
-                f"{AGAIN}"
+                f"{DOWNLOAD_AGAIN}"
             )
         return segment
+
+
+def content_of(segment: Segment) -> bytes:
+    """Read a small tensor."""
+    with segment.file.open("rb") as stream:
+        stream.seek(segment.offset)
+        return stream.read(segment.num_bytes)
 
 
 def trimmed(shape: Sequence[int]) -> tuple[int, ...]:
@@ -142,22 +170,22 @@ def trimmed(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape[:length])
 
 
-def matrix_of(name: str, segment: Segment, widths: int = 1) -> tuple[int, ...]:
+def weight_shape(name: str, segment: Segment, widths: int = 1) -> tuple[int, ...]:
     """Return the shape of a weight whose codes lie `widths` to an element. Raises UserError if it is not a matrix."""
     if len(segment.shape) not in (2, 3) or not segment.numel:
         raise UserError(
             f"{segment.file}: {name} has shape {short(list(segment.shape))}, which is not that of a quantized weight; "
-            f"{AGAIN}"
+            f"{DOWNLOAD_AGAIN}"
         )
     return (*segment.shape[:-1], segment.shape[-1] * widths)
 
 
-def grid_of(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
+def scale_shape(shape: Sequence[int], block: tuple[int, int]) -> tuple[int, ...]:
     """Return the shape of the scales of a weight, one per block."""
     return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
 
 
-def as_tiles(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[str, str]:
+def as_tiles(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[str | None, str]:
     """Return (format, reason) of FP8 codes with a scale per block, held as tiles of 128 x 128."""
     tile = FORMAT_LAYOUTS["fp8_block"].tile
     assert tile is not None
@@ -165,7 +193,7 @@ def as_tiles(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[str, str]:
     fits = all(each % of_tile == 0 or each >= size for each, size, of_tile in sizes)
     if fits and (len(shape) == 2 or shape[-2] % tile[0] == 0):
         return "fp8_block", ""
-    return "", f"FP8 with a scale per {block[0]} x {block[1]} weights of {list(shape)} is not in tiles of 128 x 128"
+    return None, f"FP8 with a scale per {block[0]} x {block[1]} weights of {list(shape)} is not in tiles of 128 x 128"
 
 
 def check_fields(values: Mapping[str, Any], where: str, known: str) -> None:
@@ -173,7 +201,7 @@ def check_fields(values: Mapping[str, Any], where: str, known: str) -> None:
     unknown = sorted(values.keys() - set(known.split()) - {"quant_method"})
     if unknown:
         value = short(values[unknown[0]])
-        raise UserError(f"{where}.{unknown[0]}={value} is unknown and may change what the weights mean; {INSTEAD}")
+        raise UserError(f"{where}.{unknown[0]}={value} is unknown and may change what the weights mean; {USE_16_BIT}")
 
 
 def check_value(values: Mapping[str, Any], where: str, name: str, *supported: Any) -> None:
@@ -181,7 +209,7 @@ def check_value(values: Mapping[str, Any], where: str, name: str, *supported: An
     value = values.get(name)
     if not any(type(value) is type(each) and value == each for each in supported):
         listed = " or ".join(repr(each) for each in supported if each is not None)
-        raise UserError(f"{where}.{name}={short(value)} is not supported, only {listed}; {INSTEAD}")
+        raise UserError(f"{where}.{name}={short(value)} is not supported, only {listed}; {USE_16_BIT}")
 
 
 def is_block(value: Any) -> bool:

@@ -8,30 +8,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.low_bit_bnb import NF4 as NF4
+from distlora.architecture.low_bit_bnb import QUANT_STATE, check_bnb, find_bnb
 from distlora.architecture.low_bit_headers import (
     ACTIVATIONS,
-    AGAIN,
-    INSTEAD,
+    DOWNLOAD_AGAIN,
     PARTS,
+    USE_16_BIT,
     LowBitTensor,
     Parts,
     as_tiles,
     check_fields,
     check_value,
-    grid_of,
+    content_of,
     is_block,
-    matrix_of,
+    scale_shape,
     trimmed,
+    weight_shape,
 )
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
-from distlora.config import UserError
+from distlora.config import UserError, require
 from distlora.config.errors import short
 
-NF4 = "nf4"
-"""Method of checkpoints that bitsandbytes quantized to 4 bits (distlora/weights/prequantized.py)."""
 
-
-def quantization_of(config: Mapping[str, Any]) -> Any:
+def quantization_config(config: Mapping[str, Any]) -> Any:
     """Return a config.json's quantization_config, which some composite models have in text_config; or None."""
     text = config.get("text_config")
     inner = text.get("quantization_config") if isinstance(text, Mapping) else None
@@ -44,61 +44,60 @@ def quantization_method(config: Mapping[str, Any], place: Path | str) -> str | N
     Raises UserError with the field's name for an unsupported method, and for unknown settings of one, which may change
     what the weights mean.
     """
-    quantization = quantization_of(config)
+    quantization = quantization_config(config)
     if quantization is None:
         return None
     where = f"{place}: quantization_config"
     if not isinstance(quantization, Mapping):
         raise UserError(f"{where} is not a JSON object; download the file again")
-    four, eight = quantization.get("load_in_4bit"), quantization.get("load_in_8bit")
-    # Early bitsandbytes checkpoints have no quant_method; transformers knows them by these flags.
-    method = quantization.get("quant_method", "bitsandbytes" if four or eight else None)
-    if method == "bitsandbytes" and not eight:
-        kind = quantization.get("bnb_4bit_quant_type", "nf4")
-        for is_wrong, what in (
-            (not four, f"load_in_4bit={four!r}: only 4-bit and 8-bit weights are supported"),
-            (kind != "nf4", f"bnb_4bit_quant_type={kind!r} is not supported, only 'nf4'"),
-        ):
-            if is_wrong:
-                raise UserError(f"{where}.{what}; {INSTEAD}")
-        return NF4
+    method = _name_of(quantization)
     if not isinstance(method, str) or method not in _METHODS:
-        raise UserError(f"{where}.quant_method={short(method)} is not supported, only {', '.join(_METHODS)}; {INSTEAD}")
+        raise UserError(
+            f"{where}.quant_method={short(method)} is not supported, only {', '.join(_METHODS)}; {USE_16_BIT}"
+        )
     _METHODS[method].check(quantization, where)
-    return method
+    return NF4 if method == "bitsandbytes" and not quantization.get("load_in_8bit") else method
+
+
+def _name_of(quantization: Mapping[str, Any]) -> Any:
+    """Return quant_method. Early bitsandbytes checkpoints have none; transformers knows them by two flags."""
+    flags = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+    return quantization.get("quant_method", "bitsandbytes" if flags else None)
 
 
 def with_low_bit(stored: Mapping[str, Segment], folder: Path, config: Mapping[str, Any]) -> Mapping[str, Segment]:
     """Return a checkpoint's tensors with each quantized weight as one `LowBitSegment` under its ordinary name.
 
-    Dense and NF4 checkpoints are returned as they are. Raises UserError with the tensor's name for parts that are
-    missing, of another dtype or shape than the weight needs, and for parts that belong to no weight.
+    Of weights that bitsandbytes stored in NF4 a few hundred bytes are read (quant_state). Raises UserError with the
+    tensor's name for parts that are missing, of another dtype or shape than the weight needs, and for parts that
+    belong to no weight.
     """
-    method = quantization_method(config, folder / "config.json")
-    if method is None or method == NF4:
+    method, quantization = quantization_method(config, folder / "config.json"), quantization_config(config)
+    if method is None:
+        states = [match[1] for match in map(QUANT_STATE.fullmatch, stored) if match]
+        if states:
+            raise UserError(
+                f"{folder}: {min(states)} is quantized by bitsandbytes, but config.json has no quantization_config; "
+                f"the folder is put together from two checkpoints: download it again, or {USE_16_BIT}"
+            )
         return stored
     parts = Parts(dict(stored))
-    for tensor in _METHODS[method].find(parts, quantization_of(config)):
+    for tensor in _METHODS[_name_of(quantization)].find(parts, quantization):
         parts.weights[tensor.name] = tensor.segment
     if not parts.weights:
-        raise none_quantized(folder)
+        raise UserError(
+            f"{folder / 'config.json'} has a quantization_config, but no weight in {folder} is quantized; "
+            "remove quantization_config from config.json if the weights are dense (quant=nf4 then quantizes them)"
+        )
     for name, segment in list(parts.left.items()):
         if name.endswith(ACTIVATIONS):
             del parts.left[name]
         elif name.endswith(PARTS) or name in parts.weights:
             raise UserError(
-                f"{segment.file}: {name} belongs to no quantized weight of a supported kind; {INSTEAD}, or download it "
-                "again if it is damaged"
+                f"{segment.file}: {name} belongs to no quantized weight of a supported kind; {USE_16_BIT}, or download "
+                "it again if it is damaged"
             )
     return parts.left | parts.weights
-
-
-def none_quantized(folder: Path) -> UserError:
-    """Return the error for a checkpoint of which only config.json says that it is quantized."""
-    return UserError(
-        f"{folder / 'config.json'} has a quantization_config, but no weight in {folder} is quantized; "
-        "remove quantization_config from config.json if the weights are dense (quant=nf4 then quantizes them)"
-    )
 
 
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
@@ -113,7 +112,7 @@ def is_converted(config: Mapping[str, Any], place: Path | str) -> Callable[[str]
     Names are compared as transformers does for modules_to_not_convert: whole components, from the start or at the end,
     as a regular expression. Raises UserError for a list that is not one of such names.
     """
-    settings, found = quantization_of(config), list[str]()
+    settings, found = quantization_config(config), list[str]()
     for key in ("modules_to_not_convert", "ignored_layers", "ignore"):
         for name in settings.get(key) or ():
             pattern = str(name).removeprefix("re:")
@@ -123,19 +122,22 @@ def is_converted(config: Mapping[str, Any], place: Path | str) -> Callable[[str]
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"{place}: quantization_config.{key} has {short(name)}: {error}; {INSTEAD}") from error
+                raise UserError(
+                    f"{place}: quantization_config.{key} has {short(name)}: {error}; {USE_16_BIT}"
+                ) from error
     left_out = re.compile("|".join(f"(?:{each})" for each in found) or r"(?!)")
     return lambda module: left_out.match(module) is None
 
 
 def expected_parts(config: Mapping[str, Any], name: str, shape: tuple[int, ...], place: Path | str) -> Expected:
     """Return the tensors of a quantized weight by the settings of its method alone. Raises UserError if they differ."""
-    settings = quantization_of(config)
-    expect = _METHODS[settings["quant_method"]].expect
+    settings = quantization_config(config)
+    method = _name_of(settings)
+    expect = _METHODS[method].expect
     found = None if expect is None else expect(settings, name, shape)
     if found is None:
         raise UserError(
-            f"{place}: the formats of {settings['quant_method']} are read from the weights, which are not here; "
+            f"{place}: the formats of {method} are read from the weights, which are not here; "
             "download them and set {model.path} to their folder, or set quant=nf4"
         )
     return found
@@ -155,7 +157,7 @@ def _find_fp8(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTenso
     """Yield weights of transformers' FP8: X, and its scales in X_scale_inv (fbgemm: X_scale), which multiply."""
     suffix = "_scale" if settings["quant_method"] == "fbgemm_fp8" else "_scale_inv"
     for name, codes in parts.ending("", "F8_E4M3"):
-        shape = matrix_of(name, codes)
+        shape = weight_shape(name, codes)
         size = settings.get("weight_block_size")
         blocks = [(shape[-2], shape[-1]), (1, shape[-1])] if size is None else [(size[0], size[1])]
         yield _scaled(parts, name, shape, suffix, blocks)
@@ -163,7 +165,7 @@ def _find_fp8(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTenso
 
 def _expect_fp8(settings: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Expected:
     size = settings.get("weight_block_size")
-    grid = () if size is None else grid_of(shape, (size[0], size[1]))
+    grid = () if size is None else scale_shape(shape, (size[0], size[1]))
     return {name: ("F8_E4M3", shape), f"{name}_scale_inv": ("F32", grid)}
 
 
@@ -172,11 +174,11 @@ def _scaled(
 ) -> LowBitTensor:
     """Take an 8-bit weight whose scales are one per block; `blocks` are the sizes that its settings allow."""
     scales = parts.left.get(name + suffix)
-    fitting = [b for b in blocks if scales and trimmed(scales.shape) == trimmed(grid_of(shape, b))]
+    fitting = [b for b in blocks if scales and trimmed(scales.shape) == trimmed(scale_shape(shape, b))]
     block = (fitting or blocks)[0]
     taken = {"codes": parts.left.pop(name)}
-    taken["scales"] = parts.take(name + suffix, name, (*SOURCE_DTYPES, "F8_E8M0", "U8"), grid_of(shape, block))
-    format, reason = "", f"no format stores 8-bit integers with a scale per {block[0]} x {block[1]} weights"
+    taken["scales"] = parts.take(name + suffix, name, (*SOURCE_DTYPES, "F8_E8M0", "U8"), scale_shape(shape, block))
+    format, reason = None, f"no format stores 8-bit integers with a scale per {block[0]} x {block[1]} weights"
     if taken["codes"].dtype == "F8_E4M3":
         format, reason = as_tiles(shape, block)
     return LowBitTensor(
@@ -194,7 +196,7 @@ def _find_mxfp4(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTen
         if len(codes.shape) != 4 or codes.shape[-1] != 16 or not codes.numel:
             raise UserError(
                 f"{codes.file}: {name}_blocks has shape {short(list(codes.shape))}, not (experts, out, in / 32, 16); "
-                f"{AGAIN}"
+                f"{DOWNLOAD_AGAIN}"
             )
         experts, rows, across, _ = codes.shape
         taken = {
@@ -238,7 +240,7 @@ def _weight_arguments(settings: Mapping[str, Any], where: str = "quantization_co
     """Return the settings of the weights of each of compressed-tensors' config_groups, checked."""
     groups, entries = settings.get("config_groups"), list[Mapping[str, Any]]()
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
-        raise UserError(f"{where}.config_groups={short(groups)} is not an object of objects; {INSTEAD}")
+        raise UserError(f"{where}.config_groups={short(groups)} is not an object of objects; {USE_16_BIT}")
     for name, group in groups.items():
         place = f"{where}.config_groups.{name}"
         check_fields(group, place, "targets weights input_activations output_activations format")
@@ -247,7 +249,7 @@ def _weight_arguments(settings: Mapping[str, Any], where: str = "quantization_co
         if weights is None:
             continue
         if not isinstance(weights, Mapping):
-            raise UserError(f"{place}.weights={short(weights)} is not an object; {INSTEAD}")
+            raise UserError(f"{place}.weights={short(weights)} is not an object; {USE_16_BIT}")
         place, weights = f"{place}.weights", {"num_bits": 8, "type": "int", "symmetric": True, **weights}
         check_fields(weights, place, _ARGUMENTS)
         check_value(weights, place, "num_bits", 4, 8)
@@ -256,14 +258,14 @@ def _weight_arguments(settings: Mapping[str, Any], where: str = "quantization_co
         check_value(weights, place, "strategy", "tensor", "channel", "group", "tensor_group", "block", None)
         size, block = weights.get("group_size"), weights.get("block_structure")
         if size is not None and not (type(size) is int and (size > 0 or size == -1)):
-            raise UserError(f"{place}.group_size={short(size)} is not a size; {INSTEAD}")
+            raise UserError(f"{place}.group_size={short(size)} is not a size; {USE_16_BIT}")
         if block is not None and not is_block(block):
-            raise UserError(f"{place}.block_structure={short(block)} is not a pair of sizes; {INSTEAD}")
+            raise UserError(f"{place}.block_structure={short(block)} is not a pair of sizes; {USE_16_BIT}")
         entries.append(weights)
     return entries
 
 
-def _blocks_of(arguments: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, int]:
+def _scale_block(arguments: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, int]:
     """Return the rows and columns that share a scale by compressed-tensors' settings."""
     size, block = arguments.get("group_size") or -1, arguments.get("block_structure")
     strategy = arguments.get("strategy") or ("group" if size > 0 else "channel" if size == -1 else "tensor")
@@ -278,19 +280,19 @@ def _find_compressed(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowB
     """Yield the weights of compressed-tensors' formats, distinguished by names and dtypes."""
     arguments = _weight_arguments(settings)
     for name, codes in parts.ending("_packed", "U8"):
-        yield _fp4(parts, name, matrix_of(name, codes, 2), f"{name}_packed", f"{name}_global_scale")
+        yield _fp4(parts, name, weight_shape(name, codes, 2), f"{name}_packed", f"{name}_global_scale")
     for name, codes in parts.ending("_packed", "I32"):
         yield _packed_integers(parts, name, codes, [each for each in arguments if each["type"] == "int"])
     for name, codes in parts.ending("", "F8_E4M3", "I8"):
-        shape, wanted = matrix_of(name, codes), "int" if codes.dtype == "I8" else "float"
+        shape, wanted = weight_shape(name, codes), "int" if codes.dtype == "I8" else "float"
         fitting = [each for each in arguments if (each["type"], each["num_bits"]) == (wanted, 8)]
-        blocks = [_blocks_of(each, shape) for each in fitting if each["symmetric"]]
-        for is_wrong, what in (
-            (not fitting, f"is stored as {codes.dtype}, and no config group has {wanted}s of 8 bits"),
-            (not blocks or f"{name}_zero_point" in parts.left, "has zero points, which only packed integers may have"),
-        ):
-            if is_wrong:
-                raise UserError(f"{codes.file}: {name} {what}; {INSTEAD}")
+        blocks = [_scale_block(each, shape) for each in fitting if each["symmetric"]]
+        where, has_zeros = f"{codes.file}: {name}", not blocks or f"{name}_zero_point" in parts.left
+        require(
+            bool(fitting),
+            f"{where} is stored as {codes.dtype}, and no config group has {wanted}s of 8 bits; {USE_16_BIT}",
+        )
+        require(not has_zeros, f"{where} has zero points, which only packed integers may have; {USE_16_BIT}")
         yield _scaled(parts, name, shape, "_scale", blocks)
 
 
@@ -298,7 +300,7 @@ def _expect_compressed(settings: Mapping[str, Any], name: str, shape: tuple[int,
     groups, arguments = settings["config_groups"].values(), _weight_arguments(settings)
     if len(groups) != 1 or not arguments or next(iter(groups)).get("targets") != ["Linear"] or len(shape) != 2:
         return None
-    weights, grid = arguments[0], grid_of(shape, _blocks_of(arguments[0], shape))
+    weights, grid = arguments[0], scale_shape(shape, _scale_block(arguments[0], shape))
     bits, kind = weights["num_bits"], weights["type"]
     if (kind, bits) == ("float", 8):
         return {name: ("F8_E4M3", shape), f"{name}_scale": ("BF16", grid)}
@@ -316,9 +318,11 @@ def _fp4(parts: Parts, name: str, shape: tuple[int, ...], codes: str, global_sca
     kind, size = ("nvfp4", 16) if is_nvfp4 else ("mxfp4", 32)
     taken = {"codes": parts.take(codes, name, ("U8",))}
     if shape[-1] % size:
-        raise UserError(f"{taken['codes'].file}: {codes} has rows of {shape[-1]:,}, not of whole blocks; {AGAIN}")
+        raise UserError(
+            f"{taken['codes'].file}: {codes} has rows of {shape[-1]:,}, not of whole blocks; {DOWNLOAD_AGAIN}"
+        )
     dtypes = ("F8_E4M3",) if is_nvfp4 else ("U8", "F8_E8M0")
-    taken["scales"] = parts.take(f"{name}_scale", name, dtypes, grid_of(shape, (1, size)))
+    taken["scales"] = parts.take(f"{name}_scale", name, dtypes, scale_shape(shape, (1, size)))
     if is_nvfp4:
         taken["global_scale"] = parts.take(global_scale, name, ("F32",), ())
     codec = "modelopt_nvfp4" if global_scale.endswith("_scale_2") else kind
@@ -327,7 +331,7 @@ def _fp4(parts: Parts, name: str, shape: tuple[int, ...], codes: str, global_sca
 
 def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequence[Mapping[str, Any]]) -> LowBitTensor:
     """Take a weight of 4- or 8-bit integers in int32 words along its rows, by the group that fits its parts."""
-    packed = matrix_of(f"{name}_packed", codes)
+    packed = weight_shape(f"{name}_packed", codes)
     scales = parts.left.get(f"{name}_scale")
     taken = {"shape": parts.take(f"{name}_shape", name, ("I64", "I32"), (len(packed),))}
     fitting = list[tuple[int, tuple[int, ...], tuple[int, int], bool]]()
@@ -336,9 +340,10 @@ def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequenc
         is_grouped = size > 0 and each.get("strategy") in ("group", None) and scales is not None
         width = scales.shape[-1] * size if is_grouped and scales and scales.shape else packed[-1] * 32 // bits
         shape = (*packed[:-1], width)
-        grid = grid_of(shape, _blocks_of(each, shape))
-        if -(-width * bits // 32) == packed[-1] and scales and trimmed(scales.shape) == trimmed(grid):
-            fitting.append((bits, shape, _blocks_of(each, shape), each["symmetric"]))
+        block = _scale_block(each, shape)
+        fits = scales is not None and block[0] == 1 and trimmed(scales.shape) == trimmed(scale_shape(shape, block))
+        if fits and -(-width * bits // 32) == packed[-1]:
+            fitting.append((bits, shape, block, each["symmetric"]))
     has_zeros = f"{name}_zero_point" in parts.left
     fitting = [each for each in fitting if each[3] != has_zeros] or fitting
     if len({each[:2] for each in fitting}) > 1:  # 8 bits, or twice as many weights of 4.
@@ -347,13 +352,14 @@ def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequenc
     if not fitting:
         have = "no scales" if scales is None else f"scales of shape {short(list(scales.shape))}"
         raise UserError(
-            f"{codes.file}: {name}_packed of shape {short(list(packed))} with {have} fits no config group; {AGAIN}"
+            f"{codes.file}: {name}_packed of shape {short(list(packed))} with {have} fits no config group; "
+            f"{DOWNLOAD_AGAIN}"
         )
     bits, shape, block, is_symmetric = fitting[0]
     taken["codes"] = parts.take(f"{name}_packed", name, ("I32",))
     taken["scales"] = parts.take(f"{name}_scale", name, SOURCE_DTYPES)
     if not is_symmetric:
-        zeros = (*shape[:-2], -(-shape[-2] * bits // 32), grid_of(shape, block)[-1])
+        zeros = (*shape[:-2], -(-shape[-2] * bits // 32), scale_shape(shape, block)[-1])
         taken["zeros"] = parts.take(f"{name}_zero_point", name, ("I32",), zeros)
     if f"{name}_g_idx" in parts.left:
         taken["order"] = parts.take(f"{name}_g_idx", name, ("I32",), shape[-1:])
@@ -362,10 +368,7 @@ def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequenc
 
 def _integers_of(segment: Segment) -> list[int]:
     """Read a small tensor of integers."""
-    size = segment.num_bytes // segment.numel
-    with segment.file.open("rb") as stream:
-        stream.seek(segment.offset)
-        content = stream.read(segment.num_bytes)
+    size, content = segment.num_bytes // segment.numel, content_of(segment)
     return [int.from_bytes(content[i : i + size], "little", signed=True) for i in range(0, segment.num_bytes, size)]
 
 
@@ -394,7 +397,7 @@ def _integers(
         parts=taken,
         block=block,
         bits=bits,
-        format="" if reason else f"int4_g{size}{suffix}{'_zeros' if 'zeros' in taken else ''}",
+        format=None if reason else f"int4_g{size}{suffix}{'_zeros' if 'zeros' in taken else ''}",
         reason=reason,
     )
 
@@ -409,9 +412,9 @@ def _find_modelopt(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBit
     """Yield ModelOpt's weights: FP8 with X_scale, NVFP4 in uint8 with X_scale and X_scale_2, which multiply."""
     for name, codes in parts.ending("", "U8"):
         if f"{name}_scale_2" in parts.left:
-            yield _fp4(parts, name, matrix_of(name, codes, 2), name, f"{name}_scale_2")
+            yield _fp4(parts, name, weight_shape(name, codes, 2), name, f"{name}_scale_2")
     for name, codes in parts.ending("", "F8_E4M3"):
-        shape = matrix_of(name, codes)
+        shape = weight_shape(name, codes)
         yield _scaled(parts, name, shape, "_scale", [(shape[-2], shape[-1]), (1, shape[-1])])
 
 
@@ -432,9 +435,11 @@ def _find_awq(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTenso
 
 def _words_of(name: str, codes: Segment) -> tuple[int, int]:
     """Return the shape of AWQ's or GPTQ's codes. Raises UserError if they are not one matrix."""
-    shape = matrix_of(f"{name}.qweight", codes)
+    shape = weight_shape(f"{name}.qweight", codes)
     if len(shape) != 2:
-        raise UserError(f"{codes.file}: {name}.qweight has shape {short(list(shape))}, not that of one matrix; {AGAIN}")
+        raise UserError(
+            f"{codes.file}: {name}.qweight has shape {short(list(shape))}, not that of one matrix; {DOWNLOAD_AGAIN}"
+        )
     return shape[0], shape[1]
 
 
@@ -447,7 +452,7 @@ def _columns(
     if settings.get("dynamic") and scales is not None and scales.shape and scales.shape[0]:
         size = -(-shape[1] // scales.shape[0])  # GPTQModel's settings of single modules.
     if type(size) is not int or (size < 1 and size != -1):
-        raise UserError(f"quantization_config.group_size={short(size)} is not a size; {INSTEAD}")
+        raise UserError(f"quantization_config.group_size={short(size)} is not a size; {USE_16_BIT}")
     size = shape[1] if size == -1 else size
     groups = -(-shape[1] // size)
     taken = {
@@ -493,31 +498,6 @@ def _find_gptq(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTens
         yield _columns(parts, name, version, (rows, words * 32 // bits), bits, settings)
 
 
-def _check_bnb(settings: Mapping[str, Any], where: str) -> None:
-    check_value(settings, where, "load_in_4bit", False, None)
-    check_value(settings, where, "llm_int8_has_fp16_weight", False, None)
-
-
-def _find_bnb(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
-    """Yield bitsandbytes' 8-bit weights: X.weight in int8 and the absmax of its rows in X.SCB."""
-    for name, _ in parts.ending(".SCB"):
-        weight = f"{name}.weight"
-        codes = parts.take(weight, weight, ("I8",))
-        shape = matrix_of(weight, codes)
-        taken = {"codes": codes, "scales": parts.take(f"{name}.SCB", weight, ("F32",), shape[:1])}
-        if f"{name}.weight_format" in parts.left:
-            taken["layout"] = parts.take(f"{name}.weight_format", weight, ("U8",), ())
-        yield LowBitTensor(
-            name=weight,
-            shape=shape,
-            codec="bnb_int8",
-            parts=taken,
-            block=(1, shape[-1]),
-            bits=8,
-            reason="no format stores 8-bit integers per row",
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class _Method:
     """The rules of one quant_method."""
@@ -531,7 +511,7 @@ class _Method:
 
 
 _METHODS = {
-    "bitsandbytes": _Method(_check_bnb, _find_bnb),
+    "bitsandbytes": _Method(check_bnb, find_bnb),
     "fp8": _Method(_check_fp8, _find_fp8, _expect_fp8),
     "fbgemm_fp8": _Method(_check_fp8, _find_fp8),
     "mxfp4": _Method(_check_mxfp4, _find_mxfp4, _expect_mxfp4),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -46,6 +46,20 @@ class Segment:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+def overlaps(
+    segments: Iterable[Segment], start: int, stop: int, size: Callable[[Segment], int] = lambda segment: segment.numel
+) -> Iterator[tuple[Segment, int, int]]:
+    """Yield (segment, low, high), the parts of concatenated segments that make up [start, stop).
+
+    `size` counts what a segment has: elements, or others.
+    """
+    for segment in segments:
+        count = size(segment)
+        if max(start, 0) < min(stop, count):
+            yield segment, max(start, 0), min(stop, count)
+        start, stop = start - count, stop - count
 
 
 def lay_out(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, dict[str, Any]]:

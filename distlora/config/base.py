@@ -335,11 +335,11 @@ class QuantConfig:
     """`nf4` keeps the linears of the decoder layers in NF4 with double quantization, 4.127 bits per weight; `none`
     keeps them in the run's dtype. `keep` keeps those that a checkpoint ships in low bits (MXFP4, NVFP4, block FP8,
     4-bit integers, GGUF) with its own codes and scales, and the others dense: training sees the values that are served.
-    A checkpoint that bitsandbytes has already quantized to NF4 is kept unchanged with `nf4`, and refused with the
-    others. `auto` is `keep` for a checkpoint that can be kept, else `none` if that fits the GPUs by calculation
-    (distlora/planner/), else `nf4`: the launcher decides, so RUN/config.yaml has one of those three. `mixed` chooses a
-    format for each weight (NF4, int8, FP8 or the run's dtype), so that the harm measured in `harm` is least within
-    `budget`."""
+    A checkpoint that bitsandbytes has already quantized to NF4 is kept unchanged with `keep` and with `nf4`, which
+    quantizes its fused experts too, and refused with the others. `auto` is `keep` for a checkpoint that can be kept,
+    else `none` if that fits the GPUs by calculation (distlora/planner/), else `nf4`: the launcher decides, so
+    RUN/config.yaml has one of those three. `mixed` chooses a format for each weight (NF4, int8, FP8 or the run's
+    dtype), so that the harm measured in `harm` is least within `budget`."""
     budget: float | None = None
     """Most stored bits per weight with `mixed`, on average over the weights that `nf4` would quantize: 4.13 leaves all
     in NF4. Null if `formats` says which weight has which."""

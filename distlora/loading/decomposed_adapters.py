@@ -46,7 +46,7 @@ from distlora.weights.initial_adapter_file import (
     require_initial_adapter,
 )
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
-from distlora.weights.reader import Reader
+from distlora.weights.reader import Reader, check_finite
 
 PROGRESS_SECONDS = 5.0
 """Seconds between two progress lines."""
@@ -159,8 +159,7 @@ def _decompose(
 @torch.no_grad()
 def _initialize(linear: AdaptedLinear, path: str, weight: Tensor, adapter: AdapterConfig, seed: int) -> None:
     """Decompose one whole weight (out, in) into its linear's adapter."""
-    if not bool(torch.isfinite(weight).all()):
-        raise UserError(f"{path}.weight holds NaN or Inf weights; the checkpoint is damaged, download it again")
+    check_finite(f"{path}.weight", weight)
     (pair,) = linear.pairs
     if not adapter.pissa:
         weight = quantization_error(weight, chunk_groups=CHUNK_GROUPS)

@@ -15,32 +15,38 @@ from torch import Tensor
 
 from distlora.architecture.kept_weights import kept_weight
 from distlora.architecture.low_bit_headers import LowBitSegment
-from distlora.architecture.safetensors_headers import Segment, check_stored_shape
+from distlora.architecture.safetensors_headers import Segment, check_stored_shape, overlaps
 from distlora.config import UserError
 from distlora.loading.quantize import CHUNK_GROUPS
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend
 from distlora.weights.low_bit import CODECS
-from distlora.weights.reader import Reader, all_finite
+from distlora.weights.reader import Reader, check_finite
 from distlora_kernels.formats import Format
 from distlora_kernels.reference import GROUP
 
 
 @torch.no_grad()
 def fill_kept(weight: FrozenTensor, segments: Sequence[Segment], reader: Reader, backend: Backend, name: str) -> None:
-    """Fill the rank's groups with the stored bytes; zeros fill the last group, and tiles past the edges.
+    """Fill the rank's groups, and the replicated parts, with the stored bytes.
 
-    Raises UserError for segments that are not whole blocks of the format, and for NaN or Inf.
+    The codec's padding fills the last group, and zeros tiles past the edges. Raises UserError for segments that are
+    not whole blocks of the format, and for NaN or Inf.
     """
     format, kept = weight.format, kept_weight(name, segments)
     assert format is not None, f"{name} is dense"
     assert kept is not None, f"{name} is dense on disk"
     assert kept.format == format.name, f"{name} is in {kept.format}, not {format.name}"
-    if len(segments) == 1 and isinstance(segments[0], LowBitSegment):
-        check_stored_shape(name, segments[0].tensor.stored_shape, weight.shape)
+    assert isinstance(segments[0], LowBitSegment), "kept_weight refuses others"
+    tensor, codec = segments[0].tensor, CODECS[segments[0].tensor.codec]
+    if len(segments) == 1:
+        check_stored_shape(name, tensor.stored_shape, weight.shape)
+    replicated = [weight.get_buffer(part.name) for part in format.replicated]
+    for buffer, value in zip(replicated, codec.replicated(tensor, reader), strict=True):
+        buffer.copy_(value)
     parts, first_group = backend.local_groups(weight)
-    for part in parts:
-        part.zero_()
+    for local, part in zip(parts, format.parts, strict=True):
+        local.fill_(codec.padding.get(part.name, 0))
     per_group, stop = GROUP // format.block, min(first_group + len(parts[0]), weight.num_groups)
     first, last = first_group * per_group, stop * per_group
     # A row of tiles is read at once, as its codes are rows of the matrix.
@@ -53,26 +59,21 @@ def fill_kept(weight: FrozenTensor, segments: Sequence[Segment], reader: Reader,
         group = start // per_group - first_group
         groups = -(-len(chunk[0]) // per_group)
         rank_parts = [part[group : group + groups] for part in parts]
-        for part, values in zip(rank_parts, chunk, strict=True):
-            _place(part, values.to(part.device), per_group, name)
-        on_device = [part.to(backend.ranks.device) for part in rank_parts]
-        if not all(map(all_finite, (*rank_parts, format.dequantize_groups(on_device, torch.float32)))):
-            raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
+        for local, values in zip(rank_parts, chunk, strict=True):
+            _place(local, values.to(local.device), per_group, name)
+        on_device = [local.to(backend.ranks.device) for local in rank_parts] + replicated
+        check_finite(name, *rank_parts, format.dequantize_groups(on_device, torch.float32))
 
 
 def read_blocks(
     format: Format, segments: Sequence[Segment], width: int, reader: Reader, first: int, stop: int
 ) -> tuple[Tensor, ...]:
     """Return the parts of blocks [first, stop) of a weight of rows of `width`, fewer at its end: each (n, numbers)."""
-    pieces, before = [], 0
-    for segment in segments:
+    pieces = []
+    for segment, low, high in overlaps(segments, first, stop, lambda each: _blocks_in(format, each.num_bytes, width)):
         assert isinstance(segment, LowBitSegment), "kept_weight refuses others"
-        count = _blocks_in(format, segment.num_bytes, width)
-        low, high = max(first - before, 0), min(stop - before, count)
-        if low < high:
-            start = _blocks_in(format, segment.offset, width) + low
-            pieces.append(CODECS[segment.tensor.codec].blocks(segment.tensor, reader, start, high - low))
-        before += count
+        start = _blocks_in(format, segment.offset, width) + low
+        pieces.append(CODECS[segment.tensor.codec].blocks(segment.tensor, reader, start, high - low))
     return tuple(part[0] if len(part) == 1 else torch.cat(part) for part in zip(*pieces, strict=True))
 
 

@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.kept_weights import is_kept
-from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.kept_weights import is_kept, nf4_outside_layers
+from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, check_stored_shape
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
 from distlora.loading.fill_kept import fill_kept
-from distlora.loading.quantize import copy_into, fill_row_norms, keep_packed_into, load_matrix, quantize_into
+from distlora.loading.quantize import copy_into, fill_row_norms, load_matrix, quantize_into
 from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quantized_cache
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.buffers import stored_buffers
@@ -22,11 +22,6 @@ from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, watch, whole_shape
 from distlora.weights.conversion import Source, find_sources, names_without_a_place
 from distlora.weights.decompose import LowRankFactors, Residual
-from distlora.weights.prequantized import (
-    packed_outside_blocks,
-    prequantized_parameters,
-    read_prequantized_weights,
-)
 from distlora.weights.reader import DTYPE_NAMES, Reader
 
 
@@ -44,7 +39,7 @@ class Loaded:
     """True if the checkpoint has them in low bits, which are kept as they are."""
     cached_weights: int = 0
     """Weights among them that came from the quantized-weights cache."""
-    kept_bytes: int = 0
+    cache_bytes_written: int = 0
     """Bytes that this rank wrote into the cache."""
 
     @property
@@ -57,7 +52,7 @@ class Loaded:
         how = "and quantized"
         if self.cached_weights:
             how += f" in part ({self.cached_weights / self.quantized_weights:.0%} from the quantized-weights cache)"
-        return f"{how} and cached" if self.kept_bytes else how
+        return f"{how} and cached" if self.cache_bytes_written else how
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -82,12 +77,17 @@ def load_base(
     """
     began = time.monotonic()
     sources = find_base(model, base.headers)
-    stored = read_prequantized_weights(base)
-    packed = prequantized_parameters(stored, sources)
     adapters = set(adapter_parameters(model))
     token_matrices = {f"decoder.{model.architecture.embedding}.weight": EMBEDDING, "head.weight": HEAD}
-    quantized_weights = quantized_bytes = kept_weights = 0
-    shards = open_quantized_cache(None if packed else cache, model, base.stored, sources, backend, boundary)
+    kept = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, FrozenTensor)
+        and module.format is not None
+        and is_kept(module.format.name, source_of(sources, model.hf_name(f"{path}.weight")).segments)
+    }
+    quantized_weights = quantized_bytes = 0
+    shards = open_quantized_cache(None if kept else cache, model, base.stored, sources, backend, boundary)
     with Reader() as reader, shards:
         for path, module in model.named_modules():
             boundary(None, f"loading {path}", long=True)
@@ -97,13 +97,8 @@ def load_base(
                 residual = Residual(LowRankFactors(pair.A, pair.B), pair.scaling)
             if isinstance(module, FrozenTensor) and module.quantized:
                 name = model.hf_name(f"{path}.weight")
-                if name in packed:
-                    check_stored_shape(name, packed[name].shape, module.shape)
-                    keep_packed_into(module, packed[name], reader, backend)
-                    kept_weights += module.numel
-                elif module.format is not None and is_kept(module.format.name, source_of(sources, name).segments):
+                if path in kept:
                     fill_kept(module, sources[name].segments, reader, backend, name)
-                    kept_weights += module.numel
                 elif not shards.has(path):
                     segments = segments_of(sources, name, module.shape)
                     quantize_into(module, segments, reader, backend, name, residual=residual)
@@ -116,8 +111,6 @@ def load_base(
                 if is_packed or full in adapters or (full == "head.weight" and model.tied):
                     continue
                 name = model.hf_name(full)
-                if name in packed:
-                    raise packed_outside_blocks(name)
                 matrix = token_matrices.get(full)
                 if matrix is None:
                     segments = segments_of(sources, name, tuple(whole_shape(parameter)))
@@ -140,9 +133,9 @@ def load_base(
         bytes_read=bytes_read,
         quantized_weights=quantized_weights,
         quantized_bytes=quantized_bytes,
-        prequantized=kept_weights > 0,
+        prequantized=bool(kept),
         cached_weights=shards.filled_weights,
-        kept_bytes=shards.kept_bytes,
+        cache_bytes_written=shards.bytes_written,
     )
 
 
@@ -198,6 +191,8 @@ def segments_of(
     """
     source = source_of(sources, name)
     check_stored_shape(name, source.shape, shape)
+    if in_nf4(source.segments[0]):
+        raise nf4_outside_layers(name)
     dtype = source.segments[0].dtype
     if dtype not in dtypes and not (dtypes is SOURCE_DTYPES and isinstance(source.segments[0], LowBitSegment)):
         raise UserError(

@@ -24,19 +24,13 @@ from distlora.model.adapters import AdaptedLinear, TokenRows
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, Ranks, whole_shape
 from distlora.weights.decompose import Residual
-from distlora.weights.prequantized import PrequantizedWeight
-from distlora.weights.reader import Reader, all_finite
-from distlora_kernels import reference
+from distlora.weights.reader import Reader, all_finite, check_finite
 from distlora_kernels.formats import Format, nf4
 from distlora_kernels.formats.fp8_block import in_tiles
 
 CHUNK_GROUPS = 64
 """Groups quantized at once: a million weights, 4 MiB in fp32, which fits into a core's cache."""
 CHUNK_ELEMENTS = CHUNK_GROUPS * nf4.GROUP
-MAP_ULPS = 4
-"""Tolerance for a stored 8-bit map, in ulps: bitsandbytes recomputes it on each machine, and torch.linspace's last bits
-depend on the processor (2 ulps seen).
-"""
 
 
 @torch.no_grad()
@@ -121,45 +115,6 @@ def _quantize_absmax(weight: FrozenTensor, absmax: Tensor, num_blocks: int, back
 
 
 @torch.no_grad()
-def keep_packed_into(linear: FrozenTensor, packed: PrequantizedWeight, reader: Reader, backend: Backend) -> None:
-    """Fill the rank's rows of a linear with what bitsandbytes stored, byte for byte; zeros pad the last group.
-
-    Every rank reads its groups, and the two small maps to check them. Raises UserError for NaN or Inf, and for other
-    maps than NF4's and the 8-bit dynamic one.
-    """
-    _check_maps(packed, reader)
-    zeros = reference.ZERO_CODE * 17  # In both nibbles.
-    codes, absmax, *group_scale = map(linear.get_parameter, linear.part_names)
-    copy_into(codes, [packed.codes], reader, backend, packed.name, padding=zeros)
-    padding = reference.ZERO_SCALE if packed.nested else 0
-    copy_into(absmax, [packed.absmax], reader, backend, f"{packed.name}.absmax", padding=padding)
-    if not packed.nested:
-        return
-    assert packed.nested_absmax is not None
-    assert packed.offset is not None
-    copy_into(group_scale[0], [packed.nested_absmax], reader, backend, f"{packed.name}.nested_absmax")
-    linear.get_buffer("offset").fill_(packed.offset)
-
-
-def _check_maps(packed: PrequantizedWeight, reader: Reader) -> None:
-    """Raise UserError if the stored codes have another meaning than distlora's."""
-    levels = reader.read([packed.quant_map], 0, 16)
-    if not torch.equal(levels, torch.tensor(reference.NF4_LEVELS)):
-        raise UserError(
-            f"{packed.name}.quant_map holds {levels.tolist()}, which are not NF4's levels; set {{model.path}} to the "
-            "16-bit checkpoint"
-        )
-    if packed.nested_quant_map is not None:
-        entries, ours = reader.read([packed.nested_quant_map], 0, 256), reference.dynamic_map()
-        if not bool(((entries - ours).abs() <= MAP_ULPS * torch.finfo(ours.dtype).eps * ours.abs()).all()):
-            worst = int((entries - ours).abs().nan_to_num(torch.inf).argmax())
-            raise UserError(
-                f"{packed.name}.nested_quant_map is not bitsandbytes' dynamic map (entry {worst} is "
-                f"{entries[worst]:.7g}, not {ours[worst]:.7g}); set {{model.path}} to the 16-bit checkpoint"
-            )
-
-
-@torch.no_grad()
 def copy_into(
     parameter: Tensor,
     segments: Sequence[Segment],
@@ -184,8 +139,7 @@ def copy_into(
         stop = max(min(stop, sum(segment.numel for segment in segments)), start)
         flat[stop - start :] = padding
     for first, chunk in reader.chunks(segments, start, stop, CHUNK_ELEMENTS):
-        if not all_finite(chunk):
-            raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
+        check_finite(name, chunk)
         if residual is not None:
             chunk = residual.of(chunk, first)
         flat[first - start : first - start + chunk.numel()] = chunk
@@ -275,8 +229,7 @@ def load_matrix(
             assert start is not None
             if id == zeroed:
                 start = torch.zeros_like(start)
-            if not bool(torch.isfinite(start).all()):  # Another rank's shard may hold the row.
-                raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
+            check_finite(name, start)  # Another rank's shard may hold the row.
             row.copy_(start)
 
 

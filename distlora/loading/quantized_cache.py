@@ -167,7 +167,7 @@ class QuantizedCache:
 
     def __init__(self, units: Sequence[Unit], backend: Backend, say: Callable[[str], None]) -> None:
         """Make a cache that holds nothing until `open`; without `units` it stays empty."""
-        self.units, self.bytes_read, self.kept_bytes = units, 0, 0
+        self.units, self.bytes_read, self.bytes_written = units, 0, 0
         self._backend, self._say = backend, say
         self._filled: set[str] = set()
         self._waiting: dict[str, tuple[Unit, Plan]] = {}
@@ -180,7 +180,7 @@ class QuantizedCache:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._writer is not None:
-            self.kept_bytes = self._writer.close(abandon=error is not None)
+            self.bytes_written = self._writer.close(abandon=error is not None)
             if self._writer.refused is not None:
                 self._say(self._writer.refused)
 
@@ -490,7 +490,7 @@ class QuantizedCacheWriter:
         self._entry, self.described, self._backend = entry, described, backend
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-cache")
         self._writes: list[Future[None]] = []
-        self._kept_bytes = 0
+        self._bytes_written = 0
         self.refused: str | None = None
         """Reason why nothing more is written; None while writing works."""
 
@@ -508,7 +508,7 @@ class QuantizedCacheWriter:
             if not write.cancelled():
                 write.result()
         self._entry.touch()
-        return self._kept_bytes
+        return self._bytes_written
 
     @torch.no_grad()
     def _write(self, unit: Unit, plan: Plan) -> None:
@@ -550,7 +550,7 @@ class QuantizedCacheWriter:
                 for name, groups in ranges.items():
                     skipped = groups.start - own_groups(weights[name], self._backend).start
                     _write_groups(file, _rows_of(weights[name], self._backend, skipped, skipped + len(groups)), groups)
-                self._kept_bytes += file.tell()
+                self._bytes_written += file.tell()
 
         atomic_io.replace_file(path, write)
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config
 from distlora.architecture.config_checks import check_config, check_train
-from distlora.architecture.kept_weights import KeptWeight, kept_weights
+from distlora.architecture.kept_weights import KeptWeight, kept_by
 from distlora.architecture.low_bit_headers import LowBitSegment
-from distlora.architecture.low_bit_methods import quantization_of
 from distlora.architecture.spec import Architecture, WeightKind
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, check_rows_of_tokens, vocabulary_of
@@ -55,11 +54,6 @@ from distlora.model.lm_head import LossHead
 from distlora.model.quantized_parameters import freeze_parameters
 from distlora.model.token_matrix import keep_token_matrices
 from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
-from distlora.weights.prequantized import (
-    prequantized_parameters,
-    read_prequantized_weights,
-    refuse_dense_settings,
-)
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
@@ -380,7 +374,7 @@ def build_model(
         if isinstance(module, nn.Linear) and name not in linears and name != architecture.head
     )
     contexts = [BlockContext() for _ in layers]
-    format_of, kept = formats_of(spec, base, layout, architecture)
+    format_of, kept = formats_of(spec, base, architecture)
     if not full:
         _replace_weights(layers, contexts, spec, dtype, format_of, kept, architecture, for_slots=for_slots)
     blocks = _wrap_layers(layers, contexts, train, spec.quant, dtype, architecture)
@@ -425,35 +419,26 @@ def token_formats(base: CheckpointFiles, layout: CheckpointLayout) -> tuple[str,
     sources = find_sources(layout, base.headers, names)
     segments = [sources[name].segments if name in sources else () for name in names]
     first, second = (
-        each[0].tensor.format if len(each) == 1 and isinstance(each[0], LowBitSegment) else "" for each in segments
+        (each[0].tensor.format or "") if len(each) == 1 and isinstance(each[0], LowBitSegment) else ""
+        for each in segments
     )
     return first, second
 
 
 def formats_of(
-    spec: ModelSpec, base: CheckpointFiles, layout: CheckpointLayout, architecture: Architecture
+    spec: ModelSpec, base: CheckpointFiles, architecture: Architecture
 ) -> tuple[FormatOf, dict[str, KeptWeight]]:
-    """Return the choice of formats for a base, and the weights that quant=keep keeps; it leaves others dense."""
-    is_quantized = quantization_of(base.config) is not None
-    stored = read_prequantized_weights(base) if is_quantized else {}  # Sizes alone need no weights on disk.
-    if stored:
-        refuse_dense_settings(spec)
-    if spec.quant.method == "keep":
-        kept = kept_weights(architecture, base.headers, base.folder)
-        return (lambda name, kind: kept[name].format if name in kept else None), kept
+    """Return the choice of formats for a base, and the weights that are kept as the checkpoint has them."""
+    kept = kept_by(spec, base, architecture)  # Sizes alone need no weights on disk, unless they are quantized.
     wanted, chosen = spec.quant.default_format, spec.quant.exceptions
-    if not is_quantized:
-        return (lambda name, kind: chosen.get(name, wanted)), {}
-    weights = {name for name in layout.names if name.startswith(architecture.layer_prefix) and name.endswith(".weight")}
-    packed = prequantized_parameters(stored, find_sources(layout, base.headers, weights))
 
     def format_of(name: str, kind: WeightKind) -> str | None:
-        if name in packed:
-            return packed[name].format
+        if name in kept:
+            return kept[name].format
         # bitsandbytes leaves fused experts in 16 bits, also in a checkpoint that it has quantized.
-        return None if packed and kind == "linear" else chosen.get(name, wanted)
+        return None if kept and kind == "linear" else chosen.get(name, wanted)
 
-    return format_of, {}
+    return format_of, kept
 
 
 def _wrap_layers(

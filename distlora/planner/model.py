@@ -14,14 +14,13 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.gguf_note import NOTE_NAME
-from distlora.architecture.kept_weights import expected_headers, kept_weights
+from distlora.architecture.kept_weights import expected_headers, kept_weights, nothing_to_keep
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, read_index
 from distlora.architecture.shapes import KEEP, ModelShapes, architecture_named, nearest_architecture, shapes_of
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.json_files import read_object
-from distlora.weights.prequantized import read_prequantized_weights
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP
 
 Source = Literal["folder", "hub cache", "built in"]
@@ -161,10 +160,13 @@ def model_in(
     check_config(settings, place, full=full, sequence_length=sequence_length)
     size = weights_size(folder)
     shapes = shapes_of(settings, place)
-    if size is not None and quantization_method(settings, place) == NF4:
-        shapes = dataclasses.replace(shapes, formats=_stored_formats(folder, shapes))
     noted = (folder / NOTE_NAME).is_file()
     shapes, cannot_keep = _with_kept(shapes, settings, folder, has_headers=noted or size is not None, is_low_bit=noted)
+    if shapes.kept and quantization_method(settings, place) == NF4:  # Kept by quant=nf4 too, and other linears dense.
+        layers = ((index, shapes.architecture.layer(index).weights) for index in range(shapes.num_layers))
+        linears = {index: [each.path for each in weights if each.kind == "linear"] for index, weights in layers}
+        formats = {index: {**dict.fromkeys(paths), **shapes.kept.get(index, {})} for index, paths in linears.items()}
+        shapes = dataclasses.replace(shapes, formats=formats)
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")
     return PlannedModel(
         name=name or folder.name,
@@ -189,36 +191,22 @@ def _with_kept(
 
     The headers of the weights in the folder `place` tell, or config.json where there are none (`has_headers`).
     `is_low_bit`: weights are in low bits though config.json says nothing. Raises UserError for settings of a
-    quantization that is not read.
+    quantization that is not read, and for weights that cannot be read.
     """
     architecture, headers = shapes.architecture, dict[str, Segment]()
     kept: dict[int, dict[str, str | None]] = {}
-    is_low_bit = quantization_method(settings, place) not in (None, NF4) or is_low_bit
+    is_low_bit = quantization_method(settings, place) is not None or is_low_bit
+    if is_low_bit and has_headers:
+        headers |= CheckpointFiles(place).headers
     try:
-        if is_low_bit and has_headers:
-            headers |= CheckpointFiles(place).headers
-        elif is_low_bit:
+        if is_low_bit and not has_headers:
             headers |= expected_headers(architecture, settings, place)
-        for name, weight in kept_weights(architecture, headers, place).items():
+        for name, weight in kept_weights(architecture, headers).items():
             index, _, path = name.removeprefix(architecture.layer_prefix).partition(".")
             kept.setdefault(int(index), {})[path] = weight.format
     except UserError as error:
         return shapes, error
-    return dataclasses.replace(shapes, kept=kept), None
-
-
-def _stored_formats(folder: Path, shapes: ModelShapes) -> dict[int, dict[str, str | None]]:
-    """Return `ModelShapes.formats` of a quantized checkpoint. Raises UserError if it cannot be kept quantized."""
-    base = CheckpointFiles(folder)
-    packed, stored_as = read_prequantized_weights(base), shapes.architecture.on_disk(base.headers)
-    found: dict[int, dict[str, str | None]] = {}
-    for index in range(shapes.num_layers):
-        prefix = f"{shapes.architecture.layer_prefix}{index}."
-        for weight in shapes.architecture.layer(index).weights:
-            names = packed.keys() & stored_as.get(prefix + weight.path, ())
-            if names or weight.kind == "linear":
-                found.setdefault(index, {})[weight.path] = packed[names.pop()].format if names else None
-    return found
+    return dataclasses.replace(shapes, kept=kept), None if kept else nothing_to_keep(place)
 
 
 def weights_size(folder: Path) -> int | None:

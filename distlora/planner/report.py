@@ -49,7 +49,7 @@ def lines(plan: Plan) -> list[str]:
     if (empty := empty_rows(plan)) is not None:
         found.append(f"  {empty}")
     method, stored = plan.config.quant.method, plan.model.shapes.kept_formats
-    if stored and method in ("nf4", "mixed"):
+    if stored not in ("", "NF4") and method in ("nf4", "mixed"):
         found.append(f"  stored in {stored}; quant={method} rounds it again (quant=keep trains on the stored values)")
     return found
 

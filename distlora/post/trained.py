@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from distlora import __version__
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.low_bit_headers import LOW_BIT
+from distlora.architecture.low_bit_headers import LOW_BIT, in_nf4
 from distlora.config import (
     AdapterConfig,
     Config,
@@ -139,7 +139,7 @@ def _without_run(folder: Path, place: str, *, base: str | None, quant: Quant) ->
         numbers: Counter[str] = Counter()
         with contextlib.suppress(UserError):  # Not downloaded yet, or damaged, which is refused where it is read.
             for segment in CheckpointFiles(Path(base).expanduser()).headers.values():
-                numbers[segment.dtype] += segment.numel
+                numbers[segment.dtype] += 0 if in_nf4(segment) else segment.numel
         # The dtype that keeps most of the dense weights exact; those in low bits are dequantized to bf16.
         is_fp32 = numbers["F32"] + numbers["F16"] > numbers["BF16"] + numbers[LOW_BIT]
         spec = with_adapter(base_spec(base, quant, dtype="fp32" if is_fp32 else "bf16"), folder)

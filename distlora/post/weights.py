@@ -34,9 +34,7 @@ from distlora.model.frozen_linear import FrozenTensor
 from distlora.weights.conversion import Source
 from distlora.weights.decompose import LowRankFactors, Residual
 from distlora.weights.peft_folder import WEIGHTS_NAME, PeftAdapter
-from distlora.weights.prequantized import PrequantizedWeight, prequantized_parameters, read_prequantized_weights
-from distlora.weights.reader import Reader, all_finite
-from distlora_kernels import reference
+from distlora.weights.reader import Reader, all_finite, check_finite
 from distlora_kernels.formats import Format, nf4
 
 CHUNK = 64 * nf4.GROUP
@@ -51,11 +49,9 @@ class BaseWeight:
     """Hugging Face name: model.layers.0.mlp.up_proj.weight."""
     shape: tuple[int, ...]
     source: Source
-    """The tensors it is made of, in flat order; for a prequantized weight, its codes."""
+    """The tensors it is made of, in flat order."""
     format: Format | None = None
     """Format that training stores it in; None: it is dense."""
-    packed: PrequantizedWeight | None = None
-    """Its parts if the checkpoint stores it in NF4."""
     residual: Residual | None = None
     """The initial adapter that PiSSA subtracted before quantization."""
     held: torch.dtype = torch.float32
@@ -69,6 +65,11 @@ class BaseWeight:
         return isinstance(self.format, nf4.Nf4)
 
     @property
+    def kept(self) -> bool:
+        """True if training stores it as the checkpoint does."""
+        return self.format is not None and is_kept(self.format.name, self.source.segments)
+
+    @property
     def numel(self) -> int:
         """Return the number of elements."""
         return math.prod(self.shape)
@@ -78,19 +79,14 @@ class BaseWeight:
 
         With `original` as it is stored, else as a run trains on it. Raises UserError for NaN and Inf.
         """
-        if self.packed is not None:
-            yield from self._unpacked(reader)
-        elif original:
+        if original or self.kept:
             for _, chunk in reader.chunks(self.source.segments, 0, self.numel, CHUNK):
-                yield self._finite(chunk.float())
+                check_finite(self.name, chunk)
+                yield chunk.float()
         elif not self.is_nf4:
             format, width = self.format, self.shape[-1]
-            kept = format is not None and is_kept(format.name, self.source.segments)
             for chunk in self._before_quantization(reader, CHUNK if format is None else run_size(format, width)):
-                if format is None:
-                    yield chunk.to(self.held).float()
-                else:
-                    yield chunk.float() if kept else requantized(format, chunk, width)
+                yield chunk.to(self.held).float() if format is None else requantized(format, chunk, width)
         else:
             second, group = self.second_level(reader), 0
             for size, codes in self.codes(reader):
@@ -128,7 +124,8 @@ class BaseWeight:
     def _before_quantization(self, reader: Reader, size: int = CHUNK) -> Iterator[Tensor]:
         for first, chunk in reader.chunks(self.source.segments, 0, self.numel, size):
             chunk = chunk if self.residual is None else self.residual.of(chunk, first)
-            yield self._finite(chunk)
+            check_finite(self.name, chunk)
+            yield chunk
 
     def second_level(self, reader: Reader) -> DoubleQuantizedAbsmax:
         """Return the double-quantized absmax of a weight that training quantizes."""
@@ -138,36 +135,6 @@ class BaseWeight:
         """Yield (number of weights, codes (groups, GROUP_BYTES) uint8), in the pieces of `chunks`."""
         for chunk in self._before_quantization(reader):
             yield len(chunk), nf4.quantize_blocks(chunk)[0]
-
-    def _unpacked(self, reader: Reader) -> Iterator[Tensor]:
-        packed = self.packed
-        assert packed is not None
-        blocks = -(-self.numel // nf4.BLOCK)
-        nested = packed.nested_absmax
-        group_scale = None if nested is None else reader.read([nested], 0, nested.numel)
-        for first in range(0, self.numel, CHUNK):
-            size = min(CHUNK, self.numel - first)
-            groups, group = nf4.num_groups(size), first // nf4.GROUP
-            codes = torch.full((groups * nf4.GROUP_BYTES,), reference.ZERO_CODE * 17, dtype=torch.uint8)
-            codes[: -(-size // 2)] = reader.read([packed.codes], first // 2, first // 2 + -(-size // 2))
-            codes = codes.view(groups, nf4.GROUP_BYTES)
-            start = first // nf4.BLOCK
-            stored = reader.read([packed.absmax], start, min(start + groups * nf4.BLOCKS_PER_GROUP, blocks))
-            absmax = torch.full((groups * nf4.BLOCKS_PER_GROUP,), reference.ZERO_SCALE if packed.nested else 0)
-            absmax = absmax.to(stored.dtype)
-            absmax[: len(stored)] = stored
-            absmax = absmax.view(groups, nf4.BLOCKS_PER_GROUP)
-            if not packed.nested:
-                yield self._finite(nf4.NF4_ABSMAX.dequantize((codes, absmax), shape=(size,), dtype=torch.float32))
-                continue
-            assert group_scale is not None
-            parts = (absmax, group_scale[group : group + groups], torch.tensor(packed.offset, dtype=torch.float32))
-            yield self._finite(nf4.NF4.dequantize((codes, *parts), shape=(size,), dtype=torch.float32))
-
-    def _finite(self, chunk: Tensor) -> Tensor:
-        if not all_finite(chunk):
-            raise UserError(f"{self.name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
-        return chunk
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,8 +167,6 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
     files = CheckpointFiles(spec.path)
     model = build_model(spec, base=files, training=False)
     sources = find_base(model, files.headers)
-    stored = read_prequantized_weights(files)
-    packed = prequantized_parameters(stored, sources)
     frozen = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, FrozenTensor)}
     residuals = {}
     if spec.adapter.pissa:
@@ -218,10 +183,9 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
         module = frozen.get(name)
         weights[name] = BaseWeight(
             name=name,
-            shape=packed[name].shape if name in packed else source.shape,
+            shape=source.shape,
             source=source,
             format=None if module is None else module.format,
-            packed=packed.get(name),
             residual=residuals.get(name),
             held=held.get(name, torch.float32),
             transposed=isinstance(module, ExpertWeight) and (module.transposed or is_transposed(source.segments)),

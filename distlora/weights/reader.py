@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
-from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
-from distlora.weights.low_bit import read_low_bit
+from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment, overlaps
+from distlora.config import UserError
+from distlora.weights.low_bit import CODECS
 
 Value = TypeVar("Value")
 
@@ -82,26 +83,21 @@ class Reader:
             return self._decoded(segments, start, stop)
         element = DTYPE_BYTES[segments[0].dtype]
         buffer = bytearray((stop - start) * element)
-        view, done, before = memoryview(buffer), 0, 0
-        for segment in segments:
-            low, high = max(start - before, 0), min(stop - before, segment.numel)
-            if low < high:
-                part = view[done : done + (high - low) * element]
-                self._fill(part, segment.file, segment.offset + low * element)
-                done += len(part)
-            before += segment.numel
-        assert done == len(buffer), f"elements {start} to {stop} lie beyond the {before} of the parameter"
+        view, done = memoryview(buffer), 0
+        for segment, low, high in overlaps(segments, start, stop):
+            part = view[done : done + (high - low) * element]
+            self._fill(part, segment.file, segment.offset + low * element)
+            done += len(part)
+        assert done == len(buffer), f"elements {start} to {stop} lie beyond those of the parameter"
         self.bytes_read += done
         return torch.frombuffer(buffer, dtype=TORCH_DTYPES[segments[0].dtype])
 
     def _decoded(self, segments: Sequence[Segment], start: int, stop: int) -> Tensor:
-        pieces, before = [], 0
-        for segment in segments:
+        pieces = list[Tensor]()
+        for segment, low, high in overlaps(segments, start, stop):
             assert isinstance(segment, LowBitSegment), "conversion.py lets no parameter be of both"
-            low, high = max(start - before, 0), min(stop - before, segment.numel)
-            if low < high:
-                pieces.append(read_low_bit(segment.tensor, self, segment.offset + low, segment.offset + high))
-            before += segment.numel
+            codec, offset = CODECS[segment.tensor.codec], segment.offset
+            pieces += codec.bands(segment.tensor, self, offset + low, offset + high)
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def read_columns(self, segment: Segment, first: int, stop: int) -> Tensor:
@@ -117,7 +113,7 @@ class Reader:
             low = first
             size = min(max(COLUMNS_BYTES // (rows * element), stop - first), width - first)
             if key not in self._columns and len(self._columns) == 3:
-                self._columns.clear()
+                del self._columns[next(iter(self._columns))]
             buffer = bytearray(rows * size * element)
             view, step = memoryview(buffer), rows if size == width else 1  # Whole rows lie together.
             for row in range(0, rows, step):
@@ -139,6 +135,12 @@ class Reader:
                     "again once nobody writes it"
                 )
             view, offset = view[got:], offset + got
+
+
+def check_finite(name: str, *tensors: Tensor) -> None:
+    """Raise UserError if a weight of the base, or a part of it, holds NaN or Inf."""
+    if not all(map(all_finite, tensors)):
+        raise UserError(f"{name} holds NaN or Inf weights; the checkpoint is damaged, download it again")
 
 
 def all_finite(tensor: Tensor) -> bool:

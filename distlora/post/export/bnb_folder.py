@@ -2,8 +2,8 @@
 
 transformers and bitsandbytes load the folder, PEFT the adapter; our own loader gets the trained-on weights back bit for
 bit. Only this format keeps PiSSA exactly: W minus the initial adapter in NF4, A and B of the run's rank. A base that is
-stored in NF4 is copied. The layout is described in `distlora.weights.prequantized`; codes and scales are the bytes of
-ours without the padding of the last group.
+stored in NF4 is copied. The layout is described in `distlora.architecture.low_bit_bnb`; codes and scales are the
+bytes of ours without the padding of the last group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.config import UserError
 from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, trained_config, trained_part
 from distlora.post.export.client_check import Ours
@@ -57,7 +57,7 @@ def write(export: Export) -> None:
     trained, place = export.trained, export.place
     source = trained.base
     base = open_base(trained.spec, trained.initial_adapter_dir)
-    quantized = [weight for weight in base.weights.values() if weight.is_nf4 and weight.packed is None]
+    quantized = [weight for weight in base.weights.values() if weight.is_nf4 and not weight.kept]
     dtype = str(DTYPES[export.request.dtype or "fp32"]).removeprefix("torch.")
     if export.request.check:
         odd = next((w for w in base.weights.values() if w.is_nf4 and w.shape[-1] % 64 == 32), None)
@@ -92,7 +92,7 @@ def write_rounded(base: Base, files: Files) -> set[str]:
     with Reader() as reader:
         for weight in base.weights.values():
             stored = weight.source.segments[0].dtype
-            if weight.is_nf4 or weight.packed is not None or weight.held in (torch.float32, TORCH_DTYPES[stored]):
+            if weight.is_nf4 or weight.held in (torch.float32, TORCH_DTYPES[stored]):
                 continue
             (name,), first = weight.source.names, 0
             for chunk in weight.chunks(reader):
@@ -106,15 +106,17 @@ def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
     """Lay out the base's files with the parts of each quantized weight in its place."""
     require_whole_tensors(base)
     replaced = {name_of(weight): parts_of(weight) for weight in quantized}
-    copied = {name: segment for name, segment in base.files.headers.items() if name not in replaced}
+    is_nf4 = any(map(in_nf4, base.files.headers.values()))
+    on_disk = base.files.stored if is_nf4 else base.files.headers
+    copied = {name: segment for name, segment in on_disk.items() if name not in replaced}
     kept = next((name for name, segment in copied.items() if isinstance(segment, LowBitSegment)), None)
     if kept is not None:
         raise UserError(
             f"{kept} is in low bits in {base.files.folder} and not among the weights that quant=nf4 quantizes, so "
             "bitsandbytes cannot load it; run `distlora merge` instead, which writes it dense"
         )
-    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {file_of(s): {} for s in base.files.headers.values()}
-    for name, segment in base.files.headers.items():
+    tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {file_of(s): {} for s in on_disk.values()}
+    for name, segment in on_disk.items():
         tables[file_of(segment)] |= replaced.get(name, {name: (segment.dtype, segment.shape)})
     return lay_out_files(tables, copied)
 

@@ -288,7 +288,7 @@ def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
         f"--dtype={request.dtype}: {spec.model.path} is NF4 on disk and is copied as it is; leave --dtype out",
     )
     require(
-        spec.quant.is_nf4,
+        spec.quant.is_nf4 or is_packed(trained),
         f"--format=bnb: {trained.place} was trained on a base of quant={spec.quant.method}, and in NF4 that is "
         "another; write --for peft, and let whoever loads it quantize",
     )

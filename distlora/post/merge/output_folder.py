@@ -137,8 +137,7 @@ def plan_files(
             written[name] = tensor
             # A tensor that the base lacks goes into the file of its source.
             home[name] = file_of(on_disk.get(name, parameter.weight.source.segments[0]))
-    packed = tuple(f"{p.weight.packed.name}." for p in parameters if p.weight.packed is not None)
-    copied = {name: s for name, s in on_disk.items() if name not in written and not name.startswith(packed)}
+    copied = {name: segment for name, segment in on_disk.items() if name not in written}
     tables: dict[str, dict[str, tuple[str, Sequence[int]]]] = {file_of(s): {} for s in on_disk.values()}
     for name, tensor in written.items():
         tables[home[name]][name] = tensor

@@ -40,7 +40,6 @@ from distlora.weights.peft_folder import (
     check_rows,
     read_peft_adapter,
 )
-from distlora.weights.prequantized import read_prequantized_weights
 from distlora.weights.reader import Reader, all_finite
 
 
@@ -123,7 +122,7 @@ class Parameter:
 def parameters_of(base: Base, adapter: Adapter | None) -> list[Parameter]:
     """Return all parameters: decoder and head in the model's order.
 
-    Prequantized weights outside the decoder (a vision tower's) come last.
+    Quantized weights outside the decoder (a vision tower's) come last.
     """
     require_whole_tensors(base)
     model = base.model
@@ -131,8 +130,9 @@ def parameters_of(base: Base, adapter: Adapter | None) -> list[Parameter]:
     experts = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, ExpertWeight)}
     found = []
     for name, weight in base.weights.items():
-        shapes = [s.shape for s in weight.source.segments] if weight.packed is None else [weight.shape]
-        outputs = dict(zip(weight.source.names, shapes, strict=True))
+        outputs = {
+            name: segment.shape for name, segment in zip(weight.source.names, weight.source.segments, strict=True)
+        }
         matrix = {base.embedding_name: EMBEDDING, base.head_name: HEAD}.get(name)
         if matrix is not None:
             outputs = dict.fromkeys(outputs, (model.vocabulary.rows, weight.shape[1]))
@@ -149,7 +149,7 @@ def parameters_of(base: Base, adapter: Adapter | None) -> list[Parameter]:
         )
     if model.tied_in_base:
         found += _tied_head(base)
-    return found + _packed_beside(base, found)
+    return found + _low_bit_beside(base, found)
 
 
 def _tied_head(base: Base) -> list[Parameter]:
@@ -165,16 +165,10 @@ def _tied_head(base: Base) -> list[Parameter]:
     return [Parameter(weight=replace(weight, name=base.head_name), outputs={name: shape}, matrix=matrix)]
 
 
-def _packed_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
+def _low_bit_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
     """Return quantized weights outside the model, which must become dense as quantization_config is dropped."""
-    stored = read_prequantized_weights(base.files)
     taken = {name for parameter in found for name in parameter.outputs}
     beside = []
-    for name, packed in stored.items():
-        if name not in taken:
-            source = Source((name,), (packed.codes,), packed.shape)
-            weight = BaseWeight(name=name, shape=packed.shape, source=source, packed=packed)
-            beside.append(Parameter(weight=weight, outputs={name: packed.shape}))
     for name, segment in base.files.headers.items():
         if isinstance(segment, LowBitSegment) and name not in taken:
             source = Source((name,), (segment,), segment.shape)

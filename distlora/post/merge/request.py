@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
+from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor, in_nf4
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.config import require
 from distlora.config.json_files import check_shape, read_object
@@ -43,7 +43,7 @@ class MergeRequest:
 def low_bit_tensors(trained: Trained) -> list[LowBitTensor]:
     """Return the weights that the base is shipped with in low bits other than NF4."""
     headers = CheckpointFiles(trained.base).headers.values()
-    return [segment.tensor for segment in headers if isinstance(segment, LowBitSegment)]
+    return [each.tensor for each in headers if isinstance(each, LowBitSegment) and not in_nf4(each)]
 
 
 def default_dtype(trained: Trained) -> Dtype:

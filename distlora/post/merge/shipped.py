@@ -18,7 +18,7 @@ from distlora.config import UserError
 from distlora.post.merge.output_folder import Cursor, Files, Tensors
 from distlora.post.merge.parameters import Parameter
 from distlora.post.weights import Base
-from distlora.weights.low_bit.codecs import place_of_row
+from distlora.weights.low_bit.codecs import Rows
 from distlora.weights.low_bit.requantize import requantize
 from distlora.weights.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
 
@@ -64,8 +64,8 @@ class LowBitCursor:
     ) -> None:
         self.lost = 0.0
         """||M - Q||^2 of what is written."""
-        self._files, self._names, self._reader = files, names, reader
-        self._bands = deque(band for tensor in tensors for band in _bands(tensor))
+        self._files, self._names = files, names
+        self._bands = deque(band for tensor in tensors for band in _bands(tensor, reader))
         self._values = list[Tensor]()
         """Flat values of the next bands."""
 
@@ -74,19 +74,15 @@ class LowBitCursor:
         self._values.append(values.reshape(-1))
         written = 0
         while self._bands:
-            tensor, matrix, first, stop = self._bands[0]
-            width = tensor.shape[-1]
-            numel = (stop - first) * width
+            at = self._bands[0]
+            numel = at.num_rows * at.tensor.stored_shape[-1]
             if sum(map(len, self._values)) < numel:
                 break
             flat = torch.cat(self._values)
-            rows, self._values = flat[:numel].view(-1, width), [flat[numel:]]
-            stored_rows = rows.T.contiguous() if tensor.transposed else rows
-            parts, lost = requantize(tensor, self._reader, matrix, first, stored_rows)
+            rows, self._values = flat[:numel].view(-1, at.tensor.shape[-1]), [flat[numel:]]
+            parts, lost = requantize(at, rows.T.contiguous() if at.tensor.transposed else rows)
             for part, stored in parts.items():
-                row = first // tensor.block[0] if part == "scales" else first
-                start, _ = place_of_row(tensor, part, matrix, row)
-                self._files.write(self._names[tensor.parts[part]], start, stored)
+                self._files.write(self._names[at.tensor.parts[part]], at.span(part)[0], stored)
                 written += stored.nbytes
             self.lost += lost
             self._bands.popleft()
@@ -97,11 +93,11 @@ class LowBitCursor:
         assert not self._bands, "a parameter ended early"
 
 
-def _bands(tensor: LowBitTensor) -> Iterator[tuple[LowBitTensor, int, int, int]]:
-    """Yield (tensor, matrix, first row, end) in flat order: rows of whole blocks; transposed matrices whole."""
-    rows, width = tensor.shape[-2:]
+def _bands(tensor: LowBitTensor, reader: Reader) -> Iterator[Rows]:
+    """Yield stored rows in flat order: rows of whole blocks; transposed matrices whole."""
+    rows, width = tensor.stored_shape[-2:]
     height = tensor.block[0]
     step = rows if tensor.transposed else max(BAND // width // height, 1) * height
     for matrix in range(tensor.shape[0] if len(tensor.shape) == 3 else 1):
         for first in range(0, rows, step):
-            yield tensor, matrix, first, min(first + step, rows)
+            yield Rows(tensor, reader, matrix, first, min(first + step, rows))

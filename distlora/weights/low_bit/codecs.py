@@ -1,4 +1,4 @@
-"""Decode weights that a checkpoint ships in low bits, a band of rows at a time.
+"""Decode the quantized weights of a checkpoint, a band of rows at a time.
 
 A value is what the reference library computes before it rounds to a dtype: fp32, or bf16 where that is exact. Rounding
 it once gives the library's value bit for bit. A codec reads the parts of whole rows of a stored matrix; the last band
@@ -8,8 +8,9 @@ is kept by the reader, because consecutive ranges of a weight often lie in the s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,21 +27,65 @@ if TYPE_CHECKING:
     from distlora.weights.reader import Reader
 
 
+class Rows(NamedTuple):
+    """Rows [first, stop) of a stored matrix."""
+
+    tensor: LowBitTensor
+    reader: Reader
+    matrix: int
+    first: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.first
+
+    def span(self, part: str) -> tuple[int, int, int]:
+        """Return (first element, rows, columns) of these rows in a part (E, rows, columns).
+
+        A row of scales is of `block[0]` rows of weights.
+        """
+        height = self.tensor.block[0] if part == "scales" else 1
+        rows, low = -(-self.tensor.stored_shape[-2] // height), self.first // height
+        matrices = self.tensor.shape[0] if len(self.tensor.shape) == 3 else 1
+        columns = self.tensor.parts[part].numel // matrices // rows
+        return (self.matrix * rows + low) * columns, -(-self.stop // height) - low, columns
+
+    def read(self, part: str) -> Tensor:
+        """Return what a part has of these rows, (rows, columns)."""
+        start, rows, columns = self.span(part)
+        return self.reader.read([self.tensor.parts[part]], start, start + rows * columns).view(rows, columns)
+
+    def read_columns(self, part: str) -> Tensor:
+        """Return what a part has of columns [first, stop) of the matrix, which are whole blocks, (rows, columns)."""
+        num_rows, width = self.tensor.stored_shape[-2:]
+        start, rows, columns = self._replace(first=0, stop=num_rows).span(part)
+        whole = self.tensor.parts[part]
+        offset, num_bytes = (each * whole.num_bytes // whole.numel for each in (start, rows * columns))
+        matrix = replace(whole, offset=whole.offset + offset, num_bytes=num_bytes, shape=(rows, columns))
+        return self.reader.read_columns(matrix, self.first * columns // width, self.stop * columns // width)
+
+
 class Codec(ABC):
     """Decodes the weights of one layout. E matrices of (O, I) are stored; a tensor without experts has E = 1."""
 
     band = 2**20
     """Weights that are decoded at once, about: 4 MiB in fp32."""
+    padding: Mapping[str, int] = {}
+    """Values of the format's parts past the end of a weight, where they are not zeros."""
 
     @abstractmethod
-    def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
-        """Return rows [first, stop) of a stored matrix, (stop - first, I) fp32 or bf16."""
+    def rows(self, at: Rows) -> Tensor:
+        """Return some rows of a stored matrix, (rows, I) fp32 or bf16."""
 
-    def row_blocks(
-        self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
-    ) -> tuple[Tensor, ...]:
-        """Return the parts of all blocks of tensor.format in rows [first, stop): each (blocks, values)."""
-        raise AssertionError(f"{tensor.name} has no format")
+    def columns(self, at: Rows) -> Tensor:
+        """Return columns [first, stop) of a stored matrix, whole blocks, as rows (stop - first, O)."""
+        raise AssertionError(f"{at.tensor.name} is transposed")
+
+    def row_blocks(self, at: Rows) -> tuple[Tensor, ...]:
+        """Return the parts of all blocks of tensor.format in some rows: each (blocks, values)."""
+        raise AssertionError(f"no format has blocks of {at.tensor.name}")
 
     def blocks(self, tensor: LowBitTensor, reader: Reader, first: int, count: int) -> tuple[Tensor, ...]:
         """Return the parts of `count` blocks of tensor.format from block `first` on, in order: each (count, values).
@@ -48,6 +93,7 @@ class Codec(ABC):
         Blocks follow the flat order of `tensor.stored_shape`; FP8 tiles are those of the (E * O, I) matrix.
         """
         num_rows, width = tensor.stored_shape[-2:]
+        assert tensor.format is not None, f"{tensor.name} has no format"
         sizes = FORMAT_LAYOUTS[tensor.format]
         height, columns = sizes.tile or (1, sizes.block)
         across, down = -(-width // columns), -(-num_rows // height)
@@ -56,63 +102,37 @@ class Codec(ABC):
         while row < stop:
             matrix, start = divmod(row, down)
             end = min(down, start + stop - row)
-            pieces.append(self.row_blocks(tensor, reader, matrix, start * height, min(end * height, num_rows)))
+            at = Rows(tensor, reader, matrix, start * height, min(end * height, num_rows))
+            pieces.append(self.row_blocks(at))
             row += end - start
         return tuple(torch.cat(part)[skipped : skipped + count] for part in zip(*pieces, strict=True))
 
+    def replicated(self, tensor: LowBitTensor, reader: Reader) -> tuple[Tensor, ...]:
+        """Return the replicated parts of tensor.format. Raises UserError if its codes have another meaning there."""
+        return ()
+
     def bands(self, tensor: LowBitTensor, reader: Reader, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield the flat weights [start, stop) of the logical layout in pieces."""
-        *_, num_rows, width = tensor.shape
-        # A transposed matrix is decoded whole.
-        step = num_rows if tensor.transposed else min(max(self.band // width, 1), num_rows)
+        """Yield the flat weights [start, stop) of the logical layout in pieces, fp32 or bf16; a vector is a column."""
+        *_, num_rows, width = (*tensor.shape, 1) if len(tensor.shape) == 1 else tensor.shape
+        unit = tensor.block[1] if tensor.transposed else 1
+        step = min(max(self.band // width // unit, 1) * unit, num_rows)
         while start < stop:
             row, matrix = start // width % num_rows, start // width // num_rows
             first = row // step * step
-            band = self._band(tensor, reader, matrix, first, min(first + step, num_rows))
+            band = self._band(Rows(tensor, reader, matrix, first, min(first + step, num_rows)))
             before = (matrix * num_rows + first) * width
             end = min(stop, before + band.numel())
             yield band[start - before : end - before]
             start = end
 
-    def _band(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
-        key, kept = (tensor, matrix, first), reader.last_band
+    def _band(self, at: Rows) -> Tensor:
+        key, kept = (at.tensor, at.matrix, at.first), at.reader.last_band
         if kept is not None and kept[0] == key:
             return kept[1]
-        reader.last_band = None  # Two at once would double the memory.
-        if tensor.transposed:
-            band = self._transposed(tensor, reader, matrix).flatten()
-        else:
-            band = self.rows(tensor, reader, matrix, first, stop).flatten()
-        reader.last_band = (key, band)
+        at.reader.last_band = None  # Two at once would double the memory.
+        band = (self.columns(at) if at.tensor.transposed else self.rows(at)).flatten()
+        at.reader.last_band = (key, band)
         return band
-
-    def _transposed(self, tensor: LowBitTensor, reader: Reader, matrix: int) -> Tensor:
-        """Return the transpose of a stored matrix, (I, O), decoded a few rows at a time."""
-        num_rows, width = tensor.stored_shape[-2:]
-        whole, step = None, max(self.band // width, 1)
-        for first in range(0, num_rows, step):
-            part = self.rows(tensor, reader, matrix, first, min(first + step, num_rows))
-            if whole is None:
-                whole = torch.empty(width, num_rows, dtype=part.dtype)
-            whole[:, first : first + len(part)] = part.T
-        assert whole is not None
-        return whole
-
-
-def read_rows(tensor: LowBitTensor, reader: Reader, part: str, matrix: int, first: int, stop: int) -> Tensor:
-    """Return rows [first, stop) of matrix `matrix` of a part (E, rows, columns), (stop - first, columns)."""
-    start, columns = place_of_row(tensor, part, matrix, first)
-    return reader.read([tensor.parts[part]], start, start + (stop - first) * columns).view(stop - first, columns)
-
-
-def place_of_row(tensor: LowBitTensor, part: str, matrix: int, row: int) -> tuple[int, int]:
-    """Return (elements of a part before a row of matrix `matrix` of it, elements of a row)."""
-    rows = tensor.stored_shape[-2]
-    if part == "scales":
-        rows = -(-rows // tensor.block[0])
-    matrices = tensor.shape[0] if len(tensor.shape) == 3 else 1
-    columns = tensor.parts[part].numel // matrices // rows
-    return (matrix * rows + row) * columns, columns
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:
@@ -126,50 +146,40 @@ class ScaledCodec(Codec):
     transformers' Fp8Dequantize; compressed-tensors' float-quantized and int-quantized; ModelOpt's FP8.
     """
 
-    def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
+    def rows(self, at: Rows) -> Tensor:
         """Return rows of a stored matrix."""
-        height, columns = tensor.block
-        low = first // height
-        values = read_rows(tensor, reader, "codes", matrix, first, stop).float()
-        scales = self._scales(tensor, reader, matrix, low, -(-stop // height))
-        scales = scales[torch.arange(first, stop).div(height, rounding_mode="floor") - low]
+        columns = at.tensor.block[1]
+        values, scales = at.read("codes").float(), self._scales(at)
         whole = values.shape[1] // columns
         values[:, : whole * columns].unflatten(1, (whole, columns)).mul_(scales[:, :whole, None])
         values[:, whole * columns :].mul_(scales[:, whole:])
         return values
 
     @staticmethod
-    def _scales(tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
-        scales = read_rows(tensor, reader, "scales", matrix, first, stop)
-        return powers_of_two(scales) if tensor.parts["scales"].dtype in ("U8", "F8_E8M0") else scales.float()
+    def _scales(at: Rows) -> Tensor:
+        """Return the scales of each row."""
+        stored, height = at.read("scales"), at.tensor.block[0]
+        scales = powers_of_two(stored) if stored.itemsize == 1 else stored.float()
+        return scales[torch.arange(at.first, at.stop).div(height, rounding_mode="floor") - at.first // height]
 
-    def row_blocks(
-        self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
-    ) -> tuple[Tensor, ...]:
+    def row_blocks(self, at: Rows) -> tuple[Tensor, ...]:
         """Return (codes (n, 16384) uint8, scales (n, 1) fp32) of tiles of 128 x 128, zeros past the edges."""
-        codes = read_rows(tensor, reader, "codes", matrix, first, stop).view(torch.uint8)
-        width, (height, columns) = tensor.stored_shape[-1], tensor.block
-        low = first // height
-        scales = self._scales(tensor, reader, matrix, low, -(-stop // height))
-        rows = torch.arange(first, stop, TILE).div(height, rounding_mode="floor") - low
-        scales = scales[rows][:, torch.arange(0, width, TILE).div(columns, rounding_mode="floor")]
-        return in_tiles(codes), scales.reshape(-1, 1)
+        of_tiles = torch.arange(0, at.tensor.stored_shape[-1], TILE).div(at.tensor.block[1], rounding_mode="floor")
+        return in_tiles(at.read("codes").view(torch.uint8)), self._scales(at)[::TILE, of_tiles].reshape(-1, 1)
 
 
 class BnbInt8Codec(Codec):
     """bitsandbytes' 8-bit rows (functional.int8_vectorwise_dequant): code * absmax * (1 / 127) in fp32."""
 
-    def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
+    def rows(self, at: Rows) -> Tensor:
         """Return rows of a stored matrix."""
-        layout = tensor.parts.get("layout")
-        if layout is not None and int(reader.read([layout], 0, 1)):
+        layout = at.tensor.parts.get("layout")
+        if layout is not None and int(at.reader.read([layout], 0, 1)):
             raise UserError(
-                f"{layout.file}: {tensor.name} is in a layout for old GPUs (weight_format), not in rows; save it again "
-                "with a current bitsandbytes"
+                f"{layout.file}: {at.tensor.name} is in a layout for old GPUs (weight_format), not in rows; save it "
+                "again with a current bitsandbytes"
             )
-        codes = read_rows(tensor, reader, "codes", matrix, first, stop)
-        absmax = reader.read([tensor.parts["scales"]], first, stop)
-        return codes.float().mul_(absmax[:, None]).mul_(7.874015718698502e-3)
+        return at.read("codes").float().mul_(at.read("scales")).mul_(7.874015718698502e-3)
 
 
 class Fp4Codec(Codec):
@@ -184,28 +194,31 @@ class Fp4Codec(Codec):
     def __init__(self, format: BlockFormat, *, reciprocal: bool = False) -> None:
         self.format, self.reciprocal = format, reciprocal
 
-    def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
+    def rows(self, at: Rows) -> Tensor:
         """Return rows of a stored matrix."""
         if self.reciprocal:
-            codes, scales, scale_2 = self._parts(tensor, reader, matrix, first, stop)
+            codes, scales, scale_2 = self._parts(at)
             scale = numbers.look_up(numbers.e4m3(scales.device), scales).mul_(scale_2)
             values = numbers.nibbles(codes, numbers.E2M1).view(*scale.shape, -1)
             return values.mul_(scale[..., None]).flatten(1)
-        values = self.format.decode(*self.row_blocks(tensor, reader, matrix, first, stop)).view(stop - first, -1)
+        values = self.format.decode(*self.row_blocks(at)).view(at.num_rows, -1)
         return values.bfloat16() if self.format is MXFP4 else values
 
-    def _parts(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> tuple[Tensor, ...]:
-        codes = read_rows(tensor, reader, "codes", matrix, first, stop)
-        scales = read_rows(tensor, reader, "scales", matrix, first, stop).view(torch.uint8)
-        if "global_scale" not in tensor.parts:
-            return codes, scales
-        return codes, scales, reader.read([tensor.parts["global_scale"]], 0, 1)
+    def columns(self, at: Rows) -> Tensor:
+        """Return columns of a stored matrix as rows."""
+        assert self.format is MXFP4, "gpt-oss alone is transposed"
+        codes, scales = at.read_columns("codes"), at.read_columns("scales")
+        values = self.format.decode(codes.reshape(-1, MXFP4.block // 2), scales.reshape(-1, 1))
+        return values.bfloat16().view(len(codes), -1).T.contiguous()
 
-    def row_blocks(
-        self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
-    ) -> tuple[Tensor, ...]:
+    def _parts(self, at: Rows) -> tuple[Tensor, ...]:
+        codes, scales, global_scale = at.read("codes"), at.read("scales"), at.tensor.parts.get("global_scale")
+        more = [] if global_scale is None else [at.reader.read([global_scale], 0, 1)]
+        return codes, scales.view(torch.uint8), *more
+
+    def row_blocks(self, at: Rows) -> tuple[Tensor, ...]:
         """Return (codes (n, 16 or 8) uint8, scales (n, 1) uint8), with NVFP4 the global scale (n, 1) fp32."""
-        codes, scales, *more = self._parts(tensor, reader, matrix, first, stop)
+        codes, scales, *more = self._parts(at)
         scales = scales.reshape(-1, 1)
         divisor = [1 / each if self.reciprocal else each for each in more]
         return codes.reshape(len(scales), -1), scales, *(each.expand(len(scales), 1) for each in divisor)
@@ -215,15 +228,13 @@ class IntegerCodec(Codec):
     """Integers of 4 or 8 bits with a zero point and a scale per group of a row: (code - zero) * scale in fp32."""
 
     @abstractmethod
-    def integers(
-        self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes (n, I) and zeros (n, G), both uint8 as stored, and scales (n, G) of rows [first, stop)."""
+    def integers(self, at: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes (n, I) and zeros (n, G), both uint8 as stored, and scales (n, G) of some rows."""
 
-    def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
+    def rows(self, at: Rows) -> Tensor:
         """Return rows of a stored matrix."""
-        codes, zeros, scales = self.integers(tensor, reader, first, stop, matrix)
-        groups = self._groups(tensor, reader)
+        codes, zeros, scales = self.integers(at)
+        groups = self._groups(at.tensor, at.reader)
         return (codes.float() - zeros.float()[:, groups]).mul_(scales.float()[:, groups])
 
     @staticmethod
@@ -241,13 +252,12 @@ class IntegerCodec(Codec):
             )
         return groups
 
-    def row_blocks(
-        self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int
-    ) -> tuple[Tensor, ...]:
+    def row_blocks(self, at: Rows) -> tuple[Tensor, ...]:
         """Return (codes (n, N / 2) uint8, low nibble first, scales (n, 1) as stored), and stored zeros (n, 1) uint8."""
-        codes, zeros, scales = self.integers(tensor, reader, first, stop, matrix)
+        (codes, zeros, scales), tensor = self.integers(at), at.tensor
+        assert tensor.format is not None, f"{tensor.name} has no format"
         size = FORMAT_LAYOUTS[tensor.format].block
-        groups = self._groups(tensor, reader)
+        groups = self._groups(tensor, at.reader)
         if not bool((groups.view(-1, size) == groups[::size, None]).all()):
             raise UserError(
                 f"{tensor.parts['order'].file}: {tensor.name} has its columns in activation order (g_idx), but "
@@ -275,10 +285,9 @@ def unpacked(words: Tensor, bits: int, *, interleaved: bool = False) -> Tensor:
 class PackedCodec(IntegerCodec):
     """compressed-tensors' pack-quantized: words along the rows; zero points packed along the columns of (O, G)."""
 
-    def integers(
-        self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, zeros and scales of rows [first, stop)."""
+    def integers(self, at: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, zeros and scales of some rows."""
+        tensor, reader, matrix, first, stop = at
         shape, bits = tensor.parts["shape"], tensor.bits
         stored = reader.read([shape], 0, shape.numel).tolist()
         if stored != list(tensor.shape):
@@ -286,16 +295,14 @@ class PackedCodec(IntegerCodec):
                 f"{shape.file}: weight_shape of {tensor.name} is {stored}, and its codes are of {list(tensor.shape)}; "
                 "the checkpoint is damaged, download it again"
             )
-        codes = unpacked(read_rows(tensor, reader, "codes", matrix, first, stop), bits)[:, : tensor.shape[-1]]
-        scales = read_rows(tensor, reader, "scales", matrix, first, stop)
+        codes, scales = unpacked(at.read("codes"), bits)[:, : tensor.shape[-1]], at.read("scales")
         if "zeros" not in tensor.parts:
             return codes, torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8), scales
         per_word, num_groups = 32 // bits, scales.shape[1]
         words = -(-tensor.shape[-2] // per_word)
         low, high = matrix * words + first // per_word, matrix * words - (-stop // per_word)
         zeros = reader.read([tensor.parts["zeros"]], low * num_groups, high * num_groups).view(-1, num_groups)
-        zeros = unpacked(zeros.T, bits).T[first % per_word :][: stop - first]
-        return codes, zeros, scales
+        return codes, unpacked(zeros.T, bits).T[first % per_word :][: at.num_rows], scales
 
 
 class GptqCodec(IntegerCodec):
@@ -308,14 +315,13 @@ class GptqCodec(IntegerCodec):
     def __init__(self, *, first_version: bool) -> None:
         self.first_version = first_version
 
-    def integers(
-        self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, zeros and scales of rows [first, stop)."""
+    def integers(self, at: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, zeros and scales of some rows."""
+        tensor, reader, _, first, stop = at
         per_word = 32 // tensor.bits
         codes = unpacked(reader.read_columns(tensor.parts["codes"], first, stop).T, tensor.bits)
         words = reader.read_columns(tensor.parts["zeros"], first // per_word, -(-stop // per_word))
-        zeros = unpacked(words, tensor.bits).T[first % per_word :][: stop - first]
+        zeros = unpacked(words, tensor.bits).T[first % per_word :][: at.num_rows]
         if self.first_version:
             if bool((zeros == (1 << tensor.bits) - 1).any()):
                 raise UserError(
@@ -329,15 +335,9 @@ class GptqCodec(IntegerCodec):
 class AwqCodec(IntegerCodec):
     """AutoAWQ's columns (gemm): words along O in codes (I, O / 8) and zeros (G, O / 8), eight columns interleaved."""
 
-    def integers(
-        self, tensor: LowBitTensor, reader: Reader, first: int, stop: int, matrix: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, zeros and scales of rows [first, stop)."""
-        low, high = first // 8, -(-stop // 8)
-        codes, zeros = (
-            unpacked(reader.read_columns(tensor.parts[part], low, high), 4, interleaved=True).T[first % 8 :][
-                : stop - first
-            ]
-            for part in ("codes", "zeros")
-        )
+    def integers(self, at: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return codes, zeros and scales of some rows."""
+        tensor, reader, _, first, stop = at
+        words = (reader.read_columns(tensor.parts[part], first // 8, -(-stop // 8)) for part in ("codes", "zeros"))
+        codes, zeros = (unpacked(each, 4, interleaved=True).T[first % 8 :][: at.num_rows] for each in words)
         return codes.contiguous(), zeros, reader.read_columns(tensor.parts["scales"], first, stop).T

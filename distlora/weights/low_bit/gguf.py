@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import itertools
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from distlora.architecture.gguf_note import GgufTensor, format_name
 from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.architecture.safetensors_headers import Segment
-from distlora.weights.low_bit.codecs import Codec
+from distlora.weights.low_bit.codecs import Codec, Rows
 from distlora_kernels.formats import FORMATS
 from distlora_kernels.reference import GROUP
 
@@ -27,16 +26,10 @@ DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class GgufCodec(Codec):
     """ggml's blocks, row by row, in fp32: the values of gguf.quants.dequantize."""
 
-    def bands(self, tensor: LowBitTensor, reader: Reader, start: int, stop: int) -> Iterator[Tensor]:
-        """Yield flat weights; a vector is one piece."""
-        if len(tensor.shape) > 1:
-            return super().bands(tensor, reader, start, stop)
-        return iter([self._decoded(tensor, reader, start, stop)])
-
-    def rows(self, tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Tensor:
+    def rows(self, at: Rows) -> Tensor:
         """Return rows of a stored matrix."""
-        before = matrix * tensor.shape[-2]
-        return self._decoded(tensor, reader, before + first, before + stop).view(stop - first, -1)
+        before = at.matrix * at.tensor.shape[-2] if at.matrix else 0
+        return self._decoded(at.tensor, at.reader, before + at.first, before + at.stop).view(at.num_rows, -1)
 
     def blocks(self, tensor: LowBitTensor, reader: Reader, first: int, count: int) -> tuple[Tensor, ...]:
         """Return the bytes of blocks."""

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.weights.low_bit import CODECS
-from distlora.weights.low_bit.codecs import Fp4Codec, PackedCodec, powers_of_two, read_rows
-from distlora.weights.reader import TORCH_DTYPES, Reader
+from distlora.weights.low_bit.codecs import Fp4Codec, PackedCodec, Rows, powers_of_two
+from distlora.weights.reader import TORCH_DTYPES
 from distlora_kernels.formats.codes import E2M1
 
 _MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
@@ -48,11 +47,11 @@ def _exponents(scales: Tensor) -> Tensor:
     return (exponents - (mantissas == 0.5).int() + 127).clamp(0, 254).to(torch.uint8)
 
 
-def _scaled(tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Grid:
+def _scaled(at: Rows) -> Grid:
     """FP8 or 8-bit integers: the scale is the largest magnitude over that of the codes."""
-    is_fp8 = tensor.parts["codes"].dtype == "F8_E4M3"
+    is_fp8 = at.tensor.parts["codes"].dtype == "F8_E4M3"
     dtype, low, top = (torch.float8_e4m3fn, -448, 448) if is_fp8 else (torch.int8, -128, 127)
-    stored = TORCH_DTYPES[tensor.parts["scales"].dtype]
+    stored = TORCH_DTYPES[at.tensor.parts["scales"].dtype]
     return Grid(
         rule=lambda blocks: blocks.abs().amax(1, keepdim=True) / top,
         nearest=lambda ratios: (ratios if is_fp8 else ratios.round()).clamp(low, top).to(dtype).float(),
@@ -62,7 +61,7 @@ def _scaled(tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop:
     )
 
 
-def _fp4(tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Grid:
+def _fp4(at: Rows) -> Grid:
     """MXFP4 by OCP's rule, 2 ** (floor(log2 max |W|) - 2), or NVFP4: max |W| / 6 in e4m3 over the global scale."""
 
     def codes(levels: Tensor) -> Tensor:
@@ -75,11 +74,11 @@ def _fp4(tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: in
     def rule(blocks: Tensor) -> Tensor:
         return torch.exp2(torch.frexp(blocks.abs().amax(1, keepdim=True)).exponent - 3.0)
 
-    codec, e4m3 = CODECS[tensor.codec], torch.float8_e4m3fn
+    codec, e4m3, global_scale = CODECS[at.tensor.codec], torch.float8_e4m3fn, at.tensor.parts.get("global_scale")
     assert isinstance(codec, Fp4Codec)
-    if "global_scale" not in tensor.parts:
+    if global_scale is None:
         return Grid(rule, nearest, codes, _exponents, powers_of_two)
-    shared = reader.read([tensor.parts["global_scale"]], 0, 1)
+    shared = at.reader.read([global_scale], 0, 1)
     load, store = (torch.mul, torch.div) if codec.reciprocal else (torch.div, torch.mul)
     return Grid(
         rule=lambda blocks: blocks.abs().amax(1, keepdim=True) / 6,
@@ -90,11 +89,12 @@ def _fp4(tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: in
     )
 
 
-def _packed(tensor: LowBitTensor, reader: Reader, matrix: int, first: int, stop: int) -> Grid:
+def _packed(at: Rows) -> Grid:
     """compressed-tensors' integers: the smallest scale that is within half a step of every weight of the block."""
-    codec, top = CODECS[tensor.codec], (1 << tensor.bits) - 1
+    tensor, codec = at.tensor, CODECS[at.tensor.codec]
     assert isinstance(codec, PackedCodec)
-    _, stored, scales = codec.integers(tensor, reader, first, stop, matrix)
+    _, stored, scales = codec.integers(at)
+    top = (1 << tensor.bits) - 1
     zeros = stored.reshape(-1, 1).float()
 
     def rule(blocks: Tensor) -> Tensor:
@@ -120,19 +120,16 @@ GRIDS = {"scaled": _scaled, "mxfp4": _fp4, "nvfp4": _fp4, "modelopt_nvfp4": _fp4
 
 
 @torch.no_grad()
-def requantize(
-    tensor: LowBitTensor, reader: Reader, matrix: int, first: int, values: Tensor
-) -> tuple[dict[str, Tensor], float]:
-    """Return the codes and scales of rows of a stored matrix, by part, and the squared error.
+def requantize(at: Rows, values: Tensor) -> tuple[dict[str, Tensor], float]:
+    """Return the codes and scales of `values` (rows, I) fp32, by part, and the squared error.
 
-    values (rows, I) fp32 are whole rows of blocks from row `first` on.
+    The rows are whole rows of blocks.
     """
-    (rows, width), (height, columns) = values.shape, tensor.block
+    (rows, width), (height, columns) = values.shape, at.tensor.block
     down, across = -(-rows // height), -(-width // columns)
     padded = pad(values, (0, across * columns - width, 0, down * height - rows))
     blocks = padded.view(down, height, across, columns).transpose(1, 2).reshape(down * across, -1)
-    grid = GRIDS[tensor.codec](tensor, reader, matrix, first, first + rows)
-    shipped = read_rows(tensor, reader, "scales", matrix, first // height, first // height + down).reshape(-1, 1)
+    grid, shipped = GRIDS[at.tensor.codec](at), at.read("scales").reshape(-1, 1)
     found = []
     for stored in (shipped.view(torch.uint8) if shipped.itemsize == 1 else shipped, grid.store(grid.rule(blocks))):
         scales = grid.load(stored)

@@ -13,13 +13,13 @@ from distlora.analysis.intrinsic import request as intrinsic
 from distlora.analysis.quantization import request as quantization
 from distlora.analysis.spectrum import request as spectrum
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.low_bit_headers import in_nf4
 from distlora.config import UserError, require
 from distlora.config.base import MIXED_FORMATS, cache_root, place_of
 from distlora.config.errors import named_settings, require_choice
 from distlora.post.trained import BASE_ALONE
 from distlora.system import atomic_io
 from distlora.system.command_worker import to_json
-from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli.named import Named, check_base, check_text, named
 from distlora_launcher.compose.checks import ROW_TOKENS, check_writable, row_tokens
 from distlora_launcher.compose.hub import localize, with_small_files
@@ -204,10 +204,10 @@ def check_quantization(options: QuantizationArguments) -> quantization.Quantizat
         if folder.is_dir() and options.sequence_length is None:
             request = dataclasses.replace(request, sequence_length=row_tokens(folder))
         check_base(dataclasses.replace(request.spec("nf4"), model=small), sequence_length=request.sequence_length)
-        packed = read_prequantized_weights(CheckpointFiles(folder))
+        number = sum(map(in_nf4, CheckpointFiles(folder).headers.values()))
         require(
-            not packed,
-            f"{name} is quantized already ({len(packed):,} weights in NF4), so there are no 16-bit weights to compare "
+            not number,
+            f"{name} is quantized already ({number:,} weights in NF4), so there are no 16-bit weights to compare "
             "with; name the checkpoint that it was made from",
         )
     if text is not None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
+from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.config import ModelConfig, ModelSpec, UserError, require
 from distlora.config.base import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
@@ -27,7 +27,6 @@ from distlora.post.evaluate.request import (
 from distlora.post.trained import BASE_ALONE, Quant, Trained, base_spec
 from distlora.system.exit_codes import require_package
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
-from distlora.weights.prequantized import read_prequantized_weights
 from distlora_launcher.cli import named
 from distlora_launcher.compose.checks import HEAD_LINES, gpu_count, row_tokens
 from distlora_launcher.compose.hub import localize, with_small_files
@@ -295,12 +294,12 @@ def model_subject(place: str, quant: Quant | None) -> Subject:
     model = ModelConfig(path=path)
     with with_small_files(model) as here:
         small = Path(here.path)
-        packed = read_prequantized_weights(CheckpointFiles(small))
+        in_nf4 = quantization_method(read_config(small), small) == NF4
         require(
-            quant != "none" or not packed,
+            quant != "none" or not in_nf4,
             f"--quant={quant}: {place} is stored in NF4; leave --quant out",
         )
-        held: Quant = "nf4" if packed or quant == "nf4" else "keep" if quant == "keep" else "none"
+        held: Quant = "nf4" if in_nf4 or quant == "nf4" else "keep" if quant == "keep" else "none"
         named.check_base(dataclasses.replace(base_spec(path, held), model=here))
     local = localize(model).path
     merged = (Path(local) / MERGE_RECEIPT).is_file()

@@ -86,9 +86,8 @@ def default_place(trained: Trained, options: Named, name: str, *, inside: str = 
 
 
 def num_weights(trained: Trained) -> int:
-    """Return the approximate number of weights of the base; packed codes hold two per byte."""
-    tensors = CheckpointFiles(trained.base).headers.values()
-    return sum(segment.numel * (2 if segment.dtype == "U8" else 1) for segment in tensors)
+    """Return the number of weights of the base."""
+    return sum(segment.numel for segment in CheckpointFiles(trained.base).headers.values())
 
 
 def check_base(spec: ModelSpec, *, sequence_length: int = 2) -> None:

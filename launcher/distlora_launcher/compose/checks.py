@@ -12,15 +12,14 @@ import itertools
 import os
 import socket
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.gguf_note import NOTE_NAME
-from distlora.architecture.kept_weights import kept_weights
-from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.kept_weights import kept_by, nf4_outside_layers
+from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
 from distlora.architecture.spec import Architecture, architecture_of
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
@@ -47,12 +46,6 @@ from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_
 from distlora.system.exit_codes import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
 from distlora.weights.peft_folder import WEIGHTS_NAME, check_fits, check_modules, check_rows, read_peft_adapter
-from distlora.weights.prequantized import (
-    PrequantizedWeight,
-    packed_outside_blocks,
-    read_prequantized_weights,
-    refuse_dense_settings,
-)
 from distlora_kernels import native
 
 HEAD_LINES = 1000
@@ -224,12 +217,8 @@ def check_model(config: Config) -> None:
         return
     architecture = check_model_folder(config)
     base = CheckpointFiles(Path(config.model.path))
-    packed = read_prequantized_weights(base)
-    if packed:
-        refuse_dense_settings(config.spec)
-    if config.quant.method == "keep":
-        kept_weights(architecture, base.headers, base.folder)
-    check_tensors(base, packed, architecture)
+    kept_by(config.spec, base, architecture)
+    check_tensors(base, architecture)
     check_model_sizes(config.parallel, config.train, architecture)
     config.quant.check_layers(architecture.num_layers)
     if config.adapter.method == "lora":
@@ -316,10 +305,10 @@ def row_tokens(folder: Path) -> int:
     return min(ROW_TOKENS, limit) if isinstance(limit, int) and limit > 1 else ROW_TOKENS
 
 
-def check_tensors(base: CheckpointFiles, packed: Mapping[str, PrequantizedWeight], architecture: Architecture) -> None:
-    """Refuse a checkpoint that lacks a weight, or has one of another shape or dtype. `packed`: those on disk in NF4."""
+def check_tensors(base: CheckpointFiles, architecture: Architecture) -> None:
+    """Refuse a checkpoint that lacks a weight, or has one of another shape or dtype."""
     on_disk, parameters = base.headers, architecture.parameters()
-    stored_as = architecture.on_disk({*on_disk, *packed})
+    stored_as = architecture.on_disk(on_disk)
     head = f"{architecture.head}.weight"
     needed = [name for name in parameters if name != head or not architecture.tied]
     absent = [name for name in needed if name not in stored_as]
@@ -331,14 +320,14 @@ def check_tensors(base: CheckpointFiles, packed: Mapping[str, PrequantizedWeight
     for name in needed:
         first, *others = stored_as[name]
         if not others and parameters[name].kind != "experts" and architecture.disk.rename(first, parameters)[1] is None:
-            check_stored_shape(name, (packed.get(first) or on_disk[first]).shape, parameters[name].shape)
+            check_stored_shape(name, on_disk[first].shape, parameters[name].shape)
         for stored in stored_as[name]:
-            if stored in packed:
-                if not name.startswith(architecture.layer_prefix):
-                    raise packed_outside_blocks(name)
-            elif on_disk[stored].dtype not in SOURCE_DTYPES and not isinstance(on_disk[stored], LowBitSegment):
+            segment = on_disk[stored]
+            if in_nf4(segment) and not name.startswith(architecture.layer_prefix):
+                raise nf4_outside_layers(name)
+            if segment.dtype not in SOURCE_DTYPES and not isinstance(segment, LowBitSegment):
                 raise UserError(
-                    f"{on_disk[stored].file}: {stored} is stored as {on_disk[stored].dtype}; a base must be "
+                    f"{segment.file}: {stored} is stored as {segment.dtype}; a base must be "
                     f"{', '.join(SOURCE_DTYPES)}, so set {{model.path}} to such a checkpoint"
                 )
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from distlora.architecture.kept_weights import check_nf4_base
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.config import Config, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
@@ -28,7 +29,6 @@ from distlora.planner.suggest import nearest
 from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders, compiled_before
 from distlora.system import atomic_io, host_memory
 from distlora.weights.initial_adapter_file import check_ranks
-from distlora.weights.prequantized import refuse_dense_settings
 from distlora_launcher.compose.checks import check_model_sizes, gpu_count, visible_gpus
 from distlora_launcher.compose.hub import with_small_files
 from distlora_launcher.terminal.output import say, warn
@@ -86,7 +86,7 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     check_model_sizes(config.parallel, config.train, model.shapes.architecture)
     config.quant.check_layers(model.shapes.num_layers)
     if quantization_method(model.settings, model.name) == NF4:
-        refuse_dense_settings(spec)
+        check_nf4_base(spec)
     if spec.quant.method == "keep" and model.cannot_keep is not None:
         raise model.cannot_keep
     if spec.adapter.method == "full":

@@ -1,0 +1,118 @@
+"""The rules by which bitsandbytes names, shapes and encodes weights in 4 and 8 bits. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from distlora.architecture.low_bit_headers import (
+    DOWNLOAD_AGAIN,
+    USE_16_BIT,
+    LowBitTensor,
+    Nf4Tensor,
+    Parts,
+    check_value,
+    content_of,
+    is_block,
+    weight_shape,
+)
+from distlora.config import require
+from distlora.config.errors import short
+from distlora.config.json_files import parse_object
+
+NF4 = "nf4"
+"""Method of checkpoints that bitsandbytes quantized to 4 bits."""
+QUANT_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
+"""Name of the settings of a weight in 4 bits: the weight's name, nf4 or fp4."""
+_NF4_BLOCK, _NF4_GROUP = 64, 256
+"""Weights that share an absmax, and absmax that share a nested_absmax."""
+
+
+def check_bnb(settings: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for settings that are not supported."""
+    if settings.get("load_in_8bit"):
+        check_value(settings, where, "load_in_4bit", False, None)
+        check_value(settings, where, "llm_int8_has_fp16_weight", False, None)
+    else:
+        check_value(settings, where, "load_in_4bit", True)
+        check_value(settings, where, "bnb_4bit_quant_type", "nf4", None)
+
+
+def find_bnb(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowBitTensor]:
+    """Yield bitsandbytes' weights: in 4 bits those with a quant_state, in 8 bits those with the absmax of rows."""
+    if settings.get("load_in_8bit"):
+        yield from _find_int8(parts)
+        return
+    for match in list(filter(None, map(QUANT_STATE.fullmatch, parts.left))):
+        yield _nf4(parts, match[1], match[0], match[2])
+
+
+def _nf4(parts: Parts, name: str, state_name: str, kind: str) -> Nf4Tensor:
+    """Take a weight in NF4: X, the codes as (n, 1) of any storage dtype; X.quant_map, the levels; X.absmax per block.
+
+    X.quant_state.bitsandbytes__nf4 is JSON: quant_type, blocksize, dtype, shape. With double quantization X.absmax has
+    indices in uint8 of X.nested_quant_map, there is X.nested_absmax per group, and the JSON has nested_blocksize,
+    nested_dtype and nested_offset.
+    """
+    at, where = parts.take(state_name, name, ("U8",)), f"{name}.quant_state"
+    require(kind == "nf4", f"{name} is stored as {kind}; only nf4 can be kept as it is: {USE_16_BIT}")
+    state = parse_object(content_of(at), f"{at.file}: {state_name}", "download it again")
+    nested = "nested_blocksize" in state or "nested_offset" in state
+    check_value(state, where, "quant_type", "nf4")
+    check_value(state, where, "blocksize", _NF4_BLOCK)
+    if nested:
+        check_value(state, where, "nested_blocksize", _NF4_GROUP)
+        check_value(state, where, "nested_dtype", "float32")
+    shape: Any = state.get("shape")
+    offset = state.get("nested_offset") if nested else None
+    require(is_block(shape), f"{where}.shape={short(shape)} is not that of a linear; {USE_16_BIT}")
+    is_finite = isinstance(offset, float) and math.isfinite(offset)
+    require(is_finite or not nested, f"{where}.nested_offset={short(offset)} is not a finite number; {DOWNLOAD_AGAIN}")
+    blocks, num_bytes = -(-math.prod(shape) // _NF4_BLOCK), -(-math.prod(shape) // 2)
+    codes = parts.take(name, name, ("U8", "BF16", "F16", "F32"))
+    require(
+        codes.num_bytes == num_bytes,
+        f"{codes.file}: {name} has {codes.num_bytes:,} bytes of codes; a weight of shape {shape} has {num_bytes:,}; "
+        f"{DOWNLOAD_AGAIN}",
+    )
+    taken = {"codes": replace(codes, dtype="U8", shape=(num_bytes,))}
+    taken["scales" if nested else "absmax"] = parts.take(
+        f"{name}.absmax", name, ("U8" if nested else "F32",), (blocks,)
+    )
+    taken["quant_map"] = parts.take(f"{name}.quant_map", name, ("F32",), (16,))
+    if nested:
+        taken["group_scale"] = parts.take(f"{name}.nested_absmax", name, ("F32",), (-(-blocks // _NF4_GROUP),))
+        taken["nested_quant_map"] = parts.take(f"{name}.nested_quant_map", name, ("F32",), (256,))
+    return Nf4Tensor(
+        name=name,
+        shape=tuple(shape),
+        codec="bnb_nf4",
+        parts=taken,
+        block=(1, _NF4_BLOCK),
+        bits=4,
+        format="nf4" if nested else "nf4_absmax",
+        offset=offset,
+    )
+
+
+def _find_int8(parts: Parts) -> Iterator[LowBitTensor]:
+    """Yield bitsandbytes' 8-bit weights: X.weight in int8 and the absmax of its rows in X.SCB."""
+    for name, _ in parts.ending(".SCB"):
+        weight = f"{name}.weight"
+        codes = parts.take(weight, weight, ("I8",))
+        shape = weight_shape(weight, codes)
+        taken = {"codes": codes, "scales": parts.take(f"{name}.SCB", weight, ("F32",), shape[:1])}
+        if f"{name}.weight_format" in parts.left:
+            taken["layout"] = parts.take(f"{name}.weight_format", weight, ("U8",), ())
+        yield LowBitTensor(
+            name=weight,
+            shape=shape,
+            codec="bnb_int8",
+            parts=taken,
+            block=(1, shape[-1]),
+            bits=8,
+            reason="no format stores 8-bit integers per row",
+        )

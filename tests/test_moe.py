@@ -23,12 +23,25 @@ from closeness import assert_adapters_close, assert_close, assert_losses_close, 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.loading.load_base import load_base
-from distlora.loading.peft_format import adapter_tensors, load_peft_adapter, transposed_factors
+from distlora.loading.peft_format import (
+    adapter_config,
+    adapter_tensors,
+    load_peft_adapter,
+    shared_factors,
+    stored_tensors,
+    transposed_factors,
+)
+from distlora.loading.tensor_files import DeferredTensor
 from distlora.model.adapters import adapter_parameters
 from distlora.model.experts import ExpertPair, ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.planner.model import find_model
+from distlora.parallel import Ranks
+from distlora.planner.model import find_model, model_in
+from distlora.planner.storage import trained_tensors
+from distlora.planner.workload import Workload
 from distlora.post.weights import read_factors
+from distlora.training import worker
+from distlora.training.expert_load import ExpertLoad, expert_modules
 from distlora.training.metrics import describe_experts
 from distlora.training.setup import start_run_model
 from distlora.weights.peft_folder import read_peft_adapter, with_layout
@@ -48,9 +61,12 @@ from family_models import (
     write_family_folder,
 )
 from run_models import build_run_model, parallelize_run
+from small_models import make_run, read_metrics, write_model_folder, write_text_file
 from test_families import save_adapter, shifted, three_steps
 from test_init_from import write_adapter
 from test_prequantized import quantize
+from test_report import reported
+from tiers import ci
 from worlds import World
 
 MODELS = ("mixtral", "qwen3-moe", "gpt-oss")
@@ -98,6 +114,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3-moe", {"lora_dropout": 0.1}, r"lora_dropout=0.1 is not supported for adapters"),
     ("qwen3-moe", {"use_dora": True}, r"use_dora=true is not supported for adapters of experts"),
     ("llama", {"target_parameters": ["mlp.experts.down_proj"]}, r"names weights of experts, and llama has none"),
+    (
+        "mixtral",
+        {"target_modules": "attention", "expert_sharing": "shared_a"},
+        r"no effect, because no experts get adap",
+    ),
+    (
+        "llama",
+        {"expert_sharing": "shared_b"},
+        r"expert_sharing=shared_b has no effect, because no experts get adapters",
+    ),
 ]
 
 
@@ -356,3 +382,184 @@ def test_an_adapter_of_experts_that_is_not_the_models_is_refused(folders: Path, 
     (lora / "adapter_config.json").write_text(json.dumps(settings | {"target_parameters": ["lm_head.weight"]}))
     with pytest.raises(UserError, match=r"target_parameters=\['lm_head.weight'\] are not all weights of experts"):
         from_adapter(folders, lora)
+
+
+def test_the_load_of_experts_is_the_routers_choice_without_padding_and_recomputation(
+    folder_of: Callable[[str], Path],
+) -> None:
+    """Two slices with activation checkpointing; 12 of 32 tokens are padding in one row, all of them in another."""
+    ours, backend = load_ours(folder_of("mixtral"), train={"dtype": "fp32", "checkpointing": "block"})
+    rows, positions = tokens(4, 32), torch.arange(32).expand(4, 32)
+    labels = shifted(rows)
+    labels[1, 20:], labels[3] = -100, -100
+    load, ends = ExpertLoad(ours, torch.device("cpu"), {0: [5, 0, 0, 0]}), (32, 21, 32, 0)
+    expected = []
+    for module in expert_modules(ours).values():
+
+        def note(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            chosen = inputs[1].view(4, 32, 2)
+            kept = torch.cat([chosen[row, :end].flatten() for row, end in enumerate(ends)])
+            expected.append(torch.bincount(kept, minlength=4).tolist())
+
+        module.register_forward_pre_hook(note)
+    with torch.no_grad():
+        ours(rows, positions, labels)
+    load.note_step()
+    assert load.read(backend)["experts/unused"] == 11 / 12, "an evaluation counts"
+    ours.set_num_micro(2)
+    for module in expert_modules(ours).values():
+        module._forward_pre_hooks.clear()
+    ours(rows, positions, labels).sum().backward()
+    assert load.read(backend)["experts/unused"] == 11 / 12, "a step that is not done counts"
+    load.note_step()
+    figures = load.read(backend)
+    expected[0][0] += 5
+    assert load.tokens == dict(enumerate(expected))
+    expected[0][0] -= 5
+    over = [max(counts) * 4 / sum(counts) for counts in expected]
+    assert figures["experts/imbalance_max"] == max(over)
+    assert figures["experts/imbalance"] == pytest.approx(sum(over) / 3)
+
+
+def load_of_rank(ranks: Ranks, *, folder: Path) -> dict[int, list[int]]:
+    """Count one step on six rows, divided over the ranks."""
+    ours, backend = load_ours(folder, ranks)
+    load, share = ExpertLoad(ours, ranks.device, None), 6 // ranks.world
+    rows = tokens(6, 48)[ranks.rank * share : (ranks.rank + 1) * share]
+    ours(rows, positions_of(rows), shifted(rows))
+    load.note_step()
+    load.read(backend)
+    return load.tokens
+
+
+def test_the_load_is_summed_over_ranks(world: World, folder_of: Callable[[str], Path]) -> None:
+    expected = load_of_rank(SINGLE, folder=folder_of("qwen3-moe"))
+    assert {sum(counts) for counts in expected.values()} == {6 * 48 * 2}
+    assert world.run(2, load_of_rank, folder=folder_of("qwen3-moe")) == [expected] * 2
+
+
+def test_a_run_records_the_load_of_its_experts_and_a_resume_continues_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layer 1 has no adapters on its experts; an expert of layer 2 is chosen by no token."""
+    write_model_folder(tmp_path / "model", "gpt_oss")
+    write_text_file(tmp_path / "text.jsonl")
+    tensors = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.2.mlp.router.bias"][3] = -1e4
+    safetensors.torch.save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    targets = [f"layers.{layer}.mlp.experts.down_proj" for layer in (0, 2)]
+    sections: dict[str, Any] = {
+        "adapter": {"target_modules": ["q_proj"], "target_parameters": targets},
+        "train": {"max_steps": 4, "save_every": 2},
+    }
+    make_run(tmp_path / "run", tmp_path, "model", **sections)
+    worker.run(tmp_path / "run", SINGLE)
+    log = capsys.readouterr().out
+    lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert all(line["experts/imbalance_max"] >= line["experts/imbalance"] >= 1 for line in lines)
+    assert [list(line["expert_tokens"]) for line in lines] == [["0", "1", "2"]] * 4
+    totals = [{sum(counts) for counts in line["expert_tokens"].values()} for line in lines]
+    assert all(len(total) == 1 for total in totals)
+    adapted = "the experts' down_proj have adapters in layers 0, 2 (4 experts each); the experts of layer 1 are frozen"
+    assert f"{adapted}; routers have none and are frozen" in log
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["expert_layers_without_adapter"] == ["1"]
+    assert "the experts of layer 1 are frozen: they have no adapters" in log
+    assert summary["experts_without_tokens"] == ["layer 2: 3"]
+    assert "no token chose 1 of 12 experts, whose adapters are as they started: layer 2: 3" in log
+    assert lines[-1]["experts/unused"] == 1 / 12
+    page = reported(tmp_path / "run")
+    assert "No token chose 1 of 12 experts" in page.text
+    assert page.row("1")[3] == "no adapters"
+    assert page.row("2")[3] == "3"
+    assert page.row("2")[4][3] == "."
+    assert len(page.row("0")[4]) == 4
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    worker.run(tmp_path / "run", SINGLE)
+    again = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert [line["expert_tokens"] for line in again] == [line["expert_tokens"] for line in lines]
+
+
+SHARINGS = [("mixtral", "shared_a"), ("gpt-oss", "shared_outer"), ci("qwen3-moe", "shared_b")]
+
+
+@pytest.mark.parametrize(("name", "sharing"), SHARINGS)
+def test_experts_that_share_a_factor_train_as_pefts_whose_copies_stay_equal(
+    folder_of: Callable[[str], Path], tmp_path: Path, name: str, sharing: str
+) -> None:
+    """PEFT reads a copy per expert: our logits, and the sum of its gradients over the copies is ours."""
+    ours, _ = load_ours(folder_of(name), adapter={"target_modules": "mlp", "r": 3, "expert_sharing": sharing})
+    spec = config_for(folder_of(name), adapter={"target_modules": "mlp", "r": 3, "expert_sharing": sharing}).spec
+    shared, own = shared_factors(ours), adapter_tensors(ours)
+    assert len(shared) == 2 * 3
+    stored = stored_tensors(ours)
+    whole = {n: t.make() if isinstance(t, DeferredTensor) else t.detach() for n, t in stored.items()}
+    assert all(whole[n].shape == t.shape for n, t in stored.items())
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config(spec, ours)))
+    safetensors.torch.save_file(
+        {n: t.contiguous() for n, t in whole.items()}, tmp_path / "adapter" / "adapter_model.safetensors"
+    )
+    tuned = peft.PeftModel.from_pretrained(dequantized(folder_of(name), ours), tmp_path / "adapter", is_trainable=True)
+    rows = tokens(2, 32)
+    loss = ours(rows, positions_of(rows), shifted(rows)).sum() / (2 * 31)
+    expected = tuned(input_ids=rows, labels=rows).loss
+    assert abs(loss / expected - 1) <= 1e-6
+    parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
+    references = dict(zip(own, torch.autograd.grad(expected, [parameters[n] for n in own]), strict=True))
+    for n, gradient in zip(own, torch.autograd.grad(loss, list(own.values())), strict=True):
+        reference = references[n]
+        if n in shared:
+            pair = shared[n]
+            split = (pair.num_experts, pair.rank) if pair.shared == "A" else (pair.rank, pair.num_experts)
+            dim = 0 if pair.shared == "A" else -1
+            reference = reference.unflatten(dim, split).sum(0 if pair.shared == "A" else -1)
+        assert reference.shape == gradient.shape
+        assert relative_error(gradient, reference) <= 1e-5, n
+
+
+def test_a_run_with_shared_factors_is_planned_saved_as_peft_reads_it_and_resumed(folders: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "adapter": {"target_modules": "mlp", "expert_sharing": "shared_outer"},
+        "train": {"max_steps": 4, "save_every": 2},
+    }
+    config = make_run(tmp_path / "run", folders, "mixtral", **sections)
+    worker.run(tmp_path / "run", SINGLE)
+    result = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    stored = safetensors.torch.load_file(result)
+    place = "base_model.model.model.layers.1.mlp.experts"
+    a, b = stored[f"{place}.base_layer.lora_A.weight"], stored[f"{place}.lora_B.weight"]
+    assert a.shape == (4 * 8, 96)
+    assert torch.equal(a, a[:8].repeat(4, 1)), "A of gate_up_proj"
+    assert b.shape == (96, 4 * 8)
+    assert torch.equal(b, b[:, ::4].repeat_interleave(4, dim=1)), "B of down_proj"
+    each = stored[f"{place}.base_layer.lora_B.weight"]
+    assert not torch.equal(each[:, 0], each[:, 1])
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_00000004"
+    shutil.rmtree(checkpoint)
+    shutil.rmtree(result.parent)
+    worker.run(tmp_path / "run", SINGLE)
+    again = safetensors.torch.load_file(result)
+    assert all(torch.equal(again[n], tensor) for n, tensor in stored.items())
+
+    model = build_run_model(config)
+    shapes = model_in(folders / "mixtral").shapes
+    work = Workload.of(config)
+    planned = {tensor.name: tensor.shape for tensor in trained_tensors(work, shapes)}
+    assert planned == {name: tuple(p.shape) for name, p in adapter_tensors(model).items()}
+    on_disk = {tensor.name: tensor.shape for tensor in trained_tensors(work, shapes, stored=True)}
+    assert on_disk == {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    per_layer = 8 * (96 + 4 * 2 * 72) + 8 * (4 * 72 + 96)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["trainable_parameters"] == 3 * per_layer
+
+    init = {"adapter.init_from": f"{tmp_path / 'run' / 'adapter'}", "adapter.expert_sharing": "shared_outer"}
+    paths = [f"model.path={folders / 'mixtral'}", f"data.path={folders / 'text.jsonl'}", "data.sequence_length=64"]
+    started = compose_config([*paths, *(f"{k}={v}" for k, v in init.items()), "train.dtype=fp32", "quant=none"])
+    ours, backend, _ = start_run_model(started, SINGLE)
+    load_peft_adapter(ours, started.adapter, started.quant.method, backend)
+    loaded = {n: t.make() if isinstance(t, DeferredTensor) else t for n, t in stored_tensors(ours).items()}
+    assert all(torch.equal(loaded[n], tensor) for n, tensor in stored.items())
+    stored[f"{place}.lora_B.weight"][0, 1] += 1
+    safetensors.torch.save_file(stored, result)
+    with pytest.raises(UserError, match=r"lora_B.weight differs between the experts, .* set adapter.expert_sharing=no"):
+        load_peft_adapter(ours, started.adapter, started.quant.method, backend)

@@ -22,7 +22,10 @@ _LAYER = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """The adapter of one linear, or of all experts of a fused weight (E x r rows of A, columns of B)."""
+    """The adapter of one linear, or of all experts of a fused weight.
+
+    That has E x r rows of A and columns of B, or r of a factor that all experts share.
+    """
 
     path: str
     """Hugging Face path of what it adapts."""
@@ -40,7 +43,18 @@ class Adapter:
     @property
     def active(self) -> int:
         """Rows of A that a token goes through."""
-        return self.down[0] // self.experts * self.chosen
+        return self.rank * self.chosen
+
+    @property
+    def rank(self) -> int:
+        """Rank of the linear, or of one expert: at most one of A and B is shared."""
+        return max(self.down[0], self.up[1]) // self.experts
+
+    @property
+    def stored(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of A and B in files, which have a copy of a shared factor per expert."""
+        rows = self.rank * self.experts
+        return (rows, self.down[1]), (self.up[0], rows)
 
     @property
     def place(self) -> str:
@@ -184,11 +198,12 @@ def _adapters(request: Asked) -> tuple[tuple[Adapter, ...], ...]:
     blocks: list[list[Adapter]] = [[] for _ in range(architecture.num_layers)]
     for path in select_adapted(config, architecture):
         *experts, out, inner = adaptable[path].shape
-        rows = math.prod(experts) * config.rank_of(path)
+        rank, shared = config.rank_of(path), config.shared_factor(path) if experts else None
+        rows, columns = (rank if shared == factor else math.prod(experts) * rank for factor in "AB")
         layer = int(path.removeprefix(prefix).partition(".")[0])
         layout = architecture.layer(layer).experts
         numbers = (layout.num_experts, layout.chosen) if experts and layout is not None else (1, 1)
-        blocks[layer].append(Adapter(path, (rows, inner), (out, rows), out if config.use_dora else 0, *numbers))
+        blocks[layer].append(Adapter(path, (rows, inner), (out, columns), out if config.use_dora else 0, *numbers))
     return tuple(map(tuple, blocks))
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from distlora.architecture.spec import Architecture, Weight
-from distlora.config import TARGET_PRESETS, AdapterConfig, UserError, nearest
+from distlora.config import TARGET_PRESETS, AdapterConfig, TrainConfig, UserError, nearest
 from distlora.config.base import matches
 
 FUSED_LINEARS: dict[str, tuple[str, ...]] = {
@@ -132,6 +133,11 @@ def select_adapted(adapter: AdapterConfig, architecture: Architecture) -> list[s
     _check_parameters(adapter, experts)
     if _meant(adapter, experts):
         _check_settings(adapter)
+    elif adapter.expert_sharing != "none":
+        raise UserError(
+            f"adapter.expert_sharing={adapter.expert_sharing} has no effect, because no experts get adapters; leave it "
+            "out" + (", or set adapter.target_modules=all-linear" if experts else "")
+        )
     try:
         selected = select_among(adapter, every)
     except UserError as error:
@@ -187,15 +193,30 @@ def _short(experts: Iterable[str]) -> list[str]:
     return sorted({re.sub(r"^.*?\.\d+\.", "", path) for path in experts})
 
 
-def check_router_loss(weight: float | None, architecture: Architecture) -> None:
-    """Refuse train.router_aux_loss where there are no routers, or none whose output says what to balance."""
-    layouts = [kind.experts for kind in architecture.kinds if kind.experts is not None]
-    if weight is None or any(layout.router and layout.chosen for layout in layouts):
+def check_router_loss(train: TrainConfig | None, architecture: Architecture, model: Mapping[str, Any]) -> None:
+    """Refuse a load-balancing loss where there are no routers, or transformers has no such loss for the type.
+
+    `train`: None where nothing is trained. `model`: the content of config.json, which may ask for the loss too.
+    """
+    if train is None:
         return
-    why = "gives no logits that a loss could balance" if architecture.has_experts else "has none"
-    raise UserError(
-        f"train.router_aux_loss={weight} balances routers, and {architecture.model_type} {why}; leave it out"
-    )
+    settings, weight = architecture.text(model), train.router_aux_loss
+    wanted = bool(settings.get("output_router_logits") and settings.get("router_aux_loss_coef", 1))
+    layouts = [kind.experts for kind in architecture.kinds if kind.experts is not None]
+    if any(layout.router and layout.chosen for layout in layouts):
+        return
+    why = "has none"
+    if architecture.has_experts:
+        why = "has no such loss in transformers"
+    if weight or (weight is not None and not wanted):
+        raise UserError(
+            f"train.router_aux_loss={weight} balances routers, and {architecture.model_type} {why}; leave it out"
+        )
+    if weight is None and wanted and train.objective == "sft":
+        raise UserError(
+            f"config.json asks for a loss that balances routers (output_router_logits), and {architecture.model_type} "
+            f"{why}; set train.router_aux_loss=0 to train without it"
+        )
 
 
 def peft_paths(adapted: Collection[str]) -> dict[str, str]:

@@ -26,6 +26,7 @@ from distlora import __version__
 from distlora.checkpoint.files import Files, atomic_folder, write_files
 from distlora.checkpoint.state import Progress, TrainState
 from distlora.config import UserError
+from distlora.loading.tensor_files import DeferredTensor
 from distlora.parallel import Backend, Ranks, from_rank_0, watch
 from distlora.parallel.shards import HostRows
 from distlora.run_folder.layout import (
@@ -136,14 +137,14 @@ class Snapshot:
         kinds = {key: (held.shape, held.dtype) for key, held in self._memory.items()}
         missing = {key: row for key, row in rows.items() if kinds.get(key) != (row.shape, row.dtype)}
         self._memory |= zip(missing, host_memory.memory_like(list(missing.values())), strict=True)
-        copies: dict[str, dict[str, Tensor | HostRows]] = {}
+        copies = {name: dict(content) for name, content in files.items() if name.endswith(".safetensors")}
         for (name, key), tensor in _tensors_of(files):
             held: Tensor | HostRows = tensor
             if (name, key) in parts:
                 held = self._memory[name, key]
                 if isinstance(tensor.data, DTensor):
                     held = HostRows(local=held, first_row=parts[name, key][1], shape=tensor.shape)
-            copies.setdefault(name, {})[key] = held
+            copies[name][key] = held
         if rows:
             with torch.no_grad():
                 torch._foreach_copy_([self._memory[key] for key in rows], list(rows.values()), non_blocking=True)
@@ -168,10 +169,12 @@ class Snapshot:
 
 
 def _tensors_of(files: Files) -> Iterator[tuple[tuple[str, str], Tensor]]:
-    """Yield ((file, name), tensor) of a checkpoint's files."""
+    """Yield ((file, name), tensor) of a checkpoint's files, without those that are made when they are written."""
     for name, content in files.items():
         if name.endswith(".safetensors"):
             for key, tensor in content.items():
+                if isinstance(tensor, DeferredTensor):
+                    continue
                 assert isinstance(tensor, Tensor), f"{key} in {name} is not a tensor"
                 yield (name, key), tensor
 

@@ -164,6 +164,10 @@ class AdapterConfig:
     target_parameters: tuple[str, ...] = ()
     """Fused weights of a mixture of experts that get an adapter per expert, by the last parts of their names:
     [mlp.experts.gate_up_proj, mlp.experts.down_proj]. Empty: both if target_modules is mlp or all-linear, else none."""
+    expert_sharing: Literal["none", "shared_a", "shared_b", "shared_outer"] = "none"
+    """Factor that the adapters of all experts of a layer have in common: A, B, or the one of hidden size
+    (`shared_outer`: A of gate and up, B of down, as SGLang's and Megatron-Bridge's experts_shared_outer_loras). Shared
+    factors are trained once; files hold PEFT's layout, a copy per expert."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some linears, by module name or regular expression: {down_proj: 32}. The first that matches the
     end of a path counts, as in PEFT."""
@@ -262,6 +266,12 @@ class AdapterConfig:
     def starts_as_base(self) -> bool:
         """Return whether the model equals the base before the first step."""
         return not self.decomposes and self.init_from is None
+
+    def shared_factor(self, path: str) -> Literal["A", "B"] | None:
+        """Return the factor that all experts of the fused weight at `path` share; None: each has its own."""
+        if self.expert_sharing == "shared_outer":
+            return "B" if path.endswith("down_proj") else "A"
+        return "A" if self.expert_sharing == "shared_a" else "B" if self.expert_sharing == "shared_b" else None
 
     def rank_of(self, path: str) -> int:
         """Return the rank of the linear at `path`."""

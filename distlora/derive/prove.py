@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, hf_config_of
 from distlora.architecture.spec import Architecture
-from distlora.config import AdapterConfig, ModelConfig, ModelSpec, QuantConfig, UserError
+from distlora.config import AdapterConfig, ModelConfig, ModelSpec, QuantConfig, TrainConfig, UserError
 from distlora.derive.probes import move_off_start, probe, random_tokens
 from distlora.loading.load_base import load_base
 from distlora.model.adapters import LoRAPair, adapter_parameters, reset_adapters
@@ -175,24 +175,31 @@ def load_theirs(small: Architecture, folder: Path) -> Any:
     return model
 
 
-def spec_of(folder: Path, method: Any = "nf4") -> ModelSpec:
+def spec_of(folder: Path, method: Any = "nf4", dtype: Any = "fp32") -> ModelSpec:
     """Return the settings of distlora's model of a folder."""
     return ModelSpec(
         model=ModelConfig(path=str(folder)),
         quant=QuantConfig(method=method, cache=False),
         adapter=AdapterConfig(target_modules="all-linear", r=4),
-        dtype="fp32",
+        dtype=dtype,
     )
 
 
 def load_ours(
-    small: Architecture, folder: Path, *, method: Any = "nf4", ranks: Ranks = SINGLE
+    small: Architecture,
+    folder: Path,
+    *,
+    method: Any = "nf4",
+    ranks: Ranks = SINGLE,
+    dtype: Any = "fp32",
+    train: TrainConfig | None = None,
 ) -> tuple[CausalLM, Backend]:
-    """Return distlora's model of a folder, with adapters whose B is not zero."""
-    spec = spec_of(folder, method)
+    """Return distlora's model of a folder, with adapters whose B is not zero; without `train` no router loss."""
+    spec = spec_of(folder, method, dtype)
     base = CheckpointFiles(folder)
-    model = build_model(spec, base=base, architecture=small)
-    model.router_aux_loss = 0.0  # transformers' loss of the targets is what is compared.
+    model = build_model(spec, train, base=base, architecture=small)
+    if train is None:
+        model.router_aux_loss = 0.0  # transformers' loss of the targets is what is compared.
     backend = parallelize(model, ranks)
     load_base(model, base, backend)
     materialize_buffers(model, ranks.device)
@@ -254,7 +261,7 @@ def dense_weights(ours: CausalLM, *, adapted: bool) -> Iterator[tuple[str, Tenso
         weight = module.frozen_weight.dense(torch.float32)
         for pair in getattr(module, "pairs", ()) if adapted else ():
             if isinstance(pair, ExpertPair):
-                product = torch.bmm(pair.up(), pair.down())
+                product = pair.up() @ pair.down()
                 product = product.mT if module.transposed else product
             else:
                 product = pair.B @ pair.A

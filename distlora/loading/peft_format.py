@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from distlora.architecture.targets import match_ending, peft_paths, select_targets
 from distlora.architecture.tokens import EMBEDDING
 from distlora.config import AdapterConfig, ModelSpec, UserError
+from distlora.loading.tensor_files import DeferredTensor
 from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair, TokenRows
 from distlora.model.build import CausalLM
+from distlora.model.experts import ExpertPair
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
@@ -55,6 +58,45 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
     return tensors
 
 
+def shared_factors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, ExpertPair]:
+    """Return the adapters whose experts share a factor, by its name in `adapter_tensors`."""
+    paths = peft_paths([path for path, _ in model.adapted_experts(adapter)])
+    pairs = ((paths[path], weight.adapters[adapter]) for path, weight in model.adapted_experts(adapter))
+    return {
+        f"{_PREFIX}{place}.lora_{pair.shared}.weight": pair
+        for place, pair in pairs
+        if isinstance(pair, ExpertPair) and pair.shared is not None
+    }
+
+
+def stored_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Tensor | DeferredTensor]:
+    """Return `adapter_tensors` in PEFT's layout, which has no shared factors: of one, a copy per expert.
+
+    The copies are those of its present value, and made when they are written.
+    """
+    tensors: dict[str, Tensor | DeferredTensor] = dict(adapter_tensors(model, adapter))
+    for name, pair in shared_factors(model, adapter).items():
+        value = pair.get_parameter(str(pair.shared)).detach().clone()
+        make = functools.partial(_copies, pair, value)
+        tensors[name] = DeferredTensor(shape=torch.Size(pair.shape_of_copies), dtype=value.dtype, make=make)
+    return tensors
+
+
+def _copies(pair: ExpertPair, value: Tensor) -> Tensor:
+    return pair.copies_of(value.cpu())
+
+
+def shared_value(pair: ExpertPair, copies: Tensor, place: str) -> Tensor:
+    """Return the shared factor from its copies in a file. Raises UserError with `place` if they differ."""
+    value = pair.one_of(copies)
+    if value is None:
+        raise UserError(
+            f"{place} differs between the experts, and adapter.expert_sharing means one for all of them; set "
+            "adapter.expert_sharing=none"
+        )
+    return value
+
+
 def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
     """Return the weights that are trained whole, by the Hugging Face paths of their modules."""
     weights = {
@@ -90,7 +132,11 @@ def load_peft_adapter(
         pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)
         for part, parameter in pair.named_parameters():
-            parameter.copy_(stored[initial.names[path, part]])
+            name = initial.names[path, part]
+            value = stored[name]
+            if isinstance(pair, ExpertPair) and pair.shared == part:
+                value = shared_value(pair, value, f"{file}: {name}")
+            parameter.copy_(value)
     check_rows(initial.token_rows, file, stored=model.vocabulary.stored, hidden=whole_shape(model.head.weight)[1])
     for matrix, from_file in initial.token_rows.items():
         rows = model.rows_of(matrix)

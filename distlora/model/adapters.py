@@ -59,6 +59,8 @@ class Rows(NamedTuple):
     """(B, T) bool: positions that count in the router's load-balancing loss; None: no such loss."""
     packed: PackedRows | None = None
     """Documents of the rows, for modules that run each alone (ByDocument); None: none does."""
+    counted: Tensor | None = None
+    """(B, T) bool: positions that count in the load of the experts; None: it is not counted."""
 
     def part(self, part: slice) -> Rows:
         """Return the rows of a slice of the micro-batch."""
@@ -67,6 +69,7 @@ class Rows(NamedTuple):
             None if self.places is None else self.places.part(part),
             None if self.balanced is None else self.balanced[part],
             None if self.packed is None else self.packed.part(part),
+            None if self.counted is None else self.counted[part],
         )
 
 
@@ -82,6 +85,8 @@ class BlockContext:
         """True while backward runs the layer, or its MLP, again."""
         self.uses_start = False
         """True while the adapters have their initial values, for DPO's reference."""
+        self.load: Tensor | None = None
+        """(E,) int64 on the device: tokens that have chosen each expert of the layer; None: they are not counted."""
         self._balance: Tensor | None = None
         self._chosen: tuple[Tensor, dict[tuple[int, ...], Tensor]] | None = None
 
@@ -98,6 +103,13 @@ class BlockContext:
         if slots not in known:
             known[slots] = _places(slots, rows.device)[rows]
         return known[slots]
+
+    def count_load(self, choices: Tensor) -> None:
+        """Add the tokens of the rows to the load of the experts that they choose, (T, K) int64."""
+        if self.load is None or self.rows.counted is None or self.recomputes:
+            return
+        counts = self.rows.counted.reshape(-1, 1).expand_as(choices).long().reshape(-1)
+        self.load.scatter_add_(0, choices.reshape(-1), counts)
 
     def leave_balance(self, balance: Tensor) -> None:
         """Store the router's statistics over `balanced`: (B, 2, experts) (experts.balance_of)."""

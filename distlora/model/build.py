@@ -132,6 +132,8 @@ class CausalLM(nn.Module):
         """True if a module of the layers runs each packed document alone."""
         self.router_aux_loss = 0.0
         """Weight of the routers' load-balancing loss in a training row's loss; 0: it is not computed."""
+        self.counts_load = False
+        """True if training forwards count the tokens of each expert (BlockContext.load)."""
         self.noise: EmbeddingNoise | None = None
         """Noise on the embeddings of training rows; None without train.neftune_alpha."""
         self.notes: list[str] = []
@@ -180,10 +182,13 @@ class CausalLM(nn.Module):
         reference = None
         if with_reference:
             reference = Reference(None if self.blocks[0].started else torch.full_like(input_ids[:, 0], -1))
-        balancing = self.router_aux_loss > 0 and torch.is_grad_enabled()
-        balanced = balanced_positions(labels) if balancing and labels is not None else None
+        balanced = counted = None
+        if labels is not None and torch.is_grad_enabled() and (self.router_aux_loss > 0 or self.counts_load):
+            positions = balanced_positions(labels)
+            balanced = positions if self.router_aux_loss > 0 else None
+            counted = positions if self.counts_load else None
         hidden = self.hidden_states(
-            input_ids, position_ids, adapter_rows, past, step_rows, documents, reference, balanced
+            input_ids, position_ids, adapter_rows, past, step_rows, documents, reference, balanced, counted
         )
         if reference is not None:
             with torch.no_grad():
@@ -212,16 +217,17 @@ class CausalLM(nn.Module):
         documents: Documents | None = None,
         reference: Reference | None = None,
         balanced: Tensor | None = None,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """Return the head's input (B, T, H) for (B, T) tokens.
 
-        `reference` then holds the last layer's output of its rows. `balanced` (B, T) bool: positions over which the
-        routers collect statistics for `balance_sums`.
+        `reference` then holds the last layer's output of its rows. `balanced` and `counted` (B, T) bool: positions over
+        which the routers collect statistics for `balance_sums`, and that count in the experts' load.
         """
         assert documents is None or (self.attends_by_documents and past is None), "no use for documents"
         packed = PackedRows.of(position_ids) if self.runs_documents_apart and past is None else None
         for block in self.blocks:
-            block.rows, block.reference = Rows(adapter_rows, step_rows, balanced, packed), reference
+            block.rows, block.reference = Rows(adapter_rows, step_rows, balanced, packed, counted), reference
         if past is None:
             # With a cache transformers does not look for packed documents in the positions, and they leak into each
             # other.
@@ -338,11 +344,12 @@ def build_model(
 
     Raises UserError for a model that cannot be trained with these settings, and if target_modules match nothing.
     """
-    train, base = train or TrainConfig(), base or CheckpointFiles(spec.path)
+    base = base or CheckpointFiles(spec.path)
     full = spec.adapter.method == "full"
     place = base.folder / "config.json"
     architecture = architecture or check_config(base.config, place, sequence_length=sequence_length, full=full)
-    check_router_loss(train.router_aux_loss, architecture)
+    check_router_loss(train, architecture, base.config)
+    train = train or TrainConfig()
     check_train(train, architecture)
     hf_config = read_hf_config(base.folder)
     text_key = architecture.text_config
@@ -400,10 +407,11 @@ def build_model(
 
 def _balance_routers(model: CausalLM, train: TrainConfig) -> None:
     """Set the weight of the load-balancing loss, and let routers collect statistics for it."""
-    model.router_aux_loss = weight_of(train, model.hf_config)
-    if model.router_aux_loss > 0:
-        layouts = [model.architecture.layer(index).experts for index in range(len(model.blocks))]
-        routers = ["" if layout is None else layout.router for layout in layouts]
+    layouts = [model.architecture.layer(index).experts for index in range(len(model.blocks))]
+    routers = ["" if layout is None else layout.router for layout in layouts]
+    weight = weight_of(train, model.hf_config)
+    if weight > 0 and any(routers):  # Otherwise check_router_loss has refused a run.
+        model.router_aux_loss = weight
         place_routers(model.blocks, routers, next(layout.chosen for layout in layouts if layout is not None))
 
 

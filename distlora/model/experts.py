@@ -14,7 +14,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 class ExpertPair(LoRAPair):
     """One adapter of one fused weight, fp32 masters in PEFT's layout.
 
-    Row e * r + j of A (E * r, in) and column j * E + e of B (out, E * r) are the j-th of expert e.
+    Row e * r + j of A (E * r, in) and column j * E + e of B (out, E * r) are the j-th of expert e. A factor that all
+    experts share is (r, in) or (out, r).
     """
 
     def __init__(
@@ -46,25 +47,48 @@ class ExpertPair(LoRAPair):
         num_experts: int,
         rank: int,
         scaling: float,
+        shared: Literal["A", "B"] | None = None,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__(in_features, out_features, slot=slot, rank=num_experts * rank, scaling=scaling, device=device)
         self.num_experts, self.rank = num_experts, rank  # Rank of one expert.
+        self.shared = shared
+        """The factor that all experts share; None: each has its own."""
+        if shared is not None:
+            shape = (rank, in_features) if shared == "A" else (out_features, rank)
+            setattr(self, shared, nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)))
 
     def down(self) -> Tensor:
-        """View A as (E, r, in)."""
-        return self.A.view(self.num_experts, self.rank, -1)
+        """View A as (E, r, in), or (1, r, in) if it is shared."""
+        return self.A.view(-1, self.rank, self.A.shape[1])
 
     def up(self) -> Tensor:
-        """View B as (E, out, r)."""
-        return self.B.view(-1, self.rank, self.num_experts).permute(2, 0, 1)
+        """View B as (E, out, r), or (1, out, r) if it is shared."""
+        return self.B.view(len(self.B), self.rank, -1).permute(2, 0, 1)
+
+    @property
+    def shape_of_copies(self) -> tuple[int, int]:
+        """Shape of a shared factor in PEFT's layout, (E * r, in) or (out, E * r): a copy per expert."""
+        rows = self.num_experts * self.rank
+        return (rows, self.A.shape[1]) if self.shared == "A" else (len(self.B), rows)
+
+    def copies_of(self, factor: Tensor) -> Tensor:
+        """Return the copies of a value of the shared factor in PEFT's layout."""
+        if self.shared == "A":
+            return factor.repeat(self.num_experts, 1)
+        return factor.repeat_interleave(self.num_experts, dim=1)
+
+    def one_of(self, copies: Tensor) -> Tensor | None:
+        """Return the shared factor of which PEFT's layout has copies; None if they differ."""
+        factor = copies[: self.rank] if self.shared == "A" else copies[:, :: self.num_experts]
+        return factor if torch.equal(self.copies_of(factor), copies) else None
 
     @torch.no_grad()
     def reset(self, config: AdapterConfig, *, seed: int, name: str) -> None:
         """Initialize like a linear of one expert's rank."""
         super().reset(config, seed=seed, name=name)
         if config.init == "gaussian":  # Std 1 / r, not 1 / (E r).
-            self.A.mul_(self.num_experts)
+            self.A.mul_(len(self.A) // self.rank)
 
 
 class ExpertWeight(Adapted, FrozenTensor):
@@ -92,7 +116,8 @@ class ExpertWeight(Adapted, FrozenTensor):
         return [pair for pair in self.adapters.values() if isinstance(pair, ExpertPair)]
 
     def _new_pair(self, config: AdapterConfig, path: str, seed: int) -> Callable[..., LoRAPair]:
-        return functools.partial(ExpertPair, self.in_features, self.out_features, num_experts=self.num_experts)
+        sizes, shared = (self.in_features, self.out_features), config.shared_factor(path)
+        return functools.partial(ExpertPair, *sizes, num_experts=self.num_experts, shared=shared)
 
     def forward(self, x: Tensor, routing: Routing, bias: Tensor | None, slots: tuple[int, ...] = ()) -> Tensor:
         """Return (S, out) from x (S, in), sorted by expert, with the adapters that the tokens' rows use.
@@ -107,8 +132,11 @@ class ExpertWeight(Adapted, FrozenTensor):
         pairs = self.pairs
         if not pairs:
             return None
-        a = torch.cat([pair.down() for pair in pairs], dim=1) if len(pairs) > 1 else pairs[0].down()
-        b = torch.cat([pair.up() for pair in pairs], dim=2) if len(pairs) > 1 else pairs[0].up()
+        a, b = pairs[0].down(), pairs[0].up()
+        if len(pairs) > 1:  # Trials may share other factors.
+            every = (self.num_experts, -1, -1)
+            a = torch.cat([pair.down().expand(every) for pair in pairs], dim=1)
+            b = torch.cat([pair.up().expand(every) for pair in pairs], dim=2)
         if routing.users is None:
             self.check_alone()
             return ExpertAdapter(a, b, pairs[0].scaling)
@@ -152,6 +180,7 @@ class Experts(nn.Module):
         up, down = weights_of = self.weights
         up_bias, down_bias = (getattr(self, f"{name}_bias") for name in self.names)
         context, num_experts = up.context, up.num_experts
+        context.count_load(choices)
         slots: tuple[int, ...] = ()
         adapters = None
         if context.rows.adapters is not None:
@@ -262,8 +291,12 @@ def find_routers(hf_model: nn.Module, layer: nn.Module) -> list[str]:
         return []
     recorders = [getattr(module, "_can_record_outputs", None) or {} for module in hf_model.modules()]
     routers = [found["router_logits"] for found in recorders if "router_logits" in found]
-    classes = tuple({router.target_class for router in routers if router.index == 0 and router.layer_name is None})
-    return [path for path, module in layer.named_modules() if isinstance(module, classes)]
+    names = {(router.target_class, f".{router.layer_name or ''}.") for router in routers if router.index == 0}
+    return [
+        path
+        for path, module in layer.named_modules()
+        if any(isinstance(module, kind) and name in (f".{path}.", "..") for kind, name in names)
+    ]
 
 
 def place_routers(blocks: Sequence[Block], paths: Sequence[str], top_k: int) -> None:

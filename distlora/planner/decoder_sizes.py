@@ -41,9 +41,11 @@ def _ranks_of_blocks(asked: Asked) -> tuple[AdaptedRanks, ...]:
     found = []
     for block in shapes.adapters(asked.config):
         by_kind = sorted(block, key=lambda each: each.experts)  # Of names alike those of experts count.
-        ranks = {each.place.rpartition(".")[2]: each.down[0] // each.experts for each in by_kind}
-        ranks |= {each.place: each.down[0] // each.experts for each in block}
-        found.append(kinds.setdefault(tuple(ranks.items()), AdaptedRanks(by_name=ranks)))
+        ranks = {each.place.rpartition(".")[2]: each.rank for each in by_kind}
+        ranks |= {each.place: each.rank for each in block}
+        numels = {each.place.rpartition(".")[2]: each.numel for each in by_kind if each.experts > 1}
+        key = (*ranks.items(), *numels.items())
+        found.append(kinds.setdefault(key, AdaptedRanks(by_name=ranks, numels=numels)))
     return tuple(found)
 
 
@@ -227,6 +229,8 @@ class AdaptedRanks:
     """Ranks by name and by path in the layer, added up over trials trained together."""
     of_one: Mapping[str, int] | None = None
     """The largest rank of one trial; None for a single trial."""
+    numels: Mapping[str, int] = field(default_factory=dict)
+    """Elements of A and B of experts by name, of a single trial."""
 
     def rank(self, name: str) -> int:
         """Return the rank of one linear, 0 without an adapter."""

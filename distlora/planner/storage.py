@@ -93,14 +93,16 @@ class DiskBytes:
 def disk_bytes(work: Workload, model: PlannedModel, machine: Machine) -> DiskBytes:
     """Return the disk space of a training run."""
     trained = [list(trained_tensors(trial, model.shapes)) for trial in work.alone()]
+    stored = [list(trained_tensors(trial, model.shapes, stored=True)) for trial in work.alone()]
     return DiskBytes(
         base=base_bytes(model),
         cache=cache_bytes(work, model, machine),
         checkpoint=sum(
-            file_bytes(own) + file_bytes(list(optimizer_tensors(work, own))) + JSON_BYTES for own in trained
+            file_bytes(files) + file_bytes(list(optimizer_tensors(work, own))) + JSON_BYTES
+            for files, own in zip(stored, trained, strict=True)
         ),
         checkpoints_kept=work.checkpoints_kept,
-        result=sum(_result_bytes(work, model, own) for own in trained),
+        result=sum(_result_bytes(work, model, own) for own in stored),
         results_kept=work.results_kept,
     )
 
@@ -110,8 +112,11 @@ def base_bytes(model: PlannedModel) -> int:
     return 2 * model.shapes.numel if model.stored_bytes is None else model.stored_bytes
 
 
-def trained_tensors(work: Workload, shapes: ModelShapes) -> Iterator[Tensor]:
-    """Yield the trained tensors of all trials as fp32 masters, by PEFT's names; adapter=full: by transformers'."""
+def trained_tensors(work: Workload, shapes: ModelShapes, *, stored: bool = False) -> Iterator[Tensor]:
+    """Yield the trained tensors of all trials as fp32 masters, by PEFT's names; adapter=full: by transformers'.
+
+    `stored`: in their shapes in files.
+    """
     architecture, matrix = shapes.architecture, (shapes.vocabulary, shapes.hidden)
     matrices = {EMBEDDING: architecture.embedding_path, HEAD: architecture.head}
     if work.adapter.method == "full":
@@ -130,8 +135,9 @@ def trained_tensors(work: Workload, shapes: ModelShapes) -> Iterator[Tensor]:
     places = peft_paths(of_experts)
     for each in adapters:
         path = prefix + places.get(each.path, each.path)
-        yield Tensor(f"{path}.lora_A.weight", each.down)
-        yield Tensor(f"{path}.lora_B.weight", each.up)
+        down, up = each.stored if stored else (each.down, each.up)
+        yield Tensor(f"{path}.lora_A.weight", down)
+        yield Tensor(f"{path}.lora_B.weight", up)
         if each.magnitude:
             yield Tensor(f"{path}.lora_magnitude_vector", (each.magnitude,))
     for name, ids in traffic.trained_rows(work, shapes).items():

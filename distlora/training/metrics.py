@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from distlora.architecture.config_checks import read_config
 from distlora.architecture.tokens import HEAD
 from distlora.config import AdapterConfig, ClusterConfig, ModelSpec
 from distlora.loading.load_base import Loaded
-from distlora.model.adapters import adapter_parameters
+from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.build import CausalLM
-from distlora.model.frozen_linear import FrozenTensor
+from distlora.model.frozen_linear import FrozenLinear, FrozenTensor
 from distlora.parallel import Backend, whole_shape
+from distlora.run_folder.expert_load import layers_text
+from distlora.training.expert_load import expert_modules
 from distlora.training.open_run import OpenRun
 from distlora.training.reporter import Reporter
 from distlora.training.trial import Trial
@@ -102,16 +105,39 @@ def _vocabulary(model: CausalLM) -> Iterator[str]:
 
 def describe_experts(model: CausalLM) -> Iterator[str]:
     """Describe which parts of a mixture of experts are trained, and its router loss."""
-    if not model.architecture.has_experts:
+    weights = (weight for kind in model.architecture.kinds for weight in kind.weights)
+    own = sorted({w.path for w in weights if w.kind == "fused" and ("expert" in w.path or len(w.shape) > 2)})
+    if own:
+        yield (
+            f"experts in the model's own code ({', '.join(own)}) have no adapters and are frozen, and so are their "
+            "routers; their load is not counted"
+        )
+    layers = expert_modules(model)
+    if not layers:
         return
+    adapted = {index: [w for w in module.weights if w.pairs] for index, module in layers.items()}
     names = sorted({name.rpartition(".")[2] for name, _ in model.adapted_experts()})
-    adapted = f"the experts' {' and '.join(names)} have adapters" if names else "experts have no adapters"
-    yield f"{adapted}; routers have none and are frozen, in the run's dtype (PEFT's all-linear adapts them)"
+    parts = ["experts have no adapters and are frozen"]
+    if names:
+        count = max(module.weights[0].num_experts for module in layers.values())
+        those = layers_text(index for index, found in adapted.items() if found)
+        parts = [f"the experts' {' and '.join(names)} have adapters in {those} ({count:,} experts each)"]
+        if frozen := [index for index, found in adapted.items() if not found]:
+            parts.append(f"the experts of {layers_text(frozen)} are frozen")
+    shared = [m for name, m in model.named_modules() if _SHARED.search(name) and isinstance(m, FrozenLinear)]
+    if shared:
+        count = sum(isinstance(m, AdaptedLinear) and bool(m.pairs) for m in shared)
+        parts.append(f"{count:,} of {len(shared):,} linears of shared experts have adapters")
+    yield "; ".join([*parts, "routers have none and are frozen"])
     if model.router_aux_loss > 0:
         yield (
             f"training losses include {model.router_aux_loss:g} x the routers' load-balancing loss of each row; "
             "held-out losses do not"
         )
+
+
+_SHARED = re.compile(r"\.shared_(experts?|mlp)\.")
+"""Paths of linears in the experts that each token uses."""
 
 
 def active_parameters(model: CausalLM) -> int:
@@ -166,6 +192,10 @@ def summarize(
         figures |= trial.memory.figures
     if model.architecture.has_experts:
         figures["active_parameters"] = active_parameters(model)
+    if trial.load is not None:
+        figures |= trial.load.figures()
+        for line in trial.load.describe():
+            reporter.event(line)
     if adapter.method == "lora":
         figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
     if trial.without_gradient is not None:

@@ -19,7 +19,13 @@ from distlora.checkpoint.state import Progress
 from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.config.json_files import object_or_empty
 from distlora.loading.decomposed_adapters import plain_config, plain_tensors, trained_part
-from distlora.loading.peft_format import adapter_config, adapter_tensors
+from distlora.loading.peft_format import (
+    adapter_config,
+    adapter_tensors,
+    shared_factors,
+    shared_value,
+    stored_tensors,
+)
 from distlora.loading.tensor_files import read_into, read_rows, write_model
 from distlora.model.adapters import DEFAULT_ADAPTER
 from distlora.model.build import CausalLM
@@ -42,8 +48,7 @@ def weight_files(model: CausalLM, spec: ModelSpec, adapter: str = DEFAULT_ADAPTE
     """
     if spec.adapter.method == "full":
         return {SINGLE_NAME: model.hf_state_dict()}
-    tensors = adapter_tensors(model, adapter)
-    return {CONFIG_NAME: adapter_config(spec, model, adapter), WEIGHTS_NAME: dict(tensors)}
+    return {CONFIG_NAME: adapter_config(spec, model, adapter), WEIGHTS_NAME: stored_tensors(model, adapter)}
 
 
 def header_marks(adapter: AdapterConfig) -> dict[str, str]:
@@ -65,12 +70,15 @@ def load_weights(
     """
     has_adapter = (folder / WEIGHTS_NAME).is_file()
     tensors = dict(adapter_tensors(model, adapter)) if has_adapter else model.hf_state_dict()
+    shared = shared_factors(model, adapter) if has_adapter else {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes |= {name: pair.shape_of_copies for name, pair in shared.items()}
     stored = read_header(folder / WEIGHTS_NAME) if has_adapter else read_headers(folder)
     plain = {} if start is None or (folder / STATE_NAME).is_file() else start
     odd = sorted(tensors.keys() ^ stored.keys()) or [
         name
         for name, segment in stored.items()
-        if (segment.shape != tensors[name].shape and name not in plain) or segment.dtype not in SOURCE_DTYPES
+        if (segment.shape != shapes[name] and name not in plain) or segment.dtype not in SOURCE_DTYPES
     ]
     if odd:
         raise UserError(
@@ -83,6 +91,9 @@ def load_weights(
             if name in plain:
                 whole = reader.read([segment], 0, segment.numel).view(segment.shape)
                 tensors[name].data.copy_(trained_part(name, whole, plain[name], folder))
+            elif name in shared:
+                whole = reader.read([segment], 0, segment.numel).view(segment.shape)
+                tensors[name].data.copy_(shared_value(shared[name], whole, f"{folder}: {name}"))
             else:
                 read_into(tensors[name], segment, reader, backend)
 

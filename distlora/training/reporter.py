@@ -2,7 +2,9 @@
 
 Every rank constructs a `Reporter` and calls it alike; only rank 0 writes. A line of metrics.jsonl is `{"step": s,
 "time": seconds since 1970, ...}` with the metrics of a training step or of a held-out evaluation (`eval_loss`); numbers
-that JSON cannot hold (NaN, infinity) are null. RUN/samples.jsonl holds generated samples, `{"step", "prompt", "text"}`.
+that JSON cannot hold (NaN, infinity) are null. Twenty lines of a mixture of experts also have `expert_tokens`
+(run_folder/expert_load.py), the load of each expert in all steps so far. RUN/samples.jsonl holds generated samples,
+`{"step", "prompt", "text"}`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from distlora.checkpoint.state import Progress
 from distlora.config import Config, UserError
 from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
+from distlora.run_folder.expert_load import LOAD_NAME, Load
 from distlora.run_folder.layout import CHECKPOINTS, step_of, steps
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
@@ -72,10 +75,13 @@ class Reporter:
         self._display, self._total_steps = Display(total_steps, start_step, label), total_steps
         self._trackers = Trackers(run_dir, config, world=world, start_step=start_step, say=self._display.say)
 
-    def log(self, step: int, metrics: Mapping[str, float], *, shown: bool = True) -> None:
-        """Record the metrics of one training step (counted from 1). `shown`: it is the last that is logged now."""
+    def log(self, step: int, metrics: Mapping[str, float], *, shown: bool = True, load: Load | None = None) -> None:
+        """Record the metrics of one training step (counted from 1). `shown`: it is the last that is logged now.
+
+        `load`: that of each expert in all steps so far, for metrics.jsonl alone.
+        """
         if self._writes:
-            self._record(step, metrics)
+            self._record(step, metrics, {} if load is None else {LOAD_NAME: load})
             if shown:
                 self._display.step(step, {**metrics, **self._held_out})
 
@@ -185,9 +191,9 @@ class Reporter:
                 )
             self._disk_failed = True
 
-    def _record(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _record(self, step: int, metrics: Mapping[str, float], more: Mapping[str, Any] | None = None) -> None:
         figures = {name: _plain(value) for name, value in metrics.items()}
-        line = {"step": step, "time": round(time.time(), 3), **figures}
+        line = {"step": step, "time": round(time.time(), 3), **figures, **(more or {})}
         self._append(self._metrics, json.dumps(line, allow_nan=False) + "\n")
         self._trackers.each(lambda tracker: tracker.log(step, metrics))
 

@@ -29,6 +29,7 @@ from distlora.parallel import Backend, Gradients, whole_shape
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.stop_and_save import Control
 from distlora.planner.flops import ActiveWeights, ModelFlops, queries_by_window
+from distlora.training.expert_load import ExpertLoad
 from distlora.training.memory_meter import MemoryCheck
 from distlora.training.objectives import DocumentLosses, objective_of
 from distlora.training.optimizers import Optimizer, learning_rate
@@ -150,6 +151,10 @@ class Trial:
         self.without_gradient: list[str] | None = None
         """Parameters without gradient in the first steps; None if they were not checked, or not yet."""
         self._gradients_seen = GradientWatch(model, optimizer.parameters) if progress.step == 0 else None
+        self.load: ExpertLoad | None = None
+        """Load of the experts; None without a mixture of experts, and in multi-trial training, where rows mix."""
+        if slot is None and model.architecture.has_experts:
+            self.load = ExpertLoad(model, backend.ranks.device, progress.expert_tokens)
         self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
@@ -179,6 +184,8 @@ class Trial:
         if not self._interval.steps:
             self._interval.began = figures.began
         self._interval.steps.append(figures)
+        if self.load is not None:
+            self.load.note_step()
 
     def note_measured(self, began: float) -> None:
         """Mark the last noted step as the one whose memory was measured, from `began` on."""
@@ -289,6 +296,12 @@ class Trial:
         self.step_traffic = traffic.per_step(len(interval.steps))
         self.step_passes = interval.steps[-1].passes
         shared = dict(self._shared_figures(interval, self.step_traffic, seconds))
+        load = None
+        if self.load is not None:
+            shared |= self.load.read(self.backend)
+            self.progress.expert_tokens = self.load.tokens
+            parts = [_LOADS * step // self.total_steps for step in (interval.first_step, self.progress.step)]
+            load = self.load.tokens if parts[0] < parts[1] else None
         names = ("loss", *self.objective.figures)
         count = min(updates + 1, len(means))
         for index in range(count):
@@ -297,7 +310,8 @@ class Trial:
             figures[self.objective.unit] = interval.steps[index].units
             if self.memory is not None:
                 figures |= self.memory.step_figures(interval.first_step + index)
-            self.reporter.log(interval.first_step + index + 1, figures, shown=index == count - 1)
+            is_last = index == count - 1
+            self.reporter.log(interval.first_step + index + 1, figures, shown=is_last, load=load if is_last else None)
         self._watch_losses(interval.first_step, [mean[0] for mean in means[:updates]])
         if updates < len(means):
             self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])
@@ -389,6 +403,8 @@ def _listed(names: Sequence[object], most: int = 8) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+_LOADS = 20
+"""Lines of metrics.jsonl with the load of each expert, evenly spaced: 30 kB each for 48 layers of 128."""
 WATCHED = 5
 """Number of steps that are checked. In the first one A has no gradient, because B is zero."""
 

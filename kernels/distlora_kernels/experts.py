@@ -82,7 +82,7 @@ def expert_linear(
         weight: (E, O, I), or (E, I, O) if `transposed`.
         routing: Experts of the rows.
         transposed: Whether the weight is stored (E, I, O).
-        adapter: The experts' adapters.
+        adapter: The experts' adapters; the gradient of a shared factor is summed over the experts.
         bias: (E, O), without gradient.
     """
     a, b, scale = (None, None, None) if adapter is None else adapter

@@ -54,9 +54,9 @@ def backward(
     dxa = _gated(_product(dy, b, ends), linear.adapter, routing)
     da = db = None
     if needs[1]:
-        da = _without_padding(_sums(dxa.T, x, ends), linear.adapter, 1).to(linear.adapter.a.dtype)
+        da = _without_padding(_sums(dxa.T, x, ends, len(a)), linear.adapter, linear.adapter.a, 1)
     if needs[2]:
-        db = _without_padding(_sums(dy.T, gated, ends), linear.adapter, 2).to(linear.adapter.b.dtype)
+        db = _without_padding(_sums(dy.T, gated, ends, len(b)), linear.adapter, linear.adapter.b, 2)
     if dx is not None:
         dx += _product(dxa, a, ends)
     return ExpertGradients(dx, da, db)
@@ -71,12 +71,14 @@ def _ends(adapter: ExpertAdapter, routing: Routing) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Multiply each row of left (S, P) with its group's matrix of right (G, P, Q) -> (S, Q)."""
-    return F.grouped_mm(left, right, offs=ends)
+    """Multiply each row of left (S, P) with its group's matrix of right (G, P, Q), or the only one -> (S, Q)."""
+    return left @ right[0] if len(right) == 1 else F.grouped_mm(left, right, offs=ends)
 
 
-def _sums(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Return each group's product over its rows, left (P, S), right (S, Q) -> (G, P, Q)."""
+def _sums(left: Tensor, right: Tensor, ends: Tensor, groups: int) -> Tensor:
+    """Return each group's product over its rows, left (P, S), right (S, Q) -> (G, P, Q); 1 group has all rows."""
+    if groups == 1:
+        return (left @ right)[None]
     sums = F.grouped_mm(left, right, offs=ends)
     # For a group without rows CUTLASS on sm_100 leaves stale accumulator values (pytorch issue 172439).
     idle = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
@@ -90,12 +92,13 @@ def _dense(linear: ExpertLinear, dtype: torch.dtype) -> Tensor:
 
 
 def _padded(adapter: ExpertAdapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a (G, R, I) and b (G, O, R) of each group in `dtype`, padded with zeros in R."""
+    """Return a (G, R, I) and b (G, O, R) of each group in `dtype`, padded with zeros in R; a shared factor is one."""
     a, b, choice = adapter.a.to(dtype), adapter.b.to(dtype), adapter.scale
     if not isinstance(choice, ExpertChoice):
         missing = -a.shape[1] % _RANK_MULTIPLE
         return F.pad(a, (0, 0, 0, missing)).contiguous(), F.pad(b, (0, missing)).contiguous()
-    rank = _rank(choice)
+    rank, experts = _rank(choice), max(len(a), len(b))
+    a, b = a.expand(experts, -1, -1), b.expand(experts, -1, -1)
     groups_a, groups_b = [a.new_zeros(a.shape[0], rank, a.shape[2])], [b.new_zeros(*b.shape[:2], rank)]
     for number in choice.numbers_by_user:
         if number < 0:
@@ -113,18 +116,19 @@ def _rank(choice: ExpertChoice) -> int:
     return -(-max(choice.ranks) // _RANK_MULTIPLE) * _RANK_MULTIPLE
 
 
-def _without_padding(sums: Tensor, adapter: ExpertAdapter, rank_dim: int) -> Tensor:
-    """Return the gradient of a or b from the groups' padded sums, (G, R, I) or (G, O, R)."""
+def _without_padding(sums: Tensor, adapter: ExpertAdapter, factor: Tensor, rank_dim: int) -> Tensor:
+    """Return the gradient of a `factor`, a or b, from the groups' padded sums, (G, R, I) or (G, O, R)."""
     choice = adapter.scale
     if not isinstance(choice, ExpertChoice):
-        return sums.narrow(rank_dim, 0, adapter.a.shape[1])
+        return sums.narrow(rank_dim, 0, adapter.a.shape[1]).to(factor.dtype)
     by_user = sums.unflatten(0, (-1, len(choice.numbers_by_user) + 1)).unbind(1)[1:]
     parts = {
         n: part.narrow(rank_dim, 0, choice.ranks[n])
         for part, n in zip(by_user, choice.numbers_by_user, strict=True)
         if n >= 0
     }
-    return torch.cat([parts[number] for number in range(len(choice.ranks))], dim=rank_dim)
+    gradient = torch.cat([parts[number] for number in range(len(choice.ranks))], dim=rank_dim).to(factor.dtype)
+    return gradient.sum(0, keepdim=True) if len(factor) < len(gradient) else gradient
 
 
 def _gated(xa: Tensor, adapter: ExpertAdapter, routing: Routing) -> Tensor:

@@ -35,9 +35,9 @@ def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, 
                 if columns is None:
                     y[run] = 0
                     continue
-                xa = (x[run] @ a[expert, columns].T) * scale
+                xa = (x[run] @ _of(a, expert)[columns].T) * scale
                 gated[run, : xa.shape[1]] = xa
-                torch.mm(xa, b[expert, :, columns].T, out=y[run])
+                torch.mm(xa, _of(b, expert)[:, columns].T, out=y[run])
             torch.addmm(y_e, x_e, weight_of(expert).T, out=y_e)
         if linear.bias is not None:
             y_e += linear.bias[expert]
@@ -73,12 +73,12 @@ def backward(
                 if dx is not None:
                     dx[run] = 0
                 continue
-            dy_run, run_a = dy[run], a[expert, columns]
-            dxa = ((dy_run @ b[expert, :, columns]) * scale).to(dy.dtype)
+            dy_run, run_a = dy[run], _of(a, expert)[columns]
+            dxa = ((dy_run @ _of(b, expert)[:, columns]) * scale).to(dy.dtype)
             if db is not None:
-                db[expert, :, columns] = dy_run.T @ gated[run, : len(run_a)]
+                _put(db, expert, (slice(None), columns), dy_run.T @ gated[run, : len(run_a)])
             if da is not None:
-                da[expert, columns] = dxa.T @ x[run]
+                _put(da, expert, (columns,), dxa.T @ x[run])
             if dx is not None:
                 torch.mm(dxa, run_a, out=dx[run])
         if dx is not None:
@@ -100,7 +100,21 @@ def dense_experts(linear: ExpertLinear, dtype: torch.dtype) -> Callable[[int], T
     return weight_of
 
 
+def _of(factors: Tensor, expert: int) -> Tensor:
+    """Return an expert's factor of (E, ...), or of (1, ...) the one that all share."""
+    return factors[expert % len(factors)]
+
+
+def _put(gradients: Tensor, expert: int, place: tuple[slice, ...], part: Tensor) -> None:
+    """Write an expert's gradient; of a shared factor, add it to the others'."""
+    target = _of(gradients, expert)[place]
+    if len(gradients) == 1:
+        target += part
+    else:
+        target.copy_(part)
+
+
 def _in_dtype(linear: ExpertLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a (E, R, I) and b (E, O, R), contiguous per expert: PEFT's layout has the experts of B innermost."""
+    """Return a and b in `dtype`, contiguous per expert: PEFT's layout has the experts of B innermost."""
     assert linear.adapter is not None
     return linear.adapter.a.to(dtype).contiguous(), linear.adapter.b.to(dtype).contiguous()

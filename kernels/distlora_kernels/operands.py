@@ -288,7 +288,10 @@ class ExpertChoice(NamedTuple):
 
 
 class ExpertAdapter(NamedTuple):
-    """The adapters of all experts, a (E, R, I) and b (E, O, R), with their scale or choice."""
+    """The adapters of all experts, a (E, R, I) and b (E, O, R), with their scale or choice.
+
+    One of a and b may be (1, ...): all experts share it.
+    """
 
     a: Tensor
     b: Tensor

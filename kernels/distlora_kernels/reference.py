@@ -180,8 +180,10 @@ def expert_linear(
 ) -> Tensor:
     """Return y (S, O): y_s = W_e x_s + gate_s B_e (A_e x_s) + bias_e with e = experts[s].
 
-    Shapes: x (S, I), weight (E, O, I), a (E, R, I), b (E, O, R), bias (E, O), gate a number or (S, R).
+    Shapes: x (S, I), weight (E, O, I), a (E, R, I), b (E, O, R), bias (E, O), gate a number or (S, R). a or b may be
+    (1, ...): shared by all experts.
     """
+    a, b = (factor.expand(weight.shape[0], -1, -1) for factor in (a, b))
     xa = torch.einsum("si,sri->sr", x, a[experts]) * gate
     y = torch.einsum("si,soi->so", x, weight[experts]) + torch.einsum("sr,sor->so", xa, b[experts])
     return y if bias is None else y + bias[experts]

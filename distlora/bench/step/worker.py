@@ -38,6 +38,7 @@ from distlora.data.loader import StepLoader
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks, join_ranks
+from distlora.run_folder.expert_load import Load
 from distlora.system.exit_codes import DONE
 from distlora.training.publish import weight_files
 from distlora.training.reporter import Reporter
@@ -197,7 +198,7 @@ class Losses(Reporter):
     def __init__(self, config: Config) -> None:
         super().__init__(Path(), config, rank=1, world=2, total_steps=STEPS, progress=Progress())  # Only rank 0 writes.
 
-    def log(self, step: int, metrics: Mapping[str, float], *, shown: bool = True) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], *, shown: bool = True, load: Load | None = None) -> None:
         """Keep the loss."""
         self.newest = metrics["loss"]
 

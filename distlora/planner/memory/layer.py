@@ -538,7 +538,8 @@ def _linear(run: LayerRun, experts: ExpertSizes, name: str, inputs: int, outputs
         dense = b * (weight if weight % GROUP == 0 else min(weight + 2 * GROUP, weight * experts.count))
     if rank == 0:
         return Operation(0, (TransientMemory(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)
-    fixed = experts.count * rank * (inputs + outputs) * (4 + b)
+    # Trials may share other factors, so that each expert has a copy of all.
+    fixed = run.ranks.numels.get(name, experts.count * rank * (inputs + outputs)) * (4 + b)
     if not run.groups_experts:
         made = TransientMemory(b * rows * inputs, fixed, dense)
         return Operation(b * rows * (inputs + rank), (made,), b * rows * inputs, dense=dense)

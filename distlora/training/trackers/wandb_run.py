@@ -173,7 +173,7 @@ class WandbRun(Tracker):
                     break
                 entry = json.loads(line)
                 step = entry.pop("step")
-                yield step, {name: value for name, value in entry.items() if name != "time" and value is not None}
+                yield step, {n: value for n, value in entry.items() if n != "time" and isinstance(value, (int, float))}
 
 
 def _gone() -> tuple[type[Exception], ...]:

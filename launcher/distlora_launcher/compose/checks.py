@@ -220,6 +220,7 @@ def check_model(config: Config) -> None:
     kept_by(config.spec, base, architecture)
     check_tensors(base, architecture)
     check_model_sizes(config.parallel, config.train, architecture)
+    check_router_loss(config.train, architecture, base.config)
     config.quant.check_layers(architecture.num_layers)
     if config.adapter.method == "lora":
         targets = select_adapted(config.adapter, architecture)
@@ -265,7 +266,6 @@ def check_model_folder(config: Config) -> Architecture:
 def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, architecture: Architecture) -> None:
     """Refuse settings that a model does not support."""
     parallel.check_blocks(architecture.num_layers)
-    check_router_loss(train.router_aux_loss, architecture)
     check_train(train, architecture)
     if train.attention == "sdpa":
         without = "train.attention=sdpa has no effect"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from distlora.architecture.kept_weights import check_nf4_base
 from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.targets import check_router_loss
 from distlora.config import Config, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import GPUS, find_gpu
@@ -84,6 +85,7 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     """Raise UserError for settings that `check_model` refuses, of a model whose config.json alone is present."""
     spec = config.spec
     check_model_sizes(config.parallel, config.train, model.shapes.architecture)
+    check_router_loss(config.train, model.shapes.architecture, model.settings)
     config.quant.check_layers(model.shapes.num_layers)
     if quantization_method(model.settings, model.name) == NF4:
         check_nf4_base(spec)

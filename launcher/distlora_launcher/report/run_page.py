@@ -10,6 +10,7 @@ from distlora.config import Config
 from distlora.config.file import as_plain, settings_by_name
 from distlora.planner.memory import KINDS, PHASES
 from distlora.planner.memory.measured import grouped
+from distlora.run_folder.expert_load import idle_experts, imbalance
 from distlora.system.numbers import count, length, moment, number, size
 from distlora_launcher.report.charts import Chart, Line, draw
 from distlora_launcher.report.records import SMOOTHED_FROM, PageStatus, RunRecords, Sample, Series, smoothed, window_of
@@ -31,6 +32,9 @@ _SHARED_BY_TRIALS = (_GATHERED, _RESIDENT)
 _CHARTED = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "mfu", "target_tokens", "pairs"}
 _TRAFFIC = {"gathered_bytes", "reduced_bytes", "scattered_bytes", "between_copies_bytes"}
 _TITLES = {
+    "experts/imbalance": "Busiest expert over the mean load, mean of the layers",
+    "experts/imbalance_max": "Busiest expert over the mean load, in the worst layer",
+    "experts/unused": "Share of the experts that no token has chosen yet",
     "rewards/chosen": "Reward of the chosen answers",
     "rewards/rejected": "Reward of the rejected answers",
     "rewards/margins": "Margin of the rewards",
@@ -54,6 +58,7 @@ def run_report(run: RunRecords, status: PageStatus) -> str:
         memory=_memory(run),
         plan_note=_plan_note(run),
         comparison=list(_comparison(run)),
+        experts=_experts(run),
         samples=_samples(run.samples),
         settings=None if run.config is None else _settings(run.config),
         sources=_sources(run.data),
@@ -178,7 +183,7 @@ def _charts(run: RunRecords) -> Iterator[Chart]:
             lines = _with_mean("training", series)
             if (held_out := run.metrics.held_out.get(f"eval_{name}")) is not None:
                 lines.append(_held_out(held_out))
-            kind = "share" if name == "rewards/accuracies" else "number"
+            kind = "share" if name in ("rewards/accuracies", "experts/unused") else "number"
             yield Chart(title=_TITLES.get(name, name), lines=lines, kind=cast(Any, kind))
 
 
@@ -302,6 +307,28 @@ def _comparison(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
         shown = ["" if value is None else write(value) for value in (planned, measured)]
         both = planned is not None and measured is not None
         yield name, shown[0] or "not planned", shown[1], difference(planned, measured) if both else ""
+
+
+_LEVELS = ".\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+"""Bars of an expert's load: none, then a quarter of the mean more each."""
+
+
+def _experts(run: RunRecords) -> dict[str, Any] | None:
+    """Return the load of each expert by layer."""
+    if run.metrics.load is None:
+        return None
+    step, load = run.metrics.load
+    frozen, idle, rows = run.summary.get("expert_layers_without_adapter", []), idle_experts(load), []
+    for layer, tokens in sorted(load.items()):
+        mean = sum(tokens) / len(tokens)
+        bars = "".join(_LEVELS[0 if not n else min(1 + int(4 * n / mean), len(_LEVELS) - 1)] for n in tokens)
+        notes = [idle.get(layer, ""), "no adapters" if str(layer) in frozen else ""]
+        rows.append(
+            (layer, tokens.index(max(tokens)), f"{imbalance(tokens):.2f} x", "; ".join(filter(None, notes)), bars)
+        )
+    count = sum(not n for tokens in load.values() for n in tokens)
+    unused = f"No token chose {count:,} of {sum(map(len, load.values())):,} experts." if count else ""
+    return {"step": step, "rows": rows, "unused": unused}
 
 
 def _samples(samples: Sequence[Sample]) -> list[tuple[str, list[Sample], int]]:

@@ -239,7 +239,6 @@ def test_a_servers_adapter_is_plain_lora_of_one_scale(
     assert (settings["r"], settings["use_rslora"]) == (trained["r"], False)
     assert settings["lora_alpha"] == pytest.approx(trained["lora_alpha"] * trained["r"] ** 0.5)
     assert record["check"] is None
-    assert "binds every tensor" in printed
     assert "(bound 1e-06: met)" in printed
     assert "serve it with: " in printed
 

@@ -59,8 +59,8 @@ def write(export: Export) -> None:
     limit = consumer.limit(config["r"])
     command = consumer.command.format(base=spec.name or spec.path, adapter=export.request.out, rank=limit)
     export.say(f"{consumer.name} {consumer.version} binds every tensor ({consumer.source})")
-    export.say(f"dW as it computes it: at most {worst:.1e} of its norm from ours (bound {BOUND:.0e}: met)")
-    export.say(f"serve it with: {command}{' ' + row.flags if row.flags else ''}{template}")
+    print(f"dW as it computes it: at most {worst:.1e} of its norm from ours (bound {BOUND:.0e}: met)")
+    print(f"serve it with: {command}{' ' + row.flags if row.flags else ''}{template}")
 
 
 class _Factors:

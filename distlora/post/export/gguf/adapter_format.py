@@ -59,7 +59,7 @@ def write(export: Export) -> None:
         if dtype == "fp32":
             read = _read(export.place, base)
             worst = max(_error(path, factors[path](), read) for path in factors)
-            export.say(f"dW as it computes it: at most {worst:.1e} of its norm from ours (bound 1e-06: met)")
+            print(f"dW as it computes it: at most {worst:.1e} of its norm from ours (bound 1e-06: met)")
 
 
 def bind(path: Path, base: Base) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,12 @@ from distlora.loading.peft_format import transposed_factors
 from distlora.model.hf_model import auto_class_of, transformers_model
 from distlora.post.export import served_folder
 from distlora.post.export.consumers import CONSUMERS, PREFIX, bind, served, slots, unserved
-from distlora.post.weights import Factors
+from distlora.post.export.formats import ARCHITECTURES, check_model
+from distlora.post.export.gguf import adapter_format
+from distlora.post.export.gguf.tensors import Names
+from distlora.post.weights import Factors, read_factors
+from distlora.weights.peft_folder import read_peft_adapter, with_layout
+from distlora.weights.reader import Reader
 from family_models import hf_config
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "glm4", "cohere2")
@@ -206,6 +212,79 @@ def test_one_expert_where_the_server_reads_a_stack_is_refused_by_name(tmp_path: 
     )
     with pytest.raises(UserError, match=r"experts.base_layer.lora_A.weight: it has shape .*; it is transposed"):
         served_folder.check_folder(tmp_path, consumer, row, places, factors)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_pefts_layouts_of_experts_bind_and_mean_what_was_trained(tmp_path: Path, model_type: str, early: bool) -> None:
+    """Compare dW by the formula of each release (ParamWrapper.get_delta_weight) and as we read the file."""
+    architecture, _ = model_of(model_type)
+    weights = {path: weight for path, weight in architecture.adaptable() if weight.kind == "experts"}
+    factors, tensors, names = RandomFactors(weights), {}, peft_paths(list(weights))
+    turned = early and model_type != "gpt_oss"
+    for path, weight in weights.items():
+        own, experts = factors[path], weight.shape[0]
+        a, b = own.A.flatten(0, 1), own.B.permute(1, 2, 0).reshape(own.B.shape[1], -1)
+        a, b = transposed_factors(a, b, experts) if turned else (a, b)
+        theirs = torch.einsum(
+            f"ore,eri->{'eio' if turned else 'eoi'}", b.view(len(b), -1, experts), a.view(experts, -1, a.shape[1])
+        )
+        assert (own.scaling * theirs - own.delta()).norm() <= 1e-6 * own.delta().norm()
+        stem = f"{PREFIX}{names[path]}"
+        tensors |= {f"{stem}.lora_A.weight": a.contiguous(), f"{stem}.lora_B.weight": b.contiguous()}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 3, "lora_alpha": 5.0, "use_rslora": True, "target_modules": []}
+    settings |= {"alpha_pattern": {"down_proj": 7.0}, "target_parameters": list(weights)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    read = with_layout(read_peft_adapter(tmp_path), architecture)
+    assert read.transposed == (set(weights) if turned else set())
+    with Reader() as reader:
+        for path, weight in weights.items():
+            ours = read_factors(read, path, reader, experts=weight.shape[0])
+            assert torch.equal(ours.delta(), factors[path].delta()), path
+
+
+@pytest.mark.parametrize("model_type", [*DENSE, *EXPERTS])
+def test_llama_cpp_has_a_tensor_for_each_weight_or_the_type_is_refused(model_type: str) -> None:
+    architecture, config = model_of(model_type)
+    if model_type not in ARCHITECTURES:
+        with pytest.raises(UserError, match=rf"model_type='{model_type}' is not written as GGUF here"):
+            check_model(config, "config.json")
+        return
+    check_model(config, "config.json")
+    names = Names.of(hf_config(model_type))
+    found = [names.gguf_name(f"{path}.weight") for path in adapted(architecture)]
+    assert len(set(found)) == len(adapted(architecture))
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda tensors: tensors | {"blk.0.attn_q.weight.lora_a": (96, 4)}, r"attn_q.weight.lora_a: it has .*transposed"),
+    (lambda tensors: tensors | {"blk.0.attn.weight.lora_a": (4, 96)}, r"blk.0.attn.weight does not exist in .* llama"),
+    (lambda tensors: tensors | {"blk.1.attn_k.weight.lora_a": (4, 96)}, r"attn_k.weight.lora_a: .* one half"),
+    (lambda tensors: tensors | {"blk.0.attn_q.weight": (96, 96)}, r"attn_q.weight: llama.cpp reads \*.lora_a"),
+])  # fmt: skip
+def test_a_damaged_gguf_adapter_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], dict[str, Any]], says: str
+) -> None:
+    """Stand in for the file: rows and columns of its tensors."""
+    fields = {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "general.architecture": "llama",
+        "adapter.lora.alpha": 8,
+    }
+    tensors = change({"blk.0.attn_q.weight.lora_a": (4, 96), "blk.0.attn_q.weight.lora_b": (96, 4)})
+    file = SimpleNamespace(
+        fields={key: SimpleNamespace(contents=lambda value=value: value) for key, value in fields.items()},
+        tensors=[SimpleNamespace(name=name, shape=shape[::-1]) for name, shape in tensors.items()],
+    )
+    monkeypatch.setattr(adapter_format.gguf, "GGUFReader", lambda _: file)
+    shapes = {
+        f"model.layers.{i}.self_attn.{x}_proj.weight": SimpleNamespace(shape=(96, 96)) for i in (0, 1) for x in "qk"
+    }
+    base: Any = SimpleNamespace(model=SimpleNamespace(hf_config=hf_config("llama")), weights=shapes)
+    with pytest.raises(UserError, match=says):
+        adapter_format.bind(Path("adapter.gguf"), base)
 
 
 @pytest.mark.parametrize(("name", "changes", "says"), [

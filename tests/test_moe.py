@@ -350,8 +350,9 @@ def test_experts_start_from_an_adapter_of_peft_before_its_change(folders: Path, 
     assert read.transposed == set(read.paths)
     with Reader() as reader:
         early_factors = {path: read_factors(read, path, reader, experts=4) for path in read.paths}
-        safetensors.torch.save_file(stored, file)
-        later = with_layout(read_peft_adapter(lora), model.architecture)
+    safetensors.torch.save_file(stored, file)
+    later = with_layout(read_peft_adapter(lora), model.architecture)
+    with Reader() as reader:
         for path, factors in early_factors.items():
             assert torch.equal(factors.delta(), read_factors(later, path, reader, experts=4).delta()), path
     safetensors.torch.save_file({name: (early if "base_layer" in name else stored)[name] for name in stored}, file)

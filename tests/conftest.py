@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 from distlora import derive
 from distlora.architecture import spec
 from distlora.model import fused_modules
-from distlora_kernels import dispatch, native
+from distlora_kernels import dispatch, native, nf4_cpu
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
 
@@ -60,6 +60,8 @@ LONGEST = (
 
 So no process is left with one at the end.
 """
+
+nf4_cpu.has_bitsandbytes()  # It imports it without TorchInductor, which PEFT would: 0.7 CPU seconds and a warning.
 
 # Small tensors gain nothing from threads, and on a busy machine two threads wait for each other.
 torch.set_num_threads(1)

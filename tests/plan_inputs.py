@@ -28,15 +28,28 @@ MODELS = {
 }
 
 
-FIRST_OF_TYPE = {settings["model_type"]: name for name, settings in reversed(ARCHITECTURES.items())}
-"""One model that is built in of each type, for `make test`: a model takes half a second to check when it is new."""
+IN_RECIPES = (
+    "NousResearch/Meta-Llama-3.1-8B",
+    "Qwen/Qwen2.5-7B",
+    "Qwen/Qwen3.5-9B",
+    "allenai/Olmo-3.1-32B-Instruct",
+    "google/gemma-4-E4B-it",
+    "ibm-granite/granite-4.0-h-small",
+    "mistralai/Ministral-3-14B-Instruct-2512-BF16",
+    "unsloth/gemma-3-27b-pt",
+    "unsloth/mistral-7b-v0.3",
+)
+OF_EACH_TYPE = {settings["model_type"]: name for name, settings in reversed(ARCHITECTURES.items())} | {
+    ARCHITECTURES[name]["model_type"]: name for name in IN_RECIPES
+}
+"""One built-in model of each type, for `make test`: a new one takes a second to check, and recipes need some."""
 
 
 def by_type(names: Iterable[str]) -> list[Any]:
-    """Return names of models as cases; those with other sizes than FIRST_OF_TYPE run in `make test-ci`."""
-    first = [ARCHITECTURES[name] for name in FIRST_OF_TYPE.values()]
+    """Return names of models as cases; those with other sizes than OF_EACH_TYPE's run in `make test-ci`."""
+    each = [ARCHITECTURES[name] for name in OF_EACH_TYPE.values()]
     sizes = {name: {k: v for k, v in ARCHITECTURES[name].items() if k != "quantization_config"} for name in names}
-    return [name if own in first else ci(name) for name, own in sizes.items()]
+    return [name if own in each else ci(name) for name, own in sizes.items()]
 
 
 def model_of(name: str, **settings: Any) -> PlannedModel:

@@ -63,7 +63,7 @@ def gradients_and_dequantizations(monkeypatch: pytest.MonkeyPatch, model: nn.Mod
     dense = FrozenWeight.dense
 
     def counted(self: FrozenWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        if self.quantized:
+        if self.format is not None:
             calls.append(self.shape)
         return dense(self, dtype, out)
 

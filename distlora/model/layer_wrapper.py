@@ -318,7 +318,7 @@ class HostInputs:
         """Stream of the copies; None on the CPU, which copies at once."""
         self._free: dict[int, list[Tensor]] = {}
         """Free places by size in bytes: (bytes,) uint8 of host memory."""
-        self.newest: weakref.ref[_Kept] | None = None
+        self.newest: weakref.ref[_Offloaded] | None = None
         self.taken_bytes = 0
         """Host memory in bytes, in use or not."""
 
@@ -335,12 +335,12 @@ class HostInputs:
         """
         return saved_tensors_hooks(self._keep, self._fetch)
 
-    def _keep(self, tensor: Tensor) -> _Kept | Tensor:
+    def _keep(self, tensor: Tensor) -> _Offloaded | Tensor:
         # torch 2.11 saves an empty tensor beside the input.
-        return _Kept(self, self.take(tensor.nbytes), tensor) if tensor.numel() > 0 else tensor.detach()
+        return _Offloaded(self, self.take(tensor.nbytes), tensor) if tensor.numel() > 0 else tensor.detach()
 
-    def _fetch(self, kept: _Kept | Tensor) -> Tensor:
-        return kept.fetch() if isinstance(kept, _Kept) else kept
+    def _fetch(self, saved: _Offloaded | Tensor) -> Tensor:
+        return saved.fetch() if isinstance(saved, _Offloaded) else saved
 
     def take(self, nbytes: int) -> Tensor:
         """Return a place on the host, (nbytes or more,) uint8, to be given back. Allocates if none is free."""
@@ -379,7 +379,7 @@ class HostInputs:
             torch.cuda.current_stream(self.device).wait_event(copied)
 
 
-class _Kept:
+class _Offloaded:
     """One input. Its place is freed when nothing refers to it any more: after backward, or without one."""
 
     def __init__(self, store: HostInputs, place: Tensor, tensor: Tensor) -> None:

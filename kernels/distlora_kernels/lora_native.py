@@ -42,9 +42,8 @@ def covers(x: Tensor, linears: Sequence[Linear]) -> bool:
 
 
 def _covered(linear: Linear) -> bool:
-    adapter, shape = linear.adapter, linear.weight.shape
-    parts = linear.weight.parts
-    if len(shape) != 2 or shape[0] % COLUMNS or shape[1] % COLUMNS or linear.weight.quantized > linear.weight.is_nf4:
+    adapter, (parts, shape, format) = linear.adapter, linear.weight
+    if len(shape) != 2 or shape[0] % COLUMNS or shape[1] % COLUMNS or not (format is None or linear.weight.is_nf4):
         return False
     if len(parts) == 1 and (parts[0].dtype != torch.bfloat16 or not parts[0].is_contiguous()):
         return False

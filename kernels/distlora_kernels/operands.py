@@ -32,11 +32,6 @@ class FrozenWeight(NamedTuple):
     """None: the weight is dense."""
 
     @property
-    def quantized(self) -> bool:
-        """True if the weight is in a format."""
-        return self.format is not None
-
-    @property
     def is_nf4(self) -> bool:
         """True if the weight is in NF4: some products decode it themselves, all other formats are dequantized first."""
         return isinstance(self.format, Nf4)

@@ -53,7 +53,7 @@ def take(weight: FrozenWeight, dtype: torch.dtype) -> Tensor:
 
 def extends(weight: FrozenWeight) -> bool:
     """Return whether the weight is dequantized into the buffer, which can have room for an adapter below it."""
-    return weight.quantized and uses_triton(weight.parts[0])
+    return weight.format is not None and uses_triton(weight.parts[0])
 
 
 def take_beside(weight: FrozenWeight, b: Tensor, *, first_rank: int, columns: int) -> Tensor:

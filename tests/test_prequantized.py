@@ -207,7 +207,7 @@ def own_rows(ranks: Ranks, *, folder: Path) -> tuple[dict[str, Tensor], int]:
     for name, linear in frozen_linears(model).items():
         for part, parameter in linear.named_parameters(recurse=False):
             rows[f"{name}.{part}"] = backend.local_rows(parameter)[0].clone()
-        if linear.nf4:
+        if linear.format is nf4.NF4:
             rows[f"{name}.offset"] = linear.offset.clone()  # type: ignore[operator]
     return rows, figures.bytes_read
 

@@ -51,28 +51,29 @@ def quantize_into(
     """
     format = weight.format
     assert format is not None, f"{name} is dense"
+    is_nf4 = format is nf4.NF4
     parts, first_group = backend.local_groups(weight)
     width, size = weight.shape[-1], run_size(format, weight.shape[-1])
     # The fewest weights that are whole groups, and the groups in them: a row of tiles, or one group.
     unit, in_unit = (nf4.GROUP, 1) if format.tile is None else (size, -(-width // format.tile[1]))
     device = backend.ranks.device  # Where the rows lie, or what they are gathered to from host memory.
-    absmax = torch.zeros(len(parts[0]) if weight.nf4 else 0, nf4.BLOCKS_PER_GROUP, device=device)
-    filled = [parts[0], absmax] if weight.nf4 else parts
+    absmax = torch.zeros(len(parts[0]) if is_nf4 else 0, nf4.BLOCKS_PER_GROUP, device=device)
+    filled = [parts[0], absmax] if is_nf4 else parts
     stop = min(-(-(first_group + len(parts[0])) // in_unit) * unit, weight.numel)
     for start, chunk in reader.chunks(segments, first_group // in_unit * unit, stop, size):
         row = start // unit * in_unit - first_group
         if residual is not None:
             chunk = residual.of(chunk, start)
-        if not weight.nf4 and not all_finite(chunk):
+        if not is_nf4 and not all_finite(chunk):
             raise _not_finite(name, format)
         on_device = chunk.to(device)
-        quantized = nf4.quantize_blocks(on_device) if weight.nf4 else quantize_run(format, on_device, width)
+        quantized = nf4.quantize_blocks(on_device) if is_nf4 else quantize_run(format, on_device, width)
         for part, values in zip(filled, quantized, strict=True):
             own = values[max(-row, 0) : len(part) - row]  # Of a row of tiles, other ranks have others.
             part[max(row, 0) :][: len(own)] = own
     if not bool(torch.isfinite(absmax).all()):
         raise _not_finite(name, format)
-    if weight.nf4:
+    if is_nf4:
         own_blocks = -(-max(stop - first_group * nf4.GROUP, 0) // nf4.BLOCK)
         _quantize_absmax(weight, absmax, own_blocks, backend)
 

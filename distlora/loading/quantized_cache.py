@@ -377,7 +377,7 @@ def _units_of(model: CausalLM) -> list[Unit]:
         frozen = [
             Weight(model.hf_name(f"{paths[module]}.weight"), paths[module], module)
             for module in block.modules()
-            if isinstance(module, FrozenTensor) and module.nf4
+            if isinstance(module, FrozenTensor) and module.format is nf4.NF4
         ]
         if frozen:
             units.append(Unit(number, tuple(frozen)))

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from distlora_kernels.formats import FORMATS
 from distlora_kernels.formats.base import dtype_of
-from distlora_kernels.formats.nf4 import NF4
 from distlora_kernels.lora_linear import FrozenWeight, Linear, lora_linears
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -53,11 +52,6 @@ class FrozenTensor(nn.Module):
     def quantized(self) -> bool:
         """True if the weight is in a format."""
         return self.format is not None
-
-    @property
-    def nf4(self) -> bool:
-        """True if the format is NF4 with double quantization, which quant=nf4 makes."""
-        return self.format is NF4
 
     @property
     def numel(self) -> int:

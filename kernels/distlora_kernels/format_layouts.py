@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 GROUP = 16_384
 """Weights in a group, the unit of sharding."""
+TILE = 128
+"""Rows and columns of a tile, whose weights are a group."""
 _ITEMSIZES = {"uint8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -104,7 +106,7 @@ _LAYOUTS = (
     FormatLayout("nvfp4", "NVFP4", 16, (_CODES, Part("scales", (1024,), "uint8"), Part("global_scale", (), "float32"))),
     FormatLayout("int8", "int8 in groups of 128", 128, (_BYTES, Part("scales", (128,), "float32"))),
     FormatLayout(
-        "fp8_block", "FP8 in 128 x 128 blocks", GROUP, (_BYTES, Part("scales", (), "float32")), tile=(128, 128)
+        "fp8_block", "FP8 in 128 x 128 blocks", GROUP, (_BYTES, Part("scales", (), "float32")), tile=(TILE, TILE)
     ),
     *(layout for block in (32, 64, 128) for layout in _int4(block)),
     *(

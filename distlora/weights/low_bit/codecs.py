@@ -17,10 +17,10 @@ from torch import Tensor
 
 from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.config import UserError
-from distlora_kernels.format_layouts import FORMAT_LAYOUTS
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, TILE
 from distlora_kernels.formats import codes as numbers
 from distlora_kernels.formats.flat import BlockFormat
-from distlora_kernels.formats.fp8_block import TILE, in_tiles
+from distlora_kernels.formats.fp8_block import in_tiles
 from distlora_kernels.formats.mxfp4 import MXFP4
 
 if TYPE_CHECKING:

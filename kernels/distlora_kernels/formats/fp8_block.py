@@ -6,16 +6,13 @@ w = fl(e4m3[code] * scale).
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from distlora_kernels.format_layouts import GROUP, TILE
 from distlora_kernels.formats.codes import e4m3, look_up
 from distlora_kernels.formats.flat import BlockFormat, quantize
-from distlora_kernels.reference import GROUP
 
-TILE = 128
 LARGEST = 448
 
 
@@ -37,7 +34,7 @@ FP8_BLOCK = Fp8Block.named("fp8_block")
 
 def in_tiles(matrix: Tensor) -> Tensor:
     """Return (O, I) as its tiles, (G, 16384), ragged ones padded with zeros."""
-    down, across = (math.ceil(size / TILE) for size in matrix.shape)
+    down, across = FP8_BLOCK.tiles(matrix.shape)
     padding = (0, across * TILE - matrix.shape[1], 0, down * TILE - matrix.shape[0])
     padded = torch.nn.functional.pad(matrix, padding).view(down, TILE, across, TILE)
     return padded.transpose(1, 2).reshape(-1, GROUP)

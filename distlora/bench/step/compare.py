@@ -231,6 +231,9 @@ class StepInputs:
     """Folder of the model."""
     settings: str | None = None
     """config.json of a random model, as JSON, which is written if it is missing; None for a real one's folder."""
+    gguf: str | None = None
+    """Folder that describes a GGUF file, which is written to `model` in bf16 if that is missing: peers train on no
+    such file."""
     length: int
     """Tokens per sequence."""
     rows: int

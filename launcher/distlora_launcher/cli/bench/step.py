@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.bench.step import report
@@ -30,13 +31,14 @@ from distlora.bench.step.compare import (
     prepare,
     reason_against,
 )
-from distlora.config import UserError, nearest, require
+from distlora.config import ModelConfig, UserError, nearest, require
 from distlora.config.base import cache_root
 from distlora.output.results import Results
 from distlora.system.exit_codes import DONE, FAILED
 from distlora.system.progress import say
 from distlora_launcher.cli.bench import check_counts, check_gpus, output_folder
 from distlora_launcher.compose.checks import gpu_count
+from distlora_launcher.compose.hub import localize
 from distlora_launcher.demo.model import DATA, smollm2
 from distlora_launcher.launch.workers import ON_CPU, worker_environment
 from distlora_launcher.terminal.arguments import listed, read
@@ -211,13 +213,13 @@ def measure_steps(request: StepBench, folder: Path) -> tuple[list[Measured], Res
         cell = members[0]
         key, place = (cell.size, cell.length), folder / cell.size.replace("/", "_")
         if key not in problems:
-            size = sizes[cell.size]
+            size, model = sizes[cell.size], place / "model"
             if size.model is None:
                 say(f"writing a random model of {cell.size}")
+            made: dict[str, Any] = {"model": str(model), "settings": json.dumps(size.settings)}
             problems[key] = StepInputs(
                 folder=str(place),
-                model=size.model or str(place / "model"),
-                settings=None if size.model else json.dumps(size.settings),
+                **(made if size.model is None else real_model(size.model, model)),
                 length=cell.length,
                 rows=cell.rows,
                 steps=2 + request.steps * request.rounds,
@@ -252,6 +254,12 @@ def with_demo(sizes: Mapping[str, Size]) -> dict[str, Size]:
     return there
 
 
+def real_model(model: str, folder: Path) -> dict[str, Any]:
+    """Return the fields of StepInputs that name a real model; a GGUF file is to be written to `folder`."""
+    local = localize(ModelConfig(path=model))
+    return {"model": local.path} if local.gguf_file is None else {"model": str(folder), "gguf": local.path}
+
+
 def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Results]:
     """Train each cell alone on the demo's model and data."""
     assert request.curve is not None
@@ -260,7 +268,7 @@ def measure_curves(request: StepBench, folder: Path) -> tuple[list[Measured], Re
     say("packing the demo's chats")
     inputs = StepInputs(
         folder=str(folder),
-        model=str(model),
+        **real_model(str(model), folder / "model"),
         length=CURVE_LENGTH,
         rows=CURVE_ROWS,
         steps=request.curve,

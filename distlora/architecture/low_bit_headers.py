@@ -78,11 +78,6 @@ class Nf4Tensor(LowBitTensor):
     offset: float | None
     """Mean of all absmax; None without double quantization."""
 
-    @property
-    def meaning(self) -> str:
-        """Return nothing: all that decides the values is stored, in quant_state."""
-        return ""
-
 
 @dataclass(frozen=True, slots=True)
 class LowBitSegment(Segment):
@@ -99,10 +94,10 @@ def in_nf4(segment: Segment) -> bool:
 def meaning_of(headers: Mapping[str, Segment]) -> bytes:
     """Return the SHA-256 of how the weights in low bits among `headers` are decoded; empty if there are none.
 
-    The same bytes have other values by other settings, so a name of the values needs both.
+    The same bytes have other values by other settings, so a name of the values needs both. NF4's are stored with it.
     """
-    low_bit = [each.tensor for _, each in sorted(headers.items()) if isinstance(each, LowBitSegment)]
-    if not (meanings := [meaning for tensor in low_bit if (meaning := tensor.meaning)]):
+    low_bit = [each for _, each in sorted(headers.items()) if isinstance(each, LowBitSegment) and not in_nf4(each)]
+    if not (meanings := [each.tensor.meaning for each in low_bit]):
         return b""
     return hashlib.sha256("\n".join([f"reader {READER_VERSION}", *meanings]).encode()).digest()
 

@@ -79,15 +79,10 @@ def load_base(
     sources = find_base(model, base.headers)
     adapters = set(adapter_parameters(model))
     token_matrices = {f"decoder.{model.architecture.embedding}.weight": EMBEDDING, "head.weight": HEAD}
-    kept = {
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, FrozenTensor)
-        and module.format is not None
-        and is_kept(module.format.name, source_of(sources, model.hf_name(f"{path}.weight")).segments)
-    }
-    quantized_weights = quantized_bytes = 0
-    shards = open_quantized_cache(None if kept else cache, model, base.stored, sources, backend, boundary)
+    quantized_weights = quantized_bytes = kept = 0
+    if any(in_nf4(source.segments[0]) for source in sources.values()):
+        cache = None
+    shards = open_quantized_cache(cache, model, base.stored, sources, backend, boundary)
     with Reader() as reader, shards:
         for path, module in model.named_modules():
             boundary(None, f"loading {path}", long=True)
@@ -95,10 +90,11 @@ def load_base(
             if subtract_initial_adapter and isinstance(module, AdaptedLinear):
                 (pair,) = module.pairs
                 residual = Residual(LowRankFactors(pair.A, pair.B), pair.scaling)
-            if isinstance(module, FrozenTensor) and module.quantized:
+            if isinstance(module, FrozenTensor) and module.format is not None:
                 name = model.hf_name(f"{path}.weight")
-                if path in kept:
+                if is_kept(module.format.name, source_of(sources, name).segments):
                     fill_kept(module, sources[name].segments, reader, backend, name)
+                    kept += module.numel
                 elif not shards.has(path):
                     segments = segments_of(sources, name, module.shape)
                     quantize_into(module, segments, reader, backend, name, residual=residual)
@@ -133,7 +129,7 @@ def load_base(
         bytes_read=bytes_read,
         quantized_weights=quantized_weights,
         quantized_bytes=quantized_bytes,
-        prequantized=bool(kept),
+        prequantized=kept > 0,
         cached_weights=shards.filled_weights,
         cache_bytes_written=shards.bytes_written,
     )

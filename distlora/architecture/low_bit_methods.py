@@ -48,8 +48,7 @@ def quantization_method(config: Mapping[str, Any], place: Path | str) -> str | N
     if quantization is None:
         return None
     where = f"{place}: quantization_config"
-    if not isinstance(quantization, Mapping):
-        raise UserError(f"{where} is not a JSON object; download the file again")
+    require(isinstance(quantization, Mapping), f"{where} is not a JSON object; download the file again")
     method = _name_of(quantization)
     if not isinstance(method, str) or method not in _METHODS:
         raise UserError(
@@ -248,8 +247,7 @@ def _weight_arguments(settings: Mapping[str, Any], where: str = "quantization_co
         weights = group.get("weights")
         if weights is None:
             continue
-        if not isinstance(weights, Mapping):
-            raise UserError(f"{place}.weights={short(weights)} is not an object; {USE_16_BIT}")
+        require(isinstance(weights, Mapping), f"{place}.weights={short(weights)} is not an object; {USE_16_BIT}")
         place, weights = f"{place}.weights", {"num_bits": 8, "type": "int", "symmetric": True, **weights}
         check_fields(weights, place, _ARGUMENTS)
         check_value(weights, place, "num_bits", 4, 8)
@@ -257,10 +255,10 @@ def _weight_arguments(settings: Mapping[str, Any], where: str = "quantization_co
         check_value(weights, place, "symmetric", *((True, False) if weights["type"] == "int" else (True,)))
         check_value(weights, place, "strategy", "tensor", "channel", "group", "tensor_group", "block", None)
         size, block = weights.get("group_size"), weights.get("block_structure")
-        if size is not None and not (type(size) is int and (size > 0 or size == -1)):
-            raise UserError(f"{place}.group_size={short(size)} is not a size; {USE_16_BIT}")
-        if block is not None and not is_block(block):
-            raise UserError(f"{place}.block_structure={short(block)} is not a pair of sizes; {USE_16_BIT}")
+        is_size = size is None or (type(size) is int and (size > 0 or size == -1))
+        require(is_size, f"{place}.group_size={short(size)} is not a size; {USE_16_BIT}")
+        is_pair = block is None or is_block(block)
+        require(is_pair, f"{place}.block_structure={short(block)} is not a pair of sizes; {USE_16_BIT}")
         entries.append(weights)
     return entries
 

@@ -111,12 +111,13 @@ def checked(options: ExportArguments) -> tuple[ExportRequest, Trained]:
 def require_client(request: ExportRequest, trained: Trained) -> None:
     """Refuse a check that this node cannot do. Raises UserError."""
     form = FORMATS[request.format]
+    option = f"--{'for' if form.adapter else 'format'}={request.format}"
     for package in form.packages:
-        require_package(package, f"--{'for' if form.adapter else 'format'}={request.format}")
+        require_package(package, option)
     if not (request.check and form.clients):
         return
     for package in form.clients:
-        require_package(package, f"the check of {request.format}", otherwise=", or add --no-check")
+        require_package(package, f"the check of {option}", otherwise=", or add --no-check")
     # The client's model in fp32, and what is beside it.
     needed, available = 4 * num_weights(trained) + 10**9, available_bytes()
     require(

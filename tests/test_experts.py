@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from closeness import assert_close
 from distlora_kernels import experts_grouped, experts_torch, reference
@@ -150,6 +151,32 @@ def test_autograd_takes_what_the_path_gives_and_asks_for_no_more(on_host: bool) 
     da, db = torch.autograd.grad(linear(x.float(), a=a, b=b, gate=0.5).square().sum(), [a, b])
     assert_close(a.grad.to(dtype), da, ulps=ulps)
     assert_close(b.grad.to(dtype), db, ulps=ulps)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_each_chosen_expert_is_dequantized_once_per_pass_and_no_other_ever(
+    monkeypatch: pytest.MonkeyPatch, recomputes: bool
+) -> None:
+    """Forward, recomputation and backward; three trials' adapters beside each other take no more."""
+    users = torch.arange(23) % 4 - 1
+    routing, weight = routing_of(23, users), packed(random(EXPERTS, 40, 24, seed=2))
+    a, b = random(EXPERTS, 8, 24, seed=6).requires_grad_(), random(EXPERTS, 40, 8, seed=7).requires_grad_()
+    adapter = ExpertAdapter(a, b, ExpertChoice((0, 1, 2), (2.0, 0.5, 1.0), (2, 3, 3)))
+    x = random(len(routing.tokens), 24, seed=4).requires_grad_()
+    experts: list[int] = []
+    original = nf4.Nf4.slice
+
+    def counted(self: nf4.Nf4, parts: Any, shape: Any, index: int, dtype: torch.dtype) -> Tensor:
+        experts.append(index)
+        return original(self, parts, shape, index, dtype)
+
+    def run(rows: Tensor) -> Tensor:
+        return expert_linear(rows, weight, routing, transposed=False, adapter=adapter).square()  # Keeps the output.
+
+    monkeypatch.setattr(nf4.Nf4, "slice", counted)
+    y = checkpoint(run, x, use_reentrant=False) if recomputes else run(x)
+    y.sum().backward()
+    assert sorted(experts) == sorted((3 if recomputes else 2) * [0, 1, 2, 4])
 
 
 def test_tokens_go_to_their_experts_and_come_back() -> None:

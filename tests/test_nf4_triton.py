@@ -74,6 +74,25 @@ def test_a_weight_is_dequantized_beside_columns(
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("each", [(2, 64), (100, 192), (128, 128)], ids=str)  # Less than a tile, 2.3 tiles, two.
+def test_experts_without_rows_are_not_dequantized(triton_device: torch.device, each: tuple[int, int]) -> None:
+    """A tile (8,192 weights) is left out if no expert in it has rows: at the beginning, in the middle, at the end."""
+    rows = torch.tensor([0, 0, 3, 0, 0, 0, 1, 2, 0, 0, 0])
+    shape = (len(rows), *each)
+    parts = random_parts(nf4.num_groups(math.prod(shape)), triton_device)
+    out = poisoned(shape, torch.bfloat16, triton_device)
+    nf4.dequantize_chosen(nf4.NF4, parts, shape, rows.cumsum(0).int().to(triton_device), out=out)
+    expected = reference.nf4_dequantize(*parts, shape=shape, dtype=torch.bfloat16)
+    chosen = rows > 0
+    assert torch.equal(out[chosen], expected[chosen])
+    tiles = torch.arange(math.prod(shape)) // 8192
+    used = chosen.repeat_interleave(math.prod(each))
+    left_out = (torch.zeros(int(tiles[-1]) + 1).index_add_(0, tiles, used.float()) == 0)[tiles]
+    assert out.flatten()[left_out].isnan().all()
+    assert not out.flatten()[~left_out].isnan().any()
+    assert left_out.any() == (math.prod(each) > 4096)
+
+
 @pytest.mark.parametrize("first", [0, 1, 3])
 def test_a_slice_of_groups_is_dequantized_into_a_slice_of_the_weight(triton_device: torch.device, first: int) -> None:
     codes, scales, group_scale, offset = random_parts(5, triton_device)

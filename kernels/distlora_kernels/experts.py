@@ -7,8 +7,8 @@ dequantized again in backward, never a dense copy, and there is no dW. The adapt
 an expert's rows, never a dense (E, O, I) update.
 
 On the CPU, and in fp32, experts run one after the other with one dense weight at a time (experts_torch.py). On a GPU in
-16 bits all experts are one grouped product (experts_grouped.py), which needs the whole fused weight dense and does not
-synchronize. The Routing decides: with boundaries on the host, the loop runs.
+16 bits all experts are one grouped product (experts_grouped.py), which needs all chosen experts' weights dense and does
+not synchronize. The Routing decides: with boundaries on the host, the loop runs.
 
 Letters: T tokens, K experts per token, S = K T rows, E experts, I in features, O out features, R rank.
 """
@@ -165,4 +165,5 @@ class _Combine(torch.autograd.Function):
 
 def _sum_of_choices(rows: Tensor, routing: Routing) -> Tensor:
     """Return the sum of a token's rows in the order of its choices, (S, H) -> (T, H)."""
-    return rows[routing.inverse].view(-1, routing.num_tokens, rows.shape[1]).sum(dim=0)
+    num_choices = len(rows) // max(routing.num_tokens, 1)  # A rank may receive no rows for its experts.
+    return rows[routing.inverse].view(num_choices, routing.num_tokens, rows.shape[1]).sum(dim=0)

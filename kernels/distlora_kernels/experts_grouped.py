@@ -1,8 +1,9 @@
 """Run expert linears as grouped products (torch.nn.functional.grouped_mm): the path of GPUs in 16 bits.
 
-Nothing is read on the host, so the whole fused weight is dequantized, into the scratch that every linear uses
-(scratch.py). grouped_mm does not accumulate into its output, so the adapter's term is added to the rounded product of
-the base, as in PEFT. Ranks are padded to a multiple of 8, since rows must be 16 bytes.
+Nothing is read on the host. The fused weight is dequantized into the scratch that every linear uses (scratch.py), in
+NF4 without the experts that no token chose: a product reads nothing of a group without rows. grouped_mm does not
+accumulate into its output, so the adapter's term is added to the rounded product of the base, as in PEFT. Ranks are
+padded to a multiple of 8, since rows must be 16 bytes.
 
 If tokens choose adapters, the groups of the adapters' products are (expert, adapter), each with its A and B padded to
 the largest rank; rows without an adapter are a group whose A and B are 0. The base's groups stay the experts.
@@ -16,14 +17,14 @@ from torch import Tensor
 
 from distlora_kernels.dispatch import on_device
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertGradients, ExpertLinear, Routing
-from distlora_kernels.scratch import take
+from distlora_kernels.scratch import take_chosen
 
 _RANK_MULTIPLE = 8
 
 
 def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, Tensor | None]:
     """Return y (S, O) of x (S, I), and s x A^T (S, padded R) for backward; None without an adapter."""
-    y = _product(x, _dense(linear, x.dtype).transpose(-2, -1), routing.ends)
+    y = _product(x, _dense(linear, x.dtype, routing).transpose(-2, -1), routing.ends)
     gated = None
     if linear.adapter is not None:
         a, b = _padded(linear.adapter, x.dtype)
@@ -44,7 +45,7 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> ExpertGradients:
     """Return the gradients of <y, dy> for x (S, I), a (E, R, I) and b (E, O, R) that are needed."""
-    dx = _product(dy, _dense(linear, dy.dtype), routing.ends) if needs[0] else None
+    dx = _product(dy, _dense(linear, dy.dtype, routing), routing.ends) if needs[0] else None
     if linear.adapter is None:
         return ExpertGradients(dx, None, None)
     assert x is not None
@@ -85,9 +86,9 @@ def _sums(left: Tensor, right: Tensor, ends: Tensor, groups: int) -> Tensor:
     return sums.masked_fill_(idle[:, None, None], 0.0)
 
 
-def _dense(linear: ExpertLinear, dtype: torch.dtype) -> Tensor:
-    """Return the weight (E, O, I) in `dtype`; on a GPU it is valid until the next weight is taken."""
-    weight = take(linear.weight, dtype)
+def _dense(linear: ExpertLinear, dtype: torch.dtype, routing: Routing) -> Tensor:
+    """Return the weight (E, O, I) of the experts with rows; on a GPU it is valid until the next weight is taken."""
+    weight = take_chosen(linear.weight, dtype, routing.ends)
     return weight.transpose(-2, -1) if linear.transposed else weight
 
 

@@ -90,19 +90,32 @@ def _dequantize_tile(
     tl.store(to, weights.to(out_ptr.dtype.element_ty), mask=element < left)
 
 
-@triton.jit(do_not_specialize=["first_rank"], do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
+@triton.jit(
+    do_not_specialize=["first_rank", "last_expert"], do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"]
+)
 def _dequantize_kernel(
     codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel,
-    gap, b_ptr, num_rows, num_ranks, first_rank, tiles,
+    gap, b_ptr, num_rows, num_ranks, first_rank, tiles, ends_ptr, expert_blocks, last_expert,
     ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Compute out[block, i] = round(level[code] * absmax); without group_scale_ptr `scales` holds the absmax.
+
+    With ends_ptr the weight is that of experts of `expert_blocks` blocks, and tiles of experts without rows, whose end
+    is that of the expert before, are left out.
 
     With a gap, rows of ROW_BLOCKS blocks are followed by `gap` elements: zeros, and b[row] from `first_rank` on. Their
     tiles, BLOCKS rows of 64 columns, come after the `tiles` of the weight.
     """
     program = tl.program_id(0)
-    if gap is None:  # noqa: SIM114 (decided when it is compiled)
+    if ends_ptr is not None:
+        first = program * BLOCKS // expert_blocks
+        last = tl.minimum((program * BLOCKS + BLOCKS - 1) // expert_blocks, last_expert)
+        if tl.load(ends_ptr + last) > tl.load(ends_ptr + first - 1, mask=first > 0, other=0):
+            _dequantize_tile(
+                program, codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, gap,
+                ROW_BLOCKS, BLOCKS,
+            )  # fmt: skip
+    elif gap is None:  # noqa: SIM114 (decided when it is compiled)
         _dequantize_tile(
             program, codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, gap,
             ROW_BLOCKS, BLOCKS,
@@ -133,8 +146,12 @@ def dequantize(
     *,
     b: Tensor | None = None,
     first_rank: int = 0,
+    ends: Tensor | None = None,
 ) -> None:
     """Run reference.nf4_dequantize into `out`, bit for bit; without a group_scale `scales` holds the absmax.
+
+    With ends (E,) int32, the end of each expert's rows, experts without rows are left out of the weight of E experts
+    of whole blocks: what `out` has of them stays, except for those that share a tile of 8,192 weights with others.
 
     With b (O, R), out (O, I) has a row stride I + 64 n. The columns behind I become zeros, and b from `first_rank` on.
     """
@@ -145,7 +162,11 @@ def dequantize(
     map_ = None if group_scale is None else dynamic_map(device)
     tiles = programs = triton.cdiv(numel, DEQUANTIZE_BLOCKS * BLOCK)
     beside: tuple[int | Tensor | None, ...] = (None, None, 0, 0, 0, 0)
-    row_blocks = 1
+    row_blocks, experts = 1, (None, 0, 0)
+    if ends is not None:
+        assert b is None
+        assert numel % (len(ends) * BLOCK) == 0, f"{numel} weights are not {len(ends)} experts of whole blocks"
+        experts = (ends, numel // (len(ends) * BLOCK), len(ends) - 1)
     if b is not None:
         (num_rows, features), gap = out.shape, out.stride(0) - out.shape[1]
         assert (b.is_contiguous(), b.shape[0]) == (True, num_rows), f"b {tuple(b.shape)}, a weight {tuple(out.shape)}"
@@ -163,6 +184,7 @@ def dequantize(
         out,
         numel,
         *beside,
+        *experts,
         ROW_BLOCKS=row_blocks,
         BLOCKS=DEQUANTIZE_BLOCKS,
         **_OPTIONS,
@@ -247,7 +269,7 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
     return scales, group_scale
 
 
-def _dequantize_case(name: str, dtype: str, *, nested: bool = True, row_blocks: int = 0) -> Case:
+def _dequantize_case(name: str, dtype: str, *, nested: bool = True, row_blocks: int = 0, experts: bool = False) -> Case:
     """Return a case; with `row_blocks` rows have a gap of 64 columns with b."""
     scales = (
         {"scales_ptr": "*u8:16", "group_scale_ptr": "*fp32", "offset_ptr": "*fp32", "map_ptr": "*fp32:16"}
@@ -267,10 +289,14 @@ def _dequantize_case(name: str, dtype: str, *, nested: bool = True, row_blocks: 
             "num_ranks": "i32:16",
             "first_rank": "i32",
             "tiles": "i32:16",
+            "expert_blocks": "i32:16",
+            "last_expert": "i32",
+            **({"ends_ptr": "*i32:16"} if experts else {}),
             **({"gap": "i32:16", "b_ptr": f"*{dtype}:16"} if row_blocks else {}),
         },
         constants={"ROW_BLOCKS": row_blocks or 1, "BLOCKS": DEQUANTIZE_BLOCKS}
         | ({} if row_blocks else {"gap": None, "b_ptr": None})
+        | ({} if experts else {"ends_ptr": None})
         | ({} if nested else {"group_scale_ptr": None, "offset_ptr": None, "map_ptr": None}),
         num_warps=NUM_WARPS,
         options={"enable_fp_fusion": False},
@@ -306,6 +332,7 @@ OFFLINE = (
     _dequantize_case("nf4 dequantize fp16", "fp16"),
     _dequantize_case("nf4 dequantize fp32", "fp32"),
     _dequantize_case("nf4 dequantize plain bf16", "bf16", nested=False),
+    _dequantize_case("nf4 dequantize bf16, chosen experts", "bf16", experts=True),
     _dequantize_case("nf4 dequantize bf16 beside b, I=4096", "bf16", row_blocks=64),
     _dequantize_case("nf4 dequantize bf16 beside b, I=14336", "bf16", row_blocks=224),
     _quantize_case("fp32"),

@@ -128,3 +128,20 @@ def dequantize_beside(
     )
     with on_device_of(codes):
         nf4_triton.dequantize(codes, scales, group_scale, offset, out[:, : shape[1]], b=b, first_rank=first_rank)
+
+
+def dequantize_chosen(
+    format: Nf4, parts: Sequence[Tensor], shape: tuple[int, ...], ends: Tensor, *, out: Tensor
+) -> None:
+    """Dequantize the experts that have rows, of a weight of `shape` (E, O, I), into `out` (E, O, I), on a GPU.
+
+    ends (E,) int32: end of each expert's rows, which stays on the device. An expert has whole blocks. What `out` has of
+    experts without rows is undefined.
+    """
+    from distlora_kernels import nf4_triton
+
+    format.check(parts, shape)
+    codes, scales, *rest = parts
+    group_scale, offset = rest or (None, None)
+    with on_device_of(codes):
+        nf4_triton.dequantize(codes, scales, group_scale, offset, out, ends=ends)

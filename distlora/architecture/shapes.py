@@ -15,7 +15,7 @@ from typing import Any
 from distlora.architecture.spec import Architecture, Weight, architecture_of
 from distlora.architecture.targets import select_adapted
 from distlora.config import AdapterConfig, nearest
-from distlora_kernels.format_layouts import labels
+from distlora_kernels.format_layouts import cuts_between_experts, labels
 
 _LAYER = re.compile(r"\.\d+\.")
 
@@ -150,6 +150,16 @@ class ModelShapes:
         layers, kinds = self.layer_formats(default), self.architecture.kinds
         pairs = (zip(kinds[kind].weights, formats, strict=True) for kind, formats in layers)
         return sum(weight.numel for layer in pairs for weight, format in layer if format is not None)
+
+    def cuts_between_experts(self, default: str | None, ranks: int) -> bool | None:
+        """Return whether so many ranks can divide the experts of all layers (parallel.expert_degree); None without any.
+
+        `default` as in `layer_formats`.
+        """
+        kinds = self.architecture.kinds
+        pairs = (zip(kinds[kind].weights, formats, strict=True) for kind, formats in set(self.layer_formats(default)))
+        found = [(weight.shape, format) for layer in pairs for weight, format in layer if weight.kind == "experts"]
+        return all(cuts_between_experts(shape, format, ranks) for shape, format in found) if found else None
 
     def ties(self, config: AdapterConfig) -> bool:
         """Return True if a run has one matrix for embedding and LM head; a trained whole one is untied."""

@@ -19,12 +19,14 @@ _ARGUMENT: dict[str, tuple[str, int]] = {
     "allreduce_": ("reduced", 0),
     "allreduce_coalesced_": ("reduced", 0),
     "broadcast_": ("broadcast", 0),
+    "alltoall_base_": ("exchanged", 1),
 }
-"""c10d's collectives: (kind, index of the whole tensor: an all-gather's result, a reduce-scatter's input)."""
+"""c10d's collectives: (kind, index of the whole tensor: an all-gather's result, a reduce-scatter's or all-to-all's
+input)."""
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes and calls of this thread's collectives, by type (gathered, scattered, reduced, broadcast) and by ranks.
+    """Bytes and calls of this thread's collectives, by type (gathered, scattered, reduced, ...) and by ranks.
 
     Use it as a context manager. On a CPU backward runs in the calling thread, so its collectives are counted too.
     Raises NotImplementedError for an unknown collective.

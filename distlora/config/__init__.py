@@ -272,6 +272,13 @@ def check_ranks(config: Config, ranks: int) -> None:
         f"the base would have {degree:,}; set parallel.shard_degree={max(n for n in divisors if n <= degree)} (of "
         f"{', '.join(map(str, divisors))}), or null for one copy over all",
     )
+    experts = config.parallel.expert_degree
+    require(
+        experts in (1, degree),
+        f"parallel.expert_degree={experts} is not the number of ranks that shard a replica of the base, which is "
+        f"{degree:,} ({given}, {ranks:,} process{'es' if ranks > 1 else ''}); set parallel.expert_degree="
+        f"{f'{degree}, or 1 (every rank gathers all experts)' if degree > 1 else '1'}",
+    )
     gathers = {
         "parallel=zero3": config.parallel.backend == "zero3",
         f"parallel.resident_blocks={config.parallel.resident_blocks}": config.parallel.resident_blocks != 0,

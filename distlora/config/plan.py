@@ -82,6 +82,7 @@ CHOSEN = (
     "parallel.backend",
     "parallel.offload_base",
     "parallel.shard_degree",
+    "parallel.expert_degree",
     "parallel.prefetch",
     "train.accumulate",
     "train.micro_batch",

@@ -14,7 +14,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from distlora.model.adapters import Adapted, BlockContext, LoRAPair
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.layer_wrapper import Block
 from distlora_kernels.experts import combine, dispatch, expert_linear, runs_grouped
-from distlora_kernels.operands import ExpertAdapter, ExpertChoice, Routing
+from distlora_kernels.operands import ExpertAdapter, ExpertChoice, FrozenWeight, Routing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -109,21 +109,46 @@ class ExpertWeight(Adapted, FrozenTensor):
         self.out_features, self.in_features = reversed(shape[1:]) if transposed else shape[1:]
         self.adapters = nn.ModuleDict()
         self.context = context
+        self.local = slice(0, self.num_experts)
+        """Experts that this rank computes: all, unless they are divided over ranks (parallel.expert_degree)."""
 
     @property
     def pairs(self) -> list[ExpertPair]:
         """Return the LoRA adapters, without those of other methods."""
         return [pair for pair in self.adapters.values() if isinstance(pair, ExpertPair)]
 
+    @property
+    def num_local(self) -> int:
+        """Number of experts that this rank computes."""
+        return self.local.stop - self.local.start
+
+    @property
+    def is_divided(self) -> bool:
+        """True if other ranks compute the other experts; the parameters then stay this rank's rows (DTensor)."""
+        return self.num_local < self.num_experts
+
+    @property
+    def stored(self) -> FrozenWeight:
+        """The Parameters themselves, or this rank's rows of them: the weight of the local experts."""
+        weight = super().stored
+        if not self.is_divided:
+            return weight
+        parts: list[Any] = list(weight.parts)
+        number = len(self.part_names) or 1  # Behind them are replicated parts.
+        local = (*(part.to_local() for part in parts[:number]), *parts[number:])
+        return FrozenWeight(local, (self.num_local, *self.shape[1:]), weight.format)
+
     def _new_pair(self, config: AdapterConfig, path: str, seed: int) -> Callable[..., LoRAPair]:
         sizes, shared = (self.in_features, self.out_features), config.shared_factor(path)
         return functools.partial(ExpertPair, *sizes, num_experts=self.num_experts, shared=shared)
 
     def forward(self, x: Tensor, routing: Routing, bias: Tensor | None, slots: tuple[int, ...] = ()) -> Tensor:
-        """Return (S, out) from x (S, in), sorted by expert, with the adapters that the tokens' rows use.
+        """Return (S, out) from x (S, in), sorted by local expert, with the adapters that the tokens' rows use.
 
         `slots` are those that the routing's adapter choice refers to.
         """
+        if bias is not None and self.is_divided:  # Gathered with the layer.
+            bias = bias[self.local].clone()
         return expert_linear(
             x, self.frozen_weight, routing, transposed=self.transposed, adapter=self._adapter(routing, slots), bias=bias
         )
@@ -137,6 +162,8 @@ class ExpertWeight(Adapted, FrozenTensor):
             every = (self.num_experts, -1, -1)
             a = torch.cat([pair.down().expand(every) for pair in pairs], dim=1)
             b = torch.cat([pair.up().expand(every) for pair in pairs], dim=2)
+        if self.is_divided:  # A shared factor is that of all experts.
+            a, b = (factor[self.local] if len(factor) > 1 else factor for factor in (a, b))
         if routing.users is None:
             self.check_alone()
             return ExpertAdapter(a, b, pairs[0].scaling)
@@ -146,6 +173,20 @@ class ExpertWeight(Adapted, FrozenTensor):
             numbers_by_user, tuple(pair.scaling for pair in pairs), tuple(pair.rank for pair in pairs)
         )
         return ExpertAdapter(a, b, choice)
+
+
+class RowExchange(Protocol):
+    """Exchange of one call's rows between the ranks that divide a layer's experts. S own rows, R received ones."""
+
+    @property
+    def experts(self) -> Tensor:
+        """Return (R,) int64, the expert of each received row, counted from this rank's first."""
+
+    def send(self, rows: Tensor) -> Tensor:
+        """Return (R, ...), the rows of this rank's experts, from (S, ...) sorted by expert."""
+
+    def give_back(self, rows: Tensor) -> Tensor:
+        """Return (S, H), each row's result, from those of the received rows (R, H)."""
 
 
 class Experts(nn.Module):
@@ -169,6 +210,8 @@ class Experts(nn.Module):
             self.register_parameter(f"{name}_bias", None if biases is None else biases[index])
         self.activation = activation
         """The family's activation of gate and up, (S, 2 * intermediate) -> (S, intermediate), or of up alone."""
+        self.exchange: Callable[[Tensor], RowExchange] | None = None
+        """Begins an exchange from (E,) int64, the number of rows of each expert; None: this rank has all experts."""
 
     @property
     def weights(self) -> list[ExpertWeight]:
@@ -177,9 +220,8 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """Return (T, H) from hidden_states (T, H), choices (T, K) int64 and their weights (T, K)."""
-        up, down = weights_of = self.weights
-        up_bias, down_bias = (getattr(self, f"{name}_bias") for name in self.names)
-        context, num_experts = up.context, up.num_experts
+        up, *_ = weights_of = self.weights
+        context = up.context
         context.count_load(choices)
         slots: tuple[int, ...] = ()
         adapters = None
@@ -189,12 +231,27 @@ class Experts(nn.Module):
             slot_of_row = context.chosen(slots)
             adapters = (slot_of_row.repeat_interleave(hidden_states.shape[0] // slot_of_row.shape[0]), len(slots))
         sizes = [size for weight in weights_of for size in weight.shape[1:]]
-        on_host = not runs_grouped(hidden_states, *sizes, num_groups=num_experts * (len(slots) + 1))
-        routing = Routing.of(choices, num_experts, on_host=on_host, adapters=adapters)
-        gate_up = up(dispatch(hidden_states, routing), routing, up_bias, slots)
-        output = down(self.activation(gate_up), routing, down_bias, slots)
+        on_host = not runs_grouped(hidden_states, *sizes, num_groups=up.num_local * (len(slots) + 1))
+        here = on_host and self.exchange is None
+        routing = Routing.of(choices, up.num_experts, on_host=here, adapters=adapters)
+        rows = dispatch(hidden_states, routing)
+        if self.exchange is None:
+            output = self._run(rows, routing, slots)
+        else:
+            exchange = self.exchange(torch.diff(routing.ends, prepend=routing.ends.new_zeros(1)).long())
+            received = exchange.send(rows)
+            if routing.users is not None:
+                adapters = (exchange.send(routing.users.of_rows), len(slots))
+            local = Routing.of(exchange.experts[:, None], up.num_local, on_host=on_host, adapters=adapters)
+            output = exchange.give_back(combine(self._run(dispatch(received, local), local, slots), local))
         weighted = output * weights.T.reshape(-1)[routing.order, None]
         return combine(weighted.to(hidden_states.dtype), routing)
+
+    def _run(self, rows: Tensor, routing: Routing, slots: tuple[int, ...]) -> Tensor:
+        """Return (S, H), each row through its expert, from (S, H) sorted by local expert."""
+        up, down = self.weights
+        up_bias, down_bias = (getattr(self, f"{name}_bias") for name in self.names)
+        return down(self.activation(up(rows, routing, up_bias, slots)), routing, down_bias, slots)
 
 
 def find_experts(layer: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -214,6 +271,12 @@ def find_experts(layer: nn.Module) -> dict[str, tuple[str, ...]]:
         if sorted(tensors) == sorted([*names, *biases]):
             found[path] = names
     return found
+
+
+def divided_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of experts that are divided over ranks, of which each rank has and uses its rows only."""
+    weights = (each for each in module.modules() if isinstance(each, ExpertWeight) and each.is_divided)
+    return {parameter for weight in weights for parameter in weight.parameters(recurse=False)}
 
 
 def replace_experts(

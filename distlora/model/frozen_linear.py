@@ -78,7 +78,8 @@ class FrozenTensor(nn.Module):
     @property
     def frozen_weight(self) -> FrozenWeight:
         """The weight in the kernels' form: `stored`, or the dense copy."""
-        return self.stored if self.dense_copy is None else FrozenWeight((self.dense_copy,), self.shape)
+        copy = self.dense_copy
+        return self.stored if copy is None else FrozenWeight((copy,), tuple(copy.shape))
 
     @property
     def stored(self) -> FrozenWeight:

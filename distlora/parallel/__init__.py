@@ -12,6 +12,7 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.parallel import fsdp2
 from distlora.parallel.backend import Backend
+from distlora.parallel.expert_parallel import divide_experts
 from distlora.parallel.fsdp2 import ComputeCopies, Residency
 from distlora.parallel.gradients import Gradients
 from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks, max_over_ranks, sum_over_ranks
@@ -59,6 +60,8 @@ def parallelize(
         units = zero3.shard(model, backend.shards, gathering, device=ranks.device, traffic=traffic)
         backend.after_backward = units.end_backward
     elif backend.sharded:
+        if parallel.expert_degree > 1:
+            divide_experts(model, backend.shards, ranks.device.type, traffic)
         fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
         parallel.check_blocks(len(model.blocks))
         count, backend.residency = parallel.resident_blocks, Residency(model.blocks, backend.shards, ranks.device)

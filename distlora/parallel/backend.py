@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from distlora.config import UserError
 from distlora.model.build import CausalLM
+from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel.fsdp2 import Residency
 from distlora.parallel.gradients import GradientReducer, Gradients, Launches, ShardedGradients
@@ -260,6 +261,8 @@ class Backend:
         moved = model.blocks[self.residency.count if self.residency is not None else 0 :]
         weights = (module for block in moved for module in block.modules() if isinstance(module, FrozenTensor))
         for weight in (weight for weight in weights if weight.quantized):
+            if isinstance(weight, ExpertWeight) and weight.is_divided:
+                continue
             assert weight.format is not None
             groups = count * -(-weight.num_groups // count)
             extra += 2 * weight.numel - groups * weight.format.group_bytes

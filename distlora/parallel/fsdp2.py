@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from distlora.config.cluster import RESIDENCY_RESERVE, check_torch
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
+from distlora.model.experts import divided_parameters
 from distlora.model.layer_wrapper import Block
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.shards import Shards
@@ -115,11 +116,14 @@ class _CountedReduceScatter(_Counted):
 
 
 def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bool, traffic: Traffic) -> None:
-    """Shard every parameter of `model` (on meta) except the adapters' over the ranks of a copy, in place."""
+    """Shard every parameter of `model` (on meta) except the adapters' over the ranks of a copy, in place.
+
+    Divided experts are sharded already (`expert_parallel`), and never gathered.
+    """
     if any(parameter.dtype == torch.uint8 for parameter in model.parameters()):
         check_torch(torch.__version__)
     mesh = shards.mesh(device.type)
-    ignored = set(adapter_parameters(model).values())
+    ignored = {*adapter_parameters(model).values(), *divided_parameters(model)}
 
     def is_trained(module: nn.Module) -> bool:
         return any(parameter.requires_grad for parameter in module.parameters() if parameter not in ignored)
@@ -152,7 +156,9 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
     def parameters(module: nn.Module) -> list[nn.Parameter]:
         """Return the parameters of a module's unit, in FSDP2's order."""
         ends = (model.embedding, model.head) if model.tied and module in (model.embedding, model.head) else (module,)
-        return list(dict.fromkeys(model.rest() if module is model else (p for end in ends for p in end.parameters())))
+        found = model.rest() if module is model else (p for end in ends for p in end.parameters())
+        divided = divided_parameters(module)
+        return [parameter for parameter in dict.fromkeys(found) if parameter not in divided]
 
     scatter = _CountedReduceScatter(traffic, shards)
     for module in model.modules():
@@ -224,7 +230,8 @@ class Residency:
 
 def _gathered_bytes(module: nn.Module, shards: Shards) -> int:
     """Return the bytes that a gathered layer adds: its frozen parameters, padded to a multiple of the ranks."""
-    whole = (parameter for parameter in module.parameters() if not parameter.requires_grad)
+    divided = divided_parameters(module)
+    whole = (each for each in module.parameters() if not each.requires_grad and each not in divided)
     return sum(padded(parameter.shape, shards.count) * parameter.element_size() for parameter in whole)
 
 

@@ -118,6 +118,8 @@ class FrozenWeights:
         for index in indices:
             frozen = self._tensors[index]
             whole = frozen.owner.get_parameter(frozen.attribute).data
+            if isinstance(whole, DTensor):  # Divided experts, which no rank gathers.
+                continue
             for ranks, rows in _batches(frozen.ranges):
                 parts = whole[rows].reshape(ranks.stop - ranks.start, -1)
                 self._differs[index, ranks] = checksums(parts) != self._sums[index, ranks]

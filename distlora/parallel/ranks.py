@@ -121,7 +121,8 @@ def sum_over_ranks(tensor: Tensor, ranks: Ranks) -> Tensor:
 class Traffic:
     """Bytes of this rank's collectives since the last `take`: gathered results, reduced buffers, scattered gradients.
 
-    Scattered bytes count the whole gradients of which each rank keeps the sum of its rows.
+    Scattered bytes count the whole gradients of which each rank keeps the sum of its rows. Exchanged bytes count the
+    rows of this rank's tokens that go to the ranks of their experts (parallel.expert_degree), or come back.
     """
 
     gathered_bytes: int = 0
@@ -129,6 +130,7 @@ class Traffic:
     scattered_bytes: int = 0
     between_copies_bytes: int = 0
     """Bytes of all these in groups with ranks of several copies of the base (`Shards.crosses`)."""
+    exchanged_bytes: int = 0
 
     def take(self) -> Traffic:
         """Return the counts and reset them to zero."""

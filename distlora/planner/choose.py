@@ -21,6 +21,7 @@ from distlora.planner import Plan, plan_of
 from distlora.planner.machine import Machine
 from distlora.planner.memory import Kind
 from distlora.planner.model import PlannedModel
+from distlora.planner.workload import Workload
 from distlora.system.numbers import size
 
 TILE = 4096
@@ -142,12 +143,13 @@ class Search:
                 yield from branch._with_micro_batches(way)
 
     def _branches(self) -> Iterator[Search]:
-        """Yield a search for each storage of the base and each number of ranks that it is sharded over."""
+        """Yield a search for each storage of the base, each number of ranks that it is sharded over, and of experts."""
         for storage in self._storages():
             for degree in self._shard_degrees():
-                config = self.config.if_valid({**storage, **degree})
-                if config is not None:
-                    yield dataclasses.replace(self, config=config)
+                for experts in self._expert_degrees({**storage, **degree}):
+                    config = self.config.if_valid({**storage, **degree, **experts})
+                    if config is not None:
+                        yield dataclasses.replace(self, config=config)
 
     def _storages(self) -> list[Settings]:
         """Return the given backend and place of the base, and the others where several GPUs share it."""
@@ -174,6 +176,18 @@ class Search:
         nodes = -(-machine.ranks // machine.ranks_per_machine)
         values = [None, *(["node"] if nodes > 1 and machine.ranks_per_machine > 1 else []), 1]
         return [{}, *({setting: value} for value in values if value != given)]
+
+    def _expert_degrees(self, others: Settings) -> list[Settings]:
+        """Return the numbers of ranks that divide the experts: as given, none, those of a replica."""
+        setting, model, ranks = "parallel.expert_degree", self.model, self.machine.ranks
+        if setting in self.fixed or not model.shapes.architecture.has_experts or ranks == 1:
+            return [{}]
+        config = self.config.if_valid({**others, setting: 1})
+        if config is None or config.parallel.backend != "fsdp2":
+            return [{setting: 1}]
+        degree, format = config.shard_degree(ranks), Workload.of(config).format
+        divides = degree > 1 and model.shapes.cuts_between_experts(format, degree)
+        return [{setting: 1}, {setting: degree}] if divides else [{setting: 1}]
 
     def _ways(self) -> Iterator[Settings]:
         """Yield each combination of free values of accumulation, checkpointing, MLP tiles and prefetch.
@@ -203,6 +217,8 @@ class Search:
         may_shrink = self.config.adapter.trains_base is not None
         for way in self._ways():
             for plan in self._with_micro_batches(way):
+                if self._moves_more(plan):
+                    continue
                 if not self._lacks_device(plan):
                     yield plan
                     for setting in ("parallel.resident_blocks", "quant.dense_layers"):
@@ -224,6 +240,13 @@ class Search:
             # train.accumulate changes nothing in a step of one micro-batch.
             if config.train.accumulation(ranks) > 1 or config.train.accumulate == train.accumulate:
                 yield plan_of(config, self.model, self.machine)
+
+    def _moves_more(self, plan: Plan) -> bool:
+        """Return True if exchanging tokens moves no fewer bytes than gathering all experts does."""
+        if plan.traffic.exchanged == 0 or "parallel.expert_degree" in self.fixed:
+            return False
+        gathering = plan.replan({"parallel.expert_degree": 1})
+        return gathering is not None and plan.traffic.received >= gathering.traffic.received
 
     def _lacks_device(self, plan: Plan) -> bool:
         """Return True if the memory in which the model is trained is too small: a GPU's, or a CPU node's."""
@@ -445,6 +468,10 @@ def _meaning(name: str, value: Any, plan: Plan) -> str:
             return f"the base is offloaded to host memory ({size(plan.host.machine)} per node in all)"
         case "parallel.shard_degree" if value is None:
             return f"one replica of the base is sharded over all {plan.machine.ranks:,} ranks"
+        case "parallel.expert_degree" if value > 1:
+            return f"{value} ranks divide the experts and exchange tokens, instead of gathering all experts"
+        case "parallel.expert_degree":
+            return "every rank gathers all experts"
     return _MEANINGS[name, value]
 
 

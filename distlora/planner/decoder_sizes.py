@@ -62,9 +62,16 @@ class ExpertSizes:
     """True if gate and up are clamped and up has 1 added (GPT-OSS)."""
     router: Literal["fp32", "fp32 weights", "chosen"]
     """Softmax over all experts in fp32, also with weights that stay in fp32 (Mixtral), or over the chosen (GPT-OSS)."""
+    degree: int = 1
+    """Ranks that divide the experts."""
+
+    @property
+    def local(self) -> int:
+        """Number of experts that a rank computes."""
+        return self.count // self.degree
 
     @classmethod
-    def of(cls, architecture: Architecture, kind: LayerKind) -> ExpertSizes | None:
+    def of(cls, architecture: Architecture, kind: LayerKind, degree: int = 1) -> ExpertSizes | None:
         """Return the sizes of the experts in a kind of layer; None without experts."""
         if kind.experts is None:
             return None
@@ -79,6 +86,7 @@ class ExpertSizes:
             inner=down.shape[-1],
             clamps=has_biases,
             router="chosen" if has_biases else softmax,
+            degree=degree,
         )
 
 
@@ -167,10 +175,13 @@ class Decoder:
         return self.inner * (1 if self.experts is None else self.experts.chosen)
 
     @classmethod
-    def of(cls, architecture: Architecture, kind: LayerKind | None = None) -> Decoder:
-        """Return the sizes of a kind of layer, by default the largest. Without heads it has those of another kind."""
+    def of(cls, architecture: Architecture, kind: LayerKind | None = None, *, expert_degree: int = 1) -> Decoder:
+        """Return the sizes of a kind of layer, by default the largest. Without heads it has those of another kind.
+
+        `expert_degree`: parallel.expert_degree.
+        """
         kind = kind or architecture.largest
-        experts = ExpertSizes.of(architecture, kind)
+        experts = ExpertSizes.of(architecture, kind, expert_degree)
         heads, key_heads, head_size = next(
             (each.heads for each in (kind, *architecture.kinds) if each.heads), (1, 1, architecture.hidden)
         )

@@ -282,10 +282,10 @@ def _traffic(plan: Plan) -> str:
     step, machine = plan.traffic, plan.machine
     if step.world == 1:
         return "none: there is one process"
-    text = (
-        f"per step and rank: {size(step.gathered)} gathered, {size(step.reduced + step.scattered + step.reduced_rows)} "
-        f"reduced, {size(step.received)} received"
-    )
+    exchanged = f"{size(step.exchanged)} exchanged, " if step.exchanged else ""
+    reduced = size(step.reduced + step.scattered + step.reduced_rows)
+    text = f"per step and rank: {size(step.gathered)} gathered, {exchanged}{reduced} reduced, "
+    text += f"{size(step.received)} received"
     if machine.ranks > machine.ranks_per_machine:
         text += f", {size(step.into_machine(machine.ranks_per_machine))} into a node from the others"
     return text

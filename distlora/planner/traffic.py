@@ -39,6 +39,8 @@ class StepBytes:
     """Bytes of all-reduces, over all ranks."""
     reduced_rows: int = 0
     """Bytes of all-reduces of scattered gradients, over the ranks that own the same rows."""
+    exchanged: int = 0
+    """Bytes of all-to-alls, over the ranks that share a copy of the base: the rows of this rank's tokens, both ways."""
     shards: int
     """Ranks that cut one copy of the base between them."""
     world: int
@@ -47,13 +49,13 @@ class StepBytes:
     @property
     def carried(self) -> int:
         """Bytes that the backend counts."""
-        return self.gathered + self.scattered + self.reduced + self.reduced_rows
+        return self.gathered + self.scattered + self.reduced + self.reduced_rows + self.exchanged
 
     @property
     def received(self) -> int:
-        """Bytes received over this rank's links."""
+        """Bytes received over this rank's links; of exchanged rows, if tokens choose all experts equally often."""
         replicas = self.world // self.shards
-        cut = (self.gathered + self.scattered) * (self.shards - 1) // self.shards
+        cut = (self.gathered + self.scattered + self.exchanged) * (self.shards - 1) // self.shards
         rows = 2 * self.reduced_rows * (replicas - 1) // replicas
         return cut + 2 * self.reduced * (self.world - 1) // self.world + rows
 
@@ -71,6 +73,7 @@ class StepBytes:
         """Return the least bytes into one node."""
         own = Counter(rank // self.shards for rank in machine)
         cut = (self.gathered + self.scattered) * sum(self.shards - n for n in own.values()) // self.shards
+        cut += self.exchanged * sum(n * (self.shards - n) for n in own.values()) // self.shards
         machines = -(-self.world // ranks)
         summed = 2 * self.reduced * (machines - 1) // machines
         if self.reduced_rows:
@@ -93,12 +96,18 @@ def weight_bytes(shape: Sequence[int], ranks: int, *, format: str | None, itemsi
     return padded((sizes.num_groups(shape),), ranks) * sizes.group_bytes
 
 
-def layers_bytes(shapes: ModelShapes, ranks: int, *, format: str | None, itemsize: int, first: int = 0) -> int:
-    """Return the bytes of gathering each decoder layer from the layer `first` on. `format`: Workload.format."""
+def layers_bytes(
+    shapes: ModelShapes, ranks: int, *, format: str | None, itemsize: int, first: int = 0, divided: bool = False
+) -> int:
+    """Return the bytes of gathering each decoder layer from the layer `first` on. `format`: Workload.format.
+
+    `divided`: experts are divided over the ranks, and not gathered.
+    """
     total = 0
     for (kind, formats), count in Counter(shapes.layer_formats(format)[first:]).items():
         layer = zip(shapes.architecture.kinds[kind].weights, formats, strict=True)
-        total += count * sum(weight_bytes(each.shape, ranks, format=kept, itemsize=itemsize) for each, kept in layer)
+        moved = (each for each in layer if not (divided and each[0].kind == "experts"))
+        total += count * sum(weight_bytes(each.shape, ranks, format=kept, itemsize=itemsize) for each, kept in moved)
     return total
 
 
@@ -127,7 +136,27 @@ def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
 def moved_bytes(work: Workload, shapes: ModelShapes, shards: int) -> int:
     """Return the bytes of the layers that are gathered in each pass."""
     itemsize, first = DTYPE_BYTES[work.train.dtype], shapes.num_layers - moved_blocks(work, shapes)
-    return layers_bytes(shapes, shards, format=work.format, itemsize=itemsize, first=first)
+    divided = work.parallel.expert_degree > 1
+    return layers_bytes(shapes, shards, format=work.format, itemsize=itemsize, first=first, divided=divided)
+
+
+def exchanged_bytes(work: Workload, shapes: ModelShapes, accumulation: int) -> int:
+    """Return the bytes of the rows that a rank's tokens exchange in a step (parallel.expert_degree).
+
+    Each token has a row per chosen expert, sent and given back in forward, in its recomputation, and as gradients in
+    backward. Each forward sends the number of rows of each expert first, and the adapters of rows that choose. At the
+    most: a first layer whose input needs no gradient sends one less in backward.
+    """
+    train, itemsize = work.train, DTYPE_BYTES[work.train.dtype]
+    forwards, total = 1 if train.checkpointing == "none" else 2, 0
+    reference = int(train.objective == "dpo")
+    slots = forwards * int(len(work.adapters) > 1) + reference * int(all(each.starts_as_base for each in work.adapters))
+    for kind, count in shapes.architecture.counted() if work.parallel.expert_degree > 1 else ():
+        if kind.experts is not None:
+            rows = work.tokens_at_once * kind.experts.chosen
+            total += count * 2 * itemsize * shapes.hidden * rows * (forwards + 1 + reference)
+            total += count * 8 * (rows * slots + kind.experts.num_experts * (forwards + reference))
+    return accumulation * total
 
 
 def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
@@ -161,7 +190,13 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     if world == 1:
         reduced = 0
     return StepBytes(
-        gathered=gathered, scattered=scattered, reduced=reduced, reduced_rows=rows, shards=shards, world=world
+        gathered=gathered,
+        scattered=scattered,
+        reduced=reduced,
+        reduced_rows=rows,
+        exchanged=exchanged_bytes(work, shapes, accumulation),
+        shards=shards,
+        world=world,
     )
 
 

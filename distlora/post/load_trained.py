@@ -41,7 +41,7 @@ def load_trained(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
         replace(spec, quant=replace(spec.quant, dense_layers=0)),
         ranks,
         train=replace(trained.train, compile=False, dtype=spec.dtype),
-        parallel=replace(trained.parallel, shard_degree=None),
+        parallel=replace(trained.parallel, shard_degree=None, expert_degree=1),
         shard_degree=ranks.world,
         sequence_length=None if trained.data is None else trained.data.sequence_length,
         run_dir=trained.initial_adapter_dir,

@@ -210,6 +210,8 @@ def summarize(
         figures["gathered_bytes_per_step_bf16"] = gathered + extra
         figures["reduced_bytes_per_step"] = trial.step_traffic.reduced_bytes
         figures["scattered_bytes_per_step"] = trial.step_traffic.scattered_bytes
+        if trial.step_traffic.exchanged_bytes:
+            figures["exchanged_bytes_per_step"] = trial.step_traffic.exchanged_bytes
         if backend.shards.copies > 1:
             between = trial.step_traffic.between_copies_bytes
             figures["between_copies_bytes_per_step"] = between

@@ -180,7 +180,7 @@ def reserve_scratch(model: CausalLM, dtype: torch.dtype, device: torch.device) -
         return
     blocks = (block for block in model.blocks if block.dense_dtype is None)
     weights = (m for block in blocks for m in block.modules() if isinstance(m, FrozenTensor) and m.quantized)
-    largest = max((dtype.itemsize * scratch_numel(weight.shape) for weight in weights), default=0)
+    largest = max((dtype.itemsize * scratch_numel(weight.stored.shape) for weight in weights), default=0)
     if largest > 0:
         scratch.reserve(device, largest)
         model.notes.append(f"{largest / 2**20:,.0f} MiB of scratch memory for dequantized weights: one at a time")

@@ -324,6 +324,8 @@ class Trial:
         yield "gathered_bytes", traffic.gathered_bytes
         yield "reduced_bytes", traffic.reduced_bytes
         yield "scattered_bytes", traffic.scattered_bytes
+        if traffic.exchanged_bytes:
+            yield "exchanged_bytes", traffic.exchanged_bytes
         if self.backend.shards.copies > 1:
             yield "between_copies_bytes", traffic.between_copies_bytes
         aside, tokens, flops = interval.measured

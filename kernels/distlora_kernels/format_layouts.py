@@ -119,6 +119,19 @@ FORMAT_LAYOUTS = {layout.name: layout for layout in _LAYOUTS}
 """The formats by name. `formats.FORMATS` has each with its code."""
 
 
+def cuts_between_experts(shape: Sequence[int], format: str | None, ranks: int) -> bool:
+    """Return whether the stored rows of a weight (E, O, I), cut into equal runs, are the weights of E / ranks experts.
+
+    The rows are those of dim 0 that ranks shard: groups, or experts of a dense weight (`format` None).
+    """
+    experts, out, features = shape
+    if experts % ranks != 0 or format is None:
+        return experts % ranks == 0
+    tile = FORMAT_LAYOUTS[format].tile
+    each = experts // ranks * out
+    return each * features % GROUP == 0 if tile is None else each % tile[0] == 0
+
+
 def labels(formats: Iterable[str]) -> list[str]:
     """Return the names of formats in text for users, each once."""
     return list(dict.fromkeys(FORMAT_LAYOUTS[format].label for format in formats))

@@ -162,7 +162,8 @@ def dequantize(
     map_ = None if group_scale is None else dynamic_map(device)
     tiles = programs = triton.cdiv(numel, DEQUANTIZE_BLOCKS * BLOCK)
     beside: tuple[int | Tensor | None, ...] = (None, None, 0, 0, 0, 0)
-    row_blocks, experts = 1, (None, 0, 0)
+    row_blocks = 1
+    experts: tuple[Tensor | None, int, int] = (None, 0, 0)
     if ends is not None:
         assert b is None
         assert numel % (len(ends) * BLOCK) == 0, f"{numel} weights are not {len(ends)} experts of whole blocks"

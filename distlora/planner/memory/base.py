@@ -33,6 +33,8 @@ class BaseTensor:
     compute_itemsize: int
     """Bytes per gathered element: trained ones are kept in fp32 and gathered in the run's dtype."""
     trained: bool = False
+    divided: bool = False
+    """True of experts that are divided over the ranks, and not gathered."""
 
     @property
     def numel(self) -> int:
@@ -48,8 +50,8 @@ class BaseTensor:
         return self.itemsize * self.shard_numel(shards)
 
     def whole(self, shards: int) -> int:
-        """Bytes while it is gathered, filled up to a multiple of the ranks."""
-        return self.compute_itemsize * traffic.padded(self.shape, shards)
+        """Bytes while it is gathered, filled up to a multiple of the ranks; none if it is divided."""
+        return 0 if self.divided else self.compute_itemsize * traffic.padded(self.shape, shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,21 +136,22 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
     adapter, full = work.adapter, work.adapter.method == "full"
     tied = shapes.ties(adapter)
 
-    def dense(kind: Kind, shape: Sequence[int], *, trained: bool) -> BaseTensor:
-        return BaseTensor(kind, tuple(shape), 4 if trained else itemsize, itemsize, trained)
+    def dense(kind: Kind, shape: Sequence[int], *, trained: bool, divided: bool = False) -> BaseTensor:
+        return BaseTensor(kind, tuple(shape), 4 if trained else itemsize, itemsize, trained, divided)
 
     def matrix(name: str) -> BaseTensor:
         shape = (shapes.vocabulary, shapes.hidden)
         return dense("embeddings", shape, trained=full or name in adapter.modules_to_save)
 
     def of_block(weight: Weight, format: str | None) -> list[BaseTensor]:
+        divided = weight.kind == "experts" and work.parallel.expert_degree > 1
         if format is None:
-            return [dense("weights" if weight.packs else "norms", weight.shape, trained=full)]
+            return [dense("weights" if weight.packs else "norms", weight.shape, trained=full, divided=divided)]
         sizes = FORMAT_LAYOUTS[format]
         groups = sizes.num_groups(weight.shape)
         return [
-            BaseTensor("scales" if index else "codes", (groups, *part.shape), part.itemsize, part.itemsize)
-            for index, part in enumerate(sizes.parts)
+            BaseTensor("scales" if index else "codes", (groups, *part.shape), size, size, divided=divided)
+            for index, (part, size) in enumerate((part, part.itemsize) for part in sizes.parts)
         ]
 
     architecture, layers = shapes.architecture, shapes.layer_formats(work.format)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distlora.architecture.shapes import ModelShapes
+from distlora.architecture.shapes import ModelShapes, Weight
 from distlora.config.base import subspace_iterations
 from distlora.config.cluster import RESIDENCY_RESERVE
 from distlora.config.deepspeed_file import offloads_base, read_gathering
@@ -167,16 +167,21 @@ def buffer_bytes(model: PlannedModel, work: Workload) -> int:
 
 
 def _packed_shapes(work: Workload, model: PlannedModel) -> list[tuple[tuple[int, ...], ...]]:
-    """Return the shapes of each decoder layer's quantized weights."""
-    kinds = model.shapes.architecture.kinds
+    """Return the shapes of each decoder layer's quantized weights, of divided experts a rank's."""
+    kinds, degree = model.shapes.architecture.kinds, work.parallel.expert_degree
+
+    def local(weight: Weight) -> tuple[int, ...]:
+        first, *more = weight.shape
+        return (first // degree if weight.kind == "experts" else first, *more)
+
     return [
-        tuple(weight.shape for weight, format in zip(kinds[kind].weights, formats, strict=True) if format is not None)
+        tuple(local(weight) for weight, format in zip(kinds[kind].weights, formats, strict=True) if format is not None)
         for kind, formats in model.shapes.layer_formats(work.format)
     ]
 
 
 def dense_bytes(work: Workload, model: PlannedModel) -> int:
-    """Return the bytes of the dense copies of quant.dense_layers, which every rank has whole."""
+    """Return the bytes of the dense copies of quant.dense_layers, which every rank has whole (divided experts: its)."""
     layers = _packed_shapes(work, model)[: work.dense_layers] if work.dense_layers else []
     return traffic.DTYPE_BYTES[work.train.dtype] * sum(math.prod(shape) for shapes in layers for shape in shapes)
 

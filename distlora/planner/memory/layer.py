@@ -499,11 +499,16 @@ def expert_half(run: LayerRun) -> list[Operation]:
     made = 2 * b * hidden + (16 * experts.count if run.balances else 0)
     # The sum makes three tensors of the outputs' size in backward: gradients of the product and of both operands.
     wide = 4 if experts.router == "fp32 weights" else b
+    exchanged: list[Operation] = []
+    if experts.degree > 1:  # Rows as they are sent, as they come, and sorted; by their number, if the load is balanced.
+        moved = 2 * b * hidden * rows
+        exchanged = [Operation(INDEX_BYTES * rows, (TransientMemory(moved),), b * hidden * rows, moved)]
     return [
         run.norm(hidden),
         Operation(keeps, (TransientMemory(made),), b * hidden),
         # The rows of a token, each its own; backward turns them into one a choice and adds them up.
         Operation(0, (TransientMemory(b * hidden * (rows + 1)),), b * hidden),
+        *exchanged,
         _linear(run, experts, "gate_up_proj", hidden, 2 * experts.inner),
         # The activation keeps gate, up and act(gate); GPT-OSS the clamped gate, its sigmoid, their product, and up + 1.
         Operation((6 if experts.clamps else 3) * one, (TransientMemory(2 * one),), 2 * one),
@@ -528,23 +533,26 @@ def _linear(run: LayerRun, experts: ExpertSizes, name: str, inputs: int, outputs
     """Return the linear of all experts (experts_torch.py or experts_grouped.py).
 
     It makes dX of all rows, with grouped products also the adapter's part of it, dA and dB of all experts in fp32, and
-    A and B in the run's dtype.
+    A and B in the run's dtype. Of divided experts a rank has its own.
     """
     b, rank = run.itemsize, run.ranks.rank(name)
     rows, weight = experts.chosen, inputs * outputs
     dense = 0
     if name in run.formats and not run.groups_experts:
         # Of an expert that begins within a group, the rest of its first and last group too (formats/base.py).
-        dense = b * (weight if weight % GROUP == 0 else min(weight + 2 * GROUP, weight * experts.count))
+        dense = b * (weight if weight % GROUP == 0 else min(weight + 2 * GROUP, weight * experts.local))
     if rank == 0:
         return Operation(0, (TransientMemory(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)
     # Trials may share other factors, so that each expert has a copy of all.
-    fixed = run.ranks.numels.get(name, experts.count * rank * (inputs + outputs)) * (4 + b)
+    numel = run.ranks.numels.get(name, experts.count * rank * (inputs + outputs))
+    fixed = numel // experts.degree * (4 + b)
+    if experts.degree > 1:  # The gradient of a rank's experts becomes one of all experts, zero elsewhere.
+        fixed += 4 * numel
     if not run.groups_experts:
         made = TransientMemory(b * rows * inputs, fixed, dense)
         return Operation(b * rows * (inputs + rank), (made,), b * rows * inputs, dense=dense)
     padded = -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
-    sums = b * experts.count * padded * max(inputs, outputs)
+    sums = b * experts.local * padded * max(inputs, outputs)
     return Operation(
         b * rows * (inputs + padded),
         (TransientMemory(b * rows * inputs, fixed + sums), TransientMemory(2 * b * rows * inputs, fixed)),

@@ -96,6 +96,11 @@ class Linear:
     """True if recomputation leaves out its product, whose output nothing reads."""
 
     @property
+    def is_experts(self) -> bool:
+        """True of a fused weight, of which a rank may have one expert."""
+        return self.experts > 1 or self.chosen > 1
+
+    @property
     def others(self) -> int:
         """Columns of other trials' adapters."""
         return max(0, self.stacked - self.rank)
@@ -137,7 +142,7 @@ def linears(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass = "
 
 def _forward(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass) -> Iterator[KernelLaunch]:
     adapted = which != "base alone"
-    if group[0].experts > 1:
+    if group[0].is_experts:
         yield from _experts_forward(group[0], m, how, adapted=adapted)
         return
     with_adapter = [linear for linear in group if linear.rank and adapted]
@@ -187,7 +192,7 @@ def _forward(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass) -
 
 def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[KernelLaunch]:
     """Yield the launches for the gradients of the input, of adapters and of trained weights."""
-    if group[0].experts > 1:
+    if group[0].is_experts:
         yield from _experts_backward(group[0], m, how)
         return
     features, ranks = group[0].features, sum(linear.rank for linear in group)
@@ -423,6 +428,8 @@ def _mlp_half(decoder: Decoder, groups: Groups, how: KernelOptions, m: int, whic
         yield KernelLaunch("elementwise", nbytes, launches=8)
         # Each token's states, once for each expert that it chooses (experts.dispatch).
         yield KernelLaunch("elementwise", 2 * e * rows * hidden, launches=2)
+        if experts.degree > 1:  # Received rows are sorted, and their results put back.
+            yield KernelLaunch("elementwise", 6 * e * rows * hidden, launches=12)
         # Experts' outputs times their weights, back in the tokens' order, and added up (experts.combine).
         yield KernelLaunch("elementwise", e * hidden * (5 * rows + m), launches=4)
     yield gated(decoder.mlp_columns * m, how, backward=backward)

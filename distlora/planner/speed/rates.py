@@ -273,6 +273,8 @@ class StepCollectives:
     """Gradient sums beside the last backward."""
     last: tuple[CollectiveCost, ...]
     """Gradient sums after backward."""
+    exchanges: tuple[CollectiveCost, CollectiveCost] = (CollectiveCost(), CollectiveCost())
+    """Exchanges of rows between divided experts in a micro-batch: forward, and backward with recomputation."""
 
 
 def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> StepCollectives:
@@ -292,12 +294,20 @@ def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> S
     if work.train.checkpointing == "offload":
         boundary = itemsize * shapes.hidden * work.tokens_at_once * work.train.slices(world)
     sums, last = _sums(work, step, shapes, rings)
+    layers = sum(count for kind, count in shapes.architecture.counted() if kind.experts is not None)
+    forwards = 1 if work.train.checkpointing == "none" else 2
+    exchanged = step.exchanged / micro_batches / (forwards + 1)  # In a forward, or the gradients'.
     return StepCollectives(
         gather=replace(rings.gather(block), host=block / shards if offloads else 0.0),
         ends=replace(rings.gather(ends, units), host=ends / shards if offloads else 0.0),
         boundary=CollectiveCost(host=boundary),
         sums=sums,
         last=last,
+        # In a forward rows are sent and come back, after their numbers.
+        exchanges=(
+            rings.exchange(exchanged, 3 * layers),
+            rings.exchange(forwards * exchanged, (3 * forwards - 1) * layers),
+        ),
     )
 
 
@@ -343,6 +353,19 @@ class _Rings:
             collectives=collectives,
             steps=collectives * (n - machines),
             steps_across=collectives * (machines - 1),
+        )
+
+    def exchange(self, nbytes: float, collectives: int) -> CollectiveCost:
+        """Return all-to-alls of rows over the ranks of a copy: each rank gets as much from every other one."""
+        n, here = self.shards, min(self.shards, self.per_machine)
+        if n == 1 or nbytes == 0:
+            return CollectiveCost()
+        return CollectiveCost(
+            inside=nbytes * (here - 1) / n,
+            across=here * nbytes * (n - here) / n,
+            collectives=collectives,
+            steps=collectives,
+            steps_across=collectives if n > here else 0,
         )
 
     @property

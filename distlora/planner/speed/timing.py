@@ -194,7 +194,8 @@ def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: i
         if key not in found:
             kind = architecture.kinds[number]
             named = {} if index < work.dense_layers else formats_by_name(kind, formats)
-            decoder, documents = Decoder.of(architecture, kind), cut(length, document)
+            decoder = Decoder.of(architecture, kind, expert_degree=work.parallel.expert_degree)
+            documents = cut(length, document)
             seen = pairs_computed(how.attention, documents, kind.window, decoder.heads // decoder.key_heads)
             found[key] = block_work(
                 decoder,
@@ -219,7 +220,7 @@ def _groups(
     def linear(name: str, weight: Weight) -> Linear:
         *count, out, features = weight.shape
         if weight.kind == "experts" and experts is not None:
-            return Linear(out, features, ranks.rank(name), experts.count, experts.chosen, format=formats.get(name))
+            return Linear(out, features, ranks.rank(name), experts.local, experts.chosen, format=formats.get(name))
         return Linear(
             out * math.prod(count),
             features,
@@ -362,14 +363,16 @@ def _parts(work: StepWork, collectives: StepCollectives, rates: Rates, *, prefet
         forward.append(known[key][0])
         backward.append(known[key][1])
     backward.reverse()
+    # Nothing else of the layer can run while its rows are exchanged.
+    exchanges = [times(each.seconds(rates), work.micro_batches) for each in collectives.exchanges]
     chain = _Chain(collectives.gather.seconds(rates), collectives.boundary.seconds(rates), prefetch)
     # Gradients are summed while the last backward goes on, on the wire that gathers take.
     summed = times(seconds_of(collectives.sums, rates), 1 / len(backward))
     backwards = (times(chain.seconds(backward), work.passes - 1), chain.seconds(backward, beside=summed))
     first = (chain.first(forward), chain.first(backward), collectives.ends.seconds(rates))
     return {
-        "forward": times(chain.seconds(forward), work.passes),
-        "backward": plus(*backwards),
+        "forward": plus(times(chain.seconds(forward), work.passes), exchanges[0]),
+        "backward": plus(*backwards, exchanges[1]),
         "head": times(_seconds(work.head, rates), work.passes),
         "first gathers": times(plus(*first), work.passes),
         "last sum": seconds_of(collectives.last, rates),
@@ -433,6 +436,8 @@ def _assumptions(work: Workload, machine: Machine, document: int | None) -> list
         assumptions.append("deterministic attention gradients cost no extra time")
     if work.parallel.resident_blocks == "auto" and machine.ranks > 1:
         assumptions.append("no layer is resident: the number is chosen after the first step")
+    if work.parallel.expert_degree > 1:
+        assumptions.append("tokens choose all experts equally often; of uneven loads the busiest rank sets the pace")
     if work.adapter.use_dora and not machine.is_gpu:
         assumptions.append("DoRA's magnitudes are folded into packed weights, as on a GPU")
     assumptions.append("loading, evaluations, samples and saves are not counted, and the CPU never delays the GPU")

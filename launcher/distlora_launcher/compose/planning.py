@@ -27,6 +27,7 @@ from distlora.planner.plan_tables import largest
 from distlora.planner.report import lines, needs, verdict
 from distlora.planner.storage import keeps_on_host
 from distlora.planner.suggest import nearest
+from distlora.planner.workload import Workload
 from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders, compiled_before
 from distlora.system import atomic_io, host_memory
 from distlora.weights.initial_adapter_file import check_ranks
@@ -87,6 +88,18 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     check_model_sizes(config.parallel, config.train, model.shapes.architecture)
     check_router_loss(config.train, model.shapes.architecture, model.settings)
     config.quant.check_layers(model.shapes.num_layers)
+    if (degree := config.parallel.expert_degree) > 1:
+        divides = model.shapes.cuts_between_experts(Workload.of(config).format, degree)
+        require(
+            divides is not None,
+            f"parallel.expert_degree={degree} has no effect on {model.name}, which has no mixture of experts; leave it "
+            "out",
+        )
+        require(
+            bool(divides),
+            f"parallel.expert_degree={degree} does not divide the experts of {model.name} and their stored groups of "
+            f"16,384 weights alike; set parallel.expert_degree=1, or another parallel.shard_degree",
+        )
     if quantization_method(model.settings, model.name) == NF4:
         check_nf4_base(spec)
     if spec.quant.method == "keep" and model.cannot_keep is not None:

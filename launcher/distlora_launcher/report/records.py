@@ -45,7 +45,7 @@ _PLAN: Shape = RECORDED | {
     "machine?": RECORDED["machine?"] | {"name?": str, "ranks?": int, "ranks_per_machine?": int, "host_bytes?": _NUMBER},
     "host?": {"while_training?": float, "machine?": float},
     "disk?": {"checkpoint?": float, "result?": float},
-    "wire?": {"gathered?": float, "reduced?": float, "reduced_rows?": float, "scattered?": float},
+    "wire?": {"gathered?": float, "exchanged?": float, "reduced?": float, "reduced_rows?": float, "scattered?": float},
     "time?": ({"tokens_per_second?": float, "seconds?": float}, type(None)),
     "fits?": (bool, type(None)),
     "trials?": int,
@@ -53,7 +53,7 @@ _PLAN: Shape = RECORDED | {
 _FIGURES = """
     peak_memory_bytes resident_memory_bytes trainable_parameters active_parameters train_seconds tokens_per_second
     bits_per_parameter adapter_bytes gathered_bytes_per_step reduced_bytes_per_step scattered_bytes_per_step
-    base_eval_loss initial_eval_loss eval_loss best_eval_loss memory/peak memory/planned
+    exchanged_bytes_per_step base_eval_loss initial_eval_loss eval_loss best_eval_loss memory/peak memory/planned
 """
 _SUMMARY: Shape = {
     "parameters_without_gradient?": [str],

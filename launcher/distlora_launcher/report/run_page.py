@@ -30,7 +30,7 @@ _RESIDENT = "resident host memory per process, with Python, torch and its compil
 _SHARED_BY_TRIALS = (_GATHERED, _RESIDENT)
 """Figures that the trials of a multi-trial run share."""
 _CHARTED = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "mfu", "target_tokens", "pairs"}
-_TRAFFIC = {"gathered_bytes", "reduced_bytes", "scattered_bytes", "between_copies_bytes"}
+_TRAFFIC = {"gathered_bytes", "exchanged_bytes", "reduced_bytes", "scattered_bytes", "between_copies_bytes"}
 _TITLES = {
     "experts/imbalance": "Busiest expert over the mean load, mean of the layers",
     "experts/imbalance_max": "Busiest expert over the mean load, in the worst layer",
@@ -295,6 +295,7 @@ def _comparison(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
         ("tokens/s", (plan.get("time") or {}).get("tokens_per_second"), summary.get("tokens_per_second")),
         (_RESIDENT, None, summary.get("resident_memory_bytes")),
         (_GATHERED, wire.get("gathered"), summary.get("gathered_bytes_per_step")),
+        ("exchanged per step and rank", wire.get("exchanged"), summary.get("exchanged_bytes_per_step")),
         ("gradients all-reduced per step and rank", reduced, summary.get("reduced_bytes_per_step")),
         ("gradients scattered per step and rank", wire.get("scattered"), summary.get("scattered_bytes_per_step")),
         ("a checkpoint", disk.get("checkpoint"), saved.get("checkpoint")),

@@ -24,7 +24,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from distlora_kernels import dispatch
-from distlora_kernels.format_layouts import FORMAT_LAYOUTS
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS, is_nf4
 from distlora_kernels.formats import FORMATS, flat
 from distlora_kernels.formats.base import Format, dtype_of
 from distlora_kernels.formats.codes import E2M1
@@ -234,6 +234,25 @@ def test_parts_of_a_weight_are_those_of_the_whole(name: str) -> None:
     groups = format.groups_of(parts, 1, 2)
     if format.tile is None:
         assert_same(format.dequantize(groups, shape=(1, 1), dtype=torch.bfloat16), whole[GROUP:])
+
+
+def test_rows_are_decoded_in_pieces_to_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which holds the fp32 values of so many rows at once."""
+    format, shape = FORMATS["q6_K"], (50, 300)
+    parts, rows = random_parts(format, format.num_groups(shape)), torch.arange(50).flip(0)
+    whole = format.dequantize(parts, shape=shape, dtype=torch.bfloat16)
+    monkeypatch.setattr(flat, "uses_triton", lambda _: True)
+    for pieces in (1, 7, 50):
+        monkeypatch.setattr(flat, "GPU_PIECE", -(-50 // pieces) * 300)
+        assert_same(format.dequantize_rows(parts, shape, rows, torch.bfloat16), whole[rows])
+
+
+def test_every_flat_format_but_nf4_decodes_rows() -> None:
+    """As kept_tokens takes it."""
+    for name, format in FORMATS.items():
+        if format.tile is None and not is_nf4(name):
+            assert type(format).dequantize_rows is not Format.dequantize_rows, name
+            assert not format.replicated, name
 
 
 @given(st.data())

@@ -17,11 +17,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from closeness import assert_close
+import gguf_files
+from closeness import assert_adapters_close, assert_close, assert_losses_close, assert_same_run
 from distlora.architecture import gguf_folder
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.gguf_note import GgufTensor, stored_parts
+from distlora.architecture.kept_weights import KeptTokens, kept_tokens
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.config import ModelConfig, UserError
 from distlora.derive.gguf import describe
@@ -31,6 +33,9 @@ from distlora.model.adapters import adapter_parameters, reset_adapters
 from distlora.model.buffers import materialize_buffers
 from distlora.model.token_matrix import TokenEmbedding
 from distlora.parallel import Ranks
+from distlora.planner.model import model_in
+from distlora.planner.traffic import step_traffic
+from distlora.planner.workload import Workload
 from distlora.post.export import bnb_folder
 from distlora.post.export.client_check import our_logits
 from distlora.post.trained import Name
@@ -43,11 +48,19 @@ from distlora.weights.low_bit.gguf import decode
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.demo import model as demo_model
-from family_models import SINGLE, config_for, move_adapters_off_start
+from family_models import SINGLE, architecture, config_for, move_adapters_off_start
 from gguf_files import MODELS, dense_by_transformers, described_here, write_random
 from run_models import build_run_model, parallelize_run
-from small_models import make_run
+from small_models import make_run, write_text_file
+from test_parity import outcome
+from test_plan_memory import both, check
+from test_resume import run_until
+from test_wire import our_traffic
+from tiers import ci
 from worlds import World, start_world
+
+KEEP, NONE = {"method": "keep"}, {"method": "none"}
+MATRICES = ("model.embed_tokens", "lm_head")
 
 
 @pytest.fixture(scope="module")
@@ -231,9 +244,9 @@ def test_damaged_headers_are_refused_by_name(seed: int, llama: Path, tmp_path: P
 
 
 def losses(ranks: Ranks, *, folder: Path, keep: bool, backend: str = "fsdp2") -> dict[str, Tensor]:
-    """Return the losses of two sequences, and the gradients of the adapters, with dense linears."""
-    config = config_for(folder, quant={"method": "none"}, parallel={"backend": backend})
-    model = build_run_model(config, keep_tokens=keep)
+    """Return the losses of two sequences, and the gradients of the adapters."""
+    config = config_for(folder, quant=KEEP if keep else NONE, parallel={"backend": backend})
+    model = build_run_model(config)
     shards = parallelize_run(model, ranks, config)
     load_base(model, CheckpointFiles(folder), shards)
     materialize_buffers(model, ranks.device)
@@ -252,7 +265,7 @@ def losses(ranks: Ranks, *, folder: Path, keep: bool, backend: str = "fsdp2") ->
 def in_low_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make the folders of a model whose head is the embedding, and of one that has both."""
     root = tmp_path_factory.mktemp("tokens")
-    for name, types in (("llama", ("Q8_0",)), ("llama-untied", ("Q6_K", "Q4_1"))):
+    for name, types in (("llama", ("Q8_0",)), ("llama-untied", ("Q4_1", "Q8_0", "Q6_K"))):
         write_random(root / f"{name}.gguf", name, types)
         described_here(root / f"{name}.gguf", root / name)
     return root
@@ -279,20 +292,94 @@ def test_zero3_gathers_an_embedding_and_a_head_in_low_bits(in_low_bits: Path, na
             assert torch.equal(by_rank["losses"], alone)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}},
-        {"adapter": {"trainable_token_indices": [3]}},
-        {"model": {"new_tokens": ["<|more|>"]}},
-    ],
-)
-def test_training_a_matrix_in_low_bits_is_refused(settings: dict[str, Any], in_low_bits: Path) -> None:
+TRAINING_TOKENS: list[dict[str, dict[str, Any]]] = [
+    {"adapter": {"modules_to_save": ["embed_tokens", "lm_head"]}},
+    {"adapter": {"trainable_token_indices": [3]}},
+    {"model": {"new_tokens": ["<|more|>"]}},
+]
+
+
+@pytest.mark.parametrize("settings", TRAINING_TOKENS, ids=str)
+def test_a_matrix_whose_rows_are_trained_is_dense(settings: dict[str, dict[str, Any]], in_low_bits: Path) -> None:
     (section, values), folder = next(iter(settings.items())), in_low_bits / "llama-untied"
     sections = {section: ({"path": str(folder)} if section == "model" else {}) | values}
-    (setting,) = values
-    with pytest.raises(UserError, match=f"{section}.{setting} trains the embedding or the LM head, which quant=keep"):
-        build_run_model(config_for(folder, quant={"method": "none"}, **sections), keep_tokens=True)
+    config, (setting,) = config_for(folder, quant=KEEP, **sections), values
+    model = build_run_model(config)
+    assert model.head.kept is None
+    notes = [f"quant=keep dequantizes {name}.weight: {section}.{setting} trains it, or rows of it" for name in MATRICES]
+    assert model.notes[-2:] == notes
+    work, shapes = Workload.of(config), model_in(folder).shapes
+    assert shapes.kept_tokens == ("q6_K", "q4_1")
+    assert work.token_formats(shapes) == (None, None)
+
+
+def test_which_embeddings_and_heads_are_kept(in_low_bits: Path, tmp_path: Path) -> None:
+    """Where one is not, the log says why; nothing is said of one that is dense on disk."""
+    llama, gemma = architecture("llama"), architecture("gemma3")
+    assert (llama.looks_up, gemma.looks_up) == (True, False)
+    headers = dict(CheckpointFiles(in_low_bits / "llama-untied").headers)
+    assert kept_tokens(llama, headers) == KeptTokens(("q6_K", "q4_1"), ())
+    assert kept_tokens(dataclasses.replace(llama, tied=True), headers) == KeptTokens(("q6_K", "q6_K"), ())
+    scaled = dataclasses.replace(llama, looks_up=False)
+    note = "quant=keep dequantizes model.embed_tokens.weight: the embedding of llama does more than look rows up"
+    assert kept_tokens(scaled, headers) == KeptTokens((None, "q4_1"), (note,))
+    assert kept_tokens(dataclasses.replace(scaled, tied=True), headers) == KeptTokens((None, None), (note,))
+
+    def as_it_is(**changes: Any) -> KeptTokens:
+        head = headers["lm_head.weight"]
+        assert isinstance(head, LowBitSegment)
+        return kept_tokens(llama, headers | {"lm_head.weight": dataclasses.replace(head.tensor, **changes).segment})
+
+    for changes, reason in (
+        ({"format": None, "reason": "lm_head.weight is stored as IQ4_NL"}, "lm_head.weight is stored as IQ4_NL"),
+        ({"format": "fp8_block"}, "no rows of FP8 in 128 x 128 blocks are decoded alone"),
+        ({"format": "nf4_absmax"}, "no rows of NF4 are decoded alone"),
+        ({"transposed": True}, "it is stored in several tensors, or transposed"),
+    ):
+        kept = as_it_is(**changes)
+        assert kept == KeptTokens(("q6_K", None), (f"quant=keep dequantizes lm_head.weight: {reason}",))
+    write_random(tmp_path / "m.gguf", "llama-untied", ("F16",))
+    dense = CheckpointFiles(described_here(tmp_path / "m.gguf", tmp_path / "dense")).headers
+    assert kept_tokens(llama, dense) == KeptTokens((None, None), ())
+
+
+@pytest.mark.parametrize(("name", "size"), [("llama", 1), ci("llama", 2), ci("llama-untied", 2), ci("llama-untied", 3)])
+def test_a_plan_counts_an_embedding_and_a_head_in_low_bits(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
+) -> None:
+    """Bytes held, gathered and at the peak; a vocabulary that makes the LM head's moment the largest."""
+    monkeypatch.setitem(gguf_files._SIZES, "vocab_size", 20001)
+    write_random(tmp_path / "m.gguf", name, ("Q8_0",) if name == "llama" else ("Q4_1", "Q8_0", "Q6_K"))
+    folder = described_here(tmp_path / "m.gguf", tmp_path / name)
+    plan, found = both(world, folder, size, {"quant": KEEP}, 1)
+    check(plan, found)
+    assert found.part == "head"
+    if size > 1:
+        config = config_for(folder, quant=KEEP, train={"micro_batch": 2})
+        step = step_traffic(Workload.of(config), model_in(folder).shapes, world=size, accumulation=1)
+        for counts, _ in world.run(size, our_traffic, config=config, accumulation=1):
+            assert counts.gathered == step.gathered
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+def test_a_run_with_all_weights_in_low_bits_is_that_of_the_dequantized_base(
+    world: World, in_low_bits: Path, tmp_path: Path, name: str
+) -> None:
+    """On 1, 2 and 3 ranks; one that was killed goes on bit for bit."""
+    write_text_file(in_low_bits / "text.jsonl")
+    train = {"max_steps": 5, "save_every": 2, "log_every": 1, "global_batch": 6, "verify": True}
+    make_run(tmp_path / "dense", in_low_bits, name, quant=NONE, train=train)
+    expected_losses, expected = outcome(world, 1, tmp_path / "dense")
+    for size in (1, 2, 3):
+        make_run(tmp_path / f"{size}", in_low_bits, name, quant=KEEP, train=train)
+        losses, adapter = outcome(world, size, tmp_path / f"{size}")
+        assert_losses_close(losses, expected_losses)
+        assert_adapters_close(adapter, expected)
+    make_run(tmp_path / "stopped", in_low_bits, name, quant=KEEP, train=train)
+    for stop_before in (3, None):
+        world.run(2, run_until, run_dir=tmp_path / "stopped", stop_before=stop_before)
+    assert_same_run(tmp_path / "stopped", tmp_path / "2")
 
 
 def texts_are_those_of_the_file(file: Path, folder: Path) -> None:

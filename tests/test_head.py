@@ -20,10 +20,10 @@ from closeness import assert_close
 from distlora.architecture.config_checks import check_train
 from distlora.architecture.shapes import logit_bytes, tokens_per_chunk
 from distlora.config import TrainConfig, UserError
-from distlora.model import token_matrix
 from distlora.model.adapters import TokenRows
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
 from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
+from distlora.model.token_matrix import keep_token_matrices
 from distlora.parallel import Ranks, Shards
 from family_models import architecture
 from small_models import use_chunks_of
@@ -48,7 +48,6 @@ def small_decoder(hidden: int) -> Any:
         decoder: Any = nn.Module()
         decoder.embed_tokens = nn.Embedding(VOCABULARY, hidden).requires_grad_(False)
     decoder.get_input_embeddings = lambda: decoder.embed_tokens
-    decoder.set_input_embeddings = functools.partial(setattr, decoder, "embed_tokens")
     return decoder
 
 
@@ -345,20 +344,21 @@ def test_the_models_own_forward_is_the_same_when_the_head_is_sharded(world: Worl
             assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "softcap"), [(True, None), (False, None), (False, 30.0)])
 def test_a_matrix_in_low_bits_is_looked_up_and_multiplied_as_its_dense_copy(
-    monkeypatch: pytest.MonkeyPatch, tied: bool
+    monkeypatch: pytest.MonkeyPatch, tied: bool, softcap: float | None
 ) -> None:
     """Decode 512 of 1001 rows at once; 256 rows of 64 are whole groups."""
-    monkeypatch.setattr(token_matrix, "CHUNK", 2**15)
+    monkeypatch.setattr("distlora.architecture.shapes.DECODED_AT_ONCE", 2**15)
     use_chunks_of(monkeypatch, 24)
     hidden, labels, _ = inputs()
     hidden = hidden.repeat(1, 1, 3)[..., :64]
     decoder = small_decoder(64)
     with torch.device("meta"):
         alone = nn.Parameter(torch.empty(VOCABULARY, 64), requires_grad=False)
-    head = LossHead(decoder.get_input_embeddings().weight if tied else alone)
-    token_matrix.keep_token_matrices(decoder, head, ("q8_0", "q8_0"), dtype=torch.float32)
+    head = LossHead(decoder.get_input_embeddings().weight if tied else alone, logit_softcap=softcap)
+    keep_token_matrices(decoder, "embed_tokens", head, ("q8_0", "q8_0"), dtype=torch.float32)
+    assert head.takes_cross_entropy == (softcap is None)
     modules, embedding = nn.ModuleList([decoder, head]), decoder.get_input_embeddings()
     modules.to_empty(device="cpu")
     for matrix in dict.fromkeys((embedding, head.kept)):
@@ -369,7 +369,7 @@ def test_a_matrix_in_low_bits_is_looked_up_and_multiplied_as_its_dense_copy(
     dense = embedding.stored.dense(torch.float32)
     assert torch.equal(embedding(labels.clamp(min=0)), F.embedding(labels.clamp(min=0), dense))
     results = []
-    for loss in (head, LossHead(nn.Parameter(dense, requires_grad=False)), head.copied()):
+    for loss in (head, LossHead(nn.Parameter(dense, requires_grad=False), logit_softcap=softcap), head.copied()):
         leaf = hidden.clone().requires_grad_()
         sums = loss(leaf, labels)
         results.append([sums, *torch.autograd.grad(sums.sum(), leaf), loss(hidden[:, -1:], None)])

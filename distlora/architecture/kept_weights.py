@@ -1,12 +1,14 @@
 """Decide which weights quant=keep keeps in the low bits that a checkpoint ships them in. Needs no torch.
 
-Large weights of the decoder layers are kept: linears and experts. Those that are dense on disk stay dense, and weights
-in low bits elsewhere (an LM head) are dequantized while they are read. Weights in NF4 are kept by quant=nf4 too.
+Large weights of the decoder layers are kept, linears and experts, and the embedding and the LM head where rows of their
+format can be decoded alone. What is dense on disk stays dense, and others in low bits are dequantized while they are
+read. Weights in NF4 are kept by quant=nf4 too.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,9 @@ from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.architecture.spec import Architecture
 from distlora.config import ModelSpec, UserError
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP, is_nf4, labels
+
+_NUMBER = re.compile(r"\.\d+\.")
+"""Part of the name of a weight in a list of layers."""
 
 
 class KeptWeight(NamedTuple):
@@ -95,6 +100,47 @@ def kept_weights(architecture: Architecture, headers: Mapping[str, Segment]) -> 
                     raise _cannot_keep(name, "its matrices are stored transposed, and the model's own code reads them")
                 found[name] = kept
     return found
+
+
+class KeptTokens(NamedTuple):
+    """Formats of the embedding and the LM head with quant=keep."""
+
+    formats: tuple[str | None, str | None]
+    """The format of each, which are equal if the two are tied; None: dense."""
+    notes: tuple[str, ...]
+    """A line for each that is shipped in low bits and dequantized, with the reason."""
+
+
+def kept_tokens(
+    architecture: Architecture, headers: Mapping[str, Segment], trained_by: Sequence[str] = ()
+) -> KeptTokens:
+    """Return how the embedding and the LM head are held. `trained_by`: settings that train them or rows of them."""
+    low = (name for name, segment in headers.items() if isinstance(segment, LowBitSegment))
+    if all(_NUMBER.search(name) for name in low):  # Of experts there can be 100,000.
+        return KeptTokens((None, None), ())
+    stored_as, formats, notes = architecture.on_disk(headers), list[str | None](), list[str]()
+    names = (f"{architecture.embedding_path}.weight", f"{architecture.head}.weight")
+    for name in names[:1] if architecture.tied else names:
+        stored = stored_as.get(name) or (stored_as.get(names[1], ()) if architecture.tied else ())
+        first = headers[stored[0]] if stored else None
+        if not isinstance(first, LowBitSegment):
+            formats.append(None)
+            continue
+        tensor, reason = first.tensor, ""
+        if trained_by:
+            reason = f"{trained_by[0]} trains it, or rows of it"
+        elif name == names[0] and not architecture.looks_up:
+            reason = f"the embedding of {architecture.model_type} does more than look rows up"
+        elif len(stored) > 1 or tensor.transposed:
+            reason = "it is stored in several tensors, or transposed"
+        elif tensor.format is None:
+            reason = tensor.reason
+        elif FORMAT_LAYOUTS[tensor.format].tile is not None or is_nf4(tensor.format):
+            reason = f"no rows of {labels([tensor.format])[0]} are decoded alone"
+        formats.append(None if reason else tensor.format)
+        if reason:
+            notes.append(f"quant=keep dequantizes {name}: {reason}")
+    return KeptTokens((formats[0], formats[-1]), tuple(notes))
 
 
 def expected_headers(architecture: Architecture, config: Mapping[str, Any], place: Path | str) -> Mapping[str, Segment]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from typing import Any
 from distlora.architecture.spec import Architecture, Weight, architecture_of
 from distlora.architecture.targets import select_adapted
 from distlora.config import AdapterConfig, nearest
-from distlora_kernels.format_layouts import cuts_between_experts, labels
+from distlora_kernels.format_layouts import GROUP, cuts_between_experts, labels
 
 _LAYER = re.compile(r"\.\d+\.")
 
@@ -91,6 +92,8 @@ class ModelShapes:
     keeps weights as they are shipped."""
     kept: Mapping[int, Mapping[str, str | None]] = field(default_factory=dict)
     """Formats of the weights that quant=keep keeps, as `formats`."""
+    kept_tokens: tuple[str | None, str | None] = (None, None)
+    """Formats in which it keeps embedding and LM head (None: dense), unless they or rows of them are trained."""
 
     def layer_formats(self, default: str | None) -> list[tuple[int, Formats]]:
         """Return each layer's kind and the formats of its weights in the kind's order.
@@ -113,10 +116,9 @@ class ModelShapes:
 
     @property
     def kept_formats(self) -> str:
-        """Names of the formats of `kept` in text for users."""
-        return ", ".join(
-            labels(sorted({format for layer in self.kept.values() for format in layer.values() if format}))
-        )
+        """Names of the formats of `kept` and `kept_tokens` in text for users."""
+        formats = itertools.chain(self.kept_tokens, *(layer.values() for layer in self.kept.values()))
+        return ", ".join(labels(sorted({format for format in formats if format})))
 
     @property
     def hidden(self) -> int:
@@ -145,11 +147,17 @@ class ModelShapes:
             1 if self.tied else 2
         )
 
-    def quantized_numel(self, default: str | None) -> int:
-        """Return the number of parameters that have a format, `default` as in `layer_formats`."""
+    def quantized_numel(self, default: str | None, tokens: tuple[str | None, str | None] = (None, None)) -> int:
+        """Return the number of parameters that have a format, `default` as in `layer_formats`.
+
+        `tokens`: formats of embedding and LM head.
+        """
         layers, kinds = self.layer_formats(default), self.architecture.kinds
         pairs = (zip(kinds[kind].weights, formats, strict=True) for kind, formats in layers)
-        return sum(weight.numel for layer in pairs for weight, format in layer if format is not None)
+        matrices = sum(format is not None for format in tokens[: 1 if self.tied else 2])
+        return matrices * self.vocabulary * self.hidden + sum(
+            weight.numel for layer in pairs for weight, format in layer if format is not None
+        )
 
     def cuts_between_experts(self, default: str | None, ranks: int) -> bool | None:
         """Return whether so many ranks can divide the experts of all layers (parallel.expert_degree); None without any.
@@ -309,6 +317,9 @@ CHUNK_MULTIPLE = 128
 GRADIENT_PARTS = 8
 """Parts of a chunk whose gradients are taken one after the other, where torch computes the losses."""
 
+DECODED_AT_ONCE = 2**24
+"""Weights of a low-bit LM head that a product decodes at once, about: 32 MiB in bf16."""
+
 ADDED_AT_ONCE = 2**22
 """Elements of a trained head's bf16 gradient that are added to the fp32 sum at once: a CPU widens them first."""
 
@@ -322,6 +333,12 @@ def logit_bytes(itemsize: int, *, plain: bool, compiled: bool, capped: bool) -> 
     if not plain:
         return 16 if capped else 12
     return itemsize if compiled else (itemsize % 4) + 4 + 4 / GRADIENT_PARTS
+
+
+def rows_at_once(vocabulary: int, hidden: int) -> int:
+    """Return the rows of a low-bit LM head that a product decodes at once: whole groups, or all rows."""
+    whole = math.lcm(hidden, GROUP) // hidden
+    return min(max(DECODED_AT_ONCE // (whole * hidden), 1) * whole, vocabulary)
 
 
 def tokens_per_chunk(vocabulary: int, logit_bytes: float, *, on_cpu: bool) -> int:

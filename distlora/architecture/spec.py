@@ -202,6 +202,8 @@ class Architecture:
     them, or by one document per sequence."""
     takes_embeddings: bool = True
     """True if the decoder computes the same from embeddings as from token ids, which it then reads nowhere else."""
+    looks_up: bool = True
+    """True if the embedding gives the rows of token ids as a checkpoint has them, and nothing else reads its matrix."""
     takes_cache: bool = True
     """True if transformers' cache continues left-padded prompts as if each was computed whole."""
     head_form: HeadForm = HeadForm()

@@ -192,23 +192,13 @@ def vocabulary_of(spec: ModelSpec, architecture: Architecture) -> Vocabulary:
     return Vocabulary(stored=stored, rows=rows, new=new, trained=trained)
 
 
-def check_rows_of_tokens(spec: ModelSpec, architecture: Architecture, *, kept: bool = False) -> None:
-    """Refuse trained rows of tokens, and matrices trained whole, for a model whose matrices do not allow it.
-
-    `kept`: they stay in the checkpoint's low bits.
-    """
-    adapter, kind = spec.adapter, architecture.model_type
+def check_rows_of_tokens(spec: ModelSpec, architecture: Architecture) -> None:
+    """Refuse trained rows of tokens, and matrices trained whole, for a model whose matrices do not allow it."""
+    kind = architecture.model_type
     names = [path.rpartition(".")[2] for path in (architecture.embedding, architecture.head)]
-    settings = {
-        "model.new_tokens": spec.model.new_tokens,
-        "adapter.trainable_token_indices": adapter.trainable_token_indices,
-        "adapter.modules_to_save": adapter.modules_to_save,
-    }
-    for setting in (setting for setting, value in settings.items() if value):
+    for setting in spec.adapter.token_settings(spec.model.new_tokens):
         reason = ""
-        if kept:
-            reason = "trains the embedding or the LM head, which quant=keep holds in the checkpoint's low bits"
-        elif names != [EMBEDDING, HEAD]:
+        if names != [EMBEDDING, HEAD]:
             reason = f"trains {EMBEDDING} and {HEAD}, and {kind} names them {' and '.join(names)}"
         elif not architecture.takes_embeddings and setting != "adapter.modules_to_save":
             reason = f"trains rows of the embedding alone, and {kind} has a second table that reads token ids"

@@ -26,7 +26,7 @@ from distlora.config.file import build
 from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
 from distlora.model.build import put_trial
 from distlora.output.results import Results, Table, draw_bars
-from distlora.parallel import Ranks, join_ranks, leave_ranks, whole_shape
+from distlora.parallel import Ranks, join_ranks, leave_ranks
 from distlora.planner.machine import LocalHardware, machine_of
 from distlora.planner.memory import KINDS
 from distlora.planner.memory.device import device_bytes
@@ -81,7 +81,7 @@ class TrainingSteps:
         else:
             run = Started.of(first, ranks)
             self.model, self.backend, self.optimizers = run.model, run.backend, [run.optimizer]
-        vocabulary = whole_shape(self.model.head.weight)[0]
+        vocabulary = self.model.vocabulary.rows
         self._batches = [self._step_batch(trial, vocabulary) for trial in trials]
         self._slots = range(len(trials)) if in_slots else [None]
         self._whole = first.train.accumulate == "block"

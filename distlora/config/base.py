@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -261,6 +261,15 @@ class AdapterConfig:
         if self.method == "full":
             return "adapter=full"
         return f"adapter.modules_to_save=[{','.join(self.modules_to_save)}]" if self.modules_to_save else None
+
+    def token_settings(self, new_tokens: Sequence[str]) -> list[str]:
+        """Return the settings that train the embedding, the LM head or rows of them, but for adapter=full."""
+        settings = {
+            "model.new_tokens": new_tokens,
+            "adapter.trainable_token_indices": self.trainable_token_indices,
+            "adapter.modules_to_save": self.modules_to_save,
+        }
+        return [setting for setting, value in settings.items() if value]
 
     @property
     def starts_as_base(self) -> bool:

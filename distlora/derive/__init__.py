@@ -37,6 +37,7 @@ def derive(content: str, place: str) -> str:
     )
     full = structure(hf_model, auto_class=auto_class, kinds={kind.key: kind for kind in small.kinds})
     known = {name: getattr(small, name) for name in _FROM_SHRUNK}
+    known["looks_up"] = full.looks_up and small.looks_up
     return dataclasses.replace(full, **known, seconds=time.monotonic() - began).to_json()
 
 

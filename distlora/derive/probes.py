@@ -87,6 +87,7 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             documents=documents,
             varlen=attention == "sdpa" and not _attends_apart(kinds) and _takes_varlen(found, decoder),
             takes_embeddings=_takes_embeddings(decoder, input_ids),
+            looks_up=found.looks_up and _looks_up(decoder, input_ids),
             takes_cache=_takes_cache(decoder, found.vocabulary),
             head_form=head_form(causal, found.decoder_in_causal, is_size),
             norm_form=norm_form,
@@ -443,6 +444,24 @@ def _takes_embeddings(decoder: Any, input_ids: Tensor) -> bool:
         return False  # It looks for the tokens of the embeddings, or takes none.
     finally:
         hook.remove()
+
+
+def _looks_up(decoder: Any, input_ids: Tensor) -> bool:
+    """Return whether looking rows up gives what the embedding gives, and the decoder reads its matrix nowhere else."""
+    embedding = decoder.get_input_embeddings()
+    expected = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    matrix = embedding.weight.clone()
+    hook = embedding.register_forward_hook(
+        lambda module, arguments, output: nn.functional.embedding(arguments[0], matrix)
+    )
+    embedding.weight.neg_()
+    try:
+        return not _differ(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, expected)
+    except _UNFIT:
+        return False
+    finally:
+        hook.remove()
+        embedding.weight.copy_(matrix)
 
 
 def _takes_cache(decoder: Any, vocabulary: int) -> bool:

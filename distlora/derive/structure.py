@@ -45,7 +45,7 @@ def structure(hf_model: Any, *, auto_class: str, kinds: Mapping[str, LayerKind])
                     f"{name}), and distlora shards and adapts each layer's own; set {{model.path}} to another model"
                 )
     embedding, head = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
-    config = hf_model.config
+    config, layout = hf_model.config, layout_of(hf_model)
     # Layers of one kind may still differ in sizes (Gemma 3n's MLPs).
     sizes = [tuple((path, tuple(each.shape)) for path, each in layer.named_parameters()) for layer in layers]
     keys = list(zip(map(_key, layer_kinds(hf_model)), sizes, strict=True))
@@ -76,7 +76,8 @@ def structure(hf_model: Any, *, auto_class: str, kinds: Mapping[str, LayerKind])
             if id(parameter) not in named
         ),
         buffers=tuple(_buffers(decoder)),
-        disk=disk_names_of(layout_of(hf_model)),
+        looks_up=layout.zeroed_row is None,
+        disk=disk_names_of(layout),
     )
 
 

@@ -99,6 +99,8 @@ def shared_value(pair: ExpertPair, copies: Tensor, place: str) -> Tensor:
 
 def whole_modules(model: CausalLM) -> dict[str, nn.Parameter]:
     """Return the weights that are trained whole, by the Hugging Face paths of their modules."""
+    if not model.modules_to_save:
+        return {}
     weights = {
         model.architecture.embedding_path: model.embedding.get_parameter("weight"),
         model.architecture.head: model.head.weight,

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config
 from distlora.architecture.config_checks import check_config, check_train
-from distlora.architecture.kept_weights import KeptWeight, kept_by
-from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.kept_weights import KeptTokens, KeptWeight, kept_by, kept_tokens
 from distlora.architecture.spec import Architecture, WeightKind
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
-from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, check_rows_of_tokens, vocabulary_of
+from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 from distlora.config import ModelSpec, QuantConfig, TrainConfig, require
 from distlora.model.adapters import (
     DEFAULT_ADAPTER,
@@ -53,7 +52,7 @@ from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import LossHead
 from distlora.model.quantized_parameters import freeze_parameters
 from distlora.model.token_matrix import keep_token_matrices
-from distlora.weights.conversion import CheckpointLayout, find_sources, layout_of
+from distlora.weights.conversion import CheckpointLayout, layout_of
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
@@ -332,7 +331,6 @@ def build_model(
     training: bool = True,
     for_slots: bool = False,
     architecture: Architecture | None = None,
-    keep_tokens: bool = False,
 ) -> CausalLM:
     """Build the whole model on the meta device, adapters included.
 
@@ -340,7 +338,6 @@ def build_model(
     spec.path, if the caller has read them. `sequence_length`: tokens that the model must have positions for.
     `training`: trained parameters of the base are fp32, otherwise spec.dtype. `for_slots`: no weight has an adapter,
     every linear can have some (put_trial). `architecture`: that of the config.json, if it is not to be looked up.
-    `keep_tokens`: embedding and LM head stay in the checkpoint's low-bit format.
 
     Raises UserError for a model that cannot be trained with these settings, and if target_modules match nothing.
     """
@@ -369,9 +366,10 @@ def build_model(
     head = loss_head(causal, architecture.decoder_in_causal, form, trained=full or HEAD in whole, grown=grown)
     # Follow the module, not the config: a composite model's config and its text_config may disagree.
     tied = head.weight is decoder.get_input_embeddings().weight
-    if keep_tokens:
-        check_rows_of_tokens(spec, architecture, kept=True)
-        keep_token_matrices(decoder, head, token_formats(base, layout), dtype=dtype)
+    tokens = KeptTokens((None, None), ())
+    if spec.quant.method == "keep":
+        tokens = kept_tokens(architecture, base.headers, spec.adapter.token_settings(spec.model.new_tokens))
+        keep_token_matrices(decoder, architecture.embedding, head, tokens.formats, dtype=dtype)
     if whole:
         _train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
     linears = {path for path, _ in architecture.adaptable()}
@@ -397,7 +395,7 @@ def build_model(
         modules_to_save=whole,
         outside_linears=outside,
     )
-    model.made_buffers, model.notes = buffers, architecture.notes
+    model.made_buffers, model.notes = buffers, [*architecture.notes, *tokens.notes]
     if architecture.has_experts:
         _balance_routers(model, train)
     if training and (full or whole) and spec.dtype != "fp32":
@@ -417,20 +415,6 @@ def _balance_routers(model: CausalLM, train: TrainConfig) -> None:
 
 FormatOf = Callable[[str, WeightKind], str | None]
 """Returns the format of a weight of the layers, None if it is dense, by its Hugging Face name and kind."""
-
-
-def token_formats(base: CheckpointFiles, layout: CheckpointLayout) -> tuple[str, str]:
-    """Return the formats in which the checkpoint has the embedding and the LM head as a whole; "" for another."""
-    if layout.zeroed_row is not None:  # A row that transformers changes.
-        return "", ""
-    names = (layout.embedding, f"{layout.head}.weight")
-    sources = find_sources(layout, base.headers, names)
-    segments = [sources[name].segments if name in sources else () for name in names]
-    first, second = (
-        (each[0].tensor.format or "") if len(each) == 1 and isinstance(each[0], LowBitSegment) else ""
-        for each in segments
-    )
-    return first, second
 
 
 def formats_of(

@@ -140,7 +140,7 @@ class LossHead(nn.Module):
     @property
     def takes_cross_entropy(self) -> bool:
         """True if the logits are the product with the frozen weight, and a bias, and nothing else."""
-        plain = self.logit_softcap is None and self.logit_scale == 1.0 and not self._token_rows and self.kept is None
+        plain = self.logit_softcap is None and self.logit_scale == 1.0 and not self._token_rows
         return plain and self.own is None and not self.weight.requires_grad
 
     @property
@@ -300,7 +300,7 @@ class _PlainLoss(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if wanted else None
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
-        weight, shape = head.weight, (min(len(hidden), tokens_per_chunk), head.weight.shape[0])
+        weight, matrix, shape = head.weight, head.kept, (min(len(hidden), tokens_per_chunk), head.num_rows)
         all_logits = hidden.new_empty(shape)
         widens = head.cross_entropy is None and hidden.dtype != torch.float32
         wide = torch.empty(shape if widens else 0, dtype=torch.float32, device=hidden.device)
@@ -308,7 +308,11 @@ class _PlainLoss(torch.autograd.Function):
             part = slice(start, start + tokens_per_chunk)
             states, targets = hidden[part], labels[part]
             logits = all_logits[: len(states)]
-            if head.bias is None:
+            if matrix is not None:
+                matrix.multiply(states, logits)
+                if head.bias is not None:
+                    logits += head.bias
+            elif head.bias is None:
                 torch.mm(states, weight.T, out=logits)
             else:
                 torch.addmm(head.bias, states, weight.T, out=logits)
@@ -322,7 +326,9 @@ class _PlainLoss(torch.autograd.Function):
                 del in_fp32
             if part.stop >= len(hidden):
                 del wide  # On a CPU, oneDNN's product has a workspace.
-            if gradient is not None:
+            if gradient is not None and matrix is not None:
+                gradient[part] = matrix.gradient(logits)
+            elif gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return losses

@@ -1,7 +1,7 @@
 """The embedding and the LM head in the checkpoint's low-bit format: rows are looked up, products are made in parts.
 
 If the two are tied, the head reads the embedding's matrix. Neither is ever dense as a whole: the embedding decodes the
-rows of its tokens, and a product with the head decodes about CHUNK weights at a time, again in backward.
+rows of its tokens, and a product with the head decodes a part of its rows at a time (`rows_at_once`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distlora.architecture.shapes import rows_at_once
 from distlora.model.frozen_linear import FrozenTensor
 from distlora_kernels.reference import GROUP
 
 if TYPE_CHECKING:
     from distlora.model.lm_head import LossHead
-
-CHUNK = 2**24
-"""Weights that a product decodes at once, about: 32 MiB in bf16."""
 
 
 class TokenMatrix(FrozenTensor):
@@ -34,15 +32,28 @@ class TokenMatrix(FrozenTensor):
         self.dtype = dtype
 
     def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, their weights) of neighbouring rows, which are whole groups but for the last ones."""
-        (vocabulary, hidden), stored = self.shape, self.stored
+        """Yield (rows, their weights) of neighbouring rows, all in the same memory."""
+        (vocabulary, hidden), stored, step = self.shape, self.stored, rows_at_once(*self.shape)
         assert stored.format is not None
-        rows = math.lcm(hidden, GROUP) // hidden  # Rows of whole groups.
-        step = max(CHUNK // (rows * hidden), 1) * rows
+        memory = stored.parts[0].new_empty(step * hidden, dtype=dtype)
         for first in range(0, vocabulary, step):
-            stop = min(first + step, vocabulary)
-            parts = stored.format.groups_of(stored.parts, first * hidden // GROUP, -(-stop * hidden // GROUP))
-            yield slice(first, stop), stored.format.dequantize(parts, shape=(stop - first, hidden), dtype=dtype)
+            shape = (min(step, vocabulary - first), hidden)
+            start, size = first * hidden, math.prod(shape)
+            parts = stored.format.groups_of(stored.parts, start // GROUP, -(-(start + size) // GROUP))
+            decoded = stored.format.dequantize(parts, shape=shape, dtype=dtype, out=memory[:size])
+            yield slice(first, first + shape[0]), decoded
+
+    def multiply(self, inputs: Tensor, product: Tensor) -> None:
+        """Write the product of inputs (N, H) with the transposed matrix, (N, vocabulary)."""
+        for rows, weight in self.chunks(inputs.dtype):
+            torch.mm(inputs, weight.T, out=product[:, rows])
+
+    def gradient(self, of_product: Tensor) -> Tensor:
+        """Return the gradient of the inputs (N, H), summed in fp32, from that of their product (N, vocabulary)."""
+        total = of_product.new_zeros(len(of_product), self.shape[1], dtype=torch.float32)
+        for rows, weight in self.chunks(of_product.dtype):
+            total += of_product[:, rows] @ weight
+        return total
 
 
 class TokenEmbedding(TokenMatrix):
@@ -62,40 +73,41 @@ class TokenEmbedding(TokenMatrix):
 
 
 class TokenProduct(torch.autograd.Function):
-    """inputs (N, H) -> inputs W^T (N, vocabulary) with a `TokenMatrix` W. The inputs' gradient is summed in fp32."""
+    """inputs (N, H) -> inputs W^T (N, vocabulary) with a `TokenMatrix` W, whose rows are decoded again in backward."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, matrix: TokenMatrix) -> Tensor:
         """Return the product."""
         ctx.matrix = matrix
         product = inputs.new_empty(len(inputs), matrix.shape[0])
-        for rows, weight in matrix.chunks(inputs.dtype):
-            torch.mm(inputs, weight.T, out=product[:, rows])
+        matrix.multiply(inputs, product)
         return product
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of the inputs."""
-        total = gradient.new_zeros(len(gradient), ctx.matrix.shape[1], dtype=torch.float32)
-        for rows, weight in ctx.matrix.chunks(gradient.dtype):
-            total += gradient[:, rows] @ weight
-        return total.to(gradient.dtype), None
+        return ctx.matrix.gradient(gradient).to(gradient.dtype), None
 
 
-def keep_token_matrices(decoder: Any, head: LossHead, formats: tuple[str, str], *, dtype: torch.dtype) -> None:
-    """Hold the decoder's embedding and the weight of its `LossHead` in these formats, on meta; "" leaves one dense.
+def keep_token_matrices(
+    decoder: nn.Module,
+    embedding: str,
+    head: LossHead,
+    formats: tuple[str | None, str | None],
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Hold the embedding at a path of the decoder, and the head's weight, in these formats, on meta; None: dense.
 
-    A head that shares the embedding's weight reads the embedding's matrix. An embedding that does more than look up,
-    such as Gemma's, stays dense, and so does a head that shares its weight.
+    A head that shares the embedding's weight reads the embedding's matrix.
     """
-    embedding = decoder.get_input_embeddings()
-    tied = head.weight is embedding.weight
-    shape, looks_up = tuple(embedding.weight.shape), type(embedding) is nn.Embedding and embedding.max_norm is None
-    new = TokenEmbedding(shape, format=formats[0], dtype=dtype) if looks_up and formats[0] else None
-    if new is not None:
-        decoder.set_input_embeddings(new)
+    weight = decoder.get_parameter(f"{embedding}.weight")
+    tied, new = head.weight is weight, None
+    if formats[0] is not None:
+        new = TokenEmbedding(tuple(weight.shape), format=formats[0], dtype=dtype)
+        decoder.set_submodule(embedding, new)
     if tied and new is not None:
         head.hold(new, shared=True)
-    elif not tied and formats[1]:
+    elif not tied and formats[1] is not None:
         head.hold(TokenMatrix(tuple(head.weight.shape), format=formats[1], dtype=dtype), shared=False)

@@ -105,7 +105,7 @@ class Plan:
                 "source": self.model.source,
                 "model_type": shapes.architecture.model_type,
                 "parameters": shapes.numel,
-                "parameters_quantized": shapes.quantized_numel(self.work.format),
+                "parameters_quantized": shapes.quantized_numel(self.work.format, self.work.token_formats(shapes)),
                 "parameters_trained": sum(tensor.numel for tensor in trained_tensors(self.work, shapes)),
                 "blocks": shapes.num_layers,
                 "hidden": shapes.hidden,

@@ -14,7 +14,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.gguf_note import NOTE_NAME
-from distlora.architecture.kept_weights import expected_headers, kept_weights, nothing_to_keep
+from distlora.architecture.kept_weights import expected_headers, kept_tokens, kept_weights, nothing_to_keep
 from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, read_index
 from distlora.architecture.shapes import KEEP, ModelShapes, architecture_named, nearest_architecture, shapes_of
@@ -206,7 +206,8 @@ def _with_kept(
             kept.setdefault(int(index), {})[path] = weight.format
     except UserError as error:
         return shapes, error
-    return dataclasses.replace(shapes, kept=kept), None if kept else nothing_to_keep(place)
+    tokens = kept_tokens(architecture, headers).formats
+    return dataclasses.replace(shapes, kept=kept, kept_tokens=tokens), None if kept else nothing_to_keep(place)
 
 
 def weights_size(folder: Path) -> int | None:

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distlora.architecture.shapes import ModelShapes
+from distlora.architecture.shapes import KEEP, ModelShapes
 from distlora.architecture.tokens import trained_indices
 from distlora.planner.workload import Workload
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
@@ -111,6 +111,15 @@ def layers_bytes(
     return total
 
 
+def matrix_bytes(
+    shapes: ModelShapes, ranks: int, formats: tuple[str | None, str | None], itemsize: int
+) -> tuple[int, int]:
+    """Return the bytes of embedding and LM head as they are gathered, which are equal if the two are tied."""
+    shape = (shapes.vocabulary, shapes.hidden)
+    first, second = (weight_bytes(shape, ranks, format=format, itemsize=itemsize) for format in formats)
+    return first, second
+
+
 def outside_numel(shapes: ModelShapes, ranks: int) -> int:
     """Return the numbers of the decoder's weights outside of its layers, as they are gathered: the last norm."""
     return sum(padded(weight.shape, ranks) for weight in shapes.architecture.outside)
@@ -118,8 +127,9 @@ def outside_numel(shapes: ModelShapes, ranks: int) -> int:
 
 def held_bytes(shapes: ModelShapes, shards: int, *, format: str | None, itemsize: int) -> int:
     """Return the most bytes of the frozen base per rank, without replicated parts of weights (NF4: 4 bytes)."""
-    matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), shards)
-    rest = itemsize * (matrices + outside_numel(shapes, shards))
+    tokens = shapes.kept_tokens if format == KEEP else (None, None)
+    matrices = matrix_bytes(shapes, shards, tokens, itemsize)[: 1 if shapes.tied else 2]
+    rest = sum(matrices) + itemsize * outside_numel(shapes, shards)
     return (layers_bytes(shapes, shards, format=format, itemsize=itemsize) + rest) // shards
 
 
@@ -171,13 +181,13 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     adapter, itemsize, shards = work.adapter, DTYPE_BYTES[work.train.dtype], work.shard_degree(world)
     full, whole = adapter.method == "full", adapter.modules_to_save
     tied = shapes.ties(adapter)
-    matrix = padded((shapes.vocabulary, shapes.hidden), shards)
-    norm = outside_numel(shapes, shards)
+    matrix, norm = padded((shapes.vocabulary, shapes.hidden), shards), outside_numel(shapes, shards)
+    embedding, head = matrix_bytes(shapes, shards, work.token_formats(shapes), itemsize)
     head_is_trained = full or "lm_head" in whole
     # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
     together = tied and work.parallel.backend == "fsdp2"
-    elements = norm * (2 if full else 1) + matrix * (2 if head_is_trained else 1) + (0 if together else matrix)
-    gathered = passes_of(work, accumulation) * (2 * moved_bytes(work, shapes, shards) + itemsize * elements)
+    ends = itemsize * norm * (2 if full else 1) + head * (2 if head_is_trained else 1) + (0 if together else embedding)
+    gathered = passes_of(work, accumulation) * (2 * moved_bytes(work, shapes, shards) + ends)
     scattered = 4 * matrix * len(whole)
     if full:
         of_blocks = layers_bytes(shapes, shards, format=None, itemsize=1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from distlora.architecture.shapes import KEEP
+from distlora.architecture.shapes import KEEP, ModelShapes
 from distlora.config import AdapterConfig, Config, OptimConfig, ParallelConfig, TrainConfig, UserError
 
 
@@ -64,6 +64,12 @@ class Workload:
             checkpoints_kept=train.keep + (1 if holds_out and train.evaluates else 0) + 1,
             results_kept=2 if holds_out and train.keeps_best(config.adapter.method) else 1,
         )
+
+    def token_formats(self, shapes: ModelShapes) -> tuple[str | None, str | None]:
+        """Return the formats of embedding and LM head; None for a dense one."""
+        if self.format != KEEP or self.adapter.token_settings(self.new_tokens):
+            return None, None
+        return shapes.kept_tokens
 
     @property
     def tokens_at_once(self) -> int:

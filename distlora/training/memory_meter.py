@@ -170,7 +170,7 @@ def _sums(storages: dict[tuple[int, int], Kind]) -> dict[Kind, int]:
 def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
     """Yield the storages of parameters and buffers: for sharded ones this rank's rows with their padding."""
     adapters = set(adapter_parameters(model).values())
-    matrices = {model.embedding, model.head}
+    matrices = {model.embedding, model.head, model.head.matrix}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind: Kind = "norms"

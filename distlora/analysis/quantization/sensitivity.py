@@ -131,7 +131,7 @@ def _gradient_of_drawn(
     """Return the gradient at the last hidden states (1, T, H) of -log p of tokens drawn from p, and their number."""
     places = (batch.labels[0] != IGNORED_LABEL).to(hidden.device).nonzero()[:, 0]
     gradient = torch.zeros_like(hidden)
-    for part in places.split(max(16, LOGITS_AT_ONCE // head.weight.shape[0])):
+    for part in places.split(max(16, LOGITS_AT_ONCE // head.num_rows)):
         with torch.enable_grad():
             states = hidden.detach()[0, part].requires_grad_()
             logits = head.logits(states).float()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from distlora.architecture.shapes import ADDED_AT_ONCE, KEEP, ModelShapes, logit_bytes, tokens_per_chunk
+from distlora.architecture.shapes import ADDED_AT_ONCE, KEEP, ModelShapes, logit_bytes, rows_at_once, tokens_per_chunk
 from distlora.architecture.spec import Architecture, LayerKind
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.planner import traffic
@@ -86,6 +86,8 @@ class Costs(LayerRun):
     """True if the LM head is trained whole."""
     trained_columns: int = 0
     """Trained columns of the logits, if the rest of the LM head is frozen."""
+    decodes_head: bool = False
+    """True if the LM head is held in low bits."""
     has_reference: bool = False
     """True if every sequence runs forward a second time, without gradient (DPO)."""
 
@@ -135,6 +137,7 @@ class Costs(LayerRun):
             trains_head=full or HEAD in adapter.modules_to_save,
             trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
             adds_up_gradients=work.shard_degree(machine.ranks) > 1,
+            decodes_head=work.token_formats(shapes)[1] is not None,
             has_reference=work.train.objective == "dpo",
             trials=len(work.adapters),
         )
@@ -273,7 +276,21 @@ class Costs(LayerRun):
         if self.trains_head:
             return tokens * (norm + self.boundary) + _LOSS_BYTES * self.chunk(tokens)
         columns = 4 * self.trained_columns
-        return tokens * (norm + 2 * self.boundary + columns) + self.logit_bytes_at_peak * self.chunk(tokens)
+        return tokens * (norm + 2 * self.boundary + columns) + self._logits(tokens)
+
+    def _logits(self, tokens: int) -> float:
+        """Return the most bytes of a chunk: its logits and their gradients, or those that products take or write.
+
+        Beside the latter there are decoded rows of a low-bit head, the sum of the input's gradient in fp32, and the
+        product that is added to it.
+        """
+        e, vocabulary, hidden, logits = self.itemsize, self.decoder.vocabulary, self.decoder.hidden, self.chunk(tokens)
+        most = self.logit_bytes_at_peak * logits
+        if not self.decodes_head:
+            return most
+        held = e if self.fused or self.decoder.head_form != "plain" else e % 4 + 4
+        decoded = hidden * (e * rows_at_once(vocabulary, hidden) + (4 + e) * (logits // vocabulary))
+        return max(most, held * logits + decoded)
 
     def head_backward(self, tokens: int) -> float:
         """Return the bytes of the LM head's backward, or of the backward of the norm before it.

@@ -139,20 +139,25 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
     def dense(kind: Kind, shape: Sequence[int], *, trained: bool, divided: bool = False) -> BaseTensor:
         return BaseTensor(kind, tuple(shape), 4 if trained else itemsize, itemsize, trained, divided)
 
-    def matrix(name: str) -> BaseTensor:
-        shape = (shapes.vocabulary, shapes.hidden)
-        return dense("embeddings", shape, trained=full or name in adapter.modules_to_save)
+    def packed(shape: Sequence[int], format: str, kinds: tuple[Kind, Kind], *, divided: bool) -> tuple[BaseTensor, ...]:
+        sizes = FORMAT_LAYOUTS[format]
+        groups = sizes.num_groups(shape)
+        return tuple(
+            BaseTensor(kinds[index > 0], (groups, *part.shape), part.itemsize, part.itemsize, divided=divided)
+            for index, part in enumerate(sizes.parts)
+        )
 
-    def of_block(weight: Weight, format: str | None) -> list[BaseTensor]:
+    def matrix(name: str, format: str | None) -> tuple[BaseTensor, ...]:
+        shape = (shapes.vocabulary, shapes.hidden)
+        if format is not None:
+            return packed(shape, format, ("embeddings", "embeddings"), divided=False)
+        return (dense("embeddings", shape, trained=full or name in adapter.modules_to_save),)
+
+    def of_block(weight: Weight, format: str | None) -> tuple[BaseTensor, ...]:
         divided = weight.kind == "experts" and work.parallel.expert_degree > 1
         if format is None:
-            return [dense("weights" if weight.packs else "norms", weight.shape, trained=full, divided=divided)]
-        sizes = FORMAT_LAYOUTS[format]
-        groups = sizes.num_groups(weight.shape)
-        return [
-            BaseTensor("scales" if index else "codes", (groups, *part.shape), size, size, divided=divided)
-            for index, (part, size) in enumerate((part, part.itemsize) for part in sizes.parts)
-        ]
+            return (dense("weights" if weight.packs else "norms", weight.shape, trained=full, divided=divided),)
+        return packed(weight.shape, format, ("codes", "scales"), divided=divided)
 
     architecture, layers = shapes.architecture, shapes.layer_formats(work.format)
     kinds = list(dict.fromkeys(layers))
@@ -167,11 +172,12 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
     outside = (
         dense("embeddings" if len(w.shape) > 1 else "norms", w.shape, trained=full) for w in architecture.outside
     )
+    tokens = work.token_formats(shapes)
     return Base(
-        embedding=(matrix(EMBEDDING),),
+        embedding=matrix(EMBEDDING, tokens[0]),
         kinds=tensors,
         kind_of_layer=tuple(map(kinds.index, layers)),
-        head=() if tied else (matrix(HEAD),),
+        head=() if tied else matrix(HEAD, tokens[1]),
         rest=tuple(outside),
         replicated=sum(FORMAT_LAYOUTS[kept].replicated_bytes for _, formats in layers for kept in formats if kept),
     )

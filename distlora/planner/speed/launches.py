@@ -522,10 +522,12 @@ def head_work(
     trained_rows: int,
     form: str,
     reference: bool,
+    stored: int = 0,
 ) -> Iterator[KernelLaunch]:
     """Yield the embedding, the last norm, and the LM head chunk by chunk (lm_head.py).
 
-    `trained_rows`: rows that are trained while the rest is frozen. `form`: of the head (HeadForm).
+    `trained_rows`: rows that are trained while the rest is frozen. `form`: of the head (HeadForm). `stored`: bytes of a
+    head in low bits, which is dequantized for each product.
 
     A frozen head computes the gradient of its input in forward; a trained one recomputes its logits in backward. The
     weight is read for each chunk and product.
@@ -548,6 +550,9 @@ def head_work(
         product = (e * (hidden * (tokens + vocabulary) + logits), 2.0 * logits * hidden)
         weight = (e * (hidden * (tokens + vocabulary) + logits) + 3 * FP32 * hidden * vocabulary, product[1])
         passes = (2, 1) if trained else (1, 1)
+        if stored:
+            products = times * (3 if reference else 2)
+            yield KernelLaunch("dequantization", products * (stored + e * hidden * vocabulary), launches=products)
         for _ in range(passes[0]):
             yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
             yield KernelLaunch("head", times * of_loss * logits, launches=launches[0] * times)

@@ -58,6 +58,7 @@ from distlora.planner.speed.rates import (
     total,
 )
 from distlora.planner.workload import Workload
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_kernels.fused_threshold import max_fused_rows
 
 
@@ -113,7 +114,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     micro_batches = work.train.accumulation(ranks)
     passes = traffic.passes_of(work, micro_batches)
     how, shapes = kernel_options(work, model, machine), model.shapes
-    active = active_weights(work, model)
+    active, (_, head) = active_weights(work, model), work.token_formats(shapes)
     gathered = 0.0
     if shards > 1:
         gathered = 2.0 * traffic.moved_bytes(work, shapes, shards) / max(1, traffic.moved_blocks(work, shapes))
@@ -145,6 +146,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
                 trained_rows=active.head_rows // shapes.hidden,
                 form=shapes.architecture.head_form.kind,
                 reference=work.train.objective == "dpo",
+                stored=0 if head is None else FORMAT_LAYOUTS[head].num_bytes((shapes.vocabulary, shapes.hidden)),
             )
         ),
         gathers=gathers,

@@ -17,6 +17,8 @@ from distlora_kernels.reference import GROUP
 
 PIECE = 16 * GROUP
 """Weights that are decoded at once: 1 MiB in fp32, which stays in a core's cache. Of a tiled format, a row of tiles."""
+GPU_PIECE = 2**22
+"""Weights of an embedding's rows that a GPU decodes at once: 16 MiB in fp32, several times."""
 MOST_THREADS = 16
 """Most threads; each has its work memory."""
 
@@ -70,7 +72,8 @@ class BlockFormat(Format):
         # A row that does not begin with a block may touch one more.
         touched = columns // self.block if columns % self.block == 0 else (columns - 2) // self.block + 2
         blocks, weights = (torch.arange(count, device=rows.device) for count in (touched, columns))
-        step = len(rows) if uses_triton(parts[0]) else max(PIECE // columns, 1)
+        in_triton = uses_triton(parts[0])
+        step = max((GPU_PIECE if in_triton else PIECE) // columns, 1)
 
         def decode(number: int) -> None:
             start = rows[number * step : (number + 1) * step, None] * columns
@@ -80,7 +83,12 @@ class BlockFormat(Format):
                 values = values.gather(1, start % self.block + weights)
             chosen[number * step : (number + 1) * step] = values
 
-        in_threads(decode, range(-(-len(rows) // max(step, 1))))
+        pieces = range(-(-len(rows) // step))
+        if not in_triton:
+            in_threads(decode, pieces)
+            return chosen
+        for number in pieces:  # On this thread's stream.
+            decode(number)
         return chosen
 
     def _blocks(self, parts: Sequence[Tensor], index: slice | Tensor) -> list[Tensor]:

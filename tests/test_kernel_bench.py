@@ -67,7 +67,11 @@ def test_every_row_is_there_and_right(tmp_path: Path) -> None:
         for task in (FORWARD, TRAINING):
             alone = {"ours, fused GEMM alone"} if (shape, task) == ("128x64", FORWARD) else set()
             assert {name for where, what, name in found if (where, what) == (shape, task)} == adapted | alone
-        by_format = {(what, name) for where, what, name in found if where == shape and ", " in what}
+        by_format = {
+            (what, name)
+            for where, what, name in found
+            if where == shape and what.startswith("forward") and ", " in what
+        }
         tasks = {f"{task}, {format.label}" for task in (FORWARD, TRAINING) for format in BLOCK_FORMATS}
         assert by_format == {(task, name) for task in tasks for name in ("plain bf16 GEMM", "ours, scratch")}
     for shape in ("128x64", "66x64"):

@@ -315,6 +315,11 @@ class Architecture:
                 if weight.kind in ("linear", "experts"):
                     yield f"{self.layer_prefix}{index}.{weight.path.removesuffix('.weight')}", weight
 
+    @property
+    def experts_by_path(self) -> dict[str, int]:
+        """Number of experts of each fused weight, by its Hugging Face path."""
+        return {path: weight.shape[0] for path, weight in self.adaptable() if weight.kind == "experts"}
+
     def text(self, model: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the decoder's part of the content of config.json."""
         return model if self.text_config is None else model.get(self.text_config) or {}

@@ -126,10 +126,10 @@ def load_peft_adapter(
         stored = {name: tensors.get_tensor(name) for name in tensors.keys() if name not in whole}  # noqa: SIM118
     for name, tensor in stored.items():
         _check_finite(file, name, tensor)
-    experts = {path: weight.shape[0] for path, weight in model.architecture.adaptable() if path in initial.transposed}
-    for path, count in experts.items():
+    experts = model.architecture.experts_by_path
+    for path in initial.transposed:
         a, b = (initial.names[path, part] for part in "AB")
-        stored[a], stored[b] = transposed_factors(stored[a], stored[b], count)
+        stored[a], stored[b] = transposed_factors(stored[a], stored[b], experts[path])
     for path, weight in model.adapted_weights(adapter):
         pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)

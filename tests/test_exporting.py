@@ -17,15 +17,19 @@ import torch
 import transformers
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_headers import in_nf4
+from distlora.architecture.spec import architecture_of
 from distlora.config import UserError
 from distlora.parallel import Ranks
 from distlora.post.export import bnb_folder, client_check, hf_folder, worker
 from distlora.post.export.formats import FORMATS, ExportRequest, refuse
 from distlora.post.export.gguf import model_format
 from distlora.post.trained import Name
-from distlora.post.weights import open_base
+from distlora.post.weights import open_base, read_factors
 from distlora.training import worker as training_worker
+from distlora.weights.peft_folder import read_peft_adapter, with_layout
+from distlora.weights.reader import Reader
 from distlora_launcher.cli.export import ExportArguments, checked
 from distlora_launcher.cli.main import main
 from family_models import hf_config, write_family_folder
@@ -241,6 +245,39 @@ def test_a_servers_adapter_is_plain_lora_of_one_scale(
     assert record["check"] is None
     assert "(bound 1e-06: met)" in printed
     assert "serve it with: " in printed
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_unfinished_run_of_all_linears_goes_to_earlier_peft_and_to_vllm(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read the experts back in PEFT 0.18's layout: the run names them by all-linear, not by target_parameters."""
+    base, data = folders / "mixtral", {"path": str(folders / "text.jsonl")}
+    run_dir = run(tmp_path, "run", str(base), adapter={"r": 4}, data=data, train={"save_every": 2})
+    shutil.rmtree(run_dir / "adapter")
+    record = json.loads((run_dir / "data.json").read_text())
+    (run_dir / "data.json").write_text(json.dumps(record | {"chat_template": "{{ messages }}"}))
+    name, out = Name(place=str(run_dir)), tmp_path / "early"
+    trained = name.read()
+    assert (trained.spec.adapter.target_modules, trained.spec.adapter.target_parameters) == ("all-linear", ())
+    request = ExportRequest(name=name, format="peft", out=str(out), dtype=None, version="0.18")
+    refuse(trained, request)
+    assert worker.run(request) == 0
+    record = json.loads((out / "export.json").read_text())
+    assert (record["check"], record["for_version"]) == (None, "0.18")
+    assert json.loads((out / "adapter_config.json").read_text())["peft_version"] == "0.18"
+    architecture = architecture_of(read_config(base), base / "config.json")
+    ours = read_peft_adapter(run_dir / "checkpoints" / "step_00000003")
+    early, experts = with_layout(read_peft_adapter(out), architecture), architecture.experts_by_path
+    assert early.transposed == experts.keys()
+    assert early.is_early
+    with Reader() as reader:
+        for path in ours.paths:
+            expected, found = (read_factors(file, path, reader, experts=experts.get(path)) for file in (ours, early))
+            assert torch.equal(found.delta(), expected.delta()), path
+    capsys.readouterr()
+    exported(tmp_path, "run", "vllm", tmp_path / "vllm")
+    assert f" --chat-template {tmp_path / 'vllm' / 'chat_template.jinja'}\n" in capsys.readouterr().out
 
 
 @pytest.mark.ci

@@ -21,7 +21,7 @@ from distlora.loading.peft_format import load_peft_adapter, whole_modules
 from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.post.trained import BASE_ALONE, BY_FLAG, Trained, versions
-from distlora.run_folder.layout import CHECKPOINTS, STATE_NAME, newest, steps
+from distlora.run_folder.layout import CHECKPOINTS, STATE_NAME, Result, newest, read_result, steps
 from distlora.system.exit_codes import DONE, FAILED, run_to_exit_code
 from distlora.system.progress import say
 from distlora.training.publish import load_weights
@@ -104,6 +104,16 @@ def weights_in(folder: Path) -> Path:
             f"{folder} holds no complete checkpoint ({'; '.join(damaged)}); write --adapter {BASE_ALONE} for the base"
         )
     return whole
+
+
+def result_of(trained: Trained, checkpoint: str | None) -> Result:
+    """Return the result of a run at a checkpoint; without one what it published, or its newest complete checkpoint."""
+    assert trained.run_dir is not None
+    assert trained.weights is not None
+    folder = weights_in(trained.weights)
+    if checkpoint is None and folder.name.startswith("step_"):
+        checkpoint = folder.name
+    return replace(read_result(trained.run_dir, checkpoint), folder=folder)
 
 
 def run_on_ranks(

@@ -7,7 +7,6 @@ Letters: O out features, I in features, R rank, E experts.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import importlib.metadata
 import json
@@ -30,27 +29,23 @@ from distlora.model.hf_model import transformers_model
 from distlora.post.export.client_check import Ours, dense_model
 from distlora.post.export.formats import Export, Reading, is_packed, release
 from distlora.post.export.repository import as_plain_adapter, collect, write_files
-from distlora.post.load_trained import weights_in
+from distlora.post.load_trained import result_of
 from distlora.post.weights import read_factors
-from distlora.run_folder.layout import Result, read_result
+from distlora.run_folder.layout import Result
 from distlora.weights.peft_folder import CONFIG_NAME, EXPERTS_CHANGED, WEIGHTS_NAME, read_peft_adapter, with_layout
 from distlora.weights.reader import Reader
 
 
 def write(export: Export) -> None:
     """Write the folder; it names the base by its hub name, else by its folder or GGUF file."""
-    trained, checkpoint = export.trained, export.request.name.checkpoint
+    trained = export.trained
     assert trained.weights is not None
-    weights = weights_in(trained.weights)
     if trained.foreign:
         export.place.mkdir()
-        write_files({name: weights / name for name in (CONFIG_NAME, WEIGHTS_NAME)}, export.place)
+        write_files({name: trained.weights / name for name in (CONFIG_NAME, WEIGHTS_NAME)}, export.place)
     else:
-        assert trained.run_dir is not None
-        if checkpoint is None and weights.name.startswith("step_"):  # The newest of an unfinished run.
-            checkpoint = weights.name
-        _write_result(export, dataclasses.replace(read_result(trained.run_dir, checkpoint), folder=weights))
-    if trained.spec.adapter.target_parameters:
+        _write_result(export, result_of(trained, export.request.name.checkpoint))
+    if _has_experts(export):
         _write_experts(export)
 
 
@@ -68,6 +63,11 @@ def _write_result(export: Export, result: Result) -> None:
         write_files(files, export.place)
 
 
+def _has_experts(export: Export) -> bool:
+    """Return True if the written adapter has fused weights. The run's own target_parameters may be () for all."""
+    return bool(read_peft_adapter(export.place).settings["target_parameters"])
+
+
 def _is_for_early(export: Export) -> bool:
     version = export.request.version
     return version is not None and release(version) < EXPERTS_CHANGED
@@ -78,7 +78,7 @@ def _write_experts(export: Export) -> None:
     trained = export.trained
     architecture = architecture_of(read_config(trained.base), trained.base / "config.json")
     read = with_layout(read_peft_adapter(export.place), architecture)
-    counts = {path: weight.shape[0] for path, weight in architecture.adaptable() if weight.kind == "experts"}
+    counts = architecture.experts_by_path
     early = _early_paths(trained.base, architecture, read.paths) if _is_for_early(export) else frozenset()
     file, config = export.place / WEIGHTS_NAME, export.place / CONFIG_NAME
     with safetensors.safe_open(file, framework="pt") as stored:
@@ -117,14 +117,14 @@ def _early_paths(base: Path, architecture: Architecture, paths: Sequence[str]) -
         attention=architecture.attention,
         dtype=torch.float32,
     )
-    experts = {path for path, weight in architecture.adaptable() if weight.kind == "experts"} & set(paths)
+    experts = architecture.experts_by_path.keys() & set(paths)
     return frozenset(path for path in experts if not theirs.get_submodule(path.rpartition(".")[0]).is_transposed)
 
 
 def check(export: Export, ours: Ours) -> list[Reading]:
     """Return readings of PEFT on the trained-on base, and on the stored base if that differs."""
     installed = release(re.match(r"[\d.]*\d", importlib.metadata.version("peft"))[0])  # type: ignore[index]
-    if export.trained.spec.adapter.target_parameters and (installed < EXPERTS_CHANGED) is not _is_for_early(export):
+    if _has_experts(export) and (installed < EXPERTS_CHANGED) is not _is_for_early(export):
         export.say("PEFT has not loaded it: the installed release has the other layout of fused weights")
         return []
     readings = [ours.reading("PEFT on the base as it was trained on, fp32", _logits(export, ours), ours.exact)]

@@ -26,9 +26,10 @@ from distlora.post.export.consumers import CONSUMERS, PREFIX, Consumer, Pair, Se
 from distlora.post.export.consumers import target_modules as targets_of
 from distlora.post.export.formats import Export
 from distlora.post.export.repository import collect, write_files
+from distlora.post.load_trained import result_of
 from distlora.post.merge.parameters import Adapter, open_adapter
 from distlora.post.weights import Factors, open_base
-from distlora.run_folder.layout import TEMPLATE_NAME, read_result
+from distlora.run_folder.layout import TEMPLATE_NAME
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
 
@@ -43,11 +44,10 @@ def write(export: Export) -> None:
     base = open_base(trained.spec, trained.initial_adapter_dir)
     row = served(consumer, read_config(trained.base))
     places = slots(consumer, row, base.model.architecture)
-    counts = {path: weight.shape[0] for path, weight in base.model.architecture.adaptable() if weight.kind == "experts"}
     export.place.mkdir()
     with open_adapter(trained, base, "original") as adapter, Reader() as reader:
         assert adapter is not None
-        factors = _Factors(adapter, reader, counts)
+        factors = _Factors(adapter, reader, base.model.architecture.experts_by_path)
         spec = trained.spec.model
         config = write_adapter(export.place, consumer, places, factors)
         config |= {"base_model_name_or_path": spec.name or spec.gguf_file or spec.path, "revision": spec.revision}
@@ -55,7 +55,8 @@ def write(export: Export) -> None:
         worst = check_folder(export.place, consumer, row, places, factors)
     if trained.run_dir is not None and not trained.foreign:
         _write_chat_files(export)
-    template = " --chat-template " + TEMPLATE_NAME if (export.place / TEMPLATE_NAME).is_file() else ""
+    has_template = (export.place / TEMPLATE_NAME).is_file()
+    template = f" --chat-template {Path(export.request.out) / TEMPLATE_NAME}" if has_template else ""
     limit = consumer.limit(config["r"])
     command = consumer.command.format(base=spec.name or spec.path, adapter=export.request.out, rank=limit)
     export.say(f"{consumer.name} {consumer.version} binds every tensor ({consumer.source})")
@@ -182,9 +183,7 @@ def _error(path: str, ours: Tensor | None, pairs: Iterable[Pair], file: Any, con
 
 def _write_chat_files(export: Export) -> None:
     """Write what of a run changes its prompts: the chat template and a changed tokenizer."""
-    trained = export.trained
-    assert trained.run_dir is not None
-    result = read_result(trained.run_dir, export.request.name.checkpoint)
-    files = collect(result, repository=export.place.name, base=trained.spec.model.name)
+    result = result_of(export.trained, export.request.name.checkpoint)
+    files = collect(result, repository=export.place.name, base=result.config.model.name)
     keep = {name: content for name, content in files.items() if name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md")}
     write_files(keep, export.place)

@@ -44,7 +44,7 @@ def run(request: ExportRequest) -> int:
             has_client = bool(FORMATS[request.format].clients)
             found = checked(request, place) if request.check and has_client else None
             if found is None and has_client:
-                say("not loaded by a client: --no-check")
+                say("no client has loaded it; export.json records no check")
             if place.is_dir():
                 atomic_io.write_json(place / "export.json", record(request, trained, found))
     except Differs as error:
@@ -70,14 +70,15 @@ def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | 
         "base": {"name": trained.spec.model.name or base.name, "fingerprint": CheckpointFiles(base).fingerprint},
         "onto": request.onto if FORMATS[request.format].merged else None,
         "dtype": request.dtype,
+        "for_version": request.version,
         "date": f"{datetime.date.today():%Y-%m-%d}",
         "versions": versions(*packages),
         "check": found,
     }
 
 
-def checked(request: ExportRequest, place: Path) -> dict[str, Any]:
-    """Run and print the client's check. Raises Differs."""
+def checked(request: ExportRequest, place: Path) -> dict[str, Any] | None:
+    """Run and print the client's check; return None if it cannot load this layout. Raises Differs."""
     say("loading it with its client")
     with still("checking"):
         code, stdout = in_own_process(dataclasses.replace(request, place=str(place)))
@@ -89,6 +90,8 @@ def checked(request: ExportRequest, place: Path) -> dict[str, Any]:
         raise Differs(f"the client could not load it (exit code {code})")
     found: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     readings = [Reading(**reading) for reading in found["readings"]]
+    if not readings:
+        return None
     print("\n".join(table(readings, request, found["moved"], found["tokens"])))
     if not all(reading.within for reading in readings):
         raise Differs("the tool computes other outputs")

@@ -21,6 +21,7 @@ import torch
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.checkpoint.verify import verify
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.loading.load_base import load_base
 from distlora.loading.peft_format import (
@@ -39,6 +40,7 @@ from distlora.parallel import Ranks
 from distlora.planner.model import find_model, model_in
 from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
+from distlora.post.trained import of_run
 from distlora.post.weights import read_factors
 from distlora.training import worker
 from distlora.training.expert_load import ExpertLoad, expert_modules
@@ -536,6 +538,9 @@ def test_a_run_with_shared_factors_is_planned_saved_as_peft_reads_it_and_resumed
     assert torch.equal(b, b[:, ::4].repeat_interleave(4, dim=1)), "B of down_proj"
     each = stored[f"{place}.base_layer.lora_B.weight"]
     assert not torch.equal(each[:, 0], each[:, 1])
+    assert {item.state for item in verify(tmp_path / "run")} == {"ok"}
+    foreign = of_run(config, result.parent, foreign=True).spec.adapter
+    assert (foreign.init_from, foreign.expert_sharing) == (str(result.parent), "none")
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000004"
     shutil.rmtree(checkpoint)
     shutil.rmtree(result.parent)

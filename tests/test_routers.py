@@ -40,7 +40,10 @@ from distlora.derive.prove import (
 )
 from distlora.derive.shrink import shrink
 from distlora.model.adapters import adapter_parameters
+from distlora.model.build import build_model
+from distlora.post.trained import base_spec
 from distlora.training.expert_load import ExpertLoad
+from distlora_launcher.cli.named import check_base
 from family_models import edit_config
 from model_types import CAUSAL, COMPOSITES, config_of
 from tiers import ci
@@ -239,8 +242,8 @@ def test_the_balancing_loss_and_its_gradients_are_transformers(tmp_path: Path, n
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", *map(ci, UNBALANCED)])
-def test_a_balancing_loss_that_a_type_does_not_have_is_refused(name: str) -> None:
-    """As a setting, and if config.json asks for it, unless the setting says to train without it."""
+def test_a_balancing_loss_that_a_type_does_not_have_is_refused(name: str, tmp_path: Path) -> None:
+    """As a setting, and if config.json asks for it, unless the setting says to train without it, or nothing trains."""
     config = settings_of(name)
     small, asked = probe(config, name), config | {"output_router_logits": True, "router_aux_loss_coef": 0.1}
     for weight in (0.1, 0.0):
@@ -250,3 +253,13 @@ def test_a_balancing_loss_that_a_type_does_not_have_is_refused(name: str) -> Non
         check_router_loss(TrainConfig(), small, asked)
     check_router_loss(TrainConfig(router_aux_loss=0.0), small, asked)
     check_router_loss(TrainConfig(), small, asked | {"router_aux_loss_coef": 0.0})
+
+    save_random(small, asked, "test", tmp_path, 1)
+    (tmp_path / "tokenizer.json").touch()
+    spec = base_spec(str(tmp_path), "none")
+    check_base(spec)
+    build_model(spec, TrainConfig(), training=False)
+    with pytest.raises(UserError, match=r"set train.router_aux_loss=0"):
+        check_base(spec, training=True)
+    with pytest.raises(UserError, match=r"set train.router_aux_loss=0"):
+        build_model(spec, TrainConfig())

@@ -43,7 +43,7 @@ from distlora.weights.initial_adapter_file import (
     initial_adapter_path,
     read_initial_adapter_record,
 )
-from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_peft_adapter
 
 READ_BYTES = 16 * 2**20
 """Bytes read at a time."""
@@ -213,9 +213,10 @@ def _check_state(folder: Path, config: Config | None, data: Mapping[str, Any], b
         _check_adapter(folder, trained, config.adapter, times=1)
         trained = {name: segment for name, segment in trained.items() if _ADAPTER_TENSOR.search(name)}
         first = {name: segment for name, segment in first.items() if ".adapters." in name}
-    if _numel(first) != _numel(trained):
+    numbers = _numel(trained) - (_num_copied(folder, config.adapter) if is_adapter else 0)
+    if _numel(first) != numbers:
         raise UserError(
-            f"{TRAINER_NAME} has optimizer states of {_numel(first):,} parameters, and {_numel(trained):,} are trained"
+            f"{TRAINER_NAME} has optimizer states of {_numel(first):,} parameters, and {numbers:,} are trained"
         )
 
 
@@ -316,6 +317,19 @@ def _check_adapter(folder: Path, tensors: Mapping[str, Segment], adapter: Adapte
         # The rank of experts is the sum over all of them.
         if adapter is not None and ".experts" not in module and rank != adapter.rank_of(module) * times:
             raise UserError(f"{module} has rank {rank}, and config.yaml means {adapter.rank_of(module) * times}")
+
+
+def _num_copied(folder: Path, adapter: AdapterConfig) -> int:
+    """Return how many numbers of the file repeat a factor that all experts of a weight share."""
+    if adapter.expert_sharing == "none":
+        return 0
+    tensors = read_peft_adapter(folder).tensors
+    copied = 0
+    for path, part in tensors:
+        if part == adapter.shared_factor(path):  # A linear's rank is that of its one copy.
+            copies = tensors[path, "A"].shape[0] // adapter.rank_of(path)
+            copied += tensors[path, part].numel // copies * (copies - 1)
+    return copied
 
 
 def is_finite(segment: Segment) -> bool:

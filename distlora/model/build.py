@@ -345,7 +345,7 @@ def build_model(
     full = spec.adapter.method == "full"
     place = base.folder / "config.json"
     architecture = architecture or check_config(base.config, place, sequence_length=sequence_length, full=full)
-    check_router_loss(train, architecture, base.config)
+    check_router_loss(train if training else None, architecture, base.config)
     train = train or TrainConfig()
     check_train(train, architecture)
     hf_config = read_hf_config(base.folder)

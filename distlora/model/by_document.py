@@ -73,7 +73,8 @@ class ByDocument(Wrapper):
                 alone, sums = rows.part(slice(row, row + 1)), []
                 for start, end in itertools.pairwise([*starts, packed.length]):
                     balanced = None if alone.balanced is None else alone.balanced[:, start:end]
-                    self.context.rows = alone._replace(packed=None, balanced=balanced)
+                    counted = None if alone.counted is None else alone.counted[:, start:end]
+                    self.context.rows = alone._replace(packed=None, balanced=balanced, counted=counted)
                     self.context.first_token = start
                     given, named = map_leaves(functools.partial(_cut, packed, row, start, end), (args, kwargs))
                     outputs.append(self.inner(*given, **named))

@@ -158,6 +158,7 @@ def with_adapter(spec: ModelSpec, weights: Path | None) -> ModelSpec:
     settings: dict[str, Any] = {"init": "kaiming"}
     if weights is not None:
         settings |= {"init_from": str(weights), "trainable_token_indices": None, "modules_to_save": ()}
+        settings |= {"expert_sharing": "none"}  # A file holds a factor per expert, and may differ between them.
         settings |= read_peft_adapter(weights).settings
     return replace(spec, adapter=replace(spec.adapter, **settings))
 

@@ -54,7 +54,7 @@ def run(request: QuantizationRequest) -> int:
         quant: Literal["nf4", "none"] = "none" if request.held_out else "nf4"
         say(f"loading the base in {request.dtype if request.held_out else quant}")
         train = TrainConfig(dtype=request.dtype, fused_kernels="none")  # Hooks on linears need them called.
-        model, _, _ = start_model(request.spec(quant), ranks, train=train, shard_degree=ranks.world)
+        model, _, _ = start_model(request.spec(quant), ranks, train=train, shard_degree=ranks.world, training=False)
         if request.formats:
             # Every second sequence is for the harm, the others are held out.
             halves = [rows.take(np.arange(first, len(rows), 2)) for first in (0, 1)]

@@ -299,7 +299,8 @@ def check_intrinsic(options: IntrinsicArguments) -> intrinsic.IntrinsicRequest:
     check_writable(out, "--out")
     for model in models:
         with with_small_files(request.spec(model).model) as small, for_full_fine_tuning():
-            check_base(dataclasses.replace(request.spec(model), model=small), sequence_length=request.sequence_length)
+            spec = dataclasses.replace(request.spec(model), model=small)
+            check_base(spec, sequence_length=request.sequence_length, training=True)
     check_text(request.data_settings())
     local = tuple((localize(request.spec(model).model).path, name) for model, name in request.models)
     request = dataclasses.replace(request, models=local)

@@ -90,10 +90,11 @@ def num_weights(trained: Trained) -> int:
     return sum(segment.numel for segment in CheckpointFiles(trained.base).headers.values())
 
 
-def check_base(spec: ModelSpec, *, sequence_length: int = 2) -> None:
-    """Refuse a model that a command without a run cannot use. Raises UserError."""
+def check_base(spec: ModelSpec, *, sequence_length: int = 2, training: bool = False) -> None:
+    """Refuse a model that a command without a run cannot use, or cannot train. Raises UserError."""
     data = DataConfig(path=spec.model.path, sequence_length=sequence_length)
-    check_model(Config(model=spec.model, data=data, quant=spec.quant, adapter=spec.adapter, run_dir=spec.model.path))
+    config = Config(model=spec.model, data=data, quant=spec.quant, adapter=spec.adapter, run_dir=spec.model.path)
+    check_model(config, training=training)
 
 
 def check_text(data: DataConfig) -> None:

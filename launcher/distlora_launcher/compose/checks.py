@@ -204,23 +204,24 @@ def check_parallel(parallel: ParallelConfig, ranks: int) -> None:
             )
 
 
-def check_model(config: Config) -> None:
+def check_model(config: Config, *, training: bool = True) -> None:
     """Refuse a folder without a supported model, damaged weights, and settings that the model does not support.
 
+    `training`: False for commands that train nothing, whose settings of training mean nothing.
     A model on the hub is checked by its small files and the headers of its weights, before the rest is downloaded.
     """
     if is_hub_name(config.model.path) or gguf_file(config.model.path) is not None:
         from distlora_launcher.compose.hub import with_small_files
 
         with with_small_files(config.model) as local:
-            check_model(dataclasses.replace(config, model=local))
+            check_model(dataclasses.replace(config, model=local), training=training)
         return
     architecture = check_model_folder(config)
     base = CheckpointFiles(Path(config.model.path))
     kept_by(config.spec, base, architecture)
     check_tensors(base, architecture)
     check_model_sizes(config.parallel, config.train, architecture)
-    check_router_loss(config.train, architecture, base.config)
+    check_router_loss(config.train if training else None, architecture, base.config)
     config.quant.check_layers(architecture.num_layers)
     if config.adapter.method == "lora":
         targets = select_adapted(config.adapter, architecture)

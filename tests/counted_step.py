@@ -71,7 +71,7 @@ def measure_ours(config: Config, ranks: Ranks, *, accumulation: int) -> tuple[Co
 def our_step(model: CausalLM, backend: Backend, config: Config, accumulation: int) -> None:
     """Run forward, backward and the gradient reduction over random tokens, as the trainer does."""
     rows, in_block = config.train.micro_batch, config.train.accumulate == "block"
-    vocabulary, length = model.head.weight.shape[0], config.data.sequence_length
+    vocabulary, length = model.vocabulary.rows, config.data.sequence_length
     ids = random_tokens(rows * accumulation, length, vocabulary, backend.ranks.rank).to(backend.ranks.device)
     model.set_num_micro(accumulation if in_block else 1)
     parts = [ids] if in_block else list(ids.split(rows))

@@ -235,7 +235,7 @@ def measure_ours(folder: Path, run_dir: Path, ranks: Ranks, *, r: int, tokens: i
         "run_dir": str(run_dir),
     }
     run = Run.of(build(Config, sections), ranks)
-    run.fit(random_rows(steps * ranks.world, tokens, run.model.head.weight.shape[0]))
+    run.fit(random_rows(steps * ranks.world, tokens, run.model.vocabulary.rows))
     again, resume = Run.of(run.config, ranks), Clock.now()
     newest, _ = choose(run_dir, ranks)  # Reads and hashes every byte.
     assert newest is not None

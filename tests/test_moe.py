@@ -34,6 +34,7 @@ from distlora.loading.peft_format import (
 )
 from distlora.loading.tensor_files import DeferredTensor
 from distlora.model.adapters import adapter_parameters
+from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertPair, ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Ranks
@@ -419,9 +420,19 @@ def test_the_load_of_experts_is_the_routers_choice_without_padding_and_recomputa
     expected[0][0] += 5
     assert load.tokens == dict(enumerate(expected))
     expected[0][0] -= 5
+    assert says_unchanged(ours)
+    assert not says_unchanged(ours, decays=True)
+    assert not says_unchanged(ours, step=2)
+    lines = ExpertLoad(ours, torch.device("cpu"), None, step=2).describe()
+    assert next(lines) == "the load of the experts is counted since step 2: the state that was resumed had none"
     over = [max(counts) * 4 / sum(counts) for counts in expected]
     assert figures["experts/imbalance_max"] == max(over)
     assert figures["experts/imbalance"] == pytest.approx(sum(over) / 3)
+
+
+def says_unchanged(model: CausalLM, **start: Any) -> bool:
+    """Return whether adapters of experts without tokens are said to be as they started."""
+    return any("as they started" in line for line in ExpertLoad(model, torch.device("cpu"), None, **start).describe())
 
 
 def load_of_rank(ranks: Ranks, *, folder: Path) -> dict[int, list[int]]:
@@ -495,6 +506,7 @@ def test_experts_that_share_a_factor_train_as_pefts_whose_copies_stay_equal(
     spec = config_for(folder_of(name), adapter={"target_modules": "mlp", "r": 3, "expert_sharing": sharing}).spec
     shared, own = shared_factors(ours), adapter_tensors(ours)
     assert len(shared) == 2 * 3
+    assert not says_unchanged(ours), "experts with tokens train what an expert without them uses"
     stored = stored_tensors(ours)
     whole = {n: t.make() if isinstance(t, DeferredTensor) else t.detach() for n, t in stored.items()}
     assert all(whole[n].shape == t.shape for n, t in stored.items())

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distlora.checkpoint.state import Progress
+from distlora.checkpoint.state import Progress, load_state
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import TRAINER_NAME, newest, step_of, steps
 from distlora.system.stop_signals import Stopped
@@ -96,10 +96,10 @@ BAD = {"max_steps": 5, "log_every": 4}
 def test_the_last_finite_state_is_saved_and_the_step_and_its_rows_are_named(
     world: World, folders: Path, tmp_path: Path, size: int, accumulate: str, where: str, value: float
 ) -> None:
-    settings = BAD | {"accumulate": accumulate}
-    make_run(tmp_path / "good", folders, train=settings | {"save_every": 2, "keep": 9})
+    settings, model = BAD | {"accumulate": accumulate}, "mixtral" if size == 1 else "llama"
+    make_run(tmp_path / "good", folders, model, train=settings | {"save_every": 2, "keep": 9})
     world.run(size, run_with_bad_step, run_dir=tmp_path / "good", bad_step=-1, value=value, where=where)
-    make_run(tmp_path / "bad", folders, train=settings)
+    make_run(tmp_path / "bad", folders, model, train=settings)
     messages = world.run(size, run_with_bad_step, run_dir=tmp_path / "bad", bad_step=2, value=value, where=where)
     assert len(set(messages)) == 1, "every rank stops, at the same place"
     assert messages[0].startswith("step 3: the ")
@@ -107,6 +107,9 @@ def test_the_last_finite_state_is_saved_and_the_step_and_its_rows_are_named(
     folder, expected = (tmp_path / run / "checkpoints" / "step_00000002" for run in ("bad", "good"))
     assert newest(tmp_path / "bad" / "checkpoints") == (folder, [])
     assert all(torch.equal(saved(expected)[name], tensor) for name, tensor in saved(folder).items())
+    loads = [load_state(path).progress.expert_tokens for path in (folder, expected)]
+    assert loads[0] is None, "the load of the steps that are not saved is in it"
+    assert (loads[1] is None) == (model == "llama")
     optimizer = [safetensors.torch.load_file(path / TRAINER_NAME) for path in (folder, expected)]
     assert all(torch.equal(optimizer[1][name], tensor) for name, tensor in optimizer[0].items())
     assert [line["step"] for line in read_metrics(tmp_path / "bad") if "loss" in line] == [1, 2, 3]

@@ -44,7 +44,8 @@ class Progress:
     published_step: int | None = None
     """Step whose state RUN/best holds; None if there is none."""
     expert_tokens: Load | None = None
-    """Tokens that chose each expert in these steps, by layer; None without a mixture of experts."""
+    """Tokens that chose each expert in these steps, by layer; None without a mixture of experts, and if some steps'
+    are not known."""
 
     @property
     def best_step(self) -> int | None:

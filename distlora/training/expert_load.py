@@ -21,11 +21,20 @@ from distlora.run_folder.expert_load import Load, idle_experts, imbalance, layer
 class ExpertLoad:
     """Load of the experts of one run, over all ranks and earlier starts."""
 
-    def __init__(self, model: CausalLM, device: torch.device, before: Load | None) -> None:
-        """Let the model's layers count from now on. `before`: the load of the steps before this start."""
+    def __init__(
+        self, model: CausalLM, device: torch.device, before: Load | None, *, step: int = 0, decays: bool = False
+    ) -> None:
+        """Let the model's layers count from now on.
+
+        `before`: the load of the steps before this start, which is at `step`. `decays`: the optimizer decays weights.
+        """
         experts = expert_modules(model)
         self.adapted = [layer for layer, module in experts.items() if any(weight.pairs for weight in module.weights)]
         """Layers whose experts have adapters."""
+        self.since = step if before is None else 0
+        """Step after which all tokens are counted: above 0 where a checkpoint has no load."""
+        pairs = (pair for module in experts.values() for weight in module.weights for pair in weight.pairs)
+        self._moves_idle = decays or any(pair.shared is not None for pair in pairs)
         sizes = {layer: module.weights[0].num_experts for layer, module in experts.items()}
         known = {layer: (before or {}).get(layer, []) for layer in sizes}
         self._before = {n: np.array(known[n] if len(known[n]) == size else [0] * size) for n, size in sizes.items()}
@@ -61,6 +70,7 @@ class ExpertLoad:
     def figures(self) -> dict[str, float | list[str]]:
         """Return the run's figures for summary.json."""
         return {
+            **({"expert_load_since_step": self.since} if self.since else {}),
             "expert_imbalance": fmean(map(imbalance, self.tokens.values())),
             "experts_without_tokens": [f"layer {layer}: {experts}" for layer, experts in self._idle.items()],
             "expert_layers_without_adapter": [str(layer) for layer in self.tokens if layer not in self.adapted],
@@ -72,6 +82,8 @@ class ExpertLoad:
 
     def describe(self) -> Iterator[str]:
         """Yield lines for the end of the log: how the load was spread, experts without tokens or adapters."""
+        if self.since:
+            yield f"the load of the experts is counted since step {self.since:,}: the state that was resumed had none"
         layer = max(self.tokens, key=lambda layer: imbalance(self.tokens[layer]))
         yield (
             f"the busiest expert of a layer got {fmean(map(imbalance, self.tokens.values())):.2f} x the mean load on "
@@ -81,7 +93,8 @@ class ExpertLoad:
             count = sum(not number for tokens in self.tokens.values() for number in tokens)
             shown = [f"layer {layer}: {experts}" for layer, experts in self._idle.items()]
             more = f"; {len(shown) - 8} more layers in summary.json" if len(shown) > 8 else ""
-            start = ", whose adapters are as they started" if self.adapted else ""
+            unchanged = self.adapted and not (self.since or self._moves_idle)
+            start = ", whose adapters are as they started" if unchanged else ""
             yield f"no token chose {count:,} of {sum(self._sizes):,} experts{start}: {'; '.join(shown[:8])}{more}"
         if self.adapted and (frozen := [layer for layer in self.tokens if layer not in self.adapted]):
             yield f"the experts of {layers_text(frozen)} are frozen: they have no adapters"

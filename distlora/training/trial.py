@@ -154,7 +154,8 @@ class Trial:
         self.load: ExpertLoad | None = None
         """Load of the experts; None without a mixture of experts, and in multi-trial training, where rows mix."""
         if slot is None and model.architecture.has_experts:
-            self.load = ExpertLoad(model, backend.ranks.device, progress.expert_tokens)
+            step, decays, device = progress.step, optim.weight_decay > 0, backend.ranks.device
+            self.load = ExpertLoad(model, device, progress.expert_tokens, step=step, decays=decays)
         self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
@@ -299,7 +300,10 @@ class Trial:
         load = None
         if self.load is not None:
             shared |= self.load.read(self.backend)
-            self.progress.expert_tokens = self.load.tokens
+            if updates:  # Otherwise that of the steps before the interval is still the saved state's.
+                # Without the load of some steps, or with that of a step that is not saved, it is not the run's.
+                is_whole = updates == len(means) and not self.load.since
+                self.progress.expert_tokens = self.load.tokens if is_whole else None
             parts = [_LOADS * step // self.total_steps for step in (interval.first_step, self.progress.step)]
             load = self.load.tokens if parts[0] < parts[1] else None
         names = ("loss", *self.objective.figures)

@@ -185,8 +185,8 @@ def test_a_transposed_renamed_or_stacked_tensor_is_refused_by_name(tmp_path: Pat
             lambda t: t | {f"{PREFIX}model.layers.0.mlp.experts.lora_A.weight": torch.zeros(15, 39)},
             rf"experts.lora_A.weight: it holds all experts of a layer in one tensor, PEFT's layout, and {consumer}",
         ),
-        (lambda t: t | {GATE: t[GATE] * 1.001}, r"gate_proj.lora_B.weight: .* computes another dW of"),
-        (lambda t: t | {GATE.replace("gate", "up"): t[GATE].flip(0)}, r"up_proj.lora_B.weight: .* another dW of"),
+        (lambda t: t | {GATE: t[GATE] * 1.001}, r"gate_proj.lora_B.weight: .* computes another dW than"),
+        (lambda t: t | {GATE.replace("gate", "up"): t[GATE].flip(0)}, r"up_proj.lora_B.weight: .* another dW than"),
     ]
     saved = (tmp_path / "adapter_model.safetensors").read_bytes()
     for change, says in cases:
@@ -230,6 +230,9 @@ def test_pefts_layouts_of_experts_bind_and_mean_what_was_trained(tmp_path: Path,
             f"ore,eri->{'eio' if turned else 'eoi'}", b.view(len(b), -1, experts), a.view(experts, -1, a.shape[1])
         )
         assert (own.scaling * theirs - own.delta()).norm() <= 1e-6 * own.delta().norm()
+        assert own.norm() == pytest.approx(float(own.delta().norm()), rel=1e-5)
+        with pytest.raises(UserError, match=r"^it computes another dW .* relative error of 1.0e-04; please report it"):
+            own.error("it", own.scaling * 1.0001, own.B, own.A)
         stem = f"{PREFIX}{names[path]}"
         tensors |= {f"{stem}.lora_A.weight": a.contiguous(), f"{stem}.lora_B.weight": b.contiguous()}
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")

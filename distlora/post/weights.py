@@ -228,6 +228,43 @@ class Factors:
         """Return scaling * B A, dense: (O, I) or (E, O, I) fp32."""
         return (self.scaling * self.B) @ self.A
 
+    def norm(self) -> float:
+        """Return the Frobenius norm of scaling * B A."""
+        return _product_norm(self.scaling * self.B.double(), self.A.double())
+
+    def error(self, what: str, scale: float, b: Tensor, a: Tensor) -> float:
+        """Return the relative error of scale * b a as a consumer computes it from a file, by the Frobenius norm.
+
+        b and a may have zeros beyond the rank. Raises UserError, which begins with `what`, beyond LARGEST_ERROR.
+        """
+        missing = a.shape[-2] - self.rank
+        assert missing >= 0
+        own_a = torch.nn.functional.pad(self.A.double(), (0, 0, 0, missing))
+        own_b = torch.nn.functional.pad(self.scaling * self.B.double(), (0, missing))
+        b, a = scale * b.double(), a.double()
+        # (s b - S B) a + S B (a - A): neither term cancels if both have the same factors.
+        apart = _product_norm(torch.cat([b - own_b, own_b], -1), torch.cat([a, a - own_a], -2))
+        error = apart / max(self.norm(), 1e-30)
+        if error > LARGEST_ERROR:
+            raise UserError(
+                f"{what} computes another dW than was trained, with a relative error of {error:.1e}; please report it"
+            )
+        return error
+
+
+def _product_norm(b: Tensor, a: Tensor) -> float:
+    """Return the Frobenius norm of b a, from Gram matrices (R, R): b a itself may exceed the memory."""
+    return float(((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0).sqrt())
+
+
+LARGEST_ERROR = 1e-6
+"""Largest relative error of dW as a consumer computes it from a written file."""
+
+
+def error_line(consumer: str, error: float) -> str:
+    """Return the line of the terminal on the largest `Factors.error` of a file."""
+    return f"largest relative error of dW, as {consumer} computes it: {error:.0e} (limit {LARGEST_ERROR:.0e})"
+
 
 def read_factors(adapter: PeftAdapter, path: str, reader: Reader, *, experts: int | None = None) -> Factors:
     """Return the factors of one weight; `experts` is their number if it is fused. Raises UserError for NaN and Inf."""

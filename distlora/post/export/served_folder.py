@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,17 @@ from torch import Tensor
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.safetensors_headers import read_header
-from distlora.config import UserError
+from distlora.config import UserError, require
 from distlora.post.export.consumers import CONSUMERS, PREFIX, Consumer, Pair, Served, Slot, bind, served, slots
 from distlora.post.export.consumers import target_modules as targets_of
 from distlora.post.export.formats import Export
 from distlora.post.export.repository import collect, write_files
 from distlora.post.load_trained import result_of
 from distlora.post.merge.parameters import Adapter, open_adapter
-from distlora.post.weights import Factors, open_base
+from distlora.post.weights import Factors, error_line, open_base
 from distlora.run_folder.layout import TEMPLATE_NAME
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
-
-BOUND = 1e-6
-"""Largest relative error of dW as the server computes it from the file, in fp32."""
 
 
 def write(export: Export) -> None:
@@ -60,7 +58,7 @@ def write(export: Export) -> None:
     limit = consumer.limit(config["r"])
     command = consumer.command.format(base=spec.name or spec.path, adapter=export.request.out, rank=limit)
     export.say(f"{consumer.name} {consumer.version} binds every tensor ({consumer.source})")
-    print(f"dW as it computes it: at most {worst:.1e} of its norm from ours (bound {BOUND:.0e}: met)")
+    print(error_line(consumer.name, worst))
     print(f"serve it with: {command}{' ' + row.flags if row.flags else ''}{template}")
 
 
@@ -127,17 +125,8 @@ def _pair(slot: Slot, own: Factors | None, rank: int, scale: float) -> tuple[Ten
     return a.view(count * rank, width), b.permute(1, 2, 0).reshape(out, rank * count).contiguous()
 
 
-def delta(pair: Pair, a: Tensor, b: Tensor) -> Tensor:
-    """Return scale * B A as the server multiplies them: (O, I), or (E, O, I) of a stack."""
-    experts = pair.slot.stack
-    if experts:
-        a = a.reshape(experts, -1, a.shape[1])
-        b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
-    return pair.scale * (b @ a)
-
-
 def check_folder(folder: Path, consumer: Consumer, row: Served, places: Mapping[str, Slot], factors: _Factors) -> float:
-    """Bind every tensor of a written folder; return the largest relative error of dW. Raises UserError beyond BOUND."""
+    """Bind every tensor of a written folder; return the largest relative error of dW. Raises UserError as both."""
     header = read_header(folder / WEIGHTS_NAME)
     config = json.loads((folder / CONFIG_NAME).read_text())
     pairs = bind(consumer, row, places, config, {name: segment.shape for name, segment in header.items()})
@@ -150,35 +139,30 @@ def check_folder(folder: Path, consumer: Consumer, row: Served, places: Mapping[
     worst = 0.0
     with safetensors.safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
         for path, found in by_path.items():
-            ours = factors[path].delta() if path in factors.paths else None
+            ours = factors[path] if path in factors.paths else None
             worst = max(worst, _error(path, ours, found, file, consumer))
     return worst
 
 
-def _error(path: str, ours: Tensor | None, pairs: Iterable[Pair], file: Any, consumer: Consumer) -> float:
-    """Return the relative error of one weight's dW. Raises UserError beyond BOUND."""
-    wrong = total = 0.0
+def _error(path: str, ours: Factors | None, pairs: Iterable[Pair], file: Any, consumer: Consumer) -> float:
+    """Return the relative error of one weight's dW. Raises UserError as `Factors.error`, and for changed others."""
+    worst = total = 0.0
     for pair in pairs:
-        theirs = delta(pair, file.get_tensor(pair.a).float(), file.get_tensor(pair.b).float())
+        a, b = file.get_tensor(pair.a), file.get_tensor(pair.b)
+        if pair.slot.stack:  # The server reads row e * R + j of A, column j * E + e of B.
+            a = a.reshape(pair.slot.stack, -1, a.shape[1])
+            b = b.reshape(b.shape[0], -1, pair.slot.stack).permute(2, 0, 1)
         if ours is None:
-            wrong += float(theirs.double().square().sum())
+            changed = Factors(A=a, B=b, scaling=pair.scale).norm()
+            require(changed == 0, f"{path} was not trained, and {consumer.name} would change it by {changed:.1e}")
             continue
-        mine = ours if pair.slot.expert is None else ours[pair.slot.expert]
-        mine = mine[..., pair.slot.rows, :]
-        difference = float((theirs - mine).double().square().sum())
-        wrong, total = wrong + difference, total + float(mine.double().square().sum())
-        if difference**0.5 > BOUND * max(float(mine.double().norm()), 1e-30):
-            raise UserError(
-                f"{pair.b}: {consumer.name} computes another dW of {path} from it than was trained, "
-                f"{difference**0.5:.1e} apart; please report this with the model's config.json"
-            )
-    if ours is None:
-        if wrong:
-            raise UserError(f"{path} was not trained, and {consumer.name} would change it by {wrong**0.5:.1e}")
-        return 0.0
-    if abs(total - float(ours.double().square().sum())) > 1e-6 * total:
+        index = ... if pair.slot.expert is None else pair.slot.expert
+        mine = replace(ours, A=ours.A[index], B=ours.B[index][..., pair.slot.rows, :])
+        worst = max(worst, mine.error(f"{pair.b}: {consumer.name}", pair.scale, b, a))
+        total += mine.norm() ** 2
+    if ours is not None and abs(total - ours.norm() ** 2) > 1e-6 * total:
         raise UserError(f"{path}: the file holds a part of its rows alone, as {consumer.name} reads it")
-    return (wrong / total) ** 0.5 if total else 0.0
+    return worst
 
 
 def _write_chat_files(export: Export) -> None:

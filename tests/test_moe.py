@@ -50,7 +50,7 @@ from distlora.training.setup import start_run_model
 from distlora.weights.peft_folder import read_peft_adapter, with_layout
 from distlora.weights.reader import Reader
 from distlora_kernels.formats import nf4
-from distlora_launcher.compose.checks import check_model
+from distlora_launcher.compose.checks import check_initial_adapter, check_model
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.compose.planning import check_planned
 from family_models import (
@@ -577,7 +577,21 @@ def test_a_run_with_shared_factors_is_planned_saved_as_peft_reads_it_and_resumed
     load_peft_adapter(ours, started.adapter, started.quant.method, backend)
     loaded = {n: t.make() if isinstance(t, DeferredTensor) else t for n, t in stored_tensors(ours).items()}
     assert all(torch.equal(loaded[n], tensor) for n, tensor in stored.items())
-    stored[f"{place}.lora_B.weight"][0, 1] += 1
-    safetensors.torch.save_file(stored, result)
-    with pytest.raises(UserError, match=r"lora_B.weight differs between the experts, .* set adapter.expert_sharing=no"):
-        load_peft_adapter(ours, started.adapter, started.quant.method, backend)
+    check_initial_adapter(started.spec, ours.architecture)
+    for name in ("base_layer.lora_A.weight", "lora_B.weight"):
+        spoiled = stored[f"{place}.{name}"].clone()
+        spoiled[-1, -1] += 1
+        safetensors.torch.save_file(stored | {f"{place}.{name}": spoiled}, result)
+        message = rf"{name} differs between the experts, .* set adapter.expert_sharing=none"
+        with pytest.raises(UserError, match=message):
+            load_peft_adapter(ours, started.adapter, started.quant.method, backend)
+        with pytest.raises(UserError, match=message):
+            check_initial_adapter(started.spec, ours.architecture)
+    places = [path for path in read_peft_adapter(result.parent).paths if path.endswith("down_proj")]
+    turned = dict(stored)
+    for at in (path.removesuffix(".down_proj") for path in places):
+        for inner in ("", ".base_layer"):
+            names = [f"base_model.model.{at}{inner}.lora_{part}.weight" for part in "AB"]
+            turned |= dict(zip(names, transposed_factors(*(stored[name] for name in names), 4), strict=True))
+    safetensors.torch.save_file(turned, result)
+    check_initial_adapter(started.spec, ours.architecture)

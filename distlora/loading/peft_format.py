@@ -25,6 +25,7 @@ from distlora.weights.peft_folder import (
     check_modules,
     check_quantization,
     check_rows,
+    copies_differ,
     read_peft_adapter,
 )
 
@@ -90,10 +91,7 @@ def shared_value(pair: ExpertPair, copies: Tensor, place: str) -> Tensor:
     """Return the shared factor from its copies in a file. Raises UserError with `place` if they differ."""
     value = pair.one_of(copies)
     if value is None:
-        raise UserError(
-            f"{place} differs between the experts, and adapter.expert_sharing means one for all of them; set "
-            "adapter.expert_sharing=none"
-        )
+        raise copies_differ(place)
     return value
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
 from distlora.architecture.spec import Architecture
 from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_adapted, written
@@ -362,6 +364,29 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, architecture: Archi
                 f"{list(expected)}{trained_on}; set another {{adapter.init_from}} or model.path"
             )
     return initial
+
+
+def check_shared(initial: PeftAdapter, adapter: AdapterConfig) -> None:
+    """Raise UserError if experts differ in a factor that they share in the run. `initial`: of `check_fits`."""
+    for path in initial.paths:
+        part, experts = adapter.shared_factor(path), initial.tensors[path, "A"].shape[0] // adapter.rank_of(path)
+        if part is None or experts == 1:  # 1: a linear.
+            continue
+        if path in initial.transposed:
+            part = "B" if part == "A" else "A"
+        stored = initial.tensors[path, part]
+        bits = np.memmap(stored.file, f"u{stored.num_bytes // stored.numel}", "r", stored.offset, stored.numel)
+        copies = bits.reshape(experts, -1) if part == "A" else bits.reshape(-1, experts).T
+        if (copies[1:] != copies[0]).any():
+            raise copies_differ(f"{stored.file}: {initial.names[path, part]}")
+
+
+def copies_differ(place: str) -> UserError:
+    """Return the error for a factor that the experts of a file do not share."""
+    return UserError(
+        f"{place} differs between the experts, and adapter.expert_sharing means one for all of them; set "
+        "adapter.expert_sharing=none"
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

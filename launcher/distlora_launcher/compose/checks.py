@@ -45,7 +45,14 @@ from distlora.config.errors import FILES
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
-from distlora.weights.peft_folder import WEIGHTS_NAME, check_fits, check_modules, check_rows, read_peft_adapter
+from distlora.weights.peft_folder import (
+    WEIGHTS_NAME,
+    check_fits,
+    check_modules,
+    check_rows,
+    check_shared,
+    read_peft_adapter,
+)
 from distlora_kernels import native
 
 HEAD_LINES = 1000
@@ -338,7 +345,7 @@ def check_initial_adapter(spec: ModelSpec, architecture: Architecture) -> None:
     if spec.adapter.init_from is None:
         return
     initial = read_peft_adapter(spec.adapter.init_from)
-    check_fits(initial, spec.adapter, architecture)
+    check_shared(check_fits(initial, spec.adapter, architecture), spec.adapter)
     file, stored, hidden = initial.folder / WEIGHTS_NAME, architecture.vocabulary, architecture.hidden
     check_rows(initial.token_rows, file, stored=stored, hidden=hidden)
     rows = range(stored, stored + len(spec.model.new_tokens) + 1)  # The worker knows how many fit into spare rows.

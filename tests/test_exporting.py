@@ -20,7 +20,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_headers import in_nf4
 from distlora.architecture.spec import architecture_of
-from distlora.config import UserError
+from distlora.config import AdapterConfig, UserError
 from distlora.parallel import Ranks
 from distlora.post.export import bnb_folder, client_check, hf_folder, worker
 from distlora.post.export.formats import FORMATS, ExportRequest, refuse
@@ -34,6 +34,7 @@ from distlora_launcher.cli.export import ExportArguments, checked
 from distlora_launcher.cli.main import main
 from family_models import hf_config, write_family_folder
 from small_models import make_run, tokenizer, write_model_folder, write_text_file
+from test_prequantized import quantize
 from tiers import ci
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
@@ -276,8 +277,20 @@ def test_an_unfinished_run_of_all_linears_goes_to_earlier_peft_and_to_vllm(
             expected, found = (read_factors(file, path, reader, experts=experts.get(path)) for file in (ours, early))
             assert torch.equal(found.delta(), expected.delta()), path
     assert "largest relative error of dW, as PEFT 0.18 computes it: 0e+00 (limit 1e-06)" in capsys.readouterr().out
-    exported(tmp_path, "run", "vllm", tmp_path / "vllm")
-    assert f" --chat-template {tmp_path / 'vllm' / 'chat_template.jinja'}\n" in capsys.readouterr().out
+    out = tmp_path / "vllm"
+    for version, is_read in (("0.33", True), ("9.0", False)):
+        request = ExportRequest(name=name, format="vllm", out=str(out), dtype=None, version=version)
+        refuse(trained, request)
+        assert worker.run(request) == 0
+        printed = capsys.readouterr()
+        assert f" --chat-template {out / 'chat_template.jinja'}\n" in printed.out
+        assert ("the layout is that of vLLM 0.33.0; the source of 9.0 was not read" in printed.err) is not is_read
+        shutil.rmtree(out)
+    pissa = replace(
+        trained, spec=replace(trained.spec, adapter=AdapterConfig(r=257, init="pissa", target_modules="attention"))
+    )
+    with pytest.raises(UserError, match=r"the adapter has rank 514, and vLLM serves at most 512"):
+        refuse(pissa, request)
 
 
 @pytest.mark.ci
@@ -293,6 +306,18 @@ def test_experts_go_to_peft_and_to_a_merged_folder(tmp_path: Path) -> None:
     exported(tmp_path, "run", "hf", tmp_path / "merged", "fp32")
     with pytest.raises(UserError, match=r"no linear, which bitsandbytes leaves in 16 bits.*--format hf, or --for peft"):
         exported(tmp_path, "run", "bnb", tmp_path / "bnb")
+
+
+@pytest.mark.ci
+@pytest.mark.usefixtures("in_process")
+def test_experts_that_training_left_dense_go_to_bitsandbytes(tmp_path: Path) -> None:
+    write_model_folder(tmp_path / "dense", "qwen3_moe", **EVEN, moe_intermediate_size=64)
+    quantize(tmp_path / "dense", tmp_path / "packed", bnb_4bit_use_double_quant=True)
+    write_text_file(tmp_path / "text.jsonl")
+    run(tmp_path, "run", "packed", adapter={"r": 4}, quant={"method": "keep"})
+    record = exported(tmp_path, "run", "bnb", tmp_path / "bnb")
+    assert [reading["difference"] <= 1e-4 for reading in record["check"]["readings"][:2]] == [True, True]
+    assert record["check"]["moved"] > 0.1
 
 
 @pytest.mark.usefixtures("in_process")
@@ -383,6 +408,7 @@ def test_bad_export_options_are_refused(
         ([run_dir, "--format", "gguf-lora"], "named by their consumer; write --for llama.cpp"),
         ([run_dir, "--for", "peft", "--dtype", "bf16"], "peft keeps the dtypes that there are; leave --dtype out"),
         ([run_dir, "--for", "vllm", "--version", "0.9.1"], "the layout is known from vLLM 0.33.0 on"),
+        ([run_dir, "--for", "vllm", "--version", "0.32"], "the layout is known from vLLM 0.33.0 on"),
         ([run_dir, "--for", "peft", "--version", "0.16"], "has adapters of fused weights since 0.17"),
         ([run_dir, "--for", "sglang", "--version", "new"], "--version=new is not a release"),
         ([run_dir, "--for", "llama.cpp", "--version", "1"], "llama.cpp has one layout; leave --version out"),

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
-from distlora.config import UserError
+from distlora.config import UserError, require
 from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, trained_config, trained_part
 from distlora.post.export.client_check import Ours
 from distlora.post.export.formats import Export, Reading
@@ -94,7 +94,13 @@ def write_rounded(base: Base, files: Files) -> set[str]:
             stored = weight.source.segments[0].dtype
             if weight.is_nf4 or weight.held in (torch.float32, TORCH_DTYPES[stored]):
                 continue
-            (name,), first = weight.source.names, 0
+            names, first = weight.source.names, 0
+            require(
+                len(names) == 1,
+                f"{weight.name}: {len(names)} tensors in {stored} on disk, which training rounds to {weight.held}; "
+                "write --format hf, or train with train.dtype=fp32",
+            )
+            name = names[0]
             for chunk in weight.chunks(reader):
                 files.write(name, first, chunk.to(TORCH_DTYPES[stored]))
                 first += len(chunk)

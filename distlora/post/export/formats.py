@@ -248,7 +248,8 @@ def _refuse_unserved(trained: Trained, name: str) -> None:
         f"--for={name}: {why}; merge the adapter (`distlora merge`), or train without this module "
         "(adapter.target_modules)",
     )
-    consumer.limit(max(map(spec.adapter.rank_of, paths)))
+    # PiSSA is written for the unchanged base, as a plain adapter of twice the rank.
+    consumer.limit(max(map(spec.adapter.rank_of, paths)) * (2 if spec.adapter.pissa else 1))
 
 
 def _check_version(request: ExportRequest) -> None:
@@ -278,7 +279,8 @@ def release(version: str) -> tuple[int, ...]:
         re.fullmatch(r"\d+(\.\d+)*", version) is not None,
         f"--version={version} is not a release; write numbers with dots, as 0.19.0",
     )
-    return tuple(map(int, version.split(".")))
+    numbers = tuple(map(int, version.split(".")))
+    return numbers + (0,) * (3 - len(numbers))
 
 
 def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
@@ -297,7 +299,7 @@ def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
         weight.path for kind in architecture.kinds for weight in kind.weights if weight.kind in ("experts", "fused")
     }
     require(
-        not fused,
+        not (fused and spec.quant.is_nf4),
         f"--format=bnb: {architecture.model_type} has {min(fused, default='')}, no linear, which bitsandbytes "
         "leaves in 16 bits, and the run trained on it in NF4; write --format hf, or --for peft",
     )

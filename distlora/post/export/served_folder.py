@@ -25,7 +25,7 @@ from distlora.architecture.safetensors_headers import read_header
 from distlora.config import UserError, require
 from distlora.post.export.consumers import CONSUMERS, PREFIX, Consumer, Pair, Served, Slot, bind, served, slots
 from distlora.post.export.consumers import target_modules as targets_of
-from distlora.post.export.formats import Export
+from distlora.post.export.formats import Export, release
 from distlora.post.export.repository import collect, write_files
 from distlora.post.load_trained import result_of
 from distlora.post.merge.parameters import Adapter, open_adapter
@@ -58,6 +58,9 @@ def write(export: Export) -> None:
     limit = consumer.limit(config["r"])
     command = consumer.command.format(base=spec.name or spec.path, adapter=export.request.out, rank=limit)
     export.say(f"{consumer.name} {consumer.version} binds every tensor ({consumer.source})")
+    version = export.request.version or consumer.version
+    if release(version) > release(consumer.version):
+        export.say(f"the layout is that of {consumer.name} {consumer.version}; the source of {version} was not read")
     print(error_line(consumer.name, worst))
     print(f"serve it with: {command}{' ' + row.flags if row.flags else ''}{template}")
 

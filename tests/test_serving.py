@@ -23,7 +23,7 @@ from distlora.derive.structure import structure
 from distlora.loading.peft_format import transposed_factors
 from distlora.model.hf_model import auto_class_of, transformers_model
 from distlora.post.export import served_folder
-from distlora.post.export.consumers import CONSUMERS, PREFIX, bind, served, slots, unserved
+from distlora.post.export.consumers import CONSUMERS, PREFIX, bind, served, targets, unserved
 from distlora.post.export.formats import ARCHITECTURES, check_model
 from distlora.post.export.gguf import adapter_format
 from distlora.post.export.gguf.tensors import Names
@@ -95,8 +95,8 @@ def write(folder: Path, name: str, model_type: str, paths: Callable[[str], bool]
     architecture, config = model_of(model_type)
     consumer = CONSUMERS[name]
     row = served(consumer, config)
-    places = slots(consumer, row, architecture)
-    known = {slot.path for slot in places.values()}
+    places = targets(consumer, row, architecture)
+    known = {target.path for target in places.values()}
     factors = RandomFactors({p: w for p, w in adapted(architecture).items() if p in known and paths(p)})
     folder.mkdir(exist_ok=True)
     settings = served_folder.write_adapter(folder, consumer, places, factors)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def test_every_tensor_binds_and_means_what_was_trained(tmp_path: Path, name: str
         assert reason
         return
     row = served(consumer, config)
-    places = slots(consumer, row, architecture)
+    places = targets(consumer, row, architecture)
     why = unserved(consumer, row, places, list(adapted(architecture)))
     assert reason in why
     assert bool(why) is bool(reason)
@@ -317,8 +317,8 @@ def as_it_is(name: str, model_type: str) -> str:
     if model_type not in consumer.types:
         return "merge"
     row = served(consumer, config)
-    places = slots(consumer, row, architecture)
-    known = {slot.path for slot in places.values()}
+    places = targets(consumer, row, architecture)
+    known = {target.path for target in places.values()}
     weights = adapted(architecture)
     beyond = sorted({path.rpartition(".")[2] for path in weights if path not in known})
     names = peft_paths([path for path in weights if weights[path].kind == "experts"])

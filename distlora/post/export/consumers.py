@@ -1,7 +1,7 @@
 """Bind the tensors of a LoRA adapter as vLLM and SGLang do: names, the weights they change, the layout. No torch.
 
 consumers.toml holds a table per consumer: by model type, the modules of a decoder layer that its model wraps with LoRA,
-written from its source at the release named there. `slots` turns a row into the places that a file can fill; `bind`
+written from its source at the release named there. `targets` turns a row into the places that a file can fill; `bind`
 finds the place of each tensor of a file, or raises UserError for what the consumer would refuse, drop or misread.
 Letters: O out features, I in features, R rank, E experts.
 """
@@ -92,7 +92,7 @@ CONSUMERS = {name: _consumer(values, _TABLES["sets"]) for name, values in _TABLE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Slot:
+class Target:
     """A place in a consumer's model that one pair of A and B fills."""
 
     path: str
@@ -106,7 +106,7 @@ class Slot:
     stack: int = 0
     """Number of experts in one pair in PEFT's layout: A (E R, I), B (O, R E); 0 for a pair of one matrix."""
     group: str = ""
-    """Slots of one group are all filled or none."""
+    """Targets of one group are all filled or none."""
 
 
 def served(consumer: Consumer, model: Mapping[str, Any]) -> Served:
@@ -120,9 +120,9 @@ def served(consumer: Consumer, model: Mapping[str, Any]) -> Served:
     return consumer.types[model_type]
 
 
-def slots(consumer: Consumer, row: Served, architecture: Architecture) -> dict[str, Slot]:
+def targets(consumer: Consumer, row: Served, architecture: Architecture) -> dict[str, Target]:
     """Return the places that a file can fill, by the name of the module in the file less PREFIX."""
-    found: dict[str, Slot] = {}
+    found: dict[str, Target] = {}
     shapes = {path: weight.shape for path, weight in architecture.adaptable()}
     for path, weight in architecture.adaptable():
         index = path.removeprefix(architecture.layer_prefix).partition(".")[0]
@@ -130,33 +130,33 @@ def slots(consumer: Consumer, row: Served, architecture: Architecture) -> dict[s
         inside = path.removeprefix(layer)
         if weight.kind == "experts":
             if row.experts:
-                found |= _expert_slots(row, layer, path, weight.shape)
+                found |= _expert_targets(row, layer, path, weight.shape)
         elif inside in row.split:
             sizes = _sizes(inside, weight.shape[0], shapes, layer)
             for name, size, first in zip(row.split[inside], sizes, _starts(sizes), strict=True):
                 rows = slice(first, first + size)
-                found[layer + name] = Slot(path=path, rows=rows, shape=(size, weight.shape[1]))
+                found[layer + name] = Target(path=path, rows=rows, shape=(size, weight.shape[1]))
         elif inside in row.linears:
-            found[path] = Slot(path=path, rows=slice(None), shape=(weight.shape[0], weight.shape[1]))
-    grouped = {name: _grouped(consumer, name, slot, found) for name, slot in found.items()}
-    return {name: slot for name, slot in grouped.items() if slot is not None}
+            found[path] = Target(path=path, rows=slice(None), shape=(weight.shape[0], weight.shape[1]))
+    grouped = {name: _grouped(consumer, name, target, found) for name, target in found.items()}
+    return {name: target for name, target in grouped.items() if target is not None}
 
 
-def _expert_slots(row: Served, layer: str, path: str, shape: tuple[int, ...]) -> dict[str, Slot]:
-    """Return the slots of one fused weight (E, O, I)."""
+def _expert_targets(row: Served, layer: str, path: str, shape: tuple[int, ...]) -> dict[str, Target]:
+    """Return the targets of one fused weight (E, O, I)."""
     module, (experts, out, width) = layer + row.experts, shape
     is_down = path.endswith(".down_proj")
     if not (is_down or path.endswith(".gate_up_proj")):
         return {}
     if not row.names:
         place = module if is_down else f"{module}.base_layer"
-        return {place: Slot(path=path, rows=slice(None), shape=(out, width), stack=experts, group=module)}
+        return {place: Target(path=path, rows=slice(None), shape=(out, width), stack=experts, group=module)}
     gate, up, down = row.names
     half = out // 2
     halves = (slice(0, None, 2), slice(1, None, 2)) if row.interleaved else (slice(0, half), slice(half, None))
     parts = {down: (slice(None), out)} if is_down else {gate: (halves[0], half), up: (halves[1], half)}
     return {
-        f"{module}.{expert}.{name}": Slot(path=path, rows=rows, shape=(size, width), expert=expert, group=module)
+        f"{module}.{expert}.{name}": Target(path=path, rows=rows, shape=(size, width), expert=expert, group=module)
         for expert in range(experts)
         for name, (rows, size) in parts.items()
     }
@@ -177,23 +177,23 @@ def _starts(sizes: Iterable[int]) -> list[int]:
     return starts[:-1]
 
 
-def _grouped(consumer: Consumer, name: str, slot: Slot, found: Mapping[str, Slot]) -> Slot | None:
-    """Return the slot with its group, named after the first of its modules; None if the model lacks one of them."""
+def _grouped(consumer: Consumer, name: str, target: Target, found: Mapping[str, Target]) -> Target | None:
+    """Return the target with its group, named after the first of its modules; None if the model lacks one of them."""
     module, _, last = name.rpartition(".")
-    if slot.group or slot.expert is not None:
-        return slot
+    if target.group or target.expert is not None:
+        return target
     for names in consumer.together:
         if last in names:
             whole = all(f"{module}.{other}" in found for other in names)
-            return replace(slot, group=f"{module}.{names[0]}") if whole else None
-    return slot
+            return replace(target, group=f"{module}.{names[0]}") if whole else None
+    return target
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
     """A pair of tensors of a file and the place that it fills."""
 
-    slot: Slot
+    target: Target
     a: str
     """Name of A in the file."""
     b: str
@@ -202,7 +202,7 @@ class Pair:
 
 
 def bind(
-    consumer: Consumer, row: Served, places: Mapping[str, Slot], config: Mapping[str, Any], shapes: Mapping[str, Any]
+    consumer: Consumer, row: Served, places: Mapping[str, Target], config: Mapping[str, Any], shapes: Mapping[str, Any]
 ) -> dict[str, Pair]:
     """Return the pairs of a file by the module's name in it, as the consumer's loader finds them.
 
@@ -210,30 +210,30 @@ def bind(
     for whatever the consumer refuses, drops, or reads as something else.
     """
     _check_config(consumer, config)
-    targets = config.get("target_modules") or []
+    modules = config.get("target_modules") or []
     require(
-        isinstance(targets, list) or not consumer.reads_targets,
-        f"target_modules={targets!r} in adapter_config.json: {consumer.name} reads a list of names",
+        isinstance(modules, list) or not consumer.reads_targets,
+        f"target_modules={modules!r} in adapter_config.json: {consumer.name} reads a list of names",
     )
-    named = {target.rpartition(".")[2] for target in targets}
+    named = {name.rpartition(".")[2] for name in modules}
     halves: dict[str, dict[str, str]] = {}
     for key in sorted(shapes):
         module, part = _parse(consumer, key)
         if module not in places:
             raise UserError(f"{key}: {_why_unbound(consumer, row, module, places)}")
-        (target,) = target_modules(consumer, [module])
+        (wrapped,) = target_modules(consumer, [module])
         require(
-            not consumer.reads_targets or target in named,
-            f"{key}: {consumer.name} drops it, as target_modules in adapter_config.json lacks {target}",
+            not consumer.reads_targets or wrapped in named,
+            f"{key}: {consumer.name} drops it, as target_modules in adapter_config.json lacks {wrapped}",
         )
         halves.setdefault(module, {})[part] = key
     pairs = {}
     for module, found in halves.items():
-        slot = places[module]
+        target = places[module]
         for part, other in (("A", "B"), ("B", "A")):
             require(part in found, f"{found.get(other)}: {consumer.name} finds no lora_{part} beside it")
         rank, scale = _rank_and_scale(consumer, config, module)
-        columns, (out, width) = rank * max(slot.stack, 1), slot.shape
+        columns, (out, width) = rank * max(target.stack, 1), target.shape
         expected = {"A": (columns, width), "B": (out, columns)}
         transposed = {"A": (columns, out), "B": (width, columns)}
         for part, key in sorted(found.items()):
@@ -243,19 +243,19 @@ def bind(
                 raise UserError(
                     f"{key}: it has shape {list(shape)}, and {consumer.name} reads {list(expected[part])}{turned}"
                 )
-        pairs[module] = Pair(slot=slot, a=found["A"], b=found["B"], scale=scale)
-    filled = {pair.slot.group for pair in pairs.values() if pair.slot.group}
-    for module, slot in places.items():
+        pairs[module] = Pair(target=target, a=found["A"], b=found["B"], scale=scale)
+    filled = {pair.target.group for pair in pairs.values() if pair.target.group}
+    for module, target in places.items():
         require(
-            slot.group not in filled or module in pairs,
-            f"{PREFIX}{module}.lora_A.weight is missing: {consumer.name} needs all modules of {slot.group} or none",
+            target.group not in filled or module in pairs,
+            f"{PREFIX}{module}.lora_A.weight is missing: {consumer.name} needs all modules of {target.group} or none",
         )
     return pairs
 
 
-def unserved(consumer: Consumer, row: Served, places: Mapping[str, Slot], paths: Iterable[str]) -> str:
+def unserved(consumer: Consumer, row: Served, places: Mapping[str, Target], paths: Iterable[str]) -> str:
     """Return why the first of `paths` that has no place has none; "" if all have."""
-    known = {slot.path for slot in places.values()}
+    known = {target.path for target in places.values()}
     absent = [path for path in paths if path not in known]
     return f"{absent[0]}: {_why_unbound(consumer, row, absent[0], places)}" if absent else ""
 
@@ -275,7 +275,7 @@ def _parse(consumer: Consumer, key: str) -> tuple[str, str]:
     raise UserError(f"{key}: {consumer.name} reads {PREFIX}*.lora_A.weight and lora_B.weight, nothing else")
 
 
-def _why_unbound(consumer: Consumer, row: Served, module: str, places: Mapping[str, Slot]) -> str:
+def _why_unbound(consumer: Consumer, row: Served, module: str, places: Mapping[str, Target]) -> str:
     """Return the reason why a module of a file, or a weight of the base, has no place."""
     for path, reason in row.refused.items():
         if module.endswith(f".{path}"):

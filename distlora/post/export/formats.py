@@ -19,7 +19,7 @@ from distlora.architecture.low_bit_methods import NF4, quantization_method
 from distlora.architecture.spec import architecture_of
 from distlora.architecture.targets import select_adapted
 from distlora.config import UserError, require
-from distlora.post.export.consumers import CONSUMERS, served, slots, unserved
+from distlora.post.export.consumers import CONSUMERS, served, targets, unserved
 from distlora.post.merge.request import check_mergeable
 from distlora.post.trained import Name, Trained
 
@@ -242,7 +242,7 @@ def _refuse_unserved(trained: Trained, name: str) -> None:
     row = served(consumer, model)
     architecture = architecture_of(model, trained.base / "config.json")
     paths = select_adapted(spec.adapter, architecture)
-    why = unserved(consumer, row, slots(consumer, row, architecture), paths)
+    why = unserved(consumer, row, targets(consumer, row, architecture), paths)
     require(
         not why,
         f"--for={name}: {why}; merge the adapter (`distlora merge`), or train without this module "

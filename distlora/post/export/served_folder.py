@@ -23,7 +23,7 @@ from torch import Tensor
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.safetensors_headers import read_header
 from distlora.config import UserError, require
-from distlora.post.export.consumers import CONSUMERS, PREFIX, Consumer, Pair, Served, Slot, bind, served, slots
+from distlora.post.export.consumers import CONSUMERS, PREFIX, Consumer, Pair, Served, Target, bind, served, targets
 from distlora.post.export.consumers import target_modules as targets_of
 from distlora.post.export.formats import Export, release
 from distlora.post.export.repository import collect, write_files
@@ -41,7 +41,7 @@ def write(export: Export) -> None:
     consumer = CONSUMERS[export.request.format]
     base = open_base(trained.spec, trained.initial_adapter_dir)
     row = served(consumer, read_config(trained.base))
-    places = slots(consumer, row, base.model.architecture)
+    places = targets(consumer, row, base.model.architecture)
     export.place.mkdir()
     with open_adapter(trained, base, "original") as adapter, Reader() as reader:
         assert adapter is not None
@@ -76,19 +76,19 @@ class _Factors:
         return self.adapter.factors(path, self.reader, experts=self.counts.get(path))
 
 
-def write_adapter(folder: Path, consumer: Consumer, places: Mapping[str, Slot], factors: _Factors) -> dict[str, Any]:
+def write_adapter(folder: Path, consumer: Consumer, places: Mapping[str, Target], factors: _Factors) -> dict[str, Any]:
     """Write the weights file; return adapter_config.json without the base's name."""
     scales, rank = {}, 0
     for path in factors.paths:
         trained = factors[path]
         scales[path], rank = trained.scaling, max(rank, trained.rank)
     scale = Counter(scales.values()).most_common(1)[0][0] or 1.0
-    groups = {slot.group for slot in places.values() if slot.path in scales and slot.group}
-    written = {name: slot for name, slot in places.items() if slot.path in scales or slot.group in groups}
+    groups = {target.group for target in places.values() if target.path in scales and target.group}
+    written = {name: target for name, target in places.items() if target.path in scales or target.group in groups}
     tensors: dict[str, Tensor] = {}
     by_path: dict[str, list[str]] = {}
-    for name, slot in written.items():
-        by_path.setdefault(slot.path, []).append(name)
+    for name, target in written.items():
+        by_path.setdefault(target.path, []).append(name)
     for path, names in by_path.items():
         own = factors[path] if path in scales else None
         for name in names:
@@ -112,30 +112,32 @@ def write_adapter(folder: Path, consumer: Consumer, places: Mapping[str, Slot], 
     }
 
 
-def _pair(slot: Slot, own: Factors | None, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return A and B of a slot at the file's rank and scale; zeros without factors."""
-    out, width = slot.shape
-    count = max(slot.stack, 1)
+def _pair(target: Target, own: Factors | None, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return A and B of a target at the file's rank and scale; zeros without factors."""
+    out, width = target.shape
+    count = max(target.stack, 1)
     a, b = torch.zeros(count, rank, width), torch.zeros(count, out, rank)
     if own is not None:
         mine_a, mine_b = own.A.view(-1, *own.A.shape[-2:]), own.B.view(-1, *own.B.shape[-2:])
-        if slot.expert is not None:
-            mine_a, mine_b = mine_a[slot.expert : slot.expert + 1], mine_b[slot.expert : slot.expert + 1]
+        if target.expert is not None:
+            mine_a, mine_b = mine_a[target.expert : target.expert + 1], mine_b[target.expert : target.expert + 1]
         a[:, : own.rank] = mine_a
-        b[:, :, : own.rank] = mine_b[:, slot.rows] * (own.scaling / scale)
-    if not slot.stack:
+        b[:, :, : own.rank] = mine_b[:, target.rows] * (own.scaling / scale)
+    if not target.stack:
         return a[0], b[0]
     return a.view(count * rank, width), b.permute(1, 2, 0).reshape(out, rank * count).contiguous()
 
 
-def check_folder(folder: Path, consumer: Consumer, row: Served, places: Mapping[str, Slot], factors: _Factors) -> float:
+def check_folder(
+    folder: Path, consumer: Consumer, row: Served, places: Mapping[str, Target], factors: _Factors
+) -> float:
     """Bind every tensor of a written folder; return the largest relative error of dW. Raises UserError as both."""
     header = read_header(folder / WEIGHTS_NAME)
     config = json.loads((folder / CONFIG_NAME).read_text())
     pairs = bind(consumer, row, places, config, {name: segment.shape for name, segment in header.items()})
     by_path: dict[str, list[Pair]] = {}
     for pair in pairs.values():
-        by_path.setdefault(pair.slot.path, []).append(pair)
+        by_path.setdefault(pair.target.path, []).append(pair)
     absent = sorted(set(factors.paths) - by_path.keys())
     if absent:
         raise UserError(f"{absent[0]} was trained, and {consumer.name} finds no tensor for it in {folder}")
@@ -152,15 +154,15 @@ def _error(path: str, ours: Factors | None, pairs: Iterable[Pair], file: Any, co
     worst = total = 0.0
     for pair in pairs:
         a, b = file.get_tensor(pair.a), file.get_tensor(pair.b)
-        if pair.slot.stack:  # The server reads row e * R + j of A, column j * E + e of B.
-            a = a.reshape(pair.slot.stack, -1, a.shape[1])
-            b = b.reshape(b.shape[0], -1, pair.slot.stack).permute(2, 0, 1)
+        if pair.target.stack:  # The server reads row e * R + j of A, column j * E + e of B.
+            a = a.reshape(pair.target.stack, -1, a.shape[1])
+            b = b.reshape(b.shape[0], -1, pair.target.stack).permute(2, 0, 1)
         if ours is None:
             changed = Factors(A=a, B=b, scaling=pair.scale).norm()
             require(changed == 0, f"{path} was not trained, and {consumer.name} would change it by {changed:.1e}")
             continue
-        index = ... if pair.slot.expert is None else pair.slot.expert
-        mine = replace(ours, A=ours.A[index], B=ours.B[index][..., pair.slot.rows, :])
+        index = ... if pair.target.expert is None else pair.target.expert
+        mine = replace(ours, A=ours.A[index], B=ours.B[index][..., pair.target.rows, :])
         worst = max(worst, mine.error(f"{pair.b}: {consumer.name}", pair.scale, b, a))
         total += mine.norm() ** 2
     if ours is not None and abs(total - ours.norm() ** 2) > 1e-6 * total:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import yaml
 from torch import Tensor
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close
@@ -124,12 +123,9 @@ def test_a_run_resumes_with_another_degree_and_writes_the_same_files(
     world: World, models: Path, tmp_path: Path, gathered: Callable[[str, int], Path]
 ) -> None:
     run_dir = tmp_path / "run"
-    prepare(run_dir, models, QWEN, 2, parallel={"expert_degree": 2})
+    prepare(run_dir, models, QWEN, 2, parallel={"expert_degree": "replica"})
     world.run(2, run_until, run_dir=run_dir, stop_before=3)
-    values = yaml.safe_load((run_dir / "config.yaml").read_text())
-    values["parallel"]["expert_degree"] = 1
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
-    world.run(2, adapters_after, run_dir=run_dir)
+    world.run(1, adapters_after, run_dir=run_dir)
     (losses, adapter), (expected, theirs) = result_of(run_dir), result_of(gathered(QWEN, 2))
     assert_losses_close(losses, expected)
     assert_adapters_close(adapter, theirs)
@@ -210,10 +206,11 @@ def test_rows_that_choose_adapters_do_so_on_the_ranks_of_their_experts(
     ("ranks", "parallel", "model", "message"),
     [
         (4, {"expert_degree": 3}, QWEN, r"expert_degree=3 is not the number of ranks .* which is 4 \("),
-        (4, {"expert_degree": 4, "shard_degree": 2}, QWEN, r"set parallel.expert_degree=2, or 1"),
+        (4, {"expert_degree": 4, "shard_degree": 2}, QWEN, r"set parallel.expert_degree=replica, or 1"),
         (1, {"expert_degree": 2}, QWEN, r"which is 1 .* 1 process\); set parallel.expert_degree=1"),
-        (2, {"expert_degree": 0}, QWEN, r"parallel.expert_degree=0 must be positive"),
+        (2, {"expert_degree": 0}, QWEN, r"parallel.expert_degree=0 is not a valid number"),
         (2, {"expert_degree": 2, "backend": "zero3"}, QWEN, r"expert_degree=2 is FSDP2's"),
+        (1, {"expert_degree": "replica"}, "llama", r"expert_degree=replica has no effect on llama"),
         (2, {"expert_degree": 2}, "llama", r"expert_degree=2 has no effect on llama"),
         (2, {"expert_degree": 2}, "mixtral", r"expert_degree=2 does not divide the experts of mixtral"),
         (3, {"expert_degree": 3}, QWEN, r"expert_degree=3 does not divide the experts"),
@@ -250,10 +247,11 @@ def test_plan_auto_divides_experts_where_that_moves_fewer_bytes() -> None:
         divided = choice.plan.replan({"parallel.expert_degree": 8})
         gathers = choice.plan.replan({"parallel.expert_degree": 1})
         assert divided is not None
+        assert divided.traffic == choice.plan.replan({"parallel.expert_degree": "replica"}).traffic
         assert gathers is not None
         fewer = divided.traffic.received < gathers.traffic.received
         chosen[length] = (choice.config.parallel.expert_degree, fewer)
         assert divided.device.moments["forward"]["gathered"] < gathers.device.moments["forward"]["gathered"]
         assert divided.device.held["scratch"] * 8 == gathers.device.held["scratch"]
         assert divided.device.held["codes"] == gathers.device.held["codes"]
-    assert chosen == {2048: (8, True), 32_768: (1, False)}
+    assert chosen == {2048: ("replica", True), 32_768: (1, False)}

@@ -225,6 +225,11 @@ class Config:
             return ranks
         return self.cluster.gpus_per_node if degree == "node" else degree
 
+    def expert_degree(self, ranks: int) -> int:
+        """Ranks that divide the experts of each layer, where there are `ranks` in all."""
+        degree = self.parallel.expert_degree
+        return self.shard_degree(ranks) if degree == "replica" else degree
+
     def _check_preference(self) -> None:
         """Refuse what DPO cannot train, and settings of the data that have no meaning for pairs."""
         require(
@@ -272,12 +277,12 @@ def check_ranks(config: Config, ranks: int) -> None:
         f"the base would have {degree:,}; set parallel.shard_degree={max(n for n in divisors if n <= degree)} (of "
         f"{', '.join(map(str, divisors))}), or null for one copy over all",
     )
-    experts = config.parallel.expert_degree
+    experts = config.expert_degree(ranks)
     require(
         experts in (1, degree),
         f"parallel.expert_degree={experts} is not the number of ranks that shard a replica of the base, which is "
         f"{degree:,} ({given}, {ranks:,} process{'es' if ranks > 1 else ''}); set parallel.expert_degree="
-        f"{f'{degree}, or 1 (every rank gathers all experts)' if degree > 1 else '1'}",
+        f"{'replica, or 1 (every rank gathers all experts)' if degree > 1 else '1'}",
     )
     gathers = {
         "parallel=zero3": config.parallel.backend == "zero3",

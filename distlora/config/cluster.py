@@ -241,10 +241,11 @@ class ParallelConfig:
     """Ranks per replica of the base. Each group of this many ranks shards one full replica; only gradients cross groups
     (HSDP). null: one replica over all ranks. `node`: one per node (cluster.gpus_per_node). 1: no sharding. A rank's
     memory for the base is 1/shard_degree of it."""
-    expert_degree: int = 1
+    expert_degree: int | Literal["replica"] = 1
     """Ranks that divide the experts of each layer: those of one replica (shard_degree), or 1. Each rank then computes
     its own experts with the tokens of all ranks, which are exchanged, instead of gathering the weights of all experts.
-    That moves fewer bytes for few tokens. 1: every rank gathers all experts. FSDP2 only."""
+    That moves fewer bytes for few tokens. 1: every rank gathers all experts. `replica`: as many as a replica has, so
+    that a resume may be on another number of ranks. FSDP2 only."""
     offload_base: bool = False
     """Keep each rank's shard of the base in pinned host memory; needs parallel=zero3. A GPU then holds up to three
     layers' weights, or two and the LM head's. Each gather copies the rank's shard over PCIe while the layer before
@@ -288,7 +289,12 @@ class ParallelConfig:
             "gathered, by stage3_param_persistence_threshold of parallel.deepspeed_config; leave it out, or set "
             "parallel=fsdp2",
         )
-        require_positive("parallel", self, "bucket_mb", "expert_degree")
+        require_positive("parallel", self, "bucket_mb")
+        require(
+            self.expert_degree == "replica" or (isinstance(self.expert_degree, int) and self.expert_degree > 0),
+            f"parallel.expert_degree={self.expert_degree} is not a valid number of ranks; set it to 1 (every rank "
+            "gathers all experts), or to replica (the ranks that shard a replica)",
+        )
         require(
             self.backend == "fsdp2" or self.expert_degree == 1,
             f"parallel.expert_degree={self.expert_degree} is FSDP2's: DeepSpeed gathers whole layers; leave it out, or "

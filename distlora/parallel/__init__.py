@@ -60,7 +60,7 @@ def parallelize(
         units = zero3.shard(model, backend.shards, gathering, device=ranks.device, traffic=traffic)
         backend.after_backward = units.end_backward
     elif backend.sharded:
-        if parallel.expert_degree > 1:
+        if parallel.expert_degree != 1:
             divide_experts(model, backend.shards, ranks.device.type, traffic)
         fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
         parallel.check_blocks(len(model.blocks))

@@ -133,7 +133,7 @@ class Plan:
 
 def plan_of(config: Config, model: PlannedModel, machine: Machine, *, trials: Sequence[Workload] = ()) -> Plan:
     """Return the plan of a run, or of trials trained together, on `machine`, whose ranks count. Reads no file."""
-    work, ranks = trained_together(trials) if trials else Workload.of(config), machine.ranks
+    work, ranks = trained_together(trials) if trials else Workload.of(config, machine.ranks), machine.ranks
     return Plan(
         config=config,
         work=work,

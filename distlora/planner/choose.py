@@ -187,7 +187,7 @@ class Search:
             return [{setting: 1}]
         degree, format = config.shard_degree(ranks), Workload.of(config).format
         divides = degree > 1 and model.shapes.cuts_between_experts(format, degree)
-        return [{setting: 1}, {setting: degree}] if divides else [{setting: 1}]
+        return [{setting: 1}, {setting: "replica"}] if divides else [{setting: 1}]
 
     def _ways(self) -> Iterator[Settings]:
         """Yield each combination of free values of accumulation, checkpointing, MLP tiles and prefetch.
@@ -468,8 +468,9 @@ def _meaning(name: str, value: Any, plan: Plan) -> str:
             return f"the base is offloaded to host memory ({size(plan.host.machine)} per node in all)"
         case "parallel.shard_degree" if value is None:
             return f"one replica of the base is sharded over all {plan.machine.ranks:,} ranks"
-        case "parallel.expert_degree" if value > 1:
-            return f"{value} ranks divide the experts and exchange tokens, instead of gathering all experts"
+        case "parallel.expert_degree" if value != 1:
+            ranks = plan.work.expert_degree
+            return f"{ranks} ranks divide the experts and exchange tokens, instead of gathering all experts"
         case "parallel.expert_degree":
             return "every rank gathers all experts"
     return _MEANINGS[name, value]

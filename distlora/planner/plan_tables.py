@@ -102,8 +102,8 @@ def how(plan: Plan) -> Iterator[str]:
         yield f"{' and '.join(what)} on the host ({size(plan.host.machine)})"
     if parallel.resident_blocks:
         yield f"{parallel.resident_blocks} resident"
-    if parallel.expert_degree > 1:
-        yield f"experts over {parallel.expert_degree}"
+    if plan.work.expert_degree > 1:
+        yield f"experts over {plan.work.expert_degree}"
     if plan.traffic.shards < plan.machine.ranks:
         yield f"{plan.machine.ranks // plan.traffic.shards} replicas of {plan.traffic.shards}"
 

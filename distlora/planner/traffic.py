@@ -146,7 +146,7 @@ def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
 def moved_bytes(work: Workload, shapes: ModelShapes, shards: int) -> int:
     """Return the bytes of the layers that are gathered in each pass."""
     itemsize, first = DTYPE_BYTES[work.train.dtype], shapes.num_layers - moved_blocks(work, shapes)
-    divided = work.parallel.expert_degree > 1
+    divided = work.expert_degree > 1
     return layers_bytes(shapes, shards, format=work.format, itemsize=itemsize, first=first, divided=divided)
 
 
@@ -161,7 +161,7 @@ def exchanged_bytes(work: Workload, shapes: ModelShapes, accumulation: int) -> i
     forwards, total = 1 if train.checkpointing == "none" else 2, 0
     reference = int(train.objective == "dpo")
     slots = forwards * int(len(work.adapters) > 1) + reference * int(all(each.starts_as_base for each in work.adapters))
-    for kind, count in shapes.architecture.counted() if work.parallel.expert_degree > 1 else ():
+    for kind, count in shapes.architecture.counted() if work.expert_degree > 1 else ():
         if kind.experts is not None:
             rows = work.tokens_at_once * kind.experts.chosen
             total += count * 2 * itemsize * shapes.hidden * rows * (forwards + 1 + reference)

@@ -20,6 +20,8 @@ class Workload:
     """The adapter of each trial; a run alone has one."""
     parallel: ParallelConfig
     gpus_per_node: int
+    expert_degree: int
+    """Ranks that divide the experts of each layer; 1: every rank gathers all."""
     format: str | None
     """Format of large weights of the decoder layers, unless `ModelShapes.formats` has another; None: all are dense;
     KEEP: as `ModelShapes.kept`."""
@@ -41,8 +43,8 @@ class Workload:
     """2 if RUN/best is kept beside the result."""
 
     @classmethod
-    def of(cls, config: Config) -> Workload:
-        """Return the workload of a run."""
+    def of(cls, config: Config, ranks: int | None = None) -> Workload:
+        """Return the workload of a run on so many ranks (None: the config's)."""
         train, data = config.train, config.data
         steps = train.max_steps
         if steps is None and config.plan.tokens is not None:
@@ -53,6 +55,7 @@ class Workload:
             adapters=(config.adapter,),
             parallel=config.parallel,
             gpus_per_node=config.cluster.gpus_per_node,
+            expert_degree=config.expert_degree(ranks or config.cluster.ranks),
             format=KEEP if config.quant.method == KEEP else config.quant.default_format,
             dense_layers=config.quant.num_dense,
             keeps_shards=config.quant.keeps_shards,

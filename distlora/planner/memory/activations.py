@@ -101,7 +101,7 @@ class Costs(LayerRun):
         shapes, settings, gpu = model.shapes, model.settings, machine.gpu
         adapter, architecture = work.adapter, shapes.architecture
         kind = kind or architecture.largest
-        decoder = Decoder.of(architecture, kind, expert_degree=work.parallel.expert_degree)
+        decoder = Decoder.of(architecture, kind, expert_degree=work.expert_degree)
         sixteen_bits = work.train.dtype == "bf16"
         full, rows = adapter.method == "full", traffic.trained_rows(work, shapes)
         attention = Attention(kind=attention_kind(work, architecture, decoder, is_gpu=machine.is_gpu))

@@ -154,7 +154,7 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
         return (dense("embeddings", shape, trained=full or name in adapter.modules_to_save),)
 
     def of_block(weight: Weight, format: str | None) -> tuple[BaseTensor, ...]:
-        divided = weight.kind == "experts" and work.parallel.expert_degree > 1
+        divided = weight.kind == "experts" and work.expert_degree > 1
         if format is None:
             return (dense("weights" if weight.packs else "norms", weight.shape, trained=full, divided=divided),)
         return packed(weight.shape, format, ("codes", "scales"), divided=divided)

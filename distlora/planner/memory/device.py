@@ -168,7 +168,7 @@ def buffer_bytes(model: PlannedModel, work: Workload) -> int:
 
 def _packed_shapes(work: Workload, model: PlannedModel) -> list[tuple[tuple[int, ...], ...]]:
     """Return the shapes of each decoder layer's quantized weights, of divided experts a rank's."""
-    kinds, degree = model.shapes.architecture.kinds, work.parallel.expert_degree
+    kinds, degree = model.shapes.architecture.kinds, work.expert_degree
 
     def local(weight: Weight) -> tuple[int, ...]:
         first, *more = weight.shape

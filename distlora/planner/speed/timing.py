@@ -196,7 +196,7 @@ def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: i
         if key not in found:
             kind = architecture.kinds[number]
             named = {} if index < work.dense_layers else formats_by_name(kind, formats)
-            decoder = Decoder.of(architecture, kind, expert_degree=work.parallel.expert_degree)
+            decoder = Decoder.of(architecture, kind, expert_degree=work.expert_degree)
             documents = cut(length, document)
             seen = pairs_computed(how.attention, documents, kind.window, decoder.heads // decoder.key_heads)
             found[key] = block_work(
@@ -438,7 +438,7 @@ def _assumptions(work: Workload, machine: Machine, document: int | None) -> list
         assumptions.append("deterministic attention gradients cost no extra time")
     if work.parallel.resident_blocks == "auto" and machine.ranks > 1:
         assumptions.append("no layer is resident: the number is chosen after the first step")
-    if work.parallel.expert_degree > 1:
+    if work.expert_degree > 1:
         assumptions.append("tokens choose all experts equally often; of uneven loads the busiest rank sets the pace")
     if work.adapter.use_dora and not machine.is_gpu:
         assumptions.append("DoRA's magnitudes are folded into packed weights, as on a GPU")

@@ -88,8 +88,9 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     check_model_sizes(config.parallel, config.train, model.shapes.architecture)
     check_router_loss(config.train, model.shapes.architecture, model.settings)
     config.quant.check_layers(model.shapes.num_layers)
-    if (degree := config.parallel.expert_degree) > 1:
-        divides = model.shapes.cuts_between_experts(Workload.of(config).format, degree)
+    if (degree := config.parallel.expert_degree) != 1:
+        ranks = config.expert_degree(config.cluster.ranks)
+        divides = model.shapes.cuts_between_experts(Workload.of(config).format, ranks)
         require(
             divides is not None,
             f"parallel.expert_degree={degree} has no effect on {model.name}, which has no mixture of experts; leave it "

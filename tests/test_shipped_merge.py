@@ -19,7 +19,7 @@ from distlora.post.merge.merge import merge_to
 from distlora.post.merge.request import REQUANTIZED, Receipt, default_dtype
 from distlora.post.trained import Name, Trained
 from distlora.training.publish import publish_result
-from distlora.weights.low_bit.codecs import Rows
+from distlora.weights.low_bit.codecs import MatrixRows
 from distlora.weights.low_bit.requantize import GRIDS, requantize
 from distlora.weights.reader import Reader
 from distlora_launcher.cli.main import main
@@ -51,7 +51,7 @@ def requantized(folder: Path, made: Checkpoint, weight: Tensor) -> tuple[Checkpo
     with Reader() as reader:
         rows = weight.mT if tensor.transposed else weight
         bands = _matrices(rows, tensor.block[0])
-        found = [requantize(Rows(tensor, reader, m, low, low + len(part)), part) for (m, low), part in bands]
+        found = [requantize(MatrixRows(tensor, reader, m, low, low + len(part)), part) for (m, low), part in bands]
     for part in ("codes", "scales"):
         name = names[tensor.parts[part]]
         old, new = tensors[name], torch.cat([parts[part].reshape(-1) for parts, _ in found])

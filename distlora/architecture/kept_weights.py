@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.low_bit_bnb import BNB_NF4
 from distlora.architecture.low_bit_headers import USE_16_BIT, LowBitSegment
-from distlora.architecture.low_bit_methods import NF4, expected_parts, is_converted, quantization_method, with_low_bit
+from distlora.architecture.low_bit_methods import expected_parts, is_converted, quantization_method, with_low_bit
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.architecture.spec import Architecture
 from distlora.config import ModelSpec, UserError
@@ -36,7 +37,7 @@ class KeptWeight(NamedTuple):
 
 def kept_by(spec: ModelSpec, base: CheckpointFiles, architecture: Architecture) -> dict[str, KeptWeight]:
     """Return the weights that a run keeps as its checkpoint has them. Raises UserError if it cannot keep them."""
-    in_nf4 = quantization_method(base.config, base.folder / "config.json") == NF4
+    in_nf4 = quantization_method(base.config, base.folder / "config.json") == BNB_NF4
     if in_nf4:
         check_nf4_base(spec)
     if spec.quant.method != "keep" and not in_nf4:

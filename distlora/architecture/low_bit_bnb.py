@@ -22,13 +22,13 @@ from distlora.architecture.low_bit_headers import (
 from distlora.config import require
 from distlora.config.errors import short
 from distlora.config.json_files import parse_object
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 
-NF4 = "nf4"
+BNB_NF4 = "nf4"
 """Method of checkpoints that bitsandbytes quantized to 4 bits."""
 QUANT_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
 """Name of the settings of a weight in 4 bits: the weight's name, nf4 or fp4."""
-_NF4_BLOCK, _NF4_GROUP = 64, 256
-"""Weights that share an absmax, and absmax that share a nested_absmax."""
+_NF4 = FORMAT_LAYOUTS["nf4"]
 
 
 def check_bnb(settings: Mapping[str, Any], where: str) -> None:
@@ -62,16 +62,16 @@ def _nf4(parts: Parts, name: str, state_name: str, kind: str) -> Nf4Tensor:
     state = parse_object(content_of(at), f"{at.file}: {state_name}", "download it again")
     nested = "nested_blocksize" in state or "nested_offset" in state
     check_value(state, where, "quant_type", "nf4")
-    check_value(state, where, "blocksize", _NF4_BLOCK)
+    check_value(state, where, "blocksize", _NF4.block)
     if nested:
-        check_value(state, where, "nested_blocksize", _NF4_GROUP)
+        check_value(state, where, "nested_blocksize", _NF4.blocks_per_group)
         check_value(state, where, "nested_dtype", "float32")
     shape: Any = state.get("shape")
     offset = state.get("nested_offset") if nested else None
     require(is_block(shape), f"{where}.shape={short(shape)} is not that of a linear; {USE_16_BIT}")
     is_finite = isinstance(offset, float) and math.isfinite(offset)
     require(is_finite or not nested, f"{where}.nested_offset={short(offset)} is not a finite number; {DOWNLOAD_AGAIN}")
-    blocks, num_bytes = -(-math.prod(shape) // _NF4_BLOCK), -(-math.prod(shape) // 2)
+    blocks, num_bytes = -(-math.prod(shape) // _NF4.block), -(-math.prod(shape) // 2)
     codes = parts.take(name, name, ("U8", "BF16", "F16", "F32"))
     require(
         codes.num_bytes == num_bytes,
@@ -84,14 +84,14 @@ def _nf4(parts: Parts, name: str, state_name: str, kind: str) -> Nf4Tensor:
     )
     taken["quant_map"] = parts.take(f"{name}.quant_map", name, ("F32",), (16,))
     if nested:
-        taken["group_scale"] = parts.take(f"{name}.nested_absmax", name, ("F32",), (-(-blocks // _NF4_GROUP),))
+        taken["group_scale"] = parts.take(f"{name}.nested_absmax", name, ("F32",), (_NF4.num_groups(shape),))
         taken["nested_quant_map"] = parts.take(f"{name}.nested_quant_map", name, ("F32",), (256,))
     return Nf4Tensor(
         name=name,
         shape=tuple(shape),
         codec="bnb_nf4",
         parts=taken,
-        block=(1, _NF4_BLOCK),
+        block=(1, _NF4.block),
         bits=4,
         format="nf4" if nested else "nf4_absmax",
         offset=offset,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.low_bit_bnb import NF4 as NF4
+from distlora.architecture.low_bit_bnb import BNB_NF4 as BNB_NF4
 from distlora.architecture.low_bit_bnb import QUANT_STATE, check_bnb, find_bnb
 from distlora.architecture.low_bit_headers import (
     ACTIVATIONS,
@@ -55,7 +55,7 @@ def quantization_method(config: Mapping[str, Any], place: Path | str) -> str | N
             f"{where}.quant_method={short(method)} is not supported, only {', '.join(_METHODS)}; {USE_16_BIT}"
         )
     _METHODS[method].check(quantization, where)
-    return NF4 if method == "bitsandbytes" and not quantization.get("load_in_8bit") else method
+    return BNB_NF4 if method == "bitsandbytes" and not quantization.get("load_in_8bit") else method
 
 
 def _name_of(quantization: Mapping[str, Any]) -> Any:

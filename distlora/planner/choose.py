@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.config import Config, TrainConfig
 from distlora.config.plan import CHOSEN
 from distlora.planner import Plan, plan_of
@@ -421,7 +421,7 @@ def _quantizations(search: Search) -> tuple[list[str], str | None]:
             return ["keep", "nf4"], None
         return ["keep"], f"{model.name} is shipped in {model.shapes.kept_formats}, which is kept"
     only_nf4 = {
-        f"{model.name} is in NF4 already": quantization_method(model.settings, model.name) == NF4,
+        f"{model.name} is in NF4 already": quantization_method(model.settings, model.name) == BNB_NF4,
         "the adapter starts from the quantization error of NF4": config.adapter.for_nf4,
         f"quant.dense_layers={config.quant.dense_layers} needs quantized weights": config.quant.dense_layers != 0,
         "the GPU's memory is unknown": search.machine.usable_bytes is None,

@@ -15,7 +15,7 @@ from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.gguf_note import NOTE_NAME
 from distlora.architecture.kept_weights import expected_headers, kept_tokens, kept_weights, nothing_to_keep
-from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, read_index
 from distlora.architecture.shapes import KEEP, ModelShapes, architecture_named, nearest_architecture, shapes_of
 from distlora.config import Config, ModelConfig, UserError
@@ -162,7 +162,7 @@ def model_in(
     shapes = shapes_of(settings, place)
     noted = (folder / NOTE_NAME).is_file()
     shapes, cannot_keep = _with_kept(shapes, settings, folder, has_headers=noted or size is not None, is_low_bit=noted)
-    if shapes.kept and quantization_method(settings, place) == NF4:  # Kept by quant=nf4 too, and other linears dense.
+    if shapes.kept and quantization_method(settings, place) == BNB_NF4:  # quant=nf4 keeps them too.
         layers = ((index, shapes.architecture.layer(index).weights) for index in range(shapes.num_layers))
         linears = {index: [each.path for each in weights if each.kind == "linear"] for index, weights in layers}
         formats = {index: {**dict.fromkeys(paths), **shapes.kept.get(index, {})} for index, paths in linears.items()}

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, header_bytes, lay_out
 from distlora.architecture.shapes import Asked, ModelShapes
 from distlora.architecture.targets import peft_paths
@@ -208,7 +208,7 @@ def _result_bytes(work: Workload, model: PlannedModel, trained: Sequence[Tensor]
 
 def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
     """Return the bytes of cached quantized shards with headers per layer and rank; 0 for an NF4 checkpoint."""
-    if not work.keeps_shards or quantization_method(model.settings, model.name) == NF4:
+    if not work.keeps_shards or quantization_method(model.settings, model.name) == BNB_NF4:
         return 0
     shapes = model.shapes
     shards, total = work.shard_degree(machine.ranks), 0

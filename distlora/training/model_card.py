@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.spec import architecture_of
 from distlora.config import SourceConfig, UserError
 from distlora.config.base import is_hub_name
@@ -229,7 +229,7 @@ def _use(result: Result, repository: str, base: str | None) -> str:
     revision = f', revision="{commit}"' if commit else ""
     if file is not None:
         revision, stored = f', gguf_file="{PurePath(file).name}"', "GGUF blocks"
-    is_low_bit = stored not in (None, NF4)  # bitsandbytes quantizes 16-bit checkpoints only.
+    is_low_bit = stored not in (None, BNB_NF4)  # bitsandbytes quantizes 16-bit checkpoints only.
     needs_nf4 = result.config.adapter.for_nf4 and not is_low_bit
     # PEFT adds to fused experts in 16 bits alone.
     dense = _DENSE.get(str(stored), "") if result.adapter and result.adapter.get("target_parameters") else ""

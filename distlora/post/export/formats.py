@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.spec import architecture_of
 from distlora.architecture.targets import select_adapted
 from distlora.config import UserError, require
@@ -171,7 +171,7 @@ def dtype_of_base(trained: Trained) -> str:
 
 def is_packed(trained: Trained) -> bool:
     """Return True if the base is stored in NF4."""
-    return quantization_method(read_config(trained.base), trained.base) == NF4
+    return quantization_method(read_config(trained.base), trained.base) == BNB_NF4
 
 
 def refuse(trained: Trained, request: ExportRequest) -> None:

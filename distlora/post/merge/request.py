@@ -11,7 +11,7 @@ from typing import Any, Literal
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor, in_nf4
-from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.config import require
 from distlora.config.json_files import check_shape, read_object
 from distlora.output.results import Table
@@ -93,7 +93,7 @@ def check_mergeable(trained: Trained, onto: Onto) -> None:
         "and the base on disk has lost nothing; leave --onto out",
     )
     require(
-        quantization_method(read_config(Path(spec.path)), spec.path) != NF4,
+        quantization_method(read_config(Path(spec.path)), spec.path) != BNB_NF4,
         f"--onto=original: {spec.model.path} is quantized on disk, so there are no 16-bit weights to merge onto; "
         "leave --onto out",
     )

@@ -18,7 +18,7 @@ from distlora.config import UserError
 from distlora.post.merge.output_folder import Cursor, Files, Tensors
 from distlora.post.merge.parameters import Parameter
 from distlora.post.weights import Base
-from distlora.weights.low_bit.codecs import Rows
+from distlora.weights.low_bit.codecs import MatrixRows
 from distlora.weights.low_bit.requantize import requantize
 from distlora.weights.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
 
@@ -93,11 +93,11 @@ class LowBitCursor:
         assert not self._bands, "a parameter ended early"
 
 
-def _bands(tensor: LowBitTensor, reader: Reader) -> Iterator[Rows]:
+def _bands(tensor: LowBitTensor, reader: Reader) -> Iterator[MatrixRows]:
     """Yield stored rows in flat order: rows of whole blocks; transposed matrices whole."""
     rows, width = tensor.stored_shape[-2:]
     height = tensor.block[0]
     step = rows if tensor.transposed else max(BAND // width // height, 1) * height
     for matrix in range(tensor.shape[0] if len(tensor.shape) == 3 else 1):
         for first in range(0, rows, step):
-            yield Rows(tensor, reader, matrix, first, min(first + step, rows))
+            yield MatrixRows(tensor, reader, matrix, first, min(first + step, rows))

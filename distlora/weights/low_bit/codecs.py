@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from distlora.weights.reader import Reader
 
 
-class Rows(NamedTuple):
+class MatrixRows(NamedTuple):
     """Rows [first, stop) of a stored matrix."""
 
     tensor: LowBitTensor
@@ -76,14 +76,14 @@ class Codec(ABC):
     """Values of the format's parts past the end of a weight, where they are not zeros."""
 
     @abstractmethod
-    def rows(self, at: Rows) -> Tensor:
+    def rows(self, at: MatrixRows) -> Tensor:
         """Return some rows of a stored matrix, (rows, I) fp32 or bf16."""
 
-    def columns(self, at: Rows) -> Tensor:
+    def columns(self, at: MatrixRows) -> Tensor:
         """Return columns [first, stop) of a stored matrix, whole blocks, as rows (stop - first, O)."""
         raise AssertionError(f"{at.tensor.name} is transposed")
 
-    def row_blocks(self, at: Rows) -> tuple[Tensor, ...]:
+    def row_blocks(self, at: MatrixRows) -> tuple[Tensor, ...]:
         """Return the parts of all blocks of tensor.format in some rows: each (blocks, values)."""
         raise AssertionError(f"no format has blocks of {at.tensor.name}")
 
@@ -102,7 +102,7 @@ class Codec(ABC):
         while row < stop:
             matrix, start = divmod(row, down)
             end = min(down, start + stop - row)
-            at = Rows(tensor, reader, matrix, start * height, min(end * height, num_rows))
+            at = MatrixRows(tensor, reader, matrix, start * height, min(end * height, num_rows))
             pieces.append(self.row_blocks(at))
             row += end - start
         return tuple(torch.cat(part)[skipped : skipped + count] for part in zip(*pieces, strict=True))
@@ -119,13 +119,13 @@ class Codec(ABC):
         while start < stop:
             row, matrix = start // width % num_rows, start // width // num_rows
             first = row // step * step
-            band = self._band(Rows(tensor, reader, matrix, first, min(first + step, num_rows)))
+            band = self._band(MatrixRows(tensor, reader, matrix, first, min(first + step, num_rows)))
             before = (matrix * num_rows + first) * width
             end = min(stop, before + band.numel())
             yield band[start - before : end - before]
             start = end
 
-    def _band(self, at: Rows) -> Tensor:
+    def _band(self, at: MatrixRows) -> Tensor:
         key, kept = (at.tensor, at.matrix, at.first), at.reader.last_band
         if kept is not None and kept[0] == key:
             return kept[1]
@@ -146,7 +146,7 @@ class ScaledCodec(Codec):
     transformers' Fp8Dequantize; compressed-tensors' float-quantized and int-quantized; ModelOpt's FP8.
     """
 
-    def rows(self, at: Rows) -> Tensor:
+    def rows(self, at: MatrixRows) -> Tensor:
         """Return rows of a stored matrix."""
         columns = at.tensor.block[1]
         values, scales = at.read("codes").float(), self._scales(at)
@@ -156,13 +156,13 @@ class ScaledCodec(Codec):
         return values
 
     @staticmethod
-    def _scales(at: Rows) -> Tensor:
+    def _scales(at: MatrixRows) -> Tensor:
         """Return the scales of each row."""
         stored, height = at.read("scales"), at.tensor.block[0]
         scales = powers_of_two(stored) if stored.itemsize == 1 else stored.float()
         return scales[torch.arange(at.first, at.stop).div(height, rounding_mode="floor") - at.first // height]
 
-    def row_blocks(self, at: Rows) -> tuple[Tensor, ...]:
+    def row_blocks(self, at: MatrixRows) -> tuple[Tensor, ...]:
         """Return (codes (n, 16384) uint8, scales (n, 1) fp32) of tiles of 128 x 128, zeros past the edges."""
         of_tiles = torch.arange(0, at.tensor.stored_shape[-1], TILE).div(at.tensor.block[1], rounding_mode="floor")
         return in_tiles(at.read("codes").view(torch.uint8)), self._scales(at)[::TILE, of_tiles].reshape(-1, 1)
@@ -171,7 +171,7 @@ class ScaledCodec(Codec):
 class BnbInt8Codec(Codec):
     """bitsandbytes' 8-bit rows (functional.int8_vectorwise_dequant): code * absmax * (1 / 127) in fp32."""
 
-    def rows(self, at: Rows) -> Tensor:
+    def rows(self, at: MatrixRows) -> Tensor:
         """Return rows of a stored matrix."""
         layout = at.tensor.parts.get("layout")
         if layout is not None and int(at.reader.read([layout], 0, 1)):
@@ -194,7 +194,7 @@ class Fp4Codec(Codec):
     def __init__(self, format: BlockFormat, *, reciprocal: bool = False) -> None:
         self.format, self.reciprocal = format, reciprocal
 
-    def rows(self, at: Rows) -> Tensor:
+    def rows(self, at: MatrixRows) -> Tensor:
         """Return rows of a stored matrix."""
         if self.reciprocal:
             codes, scales, scale_2 = self._parts(at)
@@ -204,19 +204,19 @@ class Fp4Codec(Codec):
         values = self.format.decode(*self.row_blocks(at)).view(at.num_rows, -1)
         return values.bfloat16() if self.format is MXFP4 else values
 
-    def columns(self, at: Rows) -> Tensor:
+    def columns(self, at: MatrixRows) -> Tensor:
         """Return columns of a stored matrix as rows."""
         assert self.format is MXFP4, "gpt-oss alone is transposed"
         codes, scales = at.read_columns("codes"), at.read_columns("scales")
         values = self.format.decode(codes.reshape(-1, MXFP4.block // 2), scales.reshape(-1, 1))
         return values.bfloat16().view(len(codes), -1).T.contiguous()
 
-    def _parts(self, at: Rows) -> tuple[Tensor, ...]:
+    def _parts(self, at: MatrixRows) -> tuple[Tensor, ...]:
         codes, scales, global_scale = at.read("codes"), at.read("scales"), at.tensor.parts.get("global_scale")
         more = [] if global_scale is None else [at.reader.read([global_scale], 0, 1)]
         return codes, scales.view(torch.uint8), *more
 
-    def row_blocks(self, at: Rows) -> tuple[Tensor, ...]:
+    def row_blocks(self, at: MatrixRows) -> tuple[Tensor, ...]:
         """Return (codes (n, 16 or 8) uint8, scales (n, 1) uint8), with NVFP4 the global scale (n, 1) fp32."""
         codes, scales, *more = self._parts(at)
         scales = scales.reshape(-1, 1)
@@ -228,10 +228,10 @@ class IntegerCodec(Codec):
     """Integers of 4 or 8 bits with a zero point and a scale per group of a row: (code - zero) * scale in fp32."""
 
     @abstractmethod
-    def integers(self, at: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def integers(self, at: MatrixRows) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes (n, I) and zeros (n, G), both uint8 as stored, and scales (n, G) of some rows."""
 
-    def rows(self, at: Rows) -> Tensor:
+    def rows(self, at: MatrixRows) -> Tensor:
         """Return rows of a stored matrix."""
         codes, zeros, scales = self.integers(at)
         groups = self._groups(at.tensor, at.reader)
@@ -252,7 +252,7 @@ class IntegerCodec(Codec):
             )
         return groups
 
-    def row_blocks(self, at: Rows) -> tuple[Tensor, ...]:
+    def row_blocks(self, at: MatrixRows) -> tuple[Tensor, ...]:
         """Return (codes (n, N / 2) uint8, low nibble first, scales (n, 1) as stored), and stored zeros (n, 1) uint8."""
         (codes, zeros, scales), tensor = self.integers(at), at.tensor
         assert tensor.format is not None, f"{tensor.name} has no format"
@@ -285,7 +285,7 @@ def unpacked(words: Tensor, bits: int, *, interleaved: bool = False) -> Tensor:
 class PackedCodec(IntegerCodec):
     """compressed-tensors' pack-quantized: words along the rows; zero points packed along the columns of (O, G)."""
 
-    def integers(self, at: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def integers(self, at: MatrixRows) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes, zeros and scales of some rows."""
         tensor, reader, matrix, first, stop = at
         shape, bits = tensor.parts["shape"], tensor.bits
@@ -315,7 +315,7 @@ class GptqCodec(IntegerCodec):
     def __init__(self, *, first_version: bool) -> None:
         self.first_version = first_version
 
-    def integers(self, at: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def integers(self, at: MatrixRows) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes, zeros and scales of some rows."""
         tensor, reader, _, first, stop = at
         per_word = 32 // tensor.bits
@@ -335,7 +335,7 @@ class GptqCodec(IntegerCodec):
 class AwqCodec(IntegerCodec):
     """AutoAWQ's columns (gemm): words along O in codes (I, O / 8) and zeros (G, O / 8), eight columns interleaved."""
 
-    def integers(self, at: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    def integers(self, at: MatrixRows) -> tuple[Tensor, Tensor, Tensor]:
         """Return codes, zeros and scales of some rows."""
         tensor, reader, _, first, stop = at
         words = (reader.read_columns(tensor.parts[part], first // 8, -(-stop // 8)) for part in ("codes", "zeros"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from distlora.architecture.gguf_note import GgufTensor, format_name
 from distlora.architecture.low_bit_headers import LowBitTensor
 from distlora.architecture.safetensors_headers import Segment
-from distlora.weights.low_bit.codecs import Codec, Rows
+from distlora.weights.low_bit.codecs import Codec, MatrixRows
 from distlora_kernels.formats import FORMATS
 from distlora_kernels.reference import GROUP
 
@@ -26,7 +26,7 @@ DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class GgufCodec(Codec):
     """ggml's blocks, row by row, in fp32: the values of gguf.quants.dequantize."""
 
-    def rows(self, at: Rows) -> Tensor:
+    def rows(self, at: MatrixRows) -> Tensor:
         """Return rows of a stored matrix."""
         before = at.matrix * at.tensor.shape[-2] if at.matrix else 0
         return self._decoded(at.tensor, at.reader, before + at.first, before + at.stop).view(at.num_rows, -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distlora.architecture.low_bit_headers import LowBitTensor, Nf4Tensor
 from distlora.config import UserError
-from distlora.weights.low_bit.codecs import Codec, Rows
+from distlora.weights.low_bit.codecs import Codec, MatrixRows
 from distlora_kernels import reference
 from distlora_kernels.formats.nf4 import NF4, NF4_ABSMAX, Nf4
 from distlora_kernels.reference import BLOCKS_PER_GROUP, GROUP
@@ -33,7 +33,7 @@ class Nf4Codec(Codec):
 
     padding = PADDING
 
-    def rows(self, at: Rows) -> Tensor:
+    def rows(self, at: MatrixRows) -> Tensor:
         """Return rows of the weight."""
         start, end = (row * at.tensor.shape[-1] for row in (at.first, at.stop))
         low, high = start // GROUP, reference.num_groups(end)

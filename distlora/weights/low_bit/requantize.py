@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from distlora.weights.low_bit import CODECS
-from distlora.weights.low_bit.codecs import Fp4Codec, PackedCodec, Rows, powers_of_two
+from distlora.weights.low_bit.codecs import Fp4Codec, MatrixRows, PackedCodec, powers_of_two
 from distlora.weights.reader import TORCH_DTYPES
 from distlora_kernels.formats.codes import E2M1
 
@@ -47,7 +47,7 @@ def _exponents(scales: Tensor) -> Tensor:
     return (exponents - (mantissas == 0.5).int() + 127).clamp(0, 254).to(torch.uint8)
 
 
-def _scaled(at: Rows) -> Grid:
+def _scaled(at: MatrixRows) -> Grid:
     """FP8 or 8-bit integers: the scale is the largest magnitude over that of the codes."""
     is_fp8 = at.tensor.parts["codes"].dtype == "F8_E4M3"
     dtype, low, top = (torch.float8_e4m3fn, -448, 448) if is_fp8 else (torch.int8, -128, 127)
@@ -61,7 +61,7 @@ def _scaled(at: Rows) -> Grid:
     )
 
 
-def _fp4(at: Rows) -> Grid:
+def _fp4(at: MatrixRows) -> Grid:
     """MXFP4 by OCP's rule, 2 ** (floor(log2 max |W|) - 2), or NVFP4: max |W| / 6 in e4m3 over the global scale."""
 
     def codes(levels: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _fp4(at: Rows) -> Grid:
     )
 
 
-def _packed(at: Rows) -> Grid:
+def _packed(at: MatrixRows) -> Grid:
     """compressed-tensors' integers: the smallest scale that is within half a step of every weight of the block."""
     tensor, codec = at.tensor, CODECS[at.tensor.codec]
     assert isinstance(codec, PackedCodec)
@@ -120,7 +120,7 @@ GRIDS = {"scaled": _scaled, "mxfp4": _fp4, "nvfp4": _fp4, "modelopt_nvfp4": _fp4
 
 
 @torch.no_grad()
-def requantize(at: Rows, values: Tensor) -> tuple[dict[str, Tensor], float]:
+def requantize(at: MatrixRows, values: Tensor) -> tuple[dict[str, Tensor], float]:
     """Return the codes and scales of `values` (rows, I) fp32, by part, and the squared error.
 
     The rows are whole rows of blocks.

@@ -9,7 +9,7 @@ from typing import Literal
 
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
-from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.config import ModelConfig, ModelSpec, UserError, require
 from distlora.config.base import is_hub_name, means_hub, place_of
 from distlora.data.formats import DATA_FORMATS
@@ -294,7 +294,7 @@ def model_subject(place: str, quant: Quant | None) -> Subject:
     model = ModelConfig(path=path)
     with with_small_files(model) as here:
         small = Path(here.path)
-        in_nf4 = quantization_method(read_config(small), small) == NF4
+        in_nf4 = quantization_method(read_config(small), small) == BNB_NF4
         require(
             quant != "none" or not in_nf4,
             f"--quant={quant}: {place} is stored in NF4; leave --quant out",

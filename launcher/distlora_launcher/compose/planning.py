@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.architecture.kept_weights import check_nf4_base
-from distlora.architecture.low_bit_methods import NF4, quantization_method
+from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.targets import check_router_loss
 from distlora.config import Config, UserError, require
 from distlora.config.deepspeed_file import check_deepspeed
@@ -101,7 +101,7 @@ def check_planned(config: Config, model: PlannedModel) -> None:
             f"parallel.expert_degree={degree} does not divide the experts of {model.name} and their stored groups of "
             f"16,384 weights alike; set parallel.expert_degree=1, or another parallel.shard_degree",
         )
-    if quantization_method(model.settings, model.name) == NF4:
+    if quantization_method(model.settings, model.name) == BNB_NF4:
         check_nf4_base(spec)
     if spec.quant.method == "keep" and model.cannot_keep is not None:
         raise model.cannot_keep

@@ -506,6 +506,9 @@ def test_experts_that_share_a_factor_train_as_pefts_whose_copies_stay_equal(
     spec = config_for(folder_of(name), adapter={"target_modules": "mlp", "r": 3, "expert_sharing": sharing}).spec
     shared, own = shared_factors(ours), adapter_tensors(ours)
     assert len(shared) == 2 * 3
+    factors = {"shared_a": "A of down_proj and A of gate_up_proj", "shared_b": "B of down_proj and B of gate_up_proj"}
+    expected = factors.get(sharing, "A of gate_up_proj and B of down_proj")
+    assert f"; all experts of a layer share {expected}; " in next(describe_experts(ours))
     assert not says_unchanged(ours), "experts with tokens train what an expert without them uses"
     stored = stored_tensors(ours)
     whole = {n: t.make() if isinstance(t, DeferredTensor) else t.detach() for n, t in stored.items()}

@@ -94,7 +94,8 @@ def in_nf4(segment: Segment) -> bool:
 def meaning_of(headers: Mapping[str, Segment]) -> bytes:
     """Return the SHA-256 of how the weights in low bits among `headers` are decoded; empty if there are none.
 
-    The same bytes have other values by other settings, so a name of the values needs both. NF4's are stored with it.
+    The same bytes have other values by other settings, so whatever names the values must have this too. NF4
+    weights are left out: their bytes hold all that decodes them.
     """
     low_bit = [each for _, each in sorted(headers.items()) if isinstance(each, LowBitSegment) and not in_nf4(each)]
     if not (meanings := [each.tensor.meaning for each in low_bit]):

@@ -16,16 +16,16 @@ from typing import Any
 from distlora.architecture.spec import Architecture, Weight, architecture_of
 from distlora.architecture.targets import select_adapted
 from distlora.config import AdapterConfig, nearest
-from distlora_kernels.format_layouts import GROUP, cuts_between_experts, labels
+from distlora_kernels.format_layouts import GROUP, labels, shards_whole_experts
 
 _LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """The adapter of one linear, or of all experts of a fused weight.
+    """The adapter of a linear, or of a fused weight of E experts.
 
-    That has E x r rows of A and columns of B, or r of a factor that all experts share.
+    A fused weight's A has E x r rows, and its B E x r columns. A factor that all experts share has r.
     """
 
     path: str
@@ -159,7 +159,7 @@ class ModelShapes:
             weight.numel for layer in pairs for weight, format in layer if format is not None
         )
 
-    def cuts_between_experts(self, default: str | None, ranks: int) -> bool | None:
+    def shards_whole_experts(self, default: str | None, ranks: int) -> bool | None:
         """Return whether so many ranks can divide the experts of all layers (parallel.expert_degree); None without any.
 
         `default` as in `layer_formats`.
@@ -167,7 +167,7 @@ class ModelShapes:
         kinds = self.architecture.kinds
         pairs = (zip(kinds[kind].weights, formats, strict=True) for kind, formats in set(self.layer_formats(default)))
         found = [(weight.shape, format) for layer in pairs for weight, format in layer if weight.kind == "experts"]
-        return all(cuts_between_experts(shape, format, ranks) for shape, format in found) if found else None
+        return all(shards_whole_experts(shape, format, ranks) for shape, format in found) if found else None
 
     def ties(self, config: AdapterConfig) -> bool:
         """Return True if a run has one matrix for embedding and LM head; a trained whole one is untied."""

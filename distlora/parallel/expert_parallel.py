@@ -1,14 +1,14 @@
-"""Divide the experts of each layer over the ranks of a copy, and exchange tokens instead of gathering weights.
+"""Divide the experts of each layer over the ranks of a replica, and exchange tokens instead of gathering weights.
 
-FSDP2 cuts a weight's rows (groups of 16,384 weights, or experts of a dense weight) into equal runs. Where each run is a
-whole number of experts, a rank's rows are the weight of its experts: loading, caching, checking and saving see the same
-rows with and without this, and only the gather is left out.
+FSDP2 shards a weight's rows (groups of 16,384 weights, or experts of a dense weight) into equal runs. Where each run is
+a whole number of experts, a rank's rows are the weight of its experts: loading, caching, checking and saving see the
+same rows with and without this, and only the gather is left out.
 
 A call sorts its rows by expert and sends each to the rank that has it (all-to-all); the results come back the same way,
 and so do the gradients in backward. The ranks exchange the numbers of rows first, which the host reads: once per
 layer and forward.
 
-Letters: S rows of a rank (tokens x chosen experts), R received rows, E experts, N ranks of a copy.
+Letters: S rows of a rank (tokens x chosen experts), R received rows, E experts, N ranks of a replica.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from distlora.model.by_document import ByDocument
 from distlora.model.experts import Experts, ExpertWeight
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.shards import Shards
-from distlora_kernels.format_layouts import cuts_between_experts
+from distlora_kernels.format_layouts import shards_whole_experts
 
 
 def divide_experts(model: CausalLM, shards: Shards, device_type: str, traffic: Traffic) -> None:
-    """Give each rank of a copy its experts of every layer of `model` (on meta), and the exchange of their rows.
+    """Give each rank of a replica its experts of every layer of `model` (on meta), and the exchange of their rows.
 
-    Every rank must call it alike. Raises UserError if a weight cannot be cut between experts, or nothing can be.
+    Every rank must call it alike. Raises UserError if a weight cannot be sharded by whole experts, or nothing can be.
     """
     apart = [module for module in model.modules() if isinstance(module, ByDocument)]
     if any(isinstance(module, Experts) for outer in apart for module in outer.modules()):
@@ -50,24 +50,24 @@ def divide_experts(model: CausalLM, shards: Shards, device_type: str, traffic: T
     for experts in found:
         experts.exchange = exchange.begin
         for weight in experts.weights:
-            _check_cut(weight, shards.count)
+            _check_shards(weight, shards.count)
             each = weight.num_experts // shards.count
             weight.local = slice(shards.index * each, (shards.index + 1) * each)
             for name, whole in list(weight.named_parameters(recurse=False)):
                 rows = torch.empty(len(whole) // shards.count, *whole.shape[1:], dtype=whole.dtype, device="meta")
-                cut = DTensor.from_local(
+                shard = DTensor.from_local(
                     rows, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride()
                 )
-                setattr(weight, name, nn.Parameter(cut, requires_grad=False))
+                setattr(weight, name, nn.Parameter(shard, requires_grad=False))
     model.notes.append(
         f"each rank has 1/{shards.count} of the experts of {len(found):,} layers, whose tokens are exchanged"
     )
 
 
-def _check_cut(weight: ExpertWeight, count: int) -> None:
+def _check_shards(weight: ExpertWeight, count: int) -> None:
     """Raise UserError if the rows of a rank are not the weight of whole experts."""
     format = None if weight.format is None else weight.format.name
-    if not cuts_between_experts(weight.shape, format, count):
+    if not shards_whole_experts(weight.shape, format, count):
         experts, *each = weight.shape
         raise UserError(
             f"parallel.expert_degree={count} cannot divide a weight of {experts:,} experts of "
@@ -78,11 +78,11 @@ def _check_cut(weight: ExpertWeight, count: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Exchange:
-    """Exchange of rows between the ranks of this copy."""
+    """Exchange of rows between the ranks of this replica."""
 
     group: dist.ProcessGroup
-    """The copy's. Collectives of a group run in the order of their calls, which is the same on all ranks: forward's and
-    backward's, which run the same graph."""
+    """The replica's. Collectives of a group run in the order of their calls, which is the same on all ranks: forward's
+    and backward's, which run the same graph."""
     count: int
     """N."""
     traffic: Traffic

@@ -143,7 +143,7 @@ class Search:
                 yield from branch._with_micro_batches(way)
 
     def _branches(self) -> Iterator[Search]:
-        """Yield a search for each storage of the base, each number of ranks that it is sharded over, and of experts."""
+        """Yield a search for each storage of the base, each number of ranks that shard it or divide experts."""
         for storage in self._storages():
             for degree in self._shard_degrees():
                 for experts in self._expert_degrees({**storage, **degree}):
@@ -186,7 +186,7 @@ class Search:
         if config is None or config.parallel.backend != "fsdp2":
             return [{setting: 1}]
         degree, format = config.shard_degree(ranks), Workload.of(config).format
-        divides = degree > 1 and model.shapes.cuts_between_experts(format, degree)
+        divides = degree > 1 and model.shapes.shards_whole_experts(format, degree)
         return [{setting: 1}, {setting: "replica"}] if divides else [{setting: 1}]
 
     def _ways(self) -> Iterator[Settings]:

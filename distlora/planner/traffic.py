@@ -40,7 +40,7 @@ class StepBytes:
     reduced_rows: int = 0
     """Bytes of all-reduces of scattered gradients, over the ranks that own the same rows."""
     exchanged: int = 0
-    """Bytes of all-to-alls, over the ranks that share a copy of the base: the rows of this rank's tokens, both ways."""
+    """Bytes of all-to-alls, over the ranks that shard a replica: the rows of this rank's tokens, both ways."""
     shards: int
     """Ranks that cut one copy of the base between them."""
     world: int

@@ -14,7 +14,7 @@ _MOST = 2**62
 
 
 def load_in(value: Any) -> Load | None:
-    """Return the load in a value of a record; None if it is no load."""
+    """Return the load in a value of a record; None if it has another form."""
     found: Load = {}
     for layer, tokens in value.items() if isinstance(value, Mapping) else ():
         if not (layer.isdecimal() and len(layer) < 7 and isinstance(tokens, list) and tokens):

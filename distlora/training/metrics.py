@@ -66,7 +66,7 @@ def describe(
     if backend.shards.copies > 1:
         reporter.event(
             f"{backend.shards.copies:,} replicas of the base, each sharded over {backend.shards.count:,} ranks; only "
-            "gradients travel between copies"
+            "gradients travel between replicas"
         )
         split = backend.shards.split_copies(cluster.gpus_per_node)
         if cluster.nodes > 1 and split:
@@ -124,6 +124,9 @@ def describe_experts(model: CausalLM) -> Iterator[str]:
         parts = [f"the experts' {' and '.join(names)} have adapters in {those} ({count:,} experts each)"]
         if frozen := [index for index, found in adapted.items() if not found]:
             parts.append(f"the experts of {layers_text(frozen)} are frozen")
+        factors = {(name.rpartition(".")[2], pair.shared) for name, w in model.adapted_experts() for pair in w.pairs}
+        if shares := sorted(f"{factor} of {name}" for name, factor in factors if factor is not None):
+            parts.append(f"all experts of a layer share {' and '.join(shares)}")
     shared = [m for name, m in model.named_modules() if _SHARED.search(name) and isinstance(m, FrozenLinear)]
     if shared:
         count = sum(isinstance(m, AdaptedLinear) and bool(m.pairs) for m in shared)

@@ -119,8 +119,8 @@ FORMAT_LAYOUTS = {layout.name: layout for layout in _LAYOUTS}
 """The formats by name. `formats.FORMATS` has each with its code."""
 
 
-def cuts_between_experts(shape: Sequence[int], format: str | None, ranks: int) -> bool:
-    """Return whether the stored rows of a weight (E, O, I), cut into equal runs, are the weights of E / ranks experts.
+def shards_whole_experts(shape: Sequence[int], format: str | None, ranks: int) -> bool:
+    """Return whether the shards of a weight (E, O, I) on so many ranks are the weights of E / ranks experts each.
 
     The rows are those of dim 0 that ranks shard: groups, or experts of a dense weight (`format` None).
     """

@@ -167,7 +167,7 @@ def buffer_bytes(model: PlannedModel, work: Workload) -> int:
 
 
 def _packed_shapes(work: Workload, model: PlannedModel) -> list[tuple[tuple[int, ...], ...]]:
-    """Return the shapes of each decoder layer's quantized weights, of divided experts a rank's."""
+    """Return the shapes of each decoder layer's quantized weights on a rank, which has a part of divided experts."""
     kinds, degree = model.shapes.architecture.kinds, work.expert_degree
 
     def local(weight: Weight) -> tuple[int, ...]:
@@ -181,7 +181,7 @@ def _packed_shapes(work: Workload, model: PlannedModel) -> list[tuple[tuple[int,
 
 
 def dense_bytes(work: Workload, model: PlannedModel) -> int:
-    """Return the bytes of the dense copies of quant.dense_layers, which every rank has whole (divided experts: its)."""
+    """Return the bytes of a rank's dense copies of quant.dense_layers: whole weights, its part of divided experts."""
     layers = _packed_shapes(work, model)[: work.dense_layers] if work.dense_layers else []
     return traffic.DTYPE_BYTES[work.train.dtype] * sum(math.prod(shape) for shapes in layers for shape in shapes)
 

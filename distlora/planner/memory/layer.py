@@ -533,7 +533,7 @@ def _linear(run: LayerRun, experts: ExpertSizes, name: str, inputs: int, outputs
     """Return the linear of all experts (experts_torch.py or experts_grouped.py).
 
     It makes dX of all rows, with grouped products also the adapter's part of it, dA and dB of all experts in fp32, and
-    A and B in the run's dtype. Of divided experts a rank has its own.
+    A and B in the run's dtype. If experts are divided, these are of a rank's own experts.
     """
     b, rank = run.itemsize, run.ranks.rank(name)
     rows, weight = experts.chosen, inputs * outputs

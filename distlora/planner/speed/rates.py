@@ -356,16 +356,16 @@ class _Rings:
         )
 
     def exchange(self, nbytes: float, collectives: int) -> CollectiveCost:
-        """Return all-to-alls of rows over the ranks of a copy: each rank gets as much from every other one."""
-        n, here = self.shards, min(self.shards, self.per_machine)
+        """Return all-to-alls of rows over the ranks of a replica: each rank gets as much from every other one."""
+        n, in_node = self.shards, min(self.shards, self.per_machine)
         if n == 1 or nbytes == 0:
             return CollectiveCost()
         return CollectiveCost(
-            inside=nbytes * (here - 1) / n,
-            across=here * nbytes * (n - here) / n,
+            inside=nbytes * (in_node - 1) / n,
+            across=in_node * nbytes * (n - in_node) / n,
             collectives=collectives,
             steps=collectives,
-            steps_across=collectives if n > here else 0,
+            steps_across=collectives if n > in_node else 0,
         )
 
     @property

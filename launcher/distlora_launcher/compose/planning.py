@@ -90,7 +90,7 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     config.quant.check_layers(model.shapes.num_layers)
     if (degree := config.parallel.expert_degree) != 1:
         ranks = config.expert_degree(config.cluster.ranks)
-        divides = model.shapes.cuts_between_experts(Workload.of(config).format, ranks)
+        divides = model.shapes.shards_whole_experts(Workload.of(config).format, ranks)
         require(
             divides is not None,
             f"parallel.expert_degree={degree} has no effect on {model.name}, which has no mixture of experts; leave it "

@@ -381,7 +381,7 @@ class Mixer(nn.Module):
         self.seen.append({"mask": attention_mask, "rows": context.rows, "first": context.first_token, **kwargs})
         if context.rows.balanced is not None:
             context.leave_balance(context.rows.balanced.sum(dim=1)[:, None, None].expand(1, 2, 3).float())
-        context.count_load(torch.zeros(hidden_states.shape[1], 1, dtype=torch.int64))
+        context.count_expert_tokens(torch.zeros(hidden_states.shape[1], 1, dtype=torch.int64))
         return hidden_states.cumsum(dim=1), None, (hidden_states[..., 0],)
 
 
@@ -393,7 +393,7 @@ def test_a_mixer_runs_each_document_with_its_arguments_and_its_rows() -> None:
     expected = torch.cat([torch.cat([x[:1, :3].cumsum(1), x[:1, 3:].cumsum(1)], dim=1), x[1:].cumsum(1)])
     balanced = torch.tensor([[True, True, False, True, True], [True] * 5])
     rows = Rows(torch.tensor([7, 8]), StepRows(3, torch.tensor([10, 11])), balanced, PackedRows.of(positions), balanced)
-    context.rows, context.load = rows, torch.zeros(2, dtype=torch.int64)
+    context.rows, context.expert_tokens = rows, torch.zeros(2, dtype=torch.int64)
     mask = torch.arange(25.0).view(1, 1, 5, 5).expand(2, 1, 5, 5)
     output, none, (plain,) = module(x, attention_mask=mask, position_embeddings=(positions, positions[:1]))
     torch.testing.assert_close(output, expected)
@@ -404,7 +404,7 @@ def test_a_mixer_runs_each_document_with_its_arguments_and_its_rows() -> None:
     balance = context.take_balance()
     assert balance is not None
     assert balance[:, 0, 0].tolist() == [4, 5]
-    assert context.load.tolist() == [9, 0], "the load of a document counts its own positions"
+    assert context.expert_tokens.tolist() == [9, 0], "the load of a document counts its own positions"
     seen = module.inner.seen  # type: ignore[union-attr]
     assert [one["first"] for one in seen] == [0, 3, 0]  # type: ignore[union-attr, index]
     second = seen[1]  # type: ignore[index]

@@ -11,7 +11,7 @@ from distlora.config import ModelSpec, OptimConfig, TrainConfig, UserError
 from distlora.config.errors import short
 from distlora.config.file import as_plain
 from distlora.config.json_files import Shape, read_object
-from distlora.run_folder.expert_load import Load, load_in
+from distlora.run_folder.expert_load import ExpertTokens, expert_tokens_in
 from distlora.run_folder.layout import STATE_NAME, steps
 from distlora.weights.initial_adapter_file import needs_initial_adapter
 from distlora.weights.peft_folder import weights_digest
@@ -43,7 +43,7 @@ class Progress:
     """Tokens in the sequences of these steps, over all ranks; padding sequences do not count."""
     published_step: int | None = None
     """Step whose state RUN/best holds; None if there is none."""
-    expert_tokens: Load | None = None
+    expert_tokens: ExpertTokens | None = None
     """Tokens that chose each expert in these steps, by layer; None without a mixture of experts, and if some steps'
     are not known."""
 
@@ -117,8 +117,8 @@ def load_state(folder: Path) -> TrainState:
         is_number = isinstance(loss, float) or (type(loss) is int and abs(loss) < 2**63)  # NaN and Inf are numbers.
         if not is_number or not step.isdecimal() or len(step) > 20:
             raise UserError(f"{path} is damaged: progress.evaluations has {short(step)}: {short(loss)}; {remedy}")
-    load = load_in(progress.get("expert_tokens"))
-    if load is None and progress.get("expert_tokens") is not None:
+    tokens = expert_tokens_in(progress.get("expert_tokens"))
+    if tokens is None and progress.get("expert_tokens") is not None:
         raise UserError(f"{path} is damaged: progress.expert_tokens has no counts of tokens by layer; {remedy}")
     for name in ("step", "tokens", "published_step"):
         if (progress.get(name) or 0) < 0:
@@ -130,7 +130,7 @@ def load_state(folder: Path) -> TrainState:
             seconds=float(progress["seconds"]),
             tokens=progress["tokens"],
             published_step=progress.get("published_step"),
-            expert_tokens=load,
+            expert_tokens=tokens,
         ),
         identity=Identity(
             base_fingerprint=identity["base_fingerprint"],

@@ -85,7 +85,7 @@ class BlockContext:
         """True while backward runs the layer, or its MLP, again."""
         self.uses_start = False
         """True while the adapters have their initial values, for DPO's reference."""
-        self.load: Tensor | None = None
+        self.expert_tokens: Tensor | None = None
         """(E,) int64 on the device: tokens that have chosen each expert of the layer; None: they are not counted."""
         self._balance: Tensor | None = None
         self._chosen: tuple[Tensor, dict[tuple[int, ...], Tensor]] | None = None
@@ -104,12 +104,12 @@ class BlockContext:
             known[slots] = _places(slots, rows.device)[rows]
         return known[slots]
 
-    def count_load(self, choices: Tensor) -> None:
+    def count_expert_tokens(self, choices: Tensor) -> None:
         """Add the tokens of the rows to the load of the experts that they choose, (T, K) int64."""
-        if self.load is None or self.rows.counted is None or self.recomputes:
+        if self.expert_tokens is None or self.rows.counted is None or self.recomputes:
             return
         counts = self.rows.counted.reshape(-1, 1).expand_as(choices).long().reshape(-1)
-        self.load.scatter_add_(0, choices.reshape(-1), counts)
+        self.expert_tokens.scatter_add_(0, choices.reshape(-1), counts)
 
     def leave_balance(self, balance: Tensor) -> None:
         """Store the router's statistics over `balanced`: (B, 2, experts) (experts.balance_of)."""

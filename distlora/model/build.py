@@ -131,8 +131,8 @@ class CausalLM(nn.Module):
         """True if a module of the layers runs each packed document alone."""
         self.router_aux_loss = 0.0
         """Weight of the routers' load-balancing loss in a training row's loss; 0: it is not computed."""
-        self.counts_load = False
-        """True if training forwards count the tokens of each expert (BlockContext.load)."""
+        self.counts_expert_tokens = False
+        """True if training forwards count the tokens of each expert (BlockContext.expert_tokens)."""
         self.noise: EmbeddingNoise | None = None
         """Noise on the embeddings of training rows; None without train.neftune_alpha."""
         self.notes: list[str] = []
@@ -182,10 +182,10 @@ class CausalLM(nn.Module):
         if with_reference:
             reference = Reference(None if self.blocks[0].started else torch.full_like(input_ids[:, 0], -1))
         balanced = counted = None
-        if labels is not None and torch.is_grad_enabled() and (self.router_aux_loss > 0 or self.counts_load):
+        if labels is not None and torch.is_grad_enabled() and (self.router_aux_loss > 0 or self.counts_expert_tokens):
             positions = balanced_positions(labels)
             balanced = positions if self.router_aux_loss > 0 else None
-            counted = positions if self.counts_load else None
+            counted = positions if self.counts_expert_tokens else None
         hidden = self.hidden_states(
             input_ids, position_ids, adapter_rows, past, step_rows, documents, reference, balanced, counted
         )

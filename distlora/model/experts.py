@@ -222,7 +222,7 @@ class Experts(nn.Module):
         """Return (T, H) from hidden_states (T, H), choices (T, K) int64 and their weights (T, K)."""
         up, *_ = weights_of = self.weights
         context = up.context
-        context.count_load(choices)
+        context.count_expert_tokens(choices)
         slots: tuple[int, ...] = ()
         adapters = None
         if context.rows.adapters is not None:

@@ -6,16 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-LOAD_NAME = "expert_tokens"
-"""Key of the load in a record: {layer: [tokens of each expert]}."""
-Load = dict[int, list[int]]
+EXPERT_TOKENS = "expert_tokens"
+"""Their key in a record: {layer: [tokens of each expert]}."""
+ExpertTokens = dict[int, list[int]]
 """Tokens that chose each expert, by the index of its layer."""
 _MOST = 2**62
 
 
-def load_in(value: Any) -> Load | None:
-    """Return the load in a value of a record; None if it has another form."""
-    found: Load = {}
+def expert_tokens_in(value: Any) -> ExpertTokens | None:
+    """Return the tokens of each expert from a value of a record; None if it has another form."""
+    found: ExpertTokens = {}
     for layer, tokens in value.items() if isinstance(value, Mapping) else ():
         if not (layer.isdecimal() and len(layer) < 7 and isinstance(tokens, list) and tokens):
             return None
@@ -31,7 +31,7 @@ def imbalance(tokens: Sequence[int]) -> float:
     return max(tokens) * len(tokens) / total if total else 1.0
 
 
-def idle_experts(load: Load) -> dict[int, str]:
+def idle_experts(load: ExpertTokens) -> dict[int, str]:
     """Return the experts that no token chose, by layer, without layers that have none."""
     idle = {layer: [number for number, count in enumerate(tokens) if not count] for layer, tokens in load.items()}
     return {layer: ranges(numbers) for layer, numbers in idle.items() if numbers}

@@ -15,14 +15,14 @@ import torch
 from distlora.model.build import CausalLM
 from distlora.model.experts import Experts
 from distlora.parallel import Backend
-from distlora.run_folder.expert_load import Load, idle_experts, imbalance, layers_text
+from distlora.run_folder.expert_load import ExpertTokens, idle_experts, imbalance, layers_text
 
 
 class ExpertLoad:
     """Load of the experts of one run, over all ranks and earlier starts."""
 
     def __init__(
-        self, model: CausalLM, device: torch.device, before: Load | None, *, step: int = 0, decays: bool = False
+        self, model: CausalLM, device: torch.device, before: ExpertTokens | None, *, step: int = 0, decays: bool = False
     ) -> None:
         """Let the model's layers count from now on.
 
@@ -38,14 +38,14 @@ class ExpertLoad:
         sizes = {layer: module.weights[0].num_experts for layer, module in experts.items()}
         known = {layer: (before or {}).get(layer, []) for layer in sizes}
         self._before = {n: np.array(known[n] if len(known[n]) == size else [0] * size) for n, size in sizes.items()}
-        self.tokens: Load = {layer: counts.tolist() for layer, counts in self._before.items()}
+        self.tokens: ExpertTokens = {layer: counts.tolist() for layer, counts in self._before.items()}
         """Load of all steps up to the last one that was read."""
         self._sizes = list(sizes.values())
         self._counts = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device)
         self._done = torch.zeros_like(self._counts)
         for layer, counts in zip(sizes, self._counts.split(self._sizes), strict=True):
-            model.blocks[layer].context.load = counts
-        model.counts_load = True
+            model.blocks[layer].context.expert_tokens = counts
+        model.counts_expert_tokens = True
 
     def note_step(self) -> None:
         """Mark the tokens so far as those of complete steps."""

@@ -195,9 +195,9 @@ def summarize(
         figures |= trial.memory.figures
     if model.architecture.has_experts:
         figures["active_parameters"] = active_parameters(model)
-    if trial.load is not None:
-        figures |= trial.load.figures()
-        for line in trial.load.describe():
+    if trial.expert_load is not None:
+        figures |= trial.expert_load.figures()
+        for line in trial.expert_load.describe():
             reporter.event(line)
     if adapter.method == "lora":
         figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())

@@ -21,7 +21,7 @@ from distlora.checkpoint.state import Progress
 from distlora.config import Config, UserError
 from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
-from distlora.run_folder.expert_load import LOAD_NAME, Load
+from distlora.run_folder.expert_load import EXPERT_TOKENS, ExpertTokens
 from distlora.run_folder.layout import CHECKPOINTS, step_of, steps
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
@@ -75,13 +75,15 @@ class Reporter:
         self._display, self._total_steps = Display(total_steps, start_step, label), total_steps
         self._trackers = Trackers(run_dir, config, world=world, start_step=start_step, say=self._display.say)
 
-    def log(self, step: int, metrics: Mapping[str, float], *, shown: bool = True, load: Load | None = None) -> None:
+    def log(
+        self, step: int, metrics: Mapping[str, float], *, shown: bool = True, expert_tokens: ExpertTokens | None = None
+    ) -> None:
         """Record the metrics of one training step (counted from 1). `shown`: it is the last that is logged now.
 
-        `load`: that of each expert in all steps so far, for metrics.jsonl alone.
+        `expert_tokens`: tokens of each expert in all steps so far, for metrics.jsonl alone.
         """
         if self._writes:
-            self._record(step, metrics, {} if load is None else {LOAD_NAME: load})
+            self._record(step, metrics, {} if expert_tokens is None else {EXPERT_TOKENS: expert_tokens})
             if shown:
                 self._display.step(step, {**metrics, **self._held_out})
 

@@ -151,11 +151,11 @@ class Trial:
         self.without_gradient: list[str] | None = None
         """Parameters without gradient in the first steps; None if they were not checked, or not yet."""
         self._gradients_seen = GradientWatch(model, optimizer.parameters) if progress.step == 0 else None
-        self.load: ExpertLoad | None = None
+        self.expert_load: ExpertLoad | None = None
         """Load of the experts; None without a mixture of experts, and in multi-trial training, where rows mix."""
         if slot is None and model.architecture.has_experts:
             step, decays, device = progress.step, optim.weight_decay > 0, backend.ranks.device
-            self.load = ExpertLoad(model, device, progress.expert_tokens, step=step, decays=decays)
+            self.expert_load = ExpertLoad(model, device, progress.expert_tokens, step=step, decays=decays)
         self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
@@ -185,8 +185,8 @@ class Trial:
         if not self._interval.steps:
             self._interval.began = figures.began
         self._interval.steps.append(figures)
-        if self.load is not None:
-            self.load.note_step()
+        if self.expert_load is not None:
+            self.expert_load.note_step()
 
     def note_measured(self, began: float) -> None:
         """Mark the last noted step as the one whose memory was measured, from `began` on."""
@@ -297,15 +297,15 @@ class Trial:
         self.step_traffic = traffic.per_step(len(interval.steps))
         self.step_passes = interval.steps[-1].passes
         shared = dict(self._shared_figures(interval, self.step_traffic, seconds))
-        load = None
-        if self.load is not None:
-            shared |= self.load.read(self.backend)
+        expert_tokens = None
+        if self.expert_load is not None:
+            shared |= self.expert_load.read(self.backend)
             if updates:  # Otherwise that of the steps before the interval is still the saved state's.
                 # Without the load of some steps, or with that of a step that is not saved, it is not the run's.
-                is_whole = updates == len(means) and not self.load.since
-                self.progress.expert_tokens = self.load.tokens if is_whole else None
+                is_whole = updates == len(means) and not self.expert_load.since
+                self.progress.expert_tokens = self.expert_load.tokens if is_whole else None
             parts = [_LOADS * step // self.total_steps for step in (interval.first_step, self.progress.step)]
-            load = self.load.tokens if parts[0] < parts[1] else None
+            expert_tokens = self.expert_load.tokens if parts[0] < parts[1] else None
         names = ("loss", *self.objective.figures)
         count = min(updates + 1, len(means))
         for index in range(count):
@@ -315,7 +315,12 @@ class Trial:
             if self.memory is not None:
                 figures |= self.memory.step_figures(interval.first_step + index)
             is_last = index == count - 1
-            self.reporter.log(interval.first_step + index + 1, figures, shown=is_last, load=load if is_last else None)
+            self.reporter.log(
+                interval.first_step + index + 1,
+                figures,
+                shown=is_last,
+                expert_tokens=expert_tokens if is_last else None,
+            )
         self._watch_losses(interval.first_step, [mean[0] for mean in means[:updates]])
         if updates < len(means):
             self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])

@@ -40,7 +40,7 @@ from distlora.data.rows import PackedRows
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.merge.merge import merge_to
 from distlora.post.trained import Trained, base_spec
-from distlora.run_folder.expert_load import Load
+from distlora.run_folder.expert_load import ExpertTokens
 from distlora.system.exit_codes import DONE
 from distlora.training.publish import weight_files
 from distlora.training.reporter import Reporter
@@ -203,7 +203,9 @@ class Losses(Reporter):
     def __init__(self, config: Config) -> None:
         super().__init__(Path(), config, rank=1, world=2, total_steps=STEPS, progress=Progress())  # Only rank 0 writes.
 
-    def log(self, step: int, metrics: Mapping[str, float], *, shown: bool = True, load: Load | None = None) -> None:
+    def log(
+        self, step: int, metrics: Mapping[str, float], *, shown: bool = True, expert_tokens: ExpertTokens | None = None
+    ) -> None:
         """Keep the loss."""
         self.newest = metrics["loss"]
 

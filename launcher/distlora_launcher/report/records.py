@@ -13,7 +13,7 @@ from distlora.config.errors import in_one_line
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
 from distlora.planner.memory.measured import RECORDED
-from distlora.run_folder.expert_load import LOAD_NAME, Load, load_in
+from distlora.run_folder.expert_load import EXPERT_TOKENS, ExpertTokens, expert_tokens_in
 from distlora.run_folder.layout import (
     BEST_NAME,
     BEST_STEP_NAME,
@@ -119,7 +119,7 @@ class Metrics:
     began: float | None = None
     ended: float | None = None
     """Times of the first and the last line, in seconds since 1970."""
-    load: tuple[int, Load] | None = None
+    expert_tokens: tuple[int, ExpertTokens] | None = None
     """(step, tokens that chose each expert up to it), the newest; None without a mixture of experts."""
 
     def weights(self, series: Series) -> list[float] | None:
@@ -291,8 +291,8 @@ def read_metrics(path: Path) -> Metrics:
         if is_number(when := entry.get("time")):
             found.began = when if found.began is None else found.began
             found.ended = when
-        if (load := load_in(entry.get(LOAD_NAME))) is not None:
-            found.load = step, load
+        if (load := expert_tokens_in(entry.get(EXPERT_TOKENS))) is not None:
+            found.expert_tokens = step, load
         for name, value in entry.items():
             if is_number(value) and name not in _LINE_KEYS:
                 points.setdefault((is_held_out, name), {})[step] = float(value)

@@ -316,9 +316,9 @@ _LEVELS = ".\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 def _experts(run: RunRecords) -> dict[str, Any] | None:
     """Return the load of each expert by layer."""
-    if run.metrics.load is None:
+    if run.metrics.expert_tokens is None:
         return None
-    step, load = run.metrics.load
+    step, load = run.metrics.expert_tokens
     frozen, idle, rows = run.summary.get("expert_layers_without_adapter", []), idle_experts(load), []
     for layer, tokens in sorted(load.items()):
         mean = sum(tokens) / len(tokens)

@@ -99,9 +99,10 @@ def write(folder: Path, name: str, model_type: str, paths: Callable[[str], bool]
     known = {target.path for target in places.values()}
     factors = RandomFactors({p: w for p, w in adapted(architecture).items() if p in known and paths(p)})
     folder.mkdir(exist_ok=True)
-    settings = served_folder.write_adapter(folder, consumer, places, factors)  # type: ignore[arg-type]
+    read = {path: functools.partial(factors.__getitem__, path) for path in factors.paths}
+    settings = served_folder.write_adapter(folder, consumer, places, read)
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return consumer, row, places, factors
+    return consumer, row, places, read
 
 
 @pytest.mark.parametrize("name", CONSUMERS)

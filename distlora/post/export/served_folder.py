@@ -8,9 +8,10 @@ by the server's rules, and the change that the server computes from it is compar
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ from distlora.post.export.consumers import target_modules as targets_of
 from distlora.post.export.formats import Export, release
 from distlora.post.export.repository import collect, write_files
 from distlora.post.load_trained import result_of
-from distlora.post.merge.parameters import Adapter, open_adapter
+from distlora.post.merge.parameters import open_adapter
 from distlora.post.weights import Factors, error_line, open_base
 from distlora.run_folder.layout import TEMPLATE_NAME
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
+
+_Factors = Mapping[str, Callable[[], Factors]]
+"""Reads an adapter's factors, by Hugging Face path."""
 
 
 def write(export: Export) -> None:
@@ -45,14 +49,23 @@ def write(export: Export) -> None:
     export.place.mkdir()
     with open_adapter(trained, base, "original") as adapter, Reader() as reader:
         assert adapter is not None
-        factors = _Factors(adapter, reader, base.model.architecture.experts_by_path)
+        experts = base.model.architecture.experts_by_path
+        factors = {
+            path: functools.partial(adapter.factors, path, reader, experts=experts.get(path))
+            for path in adapter.file.paths
+        }
         spec = trained.spec.model
         config = write_adapter(export.place, consumer, places, factors)
         config |= {"base_model_name_or_path": spec.name or spec.gguf_file or spec.path, "revision": spec.revision}
         (export.place / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         worst = check_folder(export.place, consumer, row, places, factors)
     if trained.run_dir is not None and not trained.foreign:
-        _write_chat_files(export)
+        # What of a run changes its prompts: the chat template and a changed tokenizer.
+        files = collect(
+            result_of(trained, export.request.name.checkpoint), repository=export.place.name, base=spec.name
+        )
+        others = (CONFIG_NAME, WEIGHTS_NAME, "README.md")
+        write_files({name: content for name, content in files.items() if name not in others}, export.place)
     has_template = (export.place / TEMPLATE_NAME).is_file()
     template = f" --chat-template {Path(export.request.out) / TEMPLATE_NAME}" if has_template else ""
     limit = consumer.limit(config["r"])
@@ -65,22 +78,11 @@ def write(export: Export) -> None:
     print(f"serve it with: {command}{' ' + row.flags if row.flags else ''}{template}")
 
 
-class _Factors:
-    """The adapter's factors by Hugging Face path, read one weight at a time."""
-
-    def __init__(self, adapter: Adapter, reader: Reader, counts: Mapping[str, int]) -> None:
-        self.adapter, self.reader, self.counts = adapter, reader, counts
-        self.paths = adapter.file.paths
-
-    def __getitem__(self, path: str) -> Factors:
-        return self.adapter.factors(path, self.reader, experts=self.counts.get(path))
-
-
 def write_adapter(folder: Path, consumer: Consumer, places: Mapping[str, Target], factors: _Factors) -> dict[str, Any]:
     """Write the weights file; return adapter_config.json without the base's name."""
     scales, rank = {}, 0
-    for path in factors.paths:
-        trained = factors[path]
+    for path, read in factors.items():
+        trained = read()
         scales[path], rank = trained.scaling, max(rank, trained.rank)
     scale = Counter(scales.values()).most_common(1)[0][0] or 1.0
     groups = {target.group for target in places.values() if target.path in scales and target.group}
@@ -90,7 +92,7 @@ def write_adapter(folder: Path, consumer: Consumer, places: Mapping[str, Target]
     for name, target in written.items():
         by_path.setdefault(target.path, []).append(name)
     for path, names in by_path.items():
-        own = factors[path] if path in scales else None
+        own = factors[path]() if path in factors else None
         for name in names:
             a, b = _pair(written[name], own, rank, scale)
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = a, b
@@ -138,14 +140,14 @@ def check_folder(
     by_path: dict[str, list[Pair]] = {}
     for pair in pairs.values():
         by_path.setdefault(pair.target.path, []).append(pair)
-    absent = sorted(set(factors.paths) - by_path.keys())
+    absent = sorted(factors.keys() - by_path.keys())
     if absent:
         raise UserError(f"{absent[0]} was trained, and {consumer.name} finds no tensor for it in {folder}")
     worst = 0.0
     with safetensors.safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
         for path, found in by_path.items():
-            ours = factors[path] if path in factors.paths else None
-            worst = max(worst, _error(path, ours, found, file, consumer))
+            ours = factors.get(path)
+            worst = max(worst, _error(path, ours and ours(), found, file, consumer))
     return worst
 
 
@@ -168,11 +170,3 @@ def _error(path: str, ours: Factors | None, pairs: Iterable[Pair], file: Any, co
     if ours is not None and abs(total - ours.norm() ** 2) > 1e-6 * total:
         raise UserError(f"{path}: the file holds a part of its rows alone, as {consumer.name} reads it")
     return worst
-
-
-def _write_chat_files(export: Export) -> None:
-    """Write what of a run changes its prompts: the chat template and a changed tokenizer."""
-    result = result_of(export.trained, export.request.name.checkpoint)
-    files = collect(result, repository=export.place.name, base=result.config.model.name)
-    keep = {name: content for name, content in files.items() if name not in (CONFIG_NAME, WEIGHTS_NAME, "README.md")}
-    write_files(keep, export.place)

@@ -57,8 +57,12 @@ def write(export: Export) -> None:
         bind(export.place, base)
         export.say("llama.cpp binds every tensor (ggml-org/llama.cpp 0650ea8c0: src/llama-adapter.cpp)")
         if dtype == "fp32":
-            read = _read(export.place, base)
-            print(error_line("llama.cpp", max(_error(path, factors[path](), read) for path in factors)))
+            read, worst = _read(export.place, base), 0.0
+            for path, own in factors.items():
+                require(path in read, f"{path} was trained, and the file holds no tensor for it")
+                a, b, scale = read[path]
+                worst = max(worst, own().error(f"{path}: llama.cpp", scale, b, a))
+            print(error_line("llama.cpp", worst))
 
 
 def bind(path: Path, base: Base) -> None:
@@ -84,13 +88,6 @@ def bind(path: Path, base: Base) -> None:
         fits = shape == (other[1], width) if part == "lora_a" else shape == (out, other[0])
         turned = "; it is transposed" if shape[::-1] in ((other[-1], width), (out, other[0])) and not fits else ""
         require(fits, f"{name}: it has shape {list(shape)}, which does not fit a weight of {[out, width]}{turned}")
-
-
-def _error(path: str, own: Factors, read: Mapping[str, _Pair]) -> float:
-    """Return the relative error of dW in the file, (alpha / R) B A. Raises UserError as `Factors.error`."""
-    require(path in read, f"{path} was trained, and the file holds no tensor for it")
-    a, b, scale = read[path]
-    return own.error(f"{path}: llama.cpp", scale, b, a)
 
 
 def check_paths(paths: Sequence[str], base: Base) -> None:

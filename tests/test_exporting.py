@@ -409,7 +409,7 @@ def test_bad_export_options_are_refused(
         ([run_dir, "--for", "peft", "--dtype", "bf16"], "peft keeps the dtypes that there are; leave --dtype out"),
         ([run_dir, "--for", "vllm", "--version", "0.9.1"], "the layout is known from vLLM 0.33.0 on"),
         ([run_dir, "--for", "vllm", "--version", "0.32"], "the layout is known from vLLM 0.33.0 on"),
-        ([run_dir, "--for", "peft", "--version", "0.16"], "has adapters of fused weights since 0.17"),
+        ([run_dir, "--for", "peft", "--version", "0.16"], "the layout is known from PEFT 0.17 on; update PEFT"),
         ([run_dir, "--for", "sglang", "--version", "new"], "--version=new is not a release"),
         ([run_dir, "--for", "llama.cpp", "--version", "1"], "llama.cpp has one layout; leave --version out"),
         ([str(place / "dora"), "--for", "vllm"], "--for=vllm: the adapter has use_dora=true, and the server adds B A"),

@@ -70,8 +70,8 @@ def _check_rope(rope: Mapping[str, Any], model_type: str, place: object) -> None
 
 
 DTYPES = ("fp32", "bf16", "fp16")
-PEFT_OLDEST = (0, 17)
-"""Oldest release of PEFT that --version may name."""
+PEFT_OLDEST = "0.17"
+"""First release of PEFT with adapters of fused weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,19 +257,13 @@ def _check_version(request: ExportRequest) -> None:
     version, name = request.version, request.format
     if version is None:
         return
-    if name == "peft":
-        require(
-            release(version) >= PEFT_OLDEST,
-            f"--version={version}: PEFT has adapters of fused weights since {'.'.join(map(str, PEFT_OLDEST))}, and its "
-            "later layouts alone are known; update PEFT",
-        )
-        return
-    require(name in CONSUMERS, f"--version={version}: {name} has one layout; leave --version out")
-    oldest = CONSUMERS[name].version
+    known = {"peft": ("PEFT", PEFT_OLDEST)} | {key: (each.name, each.version) for key, each in CONSUMERS.items()}
+    require(name in known, f"--version={version}: {name} has one layout; leave --version out")
+    consumer, oldest = known[name]
     require(
         release(version) >= release(oldest),
-        f"--version={version}: the layout is known from {CONSUMERS[name].name} {oldest} on, and earlier releases read "
-        f"other names; update the server, or merge the adapter (`distlora merge`)",
+        f"--version={version}: the layout is known from {consumer} {oldest} on; update {consumer}, or merge the "
+        "adapter (`distlora merge`)",
     )
 
 

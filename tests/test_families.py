@@ -250,7 +250,6 @@ def test_sharded_ranks_train_like_one(world: World, family_folder: Callable[[str
 
 
 REFUSED = [
-    ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, r"quantiz"),
     ("llama", {"model_type": "lama"}, r"'lama' is not a model of transformers .*did you mean 'llama'"),
     ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}}, r"code that comes with the weights"),
     ("llama", {"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"transformers refuses .*yarm"),

@@ -12,13 +12,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from array import array
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from distlora.architecture.low_bit_headers import content_of
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
 from distlora.architecture.spec import Architecture
 from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_adapted, written
@@ -375,9 +375,14 @@ def check_shared(initial: PeftAdapter, adapter: AdapterConfig) -> None:
         if path in initial.transposed:
             part = "B" if part == "A" else "A"
         stored = initial.tensors[path, part]
-        bits = np.memmap(stored.file, f"u{stored.num_bytes // stored.numel}", "r", stored.offset, stored.numel)
-        copies = bits.reshape(experts, -1) if part == "A" else bits.reshape(-1, experts).T
-        if (copies[1:] != copies[0]).any():
+        bits = array({2: "H", 4: "I"}[stored.num_bytes // stored.numel], content_of(stored))
+        size = len(bits) // experts
+        starts = range(1, experts)
+        if part == "A":
+            differ = any(bits[start * size : (start + 1) * size] != bits[:size] for start in starts)
+        else:
+            differ = any(bits[start::experts] != bits[::experts] for start in starts)
+        if differ:
             raise copies_differ(f"{stored.file}: {initial.names[path, part]}")
 
 

@@ -126,7 +126,8 @@ def no_process_starts() -> Iterator[None]:
         patch.setattr(sweeps, "pinned", lambda sweep, config: sweep)  # It asks the hub for the model's commit.
         patch.setattr(cancelling, "cancel", lambda folder, **_: begun(run_folders(folder)))
         patch.setattr(cancelling, "cancel_sweep", begun)
-        patch.setattr(bench_step, "smollm2", lambda log: Path(BASE))
+        base = Path.cwd() / BASE  # An absolute path, as the demo's is: a relative one could be a name on the hub.
+        patch.setattr(bench_step, "smollm2", lambda log: base)
         patch.setenv("PATH", f"{Path.cwd() / 'bin'}:{Path(sys.executable).parent}")
         for name in [name for name in os.environ if name.startswith(("WANDB", "SLURM"))]:
             patch.delenv(name)
@@ -134,10 +135,10 @@ def no_process_starts() -> Iterator[None]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         check_model = checks.check_model
 
-        def check_known(config: Config) -> None:
+        def check_known(config: Config, **options: Any) -> None:
             """Skip the check of a model that is known by its sizes."""
             if not is_hub_name(config.model.path):
-                check_model(config)
+                check_model(config, **options)
 
         patch.setattr(checks, "check_model", check_known)
         yield

@@ -38,7 +38,6 @@ def run_compiled_until(ranks: Ranks, *, cxx: str, run_dir: Path, stop_before: in
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", cxx)
         run_until(ranks, run_dir=run_dir, stop_before=stop_before)
-    native.library.cache_clear()  # Else this rank would compile in later tests.
 
 
 def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[int, list[int]]:

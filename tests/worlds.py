@@ -95,6 +95,7 @@ def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connect
 
     from distlora import derive
     from distlora.architecture import spec
+    from distlora_kernels import native
 
     torch.set_num_threads(1)
     spec.derive = derive.derive  # As conftest.py does.
@@ -107,6 +108,7 @@ def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connect
             connection.send((None, result))
         except Exception:  # Told to the test, with the rank's traceback.
             connection.send((traceback.format_exc(), None))
+        native.library.cache_clear()  # Else a rank that compiled once would compile in later tests.
 
 
 def _grouped(rank: int, world: int, store: TCPStore) -> Callable[[int, int], Any]:

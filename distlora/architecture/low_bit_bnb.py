@@ -15,7 +15,6 @@ from distlora.architecture.low_bit_headers import (
     Nf4Tensor,
     Parts,
     check_value,
-    content_of,
     is_block,
     weight_shape,
 )
@@ -59,7 +58,7 @@ def _nf4(parts: Parts, name: str, state_name: str, kind: str) -> Nf4Tensor:
     """
     at, where = parts.take(state_name, name, ("U8",)), f"{name}.quant_state"
     require(kind == "nf4", f"{name} is stored as {kind}; only nf4 can be kept as it is: {USE_16_BIT}")
-    state = parse_object(content_of(at), f"{at.file}: {state_name}", "download it again")
+    state = parse_object(at.content(), f"{at.file}: {state_name}", "download it again")
     nested = "nested_blocksize" in state or "nested_offset" in state
     check_value(state, where, "quant_type", "nf4")
     check_value(state, where, "blocksize", _NF4.block)

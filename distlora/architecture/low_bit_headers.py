@@ -153,13 +153,6 @@ class Parts:
         return segment
 
 
-def content_of(segment: Segment) -> bytes:
-    """Read a small tensor."""
-    with segment.file.open("rb") as stream:
-        stream.seek(segment.offset)
-        return stream.read(segment.num_bytes)
-
-
 def trimmed(shape: Sequence[int]) -> tuple[int, ...]:
     """Return a shape without the ones at its end: scales (O, 1) of rows may be stored as (O,), one scale as ()."""
     length = max((place + 1 for place, size in enumerate(shape) if size != 1), default=0)

@@ -20,7 +20,6 @@ from distlora.architecture.low_bit_headers import (
     as_tiles,
     check_fields,
     check_value,
-    content_of,
     is_block,
     scale_shape,
     trimmed,
@@ -366,7 +365,7 @@ def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequenc
 
 def _integers_of(segment: Segment) -> list[int]:
     """Read a small tensor of integers."""
-    size, content = segment.num_bytes // segment.numel, content_of(segment)
+    size, content = segment.num_bytes // segment.numel, segment.content()
     return [int.from_bytes(content[i : i + size], "little", signed=True) for i in range(0, segment.num_bytes, size)]
 
 

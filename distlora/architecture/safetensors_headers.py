@@ -47,6 +47,12 @@ class Segment:
         """Number of elements."""
         return math.prod(self.shape)
 
+    def content(self) -> bytes:
+        """Read the whole tensor."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            return stream.read(self.num_bytes)
+
 
 def overlaps(
     segments: Iterable[Segment], start: int, stop: int, size: Callable[[Segment], int] = lambda segment: segment.numel

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.low_bit_headers import content_of
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
 from distlora.architecture.spec import Architecture
 from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_adapted, written
@@ -375,7 +374,7 @@ def check_shared(initial: PeftAdapter, adapter: AdapterConfig) -> None:
         if path in initial.transposed:
             part = "B" if part == "A" else "A"
         stored = initial.tensors[path, part]
-        bits = array({2: "H", 4: "I"}[stored.num_bytes // stored.numel], content_of(stored))
+        bits = array({2: "H", 4: "I"}[stored.num_bytes // stored.numel], stored.content())
         size = len(bits) // experts
         starts = range(1, experts)
         if part == "A":

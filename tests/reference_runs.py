@@ -82,7 +82,7 @@ RUNS = {
     "experts": """model.path=experts data.path=text.jsonl cluster.gpus_per_node=2 quant.dense_layers=1
         train.accumulate=block train.router_aux_loss=0.01""",
     "dpo": """model.path=llama data.path=pairs.jsonl data.format=preference data.sequence_length=160
-        train.objective=dpo train.dpo_beta=0.3 train.micro_batch=2 adapter.target_modules=attention""",
+        train.objective=dpo train.beta=0.3 train.micro_batch=2 adapter.target_modules=attention""",
 }
 """Settings of each run beside COMMON; they win over it."""
 
@@ -108,7 +108,7 @@ CONFIGS = {
     "zero3": f"""{TINY} parallel=zero3 parallel.offload_base=true parallel.deepspeed_config=zero3.json
         cluster.gpus_per_node=2""",
     "hsdp": f"{TINY} parallel=hsdp cluster.gpus_per_node=2 parallel.bucket_mb=1 train.save_minutes=null",
-    "dpo": "recipe=dpo model.path=llama data.path=pairs.jsonl data.sequence_length=160 train.dpo_beta=0.3",
+    "dpo": "recipe=dpo model.path=llama data.path=pairs.jsonl data.sequence_length=160 train.beta=0.3",
     "mixture": """model.path=experts data.sources=[{path:text.jsonl,weight:0.7},{path:chats.jsonl,weight:0.3}]
         data.stopping_strategy=all_exhausted data.eval_path=held_out.jsonl adapter.target_modules=qv""",
     "plan_auto": f"{TINY} plan=auto cluster.gpus_per_node=2 train.global_batch=12",

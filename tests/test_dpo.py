@@ -26,7 +26,7 @@ from distlora.model.build import CausalLM
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.training import worker
-from distlora.training.objectives import Preference
+from distlora.training.objectives import DPO
 from distlora.training.open_run import open_data
 from distlora.training.setup import start_run_model
 from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME
@@ -115,7 +115,7 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
 ) -> None:
     """The second model is the base, or has the adapter that training started from."""
     beta = 0.3
-    settings = {"dpo_beta": beta, "checkpointing": checkpointing, "micro_batch": 3, "accumulate": "block"}
+    settings = {"beta": beta, "checkpointing": checkpointing, "micro_batch": 3, "accumulate": "block"}
     config = prepare(tmp_path / "run", folders, preferences, model, train=settings)
     ours, _, _ = start_run_model(config, SINGLE)
     if starts_moved:
@@ -127,7 +127,7 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
     assert step.global_pairs > step.global_rows, "no row holds several pairs"
     ours.set_num_micro(2)
     whole = MicroBatch(*(torch.cat(parts) for parts in zip(*(part[:4] for part in step.micro_batches), strict=True)))
-    losses = Preference(beta).losses(ours, whole, SINGLE.device, 0)
+    losses = DPO(config.train).losses(ours, whole, SINGLE.device, 0)
     loss = losses.rows.sum() / step.global_pairs
     loss.backward()
 
@@ -160,7 +160,7 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
     for name, parameter in adapter_tensors(ours).items():
         # Sums over documents and pairs in another order: some tens of ulps (1e-5 is 84); thrice that in recurrences.
         assert_close(parameter.grad, parameters[name].grad, ulps=84 if model == "llama" else 252)  # type: ignore[arg-type]
-    means = dict(zip(Preference.figures, (losses.figures / step.global_pairs).tolist(), strict=True))
+    means = dict(zip(config.train.needs.figures, (losses.figures / step.global_pairs).tolist(), strict=True))
     for index, name in enumerate(("rewards/chosen", "rewards/rejected", "logps/chosen")):
         assert means[name] == pytest.approx(sum(r[index] for r in rewards) / len(rewards), rel=1e-4)
     assert means["rewards/accuracies"] == pytest.approx(sum(r[0] > r[1] for r in rewards) / len(rewards))
@@ -342,7 +342,7 @@ def test_only_what_has_a_start_as_its_reference_needs_it_again(
     expected, stored = adapter_tensors(before), adapter_tensors(after)
     assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
     for start in (lambda: worker.run(run_dir, SINGLE), lambda: check(config, new_run=False)):
-        with pytest.raises(UserError, match=f"{INITIAL_ADAPTER_NAME} is missing: train.objective=dpo compares with"):
+        with pytest.raises(UserError, match=f"{INITIAL_ADAPTER_NAME} is missing: train.objective compares with"):
             start()
 
 
@@ -356,13 +356,13 @@ def test_only_what_has_a_start_as_its_reference_needs_it_again(
             "trainable_token_indices trains rows of the embedding or the head",
         ),
         ({"train": {"router_aux_loss": 0.1}}, "belongs to a per-token loss, not to train.objective=dpo"),
-        ({"data": {"format": "chat"}}, "which data.format=chat has not; set data.format=preference"),
+        ({"data": {"format": "chat"}}, "data.format=chat is data for train.objective=sft"),
         ({"data": {"train_on": "all"}}, "data.train_on=all has no effect"),
         ({"data": {"too_long": "split"}}, "set data.too_long=truncate or drop"),
-        ({"train": {"dpo_beta": 0.0}}, "train.dpo_beta=0"),
-        ({"train": {"objective": "sft", "dpo_beta": 0.2}}, "train.dpo_beta=0.2 has no effect"),
-        ({"train": {"objective": "sft"}, "data": {"format": "preference"}}, "set train.objective=dpo"),
-        ({"train": {"objective": "kto"}}, "train.objective"),
+        ({"train": {"beta": 0.0}}, "train.beta=0"),
+        ({"train": {"objective": "sft", "beta": 0.2}}, "train.beta=0.2 has no effect"),
+        ({"train": {"objective": "sft"}, "data": {"format": "preference"}}, "is data for train.objective=dpo"),
+        ({"train": {"objective": "rlhf"}}, "train.objective"),
     ],
     ids=str,
 )

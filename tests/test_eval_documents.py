@@ -21,7 +21,7 @@ from distlora.run_folder.eval_documents import (
     check_paired,
     read_documents,
 )
-from distlora.training.objectives import DocumentLosses
+from distlora.training.objectives.documents import DocumentLosses
 from small_models import config_with, make_run, read_metrics, tokenizer
 from test_dpo import preferences  # noqa: F401 - a fixture
 from test_parity import run_once

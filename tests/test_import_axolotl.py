@@ -386,7 +386,7 @@ def test_dpo_is_carried_with_the_data_sets_that_ours_reads(
     values = LEAST | {"rl": "dpo", "rl_beta": 0.3, "sequence_len": 700, "datasets": [{"path": "/pairs.jsonl", **entry}]}
     imported = convert(values, processes=1)
     config = composed(imported, tmp_path)
-    assert (config.train.objective, config.train.dpo_beta) == ("dpo", 0.3)
+    assert (config.train.objective, config.train.beta) == ("dpo", 0.3)
     assert (config.data.format, dict(config.data.columns), config.data.template) == ("preference", columns, template)
     assert (config.data.sequence_length, config.data.train_on) == (1400, "assistant")
     assert "sequence_len" in reported(imported, "changed")
@@ -404,7 +404,7 @@ def test_dpo_data_sets_and_losses_that_ours_has_not_are_named(tmp_path: Path) ->
     assert {"datasets[0].type", "datasets[1].message_property_mappings"} <= set(refused)
     assert any(key.startswith("dpo_label_smoothing") for key in reported(imported, "unsupported"))
     assert any(key.startswith("rl_adapter_ref_model") for key in reported(imported, "idle"))
-    assert composed(imported, tmp_path).train.dpo_beta == 0.1
+    assert composed(imported, tmp_path).train.beta == 0.1
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ BASE = {"model": {"path": "/m"}, "data": {"path": "/d"}}
         ("unsloth/Llama-3.3-70B-Instruct", ["adapter.method=full", "quant.method=none"], 3e-5, "takes a tenth"),
         ("NousResearch/Llama-2-70b-hf", [], 2e-4, "no published sweep has this model"),
         ("Qwen/Qwen2.5-32B", ["adapter.method=full", "quant.method=none"], 2e-5, "no published sweep"),
-        ("Qwen/Qwen3-8B", ["train.objective=dpo"], 5e-6, "DPO"),
+        ("Qwen/Qwen3-8B", ["train.objective=dpo"], 5e-6, "train.objective=dpo"),
     ],
 )
 def test_a_published_rate_is_converted_to_the_scale_of_the_adapter(

@@ -32,7 +32,7 @@ class CheckRequest:
 
 
 def check_train(train: TrainConfig, architecture: Architecture) -> None:
-    """Refuse DPO, train.mlp_tile and train.checkpointing=selective for layers that cannot run as they need.
+    """Refuse objectives, train.mlp_tile and train.checkpointing=selective for layers that cannot run as they need.
 
     Also train.neftune_alpha for a decoder that needs token ids beside embeddings.
     """
@@ -42,14 +42,14 @@ def check_train(train: TrainConfig, architecture: Architecture) -> None:
         "table that reads token ids; leave it out",
     )
     require(
-        train.objective != "dpo" or architecture.norm is not None,
-        f"train.objective=dpo: {architecture.model_type} changes the hidden states between its layers, or with more "
-        "than a norm after the last; set train.objective=sft, or {model.path} to another model",
+        not train.needs.reference or architecture.norm is not None,
+        f"train.objective={train.objective}: {architecture.model_type} changes the hidden states between its "
+        "layers, or with more than a norm after the last; set train.objective=sft, or {model.path} to another model",
     )
     require(
-        train.objective != "dpo" or architecture.documents != "single",
-        f"train.objective=dpo puts the two answers of a pair into one sequence, and {architecture.model_type} would "
-        "mix them; set train.objective=sft, or {model.path} to another model",
+        train.needs.data == "documents" or architecture.documents != "single",
+        f"train.objective={train.objective} puts the two answers of a pair into one sequence, and "
+        f"{architecture.model_type} would mix them; set train.objective=sft, or {{model.path}} to another model",
     )
     tile = train.mlp_tile
     if tile is not None and architecture.has_experts:

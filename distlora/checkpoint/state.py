@@ -228,7 +228,7 @@ def identity_of(
     UserError if the run needs the adapter at adapter.init_from as its reference and it is missing.
     """
     init_from, digest = spec.adapter.init_from, None
-    is_reference = train.objective == "dpo"
+    is_reference = train.needs.reference
     if init_from is not None and needs_initial_adapter(spec.adapter, is_reference=is_reference, restores=True):
         digest = weights_digest(init_from)
     return Identity(

@@ -18,6 +18,7 @@ from distlora.config.base import SAVED_MODULES, TARGET_PRESETS, AdapterConfig, M
 from distlora.config.cluster import ClusterConfig, ParallelConfig
 from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
+from distlora.config.objectives import objectives_of, takes_format
 from distlora.config.plan import GpuConfig, PlanConfig
 from distlora.config.sweep import SweepConfig
 from distlora.config.training import OptimConfig, TrackerConfig, TrainConfig
@@ -106,14 +107,7 @@ class Config:
             self.parallel.backend != "zero3" or trained is None,
             f"parallel=zero3 gathers what is frozen, and {trained} trains parameters of the base; set parallel=fsdp2",
         )
-        if self.train.objective == "dpo":
-            self._check_preference()
-        for format in self.data.formats:
-            require(
-                format != "preference" or self.train.objective == "dpo",
-                f"data.format=preference is data for train.objective=dpo, not for {self.train.objective}; set "
-                "train.objective=dpo, or name the format of what else the data holds",
-            )
+        self._check_objective()
         require(
             not self.adapter.decomposes or self.quant.method != "keep",
             f"adapter.init={self.adapter.init} changes the base's weights or corrects their rounding, and quant=keep "
@@ -230,12 +224,38 @@ class Config:
         degree = self.parallel.expert_degree
         return self.shard_degree(ranks) if degree == "replica" else degree
 
-    def _check_preference(self) -> None:
-        """Refuse what DPO cannot train, and settings of the data that have no meaning for pairs."""
+    def _check_objective(self) -> None:
+        """Refuse data that the objective does not train on, and settings that mean nothing to it."""
+        objective, needs = self.train.objective, self.train.needs
+        for format in self.data.formats:
+            require(
+                takes_format(objective, format),
+                f"train.objective={objective} {needs.summary}, and data.format={format} is data for train.objective="
+                f"{' or '.join(objectives_of(format))}; set one of these, or name the format of what else the data "
+                "holds",
+            )
+        if needs.reference:
+            self._check_reference()
+        if needs.data == "documents":
+            return
+        require(
+            self.data.train_on == "assistant",
+            f"data.train_on={self.data.train_on} has no effect with train.objective={objective}, where the answers "
+            "behind the common prompt are what is compared; leave it out",
+        )
+        require(
+            self.data.too_long != "split",
+            "data.too_long=split makes documents of the parts of a longer one, and parts of two answers cannot be "
+            "compared; set data.too_long=truncate or drop",
+        )
+
+    def _check_reference(self) -> None:
+        """Refuse what would change the reference of the objective as it trains."""
+        objective = self.train.objective
         require(
             self.adapter.method != "full",
-            "train.objective=dpo compares the adapter with the base under it, and adapter=full trains the base itself; "
-            "set adapter=lora",
+            f"train.objective={objective} compares the adapter with the base under it, and adapter=full trains the "
+            "base itself; set adapter=lora",
         )
         trained_rows = {
             "model.new_tokens": len(self.model.new_tokens) > 0,
@@ -245,25 +265,9 @@ class Config:
         for setting, is_set in trained_rows.items():
             require(
                 not is_set,
-                f"{setting} trains rows of the embedding or the head, which train.objective=dpo would change in its "
-                "reference too; leave it out",
+                f"{setting} trains rows of the embedding or the head, which train.objective={objective} would change "
+                "in its reference too; leave it out",
             )
-        for format in self.data.formats:
-            require(
-                format in ("auto", "preference"),
-                f"train.objective=dpo compares a chosen with a rejected answer, which data.format={format} has not; "
-                "set data.format=preference, or train.objective=sft",
-            )
-        require(
-            self.data.train_on == "assistant",
-            f"data.train_on={self.data.train_on} has no effect with train.objective=dpo, where the answers behind the "
-            "common prompt are what is compared; leave it out",
-        )
-        require(
-            self.data.too_long != "split",
-            "data.too_long=split makes documents of the parts of a longer one, and parts of two answers cannot be "
-            "compared; set data.too_long=truncate or drop",
-        )
 
 
 def check_ranks(config: Config, ranks: int) -> None:

@@ -40,7 +40,7 @@ _SETTINGS = {
     "optim.warmup_steps": "warmup_steps num_warmup_steps",
     "optim.max_grad_norm": "gradient_clipping clip_grad_norm",
     "train.objective": "rl stage",
-    "train.dpo_beta": "pref_beta rl_beta beta",
+    "train.beta": "pref_beta rl_beta dpo_beta",
     "train.epochs": "num_train_epochs num_epochs",
     "train.save_every": "save_steps save_strategy",
     "train.saves_per_epoch": "saves_per_epoch",

@@ -14,6 +14,7 @@ from distlora.config.errors import (
     require_share,
     short,
 )
+from distlora.config.objectives import OBJECTIVES, ObjectiveNeeds
 
 DEFAULT_LR = 2e-4
 """Learning rate of adapters on a model without a published sweep."""
@@ -126,8 +127,8 @@ class TrainConfig:
     """Objective: -log p of the trained tokens (`sft`), or DPO's loss of pairs of a chosen and a rejected answer
     (arXiv 2305.18290), whose reference is the model at the start of the run: no second model, 50 % more operations.
     """
-    dpo_beta: float = 0.1
-    """Scale of DPO's rewards: a larger value keeps the model closer to the reference."""
+    beta: float | None = None
+    """Scale of DPO's rewards: a larger value keeps the model closer to the reference. null: 0.1."""
     epochs: float = 1.0
     """Passes over the packed sequences; 0.5 is half of one, rounded up to whole steps."""
     max_steps: int | None = None
@@ -233,7 +234,7 @@ class TrainConfig:
         numbers = (
             "epochs max_steps global_batch micro_batch log_every save_every evals_per_epoch saves_per_epoch "
             "save_minutes keep early_stopping_patience sample_every sample_tokens loss_watchdog_threshold "
-            "loss_watchdog_patience neftune_alpha dpo_beta mlp_tile"
+            "loss_watchdog_patience neftune_alpha beta mlp_tile"
         )
         require_positive("train", self, *numbers.split())
         require(
@@ -244,11 +245,13 @@ class TrainConfig:
         require_choices("train", self)
         if not isinstance(self.compile, bool):
             require_choice("train.compile", self.compile, ("auto", "true", "false"))
-        require(
-            self.objective == "dpo" or self.dpo_beta == 0.1,
-            f"train.dpo_beta={self.dpo_beta} has no effect with train.objective={self.objective}; leave it out, or set "
-            "train.objective=dpo",
-        )
+        for name in sorted({name for needs in OBJECTIVES.values() for name in needs.settings} - {*self.needs.settings}):
+            users = [objective for objective, needs in OBJECTIVES.items() if name in needs.settings]
+            require(
+                getattr(self, name) is None,
+                f"train.{name}={getattr(self, name)} has no effect with train.objective={self.objective}; leave it "
+                f"out, or set train.objective={users[0]}" + (f" (of {', '.join(users)})" if len(users) > 1 else ""),
+            )
         require(
             self.mlp_tile is None or self.checkpointing != "none",
             f"train.mlp_tile={self.mlp_tile} recomputes each tile of an MLP, and train.checkpointing=none nothing; set "
@@ -297,6 +300,16 @@ class TrainConfig:
             f"train.loss_watchdog_patience={self.loss_watchdog_patience} has no effect without "
             "train.loss_watchdog_threshold; set both",
         )
+
+    @property
+    def needs(self) -> ObjectiveNeeds:
+        """Return what the objective needs."""
+        return OBJECTIVES[self.objective]
+
+    def of_objective(self, name: str) -> float:
+        """Return a setting of the objective, such as `beta`, or what null stands for."""
+        value: float | None = getattr(self, name)
+        return self.needs.settings[name] if value is None else value
 
     @property
     def evaluates(self) -> bool:

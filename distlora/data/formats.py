@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from distlora.config import DATA_FORMATS, UserError, nearest
+from distlora.config.objectives import OBJECTIVES, PAIRS, objectives_of, takes_format
 from distlora.data.conversations import (
     CONVERSATION_KEYS,
     PAIR_NAMES,
@@ -167,18 +168,20 @@ def kind_of(format: str, has_template: bool) -> Kind:
 
 def check_objective(format: str, objective: str, label: str) -> None:
     """Refuse a source, named `label`, whose resolved format is not what train.objective trains on."""
-    is_preference = format == "preference"
-    if is_preference and objective == "sft":
+    if takes_format(objective, format):
+        return
+    others = " or ".join(objectives_of(format))
+    if format in PAIRS:
         raise UserError(
-            f"{label} holds preference data (chosen and rejected answers), which train.objective=sft does not train "
-            "on; set train.objective=dpo, or fine-tune on the chosen answers with data.columns={completion: chosen} "
-            "(where they answer 'prompt'), {messages: chosen} (conversations) or {text: chosen} (whole texts)"
+            f"{label} holds preference data (chosen and rejected answers), which train.objective={objective} does not "
+            f"train on; set train.objective={others}, or fine-tune on the chosen answers with data.columns="
+            "{completion: chosen} (where they answer 'prompt'), {messages: chosen} (conversations) or {text: chosen} "
+            "(whole texts)"
         )
-    if not is_preference and objective == "dpo":
-        raise UserError(
-            f"{label} is {format}, and train.objective=dpo compares a chosen with a rejected answer; set "
-            f"train.objective=sft, or use preference data: {good('preference')}"
-        )
+    raise UserError(
+        f"{label} is {format}, and train.objective={objective} {OBJECTIVES[objective].summary}; set train.objective="
+        f"{others}, or use preference data: {good('preference')}"
+    )
 
 
 def to_document(record: Record, format: str, has_template: bool, reading: Reading = AS_WRITTEN) -> Document:

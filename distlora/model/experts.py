@@ -331,9 +331,10 @@ class Router(nn.Module):
 def weight_of(train: TrainConfig, hf_config: PretrainedConfig) -> float:
     """Return the weight of the router loss in training: train.router_aux_loss, or config.json's.
 
-    As in transformers, that is router_aux_loss_coef if output_router_logits is set, otherwise 0. With DPO it is 0.
+    As in transformers, that is router_aux_loss_coef if output_router_logits is set, otherwise 0. It belongs to
+    next-token losses: with another objective it is 0.
     """
-    if train.objective == "dpo":
+    if train.objective != "sft":
         return 0.0
     if train.router_aux_loss is not None:
         return train.router_aux_loss

@@ -154,7 +154,7 @@ def step_flops(
     kind = attention_kind(work, architecture, decoder, is_gpu=is_gpu)
     groups = decoder.heads // decoder.key_heads
     every = rows * sum(columns * pairs_computed(kind, documents, window, groups) for columns, window in active.queries)
-    reference = work.train.objective == "dpo"
+    reference = work.train.needs.reference
     head = active.head if active.head_is_trained else 0
     with_gradients = (active.linears if active.linears_are_trained else 0) + head + active.head_rows
     # Recomputed in backward: the MLP half by `selective`, a whole layer by `block` and `offload`, but for products that

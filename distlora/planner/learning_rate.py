@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 from distlora.config import AdapterConfig, Config
+from distlora.config.objectives import OBJECTIVES
 from distlora.config.training import DEFAULT_LR
 from distlora.planner.choose import Change
 from distlora.planner.model import PlannedModel
@@ -36,8 +37,6 @@ SWEPT_ALPHA = 32
 """r x s of the adapters in that sweep."""
 FULL_RATIO = 0.1
 """Rate of full fine-tuning, as a fraction of LoRA's."""
-DPO_LR = 5e-6
-"""Rate of DPO, as in recipe=dpo: the sweeps are of next-token losses."""
 
 
 def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Change | None]:
@@ -57,8 +56,8 @@ def _rate(adapter: AdapterConfig, objective: str, model: PlannedModel) -> tuple[
     settings = architecture.text(model.settings)
     names = ("hidden_size", "num_hidden_layers", "vocab_size")
     swept = SWEPT.get((architecture.model_type, *(settings.get(name) for name in names)))  # type: ignore[arg-type]
-    if objective == "dpo":
-        return DPO_LR, "the default of DPO"
+    if (lr := OBJECTIVES[objective].lr) is not None:
+        return lr, f"the default of train.objective={objective}: the sweeps are of next-token losses"
     is_full = adapter.method == "full"
     if swept is None:
         source = "the default; no published sweep has this model, so try others (distlora sweep)"

@@ -159,7 +159,7 @@ def exchanged_bytes(work: Workload, shapes: ModelShapes, accumulation: int) -> i
     """
     train, itemsize = work.train, DTYPE_BYTES[work.train.dtype]
     forwards, total = 1 if train.checkpointing == "none" else 2, 0
-    reference = int(train.objective == "dpo")
+    reference = int(train.needs.reference)
     slots = forwards * int(len(work.adapters) > 1) + reference * int(all(each.starts_as_base for each in work.adapters))
     for kind, count in shapes.architecture.counted() if work.expert_degree > 1 else ():
         if kind.experts is not None:

@@ -143,7 +143,7 @@ class Trainer:
 
     def _train_step(self, trials: Sequence[Trial]) -> None:
         began, step = time.monotonic(), trials[0].done + 1
-        assert len(trials) == 1 or not trials[0].objective.figures, "whose figures they are is not known"
+        assert len(trials) == 1 or not trials[0].objective.needs.figures, "whose figures they are is not known"
         watch.at(step, "reading rows", long=self._is_cold)
         shares = [Share(trial.loader.batch(trial.done), trial.slot, trial.done) for trial in trials]
         units = [trial.objective.units(share.batch) for trial, share in zip(trials, shares, strict=True)]
@@ -191,7 +191,7 @@ class Trainer:
         """Compute the mean held-out loss and metrics of each trial over all its held-out units."""
         self.model.set_num_micro(1)
         objective, device = trials[0].objective, self.backend.ranks.device
-        names, step = ("loss", *objective.figures), trials[0].done
+        names, step = ("loss", *objective.needs.figures), trials[0].done
         totals = torch.zeros(len(trials), len(names), dtype=torch.float64, device=device)
         units = [0] * len(trials)
         for documents in (trial.documents for trial in trials if trial.documents is not None):

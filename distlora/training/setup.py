@@ -114,7 +114,7 @@ def start_model(
     if training and train.checkpointing == "offload":
         assert sequence_length is not None, "activations of an unknown size"
         offloaded = require_offload_memory(model, spec, train, sequence_length, backend)
-    is_reference = training and train.objective == "dpo"
+    is_reference = training and train.needs.reference
     if adapter.decomposes and needs_initial_adapter(adapter, is_reference=is_reference, restores=restores):
         decomposed_adapters.initialize_from_base(
             model, spec, run_dir, base, backend, log, restores=restores, boundary=boundary
@@ -155,15 +155,15 @@ def cache_settings(
 
 
 def start_adapters(
-    model: CausalLM, spec: ModelSpec, backend: Backend, *, objective: str, restores: bool, log: Log = _no_log
+    model: CausalLM, spec: ModelSpec, backend: Backend, *, is_reference: bool, restores: bool, log: Log = _no_log
 ) -> None:
-    """Load the adapter at adapter.init_from if the run starts from it, and keep DPO's reference. Follows `start_model`.
+    """Load the adapter at adapter.init_from if the run starts from it, and keep the reference. Follows `start_model`.
 
-    `objective`: train.objective. `restores`: a checkpoint fills the adapters after this. Raises UserError for an
-    adapter that is missing or not exactly the model's.
+    `is_reference`: the objective compares with the initial model. `restores`: a checkpoint fills the adapters after
+    this. Raises UserError for an adapter that is missing or not exactly the model's.
     """
     watch.at(None, "preparing to train", long=True)
-    adapter, is_reference = spec.adapter, objective == "dpo"
+    adapter = spec.adapter
     if adapter.init_from is not None and needs_initial_adapter(adapter, is_reference=is_reference, restores=restores):
         load_peft_adapter(model, adapter, spec.quant.method, backend)
         log(f"starting from the adapter in {adapter.init_from} with lora_dropout={adapter.lora_dropout}")

@@ -31,7 +31,8 @@ from distlora.parallel.stop_and_save import Control
 from distlora.planner.flops import ActiveWeights, ModelFlops, queries_by_window
 from distlora.training.expert_load import ExpertLoad
 from distlora.training.memory_meter import MemoryCheck
-from distlora.training.objectives import DocumentLosses, objective_of
+from distlora.training.objectives import objective_of
+from distlora.training.objectives.documents import DocumentLosses
 from distlora.training.optimizers import Optimizer, learning_rate
 from distlora.training.reporter import Reporter
 
@@ -156,7 +157,7 @@ class Trial:
         if slot is None and model.architecture.has_experts:
             step, decays, device = progress.step, optim.weight_decay > 0, backend.ranks.device
             self.expert_load = ExpertLoad(model, device, progress.expert_tokens, step=step, decays=decays)
-        self.flops = count_flops(model, with_reference=self.objective.has_reference, slot=slot)
+        self.flops = count_flops(model, with_reference=self.objective.needs.reference, slot=slot)
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
         self._high_losses = 0
@@ -306,12 +307,12 @@ class Trial:
                 self.progress.expert_tokens = self.expert_load.tokens if is_whole else None
             parts = [_LOADS * step // self.total_steps for step in (interval.first_step, self.progress.step)]
             expert_tokens = self.expert_load.tokens if parts[0] < parts[1] else None
-        names = ("loss", *self.objective.figures)
+        names = ("loss", *self.objective.needs.figures)
         count = min(updates + 1, len(means))
         for index in range(count):
             step_means = dict(zip(names, means[index], strict=True))
             figures = {**step_means, "lr": interval.rates[index], "grad_norm": norms[index], **shared}
-            figures[self.objective.unit] = interval.steps[index].units
+            figures[self.objective.needs.unit] = interval.steps[index].units
             if self.memory is not None:
                 figures |= self.memory.step_figures(interval.first_step + index)
             is_last = index == count - 1

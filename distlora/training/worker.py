@@ -66,7 +66,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
             model,
             config.spec,
             backend,
-            objective=config.train.objective,
+            is_reference=config.train.needs.reference,
             restores=restores,
             log=reporter.event,
         )

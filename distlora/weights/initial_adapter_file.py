@@ -77,7 +77,7 @@ def require_initial_adapter(
         use = (
             f"adapter.init={adapter.init} trains on the base without the initial adapter"
             if adapter.pissa
-            else "train.objective=dpo compares with the initial adapter"
+            else "train.objective compares with the initial adapter"
         )
         raise UserError(
             f"{initial_adapter_path(run_dir)} is missing: {use}, so this run cannot continue without it; restore the "

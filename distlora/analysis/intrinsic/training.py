@@ -300,7 +300,8 @@ class Bench:
             parameters = subspace.parameters
         optim = OptimConfig(lr=training.lr, warmup_ratio=0.1)
         optimizer = build_optimizer(parameters, optim)
-        objective, train = NextToken(), self.request.train_settings(training.seed)
+        train = self.request.train_settings(training.seed)
+        objective = NextToken(train)
         loader = StepLoader(
             self.rows,
             global_batch=train.global_batch,

@@ -138,7 +138,7 @@ class Costs(LayerRun):
             trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
             adds_up_gradients=work.shard_degree(machine.ranks) > 1,
             decodes_head=work.token_formats(shapes)[1] is not None,
-            has_reference=work.train.objective == "dpo",
+            has_reference=work.train.needs.reference,
             trials=len(work.adapters),
         )
 

@@ -243,7 +243,7 @@ class Trained:
                 if ".experts." not in each.path:
                     matrices.update({math.prod(each.down): count})
                     matrices.update({math.prod(each.up): count})
-            if work.train.objective == "dpo" and not adapter.starts_as_base:
+            if work.train.needs.reference and not adapter.starts_as_base:
                 beside += _numbers(adapters)
         if work.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
             blocks = (block for adapter in work.adapters for block in shapes.adapters(adapter))

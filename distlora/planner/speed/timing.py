@@ -145,7 +145,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
                 trained=active.head_is_trained,
                 trained_rows=active.head_rows // shapes.hidden,
                 form=shapes.architecture.head_form.kind,
-                reference=work.train.objective == "dpo",
+                reference=work.train.needs.reference,
                 stored=0 if head is None else FORMAT_LAYOUTS[head].num_bytes((shapes.vocabulary, shapes.hidden)),
             )
         ),
@@ -207,7 +207,7 @@ def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: i
                 pairs=rows * seen,
                 checkpointing=work.train.checkpointing,
                 tiles=tiles,
-                reference=work.train.objective == "dpo",
+                reference=work.train.needs.reference,
             )
         blocks.append(found[key])
     return tuple(blocks)

@@ -81,7 +81,7 @@ def check(config: Config, *, new_run: bool) -> None:
         if goes_on:
             settings = fixed_settings(config.spec, config.optim, config.train)
             check_newest_settings(Path(config.run_dir) / CHECKPOINTS, settings)
-        is_reference = config.train.objective == "dpo"
+        is_reference = config.train.needs.reference
         needed = needs_initial_adapter(config.adapter, is_reference=is_reference, restores=True)
         if goes_on and config.adapter.decomposes and needed:
             require_initial_adapter(config.run_dir, config.adapter, CheckpointFiles(config.model.path))
@@ -234,7 +234,7 @@ def check_model(config: Config, *, training: bool = True) -> None:
         targets = select_adapted(config.adapter, architecture)
         check_patterns(config.adapter, targets)
         goes_on = bool(checkpoint_folders(Path(config.run_dir)))
-        is_reference = config.train.objective == "dpo"
+        is_reference = config.train.needs.reference
         if needs_initial_adapter(config.adapter, is_reference=is_reference, restores=goes_on):
             check_initial_adapter(config.spec, architecture)
         shapes = {path: weight.shape for path, weight in architecture.adaptable() if weight.kind == "linear"}

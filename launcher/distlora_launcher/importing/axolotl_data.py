@@ -81,7 +81,7 @@ def convert_objective(keys: Keys, imported: Imported) -> None:
             "under the adapter; set adapter: qlora"
         )
     beta = keys.number("rl_beta", "dpo_beta")
-    imported.section("train").update(objective="dpo", dpo_beta=0.1 if beta is None else beta)
+    imported.section("train").update(objective="dpo", beta=0.1 if beta is None else beta)
 
 
 def preference_columns(entry: Keys, imported: Imported, shared: _Shared) -> tuple[dict[str, Any], bool, str | None]:

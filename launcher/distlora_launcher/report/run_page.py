@@ -196,10 +196,8 @@ def _loss_chart(run: RunRecords) -> Chart:
         step, name = run.metrics.non_finite[0]
         others = len(run.metrics.non_finite) - 1
         note = f"Not drawn because not finite: {name} of step {step:,}" + (f", and {others:,} more" if others else "")
-    is_sft = run.config is None or run.config.train.objective == "sft"
-    return Chart(
-        title="Loss", unit="nats per token" if is_sft else "DPO loss per pair", lines=lines, is_wide=True, note=note
-    )
+    unit = "token" if run.config is None else run.config.train.needs.unit.removeprefix("target_").removesuffix("s")
+    return Chart(title="Loss", unit=f"nats per {unit}", lines=lines, is_wide=True, note=note)
 
 
 def _held_out(series: Series) -> Line:

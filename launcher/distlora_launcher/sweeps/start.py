@@ -239,8 +239,6 @@ def refuse_live(folder: Path) -> None:
 
 FIGURES = ("eval_loss", "loss", "grad_norm", "tokens_per_second", "mfu", "peak_memory_bytes")
 """Comparable figures of RUN/metrics.jsonl."""
-PREFERENCE_FIGURES = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
-"""Further figures with train.objective=dpo; evaluations have them with the prefix `eval_`."""
 
 
 def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
@@ -356,9 +354,8 @@ def pinned(sweep: Sweep, model: ModelConfig) -> Sweep:
 
 def check_metric(settings: SweepConfig, data: DataConfig, train: TrainConfig) -> None:
     """Refuse a held-out metric without held-out documents, and pruning without evaluations."""
-    figures = [*FIGURES, *(f"{kind}{name}" for name in PREFERENCE_FIGURES for kind in ("", "eval_"))]
     metric, pruner = settings.metric, settings.pruner
-    known = figures if train.objective == "dpo" else list(FIGURES)
+    known = [*FIGURES, *(f"{kind}{name}" for name in train.needs.figures for kind in ("", "eval_"))]
     require(
         metric in known,
         f"sweep.metric={metric} is not a figure that runs log{nearest(metric, known)}; set sweep.metric=eval_loss",

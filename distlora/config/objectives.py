@@ -1,0 +1,74 @@
+"""List the needs of each value of train.objective: its data, a reference, its own settings. No torch.
+
+The losses themselves are in `distlora/training/objectives/`, a file each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+PAIRS = ("preference",)
+"""Values of data.format that hold pairs of answers."""
+
+DataForm = Literal["documents", "pairs"]
+"""What a record of the data is to an objective: a document with trained tokens, or a chosen and a rejected answer."""
+
+
+PAIR_FIGURES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""Metrics of pairs of answers, by TRL's names. accuracies: fraction of the pairs whose chosen answer has the higher
+reward."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveNeeds:
+    """Needs of a run with this objective."""
+
+    summary: str
+    """The objective in a few words, as in "train.objective=dpo compares ..."."""
+    data: DataForm = "documents"
+    """Form of the data."""
+    reference: bool = False
+    """True if every row runs a second time, without gradient, through the initial model."""
+    unit: str = "target_tokens"
+    """Metric that counts the units of a step, over which the loss is a mean."""
+    figures: tuple[str, ...] = ()
+    """Metrics beside the loss; each is a mean over the units."""
+    settings: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Fields of `train` that it reads and no other part of a run does, with the value that null stands for."""
+    lr: float | None = None
+    """Default of optim.lr; null: by the model."""
+
+
+OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
+    {
+        "sft": ObjectiveNeeds(summary="trains on tokens"),
+        "dpo": ObjectiveNeeds(
+            summary="compares a chosen with a rejected answer",
+            data="pairs",
+            reference=True,
+            unit="pairs",
+            figures=PAIR_FIGURES,
+            settings={"beta": 0.1},
+            lr=5e-6,
+        ),
+    }
+)
+"""Objectives by their name in train.objective."""
+
+
+def takes_format(objective: str, format: str) -> bool:
+    """Return whether an objective trains on data of this data.format; `auto` is decided by the records."""
+    return format == "auto" or (format in PAIRS) == (OBJECTIVES[objective].data == "pairs")
+
+
+def objectives_of(format: str) -> list[str]:
+    """Return the objectives that train on data of this data.format, the most usual first."""
+    return [objective for objective in OBJECTIVES if takes_format(objective, format)]

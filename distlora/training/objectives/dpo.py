@@ -1,0 +1,22 @@
+"""DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distlora.training.objectives.pairs import Answers, PairObjective
+
+
+class DPO(PairObjective):
+    """-log sigmoid(r(chosen) - r(rejected)) of each pair.
+
+    The reward of an answer is r = beta * (log p(answer) - log p_ref(answer)). The reference is the initial model.
+    """
+
+    def of_pairs(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        """Return each pair's loss and rewards."""
+        assert answers.ratios is not None
+        rewards = self.train.of_objective("beta") * answers.ratios
+        chosen, rejected = rewards.unbind(dim=-1)
+        return F.softplus(rejected - chosen), rewards

@@ -1,0 +1,93 @@
+"""Define an objective: what a run minimizes, as sums over the ranks.
+
+An objective turns a micro-batch into loss sums per row, with gradient, and sums of the metrics reported beside the
+loss. Both are divided by the step's number of units (target tokens, pairs) over all ranks and micro-batches, which the
+loader knows in advance, so nothing depends on how rows are distributed. Nothing is read from the device.
+
+Letters: B rows, T tokens per row, P most pairs per row, F metrics.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distlora.config import TrainConfig
+from distlora.config.objectives import ObjectiveNeeds
+from distlora.data.loader import MicroBatch, StepBatch
+from distlora.model.adapters import StepRows
+from distlora.model.attention import Documents
+from distlora.model.build import CausalLM
+
+
+class Losses(NamedTuple):
+    """Losses of one micro-batch."""
+
+    rows: Tensor
+    """(B,) fp32: loss sums per row."""
+    figures: Tensor
+    """(F,) fp32 without gradient: sums of the objective's metrics over the rows' units."""
+    units: Tensor | None = None
+    """Loss per token (B, T), 0 without a target, or per pair of a row (B, P); only in an evaluation."""
+
+
+class Objective(ABC):
+    """Loss that a run minimizes. `config/objectives.py` says what it needs."""
+
+    def __init__(self, train: TrainConfig) -> None:
+        self.needs: ObjectiveNeeds = train.needs
+        self.train = train
+
+    @abstractmethod
+    def units(self, batch: StepBatch) -> int:
+        """Return the units of the step, over all ranks."""
+
+    @abstractmethod
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
+        """Compute the losses.
+
+        `step` is the training step of the rows, or (B,) of each; None: an evaluation, no dropout.
+        """
+
+
+def send(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Return the micro-batch on the device, without waiting for it."""
+    return MicroBatch._make(None if tensor is None else _to_device(tensor, device) for tensor in batch)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on the device. The host does not wait for the copy.
+
+    It would from memory that is not pinned. torch keeps pinned memory, and takes it again once its copy is done.
+    """
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def run(
+    model: CausalLM,
+    batch: MicroBatch,
+    sent: MicroBatch,
+    step: int | Tensor | None,
+    *,
+    with_reference: bool = False,
+    by_token: bool = False,
+) -> Tensor:
+    """Run the model: loss sums (B,); `by_token`: (B, T); `with_reference`: of it and the initial model, (2, B, T).
+
+    `sent`: the batch on the device.
+    """
+    device = sent.input_ids.device
+    steps = _to_device(step, device) if isinstance(step, Tensor) else step
+    return model(
+        sent.input_ids,
+        sent.position_ids,
+        sent.labels,
+        adapter_rows=sent.slots,
+        step_rows=None if steps is None else StepRows(steps, sent.rows),
+        documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
+        with_reference=with_reference,
+        by_token=by_token,
+    )

@@ -19,8 +19,8 @@ FOLDERS = {
 }
 PACKAGES = """
 distlora_kernels distlora_kernels.bench distlora.config distlora.system distlora.output distlora.architecture
-distlora.weights distlora.run_folder distlora.planner distlora.model distlora.parallel distlora.data distlora.loading
-distlora.checkpoint distlora.derive distlora.training distlora.post distlora.analysis distlora.bench
+distlora.weights distlora.run_folder distlora.rewards distlora.planner distlora.model distlora.parallel distlora.data
+distlora.loading distlora.checkpoint distlora.derive distlora.training distlora.post distlora.analysis distlora.bench
 distlora_launcher.terminal distlora_launcher.report distlora_launcher.compose distlora_launcher.importing
 distlora_launcher.launch distlora_launcher.jobs distlora_launcher.sweeps distlora_launcher.demo distlora_launcher.cli
 distlora_launcher.api
@@ -45,6 +45,8 @@ HOMES = {
     "liger_kernel": "distlora.model.fused_modules distlora_kernels.bench",
     "gguf": "distlora.post.export distlora.derive.gguf_header distlora.weights.low_bit.gguf",
     "llama_cpp": "distlora.post.export",
+    "math_verify": "distlora.rewards",
+    "jsonschema": "distlora.rewards",
     "matplotlib": "distlora.output distlora.analysis distlora.planner distlora_launcher",
     "optuna": "distlora_launcher.sweeps",
 }

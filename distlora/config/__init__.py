@@ -227,6 +227,11 @@ class Config:
     def _check_objective(self) -> None:
         """Refuse data that the objective does not train on, and settings that mean nothing to it."""
         objective, needs = self.train.objective, self.train.needs
+        require(
+            not self.data.rewards or needs.data == "prompts",
+            f"data.rewards scores answers that the model samples, and train.objective={objective} samples none; leave "
+            "it out",
+        )
         for format in self.data.formats:
             require(
                 takes_format(objective, format),

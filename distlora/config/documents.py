@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from distlora.config.base import cache_root
 from distlora.config.errors import require, require_choices
+from distlora.config.rewards import check_rewards
 
 DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference")
 
@@ -102,6 +103,27 @@ class DataConfig(ReadingConfig):
     """Split of the hub data set at eval_path, or at `path`, that is held out instead of a fraction."""
     cache_dir: str = field(default_factory=lambda: str(cache_root() / "data"))
     """Folder of tokenized rows, content-addressed: a second run with the same data does not tokenize again."""
+    rewards: tuple[str, ...] = ()
+    """Functions that score sampled answers (docs/rl.md): exact_match, regex, math, json_schema, unit_tests, or a
+    function of yours with TRL's signature as module.function."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward in an answer's total; empty: 1 for all."""
+    reward_columns: Mapping[str, str] = field(default_factory=dict)
+    """Other names for columns that built-in rewards read: {answer: solution}."""
+    reward_constants: Mapping[str, str] = field(default_factory=dict)
+    """Columns of records that lack them, with the same text for all: {pattern: "^[0-9]+$"}."""
+    reward_timeout: float = 10.0
+    """Seconds that a reward of one answer may take; the process of a slower one is killed, and the answer is left
+    out."""
+    reward_processes: int = 2
+    """Processes per rank that compute rewards."""
+    rewards_execute_code: bool = False
+    """Permission to run code that the model writes, for the reward unit_tests (docs/rl.md says within which limits).
+    """
+    rewards_isolation: Literal["namespaces", "limits"] = "namespaces"
+    """Isolation of code that the model writes. `namespaces`: without network, other files and other processes, by
+    Linux namespaces; `limits`: resource limits alone, for containers that forbid namespaces and isolate by themselves.
+    """
 
     def __post_init__(self) -> None:
         require_choices("data", self)
@@ -124,6 +146,7 @@ class DataConfig(ReadingConfig):
             "data.deduplicate=true compares all documents, and data.streaming=true reads only some of them; set one of "
             "them to false",
         )
+        check_rewards(self)
         self._check_without_effect()
         weighted = [source.weight is not None for source in self.sources]
         require(

@@ -11,8 +11,9 @@ from typing import Literal
 PAIRS = ("preference",)
 """Values of data.format that hold pairs of answers."""
 
-DataForm = Literal["documents", "pairs"]
-"""What a record of the data is to an objective: a document with trained tokens, or a chosen and a rejected answer."""
+DataForm = Literal["documents", "pairs", "prompts"]
+"""What a record of the data is to an objective: a document with trained tokens, a chosen and a rejected answer, or a
+prompt whose answers the model samples and `data.rewards` score."""
 
 
 PAIR_FIGURES = (

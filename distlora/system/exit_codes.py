@@ -60,8 +60,15 @@ def run_to_exit_code(
         return BAD_INPUT if error.errno in _BAD_PATH else FAILED
 
 
-EXTRAS = {"gguf": "gguf", "lm_eval": "eval", "peft": "demo", "bitsandbytes": "bnb", "accelerate": "bnb"} | {
-    name: name for name in ("tensorboard", "mlflow", "trackio", "swanlab")
+EXTRAS = {
+    "gguf": "gguf",
+    "lm_eval": "eval",
+    "peft": "demo",
+    "bitsandbytes": "bnb",
+    "accelerate": "bnb",
+    "math_verify": "rl",
+    "jsonschema": "rl",
+    **{name: name for name in ("tensorboard", "mlflow", "trackio", "swanlab")},
 }
 """Optional package, as it is imported, to the extra of distlora that installs it."""
 

@@ -42,6 +42,7 @@ from distlora.config.base import is_hub_name
 from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES
+from distlora.rewards.find import check_functions
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
@@ -76,6 +77,7 @@ def check(config: Config, *, new_run: bool) -> None:
                     require_package(name, f"tracker={name}")
         check_parallel(config.parallel, config.cluster.ranks)
         check_data(config.data, config.train.objective, config.run_dir)
+        check_functions(config.data, on_this_node=config.cluster.launcher != "slurm")
         check_model(config)  # Last, as it takes seconds for a model that is new here.
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
         if goes_on:

@@ -1,0 +1,1 @@
+"""Score answers that a model sampled: rewards, their processes, and the sandbox for code. Imports no torch."""

@@ -1,0 +1,240 @@
+"""Compute rewards in processes of their own, so that a function that hangs, raises or dies costs one answer.
+
+A request is one reward of one answer. The process of a request that takes longer than `data.reward_timeout` is killed
+with all that it started, and another one takes its place. Results are merged by position: they depend on time in no
+other way than by timeouts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distlora.config import DataConfig, UserError
+from distlora.config.errors import short
+from distlora.config.file import as_plain
+from distlora.system.progress import say
+
+START_SECONDS = 300.0
+"""Time for a process to import the functions; a cold network file system takes minutes for torch."""
+CODE_SECONDS = 30.0
+"""Time that unit_tests gets beyond data.reward_timeout, which its own sandbox enforces."""
+REASONS = ("timeouts", "errors", "invalid")
+"""Causes for a missing reward: too slow; raised or ended its process; returned no finite number."""
+_START = (-1, -1)
+
+Text = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardInput:
+    """A sampled answer to score."""
+
+    prompt: Text
+    """The prompt: a text, or messages."""
+    completion: Text
+    """The answer: a text, or messages."""
+    columns: Mapping[str, Any]
+    """The record's columns, which functions get by name: plain values of JSON."""
+    completion_ids: Sequence[int] = ()
+    """The answer's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """Rewards of answers, and the number of those that are missing by reason."""
+
+    values: list[list[float | None]]
+    """Per answer, per reward: a finite number, or None where the reward does not apply or failed."""
+    failed: list[bool]
+    """Per answer: whether a reward of it failed."""
+    counts: dict[str, int]
+    """Failed rewards by name and reason: rewards/<name>/timeouts, rewards/<name>/errors, rewards/<name>/invalid."""
+
+    def totals(self, weights: Sequence[float] = ()) -> list[float | None]:
+        """Return the weighted sum of each answer's rewards, without those that do not apply; no weights: 1 each.
+
+        None if no reward applies, or one failed: the answer is left out of its group, as its sum would lack a term
+        that the others have.
+        """
+        totals: list[float | None] = []
+        for rewards, failed in zip(self.values, self.failed, strict=True):
+            pairs = zip(rewards, weights or (1.0,) * len(rewards), strict=True)
+            terms = [weight * reward for reward, weight in pairs if reward is not None]
+            totals.append(sum(terms) if terms and not failed else None)
+        return totals
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A process, the request that it works on, and the bytes of it that are on their way."""
+
+    process: subprocess.Popen[bytes]
+    job: tuple[int, int] | None
+    """(answer, reward); `_START` while it loads the functions; None: it waits."""
+    deadline: float
+    outgoing: bytes
+    incoming: bytes = b""
+
+    @property
+    def pipes(self) -> tuple[int, int]:
+        """File descriptors of its stdin and stdout."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        return self.process.stdin.fileno(), self.process.stdout.fileno()
+
+    def ask(self, job: tuple[int, int], request: bytes, seconds: float) -> None:
+        self.job, self.outgoing, self.incoming, self.deadline = job, request, b"", time.monotonic() + seconds
+
+    def advance(self) -> dict[str, Any] | None:
+        """Send and receive what the pipes take now. Return the reply once it is whole, or there will be none."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+            self.outgoing = self.outgoing[os.write(self.pipes[0], self.outgoing) :]
+        chunk = None
+        with contextlib.suppress(BlockingIOError):
+            chunk = os.read(self.pipes[1], 1 << 16)
+        if chunk == b"":
+            code = self.process.wait()
+            cause = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+            return {"errors": f"ended its process {cause}"}
+        self.incoming += chunk or b""
+        return json.loads(self.incoming) if self.incoming.endswith(b"\n") else None
+
+    def kill(self) -> None:
+        """End the process and those of its group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with self.process:  # Closes the pipes, and waits.
+            pass
+
+
+@dataclass
+class RewardPool:
+    """The processes that compute `data.rewards`; as a context, they run within it. `log` gets a line per new fault."""
+
+    data: DataConfig
+    log: Callable[[str], None] = say
+    _workers: list[_Worker] = field(default_factory=list)
+    _logged: set[tuple[str, str]] = field(default_factory=set)
+
+    def __enter__(self) -> RewardPool:
+        """Start the processes. Raises UserError if they cannot load a function."""
+        try:
+            self._workers = [self._start() for _ in range(self.data.reward_processes)]
+            while any(worker.job is not None for worker in self._workers):
+                self._replies()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Kill the processes."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def score(self, samples: Sequence[RewardInput]) -> Scores:
+        """Return the rewards of answers. Raises UserError for a column that is no JSON."""
+        names = self.data.rewards
+        arguments = [self._arguments(sample) for sample in samples]
+        queue = deque((sample, reward) for sample in range(len(samples)) for reward in range(len(names)))
+        values: list[list[float | None]] = [[None] * len(names) for _ in samples]
+        failed = [False] * len(samples)
+        counts = {f"rewards/{name}/{reason}": 0 for name in names for reason in REASONS}
+        while queue or any(worker.job not in (None, _START) for worker in self._workers):
+            for index, worker in enumerate(self._workers):
+                if worker.job is None and worker.process.poll() is not None:  # Between two calls: no answer's fault.
+                    worker.kill()
+                    self._workers[index] = worker = self._start()
+                if worker.job is None and queue:
+                    job = queue.popleft()
+                    seconds = self.data.reward_timeout + CODE_SECONDS * (names[job[1]] == "unit_tests")
+                    worker.ask(job, b'{"reward": %d, "arguments": %b}\n' % (job[1], arguments[job[0]]), seconds)
+            for (sample, reward), reply in self._replies():
+                if "value" in reply:
+                    values[sample][reward] = reply["value"]
+                    continue
+                [(reason, text)] = reply.items()
+                failed[sample] = True
+                counts[f"rewards/{names[reward]}/{reason}"] += 1
+                self._log_once(names[reward], reason, text, samples[sample])
+        return Scores(values=values, failed=failed, counts=counts)
+
+    def _start(self) -> _Worker:
+        # In a session of its own: Ctrl-C reaches it through this process alone.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "distlora.rewards.worker", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+        settings = json.dumps(as_plain(dataclasses.asdict(self.data))).encode() + b"\n"
+        worker = _Worker(process, _START, time.monotonic() + START_SECONDS, settings)
+        for pipe in worker.pipes:
+            os.set_blocking(pipe, False)
+        return worker
+
+    def _replies(self) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+        """Wait for a pipe or a deadline. Return the replies to requests; replace the processes that are lost."""
+        busy = [index for index, worker in enumerate(self._workers) if worker.job is not None]
+        waiting = select.poll()
+        for worker in (self._workers[index] for index in busy):
+            waiting.register(worker.pipes[1], select.POLLIN)
+            if worker.outgoing:
+                waiting.register(worker.pipes[0], select.POLLOUT)
+        first = min(self._workers[index].deadline for index in busy)
+        waiting.poll(1000 * max(first - time.monotonic(), 0) + 1)
+        replies = []
+        for index in busy:
+            worker = self._workers[index]
+            reply, job = worker.advance(), worker.job
+            assert job is not None
+            if reply is None and time.monotonic() < worker.deadline:
+                continue
+            is_lost = reply is None or worker.process.returncode is not None
+            if job == _START and (reply is None or "errors" in reply):
+                text = reply["errors"] if reply else f"took longer than {START_SECONDS:.0f} s"
+                raise UserError(f"data.rewards=[{','.join(self.data.rewards)}] cannot be loaded: {text}")
+            worker.job = None
+            if job != _START:
+                seconds = f"took longer than data.reward_timeout={self.data.reward_timeout:g} seconds"
+                replies.append((job, reply or {"timeouts": seconds}))
+            if is_lost:
+                worker.kill()
+                self._workers[index] = self._start()
+        return replies
+
+    def _arguments(self, sample: RewardInput) -> bytes:
+        """Return the keyword arguments of TRL's reward functions for one answer, as JSON: a list of one each."""
+        columns = {**self.data.reward_constants, **sample.columns}
+        columns = {name: [value] for name, value in columns.items() if name not in ("prompt", "completion")}
+        own = {"prompts": [sample.prompt], "completions": [sample.completion]}
+        try:
+            return json.dumps({**columns, **own, "completion_ids": [list(sample.completion_ids)]}).encode()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"data.rewards: a record has a column that cannot be passed to another process ({error}); remove it "
+                f"from the data, or write it as text ({', '.join(columns)})"
+            ) from error
+
+    def _log_once(self, name: str, reason: str, text: str, sample: RewardInput) -> None:
+        kind = (name, text.partition(":")[0])
+        if kind not in self._logged:
+            self._logged.add(kind)
+            self.log(
+                f"reward {name} {text}: the answer {short(sample.completion)} to {short(sample.prompt)} is left out "
+                f"(counted in rewards/{name}/{reason}; logged once)"
+            )

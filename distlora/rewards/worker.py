@@ -1,0 +1,104 @@
+"""A process that computes rewards: `python -m distlora.rewards.worker PARENT`, started by `pool.py`.
+
+It reads a line of JSON per request and writes one per reply. Whatever a function prints goes to stderr. First comes
+the set-up (the settings as plain values), then requests {"reward": index, "arguments": {...}}. A reply is {"value": x}
+or {reason: text}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import json
+import math
+import os
+import random
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from distlora.config import DataConfig
+from distlora.config.errors import in_one_line, short
+from distlora.config.file import build
+from distlora.config.rewards import BUILT_IN
+from distlora.rewards import sandbox
+from distlora.rewards.built_in import reward_function
+from distlora.system.parent_death import end_with_parent
+
+_LONGEST = 400
+_FAULTS = (Exception, SystemExit, KeyboardInterrupt)
+
+
+def main(parent: int) -> None:
+    """Load the functions, then answer requests until the pipe is closed."""
+    end_with_parent(parent)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # A training process blocks the signals that ask it to stop.
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+
+    def reply(values: dict[str, Any]) -> None:
+        replies.write(json.dumps(values).encode() + b"\n")
+
+    data = build(DataConfig, json.loads(requests.readline()))
+    functions = []
+    for name in data.rewards:
+        try:
+            functions.append(reward_function(name, data) if name in BUILT_IN else load(name))
+        except _FAULTS as error:
+            reply({"errors": f"{name}: {described(error)}"})
+            return
+    if "unit_tests" in data.rewards and (reason := sandbox.reason_against(data.rewards_isolation)) is not None:
+        reply({"errors": reason})
+        return
+    reply({"value": None})
+    for line in requests:
+        request = json.loads(line)
+        random.seed(line)  # The same answer has the same reward, whichever process computes it.
+        reply(compute(functions[request["reward"]], request["arguments"]))
+
+
+def load(name: str) -> Callable[..., Any]:
+    """Return the function module.function. Raises AttributeError, ImportError, TypeError and what the module raises."""
+    module, _, attribute = name.rpartition(".")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    if not callable(function):
+        raise TypeError(f"{name} is not a function, but {short(function)}")
+    return function
+
+
+def compute(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the reply to a request: a function's reward of one completion."""
+    try:
+        rewards = function(**arguments)
+        if inspect.iscoroutine(rewards):
+            rewards = asyncio.run(rewards)
+        rewards = list(rewards)
+    except _FAULTS as error:
+        return {"errors": described(error)}
+    if len(rewards) != 1:
+        return {"invalid": f"returned {len(rewards)} rewards for one completion; return a list of one number"}
+    reward = rewards[0]
+    if reward is None:
+        return {"value": None}
+    try:
+        value = math.nan if isinstance(reward, (str, bytes)) else float(reward)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        return {"invalid": f"returned {short(reward)}, which is not a finite number"}
+    return {"value": value}
+
+
+def described(error: BaseException) -> str:
+    """Return an exception in one line: its type, its text, and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    return in_one_line(f"{type(error).__name__}: {error}"[:_LONGEST]) + place
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,399 @@
+"""Rewards run in processes of their own: a bad function costs one answer; code of a model stays in its sandbox."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora.config import Config, DataConfig, ModelConfig, UserError
+from distlora.rewards import sandbox, sandbox_entry
+from distlora.rewards.built_in import last_block, reward_function
+from distlora.rewards.find import check_functions
+from distlora.rewards.pool import RewardInput, RewardPool, Scores
+from distlora.rewards.sandbox import passes
+from distlora.rewards.worker import compute
+
+FUNCTIONS = """
+import ctypes, math, os, random, re, subprocess, sys, time
+
+def length(completions, **columns):
+    return [len(text) for text in completions]
+
+def odd(prompts, completions, completion_ids, answer, **columns):
+    (text,) = completions
+    if text == "right": print("a word on stdout"); os.write(1, b'{"value": 7}\\n')
+    if text == "hang":
+        subprocess.Popen(["sleep", "1234.5"])
+        time.sleep(1000)
+    elif text == "hang in C": re.match(r"(a+)+$", "a" * 50 + "b")
+    elif text == "raise": raise ValueError("an odd text")
+    elif text == "exit": os._exit(0)
+    elif text == "segfault": ctypes.string_at(0)
+    elif text == "leave": sys.exit()
+    elif text == "nan": return [math.nan]
+    elif text == "infinite": return [10**400]
+    elif text == "word": return ["1"]
+    elif text == "two": return [1.0, 2.0]
+    elif text == "nothing": return None
+    elif text == "none": return [None]
+    elif text == "random": return [random.random()]
+    return [float(text == answer[0] and prompts == ["prompt"] and completion_ids == [[5]])]
+
+async def later(completions, **columns):
+    return [0.25]
+"""
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a folder with reward functions, the working folder of this file's tests."""
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "mine.py").write_text(FUNCTIONS)
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def data(*rewards: str, **settings: Any) -> DataConfig:
+    return DataConfig(path="-", rewards=rewards, **settings)
+
+
+def inputs(*completions: Any, **columns: Any) -> list[RewardInput]:
+    columns = {"answer": "right", **columns}
+    return [RewardInput(prompt="prompt", completion=c, columns=columns, completion_ids=[5]) for c in completions]
+
+
+def running(word: str) -> list[int]:
+    """Return the processes whose command line has a word."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line, state = (folder / "cmdline").read_text(), (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        found += [int(folder.name)] if word in line and state != "Z" else []
+    return found
+
+
+def wait_until(condition: Any) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it has not come to it in 30 s")
+
+
+def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None:
+    lines: list[str] = []
+    faults = {
+        "timeouts": ["hang", "hang in C"],
+        "errors": ["raise", "raise", "exit", "segfault", "leave", "nothing"],
+        "invalid": ["nan", "infinite", "word", "two"],
+    }
+    texts = ["right", *(text for texts in faults.values() for text in texts), "none", "random", "random", "wrong"]
+    settings = data("mine.odd", "mine.length", "mine.later", reward_timeout=1.0, reward_processes=3)
+    with RewardPool(settings, log=lines.append) as pool:
+        scores = pool.score(inputs(*texts))
+        again = pool.score(list(reversed(inputs(*texts))))
+    assert [values[1:] for values in scores.values] == [[len(text), 0.25] for text in texts]
+    assert scores.failed == [any(text in group for group in faults.values()) for text in texts]
+    own = dict(zip(texts, (values[0] for values in scores.values), strict=True))
+    assert (own["right"], own["wrong"], own["none"]) == (1.0, 0.0, None)
+    assert scores.values[-3] == scores.values[-2]  # Two draws of the same answer.
+    assert all(own[text] is None for group in faults.values() for text in group)
+    assert {name: count for name, count in scores.counts.items() if count} == {
+        f"rewards/mine.odd/{reason}": len(group) for reason, group in faults.items()
+    }
+    assert set(scores.counts) >= {"rewards/mine.length/timeouts", "rewards/mine.later/errors"}
+    # The same answers in another order, in processes that others have died in: the same rewards.
+    assert list(reversed(again.values)) == scores.values
+    assert scores.totals() == [
+        None if failed else sum(v for v in values if v is not None)
+        for values, failed in zip(scores.values, scores.failed, strict=True)
+    ]
+    assert len([line for line in lines if "ValueError: an odd text (mine.py:" in line]) == 1
+    assert any("ended its process by SIGSEGV: the answer 'segfault' to 'prompt' is left out" in line for line in lines)
+    assert not running("1234.5")
+    assert not running(f"rewards.worker\0{os.getpid()}\0")
+
+
+def test_totals_leave_out_what_does_not_apply_and_answers_that_failed() -> None:
+    values: list[list[float | None]] = [[1.0, 2.0], [1.0, None], [1.0, None], [None, None]]
+    scores = Scores(values=values, failed=[False, False, True, False], counts={})
+    assert scores.totals((0.5, 3.0)) == [6.5, 0.5, None, None]
+
+
+def test_processes_end_with_a_killed_parent(functions: Path) -> None:
+    code = f"""
+        import dataclasses, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_rewards import *
+        with RewardPool(data("mine.odd", reward_timeout=1000.0)) as pool:
+            print("started", flush=True)
+            pool.score(inputs("hang", "hang in C"))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == b"started\n"
+    word = f"rewards.worker\0{parent.pid}\0"
+    assert len(running(word)) == 2
+    wait_until(lambda: running("1234.5"))
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not running(word))
+    for process in running("1234.5"):  # What a function started itself.
+        os.kill(process, signal.SIGKILL)
+
+
+def test_functions_that_cannot_be_loaded_are_refused(functions: Path) -> None:
+    (functions / "broken.py").write_text("def reward(): ...\nimport no_such_module\nlist_of_names = []\n")
+    for name, message in {
+        "mine.lenght": r"mine.lenght\]: .*mine.py has no function lenght \(did you mean 'length'\?\)",
+        "mien.length": r"there is no module mien in .*; start from the folder that holds it",
+        "mine.deep.length": r"there is no module mine.deep",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            check_functions(data(name))
+    check_functions(data("mine.length", "json.decoder.JSONDecodeError", "trl.rewards.accuracy_reward", "exact_match"))
+    assert "mine" not in sys.modules
+    check_functions(data("broken.reward"))
+    with pytest.raises(UserError, match=r"broken.reward: ModuleNotFoundError: No module named 'no_such_module'"):
+        RewardPool(data("broken.reward")).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rewards": ("exact_mach",)}, r"exact_mach\] is neither a built-in .* \(did you mean 'exact_match'\?\)"),
+        ({"rewards": ("a.b", "a.b")}, "names a.b twice"),
+        ({"rewards": ("a.b",), "reward_weights": (1.0, 2.0)}, "has 2 numbers, and data.rewards 1 names"),
+        ({"rewards": ("a.b",), "reward_weights": (float("inf"),)}, "inf is not a valid weight"),
+        ({"rewards": ("a.b",), "reward_timeout": 0.0}, "reward_timeout=0.0 must be positive"),
+        ({"rewards": ("math",), "reward_columns": {"anwser": "x"}}, r"\(did you mean 'answer'\?\)"),
+        ({"rewards": ("unit_tests",)}, "then add data.rewards_execute_code=true"),
+        ({"rewards": ("math",), "rewards_execute_code": True}, r"no effect without data.rewards=\[unit_tests\]"),
+        ({"rewards": ("math",), "rewards_isolation": "limits"}, r"no effect without data.rewards=\[unit_tests\]"),
+        ({"reward_weights": (1.0,)}, "no effect without data.rewards"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DataConfig(path="-", **settings)
+
+
+def test_rewards_are_refused_where_nothing_is_sampled() -> None:
+    with pytest.raises(UserError, match=r"data.rewards scores answers .*train.objective=sft samples none"):
+        Config(model=ModelConfig(path="/model"), data=data("math"), run_dir="-")
+
+
+def reward(name: str, completion: Any, value: Any, **settings: Any) -> Any:
+    reply = compute(reward_function(name, data(name, **settings)), {"completions": [completion], "column": [value]})
+    return reply.get("value", reply)
+
+
+@pytest.mark.parametrize(
+    ("name", "completion", "value", "expected"),
+    [
+        ("exact_match", " 42\n", "42 ", 1.0),
+        ("exact_match", "43", 42, 0.0),
+        ("exact_match", [{"role": "assistant", "content": "42"}], 42, 1.0),
+        ("exact_match", [{"role": "assistant", "content": [{"type": "text", "text": "42"}]}], "42", 1.0),
+        ("exact_match", "42", None, None),
+        ("regex", "x 12", r"\d+$", 1.0),
+        ("regex", "x 12 y", r"\d+$", 0.0),
+        ("regex", "x", "(", {"errors"}),
+        ("math", r"so it is \boxed{\frac{2}{4}}", "0.5", 1.0),
+        ("math", r"so it is $\frac{1}{3}$", r"$\frac{1}{2}$", 0.0),
+        ("math", "no idea", "7", 0.0),
+        ("math", "7", "no idea", {"errors"}),
+        ("json_schema", '{"a": 1}', {"type": "object", "required": ["a"]}, 1.0),
+        ("json_schema", 'Here:\n```json\n{"a": 1}\n```\n', '{"type": "object", "required": ["a"]}', 1.0),
+        ("json_schema", '{"b": 1}', {"type": "object", "required": ["a"]}, 0.0),
+        ("json_schema", "no JSON", {}, 0.0),
+        ("json_schema", "NaN", {}, 0.0),
+        ("json_schema", "[" * 100_000, {}, 0.0),
+        ("json_schema", "1", {"type": "nothing"}, {"errors"}),
+        ("json_schema", "1", {"$ref": "http://localhost:1/schema.json"}, {"errors"}),
+    ],
+)
+def test_built_in_rewards(name: str, completion: Any, value: Any, expected: Any) -> None:
+    column = {"exact_match": "answer", "regex": "pattern", "math": "answer", "json_schema": "schema"}[name]
+    found = reward(name, completion, value, reward_columns={column: "column"})
+    assert (set(found) if isinstance(expected, set) else found) == expected
+
+
+def test_a_missing_column_is_named_and_constants_fill_it(functions: Path) -> None:
+    assert "no column 'answer'" in reward("exact_match", "1", "1")["errors"]
+    with RewardPool(data("regex", reward_constants={"pattern": "^[0-9]$"}, reward_processes=1)) as pool:
+        scores = pool.score([*inputs("1", "x"), *inputs("x", pattern="x")])
+    assert scores.values == [[1.0], [0.0], [1.0]]
+
+
+def test_the_last_block_is_the_code() -> None:
+    text = "```python\na\n```\nthen\n~~~\nb ``` c\n~~~\nand `d`"
+    assert last_block(text) == "b ``` c\n"
+    assert last_block("```\nopen") is None
+
+
+# --- the sandbox ---
+
+namespaces = pytest.mark.skipif(
+    sandbox.reason_against("namespaces") is not None, reason="this kernel forbids namespaces"
+)
+ISOLATIONS = [pytest.param("namespaces", marks=namespaces), "limits"]
+
+
+def outcome(code: str, isolation: str, seconds: float = 10.0) -> str:
+    """Return what a program prints in the sandbox."""
+    return sandbox.run([sys.executable, "-I", "-c", textwrap.dedent(code)], {}, isolation=isolation, seconds=seconds)
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_tests_pass_and_fail(isolation: str) -> None:
+    fine = "import dataclasses\ndef add(a, b):\n    return a + b\n_hidden = 3"
+    cases = {
+        (fine, "assert add(1, 2) == 3 and _hidden == 3"): True,
+        (fine, "def test_add(): assert add(1, 2) == 4"): False,
+        (
+            fine,
+            "import unittest\nclass T(unittest.TestCase):\n  def test_add(self): self.assertEqual(add(1, 2), 4)",
+        ): False,
+        ("import os; os._exit(0)", "assert False"): False,
+        ("import sys\ndef add(a, b): sys.exit(0)", "assert add(1, 2) == 3"): False,
+        ("this is no Python", ""): False,
+    }
+    found = [passes(code, tests, isolation=isolation, seconds=10) for code, tests in cases]
+    assert found == [*cases.values()]
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_limits_hold(isolation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a secret")
+    facts = """
+        import os, resource
+        print(sorted(os.environ), os.getcwd() == os.environ["HOME"])
+        try: print(len(bytearray(2 << 30)))
+        except MemoryError: print("no memory")
+        try:
+            with open("large", "wb") as file:
+                for _ in range(100): file.write(bytes(1 << 20))
+        except OSError as error: print("no disk")
+    """
+    names = sorted([*sandbox.SAFE_ENVIRONMENT, "HOME", "TMPDIR", "LC_CTYPE"])
+    printed = outcome(facts, isolation).splitlines()
+    assert {*eval(printed[0].rpartition(" ")[0])} <= {*names}  # LC_CTYPE: Python sets it.
+    assert printed[0].endswith("True")
+    assert printed[1:] == ["no memory", "no disk"]
+    before = time.monotonic()
+    assert outcome("while True: pass", isolation, seconds=1.0) == ""
+    assert outcome("import time; time.sleep(100)", isolation, seconds=0.5) == ""
+    assert time.monotonic() - before < 20
+
+
+@namespaces
+def test_namespaces_hide_network_files_and_processes(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("token")
+    facts = f"""
+        import os, socket
+        def tried(what):
+            try: return what()
+            except OSError: return "refused"
+        print(tried(lambda: socket.create_connection(("127.0.0.1", 22), 1)))
+        print(tried(lambda: socket.create_connection(("192.0.2.1", 80), 1)))
+        print(tried(lambda: open({str(tmp_path / "secret")!r}).read()), os.path.exists({__file__!r}))
+        print(tried(lambda: open({sys.prefix!r} + "/pyvenv.cfg", "a")), tried(lambda: open("/usr/x", "w")))
+        print(os.getpid(), [name for name in tried(lambda: os.listdir("/proc")) if name.isdecimal()])
+        print(tried(lambda: os.kill({os.getpid()}, 0)), os.getuid() != 0)
+        open("mine", "w").write("fine"); print(os.listdir("."))
+    """
+    assert outcome(facts, "namespaces").splitlines() == [
+        "refused",
+        "refused",
+        "refused False",
+        "refused refused",
+        "1 ['1']",
+        "refused True",
+        "['mine']",
+    ]
+
+
+@namespaces
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/usr/bin/python3").exists(), reason="needs root and Debian's Python")
+def test_users_who_are_not_root_have_namespaces_too() -> None:
+    """This Python may lie where another user cannot go: Debian's runs the entry."""
+    entry = Path(sandbox_entry.__file__).read_text()
+    code = "import os, socket; print(os.getuid(), os.getpid(), os.listdir('.'), socket.if_nameindex())"
+    with tempfile.TemporaryDirectory() as folder:
+        os.chown(folder, 4321, 4321)
+        request = {
+            "isolation": "namespaces",
+            "folder": folder,
+            "disk_bytes": 1 << 20,
+            "environment": {},
+            "limits": {},
+            "files": {"a": "b"},
+            "visible": sandbox.visible_paths()[:5],
+            "command": ["/usr/bin/python3", "-c", code],
+        }
+        finished = subprocess.run(
+            ["/usr/bin/python3", "-I", "-S", "-c", entry, str(os.getpid())],
+            user=4321,
+            group=4321,
+            extra_groups=[],
+            cwd="/",
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+        )
+    assert finished.stdout == "4321 1 ['a'] [(1, 'lo')]\n", finished
+
+
+@namespaces
+def test_a_fork_bomb_ends_at_the_limit_and_leaves_nothing() -> None:
+    bomb = """
+        import os, time
+        started = 0
+        try:
+            while True:
+                if os.fork() == 0:
+                    os.setsid(); time.sleep(4321)
+                started += 1
+        except OSError: print(started, flush=True)
+    """
+    assert int(outcome(bomb, "namespaces")) == sandbox.PROCESSES - 1
+    assert not running("4321")
+
+
+def test_unit_tests_in_the_pool(functions: Path) -> None:
+    isolation = "limits" if namespaces.args[0] else "namespaces"
+    settings = data(
+        "unit_tests", rewards_execute_code=True, reward_timeout=5.0, reward_processes=1, rewards_isolation=isolation
+    )
+    block = "```python\ndef add(a, b):\n    return {}\n```\n"
+    texts = (block.format("a - b") + block.format("a + b"), block.format("a - b"), "no code")
+    with RewardPool(settings) as pool:
+        scores = pool.score(inputs(*texts, tests=["assert add(1, 1) == 2", "assert add(2, 1) == 3"]))
+    assert scores.values == [[1.0], [0.0], [0.0]]
+    assert not any(scores.failed)
+
+
+def test_a_node_that_cannot_isolate_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> bool:
+        raise OSError("cannot isolate a process (unshare: Operation not permitted)")
+
+    monkeypatch.setattr(sandbox, "passes", refuse)
+    with pytest.raises(UserError, match=r"this node cannot isolate .*unshare: .*set data.rewards_isolation=limits"):
+        check_functions(data("unit_tests", rewards_execute_code=True))

@@ -217,6 +217,29 @@ def test_triton_writes_the_same_values(name: str, dtype: torch.dtype) -> None:
         assert_same(in_triton(format, parts, shape, dtype), format.dequantize(parts, shape=shape, dtype=dtype))
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "int4_g128_fp16_zeros", "fp8_block", "q4_0", "q6_K", "nf4"])
+def test_experts_without_rows_are_not_dequantized(name: str) -> None:
+    """One expert at a time on the CPU. On a GPU half a group is left out if no expert in it has rows."""
+    format, rows = FORMATS[name], torch.tensor([0, 2, 0, 0, 1, 0])
+    shape, ends = (6, 200, 130) if format.tile else (6, 100, 192), rows.cumsum(0).int()
+    parts = random_parts(format, format.num_groups(shape)) + ((torch.tensor(0.1),) if format.replicated else ())
+    expected = format.dequantize(parts, shape=shape, dtype=torch.bfloat16)
+    chosen = (rows > 0)[:, None, None].expand(shape)
+    # Weights of a program: half of a tile's rows, or a run.
+    runs = torch.arange(6 * 200) // 64 if format.tile else torch.arange(math.prod(shape)) // 8192
+    per_run = chosen[..., 0] if format.tile else chosen
+    used = torch.zeros(int(runs[-1]) + 1).index_add_(0, runs, per_run.flatten().float())[runs] > 0
+    written = used.view(6, 200, 1).expand(shape) if format.tile else used.view(shape)
+    assert not written.all()
+    interpreter = contextlib.nullcontext() if torch.cuda.is_available() else dispatch.interpreted()
+    for where, touched in ((contextlib.nullcontext(), chosen), (interpreter, written)):
+        device = "cuda" if where is interpreter and torch.cuda.is_available() else "cpu"
+        out = torch.full(shape, 12345.0, dtype=torch.bfloat16, device=device)
+        with where, warnings.catch_warnings(action="ignore"):
+            format.dequantize_chosen([part.to(device) for part in parts], ends.to(device), out)
+        assert_same(out.cpu(), torch.where(touched, expected, 12345.0))
+
+
 @pytest.mark.parametrize("name", DEFAULT)
 def test_parts_of_a_weight_are_those_of_the_whole(name: str) -> None:
     """Groups alone, as a rank has them; experts; and rows, also of blocks that straddle them, none, and one twice."""

@@ -81,7 +81,7 @@ def test_experts_without_rows_are_not_dequantized(triton_device: torch.device, e
     shape = (len(rows), *each)
     parts = random_parts(nf4.num_groups(math.prod(shape)), triton_device)
     out = poisoned(shape, torch.bfloat16, triton_device)
-    nf4.dequantize_chosen(nf4.NF4, parts, shape, rows.cumsum(0).int().to(triton_device), out=out)
+    nf4.NF4.dequantize_chosen(parts, rows.cumsum(0).int().to(triton_device), out)
     expected = reference.nf4_dequantize(*parts, shape=shape, dtype=torch.bfloat16)
     chosen = rows > 0
     assert torch.equal(out[chosen], expected[chosen])

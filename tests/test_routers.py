@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ from torch.nn import functional as F
 
 from closeness import assert_close
 from distlora.architecture.spec import Architecture
-from distlora.architecture.targets import check_router_loss
-from distlora.config import TrainConfig, UserError
+from distlora.architecture.targets import check_router_loss, select_adapted
+from distlora.config import AdapterConfig, TrainConfig, UserError
+from distlora.derive import prove
 from distlora.derive.probes import probe, random_tokens
 from distlora.derive.prove import (
     bound_of,
@@ -33,16 +35,19 @@ from distlora.derive.prove import (
     largest_error,
     load_ours,
     load_theirs,
+    logits_of,
     next_tokens,
     positions_of,
     relative_error,
     save_random,
+    spec_of,
 )
 from distlora.derive.shrink import shrink
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import build_model
 from distlora.post.trained import base_spec
 from distlora.training.expert_load import ExpertLoad
+from distlora.training.metrics import describe_experts
 from distlora_launcher.cli.named import check_base
 from family_models import edit_config
 from model_types import CAUSAL, COMPOSITES, config_of
@@ -123,6 +128,38 @@ def save_spread(small: Architecture, config: dict[str, Any], folder: Path) -> No
             experts = torch.rand(len(tensor), 4, generator=generator).argsort(dim=1)
             tensors[name] = experts[:, : tensor.shape[1]].to(tensor.dtype).contiguous()
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_presets_leave_out_the_gate_of_a_shared_expert_which_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name it is adapted as in transformers with s B A in its weight."""
+    config = settings_of("qwen2_moe")
+    small = probe(config, "qwen2_moe")
+    save_random(small, config, "test", tmp_path, 1)
+    presets = {
+        path for name in ("mlp", "all-linear") for path in select_adapted(AdapterConfig(target_modules=name), small)
+    }
+    assert any(path.endswith("mlp.shared_expert.down_proj") for path in presets)
+    assert not any("shared_expert_gate" in path for path in presets)
+    says = next(describe_experts(load_ours(small, tmp_path)[0]))
+    assert says.endswith("; routers and mlp.shared_expert_gate have none and are frozen")
+    spec = replace(spec_of(tmp_path), adapter=AdapterConfig(target_modules=("shared_expert_gate",), r=4))
+    monkeypatch.setattr(prove, "spec_of", lambda *_: spec)
+    ours, _ = load_ours(small, tmp_path)
+    assert next(describe_experts(ours)).endswith("; routers have none and are frozen")
+    theirs = load_theirs(small, tmp_path)
+    bare = dict(dense_weights(ours, adapted=False))
+    for name, weight in dense_weights(ours, adapted=True):
+        assert ("shared_expert_gate" in name) is not torch.equal(weight, bare[name])
+        theirs.get_parameter(name).data.copy_(weight)
+    input_ids = random_tokens(48, small.vocabulary, rows=2)
+    logits = theirs.get_submodule(small.causal)(input_ids=input_ids, use_cache=False).logits
+    assert relative_error(logits_of(ours, input_ids), logits) <= 1e-5
+    gradients = gradients_of(
+        ours(input_ids, positions_of(input_ids), next_tokens(input_ids)).sum(), adapter_parameters(ours)
+    )
+    assert all(gradient.any() for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("name", [name if name in BY_DEFAULT else ci(name) for name in CHOICES])

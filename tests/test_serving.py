@@ -42,11 +42,6 @@ REFUSED = {
     ("sglang", "qwen3_5_moe_text"): "in_proj_b: SGLang wraps no module of this name",
     ("sglang", "qwen3_5_moe"): "in_proj_b: SGLang wraps no module of this name",
     ("vllm", "qwen3_next"): "in_proj_qkvz: vLLM loads an adapter here and does not apply it as trained",
-    **dict.fromkeys(
-        (("vllm", name) for name in ("qwen2_moe", "qwen3_5_moe_text", "qwen3_5_moe")),
-        "shared_expert_gate: vLLM loads an adapter here and does not apply it as trained",
-    ),
-    ("sglang", "qwen2_moe"): "shared_expert_gate: SGLang wraps no module of this name",
     ("vllm", "deepseek_v3"): "kv_b_proj: vLLM loads an adapter here and does not apply it as trained: it folds",
 }
 """Why all linears and experts of a type are not served, where they are not."""
@@ -64,8 +59,9 @@ def model_of(model_type: str) -> tuple[Architecture, dict[str, Any]]:
 
 
 def adapted(architecture: Architecture) -> dict[str, Weight]:
-    """Return what target_modules=all-linear means: all but routers."""
-    return {path: weight for path, weight in architecture.adaptable() if not path.endswith((".gate", ".router"))}
+    """Return what target_modules=all-linear means: all but routers and gates of shared experts."""
+    names = (".gate", ".router")
+    return {path: w for path, w in architecture.adaptable() if not (w.is_gate or path.endswith(names))}
 
 
 class RandomFactors:
@@ -130,6 +126,19 @@ def test_every_tensor_binds_and_means_what_was_trained(tmp_path: Path, name: str
     assert (stacked, numbered) == (
         (False, False) if model_type in DENSE else (True, False) if not row.names else (False, True)
     )
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_5_moe_text"])
+def test_an_adapter_of_a_shared_experts_gate_is_refused(name: str, model_type: str) -> None:
+    architecture, config = model_of(model_type)
+    consumer = CONSUMERS[name]
+    row = served(consumer, config)
+    gates = [path for path, weight in architecture.adaptable() if weight.is_gate]
+    why = unserved(consumer, row, targets(consumer, row, architecture), gates)
+    reason = {"vllm": "does not apply it as trained: the shared expert calls the gate", "sglang": "wraps no module"}
+    assert "shared_expert_gate: " in why
+    assert reason[name] in why
 
 
 @pytest.mark.parametrize(("name", "adapts", "filled"), [

@@ -54,6 +54,11 @@ class Weight:
         return self.kind != "dense"
 
     @property
+    def is_gate(self) -> bool:
+        """True for a linear with one output, which gates a shared expert. Presets leave it out, as they do routers."""
+        return self.kind == "linear" and self.shape[0] == 1
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)

@@ -116,12 +116,12 @@ def describe_experts(model: CausalLM) -> Iterator[str]:
     if not layers:
         return
     adapted = {index: [w for w in module.weights if w.pairs] for index, module in layers.items()}
-    names = sorted({name.rpartition(".")[2] for name, _ in model.adapted_experts()})
+    fused = sorted({name.rpartition(".")[2] for name, _ in model.adapted_experts()})
     parts = ["experts have no adapters and are frozen"]
-    if names:
+    if fused:
         count = max(module.weights[0].num_experts for module in layers.values())
         those = layers_text(index for index, found in adapted.items() if found)
-        parts = [f"the experts' {' and '.join(names)} have adapters in {those} ({count:,} experts each)"]
+        parts = [f"the experts' {' and '.join(fused)} have adapters in {those} ({count:,} experts each)"]
         if frozen := [index for index, found in adapted.items() if not found]:
             parts.append(f"the experts of {layers_text(frozen)} are frozen")
         factors = {(name.rpartition(".")[2], pair.shared) for name, w in model.adapted_experts() for pair in w.pairs}
@@ -131,7 +131,9 @@ def describe_experts(model: CausalLM) -> Iterator[str]:
     if shared:
         count = sum(isinstance(m, AdaptedLinear) and bool(m.pairs) for m in shared)
         parts.append(f"{count:,} of {len(shared):,} linears of shared experts have adapters")
-    yield "; ".join([*parts, "routers have none and are frozen"])
+    adaptable, names = model.architecture.adaptable(), {name for name, _ in model.adapted_weights()}
+    gates = {w.path.removesuffix(".weight"): None for name, w in adaptable if w.is_gate and name not in names}
+    yield "; ".join([*parts, f"{' and '.join(['routers', *gates])} have none and are frozen"])
     if model.router_aux_loss > 0:
         yield (
             f"training losses include {model.router_aux_loss:g} x the routers' load-balancing loss of each row; "

@@ -1,7 +1,7 @@
 """Run expert linears as grouped products (torch.nn.functional.grouped_mm): the path of GPUs in 16 bits.
 
 Nothing is read on the host. The fused weight is dequantized into the scratch that every linear uses (scratch.py), in
-NF4 without the experts that no token chose: a product reads nothing of a group without rows. grouped_mm does not
+low bits without the experts that no token chose: a product reads nothing of a group without rows. grouped_mm does not
 accumulate into its output, so the adapter's term is added to the rounded product of the base, as in PEFT. Ranks are
 padded to a multiple of 8, since rows must be 16 bytes.
 

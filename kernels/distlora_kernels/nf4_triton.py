@@ -58,6 +58,17 @@ def dynamic_midpoints(device: torch.device) -> Tensor:
 
 
 @triton.jit
+def has_rows(ends_ptr, first, last, size, last_expert):
+    """Return whether one of the experts of `size` units that have the units from `first` to `last` has rows.
+
+    Rows of an expert without any end where those of the expert before end.
+    """
+    before = tl.minimum(first // size, last_expert) - 1
+    end = tl.load(ends_ptr + tl.minimum(last // size, last_expert))
+    return end > tl.load(ends_ptr + before, mask=before >= 0, other=0)
+
+
+@triton.jit
 def _dequantize_tile(
     tile, codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, gap,
     ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
@@ -100,17 +111,15 @@ def _dequantize_kernel(
 ):  # fmt: skip
     """Compute out[block, i] = round(level[code] * absmax); without group_scale_ptr `scales` holds the absmax.
 
-    With ends_ptr the weight is that of experts of `expert_blocks` blocks, and tiles of experts without rows, whose end
-    is that of the expert before, are left out.
+    With ends_ptr the weight is that of experts of `expert_blocks` blocks, and tiles of experts without rows are left
+    out.
 
     With a gap, rows of ROW_BLOCKS blocks are followed by `gap` elements: zeros, and b[row] from `first_rank` on. Their
     tiles, BLOCKS rows of 64 columns, come after the `tiles` of the weight.
     """
     program = tl.program_id(0)
     if ends_ptr is not None:
-        first = program * BLOCKS // expert_blocks
-        last = tl.minimum((program * BLOCKS + BLOCKS - 1) // expert_blocks, last_expert)
-        if tl.load(ends_ptr + last) > tl.load(ends_ptr + first - 1, mask=first > 0, other=0):
+        if has_rows(ends_ptr, program * BLOCKS, program * BLOCKS + BLOCKS - 1, expert_blocks, last_expert):
             _dequantize_tile(
                 program, codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel, gap,
                 ROW_BLOCKS, BLOCKS,

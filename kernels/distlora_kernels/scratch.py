@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.dispatch import uses_triton
-from distlora_kernels.formats.nf4 import BLOCK, Nf4, dequantize_beside, dequantize_chosen
+from distlora_kernels.formats.nf4 import Nf4, dequantize_beside
 from distlora_kernels.operands import FrozenWeight
 
 _buffers: dict[tuple[torch.device, int], Tensor] = {}
@@ -71,13 +71,13 @@ def take_beside(weight: FrozenWeight, b: Tensor, *, first_rank: int, columns: in
 def take_chosen(weight: FrozenWeight, dtype: torch.dtype, ends: Tensor) -> Tensor:
     """Return the weight of all experts (E, O, I), of which those without rows may be undefined; valid as `take`'s.
 
-    ends (E,) int32: end of each expert's rows. Only NF4 leaves experts out, on a GPU.
+    ends (E,) int32: end of each expert's rows.
     """
-    _, out, features = weight.shape
-    if not (extends(weight) and isinstance(weight.format, Nf4)) or out * features % BLOCK:
+    if weight.format is None:
         return take(weight, dtype)
-    dense = _place(weight.shape, dtype, weight.parts[0].device)
-    dequantize_chosen(weight.format, weight.parts, weight.shape, ends, out=dense)
+    device = weight.parts[0].device
+    dense = _place(weight.shape, dtype, device) if extends(weight) else torch.empty(weight.shape, dtype=dtype)
+    weight.format.dequantize_chosen(weight.parts, ends, dense)
     return dense
 
 

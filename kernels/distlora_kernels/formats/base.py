@@ -17,7 +17,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from distlora_kernels.dispatch import on_device_of, uses_triton
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP, FormatLayout, Part
+
+UNIT = 64
+"""Weights by which kernels count an expert's: numbers of units fit 32 bits up to 2^37 weights."""
 
 
 def dtype_of(part: Part) -> torch.dtype:
@@ -42,6 +46,25 @@ class Format(FormatLayout, ABC):
 
         `out`: contiguous memory of that dtype and number of elements; the result is then a view of it.
         """
+
+    def dequantize_chosen(self, parts: Sequence[Tensor], ends: Tensor, out: Tensor) -> None:
+        """Write the experts that have rows, of a weight (E, O, I), to `out` (E, O, I). Of others it is undefined.
+
+        ends (E,) int32: end of each expert's rows. A GPU reads it on the device, and leaves out runs of 8,192 weights
+        (rows of half a tile) without such experts, if an expert is whole units of UNIT weights, or rows of tiles.
+        """
+        self.check(parts, tuple(out.shape))
+        if uses_triton(parts[0]):
+            with on_device_of(parts[0]):
+                counted = self.tile is not None or math.prod(out.shape[1:]) % UNIT == 0
+                self.run_triton(parts, out, ends if counted else None)
+            return
+        for expert in torch.diff(ends, prepend=ends.new_zeros(1)).nonzero().flatten().tolist():
+            out[expert] = self.slice(parts, tuple(out.shape), expert, out.dtype)
+
+    def run_triton(self, parts: Sequence[Tensor], out: Tensor, ends: Tensor | None = None) -> None:
+        """Write the weight to `out`, which has its shape, by the format's kernel; `ends`: `dequantize_chosen`."""
+        raise NotImplementedError(f"{self.name} has no kernel")
 
     def quantize(self, flat: Tensor) -> tuple[Tensor, ...]:
         """Return the parts of flat weights (n,), each group by itself; zeros fill the last group.

@@ -7,6 +7,7 @@ must not be flushed to 0, and Triton does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from distlora_kernels.formats import FORMATS
-from distlora_kernels.formats.base import Format
+from distlora_kernels.formats.base import UNIT, Format
 from distlora_kernels.formats.gguf import Gguf
+from distlora_kernels.nf4_triton import has_rows
 from distlora_kernels.offline import Case
 from distlora_kernels.reference import GROUP
 
@@ -26,6 +28,7 @@ NUM_WARPS = 4
 # A product and a sum are rounded one by one: no fused multiply-add.
 _OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
+_UNIT = tl.constexpr(UNIT)
 # An arithmetic shift leaves copies of the sign between the sign and the 7 or 3 other bits; they are masked.
 _SIGN_AND_7, _SIGN_AND_3 = tl.constexpr(0x87F00000 - 2**32), tl.constexpr(0x81C00000 - 2**32)
 
@@ -38,17 +41,28 @@ def _e4m3(byte):
     return tl.where(tl.abs(value) == 480, float("nan"), value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last_expert"])
 def _blocks_kernel(
-    codes_ptr, scales_ptr, third_ptr, out_ptr, numel, columns,
+    codes_ptr, scales_ptr, third_ptr, out_ptr, numel, columns, ends_ptr, expert_units, last_expert,
     KIND: tl.constexpr, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Write WEIGHTS weights in blocks of BLOCK. third_ptr: NVFP4's global scales or int4's zero points, or None.
 
     The parts hold whole groups: no mask. fp8_block's are the rows of a tile; only it has `columns`.
+
+    With ends_ptr the weight is that of experts of `expert_units` units, or rows of a tiled matrix, and a program
+    without experts that have rows ends at once.
     """
     program = tl.program_id(0)
     BLOCKS: tl.constexpr = WEIGHTS // BLOCK
+    if ends_ptr is not None:
+        if columns is None:
+            unit, count = program * (WEIGHTS // _UNIT), WEIGHTS // _UNIT
+        else:
+            HALVES: tl.constexpr = 16384 // WEIGHTS
+            unit, count = program // HALVES // tl.cdiv(columns, 128) * 128 + program % HALVES * BLOCKS, BLOCKS
+        if not has_rows(ends_ptr, unit, unit + count - 1, expert_units, last_expert):
+            return
     first = program.to(tl.int64) * WEIGHTS  # int64: a weight may exceed 2^31 elements.
     block = tl.arange(0, BLOCKS)
     at_scales = program.to(tl.int64) * BLOCKS + block
@@ -118,17 +132,22 @@ def _field(ptr, number, FIELD: tl.constexpr):
     return (byte >> (number % SPAN // FIELD[2] * FIELD[1])) & ((1 << FIELD[1]) - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last_expert"])
 def _gguf_kernel(
-    blocks_ptr, out_ptr, numel,
+    blocks_ptr, out_ptr, numel, ends_ptr, expert_units, last_expert,
     TYPE: tl.constexpr, BYTES: tl.constexpr, BLOCKS: tl.constexpr, SUBS: tl.constexpr, SIZE: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Write BLOCKS blocks of BYTES bytes, of SUBS sub-blocks of SIZE weights: code * factor (+ added).
 
     Blocks begin at odd multiples of 2 bytes, so bytes are read one by one; a thread's neighbours find them in the L1
-    cache. The parts hold whole groups: no mask.
+    cache. The parts hold whole groups: no mask. ends_ptr: as in `_blocks_kernel`.
     """
+    if ends_ptr is not None:
+        UNITS: tl.constexpr = BLOCKS * SUBS * SIZE // _UNIT
+        unit = tl.program_id(0) * UNITS
+        if not has_rows(ends_ptr, unit, unit + UNITS - 1, expert_units, last_expert):
+            return
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     block = blocks_ptr + (first + tl.arange(0, BLOCKS))[:, None] * BYTES
     sub = tl.arange(0, SUBS)[None, :]
@@ -171,14 +190,21 @@ def _gguf_kernel(
     tl.store(out_ptr + first * BLOCK + element, values.to(out_ptr.dtype.element_ty), mask=element < left)
 
 
-def dequantize(format: Format, parts: Sequence[Tensor], out: Tensor) -> None:
-    """Run `format.dequantize` into `out`, which has the weight's shape."""
+def dequantize(format: Format, parts: Sequence[Tensor], out: Tensor, ends: Tensor | None = None) -> None:
+    """Run `format.dequantize` into `out`, which has the weight's shape.
+
+    With ends (E,) int32, the end of each expert's rows, programs of experts (O, I) without rows write nothing.
+    """
     assert all(part.is_contiguous() for part in parts), [part.stride() for part in parts]
     kernel, constants = _constants(format)
     programs = triton.cdiv(out.numel(), WEIGHTS)
+    experts: tuple[Tensor | None, int, int] = (None, 0, 0)
+    if ends is not None:
+        each = out.shape[1] if format.tile is not None else math.prod(out.shape[1:]) // UNIT
+        experts = (ends, each, len(ends) - 1)
     if isinstance(format, Gguf):
         assert parts[0].data_ptr() % 2 == 0, "fp16 numbers are read: blocks must start at a multiple of 2 bytes"
-        kernel[(programs,)](parts[0], out, out.numel(), **constants, **_OPTIONS)
+        kernel[(programs,)](parts[0], out, out.numel(), *experts, **constants, **_OPTIONS)
         return
     assert parts[0].data_ptr() % 4 == 0, "8 codes are read at once: they must start at a multiple of 4 bytes"
     size, columns = out.numel(), None
@@ -186,7 +212,7 @@ def dequantize(format: Format, parts: Sequence[Tensor], out: Tensor) -> None:
         columns, programs = out.shape[-1], len(parts[0]) * (GROUP // WEIGHTS)
         size //= columns
     codes, scales, third = (*parts, None)[:3]
-    kernel[(programs,)](codes, scales, third, out, size, columns, **constants, **_OPTIONS)
+    kernel[(programs,)](codes, scales, third, out, size, columns, *experts, **constants, **_OPTIONS)
 
 
 def _constants(format: Format) -> tuple[Any, dict[str, Any]]:
@@ -200,8 +226,11 @@ def _constants(format: Format) -> tuple[Any, dict[str, Any]]:
     return _blocks_kernel, {"KIND": format.name.partition("_g")[0], "BLOCK": block, "WEIGHTS": WEIGHTS}
 
 
-def _case(format: Format, most: float) -> Case:
-    """Return the case of a format in bf16, with at most so many instructions per weight on sm_90."""
+def _case(format: Format, most: float, *, experts: bool = False) -> Case:
+    """Return the case of a format in bf16, with at most so many instructions per weight on sm_90.
+
+    Without `experts`: which of them have rows takes one more.
+    """
     kernel, constants = _constants(format)
     gguf = isinstance(format, Gguf)
     names = ("blocks_ptr",) if gguf else ("codes_ptr", "scales_ptr", "third_ptr")
@@ -210,17 +239,26 @@ def _case(format: Format, most: float) -> Case:
     constants |= dict.fromkeys(names[len(format.parts) :])
     if format.tile is None and not gguf:
         constants["columns"] = None
+    if not experts:
+        constants["ends_ptr"] = None
     return Case(
-        name=f"{format.name} dequantize",
+        name=f"{format.name} dequantize" + (", chosen experts" if experts else ""),
         kernel=kernel,
-        signature={"out_ptr": "*bf16:16", "numel": "i32:16", **signature}
+        signature={
+            "out_ptr": "*bf16:16",
+            "numel": "i32:16",
+            "expert_units": "i32:16",
+            "last_expert": "i32",
+            **signature,
+        }
+        | ({"ends_ptr": "*i32:16"} if experts else {})
         | ({"columns": "i32:16"} if format.tile else {}),
         constants=constants,
         num_warps=NUM_WARPS,
         options={"enable_fp_fusion": False},
         bounds={
             "elements": WEIGHTS,
-            "max_instructions_per_element": {90: most},
+            "max_instructions_per_element": {90: most + experts},
             "loads_128": not isinstance(format, Gguf) or format.nbytes % 16 == 0,
             "stores_128": True,
         },
@@ -230,4 +268,7 @@ def _case(format: Format, most: float) -> Case:
 _MOST = {"mxfp4": 8, "nvfp4": 12, "int4_g32": 8, "int4_g128_zeros": 8, "fp8_block": 11, "int8": 6}
 _MOST |= {"q4_0": 12, "q4_1": 10, "q5_0": 15, "q5_1": 14, "q8_0": 7}
 _MOST |= {"q2_K": 11, "q3_K": 20, "q4_K": 11, "q5_K": 15, "q6_K": 21}
-OFFLINE = tuple(_case(FORMATS[name], most) for name, most in _MOST.items())
+OFFLINE = (
+    *(_case(FORMATS[name], most) for name, most in _MOST.items()),
+    *(_case(FORMATS[name], _MOST[name], experts=True) for name in ("mxfp4", "fp8_block", "q4_K")),
+)

@@ -37,12 +37,16 @@ class BlockFormat(Format):
         self.check(parts, shape)
         weight = place(out, shape, dtype, parts[0].device)
         if uses_triton(parts[0]):
-            from distlora_kernels.formats import dequantize_triton
-
             with on_device_of(parts[0]):
-                dequantize_triton.dequantize(self, parts, weight)
+                self.run_triton(parts, weight)
             return weight
         return self.decode_into(weight, parts)
+
+    def run_triton(self, parts: Sequence[Tensor], out: Tensor, ends: Tensor | None = None) -> None:
+        """Write the weight to `out`, which has its shape, in dequantize_triton.py."""
+        from distlora_kernels.formats import dequantize_triton
+
+        dequantize_triton.dequantize(self, parts, out, ends)
 
     def decode_into(self, weight: Tensor, parts: Sequence[Tensor]) -> Tensor:
         """Return the weight, filled by `decode`: the definition of the format in torch, on any device."""

@@ -98,14 +98,18 @@ class Nf4(Format):
             decode = nf4_cpu.dequantize if self.replicated else nf4_cpu.dequantize_blocks
             weight = decode(*parts, shape=shape, dtype=dtype)
             return weight if out is None else place(out, shape, dtype, weight.device).copy_(weight)
+        weight = place(out, shape, dtype, parts[0].device)
+        with on_device_of(parts[0]):
+            self.run_triton(parts, weight)
+        return weight
+
+    def run_triton(self, parts: Sequence[Tensor], out: Tensor, ends: Tensor | None = None) -> None:
+        """Write the weight to `out`, which has its shape, in nf4_triton.py."""
         from distlora_kernels import nf4_triton
 
-        weight = place(out, shape, dtype, parts[0].device)
         codes, scales, *rest = parts
         group_scale, offset = rest or (None, None)
-        with on_device_of(codes):
-            nf4_triton.dequantize(codes, scales, group_scale, offset, weight)
-        return weight
+        nf4_triton.dequantize(codes, scales, group_scale, offset, out, ends=ends)
 
 
 NF4, NF4_ABSMAX = Nf4.named("nf4"), Nf4.named("nf4_absmax")
@@ -128,20 +132,3 @@ def dequantize_beside(
     )
     with on_device_of(codes):
         nf4_triton.dequantize(codes, scales, group_scale, offset, out[:, : shape[1]], b=b, first_rank=first_rank)
-
-
-def dequantize_chosen(
-    format: Nf4, parts: Sequence[Tensor], shape: tuple[int, ...], ends: Tensor, *, out: Tensor
-) -> None:
-    """Dequantize the experts that have rows, of a weight of `shape` (E, O, I), into `out` (E, O, I), on a GPU.
-
-    ends (E,) int32: end of each expert's rows, which stays on the device. An expert has whole blocks. What `out` has of
-    experts without rows is undefined.
-    """
-    from distlora_kernels import nf4_triton
-
-    format.check(parts, shape)
-    codes, scales, *rest = parts
-    group_scale, offset = rest or (None, None)
-    with on_device_of(codes):
-        nf4_triton.dequantize(codes, scales, group_scale, offset, out, ends=ends)

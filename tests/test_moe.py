@@ -21,6 +21,7 @@ import torch
 
 from closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.safetensors_headers import read_header
 from distlora.checkpoint.verify import verify
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.loading.load_base import load_base
@@ -41,7 +42,9 @@ from distlora.parallel import Ranks
 from distlora.planner.model import find_model, model_in
 from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
-from distlora.post.trained import of_run
+from distlora.post.export import worker as export_worker
+from distlora.post.export.formats import ExportRequest
+from distlora.post.trained import Name, of_run
 from distlora.post.weights import read_factors
 from distlora.training import worker
 from distlora.training.expert_load import ExpertLoad, expert_modules
@@ -536,7 +539,10 @@ def test_experts_that_share_a_factor_train_as_pefts_whose_copies_stay_equal(
         assert relative_error(gradient, reference) <= 1e-5, n
 
 
-def test_a_run_with_shared_factors_is_planned_saved_as_peft_reads_it_and_resumed(folders: Path, tmp_path: Path) -> None:
+def test_a_run_with_shared_factors_is_planned_saved_as_peft_reads_it_and_resumed(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exports for servers hold a shared factor once; those of the adapter alone hold it per expert."""
     sections: dict[str, Any] = {
         "adapter": {"target_modules": "mlp", "expert_sharing": "shared_outer"},
         "train": {"max_steps": 4, "save_every": 2},
@@ -562,6 +568,14 @@ def test_a_run_with_shared_factors_is_planned_saved_as_peft_reads_it_and_resumed
     worker.run(tmp_path / "run", SINGLE)
     again = safetensors.torch.load_file(result)
     assert all(torch.equal(again[n], tensor) for n, tensor in stored.items())
+    capsys.readouterr()
+    for adapter, count in ((None, 3 * 6), (str(result.parent), 3 * 4 * 6)):
+        name, out = Name(place=str(tmp_path / "run"), adapter=adapter), tmp_path / f"{count}"
+        assert export_worker.run(ExportRequest(name=name, format="vllm", out=str(out), dtype=None)) == 0
+        assert sum(".experts." in key for key in read_header(out / "adapter_model.safetensors")) == count
+    printed = capsys.readouterr().out
+    assert printed.count("--enable-moe-shared-loras") == 1
+    assert f"distlora export {tmp_path / 'run'} --adapter {result.parent} --for vllm" in printed
 
     model = build_run_model(config)
     shapes = model_in(folders / "mixtral").shapes

@@ -67,7 +67,7 @@ def adapted(architecture: Architecture) -> dict[str, Weight]:
 class RandomFactors:
     """A random adapter: rank 3, 2 of o_proj, another scale of down_proj."""
 
-    def __init__(self, weights: Mapping[str, Weight], *, use_rslora: bool = True) -> None:
+    def __init__(self, weights: Mapping[str, Weight], *, use_rslora: bool = True, sharing: Any = "none") -> None:
         self.weights = weights
         self.paths = list(weights)
         self.config = AdapterConfig(
@@ -76,24 +76,30 @@ class RandomFactors:
             use_rslora=use_rslora,
             rank_pattern={"o_proj": 2},
             alpha_pattern={"down_proj": 7.0},
+            expert_sharing=sharing,
         )
 
     def __getitem__(self, path: str) -> Factors:
         *experts, out, width = self.weights[path].shape
         made = torch.Generator().manual_seed(sum(path.encode()))
         rank = self.config.rank_of(path)
-        a = torch.randn(*experts, rank, width, generator=made)
-        return Factors(A=a, B=torch.randn(*experts, out, rank, generator=made), scaling=self.config.scaling_of(path))
+        shared = self.config.shared_factor(path) if experts else None
+        a, b = torch.randn(*experts, rank, width, generator=made), torch.randn(*experts, out, rank, generator=made)
+        a, b = (f[:1].expand_as(f).clone() if shared == part else f for part, f in (("A", a), ("B", b)))
+        return Factors(A=a, B=b, scaling=self.config.scaling_of(path))
 
 
-def write(folder: Path, name: str, model_type: str, paths: Callable[[str], bool] = lambda _: True) -> Any:
+def write(
+    folder: Path, name: str, model_type: str, paths: Callable[[str], bool] = lambda _: True, sharing: Any = "none"
+) -> Any:
     """Write an adapter of the paths that the consumer serves; return what `check_folder` takes."""
     architecture, config = model_of(model_type)
     consumer = CONSUMERS[name]
     row = served(consumer, config)
-    places = targets(consumer, row, architecture)
+    places = targets(consumer, row, architecture, shared_outer=sharing == "shared_outer")
     known = {target.path for target in places.values()}
-    factors = RandomFactors({p: w for p, w in adapted(architecture).items() if p in known and paths(p)})
+    weights = {path: weight for path, weight in adapted(architecture).items() if path in known and paths(path)}
+    factors = RandomFactors(weights, sharing=sharing)
     folder.mkdir(exist_ok=True)
     read = {path: functools.partial(factors.__getitem__, path) for path in factors.paths}
     settings = served_folder.write_adapter(folder, consumer, places, read)
@@ -126,6 +132,48 @@ def test_every_tensor_binds_and_means_what_was_trained(tmp_path: Path, name: str
     assert (stacked, numbered) == (
         (False, False) if model_type in DENSE else (True, False) if not row.names else (False, True)
     )
+
+
+OUTER = [
+    *(("vllm", model_type) for model_type in ("qwen3_moe", "mixtral", "deepseek_v3")),
+    *(("sglang", model_type) for model_type in ("qwen3_moe", "mixtral", "gpt_oss")),
+]
+
+
+@pytest.mark.parametrize(("name", "model_type"), OUTER)
+def test_a_shared_factor_is_stored_once_and_means_what_was_trained(tmp_path: Path, name: str, model_type: str) -> None:
+    """Also where one of the two weights of experts is not adapted; other layouts are refused."""
+    written = write(tmp_path, name, model_type, sharing="shared_outer")
+    assert served_folder.check_folder(tmp_path, *written) <= 1e-6
+    architecture, _ = model_of(model_type)
+    (count,) = set(architecture.experts_by_path.values())
+    file = tmp_path / "adapter_model.safetensors"
+    shapes = {key: s.shape for key, s in read_header(file).items() if re.search(r"(mlp|moe)\.experts\.", key)}
+    gate, up, down = CONSUMERS[name].stacks
+    outer = {f"{gate}.lora_A", f"{up}.lora_A", f"{down}.lora_B"}
+    assert {key.rpartition("experts.")[2].removesuffix(".weight") for key in shapes} == {
+        f"{module}.lora_{part}" for module in (gate, up, down) for part in "AB"
+    }
+    assert {key: shape[0] for key, shape in shapes.items()} == {
+        key: 1 if key.rpartition("experts.")[2].removesuffix(".weight") in outer else count for key in shapes
+    }
+    consumer, row, _, factors = written
+    other = targets(consumer, row, architecture)
+    with pytest.raises(UserError, match="it holds all experts of a layer in one tensor"):
+        served_folder.check_folder(tmp_path, consumer, row, other, factors)
+    key = next(key for key in shapes if f"{gate}.lora_B" in key)
+    for change, says in (
+        (lambda t: t | {key: t[key][:1]}, "it has shape"),
+        (lambda t: t | {key: t[key].mT}, "; it is transposed"),
+        (lambda t: t | {key: t[key].flip(0)}, "another dW"),
+        (lambda t: {k.replace("experts.", "experts.0."): v for k, v in t.items()}, "it is one expert's"),
+    ):
+        damaged(tmp_path, change)
+        with pytest.raises(UserError, match=rf"^{re.escape(key)[:20]}.*{says}"):
+            served_folder.check_folder(tmp_path, *written)
+        write(tmp_path, name, model_type, sharing="shared_outer")
+    written = write(tmp_path, name, model_type, lambda path: path.endswith("down_proj"), sharing="shared_outer")
+    assert served_folder.check_folder(tmp_path, *written) <= 1e-6
 
 
 @pytest.mark.parametrize("name", CONSUMERS)
@@ -193,7 +241,7 @@ def test_a_transposed_renamed_or_stacked_tensor_is_refused_by_name(tmp_path: Pat
         ),
         (
             lambda t: t | {f"{PREFIX}model.layers.0.mlp.experts.lora_A.weight": torch.zeros(15, 39)},
-            rf"experts.lora_A.weight: it holds all experts of a layer in one tensor, PEFT's layout, and {consumer}",
+            rf"experts.lora_A.weight: it holds all experts of a layer in one tensor, and {consumer}",
         ),
         (lambda t: t | {GATE: t[GATE] * 1.001}, r"gate_proj.lora_B.weight: .* computes another dW than"),
         (lambda t: t | {GATE.replace("gate", "up"): t[GATE].flip(0)}, r"up_proj.lora_B.weight: .* another dW than"),

@@ -64,6 +64,10 @@ class Consumer:
     """Names in target_modules that make it wrap a module, by the module's last name, where they differ."""
     reads_targets: bool = False
     """True if it drops the tensors of modules that target_modules lacks."""
+    stacks: Sequence[str] = ()
+    """Modules that hold gate, up, down of all experts in 3-D tensors, A of gate and up and B of down once for all."""
+    stacks_flags: str = ""
+    """Arguments that make the server read `stacks`. It then reads no other layout of experts."""
     command: str = ""
     """Command that starts it; {base}, {adapter} and {rank} are filled in."""
 
@@ -105,6 +109,8 @@ class Target:
     """The expert of a fused weight; None for a linear, or for all experts."""
     stack: int = 0
     """Number of experts in one pair in PEFT's layout: A (E R, I), B (O, R E); 0 for a pair of one matrix."""
+    matrices: tuple[int, int] | None = None
+    """Number of matrices in A (., R, I) and in B (., O, R) of `Consumer.stacks`; None: both are one matrix."""
     group: str = ""
     """Targets of one group are all filled or none."""
 
@@ -120,8 +126,13 @@ def served(consumer: Consumer, model: Mapping[str, Any]) -> Served:
     return consumer.types[model_type]
 
 
-def targets(consumer: Consumer, row: Served, architecture: Architecture) -> dict[str, Target]:
-    """Return the places that a file can fill, by the name of the module in the file less PREFIX."""
+def targets(
+    consumer: Consumer, row: Served, architecture: Architecture, *, shared_outer: bool = False
+) -> dict[str, Target]:
+    """Return the places that a file can fill, by the name of the module in the file less PREFIX.
+
+    `shared_outer`: experts are in the layout of `Consumer.stacks`.
+    """
     found: dict[str, Target] = {}
     shapes = {path: weight.shape for path, weight in architecture.adaptable()}
     for path, weight in architecture.adaptable():
@@ -130,7 +141,8 @@ def targets(consumer: Consumer, row: Served, architecture: Architecture) -> dict
         inside = path.removeprefix(layer)
         if weight.kind == "experts":
             if row.experts:
-                found |= _expert_targets(row, layer, path, weight.shape)
+                stacks = consumer.stacks if shared_outer else ()
+                found |= _expert_targets(row, layer, path, weight.shape, stacks)
         elif inside in row.split:
             sizes = _sizes(inside, weight.shape[0], shapes, layer)
             for name, size, first in zip(row.split[inside], sizes, _starts(sizes), strict=True):
@@ -142,8 +154,10 @@ def targets(consumer: Consumer, row: Served, architecture: Architecture) -> dict
     return {name: target for name, target in grouped.items() if target is not None}
 
 
-def _expert_targets(row: Served, layer: str, path: str, shape: tuple[int, ...]) -> dict[str, Target]:
-    """Return the targets of one fused weight (E, O, I)."""
+def _expert_targets(
+    row: Served, layer: str, path: str, shape: tuple[int, ...], stacks: Sequence[str]
+) -> dict[str, Target]:
+    """Return the targets of one fused weight (E, O, I), with names in `stacks` of those of all experts."""
     module, (experts, out, width) = layer + row.experts, shape
     is_down = path.endswith(".down_proj")
     if not (is_down or path.endswith(".gate_up_proj")):
@@ -151,10 +165,16 @@ def _expert_targets(row: Served, layer: str, path: str, shape: tuple[int, ...]) 
     if not row.names:
         place = module if is_down else f"{module}.base_layer"
         return {place: Target(path=path, rows=slice(None), shape=(out, width), stack=experts, group=module)}
-    gate, up, down = row.names
+    gate, up, down = stacks or row.names
     half = out // 2
     halves = (slice(0, None, 2), slice(1, None, 2)) if row.interleaved else (slice(0, half), slice(half, None))
     parts = {down: (slice(None), out)} if is_down else {gate: (halves[0], half), up: (halves[1], half)}
+    if stacks:
+        counts = (experts, 1) if is_down else (1, experts)
+        return {
+            f"{module}.{name}": Target(path=path, rows=rows, shape=(size, width), matrices=counts, group=module)
+            for name, (rows, size) in parts.items()
+        }
     return {
         f"{module}.{expert}.{name}": Target(path=path, rows=rows, shape=(size, width), expert=expert, group=module)
         for expert in range(experts)
@@ -236,12 +256,13 @@ def bind(
         columns, (out, width) = rank * max(target.stack, 1), target.shape
         expected = {"A": (columns, width), "B": (out, columns)}
         transposed = {"A": (columns, out), "B": (width, columns)}
-        for part, key in sorted(found.items()):
-            shape = tuple(shapes[key])
-            if shape != expected[part]:
-                turned = "; it is transposed" if shape in (transposed[part], expected[part][::-1]) else ""
+        counts: list[tuple[int, ...]] = [(count,) for count in target.matrices or ()] or [(), ()]
+        for (part, key), count in zip(sorted(found.items()), counts, strict=True):
+            shape, matrix = tuple(shapes[key]), expected[part]
+            if shape != (*count, *matrix):
+                turned = "; it is transposed" if shape[-2:] in (transposed[part], matrix[::-1]) else ""
                 raise UserError(
-                    f"{key}: it has shape {list(shape)}, and {consumer.name} reads {list(expected[part])}{turned}"
+                    f"{key}: it has shape {list(shape)}, and {consumer.name} reads {[*count, *matrix]}{turned}"
                 )
         pairs[module] = Pair(target=target, a=found["A"], b=found["B"], scale=scale)
     filled = {pair.target.group for pair in pairs.values() if pair.target.group}
@@ -284,12 +305,13 @@ def _why_unbound(consumer: Consumer, row: Served, module: str, places: Mapping[s
         example = next((name for name in places if ".experts" in name), "")
         if not example:
             return f"{consumer.name} has no LoRA for the experts of this model type"
-        if row.names and not any(part.isdigit() for part in module.rpartition(".experts")[2].split(".")):
+        one, reads_one = (re.search(r"\.experts\.\d+\.", f"{name}.") for name in (module, example))
+        if reads_one and not one:
             return (
-                f"it holds all experts of a layer in one tensor, PEFT's layout, and {consumer.name} reads one pair per "
-                f"expert here, as {PREFIX}{example}.lora_A.weight; write it with `distlora export --for`"
+                f"it holds all experts of a layer in one tensor, and {consumer.name} reads one pair per expert here, "
+                f"as {PREFIX}{example}.lora_A.weight; write it with `distlora export --for`"
             )
-        if not row.names:
+        if one and not reads_one:
             return (
                 f"it is one expert's, and {consumer.name} reads all experts of a layer in one tensor here, as "
                 f"{PREFIX}{example}.lora_A.weight; write it with `distlora export --for`"

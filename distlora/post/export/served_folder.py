@@ -28,7 +28,7 @@ from distlora.post.export.consumers import CONSUMERS, PREFIX, Consumer, Pair, Se
 from distlora.post.export.consumers import target_modules as targets_of
 from distlora.post.export.formats import Export, release
 from distlora.post.export.repository import collect, write_files
-from distlora.post.load_trained import result_of
+from distlora.post.load_trained import result_of, weights_in
 from distlora.post.merge.parameters import open_adapter
 from distlora.post.weights import Factors, error_line, open_base
 from distlora.run_folder.layout import TEMPLATE_NAME
@@ -42,10 +42,13 @@ _Factors = Mapping[str, Callable[[], Factors]]
 def write(export: Export) -> None:
     """Write the folder and check it. Raises UserError for an adapter that the server would not read as trained."""
     trained = export.trained
+    assert trained.weights is not None
     consumer = CONSUMERS[export.request.format]
     base = open_base(trained.spec, trained.initial_adapter_dir)
     row = served(consumer, read_config(trained.base))
-    places = targets(consumer, row, base.model.architecture)
+    # Not where the server reads experts in PEFT's layout (no names): its kernel for them is another one.
+    shared_outer = trained.spec.adapter.expert_sharing == "shared_outer" and bool(row.experts and row.names)
+    places = targets(consumer, row, base.model.architecture, shared_outer=shared_outer)
     export.place.mkdir()
     with open_adapter(trained, base, "original") as adapter, Reader() as reader:
         assert adapter is not None
@@ -75,7 +78,14 @@ def write(export: Export) -> None:
     if release(version) > release(consumer.version):
         export.say(f"the layout is that of {consumer.name} {consumer.version}; the source of {version} was not read")
     print(error_line(consumer.name, worst))
-    print(f"serve it with: {command}{' ' + row.flags if row.flags else ''}{template}")
+    flags = [row.flags, consumer.stacks_flags if shared_outer else ""]
+    print(f"serve it with: {' '.join([command, *filter(None, flags)])}{template}")
+    if shared_outer:
+        again = f"distlora export {trained.place} --adapter {weights_in(trained.weights)} --for {export.request.format}"
+        print(
+            f"each shared factor is stored once, so {consumer.name} serves it beside adapters of this layout alone; to "
+            f"write one pair per expert: {again}"
+        )
 
 
 def write_adapter(folder: Path, consumer: Consumer, places: Mapping[str, Target], factors: _Factors) -> dict[str, Any]:
@@ -118,13 +128,15 @@ def _pair(target: Target, own: Factors | None, rank: int, scale: float) -> tuple
     """Return A and B of a target at the file's rank and scale; zeros without factors."""
     out, width = target.shape
     count = max(target.stack, 1)
-    a, b = torch.zeros(count, rank, width), torch.zeros(count, out, rank)
+    count_a, count_b = target.matrices or (count, count)
+    a, b = torch.zeros(count_a, rank, width), torch.zeros(count_b, out, rank)
     if own is not None:
         mine_a, mine_b = own.A.view(-1, *own.A.shape[-2:]), own.B.view(-1, *own.B.shape[-2:])
-        if target.expert is not None:
-            mine_a, mine_b = mine_a[target.expert : target.expert + 1], mine_b[target.expert : target.expert + 1]
-        a[:, : own.rank] = mine_a
-        b[:, :, : own.rank] = mine_b[:, target.rows] * (own.scaling / scale)
+        first = target.expert or 0
+        a[:, : own.rank] = mine_a[first : first + count_a]
+        b[:, :, : own.rank] = mine_b[first : first + count_b, target.rows] * (own.scaling / scale)
+    if target.matrices is not None:
+        return a, b
     if not target.stack:
         return a[0], b[0]
     return a.view(count * rank, width), b.permute(1, 2, 0).reshape(out, rank * count).contiguous()
@@ -159,6 +171,8 @@ def _error(path: str, ours: Factors | None, pairs: Iterable[Pair], file: Any, co
         if pair.target.stack:  # The server reads row e * R + j of A, column j * E + e of B.
             a = a.reshape(pair.target.stack, -1, a.shape[1])
             b = b.reshape(b.shape[0], -1, pair.target.stack).permute(2, 0, 1)
+        elif pair.target.matrices is not None:  # The kernel reads a shared factor for each expert.
+            a, b = (factor.expand(max(pair.target.matrices), -1, -1) for factor in (a, b))
         if ours is None:
             changed = Factors(A=a, B=b, scaling=pair.scale).norm()
             require(changed == 0, f"{path} was not trained, and {consumer.name} would change it by {changed:.1e}")

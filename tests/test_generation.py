@@ -27,24 +27,18 @@ from distlora.checkpoint.state import Progress
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
+from distlora.derive.prove import move_adapters_off_start
+from distlora.generation.engine import Engine, Request, Sample, aside, serves
+from distlora.generation.prompts import PromptEncoder, context_limit, greedy, sampling
+from distlora.generation.transformers_path import Completion, Generator, generate, generate_all
+from distlora.generation.writer import Writer
 from distlora.loading.peft_format import adapter_config, adapter_tensors
-from distlora.model.build import CausalLM
+from distlora.model.build import CausalLM, put_trial
 from distlora.parallel import Backend, Ranks
 from distlora.post import generate as worker
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.training import worker as training_worker
-from distlora.training.generator import (
-    Completion,
-    Generator,
-    PromptEncoder,
-    aside,
-    context_limit,
-    generate,
-    generate_all,
-    greedy,
-    sampling,
-)
 from distlora.training.reporter import Reporter
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora_launcher.cli.main import main as command
@@ -105,6 +99,10 @@ FAMILIES_IN_CI += [
 ]
 
 
+WITHOUT_PAGES = {"gpt-oss", "qwen3_5"}
+"""Families with sinks, caps or states, which transformers' generate takes."""
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, *map(ci, FAMILIES_IN_CI)])
 def test_greedy_tokens_are_those_of_transformers_with_peft(
     family_folder: Callable[[str], Path], tmp_path: Path, name: str
@@ -122,9 +120,95 @@ def test_greedy_tokens_are_those_of_transformers_with_peft(
         ids = torch.tensor([prompt])
         theirs = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=choose())
         assert theirs[0, len(prompt) :].tolist() == completion.tokens
+    assert serves(ours) == (name not in WITHOUT_PAGES)
+    if serves(ours):
+        samples = Engine(ours, backend, end_tokens=[1], most_rows=2).run(REQUESTS)
+        for request, sample in zip(REQUESTS, samples, strict=True):
+            assert_log_probs_are_those_of_a_forward(ours, request, sample)
+        ids = torch.tensor([REQUESTS[0].tokens])
+        greedily = GenerationConfig(do_sample=False, max_new_tokens=20, eos_token_id=[1], pad_token_id=0)
+        theirs = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedily)
+        assert theirs[0, ids.shape[1] :].tolist() == samples[0].tokens == samples[4].tokens
 
 
-def continue_all(ranks: Ranks, *, folder: Path) -> tuple[list[Completion], list[Completion], Any]:
+REQUESTS = [
+    Request(prompts()[0], max_new_tokens=20, temperature=0.0),
+    Request(prompts()[1], seed=1, max_new_tokens=20, temperature=1.5),
+    Request(prompts()[2], seed=2, max_new_tokens=3, temperature=0.7, top_k=9),
+    Request(prompts()[0], seed=3, max_new_tokens=18, temperature=2.0, top_p=0.9),
+    Request(prompts()[0], seed=4, max_new_tokens=20, temperature=0.0),
+    Request(tokens(1, 16)[0].tolist(), seed=1, max_new_tokens=33, temperature=1.0),
+    Request(prompts()[1], seed=5, max_new_tokens=1),
+]
+"""Uneven lengths, at the end of a block too, and a prompt of three of them: with two rows at once they take turns."""
+
+
+def assert_log_probs_are_those_of_a_forward(model: CausalLM, request: Request, sample: Sample) -> None:
+    rows = None if request.slot is None else torch.tensor([request.slot])
+    with torch.no_grad():
+        logits = model.logits(torch.tensor([request.tokens + sample.tokens]), rows)[0, len(request.tokens) - 1 : -1]
+    log_p = (logits / (request.temperature or 1.0)).log_softmax(-1)
+    if request.temperature == 0:
+        assert log_p.argmax(-1).tolist() == sample.tokens
+    expected = log_p.gather(1, torch.tensor(sample.tokens)[:, None]).squeeze(1)
+    torch.testing.assert_close(torch.tensor(sample.logprobs), expected, rtol=0, atol=1e-5)
+    assert 0 < len(sample.tokens) <= request.max_new_tokens
+    assert sample.ended == (1 in sample.tokens)
+
+
+def test_a_sample_depends_on_its_request_alone(family_folder: Callable[[str], Path]) -> None:
+    """On no other request, on no number of rows, on no order; and another seed gives another one."""
+    model, backend = load_ours(family_folder("qwen3"))
+    samples = Engine(model, backend).run(REQUESTS)
+    done: list[int] = []
+    few = Engine(model, backend, most_rows=3).run(REQUESTS[::-1], lambda index, sample: done.append(index))
+    assert sorted(done) == list(range(len(REQUESTS)))
+    assert [sample.tokens for sample in few[::-1]] == [sample.tokens for sample in samples]
+    for request, sample in zip(REQUESTS, samples, strict=True):
+        (alone,) = Engine(model, backend).run([request])
+        assert alone.tokens == sample.tokens
+        assert alone.logprobs == pytest.approx(sample.logprobs, abs=1e-5)
+    (other,) = Engine(model, backend).run([dataclasses.replace(REQUESTS[5], seed=2)])
+    assert other.tokens != samples[5].tokens
+    with pytest.raises(UserError, match="a prompt of 512 tokens: the model has 512 positions"):
+        Engine(model, backend).run([Request([7] * 512)])
+
+
+def test_rows_of_a_batch_choose_their_adapters(family_folder: Callable[[str], Path]) -> None:
+    model, backend = load_ours(family_folder("qwen3"))
+    put_trial(model, 1, config_for(family_folder("qwen3")).adapter, seed=3, device=SINGLE.device)
+    move_adapters_off_start(model)
+    slots = (1, -1, 0, 1, 0, -1, 1)
+    requests = [dataclasses.replace(request, slot=slot) for request, slot in zip(REQUESTS, slots, strict=True)]
+    samples = Engine(model, backend, most_rows=4).run(requests)
+    for request, sample in zip(requests, samples, strict=True):
+        assert_log_probs_are_those_of_a_forward(model, request, sample)
+    assert samples[0].tokens != samples[4].tokens, "two adapters continue one prompt alike"
+
+
+def test_a_stop_string_ends_a_completion_wherever_tokens_divide_it(family_folder: Callable[[str], Path]) -> None:
+    model, backend = load_ours(family_folder("qwen3"))
+    engine = Engine(model, backend, tokenizer=tokenizer())
+    (whole,) = engine.run([REQUESTS[5]])
+    texts = [tokenizer().decode(whole.tokens[:count]) for count in range(len(whole.tokens) + 1)]
+    for count in (4, 9):
+        across = texts[count][-1] + texts[count + 1][len(texts[count]) :][:1]  # The ends of two tokens.
+        first = next(number for number, text in enumerate(texts) if across in text)
+        (sample,) = engine.run([dataclasses.replace(REQUESTS[5], stop=("never", across))])
+        assert (sample.tokens, sample.ended) == (whole.tokens[:first], True)
+
+
+def test_little_memory_makes_requests_wait(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, backend = load_ours(family_folder("qwen3"))
+    samples = Engine(model, backend).run(REQUESTS)
+    monkeypatch.setattr(Backend, "free_bytes", lambda self: 1.0)
+    few = Engine(model, backend).run([*REQUESTS, *REQUESTS])
+    assert [sample.tokens for sample in few] == 2 * [sample.tokens for sample in samples]
+
+
+def continue_all(ranks: Ranks, *, folder: Path) -> tuple[Any, ...]:
     """Greedy and sampled completions on this rank, and what it gathered."""
     model, backend = load_ours(folder, ranks)
     model.set_num_micro(3)
@@ -133,15 +217,21 @@ def continue_all(ranks: Ranks, *, folder: Path) -> tuple[list[Completion], list[
         plain = completions(model, backend, choose())
         torch.manual_seed(7)
         sampled = completions(model, backend, choose(do_sample=True, temperature=2.0, top_k=0))
+    samples = [Engine(model, backend, most_rows=2, resident=resident).run(REQUESTS) for resident in (False, True)]
+    assert samples[0] == samples[1]
     assert all(block.num_micro == 3 for block in model.blocks)
-    return plain, sampled, (backend.traffic.gathered_bytes, backend.traffic.reduced_bytes)
+    return plain, sampled, (backend.traffic.gathered_bytes, backend.traffic.reduced_bytes), samples[0]
 
 
 def test_sharded_ranks_write_what_one_writes(world: World, family_folder: Callable[[str], Path]) -> None:
     folder = family_folder("gemma3-untied")
-    results = world.run(2, continue_all, folder=folder)
-    assert results[0] == results[1]
-    assert results[0][:2] == continue_all(SINGLE, folder=folder)[:2]
+    results = world.run(3, continue_all, folder=folder)
+    assert results[0] == results[1] == results[2]
+    alone = continue_all(SINGLE, folder=folder)
+    assert results[0][:2] == alone[:2]
+    for one, other in zip(results[0][3], alone[3], strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
     assert results[0][0] != results[0][1], "sampling chose what greed chooses, so this says less than it could"
     assert results[0][2] == (0, 0), "samples are counted as a step's traffic"
 
@@ -307,7 +397,7 @@ def ask(run_dir: Path, text: str, weights: Path | None) -> str:
     encoder = PromptEncoder(model, config.model, CHATS, as_chat=False)
     settings = greedy(encoder, config.model.path, 12)
     (completion,) = generate(Generator(model, backend), [encoder.encode(Prompt(place="p", text=text))], settings)
-    return encoder.decode(completion)
+    return encoder.decode(completion.tokens)
 
 
 def run_command(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -515,7 +605,7 @@ def test_a_chat_answers_reacts_to_commands_and_stops_on_ctrl_c(
     model, backend = load_trained(of_run(config, str(trained / "adapter")), SINGLE)
     encoder = PromptEncoder(model, config.model, CHATS)
     settings = greedy(encoder, config.model.path, 450)
-    worker.Chat(Generator(model, backend), encoder, settings, system=None).run()
+    worker.Chat(Writer(model, backend, encoder.tokenizer), encoder, settings, system=None).run()
     shown = capsys.readouterr().out
     for text in (
         "there is no /systm (did you mean '/system'?)",

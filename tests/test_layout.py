@@ -20,7 +20,8 @@ FOLDERS = {
 PACKAGES = """
 distlora_kernels distlora_kernels.bench distlora.config distlora.system distlora.output distlora.architecture
 distlora.weights distlora.run_folder distlora.rewards distlora.planner distlora.model distlora.parallel distlora.data
-distlora.loading distlora.checkpoint distlora.derive distlora.training distlora.post distlora.analysis distlora.bench
+distlora.loading distlora.checkpoint distlora.derive distlora.generation distlora.training distlora.post
+distlora.analysis distlora.bench
 distlora_launcher.terminal distlora_launcher.report distlora_launcher.compose distlora_launcher.importing
 distlora_launcher.launch distlora_launcher.jobs distlora_launcher.sweeps distlora_launcher.demo distlora_launcher.cli
 distlora_launcher.api

@@ -24,6 +24,7 @@ from distlora.architecture.spec import Architecture, architecture_of
 from distlora.architecture.tokens import check_rows_of_tokens, load_tokenizer, tokenizer_files, vocabulary_of
 from distlora.config import Config, UserError
 from distlora.config.file import build, load_config
+from distlora.generation.prompts import PromptEncoder
 from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
 from distlora.model.adapters import TokenRows
 from distlora.model.lm_head import LossHead
@@ -33,7 +34,6 @@ from distlora.post.merge.output_folder import write_stops
 from distlora.post.trained import of_run
 from distlora.run_folder.layout import read_record, read_result
 from distlora.training import worker
-from distlora.training.generator import PromptEncoder
 from distlora.training.publish import load_weights
 from distlora.training.setup import start_run_model
 from distlora_launcher.cli.push import collect

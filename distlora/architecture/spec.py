@@ -211,6 +211,8 @@ class Architecture:
     """True if the embedding gives the rows of token ids as a checkpoint has them, and nothing else reads its matrix."""
     takes_cache: bool = True
     """True if transformers' cache continues left-padded prompts as if each was computed whole."""
+    pages_cache: bool = False
+    """True if `distlora.model.paged_cache` continues rows as if each was computed whole."""
     head_form: HeadForm = HeadForm()
     norm_form: Literal["llama", "gemma", ""] = ""
     """RMSNorm of the decoder: times the scale after rounding (llama), times 1 + scale in fp32 (gemma), or others."""

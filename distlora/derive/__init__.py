@@ -53,6 +53,7 @@ _FROM_SHRUNK = (
         "documents",
         "takes_embeddings",
         "takes_cache",
+        "pages_cache",
         "head_form",
         "norm",
         "norm_form",

@@ -33,6 +33,7 @@ from distlora.model.experts import find_routers
 from distlora.model.head_form import head_form, tail_of
 from distlora.model.hf_model import auto_class_of, calls_of, transformers_model
 from distlora.model.layer_wrapper import argument_names, batch_dims
+from distlora.model.paged_cache import BLOCK, PagedCache, Step, cache_name
 
 LENGTHS = (11, 1, 19)
 """Documents of a packed sequence. Two are longer than the windows of a shrunk model."""
@@ -89,6 +90,7 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             takes_embeddings=_takes_embeddings(decoder, input_ids),
             looks_up=found.looks_up and _looks_up(decoder, input_ids),
             takes_cache=_takes_cache(decoder, found.vocabulary),
+            pages_cache=attention == "sdpa" and _pages_cache(decoder, found.vocabulary),
             head_form=head_form(causal, found.decoder_in_causal, is_size),
             norm_form=norm_form,
             fusible=bool(norm_form) and _is_fusible(decoder),
@@ -471,8 +473,7 @@ def _takes_cache(decoder: Any, vocabulary: int) -> bool:
     mask[1, :padding] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     whole = [decoder(input_ids=row, use_cache=False).last_hidden_state for row in (rows[:1], rows[1:, padding:])]
-    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
-    cached = {name: DynamicCache(config=decoder.config), "use_cache": True}
+    cached = {cache_name(decoder): DynamicCache(config=decoder.config), "use_cache": True}
     try:
         for start, end in itertools.pairwise((0, *range(_TOKENS - 3, _TOKENS + 1))):
             known = {"position_ids": positions[:, start:end], "attention_mask": mask[:, :end], **cached}
@@ -480,6 +481,40 @@ def _takes_cache(decoder: Any, vocabulary: int) -> bool:
         return not _differ(output[:, -1], torch.cat([row[:, -1] for row in whole]))
     except _UNFIT:
         return False  # It has a cache of its own, or none.
+
+
+def _pages_cache(decoder: Any, vocabulary: int) -> bool:
+    """Return whether tokens that follow rows of two lengths in a paged cache equal those of whole sequences."""
+    rows, lengths, end = random_tokens(_TOKENS, vocabulary, rows=2), (_TOKENS - 3, _TOKENS - 8), _TOKENS - 3
+    blocks = -(-_TOKENS // BLOCK)
+    tables = torch.arange(2 * blocks).flip(0).view(2, blocks)
+
+    def places(row: int, at: Tensor) -> Tensor:
+        return tables[row, at // BLOCK] * BLOCK + at % BLOCK
+
+    cache, name = PagedCache(2 * blocks), cache_name(decoder)
+    known = {name: cache, "use_cache": True}
+    started = [torch.arange(length) for length in lengths]
+    prompts = Step(torch.cat([places(*each) for each in enumerate(started)]), torch.cat([started[0], end + started[1]]))
+    try:
+        with cache.attending(decoder):
+            with cache.step(prompts):
+                decoder(input_ids=rows[:, :end], position_ids=torch.arange(end).expand(2, -1), **known)
+            for number in range(3):
+                at = torch.tensor(lengths) + number
+                step = Step(
+                    torch.cat([places(row, at[row : row + 1]) for row in range(2)]), at[:0], tables, at + 1, end + 3
+                )
+                given = {"input_ids": rows.gather(1, at[:, None]), "position_ids": at[:, None]}
+                with cache.step(step):
+                    output = decoder(**given, **known).last_hidden_state
+        whole = [
+            decoder(input_ids=row[None, : length + 3], use_cache=False).last_hidden_state[:, -1:]
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        return not _differ(output, torch.cat(whole))
+    except _UNFIT:
+        return False  # Its layers share keys, cap scores, keep states, or have a cache of their own.
 
 
 def _norm_form(decoder: nn.Module) -> Literal["llama", "gemma", ""]:

@@ -7,7 +7,6 @@ that.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -50,6 +49,7 @@ from distlora.model.head_form import loss_head
 from distlora.model.hf_model import transformers_model
 from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import LossHead
+from distlora.model.paged_cache import PagedCache, cache_name
 from distlora.model.quantized_parameters import freeze_parameters
 from distlora.model.token_matrix import keep_token_matrices
 from distlora.weights.conversion import CheckpointLayout, layout_of
@@ -73,7 +73,7 @@ class Past:
 
     attention_mask: Tensor | None
     """(B, tokens in the cache + T) int64: 0 on the padding to the left of a prompt."""
-    cache: Cache | None
+    cache: Cache | PagedCache | None
     """Keys and values of earlier tokens, to which the decoder adds the new ones; None: every token is passed again."""
 
 
@@ -252,8 +252,8 @@ class CausalLM(nn.Module):
 
     @property
     def cache_name(self) -> str:
-        """Return the decoder's keyword for its cache: transformers has been renaming past_key_values since 5.2x."""
-        return "cache" if "cache" in inspect.signature(self.decoder.forward).parameters else "past_key_values"
+        """Return the decoder's keyword for its cache."""
+        return cache_name(self.decoder)
 
     def rows_of(self, matrix: str) -> TokenRows | None:
         """Return the trained rows of embed_tokens or lm_head; None if it has none, or the head uses the embedding's."""

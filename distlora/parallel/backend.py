@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from distlora.config import UserError
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.parallel.fsdp2 import Residency
+from distlora.parallel.fsdp2 import Residency, free_bytes
 from distlora.parallel.gradients import GradientReducer, Gradients, Launches, ShardedGradients
 from distlora.parallel.integrity import FrozenWeights, compare_trained
 from distlora.parallel.ranks import Ranks, Traffic
@@ -302,6 +303,27 @@ class Backend:
                 f"{setting} takes {nbytes / 2**30:,.2f} GiB of host memory for {purpose}, and a node lacks it: this "
                 f"one has {here} left for {processes}; {instead}"
             )
+
+    @contextlib.contextmanager
+    def whole_base(self, model: CausalLM, forward: Callable[[], object], *, wanted: bool) -> Iterator[bool]:
+        """Keep the whole base on each rank within this context, if it is `wanted` and every rank has the memory.
+
+        Every rank must call it. `forward` runs the model once. Yields True if a rank's forwards need no other rank.
+        """
+        if not self.sharded:
+            yield True
+            return
+        residency = self.residency
+        if not wanted or residency is None or bool(self.max_over_ranks(residency.lacks_memory_for(model).int())):
+            yield False
+            return
+        with residency.all_gathered(model):
+            forward()
+            yield True
+
+    def free_bytes(self) -> float:
+        """Return the bytes that this rank can still allocate on its device; 0 if that is unknown."""
+        return free_bytes(self.ranks.device)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -7,9 +7,10 @@ fp32 masters, and its gradients are summed in fp32. This folder's README.md has 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,11 +214,41 @@ class Residency:
 
     def fitting(self) -> tuple[Tensor, float]:
         """Return (layers that this rank has memory for, () int64 on the device; bytes available for them)."""
-        usable, fitting, total = _free_bytes(self.device), self.count, 0
+        usable, fitting, total = free_bytes(self.device), self.count, 0
         for block in self.blocks[self.count :]:
             total += _gathered_bytes(block, self.shards)
             fitting += total <= usable
         return torch.tensor(fitting, device=self.device), usable
+
+    def _gathered_units(self, model: CausalLM) -> list[FSDPModule]:
+        """Return the units that are sharded again after each forward."""
+        root = [model] if any(parameter.requires_grad for parameter in model.rest()) else []
+        return [
+            unit
+            for unit in (*self.blocks[self.count :], model.embedding, model.head, *root)
+            if isinstance(unit, FSDPModule)
+        ]
+
+    def lacks_memory_for(self, model: CausalLM) -> Tensor:
+        """Return () bool: this rank cannot hold the whole base, for lack of memory or because experts are divided."""
+        width = None if model.compute_dtype is None else model.compute_dtype.itemsize
+        parameters = {p for unit in self._gathered_units(model) if unit is not model for p in unit.parameters()}
+        nbytes = sum(p.numel() * ((p.requires_grad and width) or p.element_size()) for p in parameters)
+        lacks = bool(divided_parameters(model)) or nbytes > free_bytes(self.device)
+        return torch.tensor(lacks, device=self.device)
+
+    @contextlib.contextmanager
+    def all_gathered(self, model: CausalLM) -> Iterator[None]:
+        """Keep all parameters gathered from the next forward to the end of this context."""
+        units = self._gathered_units(model)
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
 
     def describe(self) -> str:
         """Describe the resident layers in a line, for a count above 0."""
@@ -235,7 +266,7 @@ def _gathered_bytes(module: nn.Module, shards: Shards) -> int:
     return sum(padded(parameter.shape, shards.count) * parameter.element_size() for parameter in whole)
 
 
-def _free_bytes(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> float:
     """Return the bytes that this rank can still allocate beyond its peak so far, less the reserve."""
     if device.type == "cuda":
         # Memory that torch's allocator has once held counts as used, because a step needs it again.

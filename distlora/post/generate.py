@@ -6,6 +6,7 @@ It is one process or the ranks that torchrun started. Answers go to stdout or to
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import signal
@@ -15,20 +16,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig
 from transformers.generation.streamers import TextStreamer
 
 from distlora.config import UserError, nearest
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
+from distlora.generation.prompts import PromptEncoder, sampling
+from distlora.generation.transformers_path import Completion
+from distlora.generation.writer import Writer
 from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained, run_on_ranks
 from distlora.post.trained import of_run
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.progress import PROGRESS_SECONDS, quieten, say, still
-from distlora.training.generator import Completion, Generator, PromptEncoder, generate, generate_all, sampling
 
 COMMANDS = ("/help", "/reset", "/system", "/exit")
 HELP = "/reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
@@ -48,8 +50,8 @@ class Printer(TextStreamer):
             super().put(value)
 
 
-class Interruption(StoppingCriteria):
-    """A criterion that stops a completion on Ctrl-C, after the current token; a second Ctrl-C ends the program."""
+class Interruption:
+    """Stops a completion on Ctrl-C, after the current token; a second Ctrl-C ends the program."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -61,10 +63,6 @@ class Interruption(StoppingCriteria):
     def __exit__(self, *exception: object) -> None:
         signal.signal(signal.SIGINT, self._previous)
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Return (B,) bool, True for every row after an interruption."""
-        return torch.full((input_ids.shape[0],), self.requested, device=input_ids.device)
-
     def _interrupt(self, _signum: int, _frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
@@ -75,10 +73,10 @@ class Chat:
     """Reads prompts from the terminal and answers them. Without a chat template, each prompt is continued by itself."""
 
     def __init__(
-        self, generator: Generator, encoder: PromptEncoder, settings: GenerationConfig, *, system: str | None
+        self, writer: Writer, encoder: PromptEncoder, settings: GenerationConfig, *, system: str | None, seed: int = 0
     ) -> None:
-        self._generator, self._encoder, self._settings = generator, encoder, settings
-        self._system = system
+        self._writer, self._encoder, self._settings = writer, encoder, settings
+        self._system, self._seeds = system, itertools.count(seed)
         self._messages: list[dict[str, Any]] = []
 
     def run(self) -> None:
@@ -134,17 +132,14 @@ class Chat:
         messages = [*self._messages, {"role": "user", "content": line}]
         conversation = Prompt(place="the conversation (/reset starts again)", messages=tuple(messages))
         completion = self._stream(self._encoder.encode(conversation, system=self._system))
-        self._messages = [*messages, {"role": "assistant", "content": self._encoder.decode(completion)}]
+        self._messages = [*messages, {"role": "assistant", "content": self._encoder.decode(completion.tokens)}]
 
     def _stream(self, tokens: list[int]) -> Completion:
         """Print the completion of a prompt as it is generated, and why it ended if the model did not end it."""
         with Interruption() as interruption:
-            (completion,) = generate(
-                self._generator,
-                [tokens],
-                self._settings,
-                streamer=Printer(self._encoder.tokenizer, self._settings),
-                stopping=StoppingCriteriaList([interruption]),
+            printer = Printer(self._encoder.tokenizer, self._settings)
+            completion = self._writer.stream(
+                tokens, self._settings, printer, seed=next(self._seeds), stopped=lambda: interruption.requested
             )
         if interruption.requested:
             print("(stopped)")
@@ -173,20 +168,19 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
         top_p=request.top_p,
         top_k=request.top_k,
     )
-    torch.manual_seed(request.seed)
     if speaks:
         say(f"loaded in {time.monotonic() - began:.1f} s; {described(encoder, choice)}")
-    generator = Generator(model, backend)
+    writer = Writer(model, backend, encoder.tokenizer)
     if prompts is not None:
-        answer_file(prompts, request, generator, encoder, choice)
+        answer_file(prompts, request, writer, encoder, choice, writes=speaks)
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        Chat(generator, encoder, choice, system=request.system).run()
+        Chat(writer, encoder, choice, system=request.system, seed=request.seed).run()
     else:
         for number, line in enumerate(sys.stdin, 1):
             if line.strip():  # As it comes, as text.
                 prompt = Prompt(place=f"line {number} of stdin", text=line.rstrip("\n"))
                 tokens = encoder.encode(prompt, system=request.system)
-                generate(generator, [tokens], choice, streamer=Printer(encoder.tokenizer, choice))
+                writer.stream(tokens, choice, Printer(encoder.tokenizer, choice), seed=request.seed + number - 1)
 
 
 def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
@@ -204,37 +198,49 @@ def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
 def answer_file(
     prompts: list[Prompt],
     request: GenerateRequest,
-    generator: Generator,
+    writer: Writer,
     encoder: PromptEncoder,
     settings: GenerationConfig,
+    *,
+    writes: bool,
 ) -> None:
-    """Write one JSON line per prompt, in order.
+    """Write one JSON line per prompt, in order, on the rank that `writes`.
 
     Its keys: the prompt, "completion", "tokens" (their number) and "ended" (false: cut at the limit).
     """
     encoded = [encoder.encode(prompt, system=request.system) for prompt in prompts]
-    if not generator.backend.writes:
-        list(generate_all(generator, encoded, settings))
+    if not writes:
+        writer.complete(encoded, settings, seed=request.seed)
         return
     began = shown = time.monotonic()
-    done = num_tokens = 0
+    num_tokens, written, waiting = 0, 0, dict[int, Completion]()
     stdout = contextlib.nullcontext(sys.stdout)
     with stdout if request.out is None else Path(request.out).open("x", encoding="utf-8") as result:
-        for completions in generate_all(generator, encoded, settings):
-            for prompt, completion in zip(prompts[done:], completions, strict=False):
-                line = prompt.record() | {
-                    "completion": encoder.decode(completion),
+
+        def done(index: int, completion: Completion) -> None:
+            nonlocal shown, num_tokens, written
+            if index < written or index in waiting:
+                return
+            waiting[index] = completion
+            num_tokens += len(completion.tokens)
+            while written in waiting:
+                completion = waiting.pop(written)
+                line = prompts[written].record() | {
+                    "completion": encoder.decode(completion.tokens),
                     "tokens": len(completion.tokens),
                     "ended": completion.ended,
                 }
                 result.write(json.dumps(line, ensure_ascii=False) + "\n")
-                num_tokens += len(completion.tokens)
+                written += 1
             result.flush()
-            done += len(completions)
             now = time.monotonic()
-            if now - shown >= PROGRESS_SECONDS or done == len(prompts):
+            if now - shown >= PROGRESS_SECONDS or written == len(prompts):
                 shown = now
-                say(f"{done:,}/{len(prompts):,} prompts  {num_tokens / (now - began):,.0f} tokens/s")
+                rate = num_tokens / (now - began)
+                say(f"{written + len(waiting):,}/{len(prompts):,} prompts  {rate:,.0f} tokens/s")
+
+        for index, completion in enumerate(writer.complete(encoded, settings, seed=request.seed, on_done=done)):
+            done(index, completion)  # Those of other ranks.
 
 
 def main(request: GenerateRequest) -> int:

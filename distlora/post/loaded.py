@@ -15,11 +15,12 @@ from torch import Tensor
 from distlora.config import UserError, require
 from distlora.data.formats import check_chat
 from distlora.data.prompts import GenerateRequest, Prompt
+from distlora.generation.prompts import PromptEncoder, sampling
+from distlora.generation.writer import Writer
 from distlora.parallel import Ranks
 from distlora.post.load_trained import load_in_fp32, load_trained
 from distlora.post.trained import Trained
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.training.generator import Generator, PromptEncoder, generate, sampling
 
 Message = dict[str, Any]
 """A message of a conversation: {"role": "user", "content": "..."}."""
@@ -42,7 +43,7 @@ class LoadedModel:
             else:
                 spec = replace(trained.spec, dtype=dtype or trained.spec.dtype)
                 self.model, backend = load_trained(replace(trained, spec=spec), ranks)
-        self._generator = Generator(self.model, backend)
+        self._backend = backend
         self._base = trained.spec.model
         assert trained.run_dir is not None, "a run's data say how prompts are written"
         self._data = read_record(trained.run_dir / DATA_NAME)
@@ -97,11 +98,10 @@ class LoadedModel:
             top_p=request.top_p,
             top_k=request.top_k,
         )
-        devices = [self.device] if self.device.type == "cuda" else []
-        with self._current_device(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(request.seed)
-            (completion,) = generate(self._generator, [tokens], settings)
-        return encoder.decode(completion)
+        writer = Writer(self.model, self._backend, encoder.tokenizer)
+        with self._current_device():
+            (completion,) = writer.complete([tokens], settings, seed=request.seed)
+        return encoder.decode(completion.tokens)
 
     def logits(self, text: str | Sequence[int]) -> Tensor:
         """Return the logits (T, vocabulary) fp32 after each token of a text, or of token ids.

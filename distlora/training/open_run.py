@@ -241,7 +241,7 @@ def sample_hook(
     if train.sample_every is None:
         return None
     # Imported late: it imports parts of transformers that other runs do not need.
-    from distlora.training.generator import Sampler
+    from distlora.training.samples import Sampler
 
     sampler = Sampler(model, backend, base, train, dict(data))
 

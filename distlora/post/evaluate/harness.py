@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -25,11 +26,14 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import UserError, nearest
 from distlora.data.chat_template import ChatTemplate, start_tokens
+from distlora.generation.prompts import context_limit
+from distlora.generation.transformers_path import Completion
+from distlora.generation.writer import Writer
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, sum_over_ranks
@@ -38,7 +42,6 @@ from distlora.post.evaluate.measure import load
 from distlora.post.evaluate.request import EvaluateRequest, Tasks
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.progress import still
-from distlora.training.generator import ROWS_AT_ONCE, Generator, context_limit, generate
 
 TOKENS_AT_ONCE = 4096
 """Tokens per batch, padding included."""
@@ -66,7 +69,7 @@ class HarnessModel(TemplateLM):
         self.model, self.ranks_of, self.tokenizer, self.template, self.say = model, backend, tokenizer, template, say
         self.max_length = context_limit(model)
         self._start = start_tokens(tokenizer)
-        self._generator = Generator(model, backend)
+        self._writer = Writer(model, backend, tokenizer)
         self._device = backend.ranks.device
 
     @property
@@ -182,16 +185,17 @@ class HarnessModel(TemplateLM):
             contexts = {number: self.tok_encode(requests[number].args[0])[-room:] for number in numbers}
             contexts = {number: tokens or [self.prefix_token_id] for number, tokens in contexts.items()}
             order = sorted(numbers, key=lambda number: -len(contexts[number]))
-            stopping = StoppingCriteriaList([StopStringCriteria(self.tokenizer, until)])
-            for first in range(0, len(order), ROWS_AT_ONCE):
-                batch = order[first : first + ROWS_AT_ONCE]
-                prompts = [contexts[number] for number in batch]
-                completions = generate(self._generator, prompts, config, stopping=stopping)
-                for number, made in zip(batch, completions, strict=True):
-                    # Padding behind an ended row is removed with its stop text.
-                    text = self.tokenizer.decode(made.tokens)
-                    answers[number] = postprocess_generated_text(text, until, None)
-                self.say(f"answered {len(answers):,} of {len(requests):,}")
+            before, num_done = len(answers), itertools.count(1)
+
+            def done(_index: int, _completion: Completion, before: int = before, num_done: Any = num_done) -> None:
+                self.say(f"answered {before + next(num_done):,} of {len(requests):,}")
+
+            prompts = [contexts[number] for number in order]
+            completions = self._writer.complete(prompts, config, stop=until, on_done=done)
+            for number, made in zip(order, completions, strict=True):
+                # Padding behind an ended row is removed with its stop text.
+                text = self.tokenizer.decode(made.tokens)
+                answers[number] = postprocess_generated_text(text, until, None)
         return [answers[number] for number in range(len(requests))]
 
     def _generation(self, settings: Mapping[str, Any]) -> tuple[GenerationConfig, list[str]]:

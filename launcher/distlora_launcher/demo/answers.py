@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel
 
 from distlora.data.prompts import Prompt
+from distlora.generation.prompts import PromptEncoder
 from distlora.parallel import Ranks
 from distlora.post.export.client_check import dense_model
 from distlora.post.load_trained import load_in_fp32
 from distlora.post.trained import Name
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.training.generator import PromptEncoder
 
 LONGEST_ANSWER = 32
 """Tokens."""

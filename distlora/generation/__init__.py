@@ -1,0 +1,1 @@
+"""Generation with a model in training form: prompts, an engine with a paged key-value cache, and sampling."""

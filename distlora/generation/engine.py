@@ -1,0 +1,452 @@
+"""Decode many requests with one model: continuous batching over a paged key-value cache.
+
+A row that ends leaves the batch, and the next request takes its place. Requests with the same prompt share its keys and
+values, which are computed once. Rows of several adapters run in one batch. The ranks divide the requests; while the
+base is sharded, they run the same number of forwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distlora.config import UserError
+from distlora.generation.prompts import context_limit
+from distlora.generation.sampling import Choice, choose
+from distlora.generation.stop_strings import StopStrings
+from distlora.model.build import CausalLM, Past
+from distlora.model.frozen_linear import FrozenTensor
+from distlora.model.paged_cache import BLOCK, PagedCache, Step
+from distlora.parallel import Backend
+
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+"""Rows that decode together, by device type."""
+PREFILL_TOKENS = 2048
+"""Tokens of prompts per forward, padding included; a longer prompt runs alone."""
+DENSE_SHARE = 0.5
+"""Part of the available host memory that dequantized weights may take."""
+CACHE_SHARE = 0.5
+"""Part of the free memory that keys and values may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A completion to generate."""
+
+    tokens: list[int]
+    """The prompt."""
+    seed: int = 0
+    """Seed of its random numbers, which depend on (seed, position) alone."""
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    """0 for the likeliest token each time."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 for no limit."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the completion."""
+    slot: int | None = None
+    """Slot of the adapter (extension point 3): -1 for none; None for the model's only adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A generated completion."""
+
+    tokens: list[int]
+    """All sampled tokens: the end token too, and those that completed a stop string."""
+    logprobs: list[float]
+    """Log-probability of each under logits / temperature (greedy: the logits), without top_k and top_p."""
+    ended: bool
+    """True if an end token or a stop string ended it, False if it reached max_new_tokens or the model's positions."""
+
+
+@dataclass(slots=True, eq=False)
+class _Prefix:
+    """A prompt whose keys and values are computed once for its requests."""
+
+    tokens: list[int]
+    slot: int | None
+    users: int = 0
+    """Requests that wait for a place, or for this prompt's logits."""
+    blocks: list[int] = field(default_factory=list)
+    logits: Tensor | None = None
+    """(V,) fp32 after its last token; None before its forward."""
+    rows: int = 0
+    """Running rows that read its blocks."""
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    """A request that has a place in the batch."""
+
+    index: int
+    request: Request
+    prefix: _Prefix
+    own: list[int]
+    """Blocks behind the prompt's whole ones, for all tokens that it may have."""
+    limit: int
+    """Tokens that it may generate."""
+    stops: StopStrings | None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and generated ones."""
+        return len(self.prefix.tokens) + len(self.tokens)
+
+    @property
+    def table(self) -> list[int]:
+        """Blocks of all its tokens, in order."""
+        return self.prefix.blocks[: len(self.prefix.tokens) // BLOCK] + self.own
+
+
+def serves(model: CausalLM) -> bool:
+    """Return whether the engine computes this model's attention; transformers' generate takes the others."""
+    return model.architecture.pages_cache and not model.token_rows
+
+
+class Engine:
+    """Generates completions with a model that `serves` accepts.
+
+    `end_tokens`: each of them ends a completion. `tokenizer`: of transformers, for stop strings.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: Backend,
+        *,
+        end_tokens: Sequence[int] = (),
+        tokenizer: Any = None,
+        most_rows: int | None = None,
+        resident: bool = True,
+    ) -> None:
+        """Prepare to run requests. `resident`: keep the base whole on each rank meanwhile, where memory allows."""
+        assert serves(model), "the engine does not serve this model"
+        self._model, self._backend, self._tokenizer = model, backend, tokenizer
+        self._ends = frozenset(end_tokens)
+        self._most_rows = most_rows or MOST_ROWS[backend.ranks.device.type]
+        self._resident = resident
+
+    @torch.no_grad()
+    def run(
+        self,
+        requests: Sequence[Request],
+        on_done: Callable[[int, Sample], None] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[Sample]:
+        """Return the samples of all requests, in their order. Every rank calls it with the same requests.
+
+        The ranks divide the requests into neighbouring parts. `on_done(index, sample)` and `on_token(index, token)` are
+        called on the rank that generates it, as soon as it is there.
+
+        Raises UserError for a prompt that is empty or leaves no room for a token.
+        """
+        ranks, limit = self._backend.ranks, context_limit(self._model)
+        for request in requests:
+            if not 0 < len(request.tokens) < limit:
+                raise UserError(
+                    f"a prompt of {len(request.tokens):,} tokens: the model has {limit:,} positions for the prompt and "
+                    "its completion, and needs one token at least; shorten or write it"
+                )
+        bounds = [number * len(requests) // ranks.world for number in (ranks.rank, ranks.rank + 1)]
+        mine = range(*bounds)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(aside(self._model, self._backend))
+            batch = _Batch(self, [(index, requests[index]) for index in mine], limit, on_done, on_token)
+            stack.enter_context(batch.cache.attending(self._model.decoder))
+            alone = stack.enter_context(self._backend.whole_base(self._model, batch.run_nothing, wanted=self._resident))
+            if alone and self._resident:
+                stack.enter_context(dense_copies(self._model, self._backend))
+            while batch.works if alone else self._any(batch.works):
+                batch.forward()
+        return self._gathered(batch.samples, len(requests))
+
+    def _any(self, works: bool) -> bool:
+        """Return whether any rank has work left."""
+        flag = torch.tensor(int(works), device=self._backend.ranks.device)
+        return bool(self._backend.max_over_ranks(flag))
+
+    def _gathered(self, samples: dict[int, Sample], count: int) -> list[Sample]:
+        """Return the samples of all ranks, in order."""
+        if self._backend.ranks.world > 1:
+            longest = torch.tensor(max((len(sample.tokens) for sample in samples.values()), default=0))
+            longest = int(self._backend.max_over_ranks(longest.to(self._backend.ranks.device)))
+            # Exact: each row is one rank's, and zeros are added. Floats travel as their bits.
+            table = torch.zeros(count, 2 + 2 * longest, dtype=torch.int64)
+            for index, sample in samples.items():
+                size = len(sample.tokens)
+                table[index, :2] = torch.tensor([size, sample.ended])
+                table[index, 2 : 2 + size] = torch.tensor(sample.tokens)
+                bits = torch.tensor(sample.logprobs, dtype=torch.float64).view(torch.int64)
+                table[index, 2 + longest : 2 + longest + size] = bits
+            table = self._backend.sum_over_ranks(table.to(self._backend.ranks.device)).cpu()
+            for index, (size, ended, *rest) in enumerate(table.tolist()):
+                logprobs = table[index, 2 + longest : 2 + longest + size].view(torch.float64).tolist()
+                samples[index] = Sample(rest[:size], logprobs, bool(ended))
+        return [samples[index] for index in range(count)]
+
+
+class _Batch:
+    """The requests of this rank: those that wait, and the rows that run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: list[tuple[int, Request]],
+        limit: int,
+        on_done: Callable[[int, Sample], None] | None,
+        on_token: Callable[[int, int], None] | None,
+    ) -> None:
+        self._engine, self._limit, self._on_done, self._on_token = engine, limit, on_done, on_token
+        self._model, self._device = engine._model, engine._backend.ranks.device
+        self._waiting = deque(requests)
+        self._prefixes: dict[tuple[tuple[int, ...], int | None], _Prefix] = {}
+        for _, request in requests:
+            self._prefix_of(request).users += 1
+        self.samples: dict[int, Sample] = {}
+        self._rows: list[_Row] = []
+        self._starting: list[_Row] = []
+        """Rows whose prompt has not run yet."""
+        num_blocks = self._needed_blocks([request for _, request in requests])
+        self.cache = PagedCache(num_blocks)
+        self._free = list(range(num_blocks))
+        self._tables: Tensor | None = None
+        """(N, blocks) of the rows; None after the rows have changed."""
+
+    @property
+    def works(self) -> bool:
+        """True while requests wait or rows run."""
+        return bool(self._waiting or self._rows or self._starting)
+
+    def _prefix_of(self, request: Request) -> _Prefix:
+        key = (tuple(request.tokens), request.slot)
+        return self._prefixes.setdefault(key, _Prefix(list(request.tokens), request.slot))
+
+    def _tokens_of(self, request: Request) -> int:
+        """Return the tokens that a request may generate."""
+        return min(request.max_new_tokens, self._limit - len(request.tokens))
+
+    def _own_blocks(self, request: Request) -> int:
+        """Return the number of blocks that are a row's alone. The last token is never read."""
+        total = len(request.tokens) + self._tokens_of(request) - 1
+        return max(-(-total // BLOCK) - len(request.tokens) // BLOCK, 0)
+
+    def _needed_blocks(self, requests: Sequence[Request]) -> int:
+        """Return the number of blocks: for all rows at once if there is memory, at least for the largest request."""
+        sizes = sorted(self._own_blocks(request) - (-len(request.tokens) // BLOCK) for request in requests)
+        wanted = sum(sizes[-self._engine._most_rows :])
+        return max(min(wanted, _memory_blocks(self._model, self._engine._backend)), sizes[-1] if sizes else 0)
+
+    def forward(self) -> None:
+        """Run the model once: prompts that have a place, else one token of each row, else nothing that counts."""
+        self._admit()
+        prompts = self._next_prompts()
+        if prompts:
+            self._run_prompts(prompts)
+        elif self._rows:
+            self._run_rows()
+        else:
+            self.run_nothing()
+
+    def run_nothing(self) -> None:
+        """Run the model once for the other ranks' sake."""
+        nothing = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+        self._logits(nothing, nothing, torch.zeros(1, dtype=torch.int64), None, Step(nothing[0, :0], nothing[0, :0]))
+
+    def _admit(self) -> None:
+        """Give waiting requests a place, in order, while there are rows and blocks."""
+        while self._waiting and len(self._rows) + len(self._starting) < self._engine._most_rows:
+            index, request = self._waiting[0]
+            prefix = self._prefix_of(request)
+            own, shared = self._own_blocks(request), -(-len(prefix.tokens) // BLOCK) if not prefix.blocks else 0
+            if own + shared > len(self._free):
+                if self._rows or self._starting:
+                    break
+                self._forget_other_prompts(prefix)
+                continue
+            self._waiting.popleft()
+            prefix.blocks += [self._free.pop() for _ in range(shared)]
+            blocks = [self._free.pop() for _ in range(own)]
+            stops = StopStrings(self._engine._tokenizer, request.stop) if request.stop else None
+            self._starting.append(_Row(index, request, prefix, blocks, self._tokens_of(request), stops))
+        self._start()
+
+    def _forget_other_prompts(self, kept: _Prefix) -> None:
+        """Free the blocks of prompts that no row reads, and that later requests have to compute again."""
+        for prefix in self._prefixes.values():
+            if prefix is not kept:
+                self._free_blocks(prefix)
+
+    def _free_blocks(self, prefix: _Prefix) -> None:
+        self._free += prefix.blocks
+        prefix.blocks, prefix.logits = [], None
+
+    def _start(self) -> None:
+        """Choose the first token of rows whose prompt has run."""
+        ready = [row for row in self._starting if row.prefix.logits is not None]
+        if not ready:
+            return
+        self._starting = [row for row in self._starting if row.prefix.logits is None]
+        # The prompt's last block is only partly filled: each row has a copy of it.
+        copied = [row for row in ready if len(row.prefix.tokens) % BLOCK and row.own]
+        if copied:
+            self.cache.copy_blocks([row.prefix.blocks[-1] for row in copied], [row.own[0] for row in copied])
+        logits = torch.stack([row.prefix.logits for row in ready if row.prefix.logits is not None])
+        for row in ready:
+            row.prefix.users -= 1
+            row.prefix.rows += 1
+        self._rows += ready
+        self._rows.sort(key=lambda row: (row.request.slot is not None, row.request.slot or 0, row.index))
+        self._tables = None
+        self._append(ready, logits)
+
+    def _next_prompts(self) -> list[_Prefix]:
+        """Return prompts that run together: as many as fit in PREFILL_TOKENS, padded to the longest."""
+        found: list[_Prefix] = []
+        for prefix in dict.fromkeys(row.prefix for row in self._starting):
+            longest = max(len(each.tokens) for each in (*found, prefix))
+            if found and longest * (len(found) + 1) > PREFILL_TOKENS:
+                break
+            found.append(prefix)
+        return sorted(found, key=lambda prefix: (prefix.slot is not None, prefix.slot or 0))
+
+    def _run_prompts(self, prompts: list[_Prefix]) -> None:
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        ids = torch.tensor([prompt.tokens + [0] * (longest - len(prompt.tokens)) for prompt in prompts])
+        positions = torch.arange(longest).expand_as(ids)
+        sources = [row * longest + at for row, prompt in enumerate(prompts) for at in range(len(prompt.tokens))]
+        places = [
+            prompt.blocks[at // BLOCK] * BLOCK + at % BLOCK for prompt in prompts for at in range(len(prompt.tokens))
+        ]
+        last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
+        step = Step(*(torch.tensor(each, device=self._device) for each in (places, sources)))
+        slots = [prompt.slot for prompt in prompts]
+        logits = self._logits(ids.to(self._device), positions.to(self._device), last, slots, step)
+        for prompt, row in zip(prompts, logits, strict=True):
+            prompt.logits = row.clone()
+        self._start()
+
+    def _run_rows(self) -> None:
+        """Generate one token of each row."""
+        rows = self._rows
+        if self._tables is None:
+            most = max(len(row.table) for row in rows)
+            tables = [row.table + [0] * (most - len(row.table)) for row in rows]
+            self._tables = torch.tensor(tables, device=self._device)
+        lengths = torch.tensor([row.length for row in rows], device=self._device)
+        at = lengths - 1
+        places = self._tables.gather(1, (at // BLOCK)[:, None]).squeeze(1) * BLOCK + at % BLOCK
+        longest = max(row.length for row in rows)
+        step = Step(places, places[:0], self._tables, lengths, longest)
+        ids = torch.tensor([row.tokens[-1:] for row in rows], device=self._device)
+        last = torch.zeros(len(rows), dtype=torch.int64)
+        slots = [row.request.slot for row in rows]
+        self._append(list(rows), self._logits(ids, at[:, None], last, slots, step))
+
+    def _logits(
+        self, ids: Tensor, positions: Tensor, last: Tensor, slots: Sequence[int | None] | None, step: Step
+    ) -> Tensor:
+        """Return the logits (N, V) fp32 after the token `last` (N,) of each row of ids and positions (N, T)."""
+        found: list[Tensor] = []
+
+        def read(hidden: Tensor) -> None:
+            rows = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
+            found.append(self._model.head.logits(rows))
+
+        adapters = None
+        if slots is not None and any(slot is not None for slot in slots):
+            assert all(slot is not None for slot in slots), "requests name a slot or none does"
+            adapters = torch.tensor(slots, device=self._device)
+        with self.cache.step(step), self._model.head.read_by(read):
+            self._model(ids, positions, ids, adapter_rows=adapters, past=Past(None, self.cache))
+        return found[0]
+
+    def _append(self, rows: Sequence[_Row], logits: Tensor) -> None:
+        """Choose the next token of these rows, and let those go that have ended."""
+        requests = [row.request for row in rows]
+        choices = [
+            Choice(request.seed, row.length, request.temperature, request.top_p, request.top_k)
+            for row, request in zip(rows, requests, strict=True)
+        ]
+        tokens, logprobs = (each.tolist() for each in choose(logits, choices))
+        gone: set[_Row] = set()
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            if self._on_token is not None:
+                self._on_token(row.index, token)
+            ended = token in self._engine._ends or (row.stops is not None and row.stops.ends(row.tokens))
+            if ended or len(row.tokens) >= row.limit:
+                gone.add(row)
+                self._finish(row, ended)
+        if gone:
+            self._rows = [row for row in self._rows if row not in gone]
+            self._tables = None
+
+    def _finish(self, row: _Row, ended: bool) -> None:
+        self._free += row.own
+        prefix = row.prefix
+        prefix.rows -= 1
+        if not prefix.users and not prefix.rows:
+            self._free_blocks(prefix)
+        self.samples[row.index] = sample = Sample(row.tokens, row.logprobs, ended)
+        if self._on_done is not None:
+            self._on_done(row.index, sample)
+
+
+def _memory_blocks(model: CausalLM, backend: Backend) -> int:
+    """Return the number of blocks of keys and values that there is memory for."""
+    kinds = [model.architecture.layer(index) for index in range(model.architecture.num_layers)]
+    size = model.embedding.weight.element_size()  # type: ignore[union-attr, operator]
+    per_token = sum(2 * size * kind.heads[1] * kind.heads[2] for kind in kinds if kind.heads is not None)
+    free = backend.free_bytes()
+    return int(CACHE_SHARE * free / (per_token * BLOCK)) if free > 0 else sys.maxsize
+
+
+@contextlib.contextmanager
+def aside(model: CausalLM, backend: Backend) -> Iterator[None]:
+    """Generate within a run: restore the model's slicing and the traffic counters afterwards."""
+    num_micro, traffic = [block.num_micro for block in model.blocks], copy.copy(backend.traffic)
+    model.set_num_micro(1)
+    try:
+        yield
+    finally:
+        for block, number in zip(model.blocks, num_micro, strict=True):
+            block.num_micro = number
+        backend.traffic.restore(traffic)
+
+
+@contextlib.contextmanager
+def dense_copies(model: CausalLM, backend: Backend) -> Iterator[None]:
+    """Keep the dequantized weights within this context, on a CPU with memory for them: each token reads them all.
+
+    Products then have the bits that they have without. Every rank must call it.
+    """
+    weights = [
+        weight
+        for block in model.blocks
+        for weight in block.modules()
+        if isinstance(weight, FrozenTensor) and weight.quantized and weight.dense_copy is None
+    ]
+    dtype = model.embedding.weight.dtype
+    nbytes = sum(weight.numel for weight in weights) * dtype.itemsize
+    if backend.ranks.device.type != "cpu" or backend.lacks_host_memory(int(nbytes / DENSE_SHARE)):
+        weights = []
+    for weight in weights:
+        weight.dense_copy = weight.frozen_weight.dense(dtype)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.dense_copy = None

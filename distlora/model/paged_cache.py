@@ -1,0 +1,159 @@
+"""Keep the keys and values of many rows in blocks of tokens, and attend to them (PagedAttention, arXiv:2309.06180).
+
+transformers' attention modules hand their new keys and values to `update` and then call the attention function, which
+here reads the blocks. A forward either starts rows (their prompts, padded on the right) or continues each by one token.
+
+Letters: N rows, T tokens of a forward, H query heads, K key and value heads, E head size, S tokens per block, L tokens
+that the longest row sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAME = "distlora_paged"
+"""Name of the attention function in transformers' AttentionInterface."""
+BLOCK = 16
+"""Tokens per block."""
+
+
+def cache_name(decoder: nn.Module) -> str:
+    """Return a decoder's keyword for its cache: transformers has been renaming past_key_values since 5.2x."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Places in the cache of one forward."""
+
+    places: Tensor
+    """(W,) int64: block * BLOCK + token, where each new token is written."""
+    sources: Tensor
+    """(W,) int64: the new tokens' positions in the flattened rows (N T); padding is left out."""
+    tables: Tensor | None = None
+    """(N, blocks) int64: blocks of each row; None: the rows start with this forward."""
+    lengths: Tensor | None = None
+    """(N,) int64: tokens that each row sees, the new one included."""
+    longest: int = 0
+    """The largest of `lengths`; the host knows it."""
+
+
+class PagedCache:
+    """Blocks of keys and values of all layers, with the attention function that reads them."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        """Keys and values (blocks S, K, E) by layer, allocated at the first update."""
+        self._step: Step | None = None
+        self._pending: tuple[int, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def step(self, step: Step) -> Iterator[None]:
+        """Use these places within this context, in which the decoder runs once."""
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step = self._pending = None
+
+    @contextlib.contextmanager
+    def attending(self, decoder: Any) -> Iterator[None]:
+        """Have the decoder's attention modules use this cache's attention function within this context."""
+        from transformers import AttentionInterface
+
+        before = decoder.config._attn_implementation
+        # Without a mask function of this name transformers makes no masks.
+        AttentionInterface.register(NAME, self.attend)
+        decoder.set_attn_implementation(NAME)
+        try:
+            yield
+        finally:
+            decoder.set_attn_implementation(before)
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (N, K, T, E) of a layer, and return them."""
+        assert self._step is not None, "the cache is used outside of a step"
+        if layer not in self._layers:
+            self._layers[layer] = (self._allocate(key), self._allocate(value))
+        for blocks, new in zip(self._layers[layer], (key, value), strict=True):
+            rows = new.transpose(1, 2).flatten(0, 1)
+            tokens = rows if self._step.tables is not None else rows[self._step.sources]
+            blocks.index_copy_(0, self._step.places, tokens)
+        self._pending = (layer, key)
+        return key, value
+
+    def _allocate(self, new: Tensor) -> Tensor:
+        return new.new_zeros(self.num_blocks * BLOCK, new.shape[1], new.shape[3])
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend: query (N, H, T, E) to the row's keys -> (N, T, H, E). Raises TypeError for any other attention."""
+        assert self._step is not None, "the cache is used outside of a step"
+        if attention_mask is not None or softcap is not None or kwargs.get("s_aux") is not None:
+            raise TypeError("attention with a mask, a cap or sinks is not computed here")
+        if self._pending is None or self._pending[1] is not key:
+            raise TypeError("attention to keys that were not written by this layer is not computed here")
+        if self._step.tables is None:
+            output = _attend_within(query, key, value, scaling, sliding_window)
+        else:
+            output = self._attend_to_blocks(self._step, self._pending[0], query, scaling, sliding_window)
+        self._pending = None
+        return output, None
+
+    def _attend_to_blocks(
+        self, step: Step, layer: int, query: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Attend with one query per row (N, H, 1, E) -> (N, 1, H, E)."""
+        assert step.tables is not None
+        assert step.lengths is not None
+        keys, values = self._layers[layer]
+        at = torch.arange(step.longest, device=query.device)
+        places = step.tables[:, at // BLOCK] * BLOCK + at % BLOCK
+        key, value = (blocks[places].transpose(1, 2) for blocks in (keys, values))
+        seen = at < step.lengths[:, None]
+        if window is not None:
+            seen &= at >= step.lengths[:, None] - window
+        # Query heads that share a key head are the queries of one head.
+        grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
+        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen[:, None, None, :], scale=scaling)
+        return output.flatten(1, 2)[:, None]
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the tokens of some blocks to others, in all layers."""
+        for pair in self._layers.values():
+            for tokens in pair:
+                blocks = tokens.view(-1, BLOCK, *tokens.shape[1:])
+                blocks[list(targets)] = blocks[list(sources)]
+
+
+def _attend_within(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Attend causally within each row (N, H, T, E) -> (N, T, H, E)."""
+    length = query.shape[2]
+    mask = None
+    if window is not None and window < length:
+        at = torch.arange(length, device=query.device)
+        distance = at[:, None] - at
+        mask = (distance >= 0) & (distance < window)
+    key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    return output.transpose(1, 2)

@@ -180,8 +180,8 @@ class Engine:
     def _gathered(self, samples: dict[int, Sample], count: int) -> list[Sample]:
         """Return the samples of all ranks, in order."""
         if self._backend.ranks.world > 1:
-            longest = torch.tensor(max((len(sample.tokens) for sample in samples.values()), default=0))
-            longest = int(self._backend.max_over_ranks(longest.to(self._backend.ranks.device)))
+            most = torch.tensor(max((len(sample.tokens) for sample in samples.values()), default=0))
+            longest = int(self._backend.max_over_ranks(most.to(self._backend.ranks.device)))
             # Exact: each row is one rank's, and zeros are added. Floats travel as their bits.
             table = torch.zeros(count, 2 + 2 * longest, dtype=torch.int64)
             for index, sample in samples.items():
@@ -330,7 +330,7 @@ class _Batch:
             prompt.blocks[at // BLOCK] * BLOCK + at % BLOCK for prompt in prompts for at in range(len(prompt.tokens))
         ]
         last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
-        step = Step(*(torch.tensor(each, device=self._device) for each in (places, sources)))
+        step = Step(torch.tensor(places, device=self._device), torch.tensor(sources, device=self._device))
         slots = [prompt.slot for prompt in prompts]
         logits = self._logits(ids.to(self._device), positions.to(self._device), last, slots, step)
         for prompt, row in zip(prompts, logits, strict=True):
@@ -408,10 +408,17 @@ class _Batch:
 def _memory_blocks(model: CausalLM, backend: Backend) -> int:
     """Return the number of blocks of keys and values that there is memory for."""
     kinds = [model.architecture.layer(index) for index in range(model.architecture.num_layers)]
-    size = model.embedding.weight.element_size()  # type: ignore[union-attr, operator]
+    size = _dtype_of(model).itemsize
     per_token = sum(2 * size * kind.heads[1] * kind.heads[2] for kind in kinds if kind.heads is not None)
     free = backend.free_bytes()
     return int(CACHE_SHARE * free / (per_token * BLOCK)) if free > 0 else sys.maxsize
+
+
+def _dtype_of(model: CausalLM) -> torch.dtype:
+    """Return the dtype of the hidden states."""
+    weight = model.embedding.weight
+    assert isinstance(weight, Tensor)
+    return model.compute_dtype or weight.dtype
 
 
 @contextlib.contextmanager
@@ -439,7 +446,7 @@ def dense_copies(model: CausalLM, backend: Backend) -> Iterator[None]:
         for weight in block.modules()
         if isinstance(weight, FrozenTensor) and weight.quantized and weight.dense_copy is None
     ]
-    dtype = model.embedding.weight.dtype
+    dtype = _dtype_of(model)
     nbytes = sum(weight.numel for weight in weights) * dtype.itemsize
     if backend.ranks.device.type != "cpu" or backend.lacks_host_memory(int(nbytes / DENSE_SHARE)):
         weights = []

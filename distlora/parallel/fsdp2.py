@@ -232,7 +232,8 @@ class Residency:
     def lacks_memory_for(self, model: CausalLM) -> Tensor:
         """Return () bool: this rank cannot hold the whole base, for lack of memory or because experts are divided."""
         width = None if model.compute_dtype is None else model.compute_dtype.itemsize
-        parameters = {p for unit in self._gathered_units(model) if unit is not model for p in unit.parameters()}
+        units = [unit for unit in self._gathered_units(model) if isinstance(unit, nn.Module) and unit is not model]
+        parameters = {parameter for unit in units for parameter in unit.parameters()}
         nbytes = sum(p.numel() * ((p.requires_grad and width) or p.element_size()) for p in parameters)
         lacks = bool(divided_parameters(model)) or nbytes > free_bytes(self.device)
         return torch.tensor(lacks, device=self.device)

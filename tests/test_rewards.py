@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +41,9 @@ def odd(prompts, completions, completion_ids, answer, **columns):
     elif text == "exit": os._exit(0)
     elif text == "segfault": ctypes.string_at(0)
     elif text == "leave": sys.exit()
+    elif text == "fork": os.fork()
+    elif text == "garbage": os.write(int(max(os.listdir("/proc/self/fd"), key=lambda name: (
+        os.path.realpath("/proc/self/fd/" + name).rpartition("/")[2].startswith("pipe:"), int(name)))), b"garbage\\n")
     elif text == "nan": return [math.nan]
     elif text == "infinite": return [10**400]
     elif text == "word": return ["1"]
@@ -75,15 +78,13 @@ def inputs(*completions: Any, **columns: Any) -> list[RewardInput]:
     return [RewardInput(prompt="prompt", completion=c, columns=columns, completion_ids=[5]) for c in completions]
 
 
-def running(word: str) -> list[int]:
-    """Return the processes whose command line has a word."""
+def running(groups: list[int]) -> list[str]:
+    """Return the command lines of processes of these groups."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line, state = (folder / "cmdline").read_text(), (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        found += [int(folder.name)] if word in line and state != "Z" else []
+        with contextlib.suppress(OSError):
+            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            found += [(folder / "cmdline").read_text()] if int(group) in groups and state != "Z" else []
     return found
 
 
@@ -99,18 +100,20 @@ def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None
     lines: list[str] = []
     faults = {
         "timeouts": ["hang", "hang in C"],
-        "errors": ["raise", "raise", "exit", "segfault", "leave", "nothing"],
+        "errors": ["raise", "raise", "exit", "segfault", "leave", "nothing", "garbage"],
         "invalid": ["nan", "infinite", "word", "two"],
     }
-    texts = ["right", *(text for texts in faults.values() for text in texts), "none", "random", "random", "wrong"]
-    settings = data("mine.odd", "mine.length", "mine.later", reward_timeout=1.0, reward_processes=3)
+    texts = ["right", *(text for texts in faults.values() for text in texts), "none", "random", "random", "fork"]
+    settings = data("mine.odd", "mine.length", "mine.later", reward_timeout=3.0, reward_processes=3)
     with RewardPool(settings, log=lines.append) as pool:
         scores = pool.score(inputs(*texts))
-        again = pool.score(list(reversed(inputs(*texts))))
+        again = pool.score(list(reversed(inputs(*texts[3:]))))
+        groups = [worker.process.pid for worker in pool._workers]
+    assert not running(groups)
     assert [values[1:] for values in scores.values] == [[len(text), 0.25] for text in texts]
     assert scores.failed == [any(text in group for group in faults.values()) for text in texts]
     own = dict(zip(texts, (values[0] for values in scores.values), strict=True))
-    assert (own["right"], own["wrong"], own["none"]) == (1.0, 0.0, None)
+    assert (own["right"], own["fork"], own["none"]) == (1.0, 0.0, None)
     assert scores.values[-3] == scores.values[-2]  # Two draws of the same answer.
     assert all(own[text] is None for group in faults.values() for text in group)
     assert {name: count for name, count in scores.counts.items() if count} == {
@@ -118,15 +121,13 @@ def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None
     }
     assert set(scores.counts) >= {"rewards/mine.length/timeouts", "rewards/mine.later/errors"}
     # The same answers in another order, in processes that others have died in: the same rewards.
-    assert list(reversed(again.values)) == scores.values
+    assert list(reversed(again.values)) == scores.values[3:]
     assert scores.totals() == [
         None if failed else sum(v for v in values if v is not None)
         for values, failed in zip(scores.values, scores.failed, strict=True)
     ]
     assert len([line for line in lines if "ValueError: an odd text (mine.py:" in line]) == 1
     assert any("ended its process by SIGSEGV: the answer 'segfault' to 'prompt' is left out" in line for line in lines)
-    assert not running("1234.5")
-    assert not running(f"rewards.worker\0{os.getpid()}\0")
 
 
 def test_totals_leave_out_what_does_not_apply_and_answers_that_failed() -> None:
@@ -141,21 +142,18 @@ def test_processes_end_with_a_killed_parent(functions: Path) -> None:
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_rewards import *
         with RewardPool(data("mine.odd", reward_timeout=1000.0)) as pool:
-            print("started", flush=True)
+            print(*(worker.process.pid for worker in pool._workers), flush=True)
             pool.score(inputs("hang", "hang in C"))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert parent.stdout is not None
-    assert parent.stdout.readline() == b"started\n"
-    word = f"rewards.worker\0{parent.pid}\0"
-    assert len(running(word)) == 2
-    wait_until(lambda: running("1234.5"))
+    groups = [*map(int, parent.stdout.readline().split())]
+    wait_until(lambda: any("1234.5" in line for line in running(groups)))  # A function started it.
+    assert len(running(groups)) == 5  # With two workers, each with the process that ends it.
     parent.kill()
     parent.wait()
-    wait_until(lambda: not running(word))
-    for process in running("1234.5"):  # What a function started itself.
-        os.kill(process, signal.SIGKILL)
+    wait_until(lambda: not running(groups))
 
 
 def test_functions_that_cannot_be_loaded_are_refused(functions: Path) -> None:
@@ -335,7 +333,15 @@ def test_namespaces_hide_network_files_and_processes(tmp_path: Path) -> None:
 def test_users_who_are_not_root_have_namespaces_too() -> None:
     """This Python may lie where another user cannot go: Debian's runs the entry."""
     entry = Path(sandbox_entry.__file__).read_text()
-    code = "import os, socket; print(os.getuid(), os.getpid(), os.listdir('.'), socket.if_nameindex())"
+    code = """if True:
+        import os, socket, time
+        print(os.getuid(), os.getpid(), os.listdir("."), socket.if_nameindex(), open("/dev/null", "w").write("x"))
+        started = 0
+        try:
+            while os.fork() > 0: started += 1
+            time.sleep(100)
+        except OSError: print(started)
+    """
     with tempfile.TemporaryDirectory() as folder:
         os.chown(folder, 4321, 4321)
         request = {
@@ -343,9 +349,9 @@ def test_users_who_are_not_root_have_namespaces_too() -> None:
             "folder": folder,
             "disk_bytes": 1 << 20,
             "environment": {},
-            "limits": {},
+            "limits": {"RLIMIT_NPROC": 8},
             "files": {"a": "b"},
-            "visible": sandbox.visible_paths()[:5],
+            "visible": [*filter(os.path.exists, sandbox._SYSTEM)],
             "command": ["/usr/bin/python3", "-c", code],
         }
         finished = subprocess.run(
@@ -358,7 +364,7 @@ def test_users_who_are_not_root_have_namespaces_too() -> None:
             capture_output=True,
             text=True,
         )
-    assert finished.stdout == "4321 1 ['a'] [(1, 'lo')]\n", finished
+    assert finished.stdout == "4321 1 ['a'] [(1, 'lo')] 1\n6\n", finished  # Of 8 the entry and the program are two.
 
 
 @namespaces
@@ -369,12 +375,15 @@ def test_a_fork_bomb_ends_at_the_limit_and_leaves_nothing() -> None:
         try:
             while True:
                 if os.fork() == 0:
-                    os.setsid(); time.sleep(4321)
+                    os.setsid(); time.sleep(100)
                 started += 1
         except OSError: print(started, flush=True)
     """
-    assert int(outcome(bomb, "namespaces")) == sandbox.PROCESSES - 1
-    assert not running("4321")
+    before = time.monotonic()
+    assert int(outcome(bomb, "namespaces", seconds=60)) == sandbox.PROCESSES - 1
+    assert time.monotonic() - before < 50
+    users = {path.stat().st_uid for path in Path("/proc").glob("[0-9]*") if path.exists()}
+    assert not users & set(range(61184, 61184 + 4096))
 
 
 def test_unit_tests_in_the_pool(functions: Path) -> None:

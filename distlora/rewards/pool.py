@@ -86,6 +86,9 @@ class _Worker:
     deadline: float
     outgoing: bytes
     incoming: bytes = b""
+    number: int = 0
+    """Number of the request."""
+    is_lost: bool = False
 
     @property
     def pipes(self) -> tuple[int, int]:
@@ -94,8 +97,11 @@ class _Worker:
         assert self.process.stdout is not None
         return self.process.stdin.fileno(), self.process.stdout.fileno()
 
-    def ask(self, job: tuple[int, int], request: bytes, seconds: float) -> None:
-        self.job, self.outgoing, self.incoming, self.deadline = job, request, b"", time.monotonic() + seconds
+    def ask(self, job: tuple[int, int], arguments: bytes, seconds: float) -> None:
+        """Begin to send a request for a reward."""
+        self.number += 1
+        self.outgoing = b'{"number": %d, "reward": %d, "arguments": %b}\n' % (self.number, job[1], arguments)
+        self.job, self.incoming, self.deadline = job, b"", time.monotonic() + seconds
 
     def advance(self) -> dict[str, Any] | None:
         """Send and receive what the pipes take now. Return the reply once it is whole, or there will be none."""
@@ -105,11 +111,21 @@ class _Worker:
         with contextlib.suppress(BlockingIOError):
             chunk = os.read(self.pipes[1], 1 << 16)
         if chunk == b"":
-            code = self.process.wait()
+            code, self.is_lost = self.process.wait(), True
             cause = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
             return {"errors": f"ended its process {cause}"}
         self.incoming += chunk or b""
-        return json.loads(self.incoming) if self.incoming.endswith(b"\n") else None
+        if not self.incoming.endswith(b"\n"):
+            return None
+        try:
+            reply: dict[str, Any] = json.loads(self.incoming)
+            if reply.pop("number") == self.number:
+                return reply
+        except (ValueError, KeyError, AttributeError):
+            pass
+        # A function wrote into the pipe: no later reply could be trusted.
+        self.is_lost = True
+        return {"errors": "wrote what is no reply into the pipe of replies"}
 
     def kill(self) -> None:
         """End the process and those of its group."""
@@ -161,7 +177,7 @@ class RewardPool:
                 if worker.job is None and queue:
                     job = queue.popleft()
                     seconds = self.data.reward_timeout + CODE_SECONDS * (names[job[1]] == "unit_tests")
-                    worker.ask(job, b'{"reward": %d, "arguments": %b}\n' % (job[1], arguments[job[0]]), seconds)
+                    worker.ask(job, arguments[job[0]], seconds)
             for (sample, reward), reply in self._replies():
                 if "value" in reply:
                     values[sample][reward] = reply["value"]
@@ -175,7 +191,7 @@ class RewardPool:
     def _start(self) -> _Worker:
         # In a session of its own: Ctrl-C reaches it through this process alone.
         process = subprocess.Popen(
-            [sys.executable, "-m", "distlora.rewards.worker", str(os.getpid())],
+            [sys.executable, "-m", "distlora.rewards.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -204,7 +220,6 @@ class RewardPool:
             assert job is not None
             if reply is None and time.monotonic() < worker.deadline:
                 continue
-            is_lost = reply is None or worker.process.returncode is not None
             if job == _START and (reply is None or "errors" in reply):
                 text = reply["errors"] if reply else f"took longer than {START_SECONDS:.0f} s"
                 raise UserError(f"data.rewards=[{','.join(self.data.rewards)}] cannot be loaded: {text}")
@@ -212,7 +227,7 @@ class RewardPool:
             if job != _START:
                 seconds = f"took longer than data.reward_timeout={self.data.reward_timeout:g} seconds"
                 replies.append((job, reply or {"timeouts": seconds}))
-            if is_lost:
+            if reply is None or worker.is_lost:
                 worker.kill()
                 self._workers[index] = self._start()
         return replies

@@ -53,6 +53,7 @@ def main() -> None:
     _prctl(_NO_NEW_PRIVILEGES, 1)
     _prctl(_PDEATHSIG, signal.SIGKILL)  # Again: a change of the user clears it, and a fork does.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     environment = {**request["environment"], "HOME": folder, "TMPDIR": folder}
     os.execve(request["command"][0], request["command"], environment)
 

@@ -1,8 +1,8 @@
-"""A process that computes rewards: `python -m distlora.rewards.worker PARENT`, started by `pool.py`.
+"""A process that computes rewards: `python -m distlora.rewards.worker`, started by `pool.py`.
 
 It reads a line of JSON per request and writes one per reply. Whatever a function prints goes to stderr. First comes
-the set-up (the settings as plain values), then requests {"reward": index, "arguments": {...}}. A reply is {"value": x}
-or {reason: text}.
+the set-up (the settings as plain values), then requests {"number": n, "reward": index, "arguments": {...}}. A reply is
+{"number": n, "value": x} or {"number": n, reason: text}; the first one, to the set-up, has the number 0.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import json
 import math
 import os
 import random
+import select
 import signal
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -26,22 +26,21 @@ from distlora.config.file import build
 from distlora.config.rewards import BUILT_IN
 from distlora.rewards import sandbox
 from distlora.rewards.built_in import reward_function
-from distlora.system.parent_death import end_with_parent
 
 _LONGEST = 400
 _FAULTS = (Exception, SystemExit, KeyboardInterrupt)
 
 
-def main(parent: int) -> None:
+def main() -> None:
     """Load the functions, then answer requests until the pipe is closed."""
-    end_with_parent(parent)
+    end_with_parent()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # A training process blocks the signals that ask it to stop.
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    process, requests, replies = os.getpid(), os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
 
-    def reply(values: dict[str, Any]) -> None:
-        replies.write(json.dumps(values).encode() + b"\n")
+    def reply(number: int, values: dict[str, Any]) -> None:
+        replies.write(json.dumps({"number": number, **values}).encode() + b"\n")
 
     data = build(DataConfig, json.loads(requests.readline()))
     functions = []
@@ -49,16 +48,32 @@ def main(parent: int) -> None:
         try:
             functions.append(reward_function(name, data) if name in BUILT_IN else load(name))
         except _FAULTS as error:
-            reply({"errors": f"{name}: {described(error)}"})
+            reply(0, {"errors": f"{name}: {described(error)}"})
             return
     if "unit_tests" in data.rewards and (reason := sandbox.reason_against(data.rewards_isolation)) is not None:
-        reply({"errors": reason})
+        reply(0, {"errors": reason})
         return
-    reply({"value": None})
+    reply(0, {"value": None})
     for line in requests:
         request = json.loads(line)
-        random.seed(line)  # The same answer has the same reward, whichever process computes it.
-        reply(compute(functions[request["reward"]], request["arguments"]))
+        random.seed(line.partition(b",")[2])  # Without its number: an answer has the same reward in any order.
+        values = compute(functions[request["reward"]], request["arguments"])
+        if os.getpid() != process:  # The function forked, and its child came back too.
+            os._exit(0)
+        reply(request["number"], values)
+
+
+def end_with_parent() -> None:
+    """Fork a process that kills this one, and what it started, when the process that holds the pipe of requests dies.
+
+    A function that hangs in C reads no end of a pipe, and the kernel's signal at a parent's death reaches no children.
+    """
+    if os.fork() == 0:
+        os.close(1)  # Its reader must see when the worker itself ends.
+        pipe = select.poll()
+        pipe.register(0, 0)
+        pipe.poll()
+        os.killpg(0, signal.SIGKILL)
 
 
 def load(name: str) -> Callable[..., Any]:
@@ -101,4 +116,4 @@ def described(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

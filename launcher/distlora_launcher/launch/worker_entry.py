@@ -8,6 +8,7 @@ Files of the attempt before this one move to LOG_DIR/attempt_<n>/.
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from distlora.run_folder import error_file
-from distlora.system import parent_death, stop_signals
+from distlora.system import stop_signals
 
 PARENT = "DISTLORA_PARENT_PID"
 """Environment variable: pid of the process that started this one."""
@@ -35,7 +36,11 @@ LONGEST_LOOK_SECONDS = 60.0
 
 def end_with_parent(signum: int = signal.SIGKILL) -> None:
     """Have the kernel signal this process when its parent dies: no worker outlives a killed launcher."""
-    parent_death.end_with_parent(int(os.environ.get(PARENT, os.getppid())), signum)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signum)
+    if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+        os._exit(128 + signal.SIGKILL)  # The parent died while Python was starting.
 
 
 def wait_if_failed_for_good(log_dir: Path, rank: int) -> None:

@@ -1,0 +1,147 @@
+"""Generate with a vLLM server instead of the trainer's own weights: completions by HTTP, adapters loaded as versions.
+
+The server serves the same base, and has LoRA and their loading at run time switched on:
+
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank R \
+        --logprobs-mode processed_logprobs
+
+Paths of adapters are read by the server, so both need the same file system. Source: vLLM 4ba787ec9,
+vllm/entrypoints/openai/completion/protocol.py and vllm/entrypoints/serve/lora.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from distlora.config import UserError
+from distlora.generation.engine import Request, Sample
+
+AT_ONCE = 64
+"""Requests that wait for an answer together; the server batches them."""
+TRIES, FIRST_WAIT = 4, 1.0
+"""Attempts of a request that gets no answer, and seconds before the second; each wait is twice the one before. A
+request has a seed, so a second answer is as good as the first."""
+
+
+class ServerError(RuntimeError):
+    """A server that does not answer, or answers with an error."""
+
+
+class RemoteEngine:
+    """A vLLM server in the place of `Engine`. One process uses it; others get its samples from that one.
+
+    `stop_tokens` are what `Engine` ends a completion with. `seconds`: the longest wait for an answer.
+    """
+
+    def __init__(self, url: str, *, stop_tokens: Sequence[int], run: str, seconds: float = 600.0) -> None:
+        self.url, self._seconds = url.rstrip("/").removesuffix("/v1"), seconds
+        self._stop_tokens, self._run = list(stop_tokens), run
+        self.adapter: str | None = None
+        """Name of the adapter that samples; None before `load`."""
+
+    def connect(self) -> list[str]:
+        """Return the names of the models and adapters that the server has. Raises UserError if it does not answer."""
+        try:
+            models = self._call("/v1/models", tries=1)
+        except ServerError as error:
+            raise UserError(f"rollout.url={self.url}: {error}; start `vllm serve`, or leave it out") from error
+        return [model["id"] for model in models["data"]]
+
+    def load(self, folder: Path, version: int) -> None:
+        """Sample with the adapter in a PEFT folder from now on, and remove the version before it from the server.
+
+        Raises ServerError if the server refuses it.
+        """
+        name, before = f"{self._run}-{version}", self.adapter
+        if name in self.connect():  # Left by a run that was killed: it may have other weights.
+            self._unload(name)
+        self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
+        self.adapter = name
+        if before is not None and before != name:
+            self._unload(before)
+
+    def close(self) -> None:
+        """Remove the adapter from the server."""
+        if self.adapter is not None:
+            self._unload(self.adapter)
+            self.adapter = None
+
+    def run(self, requests: Sequence[Request], on_done: Callable[[int, Sample], None] | None = None) -> list[Sample]:
+        """Return a sample of each request, in their order. Raises ServerError."""
+        assert self.adapter is not None, "load an adapter first"
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            samples = []
+            for index, sample in enumerate(pool.map(self._complete, requests)):
+                if on_done is not None:
+                    on_done(index, sample)
+                samples.append(sample)
+        return samples
+
+    def _complete(self, request: Request) -> Sample:
+        body = {
+            "model": self.adapter,
+            "prompt": request.tokens,
+            "max_tokens": request.max_new_tokens,
+            "seed": request.seed,
+            # All of them: what is left out comes from the generation_config.json of the server's model.
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": request.top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop": list(request.stop),
+            "stop_token_ids": self._stop_tokens,
+            "skip_special_tokens": False,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        (choice,) = self._call("/v1/completions", body)["choices"]
+        tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if not isinstance(tokens, list) or not isinstance(logprobs, list) or len(tokens) != len(logprobs):
+            raise ServerError(
+                f"{self.url} answers without the token ids and log-probabilities of its samples (return_token_ids, "
+                "logprobs); use vLLM 0.10.2 or later"
+            )
+        return Sample(tokens, logprobs, choice["finish_reason"] == "stop")
+
+    def _unload(self, name: str) -> None:
+        self._call("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _call(self, path: str, body: dict[str, Any] | None = None, *, tries: int = TRIES) -> Any:
+        """Return the answer to a request, as JSON or text. Raises ServerError."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        for attempt in range(tries):
+            try:
+                with urllib.request.urlopen(request, timeout=self._seconds) as answer:
+                    text = answer.read().decode()
+                    return json.loads(text) if "json" in answer.headers.get("Content-Type", "") else text
+            except urllib.error.HTTPError as error:
+                reason = f"answers {path} with {error.code}: {_message(error)}"
+                if error.code < 500:
+                    break
+            except (OSError, http.client.HTTPException) as error:
+                reason = f"does not answer {path} ({error})"
+            if attempt + 1 < tries:
+                time.sleep(FIRST_WAIT * 2**attempt)
+        raise ServerError(f"{self.url} {reason}")
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """Return the message in an error's body, {"error": {"message": ...}} or {"message": ...}, else the body's start."""
+    text = error.read().decode(errors="replace")
+    try:
+        value = json.loads(text)
+        return str(value.get("error", value)["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return text[:200]

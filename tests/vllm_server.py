@@ -1,0 +1,134 @@
+"""Serve a small model by the part of vLLM's HTTP interface that `distlora.generation.remote` uses, on loopback.
+
+Adapters are real: PEFT loads them over the base, and they change what is sampled. Answers, names of fields, codes and
+messages follow vLLM 4ba787ec9 (vllm/entrypoints/openai/completion/protocol.py, vllm/entrypoints/serve/lora).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+
+class Server:
+    """A server's model, its adapters, and what was asked of it. `fail_next` answers that many requests with 500."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = str(base)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        self.adapters: list[str] = []
+        self.loaded: list[str] = []
+        self.fail_next = 0
+        self._lock = threading.Lock()
+
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Return the status and the answer, JSON or text."""
+        with self._lock:
+            if self.fail_next > 0:
+                self.fail_next -= 1
+                return 500, {"error": {"message": "EngineCore encountered an issue", "code": 500}}
+            if path == "/v1/models":
+                names = [self.base, *self.adapters]
+                return 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
+            if path == "/v1/load_lora_adapter":
+                return self._load(body["lora_name"], body["lora_path"])
+            if path == "/v1/unload_lora_adapter":
+                return self._unload(body["lora_name"])
+            if path == "/v1/completions":
+                return self._complete(body)
+            return 404, {"error": {"message": "Not Found", "code": 404}}
+
+    def _load(self, name: str, path: str) -> tuple[int, Any]:
+        if name in self.adapters:
+            return 400, _error(f"The lora adapter '{name}' has already been loaded.")
+        if not (Path(path) / "adapter_config.json").is_file():
+            return 404, _error(f"Loading lora {name} failed: No adapter found for {path}")
+        if isinstance(self._model, peft.PeftModel):
+            self._model.load_adapter(path, name)
+        else:
+            self._model = peft.PeftModel.from_pretrained(self._model, path, adapter_name=name)
+        self.adapters.append(name)
+        self.loaded.append(name)
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
+    def _unload(self, name: str) -> tuple[int, Any]:
+        if name not in self.adapters:
+            return 404, _error(f"The lora adapter '{name}' cannot be found.")
+        self.adapters.remove(name)
+        if self.adapters:  # PEFT keeps at least one.
+            self._model.set_adapter(self.adapters[-1])
+            self._model.delete_adapter(name)
+        return 200, f"Success: LoRA adapter '{name}' removed successfully."
+
+    @torch.no_grad()
+    def _complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        if body["model"] not in self.adapters:
+            return 404, _error(f"The model `{body['model']}` does not exist.")
+        self._model.set_adapter(body["model"])
+        generator, ids = torch.Generator().manual_seed(body["seed"]), list(body["prompt"])
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while len(tokens) < body["max_tokens"] and (not tokens or tokens[-1] not in body["stop_token_ids"]):
+            logits = self._model(torch.tensor([ids + tokens])).logits[0, -1]
+            scaled = (logits / (body["temperature"] or 1.0)).log_softmax(dim=-1)
+            if body["temperature"] == 0:
+                token = int(scaled.argmax())
+            else:
+                token = int(torch.multinomial(scaled.exp(), 1, generator=generator))
+            tokens.append(token)
+            logprobs.append(float(scaled[token]))
+        ended = tokens[-1] in body["stop_token_ids"]
+        choice = {
+            "index": 0,
+            "text": "",
+            "finish_reason": "stop" if ended else "length",
+            "stop_reason": tokens[-1] if ended else None,
+            "logprobs": {"token_logprobs": logprobs, "tokens": [str(token) for token in tokens]},
+            "token_ids": tokens if body.get("return_token_ids") else None,
+        }
+        return 200, {"id": "cmpl-1", "object": "text_completion", "model": body["model"], "choices": [choice]}
+
+
+def _error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "InvalidUserInput", "param": None, "code": 400}}
+
+
+@contextlib.contextmanager
+def serving(base: Path) -> Iterator[tuple[str, Server]]:
+    """Serve a Hugging Face folder within this context: (URL, server)."""
+    server = Server(base)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send(*server.answer(self.path, {}))
+
+        def do_POST(self) -> None:
+            self._send(*server.answer(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+        def _send(self, status: int, value: Any) -> None:
+            text = value if isinstance(value, str) else json.dumps(value)
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain" if isinstance(value, str) else "application/json")
+            self.send_header("Content-Length", str(len(text.encode())))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}", server
+    finally:
+        http.shutdown()
+        http.server_close()

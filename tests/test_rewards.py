@@ -130,6 +130,17 @@ def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None
     assert any("ended its process by SIGSEGV: the answer 'segfault' to 'prompt' is left out" in line for line in lines)
 
 
+def test_functions_of_trl_run_unchanged() -> None:
+    texts = ["<think>\n2 / 4\n</think>\n\\boxed{\\frac{1}{2}}", r"\boxed{\frac{1}{3}}"]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    with RewardPool(data("trl.rewards.think_format_reward", "trl.rewards.accuracy_reward", reward_processes=1)) as pool:
+        scores = pool.score(inputs(*messages, solution="$0.5$"))
+    from trl.rewards import accuracy_reward, think_format_reward
+
+    expected = [think_format_reward(messages), accuracy_reward(messages, ["$0.5$", "$0.5$"])]
+    assert scores.values == [list(pair) for pair in zip(*expected, strict=True)] == [[1.0, 1.0], [0.0, 0.0]]
+
+
 def test_totals_leave_out_what_does_not_apply_and_answers_that_failed() -> None:
     values: list[list[float | None]] = [[1.0, 2.0], [1.0, None], [1.0, None], [None, None]]
     scores = Scores(values=values, failed=[False, False, True, False], counts={})
@@ -185,6 +196,7 @@ def test_functions_that_cannot_be_loaded_are_refused(functions: Path) -> None:
         ({"rewards": ("math",), "rewards_execute_code": True}, r"no effect without data.rewards=\[unit_tests\]"),
         ({"rewards": ("math",), "rewards_isolation": "limits"}, r"no effect without data.rewards=\[unit_tests\]"),
         ({"reward_weights": (1.0,)}, "no effect without data.rewards"),
+        ({"reward_timeout": 3.0}, "data.reward_timeout=3.0 has no effect without data.rewards"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -340,7 +352,7 @@ def test_users_who_are_not_root_have_namespaces_too() -> None:
         try:
             while os.fork() > 0: started += 1
             time.sleep(100)
-        except OSError: print(started)
+        except OSError: print(started, *[line.split()[1] for line in open("/proc/self/status") if "CapEff" in line])
     """
     with tempfile.TemporaryDirectory() as folder:
         os.chown(folder, 4321, 4321)
@@ -349,7 +361,7 @@ def test_users_who_are_not_root_have_namespaces_too() -> None:
             "folder": folder,
             "disk_bytes": 1 << 20,
             "environment": {},
-            "limits": {"RLIMIT_NPROC": 8},
+            "limits": {"RLIMIT_NPROC": 8},  # With the entry and the program.
             "files": {"a": "b"},
             "visible": [*filter(os.path.exists, sandbox._SYSTEM)],
             "command": ["/usr/bin/python3", "-c", code],
@@ -364,7 +376,7 @@ def test_users_who_are_not_root_have_namespaces_too() -> None:
             capture_output=True,
             text=True,
         )
-    assert finished.stdout == "4321 1 ['a'] [(1, 'lo')] 1\n6\n", finished  # Of 8 the entry and the program are two.
+    assert finished.stdout == "4321 1 ['a'] [(1, 'lo')] 1\n6 0000000000000000\n", finished
 
 
 @namespaces

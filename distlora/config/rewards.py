@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 from distlora.config.errors import nearest, require, require_positive
@@ -15,15 +16,18 @@ BUILT_IN = {"exact_match": "answer", "regex": "pattern", "math": "answer", "json
     "unit_tests": "tests"
 }
 """Built-in rewards, and the column of a record that each reads."""
-_OTHERS = ("reward_weights", "reward_columns", "reward_constants", "rewards_execute_code")
 
 
 def check_rewards(data: DataConfig) -> None:
     """Refuse unknown names, settings that exclude each other, and settings without effect."""
     require_positive("data", data, "reward_timeout", "reward_processes")
-    for setting in _OTHERS if not data.rewards else ():
-        value = getattr(data, setting)
-        require(not value, f"data.{setting}={value} has no effect without data.rewards; leave it out")
+    for item in fields(data) if not data.rewards else ():
+        value = getattr(data, item.name)
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        require(
+            value == default or not item.name.startswith("reward"),
+            f"data.{item.name}={value} has no effect without data.rewards; leave it out",
+        )
     for name in data.rewards:
         require(
             name in BUILT_IN or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) is not None,

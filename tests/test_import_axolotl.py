@@ -393,16 +393,46 @@ def test_dpo_is_carried_with_the_data_sets_that_ours_reads(
     assert not reported(imported, "refused")
 
 
+@pytest.mark.parametrize(
+    ("keys", "settings", "changed"),
+    [
+        ({"rl": "dpo", "dpo_label_smoothing": 0.1}, {"beta": 0.1, "label_smoothing": 0.1}, set()),
+        ({"rl": "dpo", "rpo_alpha": 0.5}, {"beta": 0.1, "sft_weight": 0.5}, {"rpo_alpha"}),
+        ({"rl": "ipo", "rl_beta": 0.2}, {"beta": 0.2}, set()),
+        ({"rl": "orpo", "orpo_alpha": 0.2}, {"beta": 0.2}, {"rl"}),
+        ({"rl": "orpo", "adapter": None, "load_in_4bit": False}, {"beta": 0.1}, {"rl"}),
+        ({"rl": "simpo", "cpo_alpha": 0}, {"beta": 0.1, "target_margin": 0.5, "sft_weight": 0.0}, set()),
+        (
+            {"rl": "simpo", "rl_beta": 2.5, "simpo_gamma": 1},
+            {"beta": 2.5, "target_margin": 1, "sft_weight": 1},
+            {"cpo_alpha"},
+        ),
+    ],
+    ids=str,
+)
+def test_objectives_of_pairs_have_the_settings_that_trl_would_have(
+    tmp_path: Path, keys: dict[str, Any], settings: dict[str, float], changed: set[str]
+) -> None:
+    entry = {"path": "/pairs.jsonl", "type": "chat_template.argilla" if keys["rl"] == "orpo" else "passthrough"}
+    imported = convert(LEAST | keys | {"datasets": [entry]}, processes=1)
+    train = composed(imported, tmp_path).train
+    assert train.objective == keys["rl"]
+    names = ("beta", "label_smoothing", "target_margin", "sft_weight")
+    assert {name: value for name in names if (value := getattr(train, name)) is not None} == settings
+    assert {key.partition("=")[0] for key in reported(imported, "changed")} - {"sequence_len"} >= changed
+    assert not reported(imported, "refused")
+
+
 def test_dpo_data_sets_and_losses_that_ours_has_not_are_named(tmp_path: Path) -> None:
     entries = [
         {"path": "/a.jsonl", "type": "chatml.intel"},
         {"path": "/c.jsonl", "type": "chat_template.default", "message_property_mappings": {"role": "who"}},
     ]
-    values = LEAST | {"rl": "dpo", "datasets": entries, "dpo_label_smoothing": 0.1, "rl_adapter_ref_model": True}
+    values = LEAST | {"rl": "dpo", "datasets": entries, "dpo_use_weighting": True, "rl_adapter_ref_model": True}
     imported = convert(values, processes=1)
     refused = reported(imported, "refused")
     assert {"datasets[0].type", "datasets[1].message_property_mappings"} <= set(refused)
-    assert any(key.startswith("dpo_label_smoothing") for key in reported(imported, "unsupported"))
+    assert any(key.startswith("dpo_use_weighting") for key in reported(imported, "unsupported"))
     assert any(key.startswith("rl_adapter_ref_model") for key in reported(imported, "idle"))
     assert composed(imported, tmp_path).train.beta == 0.1
 
@@ -410,8 +440,8 @@ def test_dpo_data_sets_and_losses_that_ours_has_not_are_named(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"rl": "kto"}, "rl=kto: distlora supports only DPO"),
-        ({"rl": "dpo", "adapter": None, "load_in_4bit": False}, "rl=dpo without an adapter"),
+        ({"rl": "kto"}, "rl=kto: distlora imports rl: dpo, ipo, orpo, simpo"),
+        ({"rl": "ipo", "adapter": None, "load_in_4bit": False}, "rl=ipo without an adapter"),
         ({"reward_model": True}, "reward_model=True"),
         ({"adapter": "llama-adapter"}, "adapter=llama-adapter"),
         ({"base_model": None}, "base_model is not set"),

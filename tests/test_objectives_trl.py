@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close, assert_losses_close
+from distlora.config import AdapterConfig
 from distlora.config.file import load_config
 from distlora.data.loader import Share, stacks
 from distlora.loading.peft_format import adapter_config, adapter_tensors
@@ -71,13 +72,31 @@ def loss_of(trainer: Any, *, batch: int | None = None) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def dpo(theirs: Theirs, **settings: Any) -> Tensor:
+def dpo(theirs: Theirs, *, batch: int | None = None, **settings: Any) -> Tensor:
     from trl import DPOConfig, DPOTrainer
 
     # The start's adapter adds nothing: without it, the base is the reference, as with peft_config=.
     trainer = theirs.trainer(DPOTrainer, DPOConfig, **settings)
     trainer.model.delete_adapter("ref")
-    return loss_of(trainer)
+    return loss_of(trainer, batch=batch)
+
+
+def orpo(theirs: Theirs, **settings: Any) -> Tensor:
+    """Return TRL's loss where it is the paper's: its first term is of prompts too, and a mean over a batch's tokens.
+
+    So prompts have one token, which is predicted from nothing, and batches have one pair.
+    """
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    trainer = theirs.trainer(ORPOTrainer, ORPOConfig, **settings)
+    assert all(len(ids) == 1 for ids in trainer.train_dataset["prompt_input_ids"])
+    return loss_of(trainer, batch=1)
+
+
+def simpo(theirs: Theirs, *, batch: int | None = None, **settings: Any) -> Tensor:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    return loss_of(theirs.trainer(CPOTrainer, CPOConfig, loss_type="simpo", **settings), batch=batch)
 
 
 class Case(NamedTuple):
@@ -93,19 +112,40 @@ class Case(NamedTuple):
     """Records of the data."""
 
 
-def pairs(*, prompt_words: int = 5) -> list[dict[str, Any]]:
-    """Return 12 pairs of uneven length: a text as it continues, and in capitals."""
+def pairs(prompt: str | None = None) -> list[dict[str, Any]]:
+    """Return 12 pairs of uneven length: a text as it continues, and in capitals. `prompt`: of all; None: its own."""
     records = []
     for number, topic in enumerate(sorted(pydoc_data.topics.topics.values(), key=len)[20:32]):
         words = topic.split()
-        answer = " " + " ".join(words[prompt_words : prompt_words + 3 + number % 6])
-        prompt = " ".join(words[:prompt_words])
-        records.append({"prompt": prompt, "chosen": answer.lower(), "rejected": answer.upper()})
+        answer = " " + " ".join(words[5 : 8 + number % 6])
+        own = prompt or " ".join(words[:5])
+        records.append({"prompt": own, "chosen": answer.lower(), "rejected": answer.upper()})
     return records
 
 
 CASES = {
     "dpo": Case({"objective": "dpo", "beta": 0.3}, lambda theirs: dpo(theirs, beta=0.3), math.log(2)),
+    # TRL's `robust` is ((1 - e) f(m) - e f(-m)) / (1 - 2 e), f(m) = -log sigmoid(m); cDPO is (1 - e) f(m) + e f(-m).
+    "cdpo": Case(
+        {"objective": "dpo", "beta": 0.3, "label_smoothing": 0.2},
+        lambda theirs: dpo(
+            theirs, beta=0.3, label_smoothing=0.2, loss_type=["sigmoid", "robust"], loss_weights=[1.6, -0.6]
+        ),
+        math.log(2),
+    ),
+    "dpo and sft": Case(
+        {"objective": "dpo", "sft_weight": 0.5},
+        lambda theirs: dpo(theirs, batch=1, beta=0.1, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.5]),
+    ),
+    "ipo": Case(
+        {"objective": "ipo", "beta": 0.2}, lambda theirs: dpo(theirs, beta=0.2, loss_type="ipo"), 1 / (4 * 0.2**2)
+    ),
+    "orpo": Case({"objective": "orpo", "beta": 0.3}, lambda theirs: orpo(theirs, beta=0.3), write=lambda: pairs("the")),
+    "simpo": Case({"objective": "simpo"}, lambda theirs: simpo(theirs, beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0)),
+    "simpo and sft": Case(
+        {"objective": "simpo", "beta": 2.5, "target_margin": 1.0, "label_smoothing": 0.1, "sft_weight": 0.3},
+        lambda theirs: simpo(theirs, batch=1, beta=2.5, simpo_gamma=1.0, label_smoothing=0.1, cpo_alpha=0.3),
+    ),
 }
 
 
@@ -117,7 +157,7 @@ class Ours(NamedTuple):
     """Loss before the adapter was moved."""
 
 
-def prepare(folders: Path, run_dir: Path, case: Case, quant: str) -> None:
+def prepare(folders: Path, run_dir: Path, case: Case, quant: str, **adapter: Any) -> None:
     """Prepare a run whose one step has all records."""
     data = run_dir.with_suffix(".jsonl")
     data.write_text("".join(json.dumps(record) + "\n" for record in case.write()))
@@ -126,16 +166,13 @@ def prepare(folders: Path, run_dir: Path, case: Case, quant: str) -> None:
         folders,
         data={"path": str(data), "sequence_length": 160, "eval_fraction": 0.0},
         quant={"method": quant},
-        train={**case.train, "max_steps": 1, "global_batch": 12, "micro_batch": 1, "accumulate": "block"},
+        adapter=adapter,
+        train={**case.train, "max_steps": 1, "global_batch": 12, "micro_batch": 2, "accumulate": "block"},
     )
 
 
-def our_step(ranks: Ranks, *, run_dir: Path) -> Ours:
+def our_step(ranks: Ranks, *, run_dir: Path) -> tuple[Ours, CausalLM]:
     """Compute the step's loss and gradients, of adapters that were moved from their start."""
-    return _step(ranks, run_dir)[0]
-
-
-def _step(ranks: Ranks, run_dir: Path) -> tuple[Ours, CausalLM]:
     config = load_config(run_dir)
     model, backend, _ = start_run_model(config, ranks)
     backend.reduce_gradients_of(trained_parameters(model).values(), config.parallel.bucket_mb)
@@ -148,12 +185,20 @@ def _step(ranks: Ranks, run_dir: Path) -> tuple[Ours, CausalLM]:
         if moves:
             move_adapters(model)
         backend.zero_gradients()
-        rows = objective.losses(model, part.batch, ranks.device, 0).rows
-        backend.backward(*mean_losses(part, rows, [objective.units(batch)]), last=True)
-        backend.finish_gradients()
+        with torch.set_grad_enabled(moves):
+            rows = objective.losses(model, part.batch, ranks.device, 0).rows
+        if moves:
+            backend.backward(*mean_losses(part, rows, [objective.units(batch)]), last=True)
+            backend.finish_gradients()
         losses.append(float(backend.sum_over_ranks(rows.detach().sum())) / objective.units(batch))
-    gradients = {name: parameter.grad.clone() for name, parameter in adapter_tensors(model).items()}  # type: ignore[union-attr]
+    gradients = {name: parameter.grad.clone() for name, parameter in ours_by_name(model).items()}  # type: ignore[union-attr]
     return Ours(losses[1], gradients, losses[0]), model
+
+
+def ours_by_name(model: CausalLM) -> dict[str, torch.nn.Parameter]:
+    """Return the trained parameters by their names in PEFT, or in transformers with adapter=full."""
+    trained = adapter_tensors(model)
+    return trained or {model.hf_name(name): parameter for name, parameter in trained_parameters(model).items()}
 
 
 @torch.no_grad()
@@ -164,14 +209,15 @@ def move_adapters(model: CausalLM) -> None:
         parameter += (0.05 if "lora_B" in name else 0.02) * torch.randn(parameter.shape, generator=generator)
 
 
-def their_model(folder: Path, ours: CausalLM, spec: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Return our model in PEFT, and its adapter's parameters by PEFT's names."""
-    targets = adapter_config(spec, ours)["target_modules"]
-    lora = peft.LoraConfig(
-        r=8, lora_alpha=16, use_rslora=True, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
-    tuned = peft.get_peft_model(dequantized(folder, ours), lora)
-    parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
+def their_model(folder: Path, ours: CausalLM, spec: Any) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    """Return our model in PEFT, or in transformers with adapter=full, and its trained parameters by name."""
+    base = dequantized(folder, ours)
+    if spec.adapter.method == "full":
+        return base, dict(base.named_parameters())
+    config = adapter_config(spec, ours)
+    names = ("r", "lora_alpha", "use_rslora", "target_modules", "trainable_token_indices", "task_type")
+    tuned = peft.get_peft_model(base, peft.LoraConfig(**{name: config[name] for name in names}))
+    parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, parameter in adapter_tensors(ours).items():
             parameters[name].copy_(parameter)
@@ -184,30 +230,56 @@ def their_model(folder: Path, ours: CausalLM, spec: Any) -> tuple[Any, dict[str,
     ids=str,
 )
 def test_losses_and_gradients_equal_trls(folders: Path, tmp_path: Path, name: str, quant: str) -> None:
-    case = CASES[name]
-    prepare(folders, tmp_path / "run", case, quant)
-    ours, model = _step(SINGLE, tmp_path / "run")
+    compare(folders, tmp_path, CASES[name], quant)
+
+
+@pytest.mark.parametrize(
+    ("quant", "adapter"),
+    [
+        ("nf4", {"trainable_token_indices": {"embed_tokens": [7, 300], "lm_head": [1, 300, 999]}}),
+        ("none", {"method": "full", "r": AdapterConfig.r, "target_modules": AdapterConfig.target_modules}),
+    ],
+    ids=["token rows", "full"],
+)
+def test_without_a_reference_token_rows_and_whole_models_train_too(
+    folders: Path, tmp_path: Path, quant: str, adapter: dict[str, Any]
+) -> None:
+    compare(folders, tmp_path, CASES["orpo"], quant, **adapter)
+
+
+def compare(folders: Path, tmp_path: Path, case: Case, quant: str, **adapter: Any) -> None:
+    """Require TRL's loss and gradients."""
+    prepare(folders, tmp_path / "run", case, quant, **adapter)
+    ours, model = our_step(SINGLE, run_dir=tmp_path / "run")
     config = load_config(tmp_path / "run")
     tuned, parameters = their_model(folders / "llama", model, config.spec)
     expected = case.trl(Theirs(tuned, case.write(), tmp_path / "trl"))
     expected.backward()
     if case.first is not None:
         assert math.isclose(ours.first, case.first, rel_tol=1e-6)
-    assert abs(ours.loss - ours.first) > 1e-2 * ours.first, "the adapter hardly moved, so this says little"
+    moved = abs(ours.loss - ours.first) > 1e-2 * ours.first
+    assert moved or config.adapter.method == "full", "the adapter hardly moved, so this says little"
     assert_losses_close([ours.loss], [expected.item()], relative=1e-5)
+    assert ours.gradients.keys() == parameters.keys()
     for parameter, gradient in ours.gradients.items():
         assert_close(gradient, parameters[parameter].grad, ulps=84)  # type: ignore[arg-type]  # 1e-5
 
 
-def all_steps(ranks: Ranks, *, run_dirs: Sequence[Path]) -> list[Ours]:
-    return [our_step(ranks, run_dir=run_dir) for run_dir in run_dirs]
+def our_steps(ranks: Ranks, *, run_dirs: Sequence[Path]) -> list[Ours]:
+    return [our_step(ranks, run_dir=run_dir)[0] for run_dir in run_dirs]
 
 
-def test_three_ranks_have_the_losses_and_gradients_of_one(world: World, folders: Path, tmp_path: Path) -> None:
-    for name, case in CASES.items():
-        prepare(folders, tmp_path / name, case, "nf4")
-    run_dirs = [tmp_path / name for name in CASES]
-    alone, spread = (world.run(size, all_steps, run_dirs=run_dirs)[0] for size in (1, 3))
+ON_RANKS = ["ipo", "orpo", "simpo and sft"]
+
+
+@pytest.mark.parametrize("names", [ON_RANKS, ci([name for name in CASES if name not in ON_RANKS])], ids=["few", "rest"])
+def test_three_ranks_have_the_losses_and_gradients_of_one(
+    world: World, folders: Path, tmp_path: Path, names: list[str]
+) -> None:
+    for name in names:
+        prepare(folders, tmp_path / name, CASES[name], "nf4")
+    run_dirs = [tmp_path / name for name in names]
+    alone, spread = (world.run(size, our_steps, run_dirs=run_dirs)[0] for size in (1, 3))
     for one, three in zip(alone, spread, strict=True):
         assert_losses_close([three.loss], [one.loss])
         for name, gradient in one.gradients.items():

@@ -123,12 +123,21 @@ class Cadence(NamedTuple):
 class TrainConfig:
     """Steps, batches, objective, precision and checkpoints of training."""
 
-    objective: Literal["sft", "dpo"] = "sft"
-    """Objective: -log p of the trained tokens (`sft`), or DPO's loss of pairs of a chosen and a rejected answer
-    (arXiv 2305.18290), whose reference is the model at the start of the run: no second model, 50 % more operations.
-    """
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo"] = "sft"
+    """Objective: -log p of the trained tokens (`sft`), or a loss of pairs of a chosen and a rejected answer. `dpo`
+    (arXiv 2305.18290) and `ipo` (2310.12036) have a reference, the model at the start of the run: no second model, 50 %
+    more operations. `orpo` (2403.07691) and `simpo` (2405.14734) have none."""
     beta: float | None = None
-    """Scale of DPO's rewards: a larger value keeps the model closer to the reference. null: 0.1."""
+    """Scale of the rewards of dpo and simpo, regularization tau of ipo, weight lambda of orpo's odds ratio. A larger
+    value keeps dpo and ipo closer to the reference. null: 2 with simpo, otherwise 0.1."""
+    label_smoothing: float | None = None
+    """Probability that a pair's answers are in the wrong order, from 0 to below 0.5, of dpo (cDPO, conservative DPO:
+    ericmitchell.ai/cdpo.pdf) and simpo. null: 0."""
+    target_margin: float | None = None
+    """Difference of the two rewards that simpo aims at (gamma). null: 0.5."""
+    sft_weight: float | None = None
+    """Weight of -log p per token of the chosen answer, which is added to the loss of dpo, ipo and simpo (RPO, arXiv
+    2404.19733; CPO-SimPO). orpo always has it with weight 1. null: 0."""
     epochs: float = 1.0
     """Passes over the packed sequences; 0.5 is half of one, rounded up to whole steps."""
     max_steps: int | None = None
@@ -245,6 +254,16 @@ class TrainConfig:
         require_choices("train", self)
         if not isinstance(self.compile, bool):
             require_choice("train.compile", self.compile, ("auto", "true", "false"))
+        require(
+            self.label_smoothing is None or 0 <= self.label_smoothing < 0.5,
+            f"train.label_smoothing={self.label_smoothing} must be from 0 to below 0.5; set train.label_smoothing=0.1",
+        )
+        for name in ("target_margin", "sft_weight"):
+            value = getattr(self, name)
+            require(
+                value is None or 0 <= value < math.inf,
+                f"train.{name}={value} must be 0 or more; leave it out for its default",
+            )
         for name in sorted({name for needs in OBJECTIVES.values() for name in needs.settings} - {*self.needs.settings}):
             users = [objective for objective, needs in OBJECTIVES.items() if name in needs.settings]
             require(

@@ -56,9 +56,10 @@ def _rate(adapter: AdapterConfig, objective: str, model: PlannedModel) -> tuple[
     settings = architecture.text(model.settings)
     names = ("hidden_size", "num_hidden_layers", "vocab_size")
     swept = SWEPT.get((architecture.model_type, *(settings.get(name) for name in names)))  # type: ignore[arg-type]
-    if (lr := OBJECTIVES[objective].lr) is not None:
-        return lr, f"the default of train.objective={objective}: the sweeps are of next-token losses"
     is_full = adapter.method == "full"
+    if (lr := OBJECTIVES[objective].lr) is not None:
+        source = f"the default of train.objective={objective}: the sweeps are of next-token losses"
+        return (lr * FULL_RATIO, f"{source}; full fine-tuning takes a tenth") if is_full else (lr, source)
     if swept is None:
         source = "the default; no published sweep has this model, so try others (distlora sweep)"
         return (DEFAULT_LR * FULL_RATIO if is_full else DEFAULT_LR), source

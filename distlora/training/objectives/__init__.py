@@ -5,12 +5,21 @@
 
 from distlora.config import TrainConfig
 from distlora.training.objectives.dpo import DPO
+from distlora.training.objectives.ipo import IPO
 from distlora.training.objectives.next_token import NextToken
 from distlora.training.objectives.objective import Losses, Objective
+from distlora.training.objectives.orpo import ORPO
+from distlora.training.objectives.simpo import SimPO
 
-__all__ = ["DPO", "Losses", "NextToken", "Objective", "objective_of"]
+__all__ = ["DPO", "IPO", "ORPO", "Losses", "NextToken", "Objective", "SimPO", "objective_of"]
 
-OBJECTIVES: dict[str, type[Objective]] = {"sft": NextToken, "dpo": DPO}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "sft": NextToken,
+    "dpo": DPO,
+    "ipo": IPO,
+    "orpo": ORPO,
+    "simpo": SimPO,
+}
 """Objectives by train.objective."""
 
 

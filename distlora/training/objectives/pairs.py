@@ -9,6 +9,7 @@ from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distlora.data.loader import MicroBatch, StepBatch
@@ -27,9 +28,22 @@ class Answers(NamedTuple):
     lengths: Tensor
     """Number of its trained tokens."""
 
+    def per_token(self, sums: Tensor) -> Tensor:
+        """Return the sums (B, P, 2) over an answer's tokens as means; 0 for an answer that a row lacks."""
+        return sums / self.lengths.clamp(min=1)
+
 
 class PairObjective(Objective):
-    """A loss per pair of answers. A subclass has the formula."""
+    """A loss per pair of answers. A subclass has the formula.
+
+    train.sft_weight adds -log p of the chosen answer, a mean over its tokens. TRL's `sft` loss and its `cpo_alpha` take
+    the mean over all tokens of a rank's batch instead, which depends on how pairs are distributed.
+    """
+
+    @property
+    def sft_weight(self) -> float:
+        """Return the weight of -log p of the chosen answer."""
+        return self.train.of_objective("sft_weight")
 
     def units(self, batch: StepBatch) -> int:
         """Return the pairs of the step, over all ranks."""
@@ -51,6 +65,8 @@ class PairObjective(Objective):
             policy, ratios = run(model, batch, sent, step, by_token=True), None
         answers = Answers(-sums_of(policy, sides), ratios, sums_of((sent.labels >= 0).float(), sides))
         losses, rewards = self.of_pairs(answers)
+        if (weight := self.sft_weight) > 0:
+            losses = losses - weight * answers.per_token(answers.logps)[..., 0]
         losses = torch.where(is_pair, losses, 0.0)
         with torch.no_grad():
             chosen, rejected = rewards.unbind(dim=-1)
@@ -58,6 +74,18 @@ class PairObjective(Objective):
             figures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *logps)
             sums = torch.stack([torch.where(is_pair, figure, 0.0).sum() for figure in figures])
         return Losses(losses.sum(dim=1), sums, losses if step is None else None)
+
+
+def preference_loss(margins: Tensor, label_smoothing: float) -> Tensor:
+    """Return -log sigmoid(margin) of the margins between rewards.
+
+    With label smoothing e: -(1 - e) log sigmoid(margin) - e log sigmoid(-margin) (cDPO: Mitchell 2023, "A note on DPO
+    with noisy preferences & relationship to IPO").
+    """
+    losses = F.softplus(-margins)
+    if label_smoothing == 0:
+        return losses
+    return (1 - label_smoothing) * losses + label_smoothing * F.softplus(margins)
 
 
 def most_pairs(batch: MicroBatch) -> int:

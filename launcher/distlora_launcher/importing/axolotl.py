@@ -11,6 +11,7 @@ from typing import Any
 
 from distlora.config import SAVED_MODULES, TARGET_PRESETS, UserError
 from distlora.config.base import check_init
+from distlora.config.objectives import OBJECTIVES
 from distlora.config.peer_names import OPTIMIZERS
 from distlora_launcher.importing.axolotl_data import convert_data, convert_objective
 from distlora_launcher.importing.axolotl_steps import convert_schedule, convert_steps
@@ -199,8 +200,9 @@ def _modules_to_save(keys: Keys, imported: Imported, adapter: dict[str, Any], *,
     if others:
         reason = f"only {' and '.join(SAVED_MODULES)} can be trained fully beside adapters; remove it"
         imported.note("refused", f"lora_modules_to_save={_list(others)}", reason)
-    if known and imported.section("train").get("objective") == "dpo":
-        reason = "rl=dpo trains adapters only: the base under them is its reference"
+    objective = imported.section("train").get("objective", "sft")
+    if known and OBJECTIVES[objective].reference:
+        reason = f"rl={objective} trains adapters only: the base under them is its reference"
         imported.note("refused", f"lora_modules_to_save={_list(known)}", reason)
     elif known:
         adapter["modules_to_save"] = known

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distlora.config import UserError
+from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import template_choice
 from distlora_launcher.importing.recipe import Imported, Keys, note_entry_key
 
@@ -65,32 +66,60 @@ AS_THEY_ARE = ("", "passthrough", "user_defined.default")
 """Types whose texts go to the tokenizer as the data has them, unless a format is set."""
 
 
+PREFERENCES: dict[str, dict[str, tuple[tuple[str, ...], float | None]]] = {
+    "dpo": {
+        "beta": (("rl_beta", "dpo_beta"), 0.1),
+        "label_smoothing": (("dpo_label_smoothing",), None),
+        "sft_weight": (("rpo_alpha",), None),
+    },
+    "ipo": {"beta": (("rl_beta", "dpo_beta"), 0.1), "sft_weight": (("rpo_alpha",), None)},
+    "orpo": {"beta": (("rl_beta", "orpo_alpha"), 0.1)},
+    "simpo": {
+        "beta": (("rl_beta",), 0.1),
+        "target_margin": (("simpo_gamma",), 0.5),
+        "sft_weight": (("cpo_alpha",), 1.0),
+    },
+}
+"""Our settings of each value of `rl`: their keys in Axolotl, and the value that TRL's trainer takes without one."""
+
+
 def convert_objective(keys: Keys, imported: Imported) -> None:
-    """train.objective and its beta. Raises UserError for what is trained otherwise than by the next token or DPO."""
+    """Set train.objective and its settings. Raises UserError for what is trained by another one."""
     kind = keys.text("rl")
     if kind is None:
         return
-    if kind != "dpo":
+    if kind not in PREFERENCES:
         raise UserError(
-            f"rl={kind}: distlora supports only DPO; set rl: dpo, or remove the "
-            "key to import the supervised fine-tuning"
+            f"rl={kind}: distlora imports rl: {', '.join(PREFERENCES)}; set one of these, or remove the key to import "
+            "the supervised fine-tuning"
         )
-    if keys.text("adapter") is None:
+    if OBJECTIVES[kind].reference and keys.text("adapter") is None:
         raise UserError(
-            "rl=dpo without an adapter: Axolotl keeps a second model as the reference, and distlora takes the base "
+            f"rl={kind} without an adapter: Axolotl keeps a second model as the reference, and distlora takes the base "
             "under the adapter; set adapter: qlora"
         )
-    beta = keys.number("rl_beta", "dpo_beta")
-    imported.section("train").update(objective="dpo", beta=0.1 if beta is None else beta)
+    train = imported.section("train")
+    train["objective"] = kind
+    for name, (theirs, default) in PREFERENCES[kind].items():
+        value = keys.number(*theirs)
+        if (value := default if value is None else value) is not None:
+            train[name] = value
+    if kind == "orpo":
+        reason = "the loss of the chosen answer is a mean over its tokens; Axolotl's is over the prompt's too"
+        imported.note("changed", "rl=orpo", reason)
+    elif train.get("sft_weight"):
+        key = PREFERENCES[kind]["sft_weight"][0][0]
+        reason = "the loss of the chosen answer is a mean over its tokens; Axolotl's is over all of a GPU's batch"
+        imported.note("changed", f"{key}={train['sft_weight']:g}", reason)
 
 
 def preference_columns(entry: Keys, imported: Imported, shared: _Shared) -> tuple[dict[str, Any], bool, str | None]:
     """Return (data.columns, whether a chat template renders it, data.template) of a data set of pairs."""
     name = str(entry.any("type") or "")
     base, _, form = name.partition(".")
-    if base == "chat_template" and form in ("", "default", "argilla_chat"):
+    if base == "chat_template" and form in ("", "default", "argilla_chat", "argilla"):
         _check_roles(entry, imported)
-        prompt = {} if form == "argilla_chat" else {"prompt": entry.text("field_messages") or "messages"}
+        prompt = {} if form.startswith("argilla") else {"prompt": entry.text("field_messages") or "messages"}
         return _renamed(prompt | _answers(entry)), True, shared.template_for(entry, imported)
     if base in ("chatml", "llama3") and form in ("ultra", "argilla_chat"):  # Both answers are lists of messages.
         return _renamed(_answers(entry)), True, template_of(base, None, imported)
@@ -254,7 +283,7 @@ def _sources(entry: Keys, imported: Imported, shared: _Shared) -> list[_Source]:
 
 def _format(entry: Keys, imported: Imported, source: _Source, shared: _Shared) -> dict[str, Any]:
     """Set the source's format and what belongs to chats; returns the columns."""
-    if imported.section("train").get("objective") == "dpo":
+    if imported.section("train").get("objective") in PREFERENCES:
         source.format = "preference"
         columns, source.is_chat, source.template = preference_columns(entry, imported, shared)
         return columns

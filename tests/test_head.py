@@ -21,6 +21,7 @@ from distlora.architecture.config_checks import check_train
 from distlora.architecture.shapes import logit_bytes, tokens_per_chunk
 from distlora.config import TrainConfig, UserError
 from distlora.model.adapters import TokenRows
+from distlora.model.distillation import Divergence
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
 from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
 from distlora.model.token_matrix import keep_token_matrices
@@ -77,6 +78,37 @@ def test_row_sums_and_gradients_equal_the_plain_loss(
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, ulps=8)
     assert results[0][0][2] == 0, "a row without labels has no loss"
+
+
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (30.0, 1.0), (None, 0.25)])
+@pytest.mark.parametrize("divergence", [Divergence(0.0, 1.0, 0.7), Divergence(1.0, 2.0, 0.7), Divergence(0.3, 2.0, 1)])
+def test_losses_by_a_divergence_and_their_gradients_equal_those_of_whole_logits(
+    monkeypatch: pytest.MonkeyPatch, softcap: float | None, scale: float, divergence: Divergence
+) -> None:
+    use_chunks_of(monkeypatch, 16)
+    hidden, labels, weight = inputs()
+    teacher, (beta, temperature, ratio) = hidden.roll(1, dims=1), divergence
+    head = LossHead(nn.Parameter(weight, requires_grad=False), logit_softcap=softcap, logit_scale=scale)
+
+    def whole(states: Tensor) -> Tensor:
+        q, p = (torch.softmax(head.logits(each) / temperature, dim=-1) for each in (states, teacher))
+        m = beta * p + (1 - beta) * q
+        forward, reverse = F.kl_div(m.log(), p, reduction="none"), F.kl_div(m.log(), q, reduction="none")
+        found = F.kl_div(q.log(), p, reduction="none") if beta == 0 else beta * forward + (1 - beta) * reverse
+        found = F.kl_div(p.log(), q, reduction="none") if beta == 1 else found
+        tokens = F.cross_entropy(head.logits(states).flatten(0, 1), labels.flatten(), reduction="none")
+        losses = (1 - ratio) * tokens.view(labels.shape) + ratio * temperature**2 * found.sum(dim=-1)
+        return torch.where(labels >= 0, losses, 0)
+
+    results = []
+    for loss in (lambda states: head(states, labels, teacher, divergence=divergence)[0], whole):
+        leaf = hidden.clone().requires_grad_()
+        losses = loss(leaf)
+        results.append([losses, *torch.autograd.grad((losses.sum(1) * torch.tensor([0.5, -2.0, 3.0])).sum(), leaf)])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, ulps=16)
+    with torch.no_grad():
+        assert torch.equal(head(hidden, labels, teacher, divergence=divergence)[0], results[0][0])
 
 
 def test_no_gradient_mode_gives_the_same_sums() -> None:

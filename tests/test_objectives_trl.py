@@ -6,6 +6,8 @@ dequantized base) and on the base itself, and on one rank with three.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 import pydoc_data.topics
@@ -16,11 +18,15 @@ from typing import Any, NamedTuple
 
 import peft
 import pytest
+import safetensors.torch
 import torch
+import transformers
 from torch import Tensor
 
 from closeness import assert_close, assert_losses_close
-from distlora.config import AdapterConfig
+from distlora.architecture.spec import architecture_of
+from distlora.checkpoint.state import Identity, Progress, TrainState, check_matches, identity_of
+from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
 from distlora.data.loader import Share, stacks
 from distlora.loading.peft_format import adapter_config, adapter_tensors
@@ -31,8 +37,9 @@ from distlora.training.objectives import objective_of
 from distlora.training.open_run import open_data
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
+from distlora.weights.peft_folder import read_teacher
 from family_models import SINGLE, dequantized
-from small_models import make_run, tokenizer
+from small_models import config_with, make_run, tokenizer
 from tiers import ci
 from worlds import World
 
@@ -52,11 +59,12 @@ class Theirs:
         quiet: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "output_dir": str(self.folder)}
         return quiet | {"use_cpu": True, "bf16": False, "activation_checkpointing": False, **settings}
 
-    def trainer(self, trainer: Any, config: Any, **settings: Any) -> Any:
+    def trainer(self, trainer: Any, config: Any, *, teacher_model: Any = None, **settings: Any) -> Any:
         """Return TRL's trainer of the records, with its own tokens of them."""
         from datasets import Dataset
 
         return trainer(
+            **({} if teacher_model is None else {"teacher_model": teacher_model}),
             model=self.model,
             args=config(**self.arguments(**settings)),
             train_dataset=Dataset.from_list(self.records),
@@ -99,6 +107,27 @@ def simpo(theirs: Theirs, *, batch: int | None = None, **settings: Any) -> Tenso
     return loss_of(theirs.trainer(CPOTrainer, CPOConfig, loss_type="simpo", **settings), batch=batch)
 
 
+def distill(theirs: Theirs, *, ratio: float, beta: float, temperature: float, adapter: Path | None = None) -> Tensor:
+    """Return TRL's divergence, with transformers' loss of the labels beside it. Its trainer knows no temperature."""
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    teacher = copy.deepcopy(theirs.model).unload()
+    if adapter is not None:
+        teacher = peft.PeftModel.from_pretrained(teacher, adapter)
+    trainer = theirs.trainer(GKDTrainer, GKDConfig, teacher_model=teacher, beta=beta)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    if ratio == 1:
+        return trainer.compute_loss(trainer.model, inputs)  # type: ignore[no-any-return]
+    output = trainer.model(**inputs)
+    with torch.no_grad():
+        logits = teacher(**inputs).logits
+    divergence = trainer.generalized_jsd_loss(
+        output.logits[:, :-1], logits[:, :-1], inputs["labels"][:, 1:], beta=beta, temperature=temperature
+    )
+    return (1 - ratio) * output.loss + ratio * temperature**2 * divergence  # type: ignore[no-any-return]
+
+
 class Case(NamedTuple):
     """An objective, and TRL's loss for it."""
 
@@ -123,6 +152,12 @@ def pairs(prompt: str | None = None) -> list[dict[str, Any]]:
     return records
 
 
+def chats() -> list[dict[str, Any]]:
+    """Return the prompts and the chosen answers of `pairs` as chats."""
+    roles = (("user", "prompt"), ("assistant", "chosen"))
+    return [{"messages": [{"role": role, "content": pair[key]} for role, key in roles]} for pair in pairs()]
+
+
 CASES = {
     "dpo": Case({"objective": "dpo", "beta": 0.3}, lambda theirs: dpo(theirs, beta=0.3), math.log(2)),
     # TRL's `robust` is ((1 - e) f(m) - e f(-m)) / (1 - 2 e), f(m) = -log sigmoid(m); cDPO is (1 - e) f(m) + e f(-m).
@@ -142,6 +177,23 @@ CASES = {
     ),
     "orpo": Case({"objective": "orpo", "beta": 0.3}, lambda theirs: orpo(theirs, beta=0.3), write=lambda: pairs("the")),
     "simpo": Case({"objective": "simpo"}, lambda theirs: simpo(theirs, beta=2.0, simpo_gamma=0.5, cpo_alpha=0.0)),
+    "distill": Case(
+        {"objective": "distill", "kd_ratio": 0.3, "kd_temperature": 2.0},
+        lambda theirs: distill(theirs, ratio=0.3, beta=0, temperature=2),
+        write=chats,
+    ),
+    "reverse": Case(
+        {"objective": "distill", "beta": 1.0, "kd_ratio": 1.0},
+        lambda theirs: distill(theirs, ratio=1, beta=1, temperature=1),
+        0.0,
+        write=chats,
+    ),
+    "jensen-shannon": Case(
+        {"objective": "distill", "beta": 0.4, "kd_ratio": 1.0},
+        lambda theirs: distill(theirs, ratio=1, beta=0.4, temperature=1),
+        0.0,
+        write=chats,
+    ),
     "simpo and sft": Case(
         {"objective": "simpo", "beta": 2.5, "target_margin": 1.0, "label_smoothing": 0.1, "sft_weight": 0.3},
         lambda theirs: simpo(theirs, batch=1, beta=2.5, simpo_gamma=1.0, label_smoothing=0.1, cpo_alpha=0.3),
@@ -176,7 +228,8 @@ def our_step(ranks: Ranks, *, run_dir: Path) -> tuple[Ours, CausalLM]:
     config = load_config(run_dir)
     model, backend, _ = start_run_model(config, ranks)
     backend.reduce_gradients_of(trained_parameters(model).values(), config.parallel.bucket_mb)
-    start_adapters(model, config.spec, backend, is_reference=config.train.needs.reference, restores=False)
+    is_reference, teacher = config.train.refers_to_start, config.train.teacher
+    start_adapters(model, config.spec, backend, is_reference=is_reference, teacher=teacher, restores=False)
     objective, batch = objective_of(config.train), open_data(run_dir, config.train, ranks)[0].batch(0)
     (part,) = stacks([Share(batch, None, 0)], whole=True)
     model.set_num_micro(len(batch.micro_batches))
@@ -256,7 +309,7 @@ def compare(folders: Path, tmp_path: Path, case: Case, quant: str, **adapter: An
     expected = case.trl(Theirs(tuned, case.write(), tmp_path / "trl"))
     expected.backward()
     if case.first is not None:
-        assert math.isclose(ours.first, case.first, rel_tol=1e-6)
+        assert math.isclose(ours.first, case.first, rel_tol=1e-6, abs_tol=1e-6)
     moved = abs(ours.loss - ours.first) > 1e-2 * ours.first
     assert moved or config.adapter.method == "full", "the adapter hardly moved, so this says little"
     assert_losses_close([ours.loss], [expected.item()], relative=1e-5)
@@ -265,11 +318,75 @@ def compare(folders: Path, tmp_path: Path, case: Case, quant: str, **adapter: An
         assert_close(gradient, parameters[parameter].grad, ulps=84)  # type: ignore[arg-type]  # 1e-5
 
 
+@pytest.fixture
+def teacher(folders: Path, tmp_path: Path) -> Path:
+    """Write a PEFT adapter of another rank, scale and fewer linears than the student's."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(folders / "llama", dtype=torch.float32)
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=20, lora_alpha=50, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_a_teacher_is_the_base_with_another_adapter_of_any_rank(folders: Path, tmp_path: Path, teacher: Path) -> None:
+    settings = {"objective": "distill", "beta": 1.0, "kd_ratio": 0.8, "teacher": str(teacher)}
+    case = Case(
+        settings, lambda theirs: distill(theirs, ratio=0.8, beta=1, temperature=1, adapter=teacher), write=chats
+    )
+    compare(folders, tmp_path, case, "nf4")
+    config = load_config(tmp_path / "run")
+    saved = identity(config)
+    change_weights(teacher)
+    state = TrainState(progress=Progress(), identity=saved, environment={})
+    check_matches(state, tmp_path, saved, reference=config.reference_setting)
+    with pytest.raises(UserError, match=rf"another reference .* the adapter at train.teacher={teacher} has changed"):
+        check_matches(state, tmp_path, identity(config), reference=config.reference_setting)
+    qv = dataclasses.replace(config.adapter, target_modules="qv")
+    architecture = architecture_of(json.loads((folders / "llama/config.json").read_text()), "llama")
+    with pytest.raises(UserError, match=r"train.teacher=.* adapts model.layers.0.mlp.down_proj .*=qv does not"):
+        read_teacher(teacher, qv, "nf4", architecture)
+    with pytest.raises(UserError, match=r"train\.teacher"):
+        read_teacher(tmp_path / "none", config.adapter, "nf4", architecture)
+
+
+def identity(config: Config) -> Identity:
+    return identity_of(config.spec, config.optim, config.train, data_digest="data", base_identity="base")
+
+
+def change_weights(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(weights.read_bytes())
+    safetensors.torch.save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"train": {"objective": "orpo", "label_smoothing": 0.1}}, "label_smoothing=0.1 has no effect with train.obj"),
+        ({"train": {"objective": "dpo", "label_smoothing": 0.5}}, "label_smoothing=0.5 must be from 0 to below 0.5"),
+        ({"train": {"objective": "ipo", "target_margin": 1.0}}, "train.target_margin=1.0 has no effect"),
+        ({"train": {"objective": "simpo", "sft_weight": -1.0}}, "train.sft_weight=-1.0 must be 0 or more"),
+        ({"train": {"teacher": "folder"}}, "train.teacher=folder has no effect with train.objective=sft"),
+        ({"train": {"objective": "distill", "beta": 1.5}}, "train.beta=1.5 is not a fraction"),
+        ({"train": {"objective": "distill", "kd_ratio": 2.0}}, "train.kd_ratio=2.0 is not a fraction"),
+        ({"train": {"objective": "distill"}, "adapter": {"modules_to_save": ("lm_head",)}}, "trains rows of the emb"),
+        (
+            {"train": {"objective": "distill", "teacher": "folder"}, "adapter": {"use_dora": True}},
+            "use_dora=true changes the base's weights",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_with({"model": {"path": "m"}, "data": {"path": "d"}}, sections)
+
+
 def our_steps(ranks: Ranks, *, run_dirs: Sequence[Path]) -> list[Ours]:
     return [our_step(ranks, run_dir=run_dir)[0] for run_dir in run_dirs]
 
 
-ON_RANKS = ["ipo", "orpo", "simpo and sft"]
+ON_RANKS = ["ipo", "orpo", "simpo and sft", "distill"]
 
 
 @pytest.mark.parametrize("names", [ON_RANKS, ci([name for name in CASES if name not in ON_RANKS])], ids=["few", "rest"])

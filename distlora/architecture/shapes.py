@@ -324,12 +324,16 @@ ADDED_AT_ONCE = 2**22
 """Elements of a trained head's bf16 gradient that are added to the fp32 sum at once: a CPU widens them first."""
 
 
-def logit_bytes(itemsize: int, *, plain: bool, compiled: bool, capped: bool) -> float:
+def logit_bytes(itemsize: int, *, plain: bool, compiled: bool, capped: bool, distills: bool = False) -> float:
     """Return the bytes that a logit takes in the LM head's forward and backward, beside what is kept of a token.
 
     `plain`: the logits are a frozen weight's product alone, whose loss is computed in place: in fp32 by torch, or
     `compiled` or fused in the run's dtype. Otherwise autograd has three fp32 copies, and the tanh of a cap.
+    `distills`: there are fp32 logits of a teacher too, which become the gradient, and six tensors of a part of the
+    tokens (distillation.py).
     """
+    if distills:
+        return 8 + 6 * 4 / GRADIENT_PARTS if plain else (20 if capped else 16)
     if not plain:
         return 16 if capped else 12
     return itemsize if compiled else (itemsize % 4) + 4 + 4 / GRADIENT_PARTS

@@ -49,7 +49,13 @@ class Started:
         gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
         start_adapters(
-            model, config.spec, backend, is_reference=config.train.needs.reference, restores=False, log=ignore
+            model,
+            config.spec,
+            backend,
+            is_reference=config.train.refers_to_start,
+            teacher=config.train.teacher,
+            restores=False,
+            log=ignore,
         )
         return cls(config, ranks, model, backend, trained, gradients, optimizer)
 

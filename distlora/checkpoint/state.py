@@ -73,7 +73,8 @@ class Identity:
     settings: Mapping[str, Any]
     """`fixed_settings` of the run."""
     reference_digest: str | None = None
-    """SHA-256 of the weights at adapter.init_from, if they are DPO's reference and every resume reads them."""
+    """SHA-256 of the weights at train.teacher, or at adapter.init_from if they are DPO's reference: those that every
+    resume reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,10 +143,10 @@ def load_state(folder: Path) -> TrainState:
     )
 
 
-def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_from: str | None) -> None:
+def check_matches(state: TrainState, folder: Path, identity: Identity, *, reference: str) -> None:
     """Raise UserError with both values if a checkpoint's settings, base, data or reference differ from the run's.
 
-    `init_from`: the run's adapter.init_from, the folder of the reference.
+    `reference`: `Config.reference_setting`.
     """
     saved = state.identity
     check_settings(state, folder, identity.settings)
@@ -164,7 +165,7 @@ def check_matches(state: TrainState, folder: Path, identity: Identity, *, init_f
         then, now = ((digest or "none")[:12] for digest in (saved.reference_digest, identity.reference_digest))
         raise UserError(
             f"{folder} was trained against another reference (SHA-256 {then}, now {now}): the adapter at "
-            f"adapter.init_from={init_from} has changed since; restore it"
+            f"{reference} has changed since; restore it"
         )
 
 
@@ -225,11 +226,13 @@ def identity_of(
     """Return what the checkpoints of a run belong to.
 
     `data_digest`: `content` in data.json. `base_identity`: `weights.initial_adapter_file.base_identity`. Raises
-    UserError if the run needs the adapter at adapter.init_from as its reference and it is missing.
+    UserError if the run needs an adapter as its reference and it is missing.
     """
     init_from, digest = spec.adapter.init_from, None
-    is_reference = train.needs.reference
-    if init_from is not None and needs_initial_adapter(spec.adapter, is_reference=is_reference, restores=True):
+    is_reference = train.refers_to_start
+    if train.teacher is not None:
+        digest = weights_digest(train.teacher)
+    elif init_from is not None and needs_initial_adapter(spec.adapter, is_reference=is_reference, restores=True):
         digest = weights_digest(init_from)
     return Identity(
         base_fingerprint=base_identity,

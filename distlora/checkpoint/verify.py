@@ -204,7 +204,7 @@ def _check_state(folder: Path, config: Config | None, data: Mapping[str, Any], b
             data_digest=data["content"],
             base_identity=base or state.identity.base_fingerprint,
         )
-        check_matches(state, folder, identity, init_from=config.adapter.init_from)
+        check_matches(state, folder, identity, reference=config.reference_setting)
     is_adapter = config.adapter.method == "lora"
     trained = read_header(folder / (WEIGHTS_NAME if is_adapter else SINGLE_NAME))
     states = read_header(folder / TRAINER_NAME)

@@ -205,6 +205,12 @@ class Config:
         changed = {name: replace(getattr(self, name), **values) for name, values in sections.items()}
         return replace(self, **changed)
 
+    @property
+    def reference_setting(self) -> str:
+        """Return the setting that names the adapter of the objective's reference, with its value."""
+        name = "adapter.init_from" if self.train.teacher is None else "train.teacher"
+        return f"{name}={self.value_of(name)}"
+
     def if_valid(self, settings: Mapping[str, Any]) -> Config | None:
         """Return the settings with other values, or None for values that exclude each other."""
         try:
@@ -262,6 +268,13 @@ class Config:
             f"train.objective={objective} compares the adapter with the base under it, and adapter=full trains the "
             "base itself; set adapter=lora",
         )
+        changing = {"adapter.use_dora=true": self.adapter.use_dora, "adapter.init=pissa": self.adapter.pissa}
+        for setting, is_set in changing.items():
+            require(
+                self.train.teacher is None or not is_set,
+                f"{setting} changes the base's weights, on which the adapter at train.teacher={self.train.teacher} was "
+                "trained; leave one of them out",
+            )
         trained_rows = {
             "model.new_tokens": len(self.model.new_tokens) > 0,
             "adapter.trainable_token_indices": bool(self.adapter.trainable_token_indices),

@@ -38,6 +38,8 @@ class ObjectiveNeeds:
     """Form of the data."""
     reference: bool = False
     """True if every row runs a second time, without gradient, through the initial model."""
+    distributions: bool = False
+    """True if the loss compares next-token distributions with the reference's, not losses of the labels alone."""
     unit: str = "target_tokens"
     """Metric that counts the units of a step, over which the loss is a mean."""
     figures: tuple[str, ...] = ()
@@ -87,6 +89,13 @@ OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
             figures=PAIR_FIGURES,
             settings={"beta": 2.0, "label_smoothing": 0.0, "target_margin": 0.5, "sft_weight": 0.0},
             lr=5e-6,
+        ),
+        "distill": ObjectiveNeeds(
+            summary="trains on tokens and on a teacher's distribution of them",
+            reference=True,
+            distributions=True,
+            figures=("divergence",),
+            settings={"beta": 0.0, "kd_ratio": 0.5, "kd_temperature": 1.0},
         ),
     }
 )

@@ -123,13 +123,15 @@ class Cadence(NamedTuple):
 class TrainConfig:
     """Steps, batches, objective, precision and checkpoints of training."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo"] = "sft"
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "distill"] = "sft"
     """Objective: -log p of the trained tokens (`sft`), or a loss of pairs of a chosen and a rejected answer. `dpo`
     (arXiv 2305.18290) and `ipo` (2310.12036) have a reference, the model at the start of the run: no second model, 50 %
-    more operations. `orpo` (2403.07691) and `simpo` (2405.14734) have none."""
+    more operations. `orpo` (2403.07691) and `simpo` (2405.14734) have none. `distill` mixes `sft` with a divergence of
+    the next-token distribution from a teacher's (2306.13649)."""
     beta: float | None = None
     """Scale of the rewards of dpo and simpo, regularization tau of ipo, weight lambda of orpo's odds ratio. A larger
-    value keeps dpo and ipo closer to the reference. null: 2 with simpo, otherwise 0.1."""
+    value keeps dpo and ipo closer to the reference. Of distill the divergence, as in TRL's GKD: 0 is forward KL, 1
+    reverse KL, between them a Jensen-Shannon divergence. null: 0.1; 2 with simpo, 0 with distill."""
     label_smoothing: float | None = None
     """Probability that a pair's answers are in the wrong order, from 0 to below 0.5, of dpo (cDPO, conservative DPO:
     ericmitchell.ai/cdpo.pdf) and simpo. null: 0."""
@@ -138,6 +140,14 @@ class TrainConfig:
     sft_weight: float | None = None
     """Weight of -log p per token of the chosen answer, which is added to the loss of dpo, ipo and simpo (RPO, arXiv
     2404.19733; CPO-SimPO). orpo always has it with weight 1. null: 0."""
+    teacher: str | None = None
+    """Folder of a PEFT adapter, which on the run's base is the teacher of distill, of any rank; null: the model at the
+    start of the run."""
+    kd_ratio: float | None = None
+    """Weight of the divergence in the loss of distill, from 0 to 1; -log p of the target tokens has the rest. null:
+    0.5."""
+    kd_temperature: float | None = None
+    """Temperature of both distributions in the divergence of distill, which is multiplied by its square. null: 1."""
     epochs: float = 1.0
     """Passes over the packed sequences; 0.5 is half of one, rounded up to whole steps."""
     max_steps: int | None = None
@@ -243,9 +253,19 @@ class TrainConfig:
         numbers = (
             "epochs max_steps global_batch micro_batch log_every save_every evals_per_epoch saves_per_epoch "
             "save_minutes keep early_stopping_patience sample_every sample_tokens loss_watchdog_threshold "
-            "loss_watchdog_patience neftune_alpha beta mlp_tile"
+            "loss_watchdog_patience neftune_alpha kd_temperature mlp_tile"
         )
         require_positive("train", self, *numbers.split())
+        require(
+            self.teacher is None or self.needs.distributions,
+            f"train.teacher={self.teacher} has no effect with train.objective={self.objective}; leave it out, or set "
+            "train.objective=distill",
+        )
+        require_share("train", self, "kd_ratio")
+        if self.needs.distributions:
+            require_share("train", self, "beta")
+        else:
+            require_positive("train", self, "beta")
         require(
             self.neftune_alpha is None or self.objective == "sft",
             f"train.neftune_alpha={self.neftune_alpha} would put noise into the reference of train.objective="
@@ -324,6 +344,11 @@ class TrainConfig:
     def needs(self) -> ObjectiveNeeds:
         """Return what the objective needs."""
         return OBJECTIVES[self.objective]
+
+    @property
+    def refers_to_start(self) -> bool:
+        """Return whether the objective's reference is the model at the start of the run."""
+        return self.needs.reference and self.teacher is None
 
     def of_objective(self, name: str) -> float:
         """Return a setting of the objective, such as `beta`, or what null stands for."""

@@ -21,6 +21,7 @@ from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
     WEIGHTS_NAME,
+    PeftAdapter,
     check_fits,
     check_modules,
     check_quantization,
@@ -154,6 +155,27 @@ def load_peft_adapter(
             rank_rows = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]
             _check_finite(file, of.name, rank_rows)
             local[: len(rank_rows)] = rank_rows  # Rows of the run's new tokens keep their initial values.
+
+
+@torch.no_grad()
+def keep_teacher(model: CausalLM, teacher: PeftAdapter) -> None:
+    """Use a teacher's A and B (`read_teacher`), of whatever rank, in the reference of a forward.
+
+    Its B takes the ratio of the two scales. What the teacher does not adapt has zeros.
+    """
+    settings, file, values = teacher.adapter_config, teacher.folder / WEIGHTS_NAME, {}
+    with safetensors.safe_open(file, framework="pt") as tensors:
+        for path, weight in model.adapted_weights():
+            pair = weight.adapters[DEFAULT_ADAPTER]
+            assert isinstance(pair, LoRAPair)
+            for part, parameter in (("A", pair.A), ("B", pair.B)):
+                if (name := teacher.names.get((path, part))) is None:
+                    values[parameter] = torch.zeros_like(parameter)
+                    continue
+                _check_finite(file, name, stored := tensors.get_tensor(name))
+                factor = settings.scaling_of(path) / pair.scaling if part == "B" else 1
+                values[parameter] = stored.to(parameter) * factor
+    model.keep_start(values)
 
 
 def _check_finite(file: Path, name: str, tensor: Tensor) -> None:

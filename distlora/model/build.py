@@ -35,6 +35,7 @@ from distlora.model.adapters import (
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
 from distlora.model.buffers import made_buffers, stored_buffers
 from distlora.model.by_document import ByDocument, PackedRows
+from distlora.model.distillation import Divergence
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.experts import (
     ExpertWeight,
@@ -165,6 +166,7 @@ class CausalLM(nn.Module):
         documents: Documents | None = None,
         with_reference: bool = False,
         by_token: bool = False,
+        divergence: Divergence | None = None,
     ) -> Tensor:
         """Return (B,) fp32 loss sums from input_ids, position_ids and labels (B, T) int64.
 
@@ -175,12 +177,14 @@ class CausalLM(nn.Module):
         labels=None (generation): return the logits after the last position, (B, 1, vocabulary) fp32, for one document
         per row; `past` precedes its T tokens. `with_reference`: run the rows a second time through the initial model
         (`keep_start`, or without any adapter), without gradient and dropout, while each layer is gathered, and return
-        each token's loss in both, (2, B, T) fp32. `by_token`: return each token's loss, (B, T) fp32, without the router
+        each token's loss in both, (2, B, T) fp32; with a `divergence` each token's loss by it, and the divergence from
+        the initial model. `by_token`: return each token's loss, (B, T) fp32, without the router
         loss.
         """
         reference = None
         if with_reference:
-            reference = Reference(None if self.blocks[0].started else torch.full_like(input_ids[:, 0], -1))
+            has_values = any(block.started for block in self.blocks)
+            reference = Reference(None if has_values else torch.full_like(input_ids[:, 0], -1))
         balanced = counted = None
         if labels is not None and torch.is_grad_enabled() and (self.router_aux_loss > 0 or self.counts_expert_tokens):
             positions = balanced_positions(labels)
@@ -193,7 +197,7 @@ class CausalLM(nn.Module):
             with torch.no_grad():
                 assert self.final_norm is not None, "check_train refuses DPO"
                 states = self.final_norm(reference.take())
-            return self.head(hidden, labels, states)
+            return self.head(hidden, labels, states, divergence=divergence)
         output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels, by_token=by_token)
         if balanced is None or labels is None or by_token:
             return output
@@ -278,10 +282,11 @@ class CausalLM(nn.Module):
         parameters: dict[str, Tensor] = {self.hf_name(name): tensor for name, tensor in self.named_parameters()}
         return parameters | stored_buffers(self)
 
-    def keep_start(self) -> None:
-        """Copy the adapters as they are now. The reference of a forward uses this copy."""
+    def keep_start(self, values: Mapping[nn.Parameter, Tensor] | None = None) -> None:
+        """Copy the adapters as they are now. The reference of a forward uses this copy, or these `values`."""
         for block in self.blocks:
-            block.started = {p: p.detach().clone() for p in adapter_parameters(block).values()}
+            parameters = adapter_parameters(block).values()
+            block.started = {p: p.detach().clone() if values is None else values[p] for p in parameters}
 
     def set_num_micro(self, num_micro: int) -> None:
         """Run every layer's batch in this many slices from now on."""

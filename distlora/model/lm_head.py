@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from distlora.architecture.shapes import ADDED_AT_ONCE, GRADIENT_PARTS, logit_bytes, tokens_per_chunk
 from distlora.model.adapters import TokenRows, weighted_sum
+from distlora.model.distillation import DistilledLoss, Divergence
 from distlora.model.token_matrix import TokenMatrix, TokenProduct
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class LossHead(nn.Module):
 
     With `reference` (B, T, H), hidden states of the same rows in another model: return the losses of each token in
     both, (2, B, T) fp32, the second without gradient. One forward serves both, because a sharded weight is gathered per
-    forward. `by_token`: return each token's loss, (B, T). Without labels: return the logits (B, T, vocabulary) fp32.
+    forward. `divergence`: return each token's loss by it with `reference` as the teacher, and the divergence, the same
+    way. `by_token`: return each token's loss, (B, T). Without labels: return the logits (B, T, vocabulary) fp32.
     """
 
     def __init__(
@@ -182,7 +184,13 @@ class LossHead(nn.Module):
         self._token_rows = (token_rows,)
 
     def forward(
-        self, hidden: Tensor, labels: Tensor | None, reference: Tensor | None = None, *, by_token: bool = False
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        reference: Tensor | None = None,
+        *,
+        by_token: bool = False,
+        divergence: Divergence | None = None,
     ) -> Tensor:
         """Return the loss of each row (B,), or of each token (B, T) with `by_token`; without labels the logits."""
         if self._reader is not None:
@@ -190,6 +198,9 @@ class LossHead(nn.Module):
             return hidden.new_zeros(hidden.shape[:2] if by_token else hidden.shape[:1], dtype=torch.float32)
         if labels is None:
             return self.logits(hidden)
+        if divergence is not None:
+            assert reference is not None, "a divergence is from a teacher"
+            return self._distilled(hidden, reference, labels, divergence)
         losses = self._losses(hidden, labels)
         if reference is None:
             return losses if by_token else losses.sum(dim=1)
@@ -197,21 +208,32 @@ class LossHead(nn.Module):
             reference_losses = self._losses(reference, labels)
         return torch.stack([losses, reference_losses])
 
+    def _distilled(self, hidden: Tensor, teacher: Tensor, labels: Tensor, divergence: Divergence) -> Tensor:
+        """Return (2, B, T) fp32 losses and divergences of each token, 0 without a label."""
+        assert not self.weight.requires_grad, "a teacher under another LM head"
+        states = (hidden.flatten(0, 1), teacher.flatten(0, 1))
+        tokens = self._tokens_per_chunk(hidden, distills=True)
+        found = DistilledLoss.apply(*states, labels.flatten(), self.logits, divergence, tokens, torch.is_grad_enabled())
+        return torch.stack(found).view(2, *labels.shape)
+
+    def _is_plain(self, hidden: Tensor) -> bool:
+        return self.takes_cross_entropy and self.weight.dtype == hidden.dtype
+
+    def _tokens_per_chunk(self, hidden: Tensor, *, distills: bool = False) -> int:
+        """Return the number of tokens whose logits exist at once."""
+        nbytes = logit_bytes(
+            hidden.dtype.itemsize,
+            plain=self._is_plain(hidden),
+            compiled=self.cross_entropy is not None,
+            capped=self.logit_softcap is not None,
+            distills=distills,
+        )
+        return tokens_per_chunk(self.num_rows, nbytes, on_cpu=hidden.device.type == "cpu")
+
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return (B, T) fp32 losses of each token, 0 without a label."""
-        flat, targets = hidden.flatten(0, 1), labels.flatten()
-        plain = self.takes_cross_entropy and self.weight.dtype == flat.dtype
-        tokens = tokens_per_chunk(
-            self.num_rows,
-            logit_bytes(
-                flat.dtype.itemsize,
-                plain=plain,
-                compiled=self.cross_entropy is not None,
-                capped=self.logit_softcap is not None,
-            ),
-            on_cpu=flat.device.type == "cpu",
-        )
-        if plain:
+        flat, targets, tokens = hidden.flatten(0, 1), labels.flatten(), self._tokens_per_chunk(hidden)
+        if self._is_plain(hidden):
             losses = _PlainLoss.apply(flat, targets, self, tokens, torch.is_grad_enabled())
         elif not torch.is_grad_enabled():
             chunks = zip(flat.split(tokens), targets.split(tokens), strict=True)

@@ -124,7 +124,7 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
     progress = Progress()
     if newest is not None:
         state = load_state(newest)
-        check_matches(state, newest, identity(), init_from=config.adapter.init_from)
+        check_matches(state, newest, identity(), reference=config.reference_setting)
         progress, line = state.progress, environment_line(state.environment, made_on)
         notes += [] if line is None else [line]
     return OpenRun(

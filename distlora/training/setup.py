@@ -21,7 +21,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, ModelSpec, ParallelConfig, TrainConfig, UserError
 from distlora.loading import decomposed_adapters
 from distlora.loading.load_base import Loaded, load_base
-from distlora.loading.peft_format import load_peft_adapter
+from distlora.loading.peft_format import keep_teacher, load_peft_adapter
 from distlora.loading.quantized_cache import QuantizedCacheSettings
 from distlora.model import attention, fused_modules
 from distlora.model.adapters import reset_adapters
@@ -35,6 +35,7 @@ from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.system import host_memory
 from distlora.system.progress import still
 from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter
+from distlora.weights.peft_folder import read_teacher
 from distlora_kernels import scratch
 from distlora_kernels.extension import scratch_numel
 
@@ -114,7 +115,7 @@ def start_model(
     if training and train.checkpointing == "offload":
         assert sequence_length is not None, "activations of an unknown size"
         offloaded = require_offload_memory(model, spec, train, sequence_length, backend)
-    is_reference = training and train.needs.reference
+    is_reference = training and train.refers_to_start
     if adapter.decomposes and needs_initial_adapter(adapter, is_reference=is_reference, restores=restores):
         decomposed_adapters.initialize_from_base(
             model, spec, run_dir, base, backend, log, restores=restores, boundary=boundary
@@ -155,19 +156,30 @@ def cache_settings(
 
 
 def start_adapters(
-    model: CausalLM, spec: ModelSpec, backend: Backend, *, is_reference: bool, restores: bool, log: Log = _no_log
+    model: CausalLM,
+    spec: ModelSpec,
+    backend: Backend,
+    *,
+    is_reference: bool,
+    teacher: str | None = None,
+    restores: bool,
+    log: Log = _no_log,
 ) -> None:
     """Load the adapter at adapter.init_from if the run starts from it, and keep the reference. Follows `start_model`.
 
-    `is_reference`: the objective compares with the initial model. `restores`: a checkpoint fills the adapters after
-    this. Raises UserError for an adapter that is missing or not exactly the model's.
+    `is_reference`: the objective compares with the initial model. `teacher`: folder of the adapter that it compares
+    with instead. `restores`: a checkpoint fills the adapters after this. Raises UserError for an adapter that is
+    missing or not exactly the model's.
     """
     watch.at(None, "preparing to train", long=True)
     adapter = spec.adapter
     if adapter.init_from is not None and needs_initial_adapter(adapter, is_reference=is_reference, restores=restores):
         load_peft_adapter(model, adapter, spec.quant.method, backend)
         log(f"starting from the adapter in {adapter.init_from} with lora_dropout={adapter.lora_dropout}")
-    if is_reference and not adapter.starts_as_base:
+    if teacher is not None:
+        keep_teacher(model, read_teacher(teacher, adapter, spec.quant.method, model.architecture))
+        log(f"the teacher is the base with the adapter in {teacher}")
+    elif is_reference and not adapter.starts_as_base:
         model.keep_start()
 
 

@@ -66,7 +66,8 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
             model,
             config.spec,
             backend,
-            is_reference=config.train.needs.reference,
+            is_reference=config.train.refers_to_start,
+            teacher=config.train.teacher,
             restores=restores,
             log=reporter.event,
         )

@@ -22,8 +22,9 @@ from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, re
 from distlora.architecture.spec import Architecture
 from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_adapted, written
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.config import SAVED_MODULES, AdapterConfig, UserError, nearest
+from distlora.config import SAVED_MODULES, AdapterConfig, UserError, nearest, require
 from distlora.config.base import is_hub_name
+from distlora.config.errors import named_settings
 from distlora.config.json_files import Shape, check_shape, read_object
 
 _ROWS = re.compile(
@@ -363,6 +364,34 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, architecture: Archi
                 f"{list(expected)}{trained_on}; set another {{adapter.init_from}} or model.path"
             )
     return initial
+
+
+def read_teacher(
+    folder: str | Path, adapter: AdapterConfig, quant_method: str, architecture: Architecture
+) -> PeftAdapter:
+    """Read the adapter at train.teacher. Raises UserError for one that cannot run in the place of the run's adapter.
+
+    It may have another rank and scale, and adapts some or all of the linears that the run's adapter does.
+    """
+    with named_settings({"adapter.init_from": "train.teacher"}):
+        teacher = read_peft_adapter(folder)
+        check_quantization(teacher, quant_method)
+        check_fits(teacher, teacher.adapter_config, architecture)
+    fused = {path for path, weight in architecture.adaptable() if weight.kind == "experts"}
+    unsupported = {
+        "is DoRA": bool(teacher.settings.get("use_dora")),
+        "trains rows of the embedding or the head": bool(teacher.token_rows or teacher.modules),
+        "adapts the fused weights of experts": not fused.isdisjoint(teacher.paths),
+    }
+    for what, is_so in unsupported.items():
+        require(not is_so, f"train.teacher={folder} {what}, which a teacher cannot; set another train.teacher")
+    beyond = sorted({*teacher.paths} - {*select_adapted(adapter, architecture)})
+    require(
+        not beyond,
+        f"train.teacher={folder} adapts {beyond[0] if beyond else ''}{_more(beyond)}, which adapter.target_modules="
+        f"{written(adapter.target_modules)} does not; set adapter.target_modules=all-linear",
+    )
+    return teacher
 
 
 def check_shared(initial: PeftAdapter, adapter: AdapterConfig) -> None:

@@ -90,6 +90,8 @@ class Costs(LayerRun):
     """True if the LM head is held in low bits."""
     has_reference: bool = False
     """True if every sequence runs forward a second time, without gradient (DPO)."""
+    distills: bool = False
+    """True if the loss compares distributions of the two passes."""
 
     @classmethod
     def of(cls, work: Workload, model: PlannedModel, machine: Machine, kind: LayerKind | None = None) -> Costs:
@@ -139,6 +141,7 @@ class Costs(LayerRun):
             adds_up_gradients=work.shard_degree(machine.ranks) > 1,
             decodes_head=work.token_formats(shapes)[1] is not None,
             has_reference=work.train.needs.reference,
+            distills=work.train.needs.distributions,
             trials=len(work.adapters),
         )
 
@@ -268,6 +271,7 @@ class Costs(LayerRun):
             plain=form == "plain" and not (self.trains_head or self.trained_columns),
             compiled=self.fused,
             capped=form == "softcap",
+            distills=self.distills,
         )
 
     def head_forward(self, tokens: int) -> float:

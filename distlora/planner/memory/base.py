@@ -224,7 +224,7 @@ class Trained:
     """True if the embedding, or rows of it, is trained."""
     beside: int
     """Elements beside the trained parameters: DoRA's squared row norms of frozen weights, and DPO's copy of the initial
-    adapters."""
+    adapters or a teacher's."""
     matrices: Mapping[int, int]
     """Those of the parameters that Muon updates: matrices inside the decoder layers."""
     optimizers: int = 1
@@ -243,7 +243,8 @@ class Trained:
                 if ".experts." not in each.path:
                     matrices.update({math.prod(each.down): count})
                     matrices.update({math.prod(each.up): count})
-            if work.train.needs.reference and not adapter.starts_as_base:
+            # A teacher may have another rank, which its folder tells.
+            if work.train.teacher is not None or (work.train.needs.reference and not adapter.starts_as_base):
                 beside += _numbers(adapters)
         if work.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
             blocks = (block for adapter in work.adapters for block in shapes.adapters(adapter))

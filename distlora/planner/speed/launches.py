@@ -522,12 +522,13 @@ def head_work(
     trained_rows: int,
     form: str,
     reference: bool,
+    distills: bool = False,
     stored: int = 0,
 ) -> Iterator[KernelLaunch]:
     """Yield the embedding, the last norm, and the LM head chunk by chunk (lm_head.py).
 
     `trained_rows`: rows that are trained while the rest is frozen. `form`: of the head (HeadForm). `stored`: bytes of a
-    head in low bits, which is dequantized for each product.
+    head in low bits, which is dequantized for each product. `distills`: the loss compares two distributions.
 
     A frozen head computes the gradient of its input in forward; a trained one recomputes its logits in backward. The
     weight is read for each chunk and product.
@@ -544,7 +545,9 @@ def head_work(
         of_loss, of_gradient, launches = 3 * e, 0, (1, 0)
     elif plain:  # The labels' places in zeros, and the gradient.
         of_gradient, launches = casts + 6 * FP32, (3, 4 * GRADIENT_PARTS)
-    at_peak = logit_bytes(e, plain=plain, compiled=compiled, capped=form == "softcap")
+    if distills:  # Of both passes together; three softmaxes, their difference, its expectation and the gradient.
+        of_loss, of_gradient, launches = casts + cap[0], casts + 18 * FP32 + cap[1], (2, 12 * GRADIENT_PARTS)
+    at_peak = logit_bytes(e, plain=plain, compiled=compiled, capped=form == "softcap", distills=distills)
     for tokens, times in chunks(m, tokens_per_chunk(vocabulary, at_peak, on_cpu=not how.is_gpu)):
         logits = vocabulary * tokens
         product = (e * (hidden * (tokens + vocabulary) + logits), 2.0 * logits * hidden)

@@ -146,6 +146,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
                 trained_rows=active.head_rows // shapes.hidden,
                 form=shapes.architecture.head_form.kind,
                 reference=work.train.needs.reference,
+                distills=work.train.needs.distributions,
                 stored=0 if head is None else FORMAT_LAYOUTS[head].num_bytes((shapes.vocabulary, shapes.hidden)),
             )
         ),

@@ -92,7 +92,7 @@ def held_out(trained: Trained, label: str, **settings: Any) -> Text:
     assert trained.run_dir is not None
     assert trained.data is not None
     require(
-        trained.train.objective == "sft",
+        trained.train.needs.data == "documents",
         f"{label} held out pairs of answers (train.objective={trained.train.objective}), which have no perplexity; "
         "name a text with --text FILE",
     )

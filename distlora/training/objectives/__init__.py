@@ -4,6 +4,7 @@
 """
 
 from distlora.config import TrainConfig
+from distlora.training.objectives.distill import Distill
 from distlora.training.objectives.dpo import DPO
 from distlora.training.objectives.ipo import IPO
 from distlora.training.objectives.next_token import NextToken
@@ -11,7 +12,7 @@ from distlora.training.objectives.objective import Losses, Objective
 from distlora.training.objectives.orpo import ORPO
 from distlora.training.objectives.simpo import SimPO
 
-__all__ = ["DPO", "IPO", "ORPO", "Losses", "NextToken", "Objective", "SimPO", "objective_of"]
+__all__ = ["DPO", "IPO", "ORPO", "Distill", "Losses", "NextToken", "Objective", "SimPO", "objective_of"]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": NextToken,
@@ -19,6 +20,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ipo": IPO,
     "orpo": ORPO,
     "simpo": SimPO,
+    "distill": Distill,
 }
 """Objectives by train.objective."""
 

@@ -21,6 +21,7 @@ from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.adapters import StepRows
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
+from distlora.model.distillation import Divergence
 
 
 class Losses(NamedTuple):
@@ -74,10 +75,11 @@ def run(
     *,
     with_reference: bool = False,
     by_token: bool = False,
+    divergence: Divergence | None = None,
 ) -> Tensor:
     """Run the model: loss sums (B,); `by_token`: (B, T); `with_reference`: of it and the initial model, (2, B, T).
 
-    `sent`: the batch on the device.
+    `sent`: the batch on the device. `divergence`: with a reference, losses by it and the divergences, (2, B, T).
     """
     device = sent.input_ids.device
     steps = _to_device(step, device) if isinstance(step, Tensor) else step
@@ -90,4 +92,5 @@ def run(
         documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
         with_reference=with_reference,
         by_token=by_token,
+        divergence=divergence,
     )

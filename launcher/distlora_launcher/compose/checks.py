@@ -53,6 +53,7 @@ from distlora.weights.peft_folder import (
     check_rows,
     check_shared,
     read_peft_adapter,
+    read_teacher,
 )
 from distlora_kernels import native
 
@@ -83,7 +84,7 @@ def check(config: Config, *, new_run: bool) -> None:
         if goes_on:
             settings = fixed_settings(config.spec, config.optim, config.train)
             check_newest_settings(Path(config.run_dir) / CHECKPOINTS, settings)
-        is_reference = config.train.needs.reference
+        is_reference = config.train.refers_to_start
         needed = needs_initial_adapter(config.adapter, is_reference=is_reference, restores=True)
         if goes_on and config.adapter.decomposes and needed:
             require_initial_adapter(config.run_dir, config.adapter, CheckpointFiles(config.model.path))
@@ -236,9 +237,11 @@ def check_model(config: Config, *, training: bool = True) -> None:
         targets = select_adapted(config.adapter, architecture)
         check_patterns(config.adapter, targets)
         goes_on = bool(checkpoint_folders(Path(config.run_dir)))
-        is_reference = config.train.needs.reference
+        is_reference = config.train.refers_to_start
         if needs_initial_adapter(config.adapter, is_reference=is_reference, restores=goes_on):
             check_initial_adapter(config.spec, architecture)
+        if training and config.train.teacher is not None:
+            read_teacher(config.train.teacher, config.adapter, config.quant.method, architecture)
         shapes = {path: weight.shape for path, weight in architecture.adaptable() if weight.kind == "linear"}
         check_ranks(config.adapter, {path: shapes[path] for path in targets if path in shapes})
 

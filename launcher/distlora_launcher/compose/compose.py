@@ -55,6 +55,7 @@ PATHS = (
     "quant.cache_dir",
     "quant.harm",
     "adapter.init_from",
+    "train.teacher",
     "parallel.deepspeed_config",
 )
 """Settings that are paths, beside data.sources and data.template."""

@@ -1,0 +1,34 @@
+"""Distillation: cross-entropy mixed with a divergence from a teacher (`model/distillation.py` has the formulas)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distlora.config import TrainConfig
+from distlora.data.loader import MicroBatch, StepBatch
+from distlora.model.build import CausalLM
+from distlora.model.distillation import Divergence
+from distlora.training.objectives.objective import Losses, Objective, run, send
+
+
+class Distill(Objective):
+    """(1 - kd_ratio) of -log p of each target token, and kd_ratio of the divergence from the teacher's distribution.
+
+    The teacher is the initial model, which runs in the reference pass. TRL's GKDTrainer has the second term alone
+    (kd_ratio = 1).
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        super().__init__(train)
+        self.divergence = Divergence(*map(train.of_objective, ("beta", "kd_temperature", "kd_ratio")))
+
+    def units(self, batch: StepBatch) -> int:
+        """Return the target tokens of the step, over all ranks."""
+        return batch.global_targets
+
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
+        """Compute the losses; in an evaluation also those of each token."""
+        sent = send(batch, device)
+        losses, divergences = run(model, batch, sent, step, with_reference=True, divergence=self.divergence)
+        return Losses(losses.sum(dim=1), divergences.detach().sum()[None], losses if step is None else None)

@@ -213,7 +213,7 @@ def test_every_setting_documents_itself():
     optimizer = found["optim.name"]
     assert optimizer.values.startswith("adamw | ")
     assert optimizer.default == optimizer.choices[0] == "adamw"
-    assert found["train.objective"].summary.endswith("no second model, 50 % more operations.")
+    assert found["train.objective"].summary.endswith("a chosen and a rejected answer.")
     assert found["train.save_minutes"].summary.endswith("null: only by save_every and at the end.")
 
 

@@ -290,7 +290,7 @@ def test_losses_and_gradients_equal_trls(folders: Path, tmp_path: Path, name: st
     ("quant", "adapter"),
     [
         ("nf4", {"trainable_token_indices": {"embed_tokens": [7, 300], "lm_head": [1, 300, 999]}}),
-        ("none", {"method": "full", "r": AdapterConfig.r, "target_modules": AdapterConfig.target_modules}),
+        ("none", {"method": "full", "r": AdapterConfig().r, "target_modules": AdapterConfig().target_modules}),
     ],
     ids=["token rows", "full"],
 )

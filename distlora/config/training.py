@@ -257,6 +257,12 @@ class TrainConfig:
         )
         require_positive("train", self, *numbers.split())
         require(
+            self.neftune_alpha is None or self.objective == "sft",
+            f"train.neftune_alpha={self.neftune_alpha} would put noise into the reference of train.objective="
+            f"{self.objective} too; leave it out",
+        )
+        require_choices("train", self)
+        require(
             self.teacher is None or self.needs.distributions,
             f"train.teacher={self.teacher} has no effect with train.objective={self.objective}; leave it out, or set "
             "train.objective=distill",
@@ -266,12 +272,6 @@ class TrainConfig:
             require_share("train", self, "beta")
         else:
             require_positive("train", self, "beta")
-        require(
-            self.neftune_alpha is None or self.objective == "sft",
-            f"train.neftune_alpha={self.neftune_alpha} would put noise into the reference of train.objective="
-            f"{self.objective} too; leave it out",
-        )
-        require_choices("train", self)
         if not isinstance(self.compile, bool):
             require_choice("train.compile", self.compile, ("auto", "true", "false"))
         require(

@@ -68,6 +68,8 @@ def make_stage(folder: Path) -> Path:
         shutil.copy(folder / "chats.jsonl", folder / name)
     records = [{"instruction": "Say it.", "input": str(n), "output": "It."} for n in range(30)]
     (folder / "alpaca.json").write_text(json.dumps(records))
+    asked = {"prompt": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}
+    write_lines(folder / "questions.jsonl", [asked] * 20)
     write_lines(folder / "preferences.jsonl", [{"prompt": "A?", "chosen": "Yes.", "rejected": "No."}] * 20)
     (folder / "wikipedia.txt").write_text("An article.\n" * 40)
     (folder / "prompts.txt").write_text("What is a list?\nWhat is a tuple?\n")

@@ -214,8 +214,9 @@ def test_columns_rename_the_keys_of_the_data_and_decide_the_format():
     assert resolve_format(record(value), "auto", Reading(columns)) == "prompt_completion"
     assert canonical(value, "prompt_completion", columns=columns) == {"prompt": "a", "completion": "b"}
     assert resolve_format(record({"body": "a"}), "auto", Reading({"text": "body"})) == "text"
-    with pytest.raises(UserError, match=r"it has 'prompt', which fits no format; name the columns of all keys"):
-        resolve_format(record({"body": "a"}), "auto", Reading({"prompt": "body"}))
+    with pytest.raises(UserError, match=r"it has 'completion', which fits no format; name the columns of all keys"):
+        resolve_format(record({"body": "a"}), "auto", Reading({"completion": "body"}))
+    assert resolve_format(record({"body": "a", "n": 1}), "auto", Reading({"prompt": "body"})) == "prompt_only"
     with pytest.raises(UserError, match=r"names 'quest' as 'prompt', but the columns there are 'question', .*mean"):
         resolve_format(record(value), "auto", Reading({"prompt": "quest"}))
     with pytest.raises(UserError, match=r"'promt' is not a key of data\.format=auto .*did you mean 'prompt'"):

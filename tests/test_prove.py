@@ -72,7 +72,7 @@ def test_documents_are_not_packed_where_nothing_keeps_them_apart(sound: Architec
         assert result.documents == "single"
         assert "one document per sequence" in dict(result.checks)
     assert result.notes == ["one document per sequence, as packed ones would be mixed"]
-    with pytest.raises(UserError, match=r"train.objective=dpo puts the two answers of a pair into one sequence"):
+    with pytest.raises(UserError, match=r"train.objective=dpo puts several answers into one sequence"):
         check_train(TrainConfig(objective="dpo"), result)
 
 

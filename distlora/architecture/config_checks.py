@@ -48,8 +48,13 @@ def check_train(train: TrainConfig, architecture: Architecture) -> None:
     )
     require(
         train.needs.data == "documents" or architecture.documents != "single",
-        f"train.objective={train.objective} puts the two answers of a pair into one sequence, and "
+        f"train.objective={train.objective} puts several answers into one sequence, and "
         f"{architecture.model_type} would mix them; set train.objective=sft, or {{model.path}} to another model",
+    )
+    require(
+        train.needs.data != "prompts" or architecture.pages_cache,
+        f"train.objective={train.objective} samples with a paged cache of keys and values, which the attention of "
+        f"{architecture.model_type} does not take yet; set {{model.path}} to another model",
     )
     tile = train.mlp_tile
     if tile is not None and architecture.has_experts:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distlora.config import ModelSpec, OptimConfig, TrainConfig, UserError
+from distlora.config import ModelSpec, OptimConfig, RolloutConfig, TrainConfig, UserError
 from distlora.config.errors import short
 from distlora.config.file import as_plain
 from distlora.config.json_files import Shape, read_object
@@ -87,7 +87,12 @@ class TrainState:
     """`saver.environment()` of the saving run; a resume with an equal one is bit-exact."""
 
 
-def fixed_settings(spec: ModelSpec, optim: OptimConfig, train: TrainConfig) -> dict[str, Any]:
+_OF_ROLLOUTS = ("num_generations", "steps_per_generation", "num_iterations")
+
+
+def fixed_settings(
+    spec: ModelSpec, optim: OptimConfig, train: TrainConfig, rollout: RolloutConfig | None = None
+) -> dict[str, Any]:
     """Return the settings that a checkpoint's tensors and data position depend on, by full name, as plain values."""
     adapter = {f"adapter.{name}": value for name, value in as_plain(dataclasses.asdict(spec.adapter)).items()}
     return {name: value for name, value in adapter.items() if name not in _FREE} | {
@@ -98,6 +103,7 @@ def fixed_settings(spec: ModelSpec, optim: OptimConfig, train: TrainConfig) -> d
         "train.objective": train.objective,
         "train.seed": train.seed,
         "train.global_batch": train.global_batch,
+        **{f"rollout.{name}": getattr(rollout, name) for name in _OF_ROLLOUTS if train.needs.data == "prompts"},
     }
 
 
@@ -221,7 +227,13 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tu
 
 
 def identity_of(
-    spec: ModelSpec, optim: OptimConfig, train: TrainConfig, *, data_digest: str, base_identity: str
+    spec: ModelSpec,
+    optim: OptimConfig,
+    train: TrainConfig,
+    *,
+    data_digest: str,
+    base_identity: str,
+    rollout: RolloutConfig | None = None,
 ) -> Identity:
     """Return what the checkpoints of a run belong to.
 
@@ -237,6 +249,6 @@ def identity_of(
     return Identity(
         base_fingerprint=base_identity,
         data_digest=data_digest,
-        settings=fixed_settings(spec, optim, train),
+        settings=fixed_settings(spec, optim, train, rollout),
         reference_digest=digest,
     )

@@ -20,6 +20,7 @@ from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
 from distlora.config.objectives import objectives_of, takes_format
 from distlora.config.plan import GpuConfig, PlanConfig
+from distlora.config.rollout import RolloutConfig
 from distlora.config.sweep import SweepConfig
 from distlora.config.training import OptimConfig, TrackerConfig, TrainConfig
 
@@ -38,6 +39,7 @@ __all__ = [
     "ParallelConfig",
     "PlanConfig",
     "QuantConfig",
+    "RolloutConfig",
     "SourceConfig",
     "SweepConfig",
     "TrackerConfig",
@@ -83,6 +85,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     tracker: TrackerConfig = field(default_factory=lambda: TrackerConfig(wandb=True))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
@@ -247,18 +250,97 @@ class Config:
             )
         if needs.reference:
             self._check_reference()
+        changed = self.rollout.changed
+        require(
+            needs.data == "prompts" or not changed,
+            f"rollout.{changed[0] if changed else ''} has no effect with train.objective={objective}, which samples "
+            "nothing; leave it out, or set train.objective=grpo",
+        )
+        if needs.data == "prompts":
+            self._check_rollout()
         if needs.data == "documents":
             return
         require(
             self.data.train_on == "assistant",
-            f"data.train_on={self.data.train_on} has no effect with train.objective={objective}, where the answers "
-            "behind the common prompt are what is compared; leave it out",
+            f"data.train_on={self.data.train_on} has no effect with train.objective={objective}, which compares the "
+            "answers behind a prompt; leave it out",
         )
         require(
             self.data.too_long != "split",
             "data.too_long=split makes documents of the parts of a longer one, and parts of two answers cannot be "
             "compared; set data.too_long=truncate or drop",
         )
+
+    def _check_rollout(self) -> None:
+        """Refuse settings that a run on sampled answers cannot use."""
+        objective, rollout, train = self.train.objective, self.rollout, self.train
+        samples = train.global_batch * rollout.steps_per_generation
+        require(
+            samples % rollout.num_generations == 0,
+            f"rollout.num_generations={rollout.num_generations} does not divide the {samples:,} answers of a rollout "
+            "(train.global_batch x rollout.steps_per_generation); set train.global_batch="
+            f"{-(-train.global_batch // rollout.num_generations) * rollout.num_generations}",
+        )
+        require(
+            rollout.max_new_tokens + 2 <= self.data.sequence_length,
+            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in data.sequence_length="
+            f"{self.data.sequence_length}; set data.sequence_length={rollout.max_new_tokens + 512}",
+        )
+        require(bool(self.data.rewards), f"train.objective={objective} needs rewards; set data.rewards (docs/rl.md)")
+        correction = (
+            "rollout.use_bias_correction_kl=false has no effect without a KL term; leave it out, or set train.beta"
+        )
+        require(rollout.use_bias_correction_kl or train.of_objective("beta") > 0, correction)
+        refused = {
+            "adapter=full": (self.adapter.method == "full", "the base must stay as it is; set adapter=lora"),
+            f"adapter.lora_dropout={self.adapter.lora_dropout}": (
+                self.adapter.lora_dropout > 0,
+                "the sampler has no dropout, so its probabilities would not be training's; set it to 0",
+            ),
+            "data.streaming=true": (self.data.streaming, "prompts are drawn from all of the data; leave it out"),
+            "train.eval_documents=true": (train.eval_documents, "held-out prompts have rewards, no loss; leave it out"),
+            f"{', '.join(self.adapter.token_settings(self.model.new_tokens))}": (
+                bool(self.adapter.token_settings(self.model.new_tokens)),
+                "the sampler reads the embedding as it is stored; leave it out",
+            ),
+            "parallel=zero3": (
+                self.parallel.backend == "zero3" and self.cluster.ranks > 1,
+                "it gathers no base for answers of different lengths; set parallel=fsdp2",
+            ),
+            "train.sample_every": (
+                train.sample_every is not None,
+                "answers to held-out prompts are written at each evaluation; leave it out",
+            ),
+            f"data.too_long={self.data.too_long}": (
+                self.data.too_long not in ("auto", "drop"),
+                "a prompt without its end asks something else; set data.too_long=drop",
+            ),
+        }
+        for setting, (is_set, reason) in refused.items():
+            require(not is_set, f"train.objective={objective} with {setting}: {reason}")
+
+    @property
+    def prompts_per_rollout(self) -> int:
+        """Prompts of a rollout; train.global_batch counts the answers of a step."""
+        return self.train.global_batch * self.rollout.steps_per_generation // self.rollout.num_generations
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.rollout.steps_per_generation * self.rollout.num_iterations
+
+    def rows_per_epoch(self, rows: int) -> int:
+        """Return the sequences of an epoch's steps, train.global_batch each, of `rows` packed sequences or prompts."""
+        if self.train.needs.data != "prompts":
+            return rows
+        return -(-rows // self.prompts_per_rollout) * self.steps_per_rollout * self.train.global_batch
+
+    @property
+    def prepared_data(self) -> DataConfig:
+        """The data as it is tokenized: prompts leave room for an answer in a sequence."""
+        if self.train.needs.data != "prompts":
+            return self.data
+        return replace(self.data, sequence_length=self.data.sequence_length - self.rollout.max_new_tokens)
 
     def _check_reference(self) -> None:
         """Refuse what would change the reference of the objective as it trains."""

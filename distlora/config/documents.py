@@ -9,9 +9,9 @@ from distlora.config.base import cache_root
 from distlora.config.errors import require, require_choices
 from distlora.config.rewards import check_rewards
 
-DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference")
+DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "prompt_only")
 
-Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference"]
+Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "prompt_only"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +28,8 @@ class ReadingConfig:
     """Branch, tag or commit of a hub data set; null: its main branch."""
     format: Format = "auto"
     """Format of a document: chat {"messages"}, sharegpt {"conversations"}, alpaca {"instruction", "input", "output"},
-    prompt_completion {"prompt", "completion"}, text {"text"} or preference {"prompt", "chosen", "rejected"}; `auto`
-    reads it off the keys of the first one."""
+    prompt_completion {"prompt", "completion"}, text {"text"}, preference {"prompt", "chosen", "rejected"} or
+    prompt_only {"prompt"} with columns for rewards; `auto` reads it off the keys of the first one."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Other names for a format's keys: {prompt: question, completion: answer}."""
     ignore_columns: tuple[str, ...] = ()

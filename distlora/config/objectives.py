@@ -11,6 +11,9 @@ from typing import Literal
 PAIRS = ("preference",)
 """Values of data.format that hold pairs of answers."""
 
+PROMPTS = ("prompt_only",)
+"""Values of data.format that hold prompts alone."""
+
 DataForm = Literal["documents", "pairs", "prompts"]
 """What a record of the data is to an objective: a document with trained tokens, a chosen and a rejected answer, or a
 prompt whose answers the model samples and `data.rewards` score."""
@@ -44,6 +47,10 @@ class ObjectiveNeeds:
     """Metric that counts the units of a step, over which the loss is a mean."""
     figures: tuple[str, ...] = ()
     """Metrics beside the loss; each is a mean over the units."""
+    reference_weight: str | None = None
+    """Setting whose value 0 stands for no reference."""
+    maxima: tuple[str, ...] = ()
+    """Metrics beside these that are the largest of all ranks."""
     settings: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     """Fields of `train` that it reads and no other part of a run does, with the value that null stands for."""
     lr: float | None = None
@@ -97,6 +104,16 @@ OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
             figures=("divergence",),
             settings={"beta": 0.0, "kd_ratio": 0.5, "kd_temperature": 1.0},
         ),
+        "grpo": ObjectiveNeeds(
+            summary="samples answers to prompts and trains on their rewards",
+            data="prompts",
+            reference=True,
+            reference_weight="beta",
+            figures=("kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "rollout/logprob_difference_mean"),
+            maxima=("rollout/logprob_difference_max",),
+            settings={"beta": 0.0},
+            lr=1e-5,
+        ),
     }
 )
 """Objectives by their name in train.objective."""
@@ -104,7 +121,8 @@ OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
 
 def takes_format(objective: str, format: str) -> bool:
     """Return whether an objective trains on data of this data.format; `auto` is decided by the records."""
-    return format == "auto" or (format in PAIRS) == (OBJECTIVES[objective].data == "pairs")
+    form = "pairs" if format in PAIRS else "prompts" if format in PROMPTS else "documents"
+    return format == "auto" or form == OBJECTIVES[objective].data
 
 
 def objectives_of(format: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Settings of the run: optimizer, schedule, steps, checkpoints, evaluations and the experiment tracker."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
@@ -123,15 +123,17 @@ class Cadence(NamedTuple):
 class TrainConfig:
     """Steps, batches, objective, precision and checkpoints of training."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "distill"] = "sft"
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "distill", "grpo"] = "sft"
     """Objective: -log p of the trained tokens (`sft`), or a loss of pairs of a chosen and a rejected answer. `dpo`
     (arXiv 2305.18290) and `ipo` (2310.12036) have a reference, the model at the start of the run: no second model, 50 %
     more operations. `orpo` (2403.07691) and `simpo` (2405.14734) have none. `distill` mixes `sft` with a divergence of
-    the next-token distribution from a teacher's (2306.13649)."""
+    the next-token distribution from a teacher's (2306.13649). `grpo` samples answers to prompts and trains on their
+    rewards (section `rollout`, docs/rl.md)."""
     beta: float | None = None
     """Scale of the rewards of dpo and simpo, regularization tau of ipo, weight lambda of orpo's odds ratio. A larger
     value keeps dpo and ipo closer to the reference. Of distill the divergence, as in TRL's GKD: 0 is forward KL, 1
-    reverse KL, between them a Jensen-Shannon divergence. null: 0.1; 2 with simpo, 0 with distill."""
+    reverse KL, between them a Jensen-Shannon divergence. Of grpo the weight of the KL divergence from the initial
+    model; 0 needs no reference (as TRL, DAPO and Dr. GRPO). null: 0.1; 2 with simpo, 0 with distill and grpo."""
     label_smoothing: float | None = None
     """Probability that a pair's answers are in the wrong order, from 0 to below 0.5, of dpo (cDPO, conservative DPO:
     ericmitchell.ai/cdpo.pdf) and simpo. null: 0."""
@@ -153,7 +155,8 @@ class TrainConfig:
     max_steps: int | None = None
     """Number of optimizer steps instead of `epochs`; sequences are repeated, reshuffled, as often as needed."""
     global_batch: int = 8
-    """Sequences per optimizer step, over all ranks and accumulation steps. Results do not depend on the division."""
+    """Sequences per optimizer step, over all ranks and accumulation steps; with grpo answers, of which a sequence holds
+    several. Results do not depend on the division."""
     micro_batch: int = 1
     """Sequences per rank and forward pass. Activation memory grows linearly with it."""
     accumulate: Literal["step", "block"] = "step"
@@ -270,7 +273,7 @@ class TrainConfig:
         require_share("train", self, "kd_ratio")
         if self.needs.distributions:
             require_share("train", self, "beta")
-        else:
+        elif self.beta != 0 or self.needs.reference_weight != "beta":
             require_positive("train", self, "beta")
         if not isinstance(self.compile, bool):
             require_choice("train.compile", self.compile, ("auto", "true", "false"))
@@ -343,7 +346,10 @@ class TrainConfig:
     @property
     def needs(self) -> ObjectiveNeeds:
         """Return what the objective needs."""
-        return OBJECTIVES[self.objective]
+        needs = OBJECTIVES[self.objective]
+        if needs.reference_weight is None or self.of_objective(needs.reference_weight) != 0:
+            return needs
+        return replace(needs, reference=False)
 
     @property
     def refers_to_start(self) -> bool:
@@ -353,7 +359,7 @@ class TrainConfig:
     def of_objective(self, name: str) -> float:
         """Return a setting of the objective, such as `beta`, or what null stands for."""
         value: float | None = getattr(self, name)
-        return self.needs.settings[name] if value is None else value
+        return OBJECTIVES[self.objective].settings[name] if value is None else value
 
     @property
     def evaluates(self) -> bool:

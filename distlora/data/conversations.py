@@ -311,6 +311,37 @@ def check_meaning(value: dict[str, Any], place: str, names: Set[str] = NOT_TRAIN
             )
 
 
+def prompt_only(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
+    """Return {"prompt": text or messages, "columns": the record's other keys, "tools"} of a record without an answer.
+
+    The answer that verl's records keep for their rewards, reward_model.ground_truth, is also the column `answer`.
+    """
+    check_meaning(value, place, _MEDIA_KEYS)
+    prompt, system = value.get("prompt"), value.get("system")
+    columns = {key: item for key, item in value.items() if key not in ("prompt", "system", "tools")}
+    model = columns.get("reward_model")
+    if isinstance(model, dict) and "ground_truth" in model:
+        columns.setdefault("answer", model["ground_truth"])
+    if isinstance(prompt, str):
+        if prompt.strip() == "":
+            raise UserError(f"{place}: 'prompt' is empty; write what is asked. {good}")
+        for key in ("system", "tools"):
+            if value.get(key):
+                raise UserError(f"{place}: {key!r} belongs to messages, and 'prompt' is a text; {good}")
+        return {"prompt": prompt, "columns": columns}
+    if "prompt" not in value:
+        raise UserError(f"{place}: no 'prompt' among its keys: {listed(value)}; {good}")
+    chat = check_chat(
+        {"messages": expect(prompt, list, f"{place}: 'prompt'", good), "tools": value.get("tools")}, place, good
+    )
+    messages = chat.pop("messages")
+    if messages[-1]["role"] == "assistant":
+        raise UserError(f"{place}: the last message of 'prompt' is the assistant's own; end with what it is to answer")
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": expect(system, str, f"{place}: 'system'", good)})
+    return {"prompt": messages, "columns": columns, **chat}
+
+
 HH_ANSWER = "\n\nAssistant:"
 """Prefix of each answer in Anthropic's hh-rlhf and data sets derived from it."""
 SIDES = ("chosen", "rejected")

@@ -6,6 +6,7 @@ tokens of a row.
 """
 
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -148,6 +149,43 @@ class PairEncoder:
             yield from encoder.encode(list(group))
 
 
+class PromptOnlyEncoder:
+    """Encodes batches of prompts: messages by the chat template up to where the assistant speaks, texts as they are.
+
+    Raises UserError for messages where the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, model_path: str, template: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.template: ChatTemplate | None = None
+        """The chat template, from the first messages on."""
+        self._template_of = lambda: ChatTemplate(tokenizer, model_path, template)
+        self._bos = start_tokens(tokenizer)
+
+    def encode(self, documents: list[Document]) -> Iterator[Encoded]:
+        """Encode a batch, in order."""
+        texts, starts = [], []
+        for document in documents:
+            prompt, tools = document.value["prompt"], document.value.get("tools")
+            starts.append(self._bos if isinstance(prompt, str) else [])
+            if not isinstance(prompt, str):
+                self.template = self.template or self._template_of()
+                self.template.check_tools(document.place, prompt, tools)
+                prompt = self.template.render(document.place, prompt, tools, prompt=True)
+            texts.append(prompt)
+        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        for document, start, tokens in zip(documents, starts, ids, strict=True):
+            try:
+                line = json.dumps({key: document.value[key] for key in ("prompt", "columns")}, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"{document.place} has a column that JSON cannot hold ({error}); leave it out with "
+                    "data.ignore_columns"
+                ) from error
+            whole = np.array([*start, *tokens], np.int32)
+            yield Encoded(whole, np.ones(len(whole), np.uint8), record=line.encode() + b"\n")
+
+
 _BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
 """Bounds of a batch for the tokenizer: enough for all its threads, small enough to bound memory."""
 _STREAM_DOCUMENTS, _STREAM_BYTES = 32, 250_000
@@ -155,6 +193,9 @@ _STREAM_DOCUMENTS, _STREAM_BYTES = 32, 250_000
 PATIENCE = 10_000
 """Documents without a token to train after which a bounded reading gives a source up: it would read to its end."""
 _PROGRESS_SECONDS = 3.0
+
+
+AnyEncoder = Encoder | PairEncoder | PromptOnlyEncoder
 
 
 @dataclass
@@ -166,19 +207,19 @@ class Encoders:
     data: DataConfig
     objective: str
     """train.objective, which must fit every source."""
-    _of_kind: dict[Kind, Encoder] = field(default_factory=dict)
+    _of_kind: dict[Kind, Encoder | PromptOnlyEncoder] = field(default_factory=dict)
 
     @property
     def template(self) -> ChatTemplate | None:
         """The template that chats were rendered with; None without chats."""
-        return self._of_kind["chat"].template if "chat" in self._of_kind else None
+        return next((encoder.template for encoder in self._of_kind.values() if encoder.template is not None), None)
 
     @property
     def has_template(self) -> bool:
         """Return whether a conversation can be rendered, which decides the form of an Alpaca record."""
         return self.data.template is not None or self.tokenizer.chat_template is not None
 
-    def of(self, source: Source, format: str) -> tuple[Encoder | PairEncoder, TooLong]:
+    def of(self, source: Source, format: str) -> tuple[AnyEncoder, TooLong]:
         """Return the encoder for a source of this (resolved) format, and the handling of documents that are too long.
 
         Raises UserError for a format that train.objective does not train on.
@@ -190,6 +231,9 @@ class Encoders:
             too_long = "split" if kind == "text" else "truncate"
         if kind == "preference":
             return PairEncoder(self.tokenizer, self._encoder), too_long
+        if kind == "prompt_only":
+            made = PromptOnlyEncoder(self.tokenizer, self.model_path, self.data.template)
+            return self._of_kind.setdefault(kind, made), "drop"
         return self._encoder(kind), too_long
 
     def _encoder(self, kind: Literal["chat", "prompt_completion", "text"]) -> Encoder:
@@ -198,7 +242,9 @@ class Encoders:
             self._of_kind[kind] = Encoder(
                 self.tokenizer, kind, self.model_path, data.template, data.train_on, data.eot_tokens
             )
-        return self._of_kind[kind]
+        encoder = self._of_kind[kind]
+        assert isinstance(encoder, Encoder)
+        return encoder
 
 
 def read_whole(corpus: Corpus, sources: list[Source], encoders: Encoders) -> None:

@@ -28,10 +28,11 @@ from distlora.data.conversations import (
     kind_name,
     listed,
     preference_pair,
+    prompt_only,
     sharegpt_messages,
 )
 
-Kind = Literal["chat", "prompt_completion", "text", "preference"]
+Kind = Literal["chat", "prompt_completion", "text", "preference", "prompt_only"]
 
 EXAMPLES = {
     "chat": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
@@ -40,6 +41,7 @@ EXAMPLES = {
     "prompt_completion": '{"prompt": "The capital of France is", "completion": " Paris."}',
     "text": '{"text": "Once upon a time ..."}',
     "preference": '{"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."}',
+    "prompt_only": '{"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"}',
 }
 """A good record of each format, shown with every complaint about a bad one."""
 
@@ -50,14 +52,16 @@ REQUIRED_KEYS = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
     "preference": ("chosen", "rejected"),
+    "prompt_only": ("prompt",),
 }
 OPTIONAL_KEYS = {
     "chat": ("system", "tools"),
     "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system", "history"),
     "preference": ("prompt", "system", "tools"),
+    "prompt_only": ("system", "tools"),
 }
-"""Keys that a record may have besides. Any other key is ignored."""
+"""Keys that a record may have besides. Any other key is ignored, but a prompt_only record keeps it for rewards."""
 
 
 class Record(NamedTuple):
@@ -74,9 +78,9 @@ class Record(NamedTuple):
 class Document:
     """A document in canonical form.
 
-    `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str} or {"text": str};
-    or, of a pair, {"chosen": value, "rejected": value} with two of the first or two of the second form. A message is
-    what `conversations.check_chat` lets through.
+    `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str}, {"text": str} or
+    {"prompt": str or messages, "columns": {...}} with an optional "tools"; or, of a pair, {"chosen": value, "rejected":
+    value} with two of the first or two of the second form. A message is what `conversations.check_chat` lets through.
     """
 
     place: str
@@ -137,6 +141,7 @@ def resolve_format(record: Record, format: str, reading: Reading = AS_WRITTEN) -
         renamed[CONVERSATION_KEYS[fitting[0]]]
     ):
         return "preference"  # The conversation of LLaMA-Factory's and Axolotl's pairs is their prompt.
+    fitting = [name for name in fitting if name != "prompt_only"] or fitting  # Every prompt may be one.
     if len(fitting) == 1:
         return fitting[0]
     found = f"it has {listed(renamed)}"
@@ -162,6 +167,7 @@ def kind_of(format: str, has_template: bool) -> Kind:
         "prompt_completion": "prompt_completion",
         "text": "text",
         "preference": "preference",
+        "prompt_only": "prompt_only",
     }
     return kinds[format]
 
@@ -178,15 +184,25 @@ def check_objective(format: str, objective: str, label: str) -> None:
             "{completion: chosen} (where they answer 'prompt'), {messages: chosen} (conversations) or {text: chosen} "
             "(whole texts)"
         )
+    needed = OBJECTIVES[objective].data
+    if needed == "prompts":
+        raise UserError(
+            f"{label} is {format}, and train.objective={objective} {OBJECTIVES[objective].summary}; set "
+            f"data.format=prompt_only to take its prompts: {good('prompt_only')}"
+        )
+    use = "use preference data: " + good("preference") if needed == "pairs" else "give each prompt its answer"
     raise UserError(
         f"{label} is {format}, and train.objective={objective} {OBJECTIVES[objective].summary}; set train.objective="
-        f"{others}, or use preference data: {good('preference')}"
+        f"{others}, or {use}"
     )
 
 
 def to_document(record: Record, format: str, has_template: bool, reading: Reading = AS_WRITTEN) -> Document:
     """Return a record in canonical form. Raises UserError, by place, for one that is not of this (resolved) format."""
-    value, place = _read(_object(record, format), reading), record.place
+    is_prompt_only = format == "prompt_only"
+    value, place = _read(_object(record, format), reading, is_prompt_only=is_prompt_only), record.place
+    if is_prompt_only:
+        return Document(place, record.num_bytes, prompt_only(value, place, good(format)))
     check_meaning(value, place)
     if value.get("tools") and "tools" not in format_keys(format):
         raise UserError(
@@ -247,7 +263,7 @@ def _object(record: Record, format: str) -> dict[str, Any]:
     return record.value
 
 
-def _read(value: dict[str, Any], reading: Reading) -> dict[str, Any]:
+def _read(value: dict[str, Any], reading: Reading, *, is_prompt_only: bool = False) -> dict[str, Any]:
     """Return a record with the keys of the format in place of the data's, and without those that are not read."""
     columns = reading.columns
     if reading.ignore_columns or reading.reasoning_key:
@@ -257,7 +273,12 @@ def _read(value: dict[str, Any], reading: Reading) -> dict[str, Any]:
         rest = {key: item for key, item in value.items() if key not in taken}
         value = rest | {key: value[column] for key, column in columns.items() if column in value}
     prompt, completion = value.get("prompt"), value.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list | dict) and "messages" not in value:
+    if (
+        isinstance(prompt, list)
+        and isinstance(completion, list | dict)
+        and "messages" not in value
+        and not is_prompt_only
+    ):
         # TRL's conversational form of a prompt and its completion.
         prompt_turns = [
             turn | {"train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn

@@ -5,9 +5,9 @@ Letters: B rows of a micro-batch, L tokens of a row. Needs numpy and torch alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -76,7 +76,8 @@ def _stack(shares: Sequence[Share], pieces: Sequence[tuple[int, MicroBatch]]) ->
     owners = [(owner, len(batch.rows)) for owner, batch in pieces]
     batch = pieces[0][1]
     if len(pieces) > 1:
-        batch = MicroBatch(*map(torch.cat, zip(*(part[:4] for _, part in pieces), strict=True)))
+        columns: Any = zip(*(part for _, part in pieces), strict=True)
+        batch = MicroBatch._make(None if column[0] is None else torch.cat(column) for column in columns)
     first = shares[owners[0][0]]
     if first.slot is None:
         assert len({owner for owner, _ in owners}) == 1, "several trials need slots"
@@ -106,6 +107,12 @@ class MicroBatch(NamedTuple):
     """(B,) the number of each row in the packed data, -1 for an empty row."""
     slots: torch.Tensor | None = None
     """(B,) which adapter each row uses, where trials share a base; None: the only one."""
+    logps: torch.Tensor | None = None
+    """(B, L) fp32: log-probability of each label as it was sampled; None where nothing is, as in the next two."""
+    advantages: torch.Tensor | None = None
+    """(B, L) fp32: advantage of the answer that each label belongs to."""
+    weights: torch.Tensor | None = None
+    """(B, L) fp32: weight of each label's loss in the sum that is divided by the step's labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,8 @@ class StepBatch:
     """Rows of all ranks that are not empty."""
     rows: tuple[int, ...]
     """This rank's rows in order of the micro-batches; -1 = an empty row."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the step that are known before it, the same on every rank."""
 
 
 @dataclass(eq=False)
@@ -163,7 +172,7 @@ class StepLoader:
     def batch(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of step `step` (from 0; epochs follow each other without end)."""
         assert step >= 0, f"step {step}"
-        step_rows = self._rows_of_step(step)
+        step_rows = self.rows_of_step(step)
         own = self.rows_of_ranks(step)[:, self.rank]
         return StepBatch(
             micro_batches=[self._assemble(indices) for indices in own],
@@ -175,12 +184,13 @@ class StepLoader:
 
     def rows_of_ranks(self, step: int) -> np.ndarray:
         """Return the rows of all ranks in a step: (accumulation, world, micro_batch) int64, -1 for an empty row."""
-        step_rows = self._rows_of_step(step)
+        step_rows = self.rows_of_step(step)
         slots = np.full((self.accumulation, self.world, self.micro_batch), EMPTY, np.int64)
         slots.reshape(-1)[: len(step_rows)] = step_rows
         return slots
 
-    def _rows_of_step(self, step: int) -> np.ndarray:
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Return the rows of all ranks in a step, (n,) int64."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return self._epoch_order(epoch)[within * self.global_batch : (within + 1) * self.global_batch]
 

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distlora.data.rows import DOCUMENTS, REJECTED, STARTS, TRAINED, split_file
+from distlora.data.rows import DOCUMENTS, RECORDS, REJECTED, STARTS, TRAINED, split_file
 from distlora.data.sources import Source
 from distlora.data.turns import Encoded
 
-HELD_OUT, ROW_ORDER, MIXTURE = 1, 2, 3
+HELD_OUT, ROW_ORDER, MIXTURE, SAMPLES, PARTS = 1, 2, 3, 4, 5
 """Uses of hashes: the first word, so that no two uses share a stream."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -48,6 +48,7 @@ def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
 TooLong = Literal["truncate", "drop", "split"]
 
 _TRUNCATED, _DROPPED, _DUPLICATE = 1, 2, 3
+_FILES = ("tokens", "marks", "records")
 
 
 @dataclass
@@ -55,7 +56,8 @@ class Corpus:
     """Documents cut into pieces of at most `sequence_length` tokens, in the order in which they were appended."""
 
     stem: Path
-    """Two files `<stem>.tokens` (int32) and `<stem>.marks` (uint8) hold the pieces, one after the other."""
+    """Files `<stem>.tokens` (int32), `<stem>.marks` (uint8) and `<stem>.records` (JSON lines of prompts) hold the
+    pieces, one after the other."""
     sequence_length: int
     seen: set[bytes] | None = None
     """Digests of the documents so far, and of those of corpora that share the set; None: none are kept."""
@@ -66,6 +68,7 @@ class Corpus:
     _documents: array.array[int] = field(default_factory=lambda: array.array("q"))
     _sources: array.array[int] = field(default_factory=lambda: array.array("q"))
     _fates: array.array[int] = field(default_factory=lambda: array.array("b"))
+    _records: array.array[int] = field(default_factory=lambda: array.array("q"))
 
     def append(self, encoded: Iterable[Encoded], source: int, too_long: TooLong) -> None:
         """Add documents of a source. Pieces without a trained target are left out; a document may have none left.
@@ -74,7 +77,8 @@ class Corpus:
         not for pairs).
         """
         length = self.sequence_length
-        with self._file("tokens").open("ab") as tokens_file, self._file("marks").open("ab") as marks_file:
+        files = (self._file(name).open("ab") for name in _FILES)
+        with next(files) as tokens_file, next(files) as marks_file, next(files) as records_file:
             for document in encoded:
                 pieces, fate = [document], 0
                 if self.seen is not None and self._is_seen(document) and self.drops_seen:
@@ -96,6 +100,7 @@ class Corpus:
                         if piece.rejected is not None:
                             marks[piece.rejected] |= REJECTED
                         marks_file.write(marks.data)
+                        self._records.append(records_file.write(piece.record))
                         self._lengths.append(len(piece.tokens))
                         self._targets.append(num_targets)
                         self._documents.append(len(self._fates))
@@ -176,9 +181,26 @@ class Corpus:
             np.memmap(self._file("marks"), np.uint8, mode="r"),
         )
 
+    def write_records(self, folder: Path, split: str, pieces: np.ndarray) -> None:
+        """Write the JSON lines of these pieces, (n,) int64, and where each ends, if the pieces have any."""
+        ends = np.cumsum(np.array(self._records, np.int64))
+        if not ends.any():
+            return
+        written = 0
+        with (
+            self._file("records").open("rb") as stored,
+            split_file(folder, split, RECORDS, ".jsonl").open("wb") as file,
+        ):
+            places = np.zeros(len(pieces), np.int64)
+            for number, piece in enumerate(pieces.tolist()):
+                stored.seek(ends[piece] - self._records[piece])
+                written += file.write(stored.read(self._records[piece]))
+                places[number] = written
+        np.save(split_file(folder, split, RECORDS), places, allow_pickle=False)
+
     def delete(self) -> None:
-        """Remove the two files."""
-        for name in ("tokens", "marks"):
+        """Remove the files."""
+        for name in _FILES:
             self._file(name).unlink()
 
     def _file(self, name: str) -> Path:
@@ -290,6 +312,7 @@ def write_split(
     flags = new_file("flags", np.uint8, shape)
     targets, pairs = (new_file(name, np.int32, shape[:1]) for name in ("targets", "pairs"))
     new_file(DOCUMENTS, np.int64, chosen.shape)[:] = corpus.documents[chosen[packing.pieces]]
+    corpus.write_records(folder, split, chosen[packing.pieces])
     largest = 0
     for rows, row_tokens, row_flags in build_rows(packing, *corpus.read(), pad):
         tokens[rows], flags[rows] = row_tokens, row_flags

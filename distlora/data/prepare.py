@@ -93,7 +93,7 @@ def prepare_run(run_dir: str | Path) -> dict[str, Any]:
     config = load_config(run_dir)
     started = time.time()
     sources = find_sources(config.data, pinned_commits(run_dir))
-    entry = prepare(config.model, config.data, config.train, sources, earlier_date=_earlier_date(run_dir))
+    entry = prepare(config.model, config.prepared_data, config.train, sources, earlier_date=_earlier_date(run_dir))
     meta = read_meta(entry)
     record = {"cache": str(entry), "reused": meta["created"] < started, **meta}
     for split, counts in record["splits"].items():
@@ -232,6 +232,8 @@ def _build(
         in_split["eval"] = np.ones(corpora["eval"].num_documents, bool)
     elif fraction > 0:
         in_split["eval"] = is_held_out
+    if is_prompts := train.needs.data == "prompts":
+        _shorten_rows(corpora)
     splits = {}
     for split, chosen in in_split.items():
         corpus = corpora.get(split, training)
@@ -242,7 +244,9 @@ def _build(
         used = use_pieces(corpus, chosen, mix, all_ended, until_all=until_all and is_train, seed=seed)
         if not used.any():
             raise _nothing_left(split, data, corpus)
-        splits[split] = write_split(folder, split, corpus, chosen, used, pad, single="documents" in settings)
+        splits[split] = write_split(
+            folder, split, corpus, chosen, used, pad, single=is_prompts or "documents" in settings
+        )
         count_sources(splits[split], corpus, sources.get(split, sources["train"]), used, mix)
     check_vocabulary(model, max(counts["largest_token"] for counts in splits.values()))
     for corpus in corpora.values():
@@ -250,7 +254,7 @@ def _build(
     meta = {
         "version": FORMAT_VERSION,
         "created": time.time(),
-        "sequence_length": data.sequence_length,
+        "sequence_length": training.sequence_length,
         "pad_token_id": pad,
         "objective": train.objective,
         "chats": template is not None,
@@ -263,6 +267,13 @@ def _build(
         "splits": splits,
     }
     write_json(folder / "meta.json", meta)
+
+
+def _shorten_rows(corpora: dict[str, Corpus]) -> None:
+    """Make rows as long as the longest prompt: each has one of its own."""
+    longest = max(int(corpus.lengths.max(initial=2)) for corpus in corpora.values())
+    for corpus in corpora.values():
+        corpus.sequence_length = longest
 
 
 def corpora_of(folder: Path, data: DataConfig, splits: Collection[str]) -> dict[str, Corpus]:
@@ -341,6 +352,13 @@ def summary(record: dict[str, Any]) -> str:
             lines.append(f"{name}  none: no evaluation")
             continue
         counts = record["splits"][split]
+        if record["objective"] == "grpo":
+            long = counts["dropped_long"]
+            lines.append(
+                f"{name}  {counts['documents']:,} prompts of up to {record['sequence_length']:,} tokens"
+                + (f" ({long:,} {NOTES['dropped_long']})" if long else "")
+            )
+            continue
         what = "pairs" if counts["pairs"] else "documents"
         share = counts["padding"] / (counts["rows"] * record["sequence_length"])
         notes = [f"{counts[key]:,} {words}" for key, words in NOTES.items() if counts.get(key)]

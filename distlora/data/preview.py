@@ -21,7 +21,7 @@ import numpy as np
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError
 from distlora.config.file import load_config
-from distlora.data.encoding import Encoder, Encoders, PairEncoder
+from distlora.data.encoding import AnyEncoder, Encoders
 from distlora.data.formats import Document
 from distlora.data.packing import Corpus, TooLong, pack, shares, use_pieces
 from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of, open_split
@@ -44,7 +44,7 @@ class SourceSample:
 
     source: Source
     format: str
-    encoder: Encoder | PairEncoder
+    encoder: AnyEncoder
     too_long: TooLong
     ended: bool = False
     """True if the source was read to its end."""
@@ -259,6 +259,8 @@ def _split_lines(data: DataConfig, train: TrainConfig, split: SplitSample, *, is
         + (" (the last sequences of a small sample are half empty)" if rows < 20 else "")
     )
     if is_train and all(sample.ended for sample in samples):
+        if train.needs.data == "prompts":  # Their number depends on section `rollout`.
+            return
         steps = f"{train.total_steps(rows):,}"
         yield f"optimizer steps of a run: {steps} (train.epochs, train.max_steps, train.global_batch)"
 

@@ -31,6 +31,8 @@ ARRAYS = ("tokens", "flags", "targets", "pairs")
 """Arrays of a split, a file each."""
 DOCUMENTS = "documents"
 """The file with the document of each piece."""
+RECORDS = "records"
+"""Files of prompts: their JSON lines, and where each ends (int64), in the order of the rows."""
 TRAINED, STARTS, REJECTED = 1, 2, 4
 """Bits of a flag: the label at this position is the next token; a document (or the padding) starts here; and what
 starts here is the rejected answer of a pair, whose chosen one lies right before it."""
@@ -60,9 +62,9 @@ _META: Shape = {
 """Fields of meta.json that are read."""
 
 
-def split_file(folder: Path, split: str, name: str) -> Path:
-    """Return the file of one of ARRAYS, or of DOCUMENTS, of a split in a cache folder."""
-    return folder / f"{split}_{name}.npy"
+def split_file(folder: Path, split: str, name: str, suffix: str = ".npy") -> Path:
+    """Return the file of one of ARRAYS, of DOCUMENTS or RECORDS, of a split in a cache folder."""
+    return folder / f"{split}_{name}{suffix}"
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -86,6 +88,29 @@ def _make_again(folder: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Records:
+    """Prompts with the columns of their records, read from disk one at a time."""
+
+    path: Path
+    ends: np.ndarray
+    """(N,) int64: where each line ends in the file."""
+
+    @classmethod
+    def open(cls, cache_dir: Path, split: str, rows: int) -> Records | None:
+        """Open those of a split; None if its documents are no prompts."""
+        path = split_file(cache_dir, split, RECORDS, ".jsonl")
+        return cls(path, _load(split_file(cache_dir, split, RECORDS), (rows,), np.int64)) if path.is_file() else None
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Return {"prompt": text or messages, "columns": {...}} of a row."""
+        start = int(self.ends[row - 1]) if row else 0
+        with self.path.open("rb") as file:
+            file.seek(start)
+            record: dict[str, Any] = json.loads(file.read(int(self.ends[row]) - start))
+        return record
+
+
+@dataclass(frozen=True, slots=True)
 class PackedRows:
     """A split of N packed sequences of L tokens, memory-mapped: reading a sequence touches its pages only."""
 
@@ -106,6 +131,8 @@ class PackedRows:
     documents: np.ndarray | None = None
     """(P,) int64: the document that each piece is of, by its number in the data, in the order of the rows and of the
     pieces inside of them; None for rows made in memory."""
+    records: Records | None = None
+    """The records of prompts, a row each; None for other data."""
 
     @classmethod
     def open(cls, cache_dir: Path, split: str) -> PackedRows:
@@ -126,6 +153,7 @@ class PackedRows:
             counts=counts,
             folder=cache_dir,
             documents=_load(split_file(cache_dir, split, DOCUMENTS), (counts["pieces"],), np.int64),
+            records=Records.open(cache_dir, split, counts["rows"]),
         )
 
     def __len__(self) -> int:
@@ -227,6 +255,8 @@ def content_digest(folder: Path, splits: Sequence[str]) -> str:
     The key of an entry says what it was made from; this says what came of it.
     """
     arrays = {f"{split}/{name}": file_digest(split_file(folder, split, name)) for split in splits for name in ARRAYS}
+    records = {split: split_file(folder, split, RECORDS, ".jsonl") for split in splits}
+    arrays |= {f"{split}/{RECORDS}": file_digest(path) for split, path in records.items() if path.is_file()}
     return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
 
 

@@ -28,6 +28,8 @@ class Encoded(NamedTuple):
     """(T,) uint8: 1 where the model is trained to predict this token."""
     rejected: int | None = None
     """The first token of a pair's rejected document; None: there is one document."""
+    record: bytes = b""
+    """A prompt with the columns of its record, as a line of JSON, for rewards."""
 
     @classmethod
     def pair(cls, chosen: Encoded, rejected: Encoded) -> Encoded:

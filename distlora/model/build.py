@@ -167,6 +167,7 @@ class CausalLM(nn.Module):
         with_reference: bool = False,
         by_token: bool = False,
         divergence: Divergence | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
         """Return (B,) fp32 loss sums from input_ids, position_ids and labels (B, T) int64.
 
@@ -179,7 +180,7 @@ class CausalLM(nn.Module):
         (`keep_start`, or without any adapter), without gradient and dropout, while each layer is gathered, and return
         each token's loss in both, (2, B, T) fp32; with a `divergence` each token's loss by it, and the divergence from
         the initial model. `by_token`: return each token's loss, (B, T) fp32, without the router
-        loss.
+        loss. `temperature` divides the logits, which must be a product (`head.is_product`).
         """
         reference = None
         if with_reference:
@@ -193,10 +194,14 @@ class CausalLM(nn.Module):
         hidden = self.hidden_states(
             input_ids, position_ids, adapter_rows, past, step_rows, documents, reference, balanced, counted
         )
+        if temperature != 1.0:
+            assert self.head.is_product, "open_rollouts refuses other logits"
+            hidden = hidden / temperature
         if reference is not None:
             with torch.no_grad():
                 assert self.final_norm is not None, "check_train refuses DPO"
                 states = self.final_norm(reference.take())
+                states = states if temperature == 1.0 else states / temperature
             return self.head(hidden, labels, states, divergence=divergence)
         output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels, by_token=by_token)
         if balanced is None or labels is None or by_token:

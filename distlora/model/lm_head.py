@@ -146,6 +146,11 @@ class LossHead(nn.Module):
         return plain and self.own is None and not self.weight.requires_grad
 
     @property
+    def is_product(self) -> bool:
+        """True if the logits are linear in the hidden states."""
+        return self.logit_softcap is None and self.bias is None and self.own is None
+
+    @property
     def kept(self) -> TokenMatrix | None:
         """The weight in the checkpoint's low-bit format, the embedding's if the two are tied; None if it is dense."""
         return self._shared[0] if self._shared else self.matrix

@@ -3,7 +3,8 @@
     RUN/adapter or RUN/model        the published result
     RUN/best                        the state with the lowest held-out loss
     RUN/checkpoints/step_00000100/  adapter_config.json, adapter_model.safetensors (PEFT's format; model.safetensors for
-                                    adapter=full), trainer.safetensors (optimizer), state.json, manifest.json (SHA-256)
+                                    adapter=full), trainer.safetensors (optimizer), state.json, manifest.json (SHA-256);
+                                    rollout.safetensors of answers that the next steps train on
 
 A checkpoint is written to a temporary folder, synced and renamed, so a name `step_*` always stands for a complete one.
 The manifest reveals later damage.
@@ -27,6 +28,8 @@ from distlora.system import atomic_io
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 
 MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"
+ROLLOUT_NAME = "rollout.safetensors"
+"""The answers that the next steps of online reinforcement learning train on."""
 
 _STEP = re.compile(r"step_(\d{8,})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -139,6 +139,7 @@ def figures(metrics: Mapping[str, float]) -> str:
     """Return `loss 3.214 eval_loss 3.301 lr 1.9e-04 12,345 tok/s MFU 41% mem 1.23 GB`, without absent ones."""
     formats: dict[str, Callable[[float], str]] = {
         "loss": lambda value: f"loss {value:.3f}",
+        "reward": lambda value: f"reward {value:.3f}",
         "eval_loss": lambda value: f"eval_loss {value:.3f}",
         "lr": lambda value: f"lr {value:.1e}",
         "tokens_per_second": lambda value: f"{value:,.0f} tok/s",

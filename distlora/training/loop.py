@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -112,12 +112,15 @@ class Trainer:
         if not unread:
             return
         watch.at(next(iter(unread)).done, "reading figures")
-        sums = self.backend.sum_over_ranks(torch.cat([losses.flatten() for losses, _ in unread.values()]))
-        values = torch.cat([sums, *(norms for _, norms in unread.values())]).tolist()
-        all_sums, all_norms = iter(values[: len(sums)]), iter(values[len(sums) :])
-        for trial, (losses, norms) in unread.items():
-            rows = [list(itertools.islice(all_sums, losses.shape[1])) for _ in range(losses.shape[0])]
-            self._do(trial, functools.partial(trial.log, rows, list(itertools.islice(all_norms, len(norms)))))
+        sums = self.backend.sum_over_ranks(torch.cat([losses.flatten() for losses, _, _ in unread.values()]))
+        maxima = torch.cat([found.flatten() for _, _, found in unread.values()])
+        if len(maxima):
+            maxima = self.backend.max_over_ranks(maxima)
+        values = iter(torch.cat([sums, *(norms for _, norms, _ in unread.values()), maxima]).tolist())
+        # In this order: the sums of all trials, their norms, their maxima.
+        tables = [[_rows_of(values, each) for each in column] for column in zip(*unread.values(), strict=True)]
+        for trial, rows, norms, largest in zip(unread, *tables, strict=True):
+            self._do(trial, functools.partial(trial.log, rows, [norm for (norm,) in norms], largest))
 
     def _do(self, trial: Trial, action: Callable[[], None]) -> None:
         action()
@@ -131,6 +134,8 @@ class Trainer:
             self._train_step(self.trials)
             return
         assert measured.memory is not None
+        if measured.rollouts is not None:  # Sampling is not part of the step that is planned.
+            measured.rollouts.sample(measured.done)
         if (device := self.backend.ranks.device).type == "cuda":
             torch.cuda.synchronize(device)  # Do not count the previous steps' remaining work.
         began = time.monotonic()
@@ -149,6 +154,7 @@ class Trainer:
         units = [trial.objective.units(share.batch) for trial, share in zip(trials, shares, strict=True)]
         row_losses: list[list[Tensor]] = [[] for _ in trials]
         figures: list[Tensor] = []
+        maxima: list[Tensor] = []
         self.backend.traffic.take()  # Drop what was counted between steps.
         self.backend.zero_gradients()
         whole = self.trials[0].train.accumulate == "block"
@@ -160,6 +166,8 @@ class Trainer:
                 self.control.boundary(step, "forward of micro-batch", index + 1, long=self._is_cold)
                 losses = trials[0].objective.losses(self.model, part.batch, self.backend.ranks.device, part.step)
                 figures.append(losses.figures)
+                if losses.maxima is not None:
+                    maxima.append(losses.maxima)
                 for owner, rows in part.split_by_owner(losses.rows):
                     row_losses[owner].append(rows.detach())
                 watch.at(step, "backward of micro-batch", index + 1, long=self._is_cold)
@@ -184,11 +192,19 @@ class Trainer:
                     began=began,
                     traffic=moved,
                     passes=2 * len(parts),
+                    maxima=torch.stack(maxima).amax(dim=0) if maxima else None,
+                    known=share.batch.figures,
                 )
             )
 
     def evaluate(self, trials: Sequence[Trial]) -> None:
-        """Compute the mean held-out loss and metrics of each trial over all its held-out units."""
+        """Compute the mean held-out loss and metrics of each trial over all its held-out units, or of its answers."""
+        if (rollouts := trials[0].rollouts) is not None:
+            (trial,), step = trials, trials[0].progress.step
+            figures, samples = rollouts.evaluate(step)
+            trial.evaluated(figures)
+            trial.reporter.samples(step, samples)
+            return
         self.model.set_num_micro(1)
         objective, device = trials[0].objective, self.backend.ranks.device
         names, step = ("loss", *objective.needs.figures), trials[0].done
@@ -213,6 +229,12 @@ class Trainer:
         sums = self.backend.sum_over_ranks(totals).tolist()
         for trial, own_units, own_sums in zip(trials, units, sums, strict=True):
             trial.evaluated({f"eval_{name}": total / own_units for name, total in zip(names, own_sums, strict=True)})
+
+
+def _rows_of(values: Iterator[float], like: Tensor) -> list[list[float]]:
+    """Take the next values in the rows of a tensor, of which a vector has one each."""
+    width = like.shape[1] if like.dim() > 1 else 1
+    return [list(itertools.islice(values, width)) for _ in range(like.shape[0])]
 
 
 def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> None:

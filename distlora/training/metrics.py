@@ -159,6 +159,13 @@ def active_parameters(model: CausalLM) -> int:
 def describe_steps(reporter: Reporter, run: OpenRun) -> None:
     """Log the number of steps and rows, the empty rows that ranks will compute, the warm-up and the evaluations."""
     loader, total_steps, train = run.loader, run.total_steps, run.config.train
+    if train.needs.data == "prompts":
+        config = run.config
+        reporter.event(
+            f"{total_steps:,} steps of {train.global_batch:,} answers; every {config.steps_per_rollout:,} steps a "
+            f"rollout of {config.prompts_per_rollout:,} prompts, {config.rollout.num_generations:,} answers each"
+        )
+        return
     slots = loader.world * loader.micro_batch * loader.accumulation
     rows = min(loader.global_batch, len(loader.rows))
     line = f"{total_steps:,} step{'s' if total_steps > 1 else ''} of {rows:,} sequence{'s' if rows > 1 else ''}"

@@ -6,9 +6,9 @@ Single runs (worker.py) and multi-trial training (multi_trial/) both use it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -40,6 +40,9 @@ from distlora.training.reporter import Reporter
 from distlora.training.trial import Hooks, Trial
 from distlora.weights.initial_adapter_file import base_identity
 
+if TYPE_CHECKING:
+    from distlora.training.rollouts.loader import RolloutLoader
+
 
 @dataclass(frozen=True, slots=True)
 class OpenRun:
@@ -49,7 +52,6 @@ class OpenRun:
     config: Config
     loader: StepLoader
     eval_loader: StepLoader | None
-    total_steps: int
     data: Mapping[str, Any]
     """Content of data.json."""
     identity: Callable[[], Identity]
@@ -63,11 +65,21 @@ class OpenRun:
     """Lines for the log about the checkpoints."""
 
     @property
+    def rows_per_epoch(self) -> int:
+        """Sequences of an epoch's steps."""
+        return self.config.rows_per_epoch(len(self.loader.rows))
+
+    @property
     def evaluations(self) -> Cadence | None:
         """Evaluations between the first and the last step."""
         if self.eval_loader is None:
             return None
-        return self.config.train.evaluations(len(self.loader.rows), len(self.eval_loader.rows))
+        return self.config.train.evaluations(self.rows_per_epoch, len(self.eval_loader.rows))
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.config.train.total_steps(self.rows_per_epoch)
 
     def reporter(self, ranks: Ranks, *, label: str = "") -> Reporter:
         """Open the reporter. `label`: prefix of terminal lines, if several runs print there."""
@@ -103,7 +115,10 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
 
     Raises UserError for damaged records, and for a checkpoint of another run.
     """
-    loader, eval_loader = open_data(run_dir, config.train, ranks)
+    train = config.train
+    if train.needs.data == "prompts":
+        train = replace(train, global_batch=config.prompts_per_rollout)
+    loader, eval_loader = open_data(run_dir, train, ranks)
     data = read_record(run_dir / DATA_NAME)
     # What this run's bits depend on, apart from settings that a resume must not change.
     made_on = environment(ranks.world, ranks.device, compiles=config.train.compile is True)
@@ -118,7 +133,14 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
 
     def identity() -> Identity:
         base_id = base_identity(base, config.adapter, config.run_dir)
-        return identity_of(config.spec, config.optim, config.train, data_digest=data["content"], base_identity=base_id)
+        return identity_of(
+            config.spec,
+            config.optim,
+            config.train,
+            rollout=config.rollout,
+            data_digest=data["content"],
+            base_identity=base_id,
+        )
 
     newest, notes = choose(run_dir / CHECKPOINTS, ranks)
     progress = Progress()
@@ -132,7 +154,6 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
         config=config,
         loader=loader,
         eval_loader=eval_loader,
-        total_steps=config.train.total_steps(len(loader.rows)),
         data=data,
         identity=identity,
         made_on=made_on,
@@ -153,17 +174,20 @@ def trial_of(
     trained: Mapping[str, nn.Parameter],
     memory: MemoryCheck | None = None,
     slot: int | None = None,
+    rollouts: RolloutLoader | None = None,
 ) -> tuple[Trial, Saver]:
     """Return the run's trial and the saver of its checkpoints.
 
-    `trained` has the names of a checkpoint. `slot`: the slot of the run's adapter in multi-trial training.
+    `trained` has the names of a checkpoint. `slot`: the slot of the run's adapter in multi-trial training. `rollouts`
+    samples the answers to prompts.
     """
     config, settings = run.config, run.config.train
     adapter, identity = DEFAULT_ADAPTER if slot is None else slot_name(slot), run.identity()
 
     def state_files() -> dict[str, Any]:
         state = trainer_tensors(optimizer, trained, backend)
-        return {**weight_files(model, config.spec, adapter), TRAINER_NAME: state}
+        answers = {} if rollouts is None else rollouts.files(run.progress.step)
+        return {**weight_files(model, config.spec, adapter), TRAINER_NAME: state, **answers}
 
     saver = Saver(
         run.folder / CHECKPOINTS,
@@ -189,12 +213,14 @@ def trial_of(
         optimizer,
         gradients,
         loader=run.loader,
+        rollouts=rollouts,
         eval_loader=run.eval_loader,
         progress=run.progress,
         total_steps=run.total_steps,
         reporter=reporter,
         train=config.train,
         optim=config.optim,
+        rollout=config.rollout,
         hooks=Hooks(
             save=saver.save,
             save_last=saver.save_last,

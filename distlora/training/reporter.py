@@ -111,8 +111,8 @@ class Reporter:
         return self._writes and step not in self._sampled
 
     def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Record samples after `step` steps: (prompt, text) pairs."""
-        if not self._writes:
+        """Record samples after `step` steps: (prompt, text) pairs. A repeated step adds none."""
+        if not self.lacks_samples(step):
             return
         self._sampled.add(step)
         lines = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]

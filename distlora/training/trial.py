@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from distlora.checkpoint.saver import SaveError
 from distlora.checkpoint.state import Progress
-from distlora.config import OptimConfig, TrainConfig
+from distlora.config import OptimConfig, RolloutConfig, TrainConfig
 from distlora.config.plan import find_gpu
 from distlora.config.training import Cadence
 from distlora.data.loader import StepLoader
@@ -35,6 +36,9 @@ from distlora.training.objectives import objective_of
 from distlora.training.objectives.documents import DocumentLosses
 from distlora.training.optimizers import Optimizer, learning_rate
 from distlora.training.reporter import Reporter
+
+if TYPE_CHECKING:  # It imports parts of transformers that other runs do not need.
+    from distlora.training.rollouts.loader import RolloutLoader
 
 
 class NonFiniteError(FloatingPointError):
@@ -77,6 +81,10 @@ class StepFigures(NamedTuple):
     traffic: Traffic
     passes: int
     """Forward and backward passes: how often the step gathered each layer."""
+    maxima: Tensor | None = None
+    """(M,) the objective's metrics of which the largest counts."""
+    known: Mapping[str, float] = MappingProxyType({})
+    """Metrics that were known before the step, the same on every rank."""
 
 
 class Due(NamedTuple):
@@ -122,6 +130,8 @@ class Trial:
         train: TrainConfig,
         optim: OptimConfig,
         hooks: Hooks,
+        rollout: RolloutConfig | None = None,
+        rollouts: RolloutLoader | None = None,
         evaluations: Cadence | None = None,
         memory: MemoryCheck | None = None,
         slot: int | None = None,
@@ -129,20 +139,22 @@ class Trial:
         """Start from `progress`.
 
         `evaluations`: those between the first and the last step. `memory` measures one of the steps; `slot`: the
-        adapter's slot in multi-trial training.
+        adapter's slot in multi-trial training. `rollouts` samples the answers to the prompts of `loader`, by `rollout`.
         """
         self.backend, self.optimizer, self.gradients, self.slot = backend, optimizer, gradients, slot
-        self.loader, self.eval_loader, self.total_steps = loader, eval_loader, total_steps
+        self.loader: StepLoader | RolloutLoader = loader if rollouts is None else rollouts
+        self.rollouts, self.eval_loader, self.total_steps = rollouts, eval_loader, total_steps
         self.reporter, self.train, self.optim, self.hooks = reporter, train, optim, hooks
         self.progress, self.memory = progress, memory
-        self.evaluations, self._saves = evaluations, train.saves(len(loader.rows))
+        self.evaluations = evaluations
+        self._saves = train.saves(self.loader.steps_per_epoch * train.global_batch)
         self.first_step = progress.step
         """Step that this start resumes from, which is already saved."""
         self.step_traffic: Traffic | None = None
         """This rank's traffic per step in the last logged interval; None before the first."""
         self.step_passes = 0
         """Forward and backward passes per step in that interval."""
-        self.objective = objective_of(train)
+        self.objective = objective_of(train, rollout)
         self.held_out: dict[str, float] = {}
         """Metrics of the last evaluation, by name."""
         self.documents = DocumentLosses(eval_loader.rows) if eval_loader is not None and train.eval_documents else None
@@ -265,20 +277,23 @@ class Trial:
         if self.progress.step > 0 and self.may_save():
             self.hooks.save_last(self.progress)
 
-    def unread(self) -> tuple[Tensor, Tensor] | None:
-        """Return (S, 1 + F) fp32 sums of losses and metrics in the S unlogged steps, and (S,) fp32 gradient norms.
+    def unread(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return (S, 1 + F) fp32 sums of losses and metrics in the S unlogged steps, (S,) norms and (S, M) maxima.
 
         They are this rank's, on the device; None without steps.
         """
         if not self._interval.steps:
             return None
         sums = torch.stack([torch.cat([step.row_losses.sum()[None], step.figures]) for step in self._interval.steps])
-        return sums, torch.stack(self._interval.grad_norms)
+        maxima = [sums.new_zeros(0) if step.maxima is None else step.maxima for step in self._interval.steps]
+        return sums, torch.stack(self._interval.grad_norms), torch.stack(maxima)
 
-    def log(self, sums: Sequence[Sequence[float]], norms: Sequence[float]) -> None:
+    def log(
+        self, sums: Sequence[Sequence[float]], norms: Sequence[float], maxima: Sequence[Sequence[float]] = ()
+    ) -> None:
         """Write a line for each step of the interval, and start the next.
 
-        The arguments are `unread`'s, summed over ranks.
+        The arguments are `unread`'s, summed over ranks, and the largest of all ranks.
 
         Raises NonFiniteError, on every rank alike, if a step was not finite.
         """
@@ -313,6 +328,9 @@ class Trial:
             step_means = dict(zip(names, means[index], strict=True))
             figures = {**step_means, "lr": interval.rates[index], "grad_norm": norms[index], **shared}
             figures[self.objective.needs.unit] = interval.steps[index].units
+            if self.objective.needs.maxima:
+                figures |= zip(self.objective.needs.maxima, maxima[index], strict=True)
+            figures |= interval.steps[index].known
             if self.memory is not None:
                 figures |= self.memory.step_figures(interval.first_step + index)
             is_last = index == count - 1
@@ -322,6 +340,7 @@ class Trial:
                 shown=is_last,
                 expert_tokens=expert_tokens if is_last else None,
             )
+            self.objective.check(interval.first_step + index + 1, figures)
         self._watch_losses(interval.first_step, [mean[0] for mean in means[:updates]])
         if updates < len(means):
             self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])

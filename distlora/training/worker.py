@@ -84,17 +84,28 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         between = [opened.evaluations, None if every is None else Cadence(1, every)]
         step = measured_step(opened.progress.step, [c for c in between if c]) if config.plan.measure else None
         memory = None if step is None else MemoryCheck(model, optimizer, backend, plan=plan, step=step)
-        trial, saver = trial_of(
-            opened,
-            model,
-            backend,
-            reporter,
-            gradients=gradients,
-            optimizer=optimizer,
-            trained=trained,
-            memory=memory,
-        )
-        with saver:
+        with contextlib.ExitStack() as stack:
+            rollouts = None
+            if config.train.needs.data == "prompts":
+                # Imported late: it imports parts of transformers that other runs do not need.
+                from distlora.training.rollouts.loader import open_rollouts
+
+                loaders = (opened.loader, opened.eval_loader)
+                rollouts = stack.enter_context(
+                    open_rollouts(config, *loaders, model, backend, opened.data, opened.newest, reporter.event)
+                )
+            trial, saver = trial_of(
+                opened,
+                model,
+                backend,
+                reporter,
+                gradients=gradients,
+                optimizer=optimizer,
+                trained=trained,
+                memory=memory,
+                rollouts=rollouts,
+            )
+            stack.enter_context(saver)
             Trainer(model, backend, control, [trial]).fit()
         summarize(trial, model, loaded, config.adapter, trained)
         opened.publish(model, backend, reporter)

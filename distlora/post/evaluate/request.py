@@ -93,7 +93,7 @@ def held_out(trained: Trained, label: str, **settings: Any) -> Text:
     assert trained.data is not None
     require(
         trained.train.needs.data == "documents",
-        f"{label} held out pairs of answers (train.objective={trained.train.objective}), which have no perplexity; "
+        f"{label} held out data of train.objective={trained.train.objective}, which has no perplexity; "
         "name a text with --text FILE",
     )
     require(

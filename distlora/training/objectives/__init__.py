@@ -3,16 +3,29 @@
 `config/objectives.py` says what each needs of the data, the model and the settings.
 """
 
-from distlora.config import TrainConfig
+from distlora.config import RolloutConfig, TrainConfig
 from distlora.training.objectives.distill import Distill
 from distlora.training.objectives.dpo import DPO
+from distlora.training.objectives.grpo import GRPO, MismatchError
 from distlora.training.objectives.ipo import IPO
 from distlora.training.objectives.next_token import NextToken
 from distlora.training.objectives.objective import Losses, Objective
 from distlora.training.objectives.orpo import ORPO
 from distlora.training.objectives.simpo import SimPO
 
-__all__ = ["DPO", "IPO", "ORPO", "Distill", "Losses", "NextToken", "Objective", "SimPO", "objective_of"]
+__all__ = [
+    "DPO",
+    "GRPO",
+    "IPO",
+    "ORPO",
+    "Distill",
+    "Losses",
+    "MismatchError",
+    "NextToken",
+    "Objective",
+    "SimPO",
+    "objective_of",
+]
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": NextToken,
@@ -25,6 +38,9 @@ OBJECTIVES: dict[str, type[Objective]] = {
 """Objectives by train.objective."""
 
 
-def objective_of(train: TrainConfig) -> Objective:
-    """Return the objective of train.objective."""
+def objective_of(train: TrainConfig, rollout: RolloutConfig | None = None) -> Objective:
+    """Return the objective of train.objective. `rollout`: where answers are sampled."""
+    if train.needs.data == "prompts":
+        assert rollout is not None, "an objective of sampled answers"
+        return GRPO(train, rollout)
     return OBJECTIVES[train.objective](train)

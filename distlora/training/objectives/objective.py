@@ -4,12 +4,13 @@ An objective turns a micro-batch into loss sums per row, with gradient, and sums
 loss. Both are divided by the step's number of units (target tokens, pairs) over all ranks and micro-batches, which the
 loader knows in advance, so nothing depends on how rows are distributed. Nothing is read from the device.
 
-Letters: B rows, T tokens per row, P most pairs per row, F metrics.
+Letters: B rows, T tokens per row, P most pairs per row, F metrics, M of which the largest counts.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ class Losses(NamedTuple):
     """(F,) fp32 without gradient: sums of the objective's metrics over the rows' units."""
     units: Tensor | None = None
     """Loss per token (B, T), 0 without a target, or per pair of a row (B, P); only in an evaluation."""
+    maxima: Tensor | None = None
+    """(M,) fp32 without gradient: the objective's metrics of which the largest counts."""
 
 
 class Objective(ABC):
@@ -52,6 +55,9 @@ class Objective(ABC):
 
         `step` is the training step of the rows, or (B,) of each; None: an evaluation, no dropout.
         """
+
+    def check(self, step: int, figures: Mapping[str, float]) -> None:  # noqa: B027
+        """Raise an error if the metrics of a step, counted from 1, show that the run must not go on."""
 
 
 def send(batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -76,6 +82,7 @@ def run(
     with_reference: bool = False,
     by_token: bool = False,
     divergence: Divergence | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Run the model: loss sums (B,); `by_token`: (B, T); `with_reference`: of it and the initial model, (2, B, T).
 
@@ -93,4 +100,5 @@ def run(
         with_reference=with_reference,
         by_token=by_token,
         divergence=divergence,
+        temperature=temperature,
     )

@@ -100,7 +100,7 @@ def preview_documents(options: PreviewArguments) -> int:
         check_data(config.data, config.train.objective, config.run_dir)
         return preview(
             model,
-            config.data,
+            config.prepared_data,
             config.train,
             documents=options.rows,
             read_all=options.all,

@@ -86,8 +86,12 @@ def _subtitle(run: RunRecords) -> Iterator[str]:
 
 
 def _outcome(run: RunRecords) -> str | None:
-    """Return what training did to the held-out loss, in a sentence."""
+    """Return what training did to the held-out loss or reward, in a sentence."""
     held_out = run.metrics.held_out.get("eval_loss")
+    if (rewards := run.metrics.held_out.get("eval_reward")) is not None and rewards.steps[0] == 0 < rewards.steps[-1]:
+        before, after = (f"{value:.3f}" for value in (rewards.values[0], rewards.values[-1]))
+        end = f"{after} after step {rewards.steps[-1]:,.0f}"
+        return f"The mean held-out reward went from {before} before training to {end}."
     if held_out is None or len(held_out) < 2 or held_out.steps[0] != 0:
         return None
     step, lowest = held_out.lowest()
@@ -112,7 +116,9 @@ def _figures(run: RunRecords) -> Iterator[tuple[str, str, str | None]]:
     """Yield (name, value, remark) of the most important figures."""
     summary, training = run.summary, run.metrics.training
     held_out = run.metrics.held_out.get("eval_loss")
-    if held_out is not None:
+    if (rewards := run.metrics.held_out.get("eval_reward")) is not None:
+        yield "held-out reward", number(rewards.values[-1]), f"before training {number(rewards.values[0])}"
+    elif held_out is not None:
         first = f"before training {loss(held_out.values[0])}" if held_out.steps[0] == 0 else None
         yield "held-out loss", loss(held_out.values[-1]), first if len(held_out) > 1 else None
         step, lowest = held_out.lowest()
@@ -149,7 +155,7 @@ def _total_steps(run: RunRecords) -> int | None:
     if train.max_steps is not None:
         return train.max_steps
     rows = run.data.get("splits", {}).get("train", {}).get("rows")
-    return train.total_steps(rows) if rows else None
+    return train.total_steps(run.config.rows_per_epoch(rows)) if rows else None
 
 
 def _charts(run: RunRecords) -> Iterator[Chart]:
@@ -197,7 +203,8 @@ def _loss_chart(run: RunRecords) -> Chart:
         others = len(run.metrics.non_finite) - 1
         note = f"Not drawn because not finite: {name} of step {step:,}" + (f", and {others:,} more" if others else "")
     unit = "token" if run.config is None else run.config.train.needs.unit.removeprefix("target_").removesuffix("s")
-    return Chart(title="Loss", unit=f"nats per {unit}", lines=lines, is_wide=True, note=note)
+    scale = "" if "reward" in run.metrics.training else "nats "  # GRPO's loss is no log-probability.
+    return Chart(title="Loss", unit=f"{scale}per {unit}", lines=lines, is_wide=True, note=note)
 
 
 def _held_out(series: Series) -> Line:

@@ -1,0 +1,88 @@
+"""Settings of online reinforcement learning: how answers are sampled, and how their rewards become a loss."""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from distlora.config.errors import require, require_choices, require_positive
+
+MOST_DIFFERENCE = {"fp32": 1e-4, "bf16": 0.05}
+"""Default of rollout.max_logprob_difference by train.dtype. Sums of another order move a log-probability by about 1e-6
+in fp32 and 0.01 in bf16; another adapter, or positions that are off by one, by far more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """Answers that the model samples to the prompts of the data, and the loss by their rewards (train.objective=grpo).
+
+    Names and defaults are those of TRL's GRPOConfig where it has the setting.
+    """
+
+    num_generations: int = 8
+    """Answers per prompt: the group whose mean reward an answer is compared with. Divides train.global_batch x
+    steps_per_generation, the answers of a rollout."""
+    max_new_tokens: int = 512
+    """Most tokens of an answer. A prompt may have data.sequence_length less this; longer ones are dropped."""
+    temperature: float = 1.0
+    """Temperature of sampling. The loss and its ratios are those of the model at this temperature."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer, beside the tokens that end a text or a turn. The answer includes it."""
+    steps_per_generation: int = 1
+    """Optimizer steps that share a rollout, each with train.global_batch of its answers; from the second on they are
+    off policy (rollout/staleness)."""
+    num_iterations: int = 1
+    """Passes over a rollout's answers."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    """Average of the tokens' losses: over all tokens of the step (`dapo`, arXiv 2503.14476), over each answer's tokens
+    and then over answers (`grpo`, arXiv 2402.03300), or their sum over answers x max_new_tokens (`dr_grpo`, arXiv
+    2503.20783)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divisor of an advantage, reward less the group's mean: the group's standard deviation, that of all answers of the
+    rollout, or none (Dr. GRPO)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Ratio of new to old probability, which is clipped: each token's, or the geometric mean of an answer's (GSPO,
+    arXiv 2507.18071)."""
+    epsilon: float = 0.2
+    """Ratios below 1 - epsilon are clipped; GSPO needs about 3e-4."""
+    epsilon_high: float | None = None
+    """Ratios above 1 + epsilon_high are clipped; null: epsilon. DAPO sets 0.28."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL term by the ratio, so that its gradient is that of the KL divergence (DeepSeek-V3.2). false:
+    equation 4 of the GRPO paper. Needs train.beta."""
+    mask_truncated_completions: bool = False
+    """Leave answers that max_new_tokens cut off out of the loss (DAPO)."""
+    eval_temperature: float = 0.0
+    """Temperature of the one answer to each held-out prompt; 0: the likeliest token."""
+    max_logprob_difference: float | None = None
+    """Largest mean difference, in nats, between the log-probabilities that the sampler reported and those that training
+    computes at the same weights; a run that exceeds it fails. null: 1e-4 in fp32, 0.05 in bf16."""
+
+    def __post_init__(self) -> None:
+        require_choices("rollout", self)
+        numbers = "num_generations max_new_tokens temperature steps_per_generation num_iterations epsilon epsilon_high"
+        require_positive("rollout", self, *numbers.split(), "max_logprob_difference")
+        require(
+            self.num_generations > 1,
+            "rollout.num_generations=1 leaves an answer nothing to be compared with; set it to 2 or more (8 is usual)",
+        )
+        require(
+            self.epsilon <= 1,
+            f"rollout.epsilon={self.epsilon} would clip at a negative ratio; set it to at most 1 (0.2 is usual)",
+        )
+        require(
+            0 <= self.eval_temperature < float("inf"),
+            f"rollout.eval_temperature={self.eval_temperature} is not a temperature; set 0 (the likeliest token) or "
+            "more",
+        )
+        require(
+            all(self.stop),
+            "rollout.stop has an empty text, which would end every answer at once; leave it out",
+        )
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the settings that differ from the defaults."""
+        return [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+
+    def most_difference(self, dtype: str) -> float:
+        """Return the bound of the mean difference of log-probabilities, in nats."""
+        return MOST_DIFFERENCE[dtype] if self.max_logprob_difference is None else self.max_logprob_difference

@@ -1,0 +1,104 @@
+"""GRPO (arXiv 2402.03300, equation 3; its KL estimate: equation 4), and what later papers changed in it.
+
+DAPO (arXiv 2503.14476, equation 8) and Dr. GRPO (arXiv 2503.20783) average the tokens otherwise, which the weights of
+the labels hold (training/rollouts/). GSPO (arXiv 2507.18071, equations 5 and 7) has one ratio per answer.
+
+Letters: B rows, T tokens per row, P most answers per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from distlora.config import RolloutConfig, TrainConfig
+from distlora.data.loader import MicroBatch, StepBatch
+from distlora.model.build import CausalLM
+from distlora.training.objectives.objective import Losses, Objective, run, send
+
+
+class MismatchError(RuntimeError):
+    """Report that training computes other log-probabilities than the sampler reported at the same weights."""
+
+
+class GRPO(Objective):
+    """-min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A) of each sampled token, and beta times a KL estimate.
+
+    w is the ratio of the token's probability (GSPO: of its answer's, to the power of 1 / tokens) to the one that the
+    sampler reported, which training never computes again.
+    """
+
+    def __init__(self, train: TrainConfig, rollout: RolloutConfig) -> None:
+        super().__init__(train)
+        self.rollout = rollout
+        self._beta = train.of_objective("beta")
+        self._high = rollout.epsilon if rollout.epsilon_high is None else rollout.epsilon_high
+
+    def units(self, batch: StepBatch) -> int:
+        """Return the sampled tokens that are trained in the step, over all ranks; 1 if there are none."""
+        return max(batch.global_targets, 1)
+
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
+        """Compute the losses of the sampled tokens."""
+        sent, rollout = send(batch, device), self.rollout
+        old, advantages, weights = sent.logps, sent.advantages, sent.weights
+        assert old is not None
+        assert advantages is not None
+        assert weights is not None
+        is_label = sent.labels >= 0
+        # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
+        answers = None
+        if rollout.importance_sampling_level == "sequence":
+            answers = answers_of(sent.position_ids, is_label, int((batch.position_ids == 0).sum(dim=1).max()))
+        reference = None
+        if self.needs.reference:
+            losses, reference = run(model, batch, sent, step, with_reference=True, temperature=rollout.temperature)
+        else:
+            losses = run(model, batch, sent, step, by_token=True, temperature=rollout.temperature)
+        log_ratio = torch.where(is_label, -losses - old, 0.0)
+        ratio = (log_ratio if answers is None else mean_by_answer(log_ratio, answers)).exp()
+        clipped = ratio.clamp(1 - rollout.epsilon, 1 + self._high)
+        tokens = -torch.minimum(ratio * advantages, clipped * advantages)
+        kl = torch.zeros_like(tokens)
+        if reference is not None:
+            drift = torch.where(is_label, losses - reference, 0.0)  # log p_ref - log p.
+            kl = drift.exp() - drift - 1
+            if rollout.use_bias_correction_kl:
+                kl = kl * ratio
+            tokens = tokens + self._beta * kl
+        with torch.no_grad():
+            difference = log_ratio.abs()
+            low = (ratio < 1 - rollout.epsilon) & (advantages < 0) & is_label
+            high = (ratio > 1 + self._high) & (advantages > 0) & is_label
+            sums = torch.stack([figure.sum() for figure in (kl, low.float(), high.float(), difference)])
+        # Not a product with zeros: what stands where nothing is sampled may not be finite.
+        return Losses(torch.where(is_label, tokens * weights, 0.0).sum(dim=1), sums, maxima=difference.max()[None])
+
+    def check(self, step: int, figures: Mapping[str, float]) -> None:
+        """Raise MismatchError if the first step after a rollout computes other log-probabilities than the sampler."""
+        mean, bound = figures["rollout/logprob_difference_mean"], self.rollout.most_difference(self.train.dtype)
+        if figures["rollout/staleness"] == 0 and not mean <= bound:
+            raise MismatchError(
+                f"step {step}: training computes log-probabilities that differ from the sampler's by {mean:.2e} nats "
+                f"on average (most {figures['rollout/logprob_difference_max']:.2e}), more than rollout."
+                f"max_logprob_difference={bound:g}, although the weights are the same: its ratios would be wrong. That "
+                "is an error of distlora for this model; please report it, or train all the same with a larger bound"
+            )
+
+
+def answers_of(position_ids: Tensor, is_label: Tensor, most: int) -> Tensor:
+    """Return a mask (B, P, T) of the sampled tokens of each answer, P = `most`. A document holds one answer.
+
+    From position_ids and is_label (B, T), on their device, without a host read.
+    """
+    document = (position_ids == 0).cumsum(dim=1) - 1
+    number = torch.arange(most, device=position_ids.device).view(1, most, 1)
+    return (document[:, None, :] == number) & is_label[:, None, :]
+
+
+def mean_by_answer(values: Tensor, answers: Tensor) -> Tensor:
+    """Return at each token (B, T) the mean over its answer. Scatter has no fixed summation order on a GPU."""
+    means = torch.where(answers, values[:, None, :], 0.0).sum(dim=-1) / answers.sum(dim=-1).clamp(min=1)
+    return torch.where(answers, means[:, :, None], 0.0).sum(dim=1)

@@ -1,0 +1,269 @@
+"""Give the trainer each step's answers: sampled and scored when those of the last rollout are used up."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distlora.config import Config, UserError
+from distlora.data.loader import EMPTY, StepBatch, StepLoader
+from distlora.data.packing import PARTS, SAMPLES, hash64
+from distlora.generation.engine import Engine, Request
+from distlora.generation.prompts import PromptEncoder
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend, watch
+from distlora.rewards.pool import RewardInput, RewardPool
+from distlora.run_folder.layout import ROLLOUT_NAME
+from distlora.training.rollouts.rollout import Rollout, figures_of, pack_answers, parts
+
+SHOWN = 3
+"""Held-out prompts whose answers are written at each evaluation."""
+
+
+@dataclass(eq=False)
+class RolloutLoader:
+    """Answers of each step, with the interface of StepLoader. Every rank calls it alike.
+
+    The prompts of a rollout, the seeds of its answers and their order are functions of (train.seed, its number). All
+    ranks hold the whole rollout; a rank generates and scores its part of the answers.
+    """
+
+    prompts: StepLoader
+    """The prompts of each rollout, a row each."""
+    held_out: StepLoader | None
+    _: KW_ONLY
+    config: Config
+    engine: Engine
+    encoder: PromptEncoder
+    pool: RewardPool
+    backend: Backend
+    rollout: Rollout | None = None
+    """The newest rollout; of a resumed run what the checkpoint held."""
+    _figures: dict[str, float] = field(default_factory=dict)
+    """Metrics of the rollout."""
+    _num_rows: dict[int, int] = field(default_factory=dict)
+    """Rows of each step of this start."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank."""
+        return self.prompts.rank
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit every prompt once."""
+        return self.prompts.steps_per_epoch * self.config.steps_per_rollout
+
+    def sample(self, step: int) -> Rollout:
+        """Return the rollout of a step (from 0). Its answers are sampled where it begins."""
+        within = step % self.config.steps_per_rollout
+        if self.rollout is None or int(self.rollout.step) != step - within:
+            if within:
+                raise UserError(
+                    f"the checkpoint of step {step} lacks the answers that it was trained on; move it out of the run "
+                    "folder, and the checkpoint before it is used"
+                )
+            began, settings, number = time.monotonic(), self.config.rollout, step // self.config.steps_per_rollout
+            rows, seed = self.prompts.rows_of_step(number), (1, number)
+            self.rollout, _ = self._answers(
+                self.prompts, rows, settings.num_generations, settings.temperature, seed, step
+            )
+            self._figures["rollout/seconds"] = time.monotonic() - began
+        return self.rollout
+
+    def batch(self, step: int) -> StepBatch:
+        """Return this rank's micro-batches of a step (from 0)."""
+        rollout, settings, within = self.sample(step), self.config.rollout, step % self.config.steps_per_rollout
+        totals = rollout.totals(self.config.data.reward_weights)
+        iteration, part = divmod(within, settings.steps_per_generation)
+        order = np.arange(len(rollout))
+        if settings.steps_per_generation > 1:  # So that a step has answers of more groups.
+            words = (PARTS, self.config.train.seed, step - within, iteration)
+            order = np.argsort(hash64(words, len(rollout)), kind="stable")
+        packed = pack_answers(
+            rollout,
+            order[list(parts(len(rollout), settings.steps_per_generation))[part]],
+            totals,
+            settings,
+            sequence_length=self.config.data.sequence_length,
+            pad=self.prompts.rows.pad_token_id,
+            with_kl=self.config.train.needs.reference,
+        )
+        self._num_rows[step] = len(packed)
+        own = self.rows_of_ranks(step)[:, self.rank]
+        figures = figures_of(rollout, totals, self.config.data.rewards, settings.num_generations)
+        batch = StepBatch(
+            micro_batches=[packed.micro_batch(rows, self.prompts.rows.pad_token_id) for rows in own],
+            global_targets=packed.num_labels,
+            global_pairs=0,
+            global_rows=len(packed),
+            rows=tuple(own.reshape(-1).tolist()),
+            figures={**figures, **self._figures, "rollout/staleness": within},
+        )
+        self._figures = {}
+        return batch
+
+    def rows_of_ranks(self, step: int) -> np.ndarray:
+        """Return the rows of all ranks in a past step: (accumulation, world, micro_batch), -1 for an empty row."""
+        count, world, micro_batch = self._num_rows[step], self.prompts.world, self.prompts.micro_batch
+        slots = np.full((-(-count // (world * micro_batch)), world, micro_batch), EMPTY, np.int64)
+        slots.reshape(-1)[:count] = np.arange(count)
+        return slots
+
+    def files(self, step: int) -> dict[str, dict[str, Tensor]]:
+        """Return the file of a checkpoint after `step` steps: the rollout, if a next step trains on it."""
+        per_rollout = self.config.steps_per_rollout
+        if self.rollout is None or step % per_rollout == 0 or int(self.rollout.step) != step - step % per_rollout:
+            return {}
+        return {ROLLOUT_NAME: self.rollout.tensors()}
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take the rollout of a checkpoint, if it holds one."""
+        if (path := checkpoint / ROLLOUT_NAME).is_file():
+            self.rollout = Rollout.read(path)
+
+    def evaluate(self, step: int) -> tuple[dict[str, float], list[tuple[str, str]]]:
+        """Return the metrics of answers to the held-out prompts, and the first SHOWN prompts with their answers.
+
+        eval_loss is the negative mean reward, as that is what the objective minimizes.
+        """
+        assert self.held_out is not None
+        rows = np.arange(len(self.held_out.rows))
+        rollout, texts = self._answers(self.held_out, rows, 1, self.config.rollout.eval_temperature, (0,), step)
+        figures = figures_of(rollout, rollout.totals(self.config.data.reward_weights), self.config.data.rewards, 1)
+        for name in ("reward_std", "frac_reward_zero_std", "entropy"):
+            del figures[name]
+        figures, self._figures = {"loss": -figures["reward"], **figures, **self._figures}, {}
+        shown = [(_text_of(self._record(self.held_out, row)["prompt"]), texts[row]) for row in range(len(texts))]
+        return {f"eval_{name}": value for name, value in figures.items()}, shown
+
+    def _answers(
+        self,
+        prompts: StepLoader,
+        rows: np.ndarray,
+        group: int,
+        temperature: float,
+        words: Sequence[int],
+        step: int,
+    ) -> tuple[Rollout, list[str]]:
+        """Return `group` answers to each prompt (rows,), scored, and the first SHOWN of them as text.
+
+        `words`: what their seeds depend on beside train.seed.
+        """
+        settings, watched = self.config.rollout, step + 1
+        watch.at(watched, "sampling answers", long=True)
+        tokens = [prompts.rows.tokens[row, : prompts.rows.targets[row] + 1].tolist() for row in rows.tolist()]
+        seeds = hash64((SAMPLES, self.config.train.seed, *words), len(rows) * group).tolist()
+        requests = [
+            Request(
+                tokens=tokens[index // group],
+                seed=seed,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=temperature,
+                stop=settings.stop,
+            )
+            for index, seed in enumerate(seeds)
+        ]
+        samples = self.engine.run(requests)
+        watch.at(watched, "computing rewards", long=True)
+        texts = {}
+        inputs = []
+        mine = range(*(number * len(samples) // prompts.world for number in (prompts.rank, prompts.rank + 1)))
+        for index in dict.fromkeys([*range(min(SHOWN, len(samples))), *mine]):
+            texts[index] = self._decoded(samples[index].tokens)
+        for index in mine:
+            record = self._record(prompts, int(rows[index // group]))
+            is_text = isinstance(record["prompt"], str)
+            inputs.append(
+                RewardInput(
+                    prompt=record["prompt"],
+                    completion=texts[index] if is_text else [{"role": "assistant", "content": texts[index]}],
+                    columns=record["columns"],
+                    completion_ids=samples[index].tokens,
+                )
+            )
+        rewards, failed = self._scored(inputs, mine, len(samples))
+        rollout = Rollout(
+            step=np.array(step, np.int64),
+            prompt_lengths=np.array([len(request.tokens) for request in requests], np.int64),
+            lengths=np.array([len(sample.tokens) for sample in samples], np.int64),
+            tokens=np.concatenate([[*r.tokens, *s.tokens] for r, s in zip(requests, samples, strict=True)]),
+            logps=np.concatenate([np.array(sample.logprobs, np.float32) for sample in samples]),
+            ended=np.array([sample.ended for sample in samples], np.int64),
+            rewards=rewards,
+            failed=failed,
+        )
+        return rollout, [texts[index] for index in range(min(SHOWN, len(samples)))]
+
+    def _scored(self, inputs: list[RewardInput], mine: range, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return all ranks' rewards (N, R), NaN where there is none, and failures (N,); counts of these are metrics."""
+        scores = self.pool.score(inputs)
+        table = torch.zeros(count, len(self.config.data.rewards) + 1, dtype=torch.float64)
+        if inputs:
+            values = [[math.nan if value is None else value for value in row] for row in scores.values]
+            failed = torch.tensor(scores.failed, dtype=torch.float64)
+            table[mine.start : mine.stop] = torch.cat(
+                [torch.tensor(values, dtype=torch.float64), failed[:, None]], dim=1
+            )
+        counts = torch.tensor(list(scores.counts.values()), dtype=torch.float64)
+        device = self.backend.ranks.device
+        sums = self.backend.sum_over_ranks(torch.cat([table.flatten(), counts]).to(device)).cpu()
+        failures = zip(scores.counts, sums[table.numel() :].tolist(), strict=True)
+        self._figures = {name: int(number) for name, number in failures if number}
+        table = sums[: table.numel()].view(table.shape)
+        return table[:, :-1].contiguous().numpy(), table[:, -1].to(torch.int64).numpy()
+
+    def _decoded(self, tokens: list[int]) -> str:
+        text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def _record(self, prompts: StepLoader, row: int) -> dict[str, Any]:
+        assert prompts.rows.records is not None, "data of prompts"
+        return prompts.rows.records[row]
+
+
+@contextlib.contextmanager
+def open_rollouts(
+    config: Config,
+    prompts: StepLoader,
+    held_out: StepLoader | None,
+    model: CausalLM,
+    backend: Backend,
+    data: Mapping[str, Any],
+    checkpoint: Path | None,
+    log: Callable[[str], None],
+) -> Iterator[RolloutLoader]:
+    """Start the processes of rewards, and return the loader of sampled answers.
+
+    `data`: content of RUN/data.json. `checkpoint`: where a resumed run finds the newest rollout.
+    """
+    if config.rollout.temperature != 1.0 and not model.head.is_product:
+        raise UserError(
+            f"rollout.temperature={config.rollout.temperature:g} divides logits, which "
+            f"{model.hf_config.model_type} does not compute by a product alone; set it to 1"
+        )
+    encoder = PromptEncoder(model, config.model, data)
+    ends = encoder.stop_tokens(config.model.path)
+    engine = Engine(model, backend, end_tokens=ends, tokenizer=encoder.tokenizer)
+    with RewardPool(config.data, log=log) as pool:
+        loader = RolloutLoader(
+            prompts, held_out, config=config, engine=engine, encoder=encoder, pool=pool, backend=backend
+        )
+        if checkpoint is not None:
+            loader.restore(checkpoint)
+        yield loader
+
+
+def _text_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """Return a prompt as a text: of messages the last one's."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))

@@ -1,0 +1,226 @@
+"""A rollout: sampled answers with their log-probabilities and rewards, and how they become packed sequences.
+
+Letters: N answers, G answers of a group (of one prompt), R rewards, L tokens per row, B rows of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distlora.architecture.safetensors_headers import read_header
+from distlora.config import RolloutConfig, UserError
+from distlora.data.loader import EMPTY, IGNORED, MicroBatch
+from distlora.data.packing import assign_rows
+from distlora.rewards.pool import Scores
+from distlora.weights.reader import TORCH_DTYPES, Reader
+
+STD_FLOOR = 1e-4
+"""Constant that is added to a standard deviation before it divides, as in TRL."""
+LENGTH_MULTIPLE = 64
+"""The rows of a step are as long as the fullest, rounded up to this, and at most data.sequence_length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """Answers to the prompts of one rollout, in the order of the prompts, G of each. The same on every rank."""
+
+    step: np.ndarray
+    """() int64: optimizer steps that were done when they were sampled."""
+    prompt_lengths: np.ndarray
+    """(N,) int64."""
+    lengths: np.ndarray
+    """(N,) int64: tokens of each answer."""
+    tokens: np.ndarray
+    """Flat int64: prompt and answer, one after the other."""
+    logps: np.ndarray
+    """Flat fp32: log-probability of each token of the answers, as the sampler reported it."""
+    ended: np.ndarray
+    """(N,) int64: 1 if the model ended the answer, 0 if max_new_tokens did."""
+    rewards: np.ndarray
+    """(N, R) float64: NaN where a reward does not apply or failed."""
+    failed: np.ndarray
+    """(N,) int64: 1 if a reward of the answer failed."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return it as the tensors of a checkpoint."""
+        arrays = {item.name: np.atleast_1d(getattr(self, item.name)) for item in fields(self)}
+        # No weight is fp64, so the files of checkpoints have no such dtype: its bits.
+        return {
+            name: torch.from_numpy(array.view(_STORED.get(array.dtype, array.dtype))) for name, array in arrays.items()
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Rollout:
+        """Read the file of a checkpoint. Raises UserError for a file that is none."""
+        remedy = "move its folder out of the run folder, then the checkpoint before it is used"
+        stored, names = read_header(path, remedy=remedy), {item.name for item in fields(cls)}
+        if stored.keys() != names or any(segment.dtype not in TORCH_DTYPES for segment in stored.values()):
+            raise UserError(
+                f"{path} is damaged: it holds {', '.join(stored)}, not {', '.join(sorted(names))}; {remedy}"
+            )
+        with Reader() as reader:
+            arrays = {
+                name: reader.read([segment], 0, segment.numel).view(segment.shape).numpy()
+                for name, segment in stored.items()
+            }
+        return cls(**arrays | {"step": arrays["step"].reshape(()), "rewards": arrays["rewards"].view(np.float64)})
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def totals(self, weights: Sequence[float]) -> np.ndarray:
+        """Return (N,) float64 weighted sums of the rewards; NaN for an answer that is left out."""
+        values = [[None if math.isnan(value) else value for value in row] for row in self.rewards.tolist()]
+        totals = Scores(values=values, failed=self.failed.astype(bool).tolist(), counts={}).totals(weights)
+        return np.array([math.nan if total is None else total for total in totals], np.float64)
+
+
+_STORED = {np.dtype(np.float64): np.dtype(np.int64)}
+
+
+def advantages_of(totals: np.ndarray, group: int, scale: str) -> np.ndarray:
+    """Return (N,) fp32 advantages from the total rewards (N,), NaN for answers that are left out.
+
+    Reward less the mean of the group's, divided as `scale` (rollout.scale_rewards) says. 0 for what is left out.
+    """
+    groups = totals.reshape(-1, group)
+    values = groups - _means(groups)[:, None]
+    if scale == "group":
+        values = values / (_deviations(groups)[:, None] + STD_FLOOR)
+    elif scale == "batch":
+        values = values / (_deviations(totals[None]) + STD_FLOOR)
+    return np.nan_to_num(values.reshape(-1), nan=0.0).astype(np.float32)
+
+
+def _means(rows: np.ndarray) -> np.ndarray:
+    counts = np.count_nonzero(~np.isnan(rows), axis=1)
+    return np.nansum(rows, axis=1) / np.maximum(counts, 1)
+
+
+def _deviations(rows: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of each row with Bessel's correction; NaN with fewer than two values."""
+    counts = np.count_nonzero(~np.isnan(rows), axis=1)
+    squares = np.nansum((rows - _means(rows)[:, None]) ** 2, axis=1)
+    return np.sqrt(squares / np.where(counts > 1, counts - 1, np.nan))
+
+
+def figures_of(rollout: Rollout, totals: np.ndarray, names: Sequence[str], group: int) -> dict[str, float]:
+    """Return the metrics of a rollout, by TRL's names. entropy: its estimate from the sampled tokens."""
+    deviations = _deviations(totals.reshape(-1, group))
+    figures = {
+        "reward": float(_means(totals[None])[0]),
+        "reward_std": float(_means(deviations[None])[0]),
+        "frac_reward_zero_std": float(np.mean(np.nan_to_num(deviations) < 1e-8)),
+        "completions/mean_length": float(rollout.lengths.mean()),
+        "completions/clipped_ratio": float(np.mean(rollout.ended == 0)),
+        "entropy": float(-rollout.logps.mean(dtype=np.float64)),
+        "rewards/failed": int(rollout.failed.sum()),
+    }
+    for number, name in enumerate(names):
+        figures[f"rewards/{name}/mean"] = float(_means(rollout.rewards[None, :, number])[0])
+    return figures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedAnswers:
+    """The answers of a step as rows: prompt and answer are a document, whose labels are the answer's tokens."""
+
+    input_ids: np.ndarray
+    """(rows, L) int64, as all others but fp32 `logps`, `advantages` and `weights`: as in MicroBatch."""
+    labels: np.ndarray
+    position_ids: np.ndarray
+    logps: np.ndarray
+    advantages: np.ndarray
+    weights: np.ndarray
+    num_labels: int
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def micro_batch(self, rows: np.ndarray, pad: int) -> MicroBatch:
+        """Return the rows of these numbers (B,), EMPTY for one without labels."""
+        length, is_empty = self.input_ids.shape[1], rows == EMPTY
+        arrays = {
+            item: getattr(self, item)[np.where(is_empty, 0, rows)] for item in MicroBatch._fields if item in _ARRAYS
+        }
+        arrays["input_ids"][is_empty], arrays["labels"][is_empty] = pad, IGNORED
+        arrays["position_ids"][is_empty] = np.arange(length)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return MicroBatch(**tensors, rows=torch.from_numpy(rows.astype(np.int64)))
+
+
+_ARRAYS = ("input_ids", "labels", "position_ids", "logps", "advantages", "weights")
+
+
+def pack_answers(
+    rollout: Rollout,
+    answers: np.ndarray,
+    totals: np.ndarray,
+    settings: RolloutConfig,
+    *,
+    sequence_length: int,
+    pad: int,
+    with_kl: bool,
+) -> PackedAnswers:
+    """Pack the answers of these numbers, (n,) integers, for one optimizer step, with weights of rollout.loss_type.
+
+    Answers whose loss has no gradient whatever the model is do not run: those of a group with equal rewards, without a
+    KL term, and truncated ones that are masked. They count in the means all the same. `totals` (N,) of all answers.
+    """
+    advantages = advantages_of(totals, settings.num_generations, settings.scale_rewards)
+    counts = ~np.isnan(totals)
+    trains = counts & ((rollout.ended == 1) | (not settings.mask_truncated_completions))
+    runs = [answer for answer in answers.tolist() if trains[answer] and (with_kl or advantages[answer] != 0)]
+    lengths = rollout.lengths
+    num_labels = int(lengths[runs].sum())
+    # The sum of the weighted losses is divided by num_labels.
+    if settings.loss_type == "dapo":
+        weights = np.full(len(rollout), num_labels / max(int(lengths[answers][trains[answers]].sum()), 1))
+    else:
+        divisor = lengths if settings.loss_type == "grpo" else np.full(len(rollout), settings.max_new_tokens)
+        weights = num_labels / (max(int(np.count_nonzero(counts[answers])), 1) * divisor)
+    sizes = rollout.prompt_lengths + lengths
+    row_of = assign_rows(sizes[runs], sequence_length)
+    num_rows = max(int(row_of.max(initial=0)) + 1, 1)
+    fullest = int(np.bincount(row_of, weights=sizes[runs], minlength=1).max(initial=1))
+    length = min(-(-fullest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, sequence_length)
+    packed = PackedAnswers(
+        input_ids=np.full((num_rows, length), pad, np.int64),
+        labels=np.full((num_rows, length), IGNORED, np.int64),
+        position_ids=np.tile(np.arange(length), (num_rows, 1)),
+        logps=np.zeros((num_rows, length), np.float32),
+        advantages=np.zeros((num_rows, length), np.float32),
+        weights=np.zeros((num_rows, length), np.float32),
+        num_labels=num_labels,
+    )
+    ends, logp_ends = np.cumsum(sizes), np.cumsum(lengths)
+    filled = np.zeros(num_rows, np.int64)
+    for row, answer in zip(row_of.tolist(), runs, strict=True):
+        start, size = int(filled[row]), int(sizes[answer])
+        filled[row] += size
+        tokens = rollout.tokens[ends[answer] - size : ends[answer]]
+        packed.input_ids[row, start : start + size] = tokens
+        # Behind it another answer begins, or the padding.
+        packed.position_ids[row, start:] = np.arange(length - start)
+        packed.position_ids[row, start + size :] = np.arange(length - start - size)
+        # The label at a position is the next token.
+        labels = slice(start + int(rollout.prompt_lengths[answer]) - 1, start + size - 1)
+        packed.labels[row, labels] = tokens[rollout.prompt_lengths[answer] :]
+        packed.logps[row, labels] = rollout.logps[logp_ends[answer] - lengths[answer] : logp_ends[answer]]
+        packed.advantages[row, labels] = advantages[answer]
+        packed.weights[row, labels] = weights[answer]
+    return packed
+
+
+def parts(count: int, steps: int) -> Iterator[slice]:
+    """Yield the parts of a rollout's `count` answers, one per step, as equal as they can be."""
+    bounds = [number * count // steps for number in range(steps + 1)]
+    return (slice(first, last) for first, last in itertools.pairwise(bounds))

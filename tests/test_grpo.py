@@ -1,0 +1,308 @@
+"""GRPO: losses and gradients equal TRL 1.16.0's trainer; rollouts, their receipt, and what a resume continues from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from closeness import adapter_of, assert_adapters_close, assert_close, assert_losses_close, assert_same_run
+from distlora.config import UserError
+from distlora.config.file import load_config
+from distlora.data.prepare import open_split
+from distlora.loading.peft_format import adapter_tensors
+from distlora.parallel import Ranks
+from distlora.run_folder.layout import ROLLOUT_NAME
+from distlora.training import worker
+from distlora.training.objectives import GRPO, MismatchError
+from distlora.training.rollouts.rollout import Rollout, advantages_of, pack_answers
+from distlora.training.setup import start_adapters, start_run_model
+from distlora.training.worker import trained_parameters
+from family_models import SINGLE
+from small_models import make_run, read_metrics, tokenizer
+from test_objectives_trl import Theirs, move_adapters, their_model
+from worlds import World
+
+GROUP, MOST = 4, 12
+
+
+def questions(count: int = 12) -> list[dict[str, Any]]:
+    """Return prompts whose answers are one letter, with columns for rewards."""
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+    prompts = [f"{words[number % 6]} {'very ' * (number // 6)}:" for number in range(count)]
+    return [{"prompt": prompt, "answer": "abgdez"[n % 6], "n": n} for n, prompt in enumerate(prompts)]
+
+
+def grpo_run(run_dir: Path, folders: Path, **sections: Any) -> Any:
+    """Prepare a run on these prompts."""
+    data = run_dir.with_suffix(".jsonl")
+    data.write_text("".join(json.dumps(record) + "\n" for record in questions()))
+    given = {
+        "data": {"path": str(data), "sequence_length": 64, "eval_fraction": 0.2, "rewards": ["exact_match"]},
+        "rollout": {"num_generations": GROUP, "max_new_tokens": MOST},
+        "train": {"objective": "grpo", "max_steps": 4, "global_batch": 12, "micro_batch": 2, "dtype": "fp32"},
+    }
+    merged = {name: {**given.get(name, {}), **sections.get(name, {})} for name in given.keys() | sections.keys()}
+    return make_run(run_dir, folders, **merged)
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
+    "dapo": ({"epsilon_high": 0.28}, 0.0),
+    "dapo-kl": ({"mask_truncated_completions": True}, 0.3),
+    "grpo-kl": ({"loss_type": "grpo", "use_bias_correction_kl": False}, 0.04),
+    "dr_grpo": ({"loss_type": "dr_grpo", "scale_rewards": "none"}, 0.0),
+    "gspo-kl": ({"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.05}, 0.1),
+    "temperature-kl": ({"temperature": 0.7}, 0.1),
+}
+
+
+def made_rollout(prompts: list[list[int]], vocabulary: int) -> Rollout:
+    """Return answers of random tokens and lengths; a third of them was cut off."""
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(1, MOST + 1, len(prompts) * GROUP)
+    answers = [draw.integers(0, vocabulary, length).tolist() for length in lengths]
+    return Rollout(
+        step=np.array(0),
+        prompt_lengths=np.array([len(prompts[index // GROUP]) for index in range(len(answers))]),
+        lengths=lengths,
+        tokens=np.concatenate([[*prompts[index // GROUP], *answer] for index, answer in enumerate(answers)]),
+        logps=np.zeros(lengths.sum(), np.float32),
+        ended=(draw.random(len(answers)) > 0.3).astype(np.int64),
+        rewards=draw.integers(0, 4, (len(answers), 1)).astype(np.float64),
+        failed=np.zeros(len(answers), np.int64),
+    )
+
+
+def padded(rows: list[np.ndarray], *, left: bool = False) -> torch.Tensor:
+    most = max(map(len, rows))
+    gaps = [(most - len(row), 0) if left else (0, most - len(row)) for row in rows]
+    return torch.from_numpy(np.stack([np.pad(row, gap) for row, gap in zip(rows, gaps, strict=True)]))
+
+
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_losses_and_gradients_equal_trls(folders: Path, tmp_path: Path, quant: str) -> None:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    grpo_run(tmp_path / "run", folders, quant={"method": quant}, train={"beta": 0.1})
+    config = load_config(tmp_path / "run")
+    model, backend, _ = start_run_model(config, SINGLE)
+    trained = trained_parameters(model)
+    start_adapters(model, config.spec, backend, is_reference=True, restores=False)
+    move_adapters(model)
+    tuned, parameters = their_model(folders / "llama", model, config.spec)
+    rows = open_split(tmp_path / "run", "train")
+    assert rows is not None
+    prompts = [rows.tokens[row, : rows.targets[row] + 1].tolist() for row in range(3)]
+    rollout = made_rollout(prompts, model.vocabulary.rows)
+    wholes = np.split(rollout.tokens, np.cumsum(rollout.prompt_lengths + rollout.lengths)[:-1])
+    asked = [whole[:size] for whole, size in zip(wholes, rollout.prompt_lengths, strict=True)]
+    answered = [whole[size:] for whole, size in zip(wholes, rollout.prompt_lengths, strict=True)]
+    inputs = {
+        "prompt_ids": padded(asked, left=True),
+        "prompt_mask": padded([np.ones_like(row) for row in asked], left=True),
+        "completion_ids": padded(answered),
+        "completion_mask": padded([np.ones_like(row) for row in answered]),
+    }
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    theirs = Theirs(tuned, [{"prompt": record["prompt"]} for record in questions()], tmp_path / "trl")
+    totals = rollout.totals(())
+    for name, (settings, beta) in VARIANTS.items():
+        chosen = dataclasses.replace(config.rollout, **settings)
+        train = dataclasses.replace(config.train, beta=beta)
+        size = {"per_device_train_batch_size": len(rollout), "num_generations": GROUP, "max_completion_length": MOST}
+        trl = {**settings, "beta": beta, **size}
+        arguments = GRPOConfig(**theirs.arguments(**{"loss_type": "dapo"} | trl))
+        trainer = GRPOTrainer(
+            model=tuned,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
+            args=arguments,
+            train_dataset=Dataset.from_list(theirs.records),
+            processing_class=tokenizer(),
+        )
+        trainer.current_gradient_accumulation_steps = 1
+        if "ref" in tuned.peft_config:  # A copy of the adapter as it is now; the reference is the base without one.
+            tuned.delete_adapter("ref")
+        size_of = inputs["completion_ids"].shape[1]
+        with torch.no_grad():
+            logps = trainer._get_per_token_logps_and_entropies(tuned, ids, mask, size_of)[0]
+            with tuned.disable_adapter():
+                reference = trainer._get_per_token_logps_and_entropies(tuned, ids, mask, size_of)[0]
+        # Far enough from the present ones that a third of the ratios is clipped.
+        old = logps + 0.25 * torch.randn(logps.shape, generator=torch.Generator().manual_seed(1))
+        kept = inputs["completion_mask"]
+        if chosen.mask_truncated_completions:
+            kept = kept * torch.from_numpy(rollout.ended)[:, None]
+        advantages = advantages_of(totals, GROUP, chosen.scale_rewards)
+        expected = trainer._compute_loss(
+            tuned,
+            {
+                **inputs,
+                "completion_mask": inputs["completion_mask"],
+                "tool_mask": kept,
+                "advantages": torch.from_numpy(advantages),
+                "old_per_token_logps": old,
+                "ref_per_token_logps": reference,
+                "num_items_in_batch": kept.sum(),
+            },
+        )
+        for parameter in parameters.values():
+            parameter.grad = None
+        expected.backward()
+
+        flat = np.concatenate([old[index, :length].numpy() for index, length in enumerate(rollout.lengths)])
+        ours = dataclasses.replace(rollout, logps=flat.astype(np.float32))
+        packed = pack_answers(
+            ours, np.arange(len(ours)), totals, chosen, sequence_length=64, pad=0, with_kl=train.needs.reference
+        )
+        assert len(packed) > 1, "several answers in several rows"
+        batch = packed.micro_batch(np.array([*range(len(packed)), -1]), 0)
+        objective = GRPO(train, chosen)
+        for parameter in trained.values():
+            parameter.grad = None
+        losses = objective.losses(model, batch, SINGLE.device, 0)
+        loss = losses.rows.sum() / packed.num_labels
+        loss.backward()
+        assert_losses_close([loss.item()], [expected.item()], relative=1e-5)
+        for parameter, tensor in adapter_tensors(model).items():
+            assert_close(tensor.grad, parameters[parameter].grad, ulps=84)  # 1e-5
+        clipped = losses.figures[1:3].sum().item() / packed.num_labels
+        assert 0.05 < clipped < 0.9, f"{name} clips {clipped:.0%}, which says little"
+
+
+def test_advantages_are_of_groups_and_leave_out_what_has_no_reward() -> None:
+    totals = np.array([1.0, 0.0, np.nan, 2.0, 5.0, 5.0, 5.0, 5.0])
+    plain = advantages_of(totals, 4, "none")
+    assert plain.tolist() == [0.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert np.allclose(advantages_of(totals, 4, "group")[:4], [0, -1 / 1.0001, 0, 1 / 1.0001])
+    spread = np.nanstd(totals, ddof=1)
+    assert np.allclose(advantages_of(totals, 4, "batch")[:4], np.array([0, -1, 0, 1]) / (spread + 1e-4))
+
+
+RUN: dict[str, Any] = {
+    "data": {"rewards": ["regex"], "reward_constants": {"pattern": "[aeiou]{2}"}, "reward_processes": 1},
+    "rollout": {"steps_per_generation": 2, "num_iterations": 2, "max_logprob_difference": 1e-5},
+    "train": {"max_steps": 6, "save_every": 1, "keep": 9, "eval_every": 3, "beta": 0.05},
+}
+"""Two rollouts, the second used by half; random weights write two vowels in a few of their answers."""
+
+
+def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None = None) -> list[dict[str, Any]]:
+    """Run the worker to its end, or leave it as it begins the given step. Return its metrics."""
+    original = worker.Trainer._train_step
+
+    def step(self: worker.Trainer, trials: Any) -> None:
+        if trials[0].done == stop_before:
+            raise KeyboardInterrupt
+        original(self, trials)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(worker.Trainer, "_train_step", step)
+        worker.run(run_dir, ranks)
+    return read_metrics(run_dir)
+
+
+@pytest.fixture(scope="module")
+def whole(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run on one rank that was never stopped."""
+    run_dir = tmp_path_factory.mktemp("grpo") / "run"
+    grpo_run(run_dir, folders, **RUN)
+    world.run(1, run_until, run_dir=run_dir)
+    return run_dir
+
+
+def of_steps(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the metrics of the training steps, without those of time."""
+    lines = [line for line in read_metrics(run_dir) if "loss" in line]
+    times = {"time", "tokens_per_second", "rollout/seconds", "peak_memory_bytes"}
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
+
+
+def test_a_run_counts_staleness_and_its_first_steps_have_the_samplers_probabilities(whole: Path) -> None:
+    steps = of_steps(whole)
+    assert [line["rollout/staleness"] for line in steps] == [0, 1, 2, 3, 0, 1]
+    for line in steps:
+        if line["rollout/staleness"] == 0:
+            assert 0 < line["rollout/logprob_difference_mean"] <= line["rollout/logprob_difference_max"] < 1e-5
+            assert line["clip_ratio/low_mean"] == line["clip_ratio/high_mean"] == 0
+        else:
+            assert line["rollout/logprob_difference_max"] > 1e-5, "the weights have not moved"
+        assert line["reward"] == line["rewards/regex/mean"]
+        assert 0 < line["reward"] < 1
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert steps[-1]["kl"] > 0
+    evaluations = [line for line in read_metrics(whole) if "eval_reward" in line]
+    assert [line["step"] for line in evaluations] == [0, 3, 6]
+    assert all(line["eval_loss"] == -line["eval_reward"] for line in evaluations)
+    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == sorted([0, 3, 6] * (len(samples) // 3))
+
+
+@pytest.mark.parametrize("stop_before", [1, 4, 5])
+def test_a_killed_run_goes_on_with_the_same_answers_and_bits(
+    world: World, folders: Path, tmp_path: Path, whole: Path, stop_before: int
+) -> None:
+    grpo_run(tmp_path / "run", folders, **RUN)
+    world.run(1, run_until, run_dir=tmp_path / "run", stop_before=stop_before)
+    saved = tmp_path / "run" / "checkpoints" / f"step_{stop_before:08d}" / ROLLOUT_NAME
+    assert saved.is_file() == (stop_before % 4 > 0), "a rollout is saved while steps need it"
+    world.run(1, run_until, run_dir=tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+    assert of_steps(tmp_path / "run") == of_steps(whole)
+
+
+def test_three_ranks_sample_and_learn_what_one_does(world: World, folders: Path, tmp_path: Path, whole: Path) -> None:
+    grpo_run(tmp_path / "run", folders, **RUN)
+    world.run(3, run_until, run_dir=tmp_path / "run")
+    ours, alone = of_steps(tmp_path / "run"), of_steps(whole)
+    for name in ("reward", "completions/mean_length", "rewards/failed", "target_tokens"):
+        assert [line[name] for line in ours] == [line[name] for line in alone]
+    assert_adapters_close(adapter_of(tmp_path / "run"), adapter_of(whole))
+
+
+def test_a_run_whose_training_differs_from_its_sampler_fails(folders: Path, tmp_path: Path) -> None:
+    grpo_run(tmp_path / "run", folders, **{**RUN, "rollout": {"max_logprob_difference": 1e-9}})
+    with pytest.raises(MismatchError, match=r"step 1: training computes log-probabilities that differ from the"):
+        run_until(SINGLE, run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"num_generations": 5}}, r"num_generations=5 does not divide the 12 answers"),
+        ({"rollout": {"max_new_tokens": 63}}, r"max_new_tokens=63 leaves no room for a prompt"),
+        ({"data": {"rewards": []}}, r"needs rewards; set data.rewards"),
+        ({"adapter": {"lora_dropout": 0.1}}, r"lora_dropout=0.1: the sampler has no dropout"),
+        ({"rollout": {"use_bias_correction_kl": False}}, r"has no effect without a KL term"),
+        ({"data": {"too_long": "truncate"}}, r"a prompt without its end asks something else"),
+        ({"data": {"format": "text"}}, r"data.format=text is data for train.objective=sft"),
+        ({"train": {"objective": "sft"}, "data": {"rewards": []}}, r"rollout.num_generations has no effect"),
+    ],
+)
+def test_settings_that_cannot_train_on_samples_are_refused(
+    folders: Path, tmp_path: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        grpo_run(tmp_path / "run", folders, **sections)
+
+
+def test_prompts_keep_their_columns_and_are_dropped_where_no_answer_fits(folders: Path, tmp_path: Path) -> None:
+    grpo_run(tmp_path / "run", folders, data={"eval_fraction": 0.0}, rollout={"max_new_tokens": 57})
+    rows = open_split(tmp_path / "run", "train")
+    assert rows is not None
+    assert rows.records is not None
+    encode = tokenizer()
+    lengths = [len(encode(record["prompt"], add_special_tokens=False).input_ids) for record in questions()]
+    kept = [record for record, length in zip(questions(), lengths, strict=True) if length <= 7]
+    assert 0 < rows.counts["dropped_long"] == len(lengths) - len(kept) < 12
+    for row, record in enumerate(kept):
+        assert rows.records[row] == {"prompt": record["prompt"], "columns": {k: record[k] for k in ("answer", "n")}}
+        tokens = rows.tokens[row, : rows.targets[row] + 1].tolist()
+        assert encode.decode(tokens, skip_special_tokens=True) == record["prompt"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.shapes import Weight, shapes_of
+from distlora.architecture.shapes import KEEP, ModelShapes, Weight, shapes_of
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.planner import Plan, plan_of, traffic
@@ -54,6 +54,14 @@ def traffic_of(config: Config, *, world: int) -> StepBytes:
     folder, work = Path(config.model.path), Workload.of(config)
     shapes = shapes_of(read_config(folder), folder / "config.json")
     return step_traffic(work, shapes, world=world, accumulation=work.train.accumulation(world))
+
+
+def held_bytes(shapes: ModelShapes, shards: int, *, format: str | None, itemsize: int) -> int:
+    """Return the most bytes of the frozen base per rank, without replicated parts of weights (NF4: 4 bytes)."""
+    tokens = shapes.kept_tokens if format == KEEP else (None, None)
+    matrices = traffic.matrix_bytes(shapes, shards, tokens, itemsize)[: 1 if shapes.tied else 2]
+    rest = sum(matrices) + itemsize * traffic.outside_numel(shapes, shards)
+    return (traffic.layers_bytes(shapes, shards, format=format, itemsize=itemsize) + rest) // shards
 
 
 def block_bytes(block: Iterable[Weight], ranks: int, *, format: str, itemsize: int) -> int:

@@ -189,7 +189,7 @@ def test_only_gradients_travel_between_replicas(
         }
         assert issued == {key: nbytes for key, nbytes in expected.items() if nbytes}, "what leaves a copy is more"
         reduced = step.reduced + step.reduced_rows
-        assert traffic == Traffic(step.gathered, reduced, step.scattered, between_copies_bytes=reduced)
+        assert traffic == Traffic(step.gathered, reduced, step.scattered, between_replicas_bytes=reduced)
     assert (step.gathered > 0) == (degree > 1)
     assert (step.reduced_rows > 0) == (degree > 1 and "adapter" in sections)
 
@@ -231,10 +231,10 @@ def test_a_run_that_goes_on_with_replicas_is_that_of_one_replica_bit_for_bit(
 
     step = traffic_of(load_config(run_dir), world=RANKS)
     assert lines[-1]["gathered_bytes"] == step.gathered
-    assert lines[-1]["between_copies_bytes"] == lines[-1]["reduced_bytes"] == step.reduced
+    assert lines[-1]["between_replicas_bytes"] == lines[-1]["reduced_bytes"] == step.reduced
     assert step.reduced == sum(tensor.nbytes for tensor in first.values())
-    assert json.loads((run_dir / "summary.json").read_text())["between_copies_bytes_per_step"] == step.reduced
-    assert "between_copies_bytes" not in expected[-1]
+    assert json.loads((run_dir / "summary.json").read_text())["between_replicas_bytes_per_step"] == step.reduced
+    assert "between_replicas_bytes" not in expected[-1]
 
 
 # --- units that are trained ---

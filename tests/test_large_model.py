@@ -21,8 +21,7 @@ from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
 from distlora.bench.random_inputs import LLAMA_1B5, write_random_checkpoint
 from distlora.config import AdapterConfig
-from distlora.planner import traffic
-from planned import block_bytes
+from planned import block_bytes, held_bytes
 from small_models import read_metrics, tokenizer, write_text_file
 
 DISTLORA = Path(sys.executable).with_name("distlora")
@@ -81,7 +80,7 @@ def predicted_worker_bytes(shapes: ModelShapes, ranks: int) -> int:
 
     It is the imports, the shard, adapters with gradients and optimizer states, gathered weights, and the largest phase.
     """
-    held = traffic.held_bytes(shapes, ranks, format="nf4", itemsize=2)
+    held = held_bytes(shapes, ranks, format="nf4", itemsize=2)
     config = AdapterConfig(r=RANK, target_modules="all-linear")
     adapters = sum(each.numel for block in shapes.adapters(config) for each in block)
     block = block_bytes(shapes.block, ranks, format="nf4", itemsize=2)

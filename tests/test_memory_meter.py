@@ -35,6 +35,7 @@ from distlora.training.memory_meter import (
     start_recording,
 )
 from distlora.training.reporter import Reporter
+from planned import held_bytes
 from small_models import config_with, make_run, read_metrics
 from worlds import World, start_world
 
@@ -133,7 +134,7 @@ def test_what_a_rank_holds_and_gathers_is_what_its_tensors_take(world: World, fo
         held = found.held
         base = sum(held.get(kind, 0) for kind in ("codes", "scales", "weights", "embeddings", "norms"))
         # Beside the parameters there are the offset of each quantized weight and the rotary frequencies.
-        assert base - traffic.held_bytes(shapes, size, format="nf4", itemsize=2) == pytest.approx(4 * 21 + 48, abs=48)
+        assert base - held_bytes(shapes, size, format="nf4", itemsize=2) == pytest.approx(4 * 21 + 48, abs=48)
         assert (held["adapters"], held["gradients"]) == (4 * adapters, 4 * adapters)
         assert held["optimizer"] == pytest.approx(8 * adapters, rel=1e-3)  # A number of steps for each tensor.
         assert found.left == 0

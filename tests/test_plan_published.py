@@ -26,7 +26,7 @@ from distlora.planner.model import built_in, find_model
 from distlora.planner.workload import Workload
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS, GROUP
 from plan_inputs import composed
-from planned import block_bytes
+from planned import block_bytes, held_bytes
 
 GB, MIB, GIB = 1e9, 2**20, 2**30
 BENCHMARKS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -97,7 +97,7 @@ def torchtune_405b(micro_batch: int) -> float:
     words = (f"train.micro_batch={micro_batch}", f"train.global_batch={8 * micro_batch}", "data.sequence_length=2048")
     plan, step = steps(LLAMA3_405B, *words, "adapter.r=16", "cluster.gpus_per_node=8", "train.fused_kernels=none")
     shapes = plan.model.shapes
-    held = traffic.held_bytes(shapes, 8, format="nf4", itemsize=2) + shapes.adapted_numel(plan.config.adapter)
+    held = held_bytes(shapes, 8, format="nf4", itemsize=2) + shapes.adapted_numel(plan.config.adapter)
     root = 2 * 2 * shapes.vocabulary * shapes.hidden
     block = block_bytes(shapes.block, 8, format="nf4", itemsize=2)
     largest = 2 * max(weight.numel for weight in shapes.block)
@@ -204,13 +204,13 @@ def test_a_base_as_it_is_shipped_takes_the_bits_of_its_format(name: str) -> None
         config = composed(*words, f"quant.method={method}", model={"path": name}, data={"path": "/data"})
         work = Workload.of(config)
         for shards in (1, 8):
-            held = traffic.held_bytes(shapes, shards, format=kept, itemsize=2)
+            held = held_bytes(shapes, shards, format=kept, itemsize=2)
             sizes = base_of(work, shapes).kept(shards)
             assert sum(sizes.values()) - base_of(work, shapes).replicated == held
             if method == "keep":
                 assert held == total // shards
         ends = 2 * (2 * shapes.vocabulary + 1) * shapes.hidden
-        layers = 8 * traffic.held_bytes(shapes, 8, format=kept, itemsize=2) - ends  # NF4: filled up to 8 groups.
+        layers = 8 * held_bytes(shapes, 8, format=kept, itemsize=2) - ends  # NF4: filled up to 8 groups.
         assert traffic.moved_bytes(work, shapes, 8) == layers
         step = traffic.step_traffic(work, shapes, world=8, accumulation=1)
         assert step.gathered == 2 * layers + ends

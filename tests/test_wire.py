@@ -22,6 +22,7 @@ from distlora.training.setup import start_run_model
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_kernels.formats.nf4 import NF4
 from family_models import VARIANTS, config_for, hf_config
+from planned import held_bytes
 from run_models import build_run_model
 from small_models import config_with
 from tiers import ci
@@ -175,10 +176,10 @@ def test_each_ranks_part_of_the_base_falls_as_one_over_the_ranks(world: World, f
     slack = rows + 2 * (2 * shapes.hidden + 1)
     held = {size: world.run(size, base_bytes, config=config) for size in (1, 3)}
     whole = held[1][0]
-    assert whole == wire.held_bytes(shapes, 1, format="nf4", itemsize=2)
+    assert whole == held_bytes(shapes, 1, format="nf4", itemsize=2)
     for size, by_rank in held.items():
         assert sum(by_rank) == whole
-        assert max(by_rank) == by_rank[0] == wire.held_bytes(shapes, size, format="nf4", itemsize=2)
+        assert max(by_rank) == by_rank[0] == held_bytes(shapes, size, format="nf4", itemsize=2)
         assert max(by_rank) - whole / size < slack
 
 

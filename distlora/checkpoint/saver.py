@@ -161,7 +161,7 @@ class Snapshot:
             self._copied.synchronize()
 
     def _is_copied(self, tensor: Tensor) -> bool:
-        return self._backend.writes or (self._backend.shards.copy == 0 and isinstance(tensor.data, DTensor))
+        return self._backend.writes or (self._backend.shards.replica == 0 and isinstance(tensor.data, DTensor))
 
     def _local(self, tensor: Tensor) -> tuple[Tensor, int]:
         """Return this rank's part of a tensor, and the index of its first row."""

@@ -222,7 +222,7 @@ class Config:
             return None
 
     def shard_degree(self, ranks: int) -> int:
-        """Ranks that cut one copy of the base between them, where there are `ranks` in all."""
+        """Ranks that shard one replica of the base, where there are `ranks` in all."""
         degree = self.parallel.shard_degree
         if degree is None:
             return ranks
@@ -377,9 +377,9 @@ def check_ranks(config: Config, ranks: int) -> None:
     given += f" (cluster.gpus_per_node={degree})" if config.parallel.shard_degree == "node" else ""
     require(
         degree in divisors,
-        f"{given} does not divide the {ranks:,} process{'es' if ranks > 1 else ''} of this run, so not every copy of "
-        f"the base would have {degree:,}; set parallel.shard_degree={max(n for n in divisors if n <= degree)} (of "
-        f"{', '.join(map(str, divisors))}), or null for one copy over all",
+        f"{given} does not divide the {ranks:,} process{'es' if ranks > 1 else ''} of this run, so not every replica "
+        f"of the base would have {degree:,}; set parallel.shard_degree={max(n for n in divisors if n <= degree)} (of "
+        f"{', '.join(map(str, divisors))}), or null for one replica over all",
     )
     experts = config.expert_degree(ranks)
     require(

@@ -242,11 +242,11 @@ class QuantizedCache:
         if not all(gathered(has_room, self._backend)):
             return None
         shards = self._backend.shards
-        if shards.copies > 1:
+        if shards.num_replicas > 1:
             content = entry.content()
             self.bytes_read += len(content)
             # If all ranks see one entry, only the first replica's ranks write.
-            if alike(content, self._backend) and shards.copy > 0:
+            if alike(content, self._backend) and shards.replica > 0:
                 return None
         return writer
 

@@ -38,8 +38,8 @@ def parallelize(
 ) -> Backend:
     """Shard all of `model` (on meta) except its adapters, and allocate its memory on the device without filling it.
 
-    `shard_degree`: ranks per copy of the base (Config.shard_degree); None: all ranks. Raises UserError, on every rank,
-    if a node lacks host memory for an offloaded base, or the model has fewer layers than stay gathered.
+    `shard_degree`: ranks per replica of the base (Config.shard_degree); None: all ranks. Raises UserError, on every
+    rank, if a node lacks host memory for an offloaded base, or the model has fewer layers than stay gathered.
     """
     parallel = parallel or ParallelConfig()
     backend = Backend(ranks, Shards.over(ranks, shard_degree or ranks.world), _root=model)

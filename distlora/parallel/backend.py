@@ -36,7 +36,7 @@ class Backend:
 
     ranks: Ranks
     shards: Shards
-    """Ranks that shard one copy of the base."""
+    """Ranks that shard one replica of the base."""
     traffic: Traffic = field(default_factory=Traffic)
     after_backward: Callable[[], None] | None = None
     """Frees gathered parameters after a backward, if no hook does."""
@@ -68,7 +68,7 @@ class Backend:
         return [part for part, _ in rows], rows[0][1]
 
     def gather_rows(self, local: Tensor) -> Tensor:
-        """Concatenate `local` (same shape on each rank) over the ranks of one copy along dim 0, on the ranks' device.
+        """Concatenate `local` (same shape on each rank) over the ranks of a replica along dim 0, on the ranks' device.
 
         For loading, not for a step.
         """
@@ -116,7 +116,7 @@ class Backend:
         in the same order. For saving, not for a step. Host copies (`HostRows` of a sharded tensor) are streamed while
         another thread trains, and keep their dtype.
         """
-        if self.shards.copy > 0:  # The first copy's rows are saved.
+        if self.shards.replica > 0:  # The first replica's rows are saved.
             return
         if isinstance(tensor, HostRows):
             assert dtype in (None, tensor.dtype), "copies are written as they are"
@@ -189,17 +189,17 @@ class Backend:
         trained = list(parameters)
         replicated = [parameter for parameter in trained if not isinstance(parameter.data, DTensor)]
         sharded = [parameter for parameter in trained if isinstance(parameter.data, DTensor)]
-        group, traffic, copies = self.ranks.group, self.traffic, self.shards.copies
+        group, traffic, replicas = self.ranks.group, self.traffic, self.shards.num_replicas
         parts: list[GradientReducer | ShardedGradients] = []
         if replicated:
             if self._launches is None:
                 between = group is not None and self.shards.crosses(group)
-                self._launches = Launches(group, traffic, between_copies=between)
+                self._launches = Launches(group, traffic, between_replicas=between)
             parts += [GradientReducer(replicated, bucket_bytes=int(bucket_mb * 2**20), launches=self._launches)]
         if sharded:
             assert self._root is not None
             assert group is not None
-            parts += [ShardedGradients(self._root, sharded, group=group, traffic=traffic, copies=copies)]
+            parts += [ShardedGradients(self._root, sharded, group=group, traffic=traffic, num_replicas=replicas)]
         gradients = Gradients(parts)
         self.gradients.append(gradients)
         return gradients

@@ -46,7 +46,7 @@ def divide_experts(model: CausalLM, shards: Shards, device_type: str, traffic: T
     assert shards.group is not None, "one rank has nothing to divide"
     exchange = _Exchange(shards.group, shards.count, traffic)
     mesh = shards.mesh(device_type)
-    placements: list[Placement] = [Shard(0)] if shards.copies == 1 else [Replicate(), Shard(0)]
+    placements: list[Placement] = [Shard(0)] if shards.num_replicas == 1 else [Replicate(), Shard(0)]
     for experts in found:
         experts.exchange = exchange.begin
         for weight in experts.weights:

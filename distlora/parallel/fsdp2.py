@@ -69,7 +69,7 @@ class _CountedAllGather(_Counted):
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
         self.traffic.gathered_bytes += output_tensor.nbytes
-        self.traffic.between_copies_bytes += self.crosses(group) * output_tensor.nbytes
+        self.traffic.between_replicas_bytes += self.crosses(group) * output_tensor.nbytes
         if self._places is not None:
             for (process, places), rows in zip(self._places, output_tensor.chunk(group.size()), strict=True):
                 if process != os.getpid() and not process_memory.read(process, places, rows.data_ptr()):
@@ -112,12 +112,12 @@ class _CountedReduceScatter(_Counted):
         async_op: bool = False,
     ) -> dist.Work | None:
         self.traffic.scattered_bytes += input_tensor.nbytes
-        self.traffic.between_copies_bytes += self.crosses(group) * input_tensor.nbytes
+        self.traffic.between_replicas_bytes += self.crosses(group) * input_tensor.nbytes
         return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bool, traffic: Traffic) -> None:
-    """Shard every parameter of `model` (on meta) except the adapters' over the ranks of a copy, in place.
+    """Shard every parameter of `model` (on meta) except the adapters' over the ranks of a replica, in place.
 
     Divided experts are sharded already (`expert_parallel`), and never gathered.
     """
@@ -150,9 +150,9 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
     unit(model, trained=rest_is_trained, reshard=rest_is_trained)
 
     def count_replicas(reduced: Tensor) -> None:
-        """Count FSDP2's all-reduce of trained rows between copies of the base by the bytes of its result."""
+        """Count FSDP2's all-reduce of trained rows between replicas of the base by the bytes of its result."""
         traffic.reduced_bytes += reduced.nbytes
-        traffic.between_copies_bytes += reduced.nbytes
+        traffic.between_replicas_bytes += reduced.nbytes
 
     def parameters(module: nn.Module) -> list[nn.Parameter]:
         """Return the parameters of a module's unit, in FSDP2's order."""
@@ -168,7 +168,7 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
             frozen = functools.partial(parameters, module) if device.type == "cpu" and not trained else None
             module.set_custom_all_gather(_CountedAllGather(traffic, shards, frozen))  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
-            if shards.copies > 1:
+            if shards.num_replicas > 1:
                 module.set_all_reduce_hook(count_replicas)
             # The loss is already divided by the target tokens of all ranks, so FSDP2 must sum, not average.
             module.set_gradient_divide_factor(1.0)

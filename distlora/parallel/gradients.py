@@ -56,7 +56,7 @@ class Gradients:
     def release(self) -> None:
         """Free the gradients of a trial that has ended, between steps."""
         for part in self._parts:
-            assert isinstance(part, GradientReducer), "what is cut is trained to the end"
+            assert isinstance(part, GradientReducer), "what is sharded is trained to the end"
             part.release()
 
 
@@ -79,9 +79,9 @@ class _Bucket:
 class Launches:
     """Launch order of all runs' buckets over the ranks of `group`. With group=None (one process) nothing is sent."""
 
-    def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic, *, between_copies: bool = False) -> None:
-        """Start without buckets. `between_copies`: `group` has ranks of several copies of the base."""
-        self._group, self._traffic, self._between_copies = group, traffic, between_copies
+    def __init__(self, group: dist.ProcessGroup | None, traffic: Traffic, *, between_replicas: bool = False) -> None:
+        """Start without buckets. `between_replicas`: `group` has ranks of several replicas of the base."""
+        self._group, self._traffic, self._between_replicas = group, traffic, between_replicas
         self._buckets: list[_Bucket] = []
         self._launched = 0
         self._works: list[dist.Work] = []
@@ -116,7 +116,7 @@ class Launches:
         self._launched += 1
         if self._group is not None:
             self._traffic.reduced_bytes += flat.nbytes
-            self._traffic.between_copies_bytes += self._between_copies * flat.nbytes
+            self._traffic.between_replicas_bytes += self._between_replicas * flat.nbytes
             work = dist.all_reduce(flat, group=self._group, async_op=True)
             assert work is not None
             self._works.append(work)
@@ -205,7 +205,7 @@ def _cut(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Para
 class ShardedGradients:
     """Gradients of `parameters`, summed over the ranks of `group`.
 
-    They are sharded by units within `root`, in `copies` copies.
+    They are sharded by units within `root`, in `num_replicas` replicas.
     """
 
     def __init__(
@@ -215,10 +215,10 @@ class ShardedGradients:
         *,
         group: dist.ProcessGroup,
         traffic: Traffic,
-        copies: int = 1,
+        num_replicas: int = 1,
     ) -> None:
         assert isinstance(root, FSDPModule)
-        self._root, self._group, self._traffic, self._copies = root, group, traffic, copies
+        self._root, self._group, self._traffic, self._num_replicas = root, group, traffic, num_replicas
         self._parameters = list(parameters)
         self._rows = [nn.Parameter(shard_of(parameter).to_local()) for parameter in parameters]
         self._poison = torch.zeros((), device=self._rows[0].device)
@@ -244,10 +244,10 @@ class ShardedGradients:
         """Return the squared norm of the whole gradient: the same bits on each rank, NaN if not finite on any."""
         square = torch.stack(torch._foreach_norm(self._gradients())).square().sum() + self._poison
         self._traffic.reduced_bytes += square.nbytes
-        self._traffic.between_copies_bytes += (self._copies > 1) * square.nbytes
-        # Over the ranks of every copy, which have the same sums: a loss that is not finite may be on any of them.
+        self._traffic.between_replicas_bytes += (self._num_replicas > 1) * square.nbytes
+        # Over the ranks of every replica, which have the same sums: a loss that is not finite may be on any of them.
         dist.all_reduce(square, group=self._group)
-        return square / self._copies
+        return square / self._num_replicas
 
     def scale(self, factor: Tensor) -> None:
         """Multiply the gradients by a scalar tensor."""

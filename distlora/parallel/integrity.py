@@ -3,7 +3,7 @@
 A flipped bit in a shard, or a switch that damages data, would only make the loss slightly worse. So each rank computes
 checksums of its rows after loading, and all ranks exchange them; README.md says what is checked when.
 
-Letters: T tensors, W ranks of a copy of the base, C copies.
+Letters: T tensors, W ranks of a replica of the base, C replicas.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Frozen:
     rows: Tensor
     """This rank's rows, in the memory that keeps them."""
     ranges: tuple[tuple[int, int], ...]
-    """(first row, rows) of each rank of a copy."""
+    """(first row, rows) of each rank of a replica."""
 
 
 class FrozenWeights:
@@ -67,10 +67,10 @@ class FrozenWeights:
         table = torch.cat([torch.stack(ours), torch.tensor(places, device=device)], dim=1)
         # (C W, T, 3): checksum, first row, rows. One exchange of a few KB per rank.
         everyone, shards = backend.gather_ranks(table), backend.shards
-        by_copy = everyone[:, : len(sharded)].unflatten(0, (shards.copies, shards.count))
-        self._sums = by_copy[shards.copy, ..., 0].T.contiguous()
-        """(T, W) int64 checksums of the tensors that are sharded over this copy's ranks."""
-        ranges = by_copy[shards.copy, ..., 1:].tolist()
+        by_replica = everyone[:, : len(sharded)].unflatten(0, (shards.num_replicas, shards.count))
+        self._sums = by_replica[shards.replica, ..., 0].T.contiguous()
+        """(T, W) int64 checksums of the tensors that are sharded over this replica's ranks."""
+        ranges = by_replica[shards.replica, ..., 1:].tolist()
         self._tensors = [
             _Frozen(name, owner, attribute, rows, tuple((first, count) for first, count in of_ranks))
             for (name, owner, attribute, rows, _), of_ranks in zip(sharded, zip(*ranges, strict=True), strict=True)
@@ -79,13 +79,13 @@ class FrozenWeights:
         """(T, W) bool: what this rank gathered differs from what that rank loaded."""
         self._handles: list[RemovableHandle] = []
         # Copies first: statistics that ranks compute depend on the bytes that they read.
-        odd = (by_copy[..., 0] != by_copy[0, ..., 0]).nonzero()
+        odd = (by_replica[..., 0] != by_replica[0, ..., 0]).nonzero()
         if len(odd):
-            copy, index, tensor = odd[0].tolist()
-            frozen, ranks = self._tensors[tensor], [shards.rank_of(index, copy) for copy in (0, copy)]
+            replica, index, tensor = odd[0].tolist()
+            frozen, ranks = self._tensors[tensor], [shards.rank_of(index, each) for each in (0, replica)]
             raise DamagedWeightsError(
                 f"{frozen.name}, {_rows(frozen.ranges[index])}, differs between rank {ranks[0]} and rank {ranks[1]} "
-                "after loading, though both have the same part of a copy of the base: are the files in model.path the "
+                "after loading, though both have the same shard of the base: are the files in model.path the "
                 f"same on every node? If so, memory or a disk damages bytes. {_NEXT}"
             )
         whole = everyone[:, len(sharded) :, 0]  # (C W, tensors that every rank holds whole).
@@ -163,12 +163,12 @@ class FrozenWeights:
         """Raise DamagedWeightsError on all ranks if any rank has a difference in `differs` (T, W)."""
         if not bool(self._backend.sum_over_ranks(differs.int()).any()):
             return
-        # (C W, T, W), what each rank saw of its copy, to (T, C, W of the owner, W of the observer).
+        # (C W, T, W), what each rank saw of its replica, to (T, C, W of the owner, W of the observer).
         shards = self._backend.shards
-        seen = self._backend.gather_ranks(differs.int()).unflatten(0, (shards.copies, shards.count)).permute(2, 0, 3, 1)
+        seen = self._backend.gather_ranks(differs.int()).unflatten(0, (shards.num_replicas, shards.count))
         damaged: dict[tuple[int, int], list[int]] = {}
-        for tensor, copy, owner, witness in seen.nonzero().tolist():
-            damaged.setdefault((tensor, shards.rank_of(owner, copy)), []).append(shards.rank_of(witness, copy))
+        for tensor, replica, owner, witness in seen.permute(2, 0, 3, 1).nonzero().tolist():
+            damaged.setdefault((tensor, shards.rank_of(owner, replica)), []).append(shards.rank_of(witness, replica))
         (index, owner), seen_by = next(iter(damaged.items()))
         frozen = self._tensors[index]
         rows = f"{_rows(frozen.ranges[owner % shards.count])}, those of rank {owner}"
@@ -189,7 +189,7 @@ class FrozenWeights:
 
 @torch.no_grad()
 def compare_trained(model: CausalLM, backend: Backend) -> None:
-    """Check before training that ranks hold the same trained parameters: adapters on all ranks, shards in each copy.
+    """Check before training that ranks hold the same trained parameters: adapters on all ranks, shards in each replica.
 
     Every rank must call it alike; the host waits for the device once. Raises DamagedWeightsError on all ranks.
     """
@@ -199,16 +199,16 @@ def compare_trained(model: CausalLM, backend: Backend) -> None:
     rows = [backend.local_rows(tensor)[0] for _, tensor in trained]
     ours = torch.cat([_of(tensor).to(backend.ranks.device) for tensor in rows])
     everyone, count = backend.gather_ranks(ours).cpu(), backend.shards.count  # (C W, T)
-    cut = torch.tensor([isinstance(tensor.data, DTensor) for _, tensor in trained])
-    first = torch.where(cut, everyone[:count].repeat(backend.shards.copies, 1), everyone[0])
+    sharded = torch.tensor([isinstance(tensor.data, DTensor) for _, tensor in trained])
+    first = torch.where(sharded, everyone[:count].repeat(backend.shards.num_replicas, 1), everyone[0])
     odd = (everyone != first).nonzero()
     if len(odd):
         rank, index = odd[0].tolist()
         raise DamagedWeightsError(
-            f"{trained[index][0]}, which is trained, differs between rank {rank % count if cut[index] else 0} and rank "
-            f"{rank} before the first step, though both must begin with the same numbers: are the files in model.path, "
-            "in adapter.init_from where it is set, and in the run's folder the same on every node? If so, memory or "
-            f"a disk damages bytes. {_NEXT}"
+            f"{trained[index][0]}, which is trained, differs between rank {rank % count if sharded[index] else 0} and "
+            f"rank {rank} before the first step, though both must begin with the same numbers: are the files in "
+            "model.path, in adapter.init_from where it is set, and in the run's folder the same on every node? If so, "
+            f"memory or a disk damages bytes. {_NEXT}"
         )
 
 

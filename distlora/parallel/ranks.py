@@ -128,8 +128,8 @@ class Traffic:
     gathered_bytes: int = 0
     reduced_bytes: int = 0
     scattered_bytes: int = 0
-    between_copies_bytes: int = 0
-    """Bytes of all these in groups with ranks of several copies of the base (`Shards.crosses`)."""
+    between_replicas_bytes: int = 0
+    """Bytes of all these in groups with ranks of several replicas of the base (`Shards.crosses`)."""
     exchanged_bytes: int = 0
 
     def take(self) -> Traffic:

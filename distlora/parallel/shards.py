@@ -1,4 +1,4 @@
-"""Define which ranks shard a copy of the base, and how: along dim 0, ceil(rows / ranks) rows each."""
+"""Define which ranks shard a replica of the base, and how: along dim 0, ceil(rows / ranks) rows each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distlora.parallel.ranks import Ranks
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """Ranks that shard one copy of the base, and this rank's place among them.
+    """Ranks that shard one replica of the base, and this rank's place among them.
 
     They are consecutive, like the ranks of a node: traffic of the base stays within a node if their number divides the
     node's number of ranks.
@@ -25,19 +25,19 @@ class Shards:
 
     index: int
     count: int
-    """Number of ranks per copy; 1: nothing is sharded."""
+    """Number of ranks per replica; 1: nothing is sharded."""
     group: dist.ProcessGroup | None
-    """Process group of the copy; None if nothing is sharded."""
-    copy: int = 0
-    """Index of this rank's copy of the base."""
-    copies: int = 1
-    """Number of copies."""
-    replicas: dist.ProcessGroup | None = None
-    """Group of the ranks that hold the same rows, one of each copy; None with one copy."""
+    """Process group of the replica; None if nothing is sharded."""
+    replica: int = 0
+    """Index of this rank's replica of the base."""
+    num_replicas: int = 1
+    """Number of replicas."""
+    replicate_group: dist.ProcessGroup | None = None
+    """Group of the ranks that hold the same rows, one of each replica; None with one replica."""
 
     @classmethod
     def over(cls, ranks: Ranks, degree: int | None = None) -> Shards:
-        """Divide the ranks into copies of `degree` ranks each, which must divide their number; None: one copy over all.
+        """Divide the ranks into replicas of `degree` ranks each, which must divide their number; None: one over all.
 
         Every rank must call it alike, because it makes process groups.
         """
@@ -45,38 +45,38 @@ class Shards:
         if degree == ranks.world:
             return cls(ranks.rank, ranks.world, ranks.group)
         assert ranks.world % degree == 0, f"{ranks.world} ranks do not divide into groups of {degree}"
-        copy, index = divmod(ranks.rank, degree)
-        group, replicas, copies = None, ranks.group, ranks.world // degree
+        replica, index = divmod(ranks.rank, degree)
+        group, replicate_group, num_replicas = None, ranks.group, ranks.world // degree
         if degree > 1:
-            parts = torch.arange(ranks.world).view(copies, degree)
-            group, replicas = (
+            parts = torch.arange(ranks.world).view(num_replicas, degree)
+            group, replicate_group = (
                 dist.new_subgroups_by_enumeration(members.tolist(), timeout=ranks.timeout)[0]
                 for members in (parts, parts.T)
             )
-        return cls(index, degree, group, copy, copies, replicas)
+        return cls(index, degree, group, replica, num_replicas, replicate_group)
 
     def mesh(self, device_type: str) -> DeviceMesh:
-        """Return FSDP2's device mesh: the ranks of a copy, preceded by a dimension of copies if there are several."""
+        """Return FSDP2's device mesh: the ranks of a replica, after a dimension of replicas if there are several."""
         assert self.group is not None
-        if self.replicas is None:
+        if self.replicate_group is None:
             return DeviceMesh.from_group(self.group, device_type, mesh_dim_names=("shard",))
-        ranks = torch.arange(self.copies * self.count).view(self.copies, self.count)
-        groups = [self.replicas, self.group]
+        ranks = torch.arange(self.num_replicas * self.count).view(self.num_replicas, self.count)
+        groups = [self.replicate_group, self.group]
         return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
-    def rank_of(self, index: int, copy: int | None = None) -> int:
-        """Return the rank that holds the `index`-th shard of a copy; of this rank's copy without `copy`."""
-        return (self.copy if copy is None else copy) * self.count + index
+    def rank_of(self, index: int, replica: int | None = None) -> int:
+        """Return the rank that holds the `index`-th shard of a replica; of this rank's without `replica`."""
+        return (self.replica if replica is None else replica) * self.count + index
 
-    def split_copies(self, per_machine: int) -> list[int]:
-        """Return the copies that span two nodes of so many ranks each."""
+    def split_replicas(self, per_machine: int) -> list[int]:
+        """Return the replicas that span two nodes of so many ranks each."""
         if per_machine % self.count == 0 or self.count % per_machine == 0:
             return []
-        ends = ((copy, self.rank_of(0, copy), self.rank_of(self.count - 1, copy)) for copy in range(self.copies))
-        return [copy for copy, first, last in ends if first // per_machine != last // per_machine]
+        ends = ((n, self.rank_of(0, n), self.rank_of(self.count - 1, n)) for n in range(self.num_replicas))
+        return [replica for replica, first, last in ends if first // per_machine != last // per_machine]
 
     def crosses(self, group: dist.ProcessGroup) -> bool:
-        """Return whether ranks of more than one copy belong to `group`."""
+        """Return whether ranks of more than one replica belong to `group`."""
         return len({rank // self.count for rank in dist.get_process_group_ranks(group)}) > 1
 
 
@@ -88,7 +88,7 @@ def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
     if not isinstance(data, DTensor):
         return data, 0
     # FSDP2 shards dim 0 like torch.chunk: ceil(rows / ranks) each, and the last ranks may get fewer or none. With
-    # several copies its mesh has a second dimension.
+    # several replicas its mesh has a second dimension.
     mesh, axis = data.device_mesh, data.placements.index(Shard(0))
     per_rank = -(-data.shape[0] // mesh.size(axis))
     return data.to_local(), min(per_rank * mesh.get_local_rank(axis), data.shape[0])

@@ -8,7 +8,7 @@ Two measures, each of one rank and one optimizer step:
   buffers (and no algorithm gets below it): of S bytes over W ranks an all-gather and a reduce-scatter
   (W-1)/W S each, an all-reduce 2 (W-1)/W S.
 
-Both backends cut dim 0 into ceil(rows / ranks) rows for each rank, so a gather carries ranks x ceil(rows / ranks) rows.
+Both backends shard dim 0, ceil(rows / ranks) rows for each rank, so a gather carries ranks x ceil(rows / ranks) rows.
 tests/test_wire.py compares these numbers with the collectives that torch issues.
 """
 
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distlora.architecture.shapes import KEEP, ModelShapes
+from distlora.architecture.shapes import ModelShapes
 from distlora.architecture.tokens import trained_indices
 from distlora.planner.workload import Workload
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
@@ -32,7 +32,7 @@ class StepBytes:
     """Bytes of one rank's collectives in a step."""
 
     gathered: int
-    """Bytes of all-gathers, over the ranks that share a copy of the base."""
+    """Bytes of all-gathers, over the ranks that shard a replica of the base."""
     scattered: int = 0
     """Bytes of reduce-scatters, over the same ranks."""
     reduced: int = 0
@@ -42,7 +42,7 @@ class StepBytes:
     exchanged: int = 0
     """Bytes of all-to-alls, over the ranks that shard a replica: the rows of this rank's tokens, both ways."""
     shards: int
-    """Ranks that cut one copy of the base between them."""
+    """Ranks that shard one replica of the base."""
     world: int
     """All ranks; shards x replicas."""
 
@@ -55,14 +55,14 @@ class StepBytes:
     def received(self) -> int:
         """Bytes received over this rank's links; of exchanged rows, if tokens choose all experts equally often."""
         replicas = self.world // self.shards
-        cut = (self.gathered + self.scattered + self.exchanged) * (self.shards - 1) // self.shards
+        sharded = (self.gathered + self.scattered + self.exchanged) * (self.shards - 1) // self.shards
         rows = 2 * self.reduced_rows * (replicas - 1) // replicas
-        return cut + 2 * self.reduced * (self.world - 1) // self.world + rows
+        return sharded + 2 * self.reduced * (self.world - 1) // self.world + rows
 
     def into_machine(self, ranks: int) -> int:
         """Return the least bytes that come into a node of `ranks` ranks from other nodes.
 
-        If nodes differ, the node with the most counts. The other nodes' parts of a copy come once for all of its ranks;
+        If nodes differ, the node with the most counts. Other nodes' shards of a replica come once for all of its ranks;
         all-reduced buffers are summed within each node before.
         """
         return max(
@@ -72,15 +72,15 @@ class StepBytes:
     def _into(self, machine: range, ranks: int) -> int:
         """Return the least bytes into one node."""
         own = Counter(rank // self.shards for rank in machine)
-        cut = (self.gathered + self.scattered) * sum(self.shards - n for n in own.values()) // self.shards
-        cut += self.exchanged * sum(n * (self.shards - n) for n in own.values()) // self.shards
+        sharded = (self.gathered + self.scattered) * sum(self.shards - n for n in own.values()) // self.shards
+        sharded += self.exchanged * sum(n * (self.shards - n) for n in own.values()) // self.shards
         machines = -(-self.world // ranks)
         summed = 2 * self.reduced * (machines - 1) // machines
         if self.reduced_rows:
             for place in {rank % self.shards for rank in machine}:
                 among = len({rank // ranks for rank in range(place, self.world, self.shards)})
                 summed += 2 * self.reduced_rows * (among - 1) // among
-        return cut + summed
+        return sharded + summed
 
 
 def padded(shape: Sequence[int], ranks: int) -> int:
@@ -125,14 +125,6 @@ def outside_numel(shapes: ModelShapes, ranks: int) -> int:
     return sum(padded(weight.shape, ranks) for weight in shapes.architecture.outside)
 
 
-def held_bytes(shapes: ModelShapes, shards: int, *, format: str | None, itemsize: int) -> int:
-    """Return the most bytes of the frozen base per rank, without replicated parts of weights (NF4: 4 bytes)."""
-    tokens = shapes.kept_tokens if format == KEEP else (None, None)
-    matrices = matrix_bytes(shapes, shards, tokens, itemsize)[: 1 if shapes.tied else 2]
-    rest = sum(matrices) + itemsize * outside_numel(shapes, shards)
-    return (layers_bytes(shapes, shards, format=format, itemsize=itemsize) + rest) // shards
-
-
 def passes_of(work: Workload, accumulation: int) -> int:
     """Return the forward and backward passes of a step."""
     return accumulation if work.train.accumulate == "step" else 1
@@ -174,9 +166,9 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
 
     What is trained of the base is gathered in train.dtype too, in backward as well where its gradient needs it (an
     embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more. With
-    several copies of the base this is within each of them, and a rank's rows of those sums are all-reduced between
-    copies; where every rank has the whole base, those gradients are all-reduced like an adapter's. Resident layers are
-    not gathered. ZeRO-3 with parallel.prefetch may gather the last layer once a pass: then this is the most.
+    several replicas of the base this is within each of them, and a rank's rows of those sums are all-reduced between
+    replicas; where every rank has the whole base, those gradients are all-reduced like an adapter's. Resident layers
+    are not gathered. ZeRO-3 with parallel.prefetch may gather the last layer once a pass: then this is the most.
     """
     adapter, itemsize, shards = work.adapter, DTYPE_BYTES[work.train.dtype], work.shard_degree(world)
     full, whole = adapter.method == "full", adapter.modules_to_save

@@ -86,7 +86,7 @@ class Workload:
         return max(self.dense_layers, 0 if resident == "auto" else resident)
 
     def shard_degree(self, ranks: int) -> int:
-        """Return the number of ranks, of `ranks` in all, that one copy of the base is sharded over."""
+        """Return the number of ranks, of `ranks` in all, that one replica of the base is sharded over."""
         degree = self.parallel.shard_degree
         if degree is None:
             return ranks

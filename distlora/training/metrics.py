@@ -63,15 +63,15 @@ def describe(
             f"read {loaded.bytes_read / 2**20:,.0f} MiB on rank 0 "
             f"{loaded.how} in {loaded.seconds:.1f} s"
         )
-    if backend.shards.copies > 1:
+    if backend.shards.num_replicas > 1:
         reporter.event(
-            f"{backend.shards.copies:,} replicas of the base, each sharded over {backend.shards.count:,} ranks; only "
-            "gradients travel between replicas"
+            f"{backend.shards.num_replicas:,} replicas of the base, each sharded over {backend.shards.count:,} ranks; "
+            "only gradients travel between replicas"
         )
-        split = backend.shards.split_copies(cluster.gpus_per_node)
+        split = backend.shards.split_replicas(cluster.gpus_per_node)
         if cluster.nodes > 1 and split:
             reporter.event(
-                f"{len(split):,} of {backend.shards.copies:,} span several nodes, which have "
+                f"{len(split):,} of {backend.shards.num_replicas:,} span several nodes, which have "
                 f"{cluster.gpus_per_node:,} processes each, so the base is gathered between nodes too; "
                 "parallel.shard_degree=node keeps it within each"
             )
@@ -224,12 +224,12 @@ def summarize(
         figures["scattered_bytes_per_step"] = trial.step_traffic.scattered_bytes
         if trial.step_traffic.exchanged_bytes:
             figures["exchanged_bytes_per_step"] = trial.step_traffic.exchanged_bytes
-        if backend.shards.copies > 1:
-            between = trial.step_traffic.between_copies_bytes
-            figures["between_copies_bytes_per_step"] = between
+        if backend.shards.num_replicas > 1:
+            between = trial.step_traffic.between_replicas_bytes
+            figures["between_replicas_bytes_per_step"] = between
             reporter.event(
                 f"in each step a rank gathered {gathered / 2**20:,.1f} MiB within its replica of the base; between the "
-                f"{backend.shards.copies:,} copies {between / 2**20:,.1f} MiB of gradients were all-reduced"
+                f"{backend.shards.num_replicas:,} replicas {between / 2**20:,.1f} MiB of gradients were all-reduced"
             )
     if progress.evaluations:
         first = "base_eval_loss" if adapter.starts_as_base else "initial_eval_loss"

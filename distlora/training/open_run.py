@@ -128,7 +128,7 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
         made_on["fused_kernels"] = config.train.fused_kernels  # A name without a dot, so old checkpoints differ too.
     degree = config.shard_degree(ranks.world)
     if config.adapter.trains_base is not None and degree < ranks.world:
-        # Several copies change the order in which sharded gradients are summed, but not that of adapters.
+        # Several replicas change the order in which sharded gradients are summed, but not that of adapters.
         made_on["shard_degree"] = degree
 
     def identity() -> Identity:

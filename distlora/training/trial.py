@@ -355,8 +355,8 @@ class Trial:
         yield "scattered_bytes", traffic.scattered_bytes
         if traffic.exchanged_bytes:
             yield "exchanged_bytes", traffic.exchanged_bytes
-        if self.backend.shards.copies > 1:
-            yield "between_copies_bytes", traffic.between_copies_bytes
+        if self.backend.shards.num_replicas > 1:
+            yield "between_replicas_bytes", traffic.between_replicas_bytes
         aside, tokens, flops = interval.measured
         tokens = sum(step.tokens for step in interval.steps) - tokens
         if tokens > 0:  # Otherwise the only step was a slower one.

@@ -248,7 +248,7 @@ def _nccl(work: Workload, machine: Machine, shards: int) -> int:
     """Return the bytes of NCCL's buffers.
 
     The group that sums gradients has rings and trees: one ring connection and two tree connections, both ways. With
-    several copies of the base there is a group that gathers, by rings, and one between copies if the base is trained.
+    several replicas there is a group that gathers, by rings, and one between replicas if the base is trained.
     github.com/NVIDIA/nccl/issues/864 shows 1.6 GB after a first all-reduce, CUDA's context included; 32 channels are
     1.2 GB of it.
     """

@@ -324,24 +324,24 @@ def _sums(
         layers, share = shapes.num_layers, 0.0
         if work.adapter.method == "full":
             share = sum(count * kind.numel for kind, count in shapes.architecture.counted()) / shapes.numel
-        scatter, rows = rings.gather(step.scattered, 3), rings.sum_of_copies(step.reduced_rows, 3)
+        scatter, rows = rings.gather(step.scattered, 3), rings.sum_over_replicas(step.reduced_rows, 3)
         after += [scatter.scaled(1 - share), rows.scaled(1 - share)]
         if share:
             beside += [rings.gather(step.scattered, layers).scaled(share)]
-            beside += [rings.sum_of_copies(step.reduced_rows, layers).scaled(share)]
+            beside += [rings.sum_over_replicas(step.reduced_rows, layers).scaled(share)]
     return tuple(beside), tuple(after)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rings:
-    """The ranks as collectives see them: consecutive ones cut a copy, and fill machines."""
+    """The ranks as collectives see them: consecutive ones shard a replica, and fill nodes."""
 
     world: int
     shards: int
     per_machine: int
 
     def gather(self, nbytes: int, collectives: int = 1) -> CollectiveCost:
-        """Return a gather, or a reduce-scatter, of a buffer over the ranks of a copy."""
+        """Return a gather, or a reduce-scatter, of a buffer over the ranks of a replica."""
         n = self.shards
         if n == 1 or nbytes == 0:
             return CollectiveCost()
@@ -370,18 +370,18 @@ class _Rings:
 
     @property
     def _crossing(self) -> int:
-        """Return the number of rings of copies with ranks inside and outside a node, for the node with the most."""
+        """Return the number of rings of replicas with ranks inside and outside a node, for the node with the most."""
         size, shards = self.per_machine, self.shards
         machines = [range(start, min(start + size, self.world)) for start in range(0, self.world, size)]
         if len(machines) == 1:
             return 0
-        # Machines repeat after as many as it takes until a copy begins where a machine does.
+        # Machines repeat after as many as it takes until a replica begins where a machine does.
         repeat = math.lcm(shards, size) // size
         most = 0
         for machine in {*machines[:repeat], machines[-1]}:
-            copies = {machine[0] // shards, machine[-1] // shards}
-            is_cut = [copy * shards < machine.start or (copy + 1) * shards > machine.stop for copy in copies]
-            most = max(most, sum(is_cut))
+            ends = {machine[0] // shards, machine[-1] // shards}
+            is_split = [n * shards < machine.start or (n + 1) * shards > machine.stop for n in ends]
+            most = max(most, sum(is_split))
         return most
 
     def sum(self, nbytes: int, collectives: int = 1) -> CollectiveCost:
@@ -400,19 +400,19 @@ class _Rings:
             tree_steps_across=2 * collectives * math.log2(machines),
         )
 
-    def sum_of_copies(self, nbytes: int, collectives: int) -> CollectiveCost:
+    def sum_over_replicas(self, nbytes: int, collectives: int) -> CollectiveCost:
         """Return an all-reduce of a rank's rows over the ranks with the same rows."""
-        copies = self.world // self.shards
-        if copies == 1 or nbytes == 0:
+        replicas = self.world // self.shards
+        if replicas == 1 or nbytes == 0:
             return CollectiveCost()
-        received = 2 * nbytes * (copies - 1) / copies
+        received = 2 * nbytes * (replicas - 1) / replicas
         within = max(1, self.per_machine // self.shards)
-        machines = -(-copies // within)
+        machines = -(-replicas // within)
         return CollectiveCost(
             inside=received if within > 1 else 0.0,
             across=received * min(self.shards, self.per_machine) if machines > 1 else 0.0,
             collectives=collectives,
-            steps=2 * collectives * (copies - machines),
+            steps=2 * collectives * (replicas - machines),
             steps_across=2 * collectives * (machines - 1),
         )
 

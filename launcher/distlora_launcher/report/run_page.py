@@ -30,7 +30,9 @@ _RESIDENT = "resident host memory per process, with Python, torch and its compil
 _SHARED_BY_TRIALS = (_GATHERED, _RESIDENT)
 """Figures that the trials of a multi-trial run share."""
 _CHARTED = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "mfu", "target_tokens", "pairs"}
-_TRAFFIC = {"gathered_bytes", "exchanged_bytes", "reduced_bytes", "scattered_bytes", "between_copies_bytes"}
+# between_copies: of runs before it was renamed.
+_TRAFFIC_OF = ("gathered", "exchanged", "reduced", "scattered", "between_replicas", "between_copies")
+_TRAFFIC = {f"{name}_bytes" for name in _TRAFFIC_OF}
 _TITLES = {
     "experts/imbalance": "Busiest expert over the mean load, mean of the layers",
     "experts/imbalance_max": "Busiest expert over the mean load, in the worst layer",

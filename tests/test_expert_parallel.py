@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -22,13 +23,16 @@ from distlora.config.plan import CHOSEN
 from distlora.model.adapters import StepRows
 from distlora.model.build import put_trial
 from distlora.model.experts import ExpertWeight
-from distlora.parallel import Ranks
+from distlora.parallel import Ranks, Shards
+from distlora.parallel.expert_parallel import divide_experts
+from distlora.parallel.ranks import Traffic
 from distlora.planner.choose import Search, choose
 from distlora.training import setup, worker
-from distlora_launcher.compose.planning import check_planned, planned_model
+from distlora_launcher.compose.planning import check_planned, planned, planned_model
 from family_models import config_for, positions_of, tokens
 from plan_inputs import composed, machine_of, model_of
 from planned import traffic_of
+from run_models import build_run_model
 from small_models import make_run, read_metrics, write_model_folder
 from test_parity import adapters_after, result_of
 from test_plan_memory import both
@@ -119,13 +123,55 @@ def test_a_run_with_divided_experts_is_that_of_gathered_experts(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exchanged_bytes_per_step"] == step.exchanged
 
 
-def test_a_run_resumes_with_another_degree_and_writes_the_same_files(
-    world: World, models: Path, tmp_path: Path, gathered: Callable[[str, int], Path]
+@pytest.mark.parametrize("objective", ["sft", "dpo"])
+def test_dpo_and_shared_factors_are_those_of_gathered_experts(
+    world: World, models: Path, tmp_path: Path, objective: str
 ) -> None:
+    """With dpo each expert has its own factors, with sft all share one of both."""
+    data: dict[str, Any] = {}
+    if objective == "dpo":
+        words = [f"{number} plus {number} makes" for number in range(10, 50)]
+        pairs = [{"prompt": text, "chosen": f" {text} one", "rejected": f" THE {text}"} for text in words]
+        (tmp_path / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+        data = {"path": str(tmp_path / "pairs.jsonl"), "sequence_length": 128}
+    sections: dict[str, Any] = {
+        "adapter": {} if data else {"expert_sharing": "shared_outer"},
+        "train": {"objective": objective, "max_steps": 2, "global_batch": 4, "micro_batch": 2},
+        "data": data,
+    }
+    found = []
+    for degree in (1, 2):
+        run_dir = tmp_path / str(degree)
+        make_run(run_dir, models, QWEN, **sections, parallel={"expert_degree": degree}, cluster={"gpus_per_node": 2})
+        first, other = world.run(2, adapters_after, run_dir=run_dir)
+        assert all(torch.equal(first[name], other[name]) for name in first), "adapters differ between ranks"
+        found.append(result_of(run_dir))
+    (expected, theirs), (losses, adapter) = found
+    assert_losses_close(losses, expected)
+    assert_adapters_close(adapter, theirs)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("ranks", [3, ci(1)])
+def test_a_run_resumes_on_other_ranks_and_writes_the_same_files(
+    world: World,
+    models: Path,
+    tmp_path: Path,
+    gathered: Callable[[str, int], Path],
+    ranks: int,
+) -> None:
+    """Three ranks cannot divide eight experts, and gather them."""
     run_dir = tmp_path / "run"
-    prepare(run_dir, models, QWEN, 2, parallel={"expert_degree": "replica"})
+    config = prepare(run_dir, models, QWEN, 2, parallel={"expert_degree": "replica"})
     world.run(2, run_until, run_dir=run_dir, stop_before=3)
-    world.run(1, adapters_after, run_dir=run_dir)
+    world.run(ranks, adapters_after, run_dir=run_dir)
+    lines = [line for line in read_metrics(run_dir) if "loss" in line]
+    assert [bool(line.get("exchanged_bytes")) for line in lines] == [True, True, False, False]
+    model = build_run_model(config)
+    divide_experts(model, Shards(0, 3, None), "cpu", Traffic(), required=False)
+    assert "3 ranks cannot divide the experts (parallel.expert_degree=replica)" in model.notes[-1]
+    cluster = dataclasses.replace(config.cluster, gpus_per_node=ranks)
+    assert planned(dataclasses.replace(config, cluster=cluster), run_dir=run_dir).work.expert_degree == 1
     (losses, adapter), (expected, theirs) = result_of(run_dir), result_of(gathered(QWEN, 2))
     assert_losses_close(losses, expected)
     assert_adapters_close(adapter, theirs)

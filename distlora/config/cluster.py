@@ -245,7 +245,8 @@ class ParallelConfig:
     """Ranks that divide the experts of each layer: those of one replica (shard_degree), or 1. Each rank then computes
     its own experts with the tokens of all ranks, which are exchanged, instead of gathering the weights of all experts.
     That moves fewer bytes for few tokens. 1: every rank gathers all experts. `replica`: as many as a replica has, so
-    that a resume may be on another number of ranks. FSDP2 only."""
+    that a resume may be on another number of ranks; where these cannot divide the experts, it gathers them as with 1.
+    FSDP2 only."""
     offload_base: bool = False
     """Keep each rank's shard of the base in pinned host memory; needs parallel=zero3. A GPU then holds up to three
     layers' weights, or two and the LM head's. Each gather copies the rank's shard over PCIe while the layer before

@@ -61,7 +61,8 @@ def parallelize(
         backend.after_backward = units.end_backward
     elif backend.sharded:
         if parallel.expert_degree != 1:
-            divide_experts(model, backend.shards, ranks.device.type, traffic)
+            required = parallel.expert_degree != "replica"  # The ranks of a resume may be others.
+            divide_experts(model, backend.shards, ranks.device.type, traffic, required=required)
         fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
         parallel.check_blocks(len(model.blocks))
         count, backend.residency = parallel.resident_blocks, Residency(model.blocks, backend.shards, ranks.device)

@@ -31,10 +31,13 @@ from distlora.parallel.shards import Shards
 from distlora_kernels.format_layouts import shards_whole_experts
 
 
-def divide_experts(model: CausalLM, shards: Shards, device_type: str, traffic: Traffic) -> None:
+def divide_experts(
+    model: CausalLM, shards: Shards, device_type: str, traffic: Traffic, *, required: bool = True
+) -> None:
     """Give each rank of a replica its experts of every layer of `model` (on meta), and the exchange of their rows.
 
-    Every rank must call it alike. Raises UserError if a weight cannot be sharded by whole experts, or nothing can be.
+    Every rank must call it alike. Unless `required`, all experts stay whole if a weight cannot be sharded by whole
+    experts. Raises UserError if it is required and cannot, or nothing can be.
     """
     apart = [module for module in model.modules() if isinstance(module, ByDocument)]
     if any(isinstance(module, Experts) for outer in apart for module in outer.modules()):
@@ -43,6 +46,12 @@ def divide_experts(model: CausalLM, shards: Shards, device_type: str, traffic: T
             "ranks have different documents; set parallel.expert_degree=1"
         )
     found = [module for module in model.modules() if isinstance(module, Experts)]
+    if not required and not all(_is_whole(weight, shards.count) for experts in found for weight in experts.weights):
+        model.notes.append(
+            f"{shards.count} ranks cannot divide the experts (parallel.expert_degree=replica), so every rank gathers "
+            "all of them, as with parallel.expert_degree=1"
+        )
+        return
     assert shards.group is not None, "one rank has nothing to divide"
     exchange = _Exchange(shards.group, shards.count, traffic)
     mesh = shards.mesh(device_type)
@@ -64,14 +73,18 @@ def divide_experts(model: CausalLM, shards: Shards, device_type: str, traffic: T
     )
 
 
+def _is_whole(weight: ExpertWeight, count: int) -> bool:
+    """Return whether the rows of a rank are the weight of whole experts."""
+    return shards_whole_experts(weight.shape, None if weight.format is None else weight.format.name, count)
+
+
 def _check_shards(weight: ExpertWeight, count: int) -> None:
     """Raise UserError if the rows of a rank are not the weight of whole experts."""
-    format = None if weight.format is None else weight.format.name
-    if not shards_whole_experts(weight.shape, format, count):
-        experts, *each = weight.shape
+    if not _is_whole(weight, count):
+        (experts, *each), format = weight.shape, "dense" if weight.format is None else weight.format.name
         raise UserError(
             f"parallel.expert_degree={count} cannot divide a weight of {experts:,} experts of "
-            f"{' x '.join(f'{size:,}' for size in each)} ({format or 'dense'}) between experts; set "
+            f"{' x '.join(f'{size:,}' for size in each)} ({format}) between experts; set "
             "parallel.expert_degree=1, or another parallel.shard_degree"
         )
 

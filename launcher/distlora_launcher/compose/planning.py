@@ -125,7 +125,12 @@ def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = Fa
     compiles = None if run_dir is None else compiled_before(run_dir)
     if config.train.compile == "auto" and compiles is not None:
         config = config.with_settings({"train.compile": compiles})
-    plan = plan_of(config, planned_model(config), machine_here(config, runs_here=runs_here))
+    model = planned_model(config)
+    if run_dir is not None and config.parallel.expert_degree == "replica":  # A resume may be on other ranks.
+        ranks = config.expert_degree(config.cluster.ranks)
+        if not model.shapes.shards_whole_experts(Workload.of(config).format, ranks):
+            config = config.with_settings({"parallel.expert_degree": 1})
+    plan = plan_of(config, model, machine_here(config, runs_here=runs_here))
     require_fit(plan, run_dir=run_dir)
     return plan
 

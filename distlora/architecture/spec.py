@@ -426,8 +426,8 @@ def derive(content: str, place: str) -> str:
     answer = derived("checking how transformers builds the model", place, content=content)
     found = Architecture.from_json(answer)
     print(
-        f"{found.model_type}: checked in {found.seconds:.0f} s on a small model: forward, gradients, packing and "
-        f"adapters equal transformers'{''.join(f'; {note}' for note in found.notes)}",
+        f"{place} ({found.model_type}): checked in {found.seconds:.0f} s on a small model: forward, gradients, packing "
+        f"and adapters equal transformers'{''.join(f'; {note}' for note in found.notes)}",
         file=sys.stderr,
     )
     return answer

@@ -355,11 +355,6 @@ class HostInputs:
         # A copy out of it may still be queued; the next copy into it is queued behind that.
         self._free.setdefault(place.nbytes, []).append(place)
 
-    @property
-    def num_free(self) -> int:
-        """Number of free places."""
-        return sum(map(len, self._free.values()))
-
     def copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
         """Copy between host and device, after everything queued on the device so far.
 

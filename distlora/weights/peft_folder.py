@@ -405,12 +405,10 @@ def check_shared(initial: PeftAdapter, adapter: AdapterConfig) -> None:
         stored = initial.tensors[path, part]
         bits = array({2: "H", 4: "I"}[stored.num_bytes // stored.numel], stored.content())
         size = len(bits) // experts
-        starts = range(1, experts)
-        if part == "A":
-            differ = any(bits[start * size : (start + 1) * size] != bits[:size] for start in starts)
-        else:
-            differ = any(bits[start::experts] != bits[::experts] for start in starts)
-        if differ:
+        first, *others = (
+            slice(n * size, (n + 1) * size) if part == "A" else slice(n, None, experts) for n in range(experts)
+        )
+        if (value := bits[first]) and any(bits[each] != value for each in others):
             raise copies_differ(f"{stored.file}: {initial.names[path, part]}")
 
 

@@ -47,6 +47,8 @@ class Reader:
         self.bytes_read = 0
         self.last_band: tuple[tuple[LowBitTensor, int, int], Tensor] | None = None
         """The last decoded band of a weight in low bits: (weight, matrix, first row), values."""
+        self.checked: set[Segment] = set()
+        """Tensors beside a weight in low bits that its codec has found right."""
         self._columns: dict[tuple[Path, int], tuple[int, Tensor]] = {}
         """Kept columns of matrices by their place: (first column, columns)."""
 

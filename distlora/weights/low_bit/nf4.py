@@ -52,22 +52,29 @@ class Nf4Codec(Codec):
     def replicated(self, tensor: LowBitTensor, reader: Reader) -> tuple[Tensor, ...]:
         """Return the offset with double quantization. Raises UserError for other maps than distlora's."""
         assert isinstance(tensor, Nf4Tensor)
-        levels = reader.read([tensor.parts["quant_map"]], 0, 16)
-        if not torch.equal(levels, torch.tensor(reference.NF4_LEVELS)):
-            raise UserError(
-                f"{tensor.name}.quant_map holds {levels.tolist()}, which are not NF4's levels; set {{model.path}} to "
-                "the 16-bit checkpoint"
-            )
-        if tensor.offset is None:
-            return ()
-        entries, ours = reader.read([tensor.parts["nested_quant_map"]], 0, 256), reference.dynamic_map()
-        if not bool(((entries - ours).abs() <= MAP_ULPS * torch.finfo(ours.dtype).eps * ours.abs()).all()):
-            worst = int((entries - ours).abs().nan_to_num(torch.inf).argmax())
-            raise UserError(
-                f"{tensor.name}.nested_quant_map is not bitsandbytes' dynamic map (entry {worst} is "
-                f"{entries[worst]:.7g}, not {ours[worst]:.7g}); set {{model.path}} to the 16-bit checkpoint"
-            )
-        return (torch.tensor(tensor.offset, dtype=torch.float32),)
+        if tensor.parts["quant_map"] not in reader.checked:  # Once per tensor, not for each band of its rows.
+            _check_maps(tensor, reader)
+            reader.checked.add(tensor.parts["quant_map"])
+        return () if tensor.offset is None else (torch.tensor(tensor.offset, dtype=torch.float32),)
+
+
+def _check_maps(tensor: Nf4Tensor, reader: Reader) -> None:
+    """Raise UserError for other maps than distlora's."""
+    levels = reader.read([tensor.parts["quant_map"]], 0, 16)
+    if not torch.equal(levels, torch.tensor(reference.NF4_LEVELS)):
+        raise UserError(
+            f"{tensor.name}.quant_map holds {levels.tolist()}, which are not NF4's levels; set {{model.path}} to "
+            "the 16-bit checkpoint"
+        )
+    if tensor.offset is None:
+        return
+    entries, ours = reader.read([tensor.parts["nested_quant_map"]], 0, 256), reference.dynamic_map()
+    if not bool(((entries - ours).abs() <= MAP_ULPS * torch.finfo(ours.dtype).eps * ours.abs()).all()):
+        worst = int((entries - ours).abs().nan_to_num(torch.inf).argmax())
+        raise UserError(
+            f"{tensor.name}.nested_quant_map is not bitsandbytes' dynamic map (entry {worst} is "
+            f"{entries[worst]:.7g}, not {ours[worst]:.7g}); set {{model.path}} to the 16-bit checkpoint"
+        )
 
 
 def _format(tensor: LowBitTensor) -> Nf4:

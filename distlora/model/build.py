@@ -382,12 +382,7 @@ def build_model(
         keep_token_matrices(decoder, architecture.embedding, head, tokens.formats, dtype=dtype)
     if whole:
         _train_whole(decoder.get_input_embeddings(), head, whole, dtype=dtype, training=training)
-    linears = {path for path, _ in architecture.adaptable()}
-    outside = tuple(
-        name
-        for name, module in hf_model.named_modules()
-        if isinstance(module, nn.Linear) and name not in linears and name != architecture.head
-    )
+    outside = _outside_linears(hf_model, architecture)
     contexts = [BlockContext() for _ in layers]
     format_of, kept = formats_of(spec, base, architecture)
     if not full:
@@ -411,6 +406,13 @@ def build_model(
     if training and (full or whole) and spec.dtype != "fp32":
         model.compute_dtype = DTYPES[spec.dtype]
     return model
+
+
+def _outside_linears(hf_model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """Return the paths of linears that stay as transformers builds them: a vision tower's, routers."""
+    frozen = {architecture.head, *(path for path, _ in architecture.adaptable())}
+    linears = (name for name, module in hf_model.named_modules() if isinstance(module, nn.Linear))
+    return tuple(name for name in linears if name not in frozen)
 
 
 def _balance_routers(model: CausalLM, train: TrainConfig) -> None:

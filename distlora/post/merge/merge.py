@@ -215,10 +215,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype | No
             copy_companions(temporary, trained, shipped=dtype is None)
             config = merged_config(folder, base, None if dtype is None else str(dtype).removeprefix("torch."))
             atomic_io.write_json(temporary / "config.json", config)
-            written = sorted(path for path in temporary.rglob("*") if path.is_file())
-            names = [path.relative_to(temporary).as_posix() for path in written]
-            reading = Clock("SHA-256", sum(path.stat().st_size for path in written), say)
-            digests = each(reading.digest, written, reading)
+            digests = _digests(temporary, say)
             of_base_files = {name: digest.result() for name, digest in sources}
             found = {p.weight.name: c for p, c in zip(parameters, changes, strict=True) if c is not None}
             receipt = Receipt(
@@ -230,11 +227,19 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype | No
                 adapter=None if adapter is None else {"place": trained.place, **_described(adapter.folder)},
                 weights={name: change.as_json() for name, change in found.items()},
                 total=_total(list(found.values())),
-                files=dict(zip(names, digests, strict=True)),
+                files=digests,
                 seconds=time.monotonic() - began,
             )
             receipt.write(temporary)
     return receipt
+
+
+def _digests(folder: Path, say: Say) -> dict[str, str]:
+    """Return the SHA-256 of each file of a folder, by its path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    reading = Clock("SHA-256", sum(path.stat().st_size for path in files), say)
+    digests = each(reading.digest, files, reading)
+    return {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
 
 
 def _total(changes: Sequence[Change]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from distlora.training.worker import trained_parameters
 from family_models import SINGLE
 from small_models import make_run, read_metrics, tokenizer
 from test_objectives_trl import Theirs, move_adapters, their_model
+from tiers import ci
+from vllm_server import serving
 from worlds import World
 
 GROUP, MOST = 4, 12
@@ -273,9 +275,44 @@ def test_a_run_whose_training_differs_from_its_sampler_fails(folders: Path, tmp_
         run_until(SINGLE, run_dir=tmp_path / "run")
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_batch_invariant_training_computes_the_samplers_probabilities_to_the_last_bit(
+    folders: Path, tmp_path: Path, dtype: str
+) -> None:
+    train = RUN["train"] | {"dtype": dtype, "max_steps": 5, "checkpointing": "none"}
+    grpo_run(
+        tmp_path / "run", folders, **{**RUN, "train": train, "rollout": RUN["rollout"] | {"batch_invariant": True}}
+    )
+    run_until(SINGLE, run_dir=tmp_path / "run")
+    fresh = [line for line in of_steps(tmp_path / "run") if line["rollout/staleness"] == 0]
+    assert [line["rollout/logprob_difference_max"] for line in fresh] == [0, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, ci(2)])
+def test_a_vllm_server_samples_with_the_adapter_of_each_rollout(
+    world: World, folders: Path, tmp_path: Path, ranks: int
+) -> None:
+    with serving(folders / "llama") as (url, server):
+        settings = {"quant": {"method": "none"}, "rollout": RUN["rollout"] | {"url": url}}
+        grpo_run(tmp_path / "run", folders, **{**RUN, **settings})
+        world.run(ranks, run_until, run_dir=tmp_path / "run")
+    name = tmp_path.joinpath("run").resolve().name
+    assert server.loaded == [f"{name}-{version}" for version in range(len(server.loaded))]
+    assert len(server.loaded) == 5, "two rollouts and three evaluations"
+    assert server.adapters == [], "the last version stays on the server"
+    fresh = [line for line in of_steps(tmp_path / "run") if line["rollout/staleness"] == 0]
+    # Products of another order, by transformers and PEFT; an adapter of an older version would be far off.
+    assert all(line["rollout/logprob_difference_max"] < 1e-4 for line in fresh)
+    assert fresh[1]["kl"] > 0
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
+        ({"rollout": {"batch_invariant": True, "temperature": 0.5}}, r"set rollout.temperature=1"),
+        ({"rollout": {"batch_invariant": True}, "train": {"compile": True}}, r"train.compile=true with others"),
+        ({"rollout": {"url": "localhost:8000"}}, r"rollout.url=localhost:8000 is not an address"),
+        ({"rollout": {"url": "http://a"}, "adapter": {"use_dora": True}}, r"without DoRA"),
         ({"rollout": {"num_generations": 5}}, r"num_generations=5 does not divide the 12 answers"),
         ({"rollout": {"max_new_tokens": 63}}, r"max_new_tokens=63 leaves no room for a prompt"),
         ({"data": {"rewards": []}}, r"needs rewards; set data.rewards"),

@@ -52,6 +52,12 @@ class RolloutConfig:
     """Leave answers that max_new_tokens cut off out of the loss (DAPO)."""
     eval_temperature: float = 0.0
     """Temperature of the one answer to each held-out prompt; 0: the likeliest token."""
+    batch_invariant: bool = False
+    """Compute each token alike in sampling and training, whatever runs beside it, so that their log-probabilities are
+    equal to the last bit. On the CPU only, and several times slower: to tell rounding from other differences."""
+    url: str | None = None
+    """Address of a vLLM server of the same base that samples instead of the trainer's own weights, such as
+    http://localhost:8000 (docs/rl.md says how to start it). null: the run samples itself."""
     max_logprob_difference: float | None = None
     """Largest mean difference, in nats, between the log-probabilities that the sampler reported and those that training
     computes at the same weights; a run that exceeds it fails. null: 1e-4 in fp32, 0.05 in bf16."""
@@ -72,6 +78,20 @@ class RolloutConfig:
             0 <= self.eval_temperature < float("inf"),
             f"rollout.eval_temperature={self.eval_temperature} is not a temperature; set 0 (the likeliest token) or "
             "more",
+        )
+        require(
+            not self.batch_invariant or self.temperature == 1,
+            f"rollout.batch_invariant=true: training divides hidden states by rollout.temperature={self.temperature:g}"
+            ", and sampling the logits, which rounds otherwise; set rollout.temperature=1",
+        )
+        require(
+            self.url is None or self.url.startswith(("http://", "https://")),
+            f"rollout.url={self.url} is not an address; set rollout.url=http://localhost:8000",
+        )
+        require(
+            self.url is None or not self.batch_invariant,
+            f"rollout.batch_invariant=true is of the run's own sampling, and rollout.url={self.url} samples elsewhere; "
+            "leave one of them out",
         )
         require(
             all(self.stop),

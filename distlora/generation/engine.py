@@ -22,6 +22,7 @@ from distlora.config import UserError
 from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import Choice, choose
 from distlora.generation.stop_strings import StopStrings
+from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM, Past
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.paged_cache import BLOCK, PagedCache, Step
@@ -163,6 +164,7 @@ class Engine:
         mine = range(*bounds)
         with contextlib.ExitStack() as stack:
             stack.enter_context(aside(self._model, self._backend))
+            stack.enter_context(batch_invariant(self._model.is_batch_invariant))
             batch = _Batch(self, [(index, requests[index]) for index in mine], limit, on_done, on_token)
             stack.enter_context(batch.cache.attending(self._model.decoder))
             alone = stack.enter_context(self._backend.whole_base(self._model, batch.run_nothing, wanted=self._resident))
@@ -170,31 +172,12 @@ class Engine:
                 stack.enter_context(dense_copies(self._model, self._backend))
             while batch.works if alone else self._any(batch.works):
                 batch.forward()
-        return self._gathered(batch.samples, len(requests))
+        return gathered(batch.samples, len(requests), self._backend)
 
     def _any(self, works: bool) -> bool:
         """Return whether any rank has work left."""
         flag = torch.tensor(int(works), device=self._backend.ranks.device)
         return bool(self._backend.max_over_ranks(flag))
-
-    def _gathered(self, samples: dict[int, Sample], count: int) -> list[Sample]:
-        """Return the samples of all ranks, in order."""
-        if self._backend.ranks.world > 1:
-            most = torch.tensor(max((len(sample.tokens) for sample in samples.values()), default=0))
-            longest = int(self._backend.max_over_ranks(most.to(self._backend.ranks.device)))
-            # Exact: each row is one rank's, and zeros are added. Floats travel as their bits.
-            table = torch.zeros(count, 2 + 2 * longest, dtype=torch.int64)
-            for index, sample in samples.items():
-                size = len(sample.tokens)
-                table[index, :2] = torch.tensor([size, sample.ended])
-                table[index, 2 : 2 + size] = torch.tensor(sample.tokens)
-                bits = torch.tensor(sample.logprobs, dtype=torch.float64).view(torch.int64)
-                table[index, 2 + longest : 2 + longest + size] = bits
-            table = self._backend.sum_over_ranks(table.to(self._backend.ranks.device)).cpu()
-            for index, (size, ended, *rest) in enumerate(table.tolist()):
-                logprobs = table[index, 2 + longest : 2 + longest + size].view(torch.float64).tolist()
-                samples[index] = Sample(rest[:size], logprobs, bool(ended))
-        return [samples[index] for index in range(count)]
 
 
 class _Batch:
@@ -219,7 +202,7 @@ class _Batch:
         self._starting: list[_Row] = []
         """Rows whose prompt has not run yet."""
         num_blocks = self._needed_blocks([request for _, request in requests])
-        self.cache = PagedCache(num_blocks)
+        self.cache = PagedCache(num_blocks, batch_invariant=self._model.is_batch_invariant)
         self._free = list(range(num_blocks))
         self._tables: Tensor | None = None
         """(N, blocks) of the rows; None after the rows have changed."""
@@ -403,6 +386,26 @@ class _Batch:
         self.samples[row.index] = sample = Sample(row.tokens, row.logprobs, ended)
         if self._on_done is not None:
             self._on_done(row.index, sample)
+
+
+def gathered(samples: dict[int, Sample], count: int, backend: Backend) -> list[Sample]:
+    """Return the samples of all ranks, in order, on each of them. Each sample is one rank's."""
+    if backend.ranks.world > 1:
+        most = torch.tensor(max((len(sample.tokens) for sample in samples.values()), default=0))
+        longest = int(backend.max_over_ranks(most.to(backend.ranks.device)))
+        # Exact: each row is one rank's, and zeros are added. Floats travel as their bits.
+        table = torch.zeros(count, 2 + 2 * longest, dtype=torch.int64)
+        for index, sample in samples.items():
+            size = len(sample.tokens)
+            table[index, :2] = torch.tensor([size, sample.ended])
+            table[index, 2 : 2 + size] = torch.tensor(sample.tokens)
+            bits = torch.tensor(sample.logprobs, dtype=torch.float64).view(torch.int64)
+            table[index, 2 + longest : 2 + longest + size] = bits
+        table = backend.sum_over_ranks(table.to(backend.ranks.device)).cpu()
+        for index, (size, ended, *rest) in enumerate(table.tolist()):
+            logprobs = table[index, 2 + longest : 2 + longest + size].view(torch.float64).tolist()
+            samples[index] = Sample(rest[:size], logprobs, bool(ended))
+    return [samples[index] for index in range(count)]
 
 
 def _memory_blocks(model: CausalLM, backend: Backend) -> int:

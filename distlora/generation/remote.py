@@ -31,6 +31,10 @@ TRIES, FIRST_WAIT = 4, 1.0
 request has a seed, so a second answer is as good as the first."""
 
 
+MOST_SEED = 2**63 - 1
+"""vLLM's seeds are signed."""
+
+
 class ServerError(RuntimeError):
     """A server that does not answer, or answers with an error."""
 
@@ -90,7 +94,7 @@ class RemoteEngine:
             "model": self.adapter,
             "prompt": request.tokens,
             "max_tokens": request.max_new_tokens,
-            "seed": request.seed,
+            "seed": request.seed & MOST_SEED,
             # All of them: what is left out comes from the generation_config.json of the server's model.
             "temperature": request.temperature,
             "top_p": request.top_p,

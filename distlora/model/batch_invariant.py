@@ -13,6 +13,7 @@ Letters: M rows, K and N sizes of a product, B documents, T tokens, H query head
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -103,7 +104,7 @@ def attend_rows(
 
 def _block(part: Tensor, heads: int, tiles: int) -> Tensor:
     """Return keys or values (B, up to KEYS, G, E) as (B H tiles, KEYS, E), filled up with zeros."""
-    num, count, groups, size = part.shape
+    count, groups, size = part.shape[1:]
     part = F.pad(part, (0, 0, 0, 0, 0, KEYS - count)).transpose(1, 2).repeat_interleave(heads // groups, dim=1)
     return part[:, :, None].expand(-1, -1, tiles, -1, -1).reshape(-1, KEYS, size)
 
@@ -113,8 +114,9 @@ def attend(
 ) -> Tensor:
     """Attend as a VarlenOp (attention.py): each packed document's queries (T, H, E) to its own keys (T, G, E)."""
     bounds = cu_seqlens.tolist()
-    documents = [part for part in zip(bounds, bounds[1:], strict=False) if part[0] < part[1]]
+    documents = [part for part in itertools.pairwise(bounds) if part[0] < part[1]]
     sizes = [end - start for start, end in documents]
     padded = [torch.nn.utils.rnn.pad_sequence(each.split(sizes), batch_first=True) for each in (query, key, value)]
-    output = attend_rows(*padded, torch.zeros(len(sizes), dtype=torch.int64), scale, left)
+    queries, keys, values = padded
+    output = attend_rows(queries, keys, values, torch.zeros(len(sizes), dtype=torch.int64), scale, left)
     return torch.cat([rows[:size] for rows, size in zip(output, sizes, strict=True)])

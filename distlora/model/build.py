@@ -33,6 +33,7 @@ from distlora.model.adapters import (
     adapter_parameters,
 )
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
+from distlora.model.batch_invariant import attend
 from distlora.model.buffers import made_buffers, stored_buffers
 from distlora.model.by_document import ByDocument, PackedRows
 from distlora.model.distillation import Divergence
@@ -128,6 +129,8 @@ class CausalLM(nn.Module):
         """Buffers on the CPU that no checkpoint holds, by Hugging Face name."""
         self.attends_by_documents = False
         """True if a forward takes `documents` and attends to each by its length."""
+        self.is_batch_invariant = False
+        """True if sampling and training compute each token alike (`compute_alike`)."""
         self.runs_documents_apart = any(isinstance(module, ByDocument) for module in decoder.modules())
         """True if a module of the layers runs each packed document alone."""
         self.router_aux_loss = 0.0
@@ -276,6 +279,19 @@ class CausalLM(nn.Module):
         """Compute attention with `op` wherever a forward is given documents."""
         use(self.decoder, op)
         self.attends_by_documents = True
+
+    def compute_alike(self) -> None:
+        """Attend alike in sampling and training from now on; their callers compute products within `batch_invariant`.
+
+        Raises UserError for attention that is more than a softmax over a causal window.
+        """
+        require(
+            self.architecture.attention == "sdpa" and self.architecture.varlen,
+            f"rollout.batch_invariant=true: attention of {self.architecture.model_type} is more than a softmax over a "
+            "causal window (caps, sinks, selected keys), which is not computed alike for any batch; leave it out",
+        )
+        self.attend_by_documents(attend)
+        self.is_batch_invariant = True
 
     def tie(self) -> None:
         """Make the head's weight the embedding's Parameter again, after the model has been given memory."""

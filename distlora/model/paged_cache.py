@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distlora.model.batch_invariant import attend_rows
+
 NAME = "distlora_paged"
 """Name of the attention function in transformers' AttentionInterface."""
 BLOCK = 16
@@ -49,8 +51,9 @@ class Step:
 class PagedCache:
     """Blocks of keys and values of all layers, with the attention function that reads them."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, num_blocks: int, *, batch_invariant: bool = False) -> None:
+        """Hold this many blocks. `batch_invariant`: attend as training does then (batch_invariant.py)."""
+        self.num_blocks, self._batch_invariant = num_blocks, batch_invariant
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         """Keys and values (blocks S, K, E) by layer, allocated at the first update."""
         self._step: Step | None = None
@@ -113,7 +116,10 @@ class PagedCache:
             raise TypeError("attention with a mask, a cap or sinks is not computed here")
         if self._pending is None or self._pending[1] is not key:
             raise TypeError("attention to keys that were not written by this layer is not computed here")
-        if self._step.tables is None:
+        if self._step.tables is None and self._batch_invariant:
+            first = torch.zeros(len(query), dtype=torch.int64)
+            output = self._attend_alike(query, key, value, first, scaling, sliding_window)
+        elif self._step.tables is None:
             output = _attend_within(query, key, value, scaling, sliding_window)
         else:
             output = self._attend_to_blocks(self._step, self._pending[0], query, scaling, sliding_window)
@@ -130,6 +136,9 @@ class PagedCache:
         at = torch.arange(step.longest, device=query.device)
         places = step.tables[:, at // BLOCK] * BLOCK + at % BLOCK
         key, value = (blocks[places].transpose(1, 2) for blocks in (keys, values))
+        if self._batch_invariant:
+            assert step.lengths is not None
+            return self._attend_alike(query, key, value, step.lengths - 1, scaling, window)
         seen = at < step.lengths[:, None]
         if window is not None:
             seen &= at >= step.lengths[:, None] - window
@@ -137,6 +146,14 @@ class PagedCache:
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
         output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen[:, None, None, :], scale=scaling)
         return output.flatten(1, 2)[:, None]
+
+    def _attend_alike(
+        self, query: Tensor, key: Tensor, value: Tensor, first: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Attend from positions `first` (N,) on: query (N, H, T, E) to (N, K, L, E) -> (N, T, H, E)."""
+        assert scaling is not None, "attention without a scale is not computed here"
+        queries, keys, values = (each.transpose(1, 2) for each in (query, key, value))
+        return attend_rows(queries, keys, values, first, scaling, None if window is None else window - 1)
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy the tokens of some blocks to others, in all layers."""

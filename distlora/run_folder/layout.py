@@ -30,6 +30,8 @@ from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"
 ROLLOUT_NAME = "rollout.safetensors"
 """The answers that the next steps of online reinforcement learning train on."""
+ROLLOUT_ADAPTER_NAME = "rollout_adapter"
+"""Folder of the adapter that a vLLM server samples with (rollout.url)."""
 
 _STEP = re.compile(r"step_(\d{8,})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

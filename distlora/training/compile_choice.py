@@ -65,6 +65,8 @@ def why_not(config: Config, device: torch.device, base: CheckpointFiles) -> str 
     """Return why train.compile=auto is off on this rank; None if it is on, and the functions are compiled."""
     if device.type != "cpu":
         return "it is for CPUs"
+    if config.rollout.batch_invariant:
+        return "rollout.batch_invariant=true computes each token alike with torch's operations"
     if config.adapter.method == "full":
         return "adapter=full trains the scales of norms, whose gradients it leaves out"
     architecture = architecture_of(base.config, base.folder / "config.json")

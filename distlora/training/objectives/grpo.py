@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distlora.config import RolloutConfig, TrainConfig
 from distlora.data.loader import MicroBatch, StepBatch
+from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM
 from distlora.training.objectives.objective import Losses, Objective, run, send
 
@@ -53,10 +54,11 @@ class GRPO(Objective):
         if rollout.importance_sampling_level == "sequence":
             answers = answers_of(sent.position_ids, is_label, int((batch.position_ids == 0).sum(dim=1).max()))
         reference = None
-        if self.needs.reference:
-            losses, reference = run(model, batch, sent, step, with_reference=True, temperature=rollout.temperature)
-        else:
-            losses = run(model, batch, sent, step, by_token=True, temperature=rollout.temperature)
+        with batch_invariant(model.is_batch_invariant):
+            if self.needs.reference:
+                losses, reference = run(model, batch, sent, step, with_reference=True, temperature=rollout.temperature)
+            else:
+                losses = run(model, batch, sent, step, by_token=True, temperature=rollout.temperature)
         log_ratio = torch.where(is_label, -losses - old, 0.0)
         ratio = (log_ratio if answers is None else mean_by_answer(log_ratio, answers)).exp()
         clipped = ratio.clamp(1 - rollout.epsilon, 1 + self._high)

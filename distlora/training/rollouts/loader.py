@@ -14,16 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distlora.config import Config, UserError
+from distlora.config import Config, UserError, require
 from distlora.data.loader import EMPTY, StepBatch, StepLoader
 from distlora.data.packing import PARTS, SAMPLES, hash64
 from distlora.generation.engine import Engine, Request
 from distlora.generation.prompts import PromptEncoder
+from distlora.generation.remote import RemoteEngine
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.rewards.pool import RewardInput, RewardPool
-from distlora.run_folder.layout import ROLLOUT_NAME
+from distlora.run_folder.layout import ROLLOUT_ADAPTER_NAME, ROLLOUT_NAME
+from distlora.training.publish import publish_result
 from distlora.training.rollouts.rollout import Rollout, figures_of, pack_answers, parts
+from distlora.training.rollouts.served import ServedEngine
 
 SHOWN = 3
 """Held-out prompts whose answers are written at each evaluation."""
@@ -42,7 +45,7 @@ class RolloutLoader:
     held_out: StepLoader | None
     _: KW_ONLY
     config: Config
-    engine: Engine
+    engine: Engine | ServedEngine
     encoder: PromptEncoder
     pool: RewardPool
     backend: Backend
@@ -254,14 +257,46 @@ def open_rollouts(
         )
     encoder = PromptEncoder(model, config.model, data)
     ends = encoder.stop_tokens(config.model.path)
-    engine = Engine(model, backend, end_tokens=ends, tokenizer=encoder.tokenizer)
-    with RewardPool(config.data, log=log) as pool:
+    with contextlib.ExitStack() as stack:
+        engine: Engine | ServedEngine
+        if config.rollout.url is None:
+            if config.rollout.batch_invariant:
+                require(
+                    backend.ranks.device.type == "cpu",
+                    "rollout.batch_invariant=true is for the CPU, and this rank has a GPU; leave it out",
+                )
+                model.compute_alike()
+            engine = Engine(model, backend, end_tokens=ends, tokenizer=encoder.tokenizer)
+        else:
+            engine = stack.enter_context(contextlib.closing(_served(config, model, backend, data, ends)))
+        pool = stack.enter_context(RewardPool(config.data, log=log))
         loader = RolloutLoader(
             prompts, held_out, config=config, engine=engine, encoder=encoder, pool=pool, backend=backend
         )
         if checkpoint is not None:
             loader.restore(checkpoint)
         yield loader
+
+
+def _served(
+    config: Config, model: CausalLM, backend: Backend, data: Mapping[str, Any], ends: Sequence[int]
+) -> ServedEngine:
+    """Return the server of rollout.url. Raises UserError if it does not answer."""
+    assert config.rollout.url is not None
+    run_dir = Path(config.run_dir)
+    require(
+        next(model.adapted_experts(), None) is None,
+        f"rollout.url={config.rollout.url}: vLLM reads adapters of experts in another layout than PEFT's; set "
+        "adapter.target_modules=attention, or leave rollout.url out",
+    )
+    remote = RemoteEngine(config.rollout.url, stop_tokens=ends, run=run_dir.resolve().name)
+    if backend.writes:
+        remote.connect()
+
+    def publish(folder: Path) -> None:
+        publish_result(folder, model, config.spec, data["chat_template"], backend, run_dir=run_dir)
+
+    return ServedEngine(remote, run_dir / ROLLOUT_ADAPTER_NAME, publish, backend)
 
 
 def _text_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:

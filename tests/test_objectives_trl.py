@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import pydoc_data.topics
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
 from closeness import assert_close, assert_losses_close
 from distlora.architecture.spec import architecture_of
@@ -31,6 +33,7 @@ from distlora.config.file import load_config
 from distlora.data.loader import Share, stacks
 from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.build import CausalLM
+from distlora.model.reward_head import RewardHead
 from distlora.parallel import Ranks
 from distlora.training.loop import mean_losses
 from distlora.training.objectives import objective_of
@@ -128,6 +131,12 @@ def distill(theirs: Theirs, *, ratio: float, beta: float, temperature: float, ad
     return (1 - ratio) * output.loss + ratio * temperature**2 * divergence  # type: ignore[no-any-return]
 
 
+def reward(theirs: Theirs, **settings: Any) -> Tensor:
+    from trl import RewardConfig, RewardTrainer
+
+    return loss_of(theirs.trainer(RewardTrainer, RewardConfig, **settings))
+
+
 class Case(NamedTuple):
     """An objective, and TRL's loss for it."""
 
@@ -156,6 +165,11 @@ def chats() -> list[dict[str, Any]]:
     """Return the prompts and the chosen answers of `pairs` as chats."""
     roles = (("user", "prompt"), ("assistant", "chosen"))
     return [{"messages": [{"role": role, "content": pair[key]} for role, key in roles]} for pair in pairs()]
+
+
+def pairs_with_margins() -> list[dict[str, Any]]:
+    """Return the pairs with a margin each."""
+    return [pair | {"margin": 0.25 * (number % 4)} for number, pair in enumerate(pairs())]
 
 
 CASES = {
@@ -197,6 +211,11 @@ CASES = {
     "simpo and sft": Case(
         {"objective": "simpo", "beta": 2.5, "target_margin": 1.0, "label_smoothing": 0.1, "sft_weight": 0.3},
         lambda theirs: simpo(theirs, batch=1, beta=2.5, simpo_gamma=1.0, label_smoothing=0.1, cpo_alpha=0.3),
+    ),
+    "reward": Case(
+        {"objective": "reward", "center_rewards": 0.1},
+        lambda theirs: reward(theirs, center_rewards_coefficient=0.1),
+        write=pairs_with_margins,
     ),
 }
 
@@ -267,10 +286,15 @@ def their_model(folder: Path, ours: CausalLM, spec: Any) -> tuple[Any, dict[str,
     base = dequantized(folder, ours)
     if spec.adapter.method == "full":
         return base, dict(base.named_parameters())
+    if isinstance(ours.head, RewardHead):
+        base.config.num_labels = len(ours.head.weight)
+        scoring: Any = AutoModelForSequenceClassification.from_config(base.config)
+        scoring.model, base = base.model, scoring
     config = adapter_config(spec, ours)
     names = ("r", "lora_alpha", "use_rslora", "target_modules", "trainable_token_indices", "task_type")
     tuned = peft.get_peft_model(base, peft.LoraConfig(**{name: config[name] for name in names}))
-    parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if p.requires_grad}
+    named = {re.sub(r"(\.modules_to_save)?\.default", "", n): p for n, p in tuned.named_parameters()}
+    parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     with torch.no_grad():
         for name, parameter in adapter_tensors(ours).items():
             parameters[name].copy_(parameter)

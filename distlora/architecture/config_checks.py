@@ -56,6 +56,13 @@ def check_train(train: TrainConfig, architecture: Architecture) -> None:
         f"train.objective={train.objective} samples with a paged cache of keys and values, which the attention of "
         f"{architecture.model_type} does not take yet; set {{model.path}} to another model",
     )
+    task = train.needs.task_type
+    require(
+        train.needs.labels == 0 or task in architecture.scored_by,
+        f"train.objective={train.objective} trains the score of transformers' class for {task}, and "
+        f"{architecture.model_type} has none that computes it from {architecture.decoder}'s output; set "
+        "{model.path} to another model",
+    )
     tile = train.mlp_tile
     if tile is not None and architecture.has_experts:
         raise UserError(

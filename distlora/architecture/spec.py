@@ -214,6 +214,9 @@ class Architecture:
     pages_cache: bool = False
     """True if `distlora.model.paged_cache` continues rows as if each was computed whole."""
     head_form: HeadForm = HeadForm()
+    scored_by: tuple[str, ...] = ()
+    """Task types of PEFT (`SEQ_CLS`, `TOKEN_CLS`) for which transformers has a class that computes a linear `score` of
+    the same decoder's output, by the same paths."""
     norm_form: Literal["llama", "gemma", ""] = ""
     """RMSNorm of the decoder: times the scale after rounding (llama), times 1 + scale in fp32 (gemma), or others."""
     fusible: bool = False

@@ -321,7 +321,7 @@ def _check_adapter(folder: Path, tensors: Mapping[str, Segment], adapter: Adapte
 
 def _num_copied(folder: Path, adapter: AdapterConfig) -> int:
     """Return how many numbers of the file repeat a factor that all experts of a weight share."""
-    tensors = read_peft_adapter(folder).tensors if adapter.expert_sharing != "none" else {}
+    tensors = read_peft_adapter(folder, labels=None).tensors if adapter.expert_sharing != "none" else {}
     shared = ((path, segment.numel) for (path, part), segment in tensors.items() if part == adapter.shared_factor(path))
     # Rows of A are those of all experts; a linear's are its rank.
     return sum(numel - numel * adapter.rank_of(path) // tensors[path, "A"].shape[0] for path, numel in shared)

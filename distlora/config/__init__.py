@@ -250,6 +250,8 @@ class Config:
             )
         if needs.reference:
             self._check_reference()
+        if needs.labels:
+            self._check_score()
         changed = self.rollout.changed
         require(
             needs.data == "prompts" or not changed,
@@ -270,6 +272,23 @@ class Config:
             "data.too_long=split makes documents of the parts of a longer one, and parts of two answers cannot be "
             "compared; set data.too_long=truncate or drop",
         )
+
+    def _check_score(self) -> None:
+        """Refuse what trains beside the adapters and the score of a model without an LM head."""
+        every = self.train.sample_every
+        require(
+            every is None,
+            f"train.sample_every={every} writes answers, and train.objective={self.train.objective} trains a model "
+            "without an LM head; leave it out",
+        )
+        others = self.adapter.token_settings(self.model.new_tokens)
+        others += ["adapter=full"] if self.adapter.method == "full" else []
+        for setting in others:
+            require(
+                False,
+                f"{setting}: train.objective={self.train.objective} trains adapters and the score that replaces the LM "
+                "head, and nothing else; leave it out",
+            )
 
     def _check_rollout(self) -> None:
         """Refuse settings that a run on sampled answers cannot use."""

@@ -39,6 +39,10 @@ class ObjectiveNeeds:
     """The objective in a few words, as in "train.objective=dpo compares ..."."""
     data: DataForm = "documents"
     """Form of the data."""
+    labels: int = 0
+    """Outputs of a trained head that replaces the LM head (1: a reward); 0: the model has its LM head."""
+    margins: bool = False
+    """True if a pair's record may have a margin."""
     reference: bool = False
     """True if every row runs a second time, without gradient, through the initial model."""
     distributions: bool = False
@@ -58,6 +62,11 @@ class ObjectiveNeeds:
 
     Sources: DPO, TRL's script with LoRA; IPO, as DPO; ORPO, TRL's script with LoRA, ten times the paper's 8e-6 for full
     fine-tuning; SimPO, ten times the paper's 5e-7 for full fine-tuning."""
+
+    @property
+    def task_type(self) -> str:
+        """Return PEFT's name for the class of transformers that the result belongs to."""
+        return ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")[self.labels]
 
 
 OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
@@ -113,6 +122,16 @@ OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
             maxima=("rollout/logprob_difference_max",),
             settings={"beta": 0.0},
             lr=1e-5,
+        ),
+        "reward": ObjectiveNeeds(
+            summary="trains a reward of a chosen above that of a rejected answer",
+            data="pairs",
+            labels=1,
+            margins=True,
+            unit="pairs",
+            figures=PAIR_FIGURES[:4],
+            settings={"center_rewards": 0.0},
+            lr=1e-4,
         ),
     }
 )

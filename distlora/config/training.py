@@ -123,11 +123,12 @@ class Cadence(NamedTuple):
 class TrainConfig:
     """Steps, batches, objective, precision and checkpoints of training."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "distill", "grpo"] = "sft"
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "distill", "reward", "grpo"] = "sft"
     """Objective: -log p of the trained tokens (`sft`), or a loss of pairs of a chosen and a rejected answer. `dpo`
     (arXiv 2305.18290) and `ipo` (2310.12036) have a reference, the model at the start of the run: no second model, 50 %
     more operations. `orpo` (2403.07691) and `simpo` (2405.14734) have none. `distill` mixes `sft` with a divergence of
-    the next-token distribution from a teacher's (2306.13649). `grpo` samples answers to prompts and trains on their
+    the next-token distribution from a teacher's (2306.13649). `reward` trains a reward model on pairs
+    (Bradley-Terry, 2203.02155): a score in place of the LM head. `grpo` samples answers to prompts and trains on their
     rewards (section `rollout`, docs/rl.md)."""
     beta: float | None = None
     """Scale of the rewards of dpo and simpo, regularization tau of ipo, weight lambda of orpo's odds ratio. A larger
@@ -150,6 +151,9 @@ class TrainConfig:
     0.5."""
     kd_temperature: float | None = None
     """Temperature of both distributions in the divergence of distill, which is multiplied by its square. null: 1."""
+    center_rewards: float | None = None
+    """Weight of the squared sum of a pair's two rewards in the loss of train.objective=reward, which keeps rewards
+    around 0 (arXiv 2312.09244, which has 0.01). null: none."""
     epochs: float = 1.0
     """Passes over the packed sequences; 0.5 is half of one, rounded up to whole steps."""
     max_steps: int | None = None
@@ -256,7 +260,7 @@ class TrainConfig:
         numbers = (
             "epochs max_steps global_batch micro_batch log_every save_every evals_per_epoch saves_per_epoch "
             "save_minutes keep early_stopping_patience sample_every sample_tokens loss_watchdog_threshold "
-            "loss_watchdog_patience neftune_alpha kd_temperature mlp_tile"
+            "loss_watchdog_patience neftune_alpha kd_temperature center_rewards mlp_tile"
         )
         require_positive("train", self, *numbers.split())
         require(

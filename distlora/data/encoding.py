@@ -16,8 +16,9 @@ from typing import Any, Literal
 import numpy as np
 
 from distlora.config import DataConfig, UserError
+from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import ChatTemplate, start_tokens
-from distlora.data.formats import Document, Kind, check_objective, kind_of
+from distlora.data.formats import Document, Kind, check_objective, kind_of, shown
 from distlora.data.packing import HELD_OUT, Corpus, TooLong, below, hash64, volume
 from distlora.data.sources import Source
 from distlora.data.turns import Encoded, TurnFinder, TurnTokens
@@ -119,14 +120,25 @@ class Encoder:
         )
 
 
+_LARGEST_MARGIN = 1e6
+"""Bound of a pair's margin: rewards are far below it."""
+
+
 class PairEncoder:
     """Encodes batches of pairs, a chosen and a rejected answer to the same prompt, by the encoders of their documents.
 
-    `encoder_of` gives the one for chats or the one for prompts and completions. Raises UserError as they do.
+    `encoder_of` gives the one for chats or the one for prompts and completions. `margins`: the objective reads a
+    record's margin. Raises UserError as they do, and for a margin that is not a number.
     """
 
-    def __init__(self, tokenizer: Any, encoder_of: Callable[[Literal["chat", "prompt_completion"]], Encoder]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: Any,
+        encoder_of: Callable[[Literal["chat", "prompt_completion"]], Encoder],
+        *,
+        margins: bool = False,
+    ) -> None:
+        self.tokenizer, self._margins = tokenizer, margins
         self.template: ChatTemplate | None = None
         """The encoder of answers, from the first conversation on."""
         self._encoder_of = encoder_of
@@ -139,8 +151,20 @@ class PairEncoder:
             for side in ("chosen", "rejected")
         ]
         encoded = self._documents(answers)
-        for chosen in encoded:
-            yield Encoded.pair(chosen, next(encoded))
+        for document, chosen in zip(documents, encoded, strict=True):
+            yield Encoded.pair(chosen, next(encoded), self._margin(document) if self._margins else 0.0)
+
+    @staticmethod
+    def _margin(document: Document) -> float:
+        margin = document.value["margin"]
+        if margin is None:
+            return 0.0
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < _LARGEST_MARGIN:
+            raise UserError(
+                f"{document.place}: 'margin' is {shown(repr(margin))}, not a number by which the two rewards are to "
+                "differ; correct it, or leave the key unread with data.ignore_columns=[margin]"
+            )
+        return float(margin)
 
     def _documents(self, documents: list[Document]) -> Iterator[Encoded]:
         for is_chat, group in itertools.groupby(documents, key=lambda document: "messages" in document.value):
@@ -230,7 +254,7 @@ class Encoders:
         if too_long == "auto":
             too_long = "split" if kind == "text" else "truncate"
         if kind == "preference":
-            return PairEncoder(self.tokenizer, self._encoder), too_long
+            return PairEncoder(self.tokenizer, self._encoder, margins=OBJECTIVES[self.objective].margins), too_long
         if kind == "prompt_only":
             made = PromptOnlyEncoder(self.tokenizer, self.model_path, self.data.template)
             return self._of_kind.setdefault(kind, made), "drop"

@@ -58,7 +58,7 @@ OPTIONAL_KEYS = {
     "chat": ("system", "tools"),
     "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system", "history"),
-    "preference": ("prompt", "system", "tools"),
+    "preference": ("prompt", "system", "tools", "margin"),
     "prompt_only": ("system", "tools"),
 }
 """Keys that a record may have besides. Any other key is ignored, but a prompt_only record keeps it for rewards."""
@@ -80,7 +80,8 @@ class Document:
 
     `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str}, {"text": str} or
     {"prompt": str or messages, "columns": {...}} with an optional "tools"; or, of a pair, {"chosen": value, "rejected":
-    value} with two of the first or two of the second form. A message is what `conversations.check_chat` lets through.
+    value, "margin": any} with two of the first or two of the second form. A message is what `conversations.check_chat`
+    lets through.
     """
 
     place: str
@@ -224,6 +225,7 @@ def to_document(record: Record, format: str, has_template: bool, reading: Readin
         canonical = alpaca_document(value, place, good(format), as_chat=has_template)
     elif format == "preference":
         canonical = preference_pair(value, place, good(format), has_template=has_template)
+        canonical["margin"] = value.get("margin")  # `PairEncoder` checks it where it is read.
     else:
         canonical = {key: _string(value, key, place, format) for key in REQUIRED_KEYS[format]}
     return Document(place, record.num_bytes, canonical)

@@ -96,7 +96,7 @@ EMPTY = -1
 
 
 class MicroBatch(NamedTuple):
-    """Rows that a rank runs at once. All are int64 CPU tensors, the first three of shape (B, L)."""
+    """Rows that a rank runs at once. All but margins are int64 CPU tensors, the first three of shape (B, L)."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -113,6 +113,8 @@ class MicroBatch(NamedTuple):
     """(B, L) fp32: advantage of the answer that each label belongs to."""
     weights: torch.Tensor | None = None
     """(B, L) fp32: weight of each label's loss in the sum that is divided by the step's labels."""
+    margins: torch.Tensor | None = None
+    """(B, M) fp32: the margin of each pair of a row; None if no record has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,4 +223,11 @@ class StepLoader:
             labels=torch.from_numpy(np.where(flags & TRAINED, following, IGNORED)),
             position_ids=torch.from_numpy(position - start),
             rows=torch.from_numpy(indices.astype(np.int64)),
+            margins=self._margins(indices),
         )
+
+    def _margins(self, indices: np.ndarray) -> torch.Tensor | None:
+        """Return the margins of the pairs of B rows; 0 in an empty row."""
+        if self.rows.margins is None:
+            return None
+        return torch.from_numpy(np.where((indices == EMPTY)[:, None], np.float32(0), self.rows.margins[indices]))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distlora.data.rows import DOCUMENTS, RECORDS, REJECTED, STARTS, TRAINED, split_file
+from distlora.data.rows import DOCUMENTS, MARGINS, RECORDS, REJECTED, STARTS, TRAINED, split_file
 from distlora.data.sources import Source
 from distlora.data.turns import Encoded
 
@@ -69,6 +69,7 @@ class Corpus:
     _sources: array.array[int] = field(default_factory=lambda: array.array("q"))
     _fates: array.array[int] = field(default_factory=lambda: array.array("b"))
     _records: array.array[int] = field(default_factory=lambda: array.array("q"))
+    _margins: array.array[float] = field(default_factory=lambda: array.array("f"))
 
     def append(self, encoded: Iterable[Encoded], source: int, too_long: TooLong) -> None:
         """Add documents of a source. Pieces without a trained target are left out; a document may have none left.
@@ -104,13 +105,16 @@ class Corpus:
                         self._lengths.append(len(piece.tokens))
                         self._targets.append(num_targets)
                         self._documents.append(len(self._fates))
+                        self._margins.append(piece.margin)
                 self._sources.append(source)
                 self._fates.append(fate)
 
     def _is_seen(self, document: Encoded) -> bool:
         """Return whether an equal document came before; remember this one."""
         assert self.seen is not None
-        parts = (document.tokens.tobytes(), document.trained.tobytes(), str(document.rejected).encode())
+        parts = [document.tokens.tobytes(), document.trained.tobytes(), str(document.rejected).encode()]
+        if document.margin:
+            parts.append(str(document.margin).encode())
         digest = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
         known = digest in self.seen
         self.seen.add(digest)
@@ -135,6 +139,11 @@ class Corpus:
     def targets(self) -> np.ndarray:
         """Trained targets of each piece, (P,) int64, all above 0."""
         return np.array(self._targets, np.int64)
+
+    @property
+    def margins(self) -> np.ndarray:
+        """Margin of each piece that is a pair, (P,) float32, 0 of others."""
+        return np.array(self._margins, np.float32)
 
     @property
     def documents(self) -> np.ndarray:
@@ -319,6 +328,11 @@ def write_split(
         targets[rows] = np.count_nonzero(row_flags & TRAINED, axis=1)
         pairs[rows] = np.count_nonzero(row_flags & REJECTED, axis=1)
         largest = max(largest, int(row_tokens.max()))
+    margins = corpus.margins[chosen[packing.pieces]]
+    if has_margins := bool(margins.any()):
+        number = np.arange(len(margins)) - np.repeat(packing.row_bounds[:-1], np.diff(packing.row_bounds))
+        table = new_file(MARGINS, np.float32, (packing.num_rows, int(pairs.max())))
+        table[np.repeat(np.arange(packing.num_rows), np.diff(packing.row_bounds)), number] = margins
     pieces_of = corpus.pieces_of
     used_of = np.bincount(corpus.documents[used > 0], minlength=corpus.num_documents)
     num_tokens = int(packing.lengths.sum())
@@ -327,6 +341,8 @@ def write_split(
         return int(np.count_nonzero(documents & in_split))
 
     duplicates = {} if corpus.seen is None else {"duplicates": count(corpus.duplicates)}
+    if has_margins:
+        duplicates["margins"] = table.shape[1]
     return duplicates | {
         "documents": count(used_of > 0),
         "rows": packing.num_rows,

@@ -33,6 +33,8 @@ DOCUMENTS = "documents"
 """The file with the document of each piece."""
 RECORDS = "records"
 """Files of prompts: their JSON lines, and where each ends (int64), in the order of the rows."""
+MARGINS = "margins"
+"""The file with the margins of a split's pairs, if a record has one."""
 TRAINED, STARTS, REJECTED = 1, 2, 4
 """Bits of a flag: the label at this position is the next token; a document (or the padding) starts here; and what
 starts here is the rejected answer of a pair, whose chosen one lies right before it."""
@@ -63,7 +65,7 @@ _META: Shape = {
 
 
 def split_file(folder: Path, split: str, name: str, suffix: str = ".npy") -> Path:
-    """Return the file of one of ARRAYS, of DOCUMENTS or RECORDS, of a split in a cache folder."""
+    """Return the file of one of ARRAYS, of DOCUMENTS, MARGINS or RECORDS, of a split in a cache folder."""
     return folder / f"{split}_{name}{suffix}"
 
 
@@ -133,6 +135,8 @@ class PackedRows:
     pieces inside of them; None for rows made in memory."""
     records: Records | None = None
     """The records of prompts, a row each; None for other data."""
+    margins: np.ndarray | None = None
+    """(N, M) float32: the margin of each pair of a row of at most M, 0 after the last; None if no record has one."""
 
     @classmethod
     def open(cls, cache_dir: Path, split: str) -> PackedRows:
@@ -154,6 +158,9 @@ class PackedRows:
             folder=cache_dir,
             documents=_load(split_file(cache_dir, split, DOCUMENTS), (counts["pieces"],), np.int64),
             records=Records.open(cache_dir, split, counts["rows"]),
+            margins=_load(split_file(cache_dir, split, MARGINS), (counts["rows"], counts[MARGINS]), np.float32)
+            if MARGINS in counts
+            else None,
         )
 
     def __len__(self) -> int:
@@ -161,7 +168,8 @@ class PackedRows:
 
     def take(self, indices: np.ndarray) -> PackedRows:
         """Return the sequences of these numbers, (n,) integers, in this order, in memory; `counts` stay the split's."""
-        return replace(self, documents=None, **{name: getattr(self, name)[indices] for name in ARRAYS})
+        margins = None if self.margins is None else self.margins[indices]
+        return replace(self, documents=None, margins=margins, **{name: getattr(self, name)[indices] for name in ARRAYS})
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, flags) of the rows of these numbers, each (n, L), in memory.
@@ -254,7 +262,8 @@ def content_digest(folder: Path, splits: Sequence[str]) -> str:
 
     The key of an entry says what it was made from; this says what came of it.
     """
-    arrays = {f"{split}/{name}": file_digest(split_file(folder, split, name)) for split in splits for name in ARRAYS}
+    files = {f"{split}/{name}": split_file(folder, split, name) for split in splits for name in (*ARRAYS, MARGINS)}
+    arrays = {name: file_digest(file) for name, file in files.items() if file.is_file()}
     records = {split: split_file(folder, split, RECORDS, ".jsonl") for split in splits}
     arrays |= {f"{split}/{RECORDS}": file_digest(path) for split, path in records.items() if path.is_file()}
     return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()

@@ -30,12 +30,14 @@ class Encoded(NamedTuple):
     """The first token of a pair's rejected document; None: there is one document."""
     record: bytes = b""
     """A prompt with the columns of its record, as a line of JSON, for rewards."""
+    margin: float = 0.0
+    """Margin by which a pair's rewards are to differ."""
 
     @classmethod
-    def pair(cls, chosen: Encoded, rejected: Encoded) -> Encoded:
+    def pair(cls, chosen: Encoded, rejected: Encoded, margin: float = 0.0) -> Encoded:
         """Return a chosen and a rejected document as one."""
         tokens = np.concatenate([chosen.tokens, rejected.tokens])
-        return cls(tokens, np.concatenate([chosen.trained, rejected.trained]), len(chosen.tokens))
+        return cls(tokens, np.concatenate([chosen.trained, rejected.trained]), len(chosen.tokens), margin=margin)
 
     @property
     def documents(self) -> list[slice]:
@@ -59,7 +61,7 @@ class Encoded(NamedTuple):
         first, second = self.rejected, len(self.tokens) - self.rejected
         most = max(length // 2, length - min(first, second))
         kept = np.r_[0 : min(first, most), first : first + min(second, most)]
-        return Encoded(self.tokens[kept], self.trained[kept], min(first, most))
+        return Encoded(self.tokens[kept], self.trained[kept], min(first, most), margin=self.margin)
 
 
 class TurnTokens:

@@ -77,8 +77,32 @@ def structure(hf_model: Any, *, auto_class: str, kinds: Mapping[str, LayerKind])
         ),
         buffers=tuple(_buffers(decoder)),
         looks_up=layout.zeroed_row is None,
+        scored_by=scored_by(config, decoder_at),
         disk=disk_names_of(layout),
     )
+
+
+def scored_by(config: Any, decoder: str) -> tuple[str, ...]:
+    """Return `Architecture.scored_by` of a config whose decoder is at this path. Classes of their own do not count."""
+    from transformers import modeling_layers
+    from transformers.models.auto import modeling_auto
+
+    generic: dict[str, Any] = {
+        "SEQ_CLS": (
+            modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+            modeling_layers.GenericForSequenceClassification,
+        ),
+        "TOKEN_CLS": (
+            modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+            modeling_layers.GenericForTokenClassification,
+        ),
+    }
+    found = []
+    for task, (mapping, base) in generic.items():
+        made: Any = mapping.get(type(config), None)
+        if made is not None and issubclass(made, base) and made.forward is base.forward:
+            found += [task] if made.base_model_prefix == decoder else []
+    return tuple(found)
 
 
 def _key(kind: frozenset[tuple[str, str, object]]) -> str:

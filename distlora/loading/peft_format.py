@@ -18,17 +18,17 @@ from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair, TokenRows
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertPair
 from distlora.model.frozen_linear import FrozenLinear
+from distlora.model.reward_head import SCORE, RewardHead
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
     WEIGHTS_NAME,
     PeftAdapter,
     check_fits,
-    check_modules,
     check_quantization,
-    check_rows,
     copies_differ,
     read_peft_adapter,
 )
+from distlora.weights.peft_modules import check_modules, check_rows
 
 _PREFIX = "base_model.model."
 
@@ -39,7 +39,7 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
     The names are base_model.model.<path>.lora_A.weight (r, in), lora_B.weight (out, r) and with DoRA
     lora_magnitude_vector (out,). A fused weight of E experts has (E * r, in) and (out, E * r), under the path of its
     module. Trained token rows are <path>.token_adapter.trainable_tokens_delta (tokens, hidden), the rows themselves.
-    Modules trained whole are <path>.weight.
+    Modules trained whole are <path>.weight, and a reward model's head is score.weight.
     """
     tensors: dict[str, nn.Parameter] = {}
     paths = peft_paths([path for path, _ in model.adapted_experts(adapter)])
@@ -57,6 +57,8 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
         tensors[f"{_PREFIX}{path}.token_adapter.trainable_tokens_delta"] = rows.rows
     for path, parameter in whole_modules(model).items():
         tensors[f"{_PREFIX}{path}.weight"] = parameter
+    if isinstance(model.head, RewardHead):
+        tensors |= {f"{_PREFIX}{SCORE}.{name}": parameter for name, parameter in model.head.named_parameters()}
     return tensors
 
 
@@ -116,12 +118,13 @@ def load_peft_adapter(
     Raises UserError for a folder that is missing, an adapter that is not exactly the model's, and NaN or Inf.
     """
     assert settings.init_from is not None
-    initial = read_peft_adapter(settings.init_from)
+    head = model.head if isinstance(model.head, RewardHead) else None
+    initial = read_peft_adapter(settings.init_from, labels=0 if head is None else len(head.weight))
     check_quantization(initial, quant_method)
     initial = check_fits(initial, settings, model.architecture)
     file = initial.folder / WEIGHTS_NAME
     with safetensors.safe_open(file, framework="pt") as tensors:
-        whole = {of.name for of in initial.modules.values()}
+        whole = {of.name for of in (*initial.modules.values(), *([initial.score] if initial.score else ()))}
         stored = {name: tensors.get_tensor(name) for name in tensors.keys() if name not in whole}  # noqa: SIM118
     for name, tensor in stored.items():
         _check_finite(file, name, tensor)
@@ -150,6 +153,13 @@ def load_peft_adapter(
     check_modules(initial.modules, file, rows=heights, hidden=whole_shape(model.head.weight)[1])
     by_name = {path.rpartition(".")[2]: weight for path, weight in modules.items()}
     with safetensors.safe_open(file, framework="pt") as tensors:
+        if head is not None and initial.score is not None:
+            value = tensors.get_tensor(initial.score.name)
+            _check_finite(file, initial.score.name, value)
+            if value.shape != head.weight.shape:
+                shapes = f"{list(value.shape)}, and the model's has {list(head.weight.shape)}"
+                raise UserError(f"{file}: {initial.score.name} has shape {shapes}; set another {{adapter.init_from}}")
+            head.weight.copy_(value)
         for module, of in initial.modules.items():
             local, first = backend.local_rows(by_name[module])
             rank_rows = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]
@@ -197,9 +207,10 @@ def transposed_factors(a: Tensor, b: Tensor, experts: int) -> tuple[Tensor, Tens
 def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
     """Return adapter_config.json of one adapter, as PEFT's LoraConfig reads it."""
     indices = {matrix: list(ids) for matrix, ids in model.vocabulary.trained.items()}
+    head = model.head if isinstance(model.head, RewardHead) else None
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if head is None else head.task_type,
         "base_model_name_or_path": spec.model.name or spec.model.gguf_file or spec.model.path,
         "revision": spec.model.revision,
         "r": spec.adapter.r,
@@ -217,7 +228,7 @@ def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAP
         "target_modules": _target_modules(model, adapter),
         # A list for the embedding (and a tied LM head), else a dictionary by matrix.
         "trainable_token_indices": indices[EMBEDDING] if indices.keys() == {EMBEDDING} else (indices or None),
-        "modules_to_save": list(model.modules_to_save) or None,
+        "modules_to_save": list(model.modules_to_save) or (None if head is None else [SCORE]),
     } | _target_parameters(model, adapter)
 
 

@@ -129,7 +129,11 @@ def _places(slots: tuple[int, ...], device: torch.device) -> Tensor:
     return places.to(device)
 
 
-class LoRAPair(nn.Module):
+class Replicated(nn.Module):
+    """Marks modules whose own parameters are trained and replicated: every rank holds them whole."""
+
+
+class LoRAPair(Replicated):
     """One adapter of one linear: A (r, in), B (out, r) and with DoRA the magnitude (out,), fp32 masters."""
 
     magnitude: nn.Parameter | None
@@ -339,12 +343,12 @@ class AdapterCopies:
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return every replicated trained parameter by its path in `module`.
 
-    Trained token rows, then adapters in forward order.
+    Trained token rows, then adapters in forward order, then a reward model's score.
     """
     return {
         f"{path}.{name}": parameter
         for path, part in module.named_modules()
-        if isinstance(part, (LoRAPair, TokenRows))
+        if isinstance(part, Replicated)
         for name, parameter in part.named_parameters()
     }
 
@@ -370,7 +374,7 @@ TOKENS_PER_PRODUCT = 1024
 """Tokens whose gradients are widened to fp32 at once."""
 
 
-class TokenRows(nn.Module):
+class TokenRows(Replicated):
     """Trained rows of an otherwise frozen embedding or LM head (PEFT's trainable tokens), by ascending token id.
 
     They replace rows after the lookup of the embedding, and columns of the head's logits. N trained rows, V vocabulary.

@@ -53,6 +53,7 @@ from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import LossHead
 from distlora.model.paged_cache import PagedCache, cache_name
 from distlora.model.quantized_parameters import freeze_parameters
+from distlora.model.reward_head import SCORE, RewardHead
 from distlora.model.token_matrix import keep_token_matrices
 from distlora.weights.conversion import CheckpointLayout, layout_of
 
@@ -106,7 +107,7 @@ class CausalLM(nn.Module):
         self.head = head
         self.tied_in_base = tied
         """True if config.json ties the head's weight to the embedding's."""
-        self.tied = tied and not modules_to_save
+        self.tied = tied and not (modules_to_save or isinstance(head, RewardHead))
         """True if the head's weight is the embedding's Parameter."""
         self.modules_to_save = modules_to_save
         """Names of embed_tokens and lm_head that are trained whole and saved beside the adapters."""
@@ -337,6 +338,8 @@ class CausalLM(nn.Module):
         decoder.layers.0.inner.x becomes model.layers.0.x, or model.language_model.layers.0.x for gemma3. A fused weight
         of experts is a parameter there, not a module with a weight.
         """
+        if name.startswith("head.") and isinstance(self.head, RewardHead):
+            return f"{SCORE}.{name.removeprefix('head.')}"
         if name.startswith("head."):
             own = name.removeprefix("head.own.model.")
             if own != name:
@@ -406,7 +409,7 @@ def build_model(
     blocks = _wrap_layers(layers, contexts, train, spec.quant, dtype, architecture)
     model = CausalLM(
         decoder,
-        head,
+        RewardHead(train.needs.labels, architecture.hidden) if train.needs.labels else head,
         blocks,
         hf_config=text_config,
         architecture=architecture,

@@ -143,7 +143,8 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
         unit([model.embedding, model.head], trained=is_trained(model.head))
     else:
         unit(model.embedding, trained=is_trained(model.embedding))
-        unit(model.head, trained=is_trained(model.head))
+        if not ignored.issuperset(model.head.parameters()):  # A reward model's score is replicated.
+            unit(model.head, trained=is_trained(model.head))
     # A frozen root stays gathered from forward to backward, and after a forward without one. A trained root must not:
     # its copy in the compute dtype would be saved.
     rest_is_trained = any(parameter.requires_grad for parameter in model.rest())

@@ -160,7 +160,8 @@ class Units:
         model.register_forward_pre_hook(lambda *_: self._begin())
         model.register_forward_hook(lambda *_: self._end())
         pairs = zip(model.blocks, self._blocks, strict=True)
-        for module, unit in ((model.embedding, self._embedding), (model.head, self._head), *pairs):
+        ends = ((model.embedding, self._embedding), (model.head, self._head))
+        for module, unit in (*(each for each in ends if _numel(each[1])), *pairs):  # A score is replicated.
             module.register_forward_pre_hook(functools.partial(self._before, unit))
             module.register_forward_hook(functools.partial(self._after, unit))
 

@@ -72,7 +72,7 @@ class ActiveWeights:
     head: int
     head_is_trained: bool
     head_rows: int
-    """Numbers of the head's rows that are trained while the rest is frozen."""
+    """Numbers of the head's rows that are trained while the rest is frozen, or of a score in place of the head."""
     queries: tuple[tuple[int, int | None], ...]
     """(columns of the queries, window) of each kind of attention layer, all its layers together."""
 
@@ -187,13 +187,15 @@ def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:
     full = adapter.method == "full"
     linears, adapters = weights_within(work, model, "")
     rows_of = traffic.trained_rows(work, shapes)
+    head_rows = len(rows_of.get(EMBEDDING if shapes.ties(adapter) else HEAD, ()))
+    labels = work.train.needs.labels
     return ActiveWeights(
         linears=linears,
         linears_are_trained=full,
         adapters=adapters,
-        head=shapes.vocabulary * shapes.hidden,
+        head=0 if labels else shapes.vocabulary * shapes.hidden,
         head_is_trained=full or HEAD in adapter.modules_to_save,
-        head_rows=shapes.hidden * len(rows_of.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
+        head_rows=shapes.hidden * (labels or head_rows),
         queries=queries_by_window(shapes.architecture),
     )
 

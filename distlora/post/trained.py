@@ -101,6 +101,12 @@ class Name:
             return _without_run(folder, self.place, base=self.base, quant=self.quant)
         require(self.base is None, f"--model={self.base}: {self.place} names its base itself; leave --model out")
         config = load_config(folder)
+        require(
+            config.train.needs.labels == 0,
+            f"{self.place} trained a reward model (train.objective={config.train.objective}): a score replaces its LM "
+            "head, so it predicts no tokens to sample, to evaluate, to merge or to export. RUN/metrics.jsonl has its "
+            "held-out accuracy (eval_rewards/accuracies); load RUN/adapter by PEFT, as docs/objectives.md shows",
+        )
         weights = find_weights(folder, config.spec, self.adapter, self.checkpoint)
         foreign = self.adapter not in (None, BASE_ALONE)
         return replace(of_run(config, weights, foreign=foreign), place=self.place, run_dir=folder)

@@ -31,6 +31,7 @@ from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.layer_wrapper import HostInputs
 from distlora.model.mlp import place_mlps
+from distlora.model.reward_head import RewardHead
 from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.system import host_memory
 from distlora.system.progress import still
@@ -125,6 +126,8 @@ def start_model(
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, DTYPES[spec.dtype], ranks.device)
+    if isinstance(model.head, RewardHead):
+        model.head.reset(getattr(model.hf_config, "initializer_range", None) or 0.02, seed=spec.seed)
     if offloaded is not None:
         reserve_offload_memory(model, *offloaded, ranks.device)
     if not adapter.decomposes:

@@ -26,6 +26,7 @@ from distlora.model.adapters import AdaptedLinear, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenLinear
+from distlora.model.reward_head import RewardHead
 from distlora.parallel import Backend, Gradients, whole_shape
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.stop_and_save import Control
@@ -518,14 +519,14 @@ def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:
                 trained += module.in_features * module.out_features
         linears += sum(weight.numel for weight in architecture.layer(index).weights if weight.kind == "fused")
     assert linears == 0 or trained == 0, "linears are frozen, or all of them are trained"
-    rows = model.head.token_rows
+    rows, scores = model.head.token_rows, isinstance(model.head, RewardHead)
     return ActiveWeights(
         linears=linears + trained,
         linears_are_trained=trained > 0,
         adapters=adapters,
-        head=whole_shape(model.head.weight).numel() if model.head.kept is None else model.head.kept.numel,
-        head_is_trained=any(parameter.requires_grad for parameter in model.head.parameters()),
-        head_rows=0 if rows is None else rows.rows.numel(),
+        head=0 if scores else (model.head.kept.numel if model.head.kept else whole_shape(model.head.weight).numel()),
+        head_is_trained=not scores and any(parameter.requires_grad for parameter in model.head.parameters()),
+        head_rows=model.head.weight.numel() if scores else 0 if rows is None else rows.rows.numel(),
         queries=queries_by_window(architecture),
     )
 

@@ -2,9 +2,6 @@
 
 The launcher turns adapter_config.json into settings of the run and checks the tensors' names and shapes by the file's
 header. The worker checks again and loads (`peft_format.load_peft_adapter`).
-
-If the vocabulary has grown, PEFT also writes the whole matrices (save_embedding_layers="auto"). They add nothing if
-every row that the base lacks is among the trained ones. A module in `modules_to_save` has the same name, <path>.weight.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ import hashlib
 import math
 import re
 from array import array
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,141 +18,23 @@ from typing import Any
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
 from distlora.architecture.spec import Architecture
 from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_adapted, written
-from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.config import SAVED_MODULES, AdapterConfig, UserError, nearest, require
+from distlora.architecture.tokens import EMBEDDING
+from distlora.config import AdapterConfig, UserError, nearest, require
 from distlora.config.base import is_hub_name
 from distlora.config.errors import named_settings
 from distlora.config.json_files import Shape, check_shape, read_object
-
-_ROWS = re.compile(
-    r"base_model\.model\.(?:.+\.)?(?P<matrix>embed_tokens|lm_head)\.token_adapter\."
-    r"(?P<kind>trainable_tokens_delta(?:\.default)?|base_layer\.weight)"
+from distlora.weights.peft_modules import (
+    MODULE,
+    ROWS,
+    SCORE,
+    SCORE_NAMES,
+    PeftTokenRows,
+    PeftWholeModule,
+    check_score,
+    read_initial_modules,
+    read_initial_rows,
+    read_score,
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PeftTokenRows:
-    """The trained rows of one matrix."""
-
-    name: str
-    """Name of their tensor (ids, hidden) in the file."""
-    ids: tuple[int, ...]
-    """Token ids in the order of the tensor's rows."""
-    shape: tuple[int, ...]
-    whole: tuple[int, ...] | None
-    """Shape of the whole matrix, if the file has that too."""
-
-
-def _read_initial_rows(
-    values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path
-) -> dict[str, PeftTokenRows]:
-    """Return the trained rows by matrix, from adapter_config.json (`values`) and the file's header.
-
-    Raises UserError for invalid indices, and if config and file contradict each other.
-    """
-    place, indices = f"{folder}: trainable_token_indices", values.get("trainable_token_indices") or {}
-    if not isinstance(indices, Mapping):
-        indices = {EMBEDDING: indices}
-    tensors: dict[tuple[str, bool], str] = {}
-    for name in sorted(header):
-        if (match := _ROWS.fullmatch(name)) is not None:
-            tensors[match["matrix"], match["kind"] == "base_layer.weight"] = name
-    rows: dict[str, PeftTokenRows] = {}
-    for path, ids in indices.items():
-        matrix = path.rpartition(".")[2]
-        if matrix not in (EMBEDDING, HEAD):
-            raise UserError(
-                f"{place} names {path}, but only rows of {EMBEDDING} and {HEAD} are supported; set another "
-                f"{{adapter.init_from}}"
-            )
-        if any(id < 0 for id in ids) or len(set(ids)) < len(ids):
-            raise UserError(
-                f"{place} has {ids!r} for {matrix}, which are not distinct token ids; save the adapter again"
-            )
-        if (matrix, False) not in tensors:
-            # A tied LM head shares the embedding's rows, so it has no tensor.
-            if matrix == HEAD and ids == indices.get(EMBEDDING):
-                continue
-            raise UserError(f"{place} names {matrix}, whose rows are missing in the file; save the adapter again")
-        name = tensors[matrix, False]
-        shape = header[name].shape
-        if len(shape) != 2 or shape[0] != len(ids):
-            raise UserError(f"{folder}: {name} has shape {list(shape)} for {len(ids)} ids; save the adapter again")
-        whole = tensors.get((matrix, True))
-        rows[matrix] = PeftTokenRows(
-            name=name, ids=tuple(ids), shape=shape, whole=None if whole is None else header[whole].shape
-        )
-    # A tied LM head may be written with copies of the embedding's rows.
-    if tensors and EMBEDDING not in rows and {matrix for matrix, _ in tensors} != rows.keys():
-        raise UserError(f"{place} does not name all token rows that the file has; save the adapter again")
-    return rows
-
-
-def check_rows(rows: Mapping[str, PeftTokenRows], folder: Path, *, stored: int, hidden: int) -> None:
-    """Raise UserError for rows of another size than the model's, and for a grown matrix with untrained new rows.
-
-    `stored`: the base's vocab_size.
-    """
-    for matrix, trained in rows.items():
-        if trained.shape[1] != hidden:
-            raise UserError(
-                f"{folder}: {trained.name} has rows of {trained.shape[1]}, and the model's have {hidden}; set another "
-                "{adapter.init_from} or model.path"
-            )
-        if trained.whole is not None and (untrained := sorted(set(range(stored, trained.whole[0])) - set(trained.ids))):
-            raise UserError(
-                f"{folder}: {matrix} has grown to {trained.whole[0]:,} rows, and row {untrained[0]} is not among "
-                "trainable_token_indices, so the adapter belongs to a base that is not on disk; set another "
-                "{adapter.init_from}"
-            )
-
-
-_MODULE = re.compile(r"base_model\.model\.(?:.+\.)?(?P<module>embed_tokens|lm_head)\.weight")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PeftWholeModule:
-    """A module that was trained whole."""
-
-    name: str
-    """Name of its tensor in the file."""
-    shape: tuple[int, ...]
-
-
-def _read_initial_modules(
-    values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path
-) -> dict[str, PeftWholeModule]:
-    """Return the modules trained whole by last name, from adapter_config.json (`values`) and the file's header.
-
-    Raises UserError for unsupported modules, and if config and file contradict each other.
-    """
-    named = values.get("modules_to_save") or []
-    stored = {match["module"]: name for name in header if (match := _MODULE.fullmatch(name)) is not None}
-    found: dict[str, PeftWholeModule] = {}
-    for path in named:
-        module = path.rpartition(".")[2]
-        if module not in SAVED_MODULES:
-            raise UserError(
-                f"{folder}: modules_to_save has {path!r}; only {' and '.join(SAVED_MODULES)} are supported; set "
-                "another {adapter.init_from}"
-            )
-        if module not in stored:
-            raise UserError(
-                f"{folder}: modules_to_save names {path}, which the file does not hold; save the adapter again"
-            )
-        found[module] = PeftWholeModule(name=stored[module], shape=header[stored[module]].shape)
-    return found
-
-
-def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: Collection[int], hidden: int) -> None:
-    """Raise UserError for a matrix of another size than the model's, which may have any of these numbers of `rows`."""
-    for trained in modules.values():
-        if len(trained.shape) != 2 or trained.shape[0] not in rows or trained.shape[1] != hidden:
-            raise UserError(
-                f"{file}: {trained.name} has shape {list(trained.shape)}, and the model's has {[max(rows), hidden]}; "
-                "set another {adapter.init_from} or model.path, or the adapter's model.new_tokens"
-            )
-
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -214,6 +93,8 @@ class PeftAdapter:
     """Trained rows by matrix."""
     modules: dict[str, PeftWholeModule]
     """Modules trained whole, by last name."""
+    score: PeftWholeModule | None = None
+    """Head of a reward model; None of a language model."""
     is_early: bool = False
     """True if PEFT before EXPERTS_CHANGED wrote it, by its config."""
     transposed: frozenset[str] = frozenset()
@@ -231,8 +112,11 @@ class PeftAdapter:
         return sorted({path for path, _ in self.tensors})
 
 
-def read_peft_adapter(folder: str | Path) -> PeftAdapter:
-    """Read an adapter. Raises UserError for a folder that is missing, damaged or holds an unsupported adapter."""
+def read_peft_adapter(folder: str | Path, *, labels: int | None = 0) -> PeftAdapter:
+    """Read an adapter of a language model, or also of a reward model whose score has `labels` outputs (None: any).
+
+    Raises UserError for a folder that is missing, damaged or holds another adapter.
+    """
     folder = Path(folder)
     values = _read_config(folder)
     _refuse_fields(values, folder / CONFIG_NAME)
@@ -246,8 +130,10 @@ def read_peft_adapter(folder: str | Path) -> PeftAdapter:
                 f"{', '.join(SOURCE_DTYPES)}, so convert it, or set another {{adapter.init_from}}"
             )
     base = values.get("base_model_name_or_path")
-    token_rows = _read_initial_rows(values, segments, folder)
-    modules = _read_initial_modules(values, segments, folder)
+    token_rows = read_initial_rows(values, segments, folder)
+    modules = read_initial_modules(values, segments, folder)
+    score = read_score(values, segments, folder)
+    check_score(score, folder, labels)
     settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}), parameters)
     settings["init_from_loftq"] = NF4_MARK.items() <= metadata.items()
     # Without trained rows or modules these stay unset, so that the run may train some.
@@ -264,6 +150,7 @@ def read_peft_adapter(folder: str | Path) -> PeftAdapter:
         names=names,
         token_rows=token_rows,
         modules=modules,
+        score=score,
         is_early=_is_early(values),
     )
 
@@ -314,7 +201,7 @@ def with_layout(adapter: PeftAdapter, architecture: Architecture) -> PeftAdapter
 
 def weights_digest(folder: str | Path) -> str:
     """Return the SHA-256 of the adapter's weights file. Raises UserError as `read_peft_adapter`."""
-    with (read_peft_adapter(folder).folder / WEIGHTS_NAME).open("rb") as stream:
+    with (read_peft_adapter(folder, labels=None).folder / WEIGHTS_NAME).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -479,8 +366,9 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
         raise UserError(f"{{adapter.init_from}}={folder} holds no {WEIGHTS_NAME}; save the adapter again")
     by_part: dict[tuple[str, str], str] = {}
     for name in sorted(read_header(file)):
-        match, module = _TENSOR.fullmatch(name), _MODULE.fullmatch(name)
-        if _ROWS.fullmatch(name) or (module is not None and module["module"] in saved):
+        match, module = _TENSOR.fullmatch(name), MODULE.fullmatch(name)
+        is_score = name == SCORE and not saved.isdisjoint(SCORE_NAMES)
+        if ROWS.fullmatch(name) or is_score or (module is not None and module["module"] in saved):
             continue
         if match is None:
             raise UserError(f"{file}: {name} is not a lora_A or lora_B of a linear; set another {{adapter.init_from}}")

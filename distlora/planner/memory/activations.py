@@ -48,6 +48,8 @@ _H100_PROCESSORS = 132
 """Streaming multiprocessors."""
 _LOSS_BYTES = 8
 """A logit of a chunk where no gradient is taken, in fp32, and log p."""
+_SCORED_AT_ONCE = 1024
+"""Tokens whose states a score widens to fp32 at once (adapters.TOKENS_PER_PRODUCT)."""
 _NORM_STEPS = 20
 """Five fp32 tensors of a norm of transformers in backward, bytes a column."""
 _OFFLOADED_IN_FLIGHT = 2
@@ -82,6 +84,8 @@ def _formats_of(work: Workload, shapes: ModelShapes, kind: LayerKind) -> Sequenc
 class Costs(LayerRun):
     """Bytes per token of a decoder layer and the LM head, with what the settings keep."""
 
+    scores: bool = False
+    """True if a score of each token's state replaces the LM head."""
     trains_head: bool = False
     """True if the LM head is trained whole."""
     trained_columns: int = 0
@@ -136,6 +140,7 @@ class Costs(LayerRun):
             groups_experts=machine.is_gpu and sixteen_bits and (gpu is None or gpu.capability[0] in (9, 10)),
             balances=decoder.experts is not None and work.train.objective == "sft" and bool(balanced),
             trains_base=full,
+            scores=work.train.needs.labels > 0,
             trains_head=full or HEAD in adapter.modules_to_save,
             trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
             adds_up_gradients=work.shard_degree(machine.ranks) > 1,
@@ -259,6 +264,8 @@ class Costs(LayerRun):
 
     def chunk(self, tokens: int) -> int:
         """Logits at once."""
+        if self.scores:
+            return 0
         size = tokens_per_chunk(self.decoder.vocabulary, self.logit_bytes_at_peak, on_cpu=not self.is_gpu)
         return min(tokens, size) * self.decoder.vocabulary
 
@@ -277,10 +284,16 @@ class Costs(LayerRun):
     def head_forward(self, tokens: int) -> float:
         """Return the bytes of the LM head's forward; a frozen head computes the gradient of its input there."""
         norm = self.norm_keeps + (self.boundary if self.has_reference else 0)
+        if self.scores:
+            return tokens * (norm + self.boundary) + self._widened(tokens)
         if self.trains_head:
             return tokens * (norm + self.boundary) + _LOSS_BYTES * self.chunk(tokens)
         columns = 4 * self.trained_columns
         return tokens * (norm + 2 * self.boundary + columns) + self._logits(tokens)
+
+    def _widened(self, tokens: int) -> int:
+        """Return the bytes of a chunk of states in fp32, which a score takes."""
+        return 0 if self.itemsize == 4 else 4 * self.decoder.hidden * min(tokens, _SCORED_AT_ONCE)
 
     def _logits(self, tokens: int) -> float:
         """Return the most bytes of a chunk: its logits and their gradients, or those that products take or write.
@@ -304,6 +317,8 @@ class Costs(LayerRun):
         """
         hidden = self.decoder.hidden
         norm = self.norm_keeps
+        if self.scores:
+            return tokens * (norm + max(2 * self.boundary, self._norm_steps)) + self._widened(tokens)
         if self.trains_head:
             b, matrix, chunk = self.itemsize, self.decoder.vocabulary * hidden, self.chunk(tokens)
             widened = 0 if self.is_gpu or b == 4 else 4 * min(matrix, max(ADDED_AT_ONCE, hidden))

@@ -64,7 +64,9 @@ class Base:
     """Tensors of each kind of decoder layer."""
     kind_of_layer: tuple[int, ...]
     head: tuple[BaseTensor, ...]
-    """Empty where it is the embedding's."""
+    """Empty where it is the embedding's, and of a model with a score in its place."""
+    tied: bool
+    """True if embedding and LM head are one matrix."""
     rest: tuple[BaseTensor, ...]
     """The decoder's tensors outside of its layers: the last norm."""
     replicated: int
@@ -84,11 +86,6 @@ class Base:
         """Return the sum of a measure of the layers from `begin` to before `end`."""
         each = [measure(kind) for kind in self.kinds]
         return sum(each[kind] for kind in self.kind_of_layer[begin:end])
-
-    @property
-    def tied(self) -> bool:
-        """True if embedding and LM head are one matrix."""
-        return not self.head
 
     def counted(self) -> Iterator[tuple[BaseTensor, int]]:
         """Yield (tensor, number of tensors like it)."""
@@ -134,7 +131,7 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
     """Return the base as a run keeps it."""
     itemsize = traffic.DTYPE_BYTES[work.train.dtype]
     adapter, full = work.adapter, work.adapter.method == "full"
-    tied = shapes.ties(adapter)
+    tied, scores = shapes.ties(adapter), work.train.needs.labels > 0
 
     def dense(kind: Kind, shape: Sequence[int], *, trained: bool, divided: bool = False) -> BaseTensor:
         return BaseTensor(kind, tuple(shape), 4 if trained else itemsize, itemsize, trained, divided)
@@ -177,7 +174,8 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
         embedding=matrix(EMBEDDING, tokens[0]),
         kinds=tensors,
         kind_of_layer=tuple(map(kinds.index, layers)),
-        head=() if tied else matrix(HEAD, tokens[1]),
+        head=() if tied or scores else matrix(HEAD, tokens[1]),
+        tied=tied and not scores,
         rest=tuple(outside),
         replicated=sum(FORMAT_LAYOUTS[kept].replicated_bytes for _, formats in layers for kept in formats if kept),
     )
@@ -215,7 +213,7 @@ class Trained:
     """The trained parameters of a run on a rank: number of tensors by number of elements."""
 
     adapters: Mapping[int, int]
-    """A, B and magnitudes, and trained rows of tokens."""
+    """A, B and magnitudes, trained rows of tokens, and a reward model's score."""
     of_base: Mapping[int, int]
     """Trained parameters of the base: this rank's rows."""
     is_sharded: bool
@@ -251,6 +249,8 @@ class Trained:
             beside += sum({each.path: each.magnitude for block in blocks for each in block}.values())
         rows = traffic.trained_rows(work, shapes)
         adapters.update(len(ids) * shapes.hidden for ids in rows.values())
+        if labels := work.train.needs.labels:
+            adapters.update([labels * shapes.hidden])
         of_base: Counter[int] = Counter()
         for tensor, count in base.counted():
             if tensor.trained:

@@ -531,7 +531,7 @@ def head_work(
     head in low bits, which is dequantized for each product. `distills`: the loss compares two distributions.
 
     A frozen head computes the gradient of its input in forward; a trained one recomputes its logits in backward. The
-    weight is read for each chunk and product.
+    weight is read for each chunk and product. A vocabulary of 0: there is none, but a score of `trained_rows` outputs.
     """
     e = how.itemsize
     yield KernelLaunch("head", 2 * e * hidden * m)
@@ -548,7 +548,8 @@ def head_work(
     if distills:  # Of both passes together; three softmaxes, their difference, its expectation and the gradient.
         of_loss, of_gradient, launches = casts + cap[0], casts + 18 * FP32 + cap[1], (2, 12 * GRADIENT_PARTS)
     at_peak = logit_bytes(e, plain=plain, compiled=compiled, capped=form == "softcap", distills=distills)
-    for tokens, times in chunks(m, tokens_per_chunk(vocabulary, at_peak, on_cpu=not how.is_gpu)):
+    size = tokens_per_chunk(vocabulary, at_peak, on_cpu=not how.is_gpu) if vocabulary else 0
+    for tokens, times in chunks(m, size) if vocabulary else ():
         logits = vocabulary * tokens
         product = (e * (hidden * (tokens + vocabulary) + logits), 2.0 * logits * hidden)
         weight = (e * (hidden * (tokens + vocabulary) + logits) + 3 * FP32 * hidden * vocabulary, product[1])

@@ -288,7 +288,7 @@ def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> S
     moved = traffic.moved_bytes(work, shapes, shards)
     block = moved // max(1, traffic.moved_blocks(work, shapes))
     ends = step.gathered // passes - 2 * moved if shards > 1 else 0
-    units = 3 if shapes.ties(work.adapter) else 4
+    units = 3 if shapes.ties(work.adapter) or work.train.needs.labels else 4
     offloads = machine.is_gpu and offloads_base(work.parallel, shards)
     boundary = 0
     if work.train.checkpointing == "offload":

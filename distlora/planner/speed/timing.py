@@ -126,7 +126,8 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     if work.adapter.method == "full":
         updated = -(-shapes.numel // shards)
     else:
-        updated = sum(map(shapes.adapted_numel, work.adapters)) + shapes.hidden * traffic.token_rows(work, shapes)
+        updated = sum(map(shapes.adapted_numel, work.adapters))
+        updated += shapes.hidden * (work.train.needs.labels + traffic.token_rows(work, shapes))
         updated += len(work.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
     # A pass of all micro-batches joins a block's slices, and its gradients.
     at_once = work.tokens_at_once * work.train.slices(ranks)
@@ -138,7 +139,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
         passes=passes,
         head=tuple(
             head_work(
-                shapes.vocabulary,
+                0 if work.train.needs.labels else shapes.vocabulary,
                 shapes.hidden,
                 how,
                 m=at_once,

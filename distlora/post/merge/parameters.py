@@ -36,10 +36,9 @@ from distlora.weights.peft_folder import (
     WEIGHTS_NAME,
     PeftAdapter,
     check_fits,
-    check_modules,
-    check_rows,
     read_peft_adapter,
 )
+from distlora.weights.peft_modules import check_modules, check_rows
 from distlora.weights.reader import Reader, all_finite
 
 

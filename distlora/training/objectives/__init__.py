@@ -11,6 +11,7 @@ from distlora.training.objectives.ipo import IPO
 from distlora.training.objectives.next_token import NextToken
 from distlora.training.objectives.objective import Losses, Objective
 from distlora.training.objectives.orpo import ORPO
+from distlora.training.objectives.reward import RewardModel
 from distlora.training.objectives.simpo import SimPO
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MismatchError",
     "NextToken",
     "Objective",
+    "RewardModel",
     "SimPO",
     "objective_of",
 ]
@@ -34,6 +36,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "orpo": ORPO,
     "simpo": SimPO,
     "distill": Distill,
+    "reward": RewardModel,
 }
 """Objectives by train.objective."""
 

@@ -76,6 +76,7 @@ MEANT = {
     "generate RUN": "chat inference infer predict ask complete sample serve talk",
     "train": "finetune fine-tune tune fit sft run start launch lora qlora",
     "train recipe=dpo": "dpo",
+    "train recipe=reward": "reward rm bradley-terry",
     "train recipe=continued_pretraining": "pretrain cpt",
     "data preview": "preview preprocess tokenize inspect dataset",
     "data row": "row",

@@ -49,12 +49,11 @@ from distlora.weights.initial_adapter_file import check_ranks, needs_initial_ada
 from distlora.weights.peft_folder import (
     WEIGHTS_NAME,
     check_fits,
-    check_modules,
-    check_rows,
     check_shared,
     read_peft_adapter,
     read_teacher,
 )
+from distlora.weights.peft_modules import check_modules, check_rows
 from distlora_kernels import native
 
 HEAD_LINES = 1000
@@ -230,6 +229,11 @@ def check_model(config: Config, *, training: bool = True) -> None:
     base = CheckpointFiles(Path(config.model.path))
     kept_by(config.spec, base, architecture)
     check_tensors(base, architecture)
+    require(
+        config.train.needs.labels == 0 or "score.weight" not in base.headers,
+        f"{base.folder} holds a score already (score.weight), and train.objective={config.train.objective} starts a "
+        "new one; set model.path to a language model, or save the score with an adapter and set adapter.init_from",
+    )
     check_model_sizes(config.parallel, config.train, architecture)
     check_router_loss(config.train if training else None, architecture, base.config)
     config.quant.check_layers(architecture.num_layers)
@@ -349,7 +353,7 @@ def check_initial_adapter(spec: ModelSpec, architecture: Architecture) -> None:
     """Refuse an adapter at init_from that does not fit the model's linears and embedding."""
     if spec.adapter.init_from is None:
         return
-    initial = read_peft_adapter(spec.adapter.init_from)
+    initial = read_peft_adapter(spec.adapter.init_from, labels=None)  # Checked when the settings were composed.
     check_shared(check_fits(initial, spec.adapter, architecture), spec.adapter)
     file, stored, hidden = initial.folder / WEIGHTS_NAME, architecture.vocabulary, architecture.hidden
     check_rows(initial.token_rows, file, stored=stored, hidden=hidden)

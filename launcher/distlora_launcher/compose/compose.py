@@ -303,7 +303,7 @@ def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
     if config.adapter.init_from is None:
         return config
     try:
-        initial = read_peft_adapter(config.adapter.init_from)
+        initial = read_peft_adapter(config.adapter.init_from, labels=config.train.needs.labels)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     check_quantization(initial, config.quant.method)

@@ -1,0 +1,50 @@
+"""Reward model (Bradley-Terry; Ouyang et al. 2022, arXiv 2203.02155, equation 1).
+
+The margin is Llama 2's (arXiv 2307.09288, equation 2), the centering of rewards Eisenstein et al.'s (arXiv 2312.09244).
+Letters: B rows, T tokens per row, P most pairs per row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distlora.data.loader import MicroBatch, StepBatch
+from distlora.model.build import CausalLM
+from distlora.training.objectives.objective import Losses, Objective, run, send
+from distlora.training.objectives.pairs import most_pairs, pair_sides, sums_of
+
+
+class RewardModel(Objective):
+    """-log sigmoid(r(chosen) - r(rejected) - margin) + center_rewards (r(chosen) + r(rejected))^2 of each pair.
+
+    The reward r of an answer is the score at its last token. A pair without a margin has 0.
+    """
+
+    def units(self, batch: StepBatch) -> int:
+        """Return the pairs of the step, over all ranks."""
+        return batch.global_pairs
+
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
+        """Compute the losses of the pairs."""
+        sent, most = send(batch, device), most_pairs(batch)
+        sides, is_pair = pair_sides(sent.position_ids, sent.labels, most)
+        scores = run(model, batch, sent, step, by_token=True)
+        rewards = sums_of(torch.where(ends_of(sent.position_ids), scores, 0.0), sides)
+        chosen, rejected = rewards.unbind(dim=-1)
+        difference = chosen - rejected
+        margins = 0.0 if sent.margins is None else sent.margins[:, :most]
+        losses = F.softplus(margins - difference)
+        if (weight := self.train.of_objective("center_rewards")) > 0:
+            losses = losses + weight * (chosen + rejected) ** 2
+        losses = torch.where(is_pair, losses, 0.0)
+        with torch.no_grad():
+            figures = (chosen, rejected, difference, (difference > 0).float())
+            sums = torch.stack([torch.where(is_pair, figure, 0.0).sum() for figure in figures])
+        return Losses(losses.sum(dim=1), sums, losses if step is None else None)
+
+
+def ends_of(position_ids: Tensor) -> Tensor:
+    """Return a mask (B, T) of the last token of each document, and of the padding."""
+    return F.pad(position_ids[:, 1:] == 0, (0, 1), value=True)

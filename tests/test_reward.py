@@ -1,0 +1,283 @@
+"""Reward models: a score in place of the LM head. TRL's loss and gradients are compared in test_objectives_trl.py."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run
+from distlora.checkpoint.verify import verify
+from distlora.config import Config, UserError
+from distlora.config.file import load_config
+from distlora.data.prepare import open_split
+from distlora.data.rows import PackedRows
+from distlora.loading.peft_format import adapter_tensors
+from distlora.model.reward_head import RewardHead
+from distlora.planner.flops import active_weights
+from distlora.planner.model import model_in
+from distlora.planner.storage import trained_tensors
+from distlora.planner.workload import Workload
+from distlora.post.trained import Name
+from distlora.training import worker as training_worker
+from distlora.training.setup import start_adapters, start_run_model
+from distlora.training.trial import active_weights as active_weights_of
+from distlora_launcher.compose.checks import check_model
+from distlora_launcher.compose.compose import with_initial_adapter
+from family_models import SINGLE
+from planned import assert_disk_as_planned, traffic_of
+from small_models import config_with, make_run, read_metrics
+from test_dpo import preferences  # noqa: F401 - a fixture
+from test_parity import run_once
+from test_resume import run_until
+from tiers import ci
+from worlds import World, start_world
+
+
+def prepare(
+    run_dir: Path,
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    model: str = "llama",
+    **sections: dict[str, Any],
+) -> Config:
+    """Prepare a run of six steps of six rows, with one to several pairs in each."""
+    sections["data"] = {"path": str(preferences), "sequence_length": 160, "eval_fraction": 0.2}
+    sections["train"] = {"objective": "reward", "max_steps": 6, "global_batch": 6} | sections.get("train", {})
+    return make_run(run_dir, folders, model, **sections)
+
+
+@pytest.fixture(scope="module")
+def alone(
+    world: World,
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Return a run of one rank with all rows of a step at once and nothing recomputed."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    prepare(run_dir, folders, preferences, train={"micro_batch": 6, "checkpointing": "none", "save_every": 6})
+    world.run(1, run_once, run_dir=run_dir)
+    return run_dir
+
+
+def test_a_run_learns_which_answer_is_better_and_its_folder_is_whole(alone: Path) -> None:
+    lines = [line for line in read_metrics(alone) if "eval_loss" in line]
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.05
+    assert lines[-1]["eval_rewards/accuracies"] > 0.8
+    assert lines[-1]["eval_rewards/margins"] > lines[0]["eval_rewards/margins"] + 0.1
+    assert [item for item in verify(alone) if item.state == "damaged"] == []
+    assert_disk_as_planned(alone)
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        (2, {"micro_batch": 3, "accumulate": "block"}),
+        ci(3, {"micro_batch": 1, "accumulate": "block", "checkpointing": "offload"}),
+    ],
+    ids=str,
+)
+def test_ranks_change_nothing_and_no_head_is_gathered(
+    world: World,
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+    alone: Path,
+    size: int,
+    settings: dict[str, Any],
+) -> None:
+    config = prepare(tmp_path / "run", folders, preferences, train=settings)
+    metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
+    for name in ("loss", "eval_loss"):
+        assert_losses_close(*([line[name] for line in each if name in line] for each in (metrics, read_metrics(alone))))
+    assert_adapters_close(adapter_of(tmp_path / "run"), adapter_of(alone))
+    planned = traffic_of(config, world=size)
+    assert metrics[-2]["gathered_bytes"] == planned.gathered
+    assert metrics[-2]["reduced_bytes"] == planned.reduced
+    sft = config.with_settings({"train.objective": "sft"})
+    head = 1001 * 96 * 4  # The LM head in fp32, padded to the ranks.
+    assert traffic_of(sft, world=size).gathered - planned.gathered >= head
+
+
+@pytest.mark.ci
+def test_zero3_is_one_rank(folders: Path, preferences: Path, tmp_path: Path, alone: Path) -> None:  # noqa: F811
+    prepare(tmp_path / "run", folders, preferences, train={"micro_batch": 3}, parallel={"backend": "zero3"})
+    with start_world(2, regroups=True) as two:
+        two.run(2, run_once, run_dir=tmp_path / "run")
+    assert_adapters_close(adapter_of(tmp_path / "run"), adapter_of(alone))
+
+
+def test_a_stopped_run_resumes_bit_for_bit(folders: Path, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
+    for name in ("whole", "stopped"):
+        settings = {"save_every": 2, "max_steps": 3, "micro_batch": 6}
+        prepare(tmp_path / name, folders, preferences, train=settings, adapter={"lora_dropout": 0.1})
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    for stop_before in (3, None):
+        run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def in_peft(run_dir: Path, base: Path) -> Any:
+    """Return the run's reward model as a user loads it."""
+    settings = {"num_labels": 1, "dtype": torch.float32, "experts_implementation": "eager"}
+    model = AutoModelForSequenceClassification.from_pretrained(base, **settings)
+    return peft.PeftModel.from_pretrained(model, run_dir / "adapter").eval()
+
+
+def our_scores(model: Any, ids: Tensor) -> Tensor:
+    """Return the score of each token of one document (T,)."""
+    return model(ids[None], torch.arange(len(ids))[None], torch.full_like(ids, -100)[None], by_token=True)[0]
+
+
+@pytest.mark.parametrize("base", ["llama", ci("gemma2"), ci("qwen3-moe")])
+def test_peft_and_transformers_load_the_result_with_equal_rewards(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+    base: str,
+) -> None:
+    """Also with padding, which transformers leaves out of its rewards by config.pad_token_id."""
+    from family_models import write_family_folder
+    from small_models import tokenizer
+
+    if not (folders / base).exists():
+        write_family_folder(folders / base, base)
+        tokenizer().save_pretrained(folders / base)
+    run_dir = tmp_path / "run"
+    prepare(run_dir, folders, preferences, base, train={"max_steps": 2, "micro_batch": 6}, quant={"method": "none"})
+    training_worker.run(run_dir, SINGLE)
+    config = load_config(run_dir)
+    ours, backend, _ = start_run_model(config, SINGLE, training=False)
+    start = config.with_settings({"adapter.init_from": str(run_dir / "adapter")})
+    start_adapters(ours, start.spec, backend, is_reference=False, restores=False)
+    theirs = in_peft(run_dir, folders / base)
+    theirs.config.get_text_config().pad_token_id = 0
+    ids = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(0))
+    ids[1, 30:] = 0
+    with torch.no_grad():
+        rewards = theirs(ids, attention_mask=(ids != 0).long()).logits[:, 0]
+        expected = torch.stack([our_scores(ours, ids[0])[39], our_scores(ours, ids[1, :30])[29]])
+    assert rewards.abs().min() > 1e-3
+    assert (rewards - expected).abs().max() < 1e-4
+
+
+def test_a_run_starts_from_an_adapter_of_a_language_model_and_from_peft_s_reward_model(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(folders / "llama", num_labels=1, dtype=torch.float32)
+    lora = {"r": 8, "target_modules": ["q_proj", "down_proj"], "lora_alpha": 16}
+    peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", **lora)).save_pretrained(tmp_path / "reward")
+    score = safetensors.torch.load_file(tmp_path / "reward" / "adapter_model.safetensors")[
+        "base_model.model.score.weight"
+    ]
+    causal = json.loads((tmp_path / "reward" / "adapter_config.json").read_text())
+    causal |= {"task_type": "CAUSAL_LM", "modules_to_save": None}
+    tensors = safetensors.torch.load_file(tmp_path / "reward" / "adapter_model.safetensors")
+    del tensors["base_model.model.score.weight"]
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "adapter_config.json").write_text(json.dumps(causal))
+    safetensors.torch.save_file(tensors, tmp_path / "sft" / "adapter_model.safetensors")
+    starts = {}
+    for name in ("reward", "sft"):
+        config = prepare(tmp_path / f"run_{name}", folders, preferences)
+        config = with_initial_adapter(config.with_settings({"adapter.init_from": str(tmp_path / name)}), [])
+        check_model(config)
+        model, backend, _ = start_run_model(config, SINGLE)
+        start_adapters(model, config.spec, backend, is_reference=False, restores=False)
+        starts[name] = model.head.weight.detach()
+        values = adapter_tensors(model)
+        assert all(torch.equal(values[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(starts["reward"], score)
+    assert not torch.equal(starts["sft"], score)
+    assert 0.8 < starts["sft"].std() / model.hf_config.initializer_range < 1.2
+    sft = config.with_settings({"train.objective": "sft", "adapter.init_from": str(tmp_path / "reward")})
+    with pytest.raises(UserError, match=r"is a model of rewards: .* replaces its LM head, .*train.objective=reward"):
+        with_initial_adapter(sft, [])
+    with pytest.raises(UserError, match="it predicts no tokens"):
+        Name(place=str(tmp_path / "reward"), base=str(folders / "llama")).read()
+
+
+def test_commands_for_language_models_name_the_reward_model(alone: Path) -> None:
+    with pytest.raises(UserError, match=r"trained a reward model \(train.objective=reward\).*eval_rewards/accuracies"):
+        Name(place=str(alone)).read()
+
+
+def test_the_plan_has_the_score_and_no_head(folders: Path, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = prepare(tmp_path / "run", folders, preferences, "llama-tied")
+    model, _, _ = start_run_model(config, SINGLE)
+    work, planned = Workload.of(config), model_in(folders / "llama-tied")
+    shapes = {tensor.name: tensor.shape for tensor in trained_tensors(work, planned.shapes)}
+    assert shapes == {name: tuple(p.shape) for name, p in adapter_tensors(model).items()}
+    assert active_weights(work, planned) == active_weights_of(model)
+    assert isinstance(model.head, RewardHead)
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+def margins_of(rows: PackedRows) -> list[float]:
+    assert rows.margins is not None
+    return sorted(rows.margins[np.arange(rows.margins.shape[1])[None] < rows.pairs[:, None]].tolist())
+
+
+def test_margins_go_with_their_pairs(folders: Path, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": f"Question {number}:", "chosen": " yes", "rejected": " no" * (1 + number % 5), "margin": number / 4}
+        for number in range(20)
+    ]
+    lines[7]["margin"] = None
+    del lines[8]["margin"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"path": str(tmp_path / "pairs.jsonl"), "sequence_length": 64, "eval_fraction": 0.0}
+    for objective in ("reward", "dpo"):
+        make_run(tmp_path / objective, folders, data=data, train={"objective": objective})
+    rows, without = (open_split(tmp_path / objective, "train") for objective in ("reward", "dpo"))
+    assert rows is not None
+    assert without is not None
+    assert without.margins is None
+    assert margins_of(rows) == sorted(number / 4 if number not in (7, 8) else 0.0 for number in range(20))
+    order = np.arange(len(rows))[::-1]
+    assert np.array_equal(rows.take(order).margins, rows.margins[order])  # type: ignore[index]
+    for bad in ("0.5", True, math.nan, [1]):
+        lines[3]["margin"] = bad
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(UserError, match=r"pairs.jsonl:4: 'margin' is"):
+            make_run(tmp_path / f"bad {bad}", folders, data=data, train={"objective": "reward"})
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"adapter": {"method": "full"}, "quant": {"method": "none"}}, "adapter=full: train.objective=reward trains"),
+        ({"model": {"new_tokens": ("<x>",)}}, "model.new_tokens: train.objective=reward trains adapters and the score"),
+        ({"adapter": {"modules_to_save": ("lm_head",)}}, "modules_to_save: train.objective=reward"),
+        ({"train": {"sample_every": 2, "sample_prompts": ("Hi",)}}, "train.sample_every=2 writes answers"),
+        ({"train": {"beta": 0.1}}, "train.beta=0.1 has no effect with train.objective=reward"),
+        ({"train": {"objective": "dpo", "center_rewards": 0.1}}, "train.center_rewards=0.1 has no effect"),
+        ({"data": {"format": "chat"}}, "data.format=chat is data for train.objective=sft"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(sections: dict[str, Any], message: str) -> None:
+    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"objective": "reward"}}
+    with pytest.raises(UserError, match=message):
+        config_with(base, sections)
+
+
+def test_a_model_without_transformers_class_of_rewards_is_refused(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match=r"granite has none that computes it from model's output"):
+        check_model(prepare(tmp_path / "run", folders, preferences, "granite"))

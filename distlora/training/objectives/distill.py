@@ -15,8 +15,8 @@ from distlora.training.objectives.objective import Losses, Objective, run, send
 class Distill(Objective):
     """(1 - kd_ratio) of -log p of each target token, and kd_ratio of the divergence from the teacher's distribution.
 
-    The teacher is the initial model, which runs in the reference pass. TRL's GKDTrainer has the second term alone
-    (kd_ratio = 1).
+    The teacher runs in the reference pass: the initial model, or the base with the adapter at train.teacher. TRL's
+    GKDTrainer has the second term alone (kd_ratio = 1).
     """
 
     def __init__(self, train: TrainConfig) -> None:

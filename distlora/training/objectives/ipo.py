@@ -11,7 +11,8 @@ class IPO(PairObjective):
     """(h - 1 / (2 beta))^2 of each pair: beta is the paper's tau, h = h(chosen) - h(rejected).
 
     h of an answer is log p(answer) - log p_ref(answer), here the mean over its tokens: TRL does so too, and says that
-    the paper's results were computed so. Rewards are beta * h.
+    the paper's results were computed so. Rewards are beta * h, with the
+    means that the loss compares; TRL logs them of sums.
     """
 
     def of_pairs(self, answers: Answers) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,9 @@ def odd(prompts, completions, completion_ids, answer, **columns):
     elif text == "exit": os._exit(0)
     elif text == "segfault": ctypes.string_at(0)
     elif text == "leave": sys.exit()
+    elif text == "close":
+        os.closerange(3, 100)
+        time.sleep(1000)
     elif text == "fork": os.fork()
     elif text == "garbage": os.write(int(max(os.listdir("/proc/self/fd"), key=lambda name: (
         os.path.realpath("/proc/self/fd/" + name).rpartition("/")[2].startswith("pipe:"), int(name)))), b"garbage\\n")
@@ -100,7 +103,7 @@ def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None
     lines: list[str] = []
     faults = {
         "timeouts": ["hang", "hang in C"],
-        "errors": ["raise", "raise", "exit", "segfault", "leave", "nothing", "garbage"],
+        "errors": ["raise", "raise", "exit", "segfault", "leave", "close", "nothing", "garbage"],
         "invalid": ["nan", "infinite", "word", "two"],
     }
     texts = ["right", *(text for texts in faults.values() for text in texts), "none", "random", "random", "fork"]
@@ -127,7 +130,10 @@ def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None
         for values, failed in zip(scores.values, scores.failed, strict=True)
     ]
     assert len([line for line in lines if "ValueError: an odd text (mine.py:" in line]) == 1
-    assert any("ended its process by SIGSEGV: the answer 'segfault' to 'prompt' is left out" in line for line in lines)
+    assert any(
+        "ended its process by signal 11 (Segmentation fault): the answer 'segfault' to 'prompt' is left out" in line
+        for line in lines
+    )
 
 
 def test_functions_of_trl_run_unchanged() -> None:

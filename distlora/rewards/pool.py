@@ -30,6 +30,8 @@ START_SECONDS = 300.0
 """Time for a process to import the functions; a cold network file system takes minutes for torch."""
 CODE_SECONDS = 30.0
 """Time that unit_tests gets beyond data.reward_timeout, which its own sandbox enforces."""
+EXIT_SECONDS = 1.0
+"""Time for a process to end that has closed its pipe."""
 REASONS = ("timeouts", "errors", "invalid")
 """Causes for a missing reward: too slow; raised or ended its process; returned no finite number."""
 _START = (-1, -1)
@@ -111,9 +113,8 @@ class _Worker:
         with contextlib.suppress(BlockingIOError):
             chunk = os.read(self.pipes[1], 1 << 16)
         if chunk == b"":
-            code, self.is_lost = self.process.wait(), True
-            cause = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
-            return {"errors": f"ended its process {cause}"}
+            self.is_lost = True
+            return {"errors": self._end()}
         self.incoming += chunk or b""
         if not self.incoming.endswith(b"\n"):
             return None
@@ -126,6 +127,15 @@ class _Worker:
         # A function wrote into the pipe: no later reply could be trusted.
         self.is_lost = True
         return {"errors": "wrote what is no reply into the pipe of replies"}
+
+    def _end(self) -> str:
+        """Describe how the process ended that closed its pipe."""
+        try:
+            code = self.process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "closed the pipe of replies"
+        cause = f"with exit code {code}" if code >= 0 else f"by signal {-code} ({signal.strsignal(-code)})"
+        return f"ended its process {cause}"
 
     def kill(self) -> None:
         """End the process and those of its group."""

@@ -249,9 +249,9 @@ def test_half_a_surrogate_pair_is_refused_in_json_inside_of_a_string(format, val
 
 
 OTHER_TRAINING = [
-    ("chat", chat("Hi", "Hello"), {"label": False}, "KTO"),
-    ("prompt_completion", {"prompt": "a", "completion": "b"}, {"label": 0}, "KTO"),
-    ("alpaca", {"instruction": "a", "output": "b"}, {"kto_tag": True}, "KTO"),
+    ("chat", chat("Hi", "Hello"), {"label": False}, "train.objective=kto"),
+    ("prompt_completion", {"prompt": "a", "completion": "b"}, {"label": 0}, "train.objective=kto"),
+    ("alpaca", {"instruction": "a", "output": "b"}, {"kto_tag": True}, "train.objective=kto"),
     ("sharegpt", {"conversations": [{"from": "human", "value": "<image>Hi"}]}, {"images": ["a.png"]}, "vision models"),
     ("chat", chat("Hi", "Hello"), {"audios": ["a.wav"]}, "no text model reads"),
     ("text", {"text": "a"}, {"score": 0.0}, "reward models"),

@@ -1,21 +1,26 @@
-"""Preference data: every form that TRL reads becomes two documents that begin alike, side by side in one row."""
+"""Preference data: every form that TRL reads becomes two documents that begin alike, side by side in one row.
+
+Judged data: every form of TRL, LLaMA-Factory and Axolotl becomes one document and a verdict.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_folders import MARKED, prepare, show_preview, show_row, write_lines, write_model
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.data.formats import Reading, Record, check_objective, resolve_format, to_document
-from distlora.data.loader import StepLoader
+from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.prepare import open_split
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, read_meta
 from distlora.data.turns import Encoded
@@ -144,14 +149,128 @@ def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> 
     assert advised == "chat"
 
 
-def prepared(folder: Path, pairs: list[Any], **data: Any) -> PackedRows:
+JUDGED_ANSWERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "TRL": ({"prompt": [ASKED], "completion": [GOOD], "label": True}, {}),
+    "messages": ({"messages": [ASKED, GOOD], "label": 1}, {}),
+    "LLaMA-Factory's alpaca": ({"instruction": "Who?", "output": "Me.", "kto_tag": True}, {}),
+    "LLaMA-Factory's ShareGPT": (
+        {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}], "kto_tag": "true"},
+        {},
+    ),
+    "Axolotl's chatml.intel": (
+        {"question": "Who?", "completion": "Me.", "rating": True},
+        {"instruction": "question", "output": "completion", "label": "rating"},
+    ),
+}
+
+
+def judged(value: dict[str, Any], **columns: str) -> dict[str, Any]:
+    record, reading = Record("judged.jsonl:1", 10, value), Reading(columns, judged=True)
+    return to_document(record, resolve_format(record, "auto", reading), True, reading).value
+
+
+@pytest.mark.parametrize("form", JUDGED_ANSWERS)
+def test_every_form_of_judged_answer_is_the_same_document(form: str) -> None:
+    value, columns = JUDGED_ANSWERS[form]
+    assert judged(value, **columns) == {"answer": {"messages": [ASKED, GOOD]}, "good": True}
+
+
+def test_of_a_judged_chat_only_the_answer_is_trained() -> None:
+    before = [ASKED, GOOD, said("user", "Sure?")]
+    flags = [turn.get("train") for turn in judged({"messages": [*before, BAD], "label": False})["answer"]["messages"]]
+    assert flags == [None, False, None, None]
+    both = judged({"prompt": [ASKED], "completion": [GOOD, said("user", "Sure?"), BAD], "label": False})
+    assert all("train" not in turn for turn in both["answer"]["messages"]), "all turns behind the prompt are the answer"
+    texts = judged({"prompt": "It is", "completion": " day.", "label": 0})
+    assert texts == {"answer": {"prompt": "It is", "completion": " day."}, "good": False}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"prompt": "a", "completion": "b"}, r"no 'label' \(or 'kto_tag'\) says whether its answer is good"),
+        ({"prompt": "a", "completion": "b", "label": 0.7}, r"'label' is 0\.7, where true \(a good answer\) or false"),
+        ({"prompt": "a", "completion": "b", "label": True, "kto_tag": False}, "'label' is true and 'kto_tag' is false"),
+        ({"messages": [ASKED], "label": True}, "the last message is the user's, so there is no answer to judge"),
+        ({"prompt": "a", "completion": "b", "label": True, "score": 1}, "'score' rates it"),
+        (CONVERSATIONS["implicit"] | {"label": True}, "'label' says whether its answer is good"),
+    ],
+    ids=str,
+)
+def test_a_record_without_a_verdict_is_refused(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^judged\.jsonl:1: {message}"):
+        judged(value)
+
+
+def test_text_holds_no_answer_to_judge() -> None:
+    with pytest.raises(UserError, match=r"a\.txt is text, and train\.objective=kto learns from single answers"):
+        check_objective("text", "kto", "a.txt")
+    for format in ("chat", "preference", "prompt_completion"):
+        check_objective(format, "kto", "a.jsonl")
+
+
+def test_mismatched_rows_have_each_prompt_with_the_answer_before_it_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """Packed, cut to the length of a row, and the two answers of a pair apart."""
+    lines = [
+        {"prompt": "It is" + " so" * n, "completion": " day" * (n % 5 + 1), "label": n % 3 == 0} for n in range(1, 14)
+    ]
+    long = {"prompt": "Is it" + " so" * 20, "completion": " day" * 30, "label": True}
+    pair = {"prompt": "It is", "chosen": " the night", "rejected": " the day"}
+    path = write_lines(tmp_path / "pairs.jsonl", [pair])
+    sources = [{"path": str(write_lines(tmp_path / "judged.jsonl", [*lines, long]))}, {"path": str(path)}]
+    rows = prepared(tmp_path, [pair], objective="kto", path=None, sources=sources)
+    assert (rows.counts["documents"], rows.counts["pairs"], rows.counts["split"]) == (15, 16, 0)
+    loaders = {
+        world: [
+            StepLoader(
+                rows, global_batch=99, micro_batch=2, rank=rank, world=world, seed=0, shuffle=True, mismatched=True
+            )
+            for rank in range(world)
+        ]
+        for world in (1, 2, 3)
+    }
+    batch = loaders[1][0].batch(0)
+    documents = documents_in(batch.micro_batches)
+    assert batch.global_pairs == len(documents) == 16
+    tokenizer = load_tokenizer(tmp_path / "model")
+    number = [tokenizer.decode(prompt).count(" so") for prompt, _ in documents]
+    good = [
+        n in (3, 6, 9, 12, 20) or " night" in tokenizer.decode(answer)
+        for n, (_, answer) in zip(number, documents, strict=True)
+    ]
+    verdicts = torch.cat([part.judged.flatten() for part in batch.micro_batches if part.judged is not None])
+    assert verdicts[verdicts != 0].tolist() == [1 if each else -1 for each in good]
+    before = [documents[-1], *documents[:-1]]
+    expected = [(prompt + other)[:64] for (prompt, _), (_, other) in zip(documents, before, strict=True)]
+    for world, of_ranks in loaders.items():
+        batches = [loader.batch(0).mismatched for loader in of_ranks]
+        assert len({len(parts) for parts in batches}) == 1, "every rank runs as many"
+        found = [prompt + answer for prompt, answer in documents_in(itertools.chain(*batches))]
+        assert sorted(found) == sorted(expected), world
+
+
+def documents_in(batches: Iterable[MicroBatch]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, answer) of every document but padding."""
+    found = []
+    for part in batches:
+        for tokens, labels, positions in zip(*(column.tolist() for column in part[:3]), strict=True):
+            starts = [index for index, position in enumerate(positions) if position == 0]
+            for start, end in itertools.pairwise([*starts, len(tokens)]):
+                trained = [index for index in range(start, end) if labels[index] >= 0]
+                if trained:
+                    assert trained == list(range(trained[0], end - 1)), "the answer is the end of its document"
+                    found.append((tokens[start : trained[0] + 1], tokens[trained[0] + 1 : end]))
+    return found
+
+
+def prepared(folder: Path, pairs: list[Any], objective: str = "dpo", **data: Any) -> PackedRows:
     """Return the training rows of these pairs."""
     model = folder / "model"
     if not model.exists():
         write_model(model, MARKED)
     path = str(write_lines(folder / "pairs.jsonl", pairs))
     values = {"path": path, "eval_fraction": 0.0, "cache_dir": str(folder / "cache"), "sequence_length": 64, **data}
-    train = {"objective": "dpo"}
+    train = {"objective": objective}
     config = build(Config, {"model": {"path": str(model)}, "data": values, "train": train, "run_dir": str(folder)})
     return PackedRows.open(prepare(config), "train")
 

@@ -423,6 +423,36 @@ def test_objectives_of_pairs_have_the_settings_that_trl_would_have(
     assert not reported(imported, "refused")
 
 
+@pytest.mark.parametrize(
+    ("entry", "format", "columns", "template"),
+    [
+        ({"type": "chatml.intel"}, "alpaca", {"instruction": "question", "output": "completion"}, "chatml"),
+        ({"type": "llama3.ultra"}, "alpaca", {"instruction": "prompt", "output": "completion"}, "llama3"),
+        ({"type": "chatml.argilla_chat"}, "chat", {"messages": "completion"}, "chatml"),
+        ({}, "prompt_completion", {}, None),
+        (
+            {"type": {"field_prompt": "q", "field_label": "good"}},
+            "prompt_completion",
+            {"prompt": "q", "label": "good"},
+            None,
+        ),
+    ],
+    ids=str,
+)
+def test_kto_is_carried_with_the_data_sets_that_ours_reads(
+    tmp_path: Path, entry: dict[str, Any], format: str, columns: dict[str, str], template: str | None
+) -> None:
+    values = LEAST | {"rl": "kto", "rl_beta": 0.2, "kto_undesirable_weight": 0.5}
+    imported = convert(values | {"datasets": [{"path": "/judged.jsonl", **entry}]}, processes=1)
+    config = composed(imported, tmp_path)
+    train = config.train
+    assert (train.objective, train.beta, train.desirable_weight, train.undesirable_weight) == ("kto", 0.2, None, 0.5)
+    assert (config.data.format, dict(config.data.columns), config.data.template) == (format, columns, template)
+    assert not reported(imported, "refused")
+    odd = {"path": "/judged.jsonl", "type": {"prompt_format": "Q: {prompt}"}}
+    assert "datasets[0].type" in reported(convert(values | {"datasets": [odd]}, processes=1), "refused")
+
+
 def test_dpo_data_sets_and_losses_that_ours_has_not_are_named(tmp_path: Path) -> None:
     entries = [
         {"path": "/a.jsonl", "type": "chatml.intel"},
@@ -440,7 +470,7 @@ def test_dpo_data_sets_and_losses_that_ours_has_not_are_named(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"rl": "kto"}, "rl=kto: distlora imports rl: dpo, ipo, orpo, simpo"),
+        ({"rl": "bco"}, "rl=bco: distlora imports rl: dpo, ipo, orpo, simpo"),
         ({"rl": "ipo", "adapter": None, "load_in_4bit": False}, "rl=ipo without an adapter"),
         ({"reward_model": True}, "reward_model=True"),
         ({"adapter": "llama-adapter"}, "adapter=llama-adapter"),

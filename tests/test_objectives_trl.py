@@ -30,7 +30,7 @@ from distlora.architecture.spec import architecture_of
 from distlora.checkpoint.state import Identity, Progress, TrainState, check_matches, identity_of
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
-from distlora.data.loader import Share, stacks
+from distlora.data.loader import Share, StepBatch, stacks
 from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.build import CausalLM
 from distlora.model.reward_head import RewardHead
@@ -56,6 +56,8 @@ class Theirs:
     records: list[dict[str, Any]]
     """Lines of the data."""
     folder: Path
+    documents: list[list[int]]
+    """Token ids of the documents of our step, in their order."""
 
     def arguments(self, **settings: Any) -> dict[str, Any]:
         """Return arguments of TRL's configs: fp32 on the CPU, nothing recomputed, nothing logged."""
@@ -137,6 +139,22 @@ def reward(theirs: Theirs, **settings: Any) -> Tensor:
     return loss_of(theirs.trainer(RewardTrainer, RewardConfig, **settings))
 
 
+def kto(theirs: Theirs, **settings: Any) -> Tensor:
+    """Give TRL the step as one batch in our order, by which it pairs prompts with other answers too."""
+    from trl import KTOConfig, KTOTrainer
+
+    settings["per_device_train_batch_size"] = len(theirs.records)
+    tokenized = theirs.trainer(KTOTrainer, KTOConfig, **settings).train_dataset
+    theirs.model.delete_adapter("ref")
+    places = [theirs.documents.index(line["prompt_ids"] + line["completion_ids"]) for line in tokenized]
+    theirs.records = [theirs.records[index] for index in sorted(range(len(places)), key=places.__getitem__)]
+    trainer = theirs.trainer(KTOTrainer, KTOConfig, **settings)
+    theirs.model.delete_adapter("ref")
+    loss = loss_of(trainer)
+    assert trainer._metrics["train"]["kl"][0] > 0.05, "an estimate of 0 says little"
+    return loss
+
+
 class Case(NamedTuple):
     """An objective, and TRL's loss for it."""
 
@@ -170,6 +188,18 @@ def chats() -> list[dict[str, Any]]:
 def pairs_with_margins() -> list[dict[str, Any]]:
     """Return the pairs with a margin each."""
     return [pair | {"margin": 0.25 * (number % 4)} for number, pair in enumerate(pairs())]
+
+
+def judged() -> list[dict[str, Any]]:
+    """Return 12 answers of uneven length to prompts of uneven length, 5 of them good."""
+    records = []
+    for number, pair in enumerate(pairs()):
+        prompt, is_good = " ".join(pair["prompt"].split()[: 2 + number % 4]), number % 5 in (0, 3)
+        records.append({"prompt": prompt, "completion": pair["chosen" if is_good else "rejected"], "label": is_good})
+    return records
+
+
+_WEIGHTS = {"desirable_weight": 1.4, "undesirable_weight": 0.8}
 
 
 CASES = {
@@ -217,6 +247,12 @@ CASES = {
         lambda theirs: reward(theirs, center_rewards_coefficient=0.1),
         write=pairs_with_margins,
     ),
+    "kto": Case(
+        {"objective": "kto", "beta": 0.3, **_WEIGHTS},
+        lambda theirs: kto(theirs, beta=0.3, **_WEIGHTS),
+        0.5 * (5 * 1.4 + 7 * 0.8) / 12,
+        judged,
+    ),
 }
 
 
@@ -251,12 +287,15 @@ def our_step(ranks: Ranks, *, run_dir: Path) -> tuple[Ours, CausalLM]:
     start_adapters(model, config.spec, backend, is_reference=is_reference, teacher=teacher, restores=False)
     objective, batch = objective_of(config.train), open_data(run_dir, config.train, ranks)[0].batch(0)
     (part,) = stacks([Share(batch, None, 0)], whole=True)
-    model.set_num_micro(len(batch.micro_batches))
     losses = []
     for moves in (False, True):
         if moves:
             move_adapters(model)
         backend.zero_gradients()
+        model.set_num_micro(1)
+        with torch.no_grad():
+            objective.prepare(model, batch.mismatched, objective.units(batch), backend)
+        model.set_num_micro(len(batch.micro_batches))
         with torch.set_grad_enabled(moves):
             rows = objective.losses(model, part.batch, ranks.device, 0).rows
         if moves:
@@ -301,6 +340,17 @@ def their_model(folder: Path, ours: CausalLM, spec: Any) -> tuple[Any, dict[str,
     return tuned, parameters
 
 
+def documents_of(batch: StepBatch) -> list[list[int]]:
+    """Return the tokens of each document of a step, padding too."""
+    found: list[list[int]] = []
+    for part in batch.micro_batches:
+        columns = (column.flatten().tolist() for column in (part.input_ids, part.position_ids))
+        for token, position in zip(*columns, strict=True):
+            found += [[]] if position == 0 else []
+            found[-1].append(token)
+    return found
+
+
 @pytest.mark.parametrize(
     ("name", "quant"),
     [case for name in CASES for case in ((name, "nf4"), ci(name, "none"))],
@@ -330,7 +380,8 @@ def compare(folders: Path, tmp_path: Path, case: Case, quant: str, **adapter: An
     ours, model = our_step(SINGLE, run_dir=tmp_path / "run")
     config = load_config(tmp_path / "run")
     tuned, parameters = their_model(folders / "llama", model, config.spec)
-    expected = case.trl(Theirs(tuned, case.write(), tmp_path / "trl"))
+    documents = documents_of(open_data(tmp_path / "run", config.train, SINGLE)[0].batch(0))
+    expected = case.trl(Theirs(tuned, case.write(), tmp_path / "trl", documents))
     expected.backward()
     if case.first is not None:
         assert math.isclose(ours.first, case.first, rel_tol=1e-6, abs_tol=1e-6)

@@ -139,6 +139,10 @@ def test_what_mfu_counts_of_a_step_is_what_the_trainer_adds_up(name: str, tmp_pa
         dpo = steps(tmp_path, document=document, objective="dpo")
         assert dpo.counted == count_flops(model, with_reference=True).of(positions)
         assert step.tokens == positions.numel()
+        kto = steps(tmp_path, document=document, objective="kto")
+        mismatched = of_model(model).mismatched_flops().of(positions)
+        assert kto.counted == dpo.counted + mismatched
+        assert kto.by_kind["mismatched"] == mismatched
     on_cpu = steps(tmp_path, is_gpu=False)
     assert on_cpu.counted == steps(tmp_path).counted
     assert on_cpu.by_kind["masked"] > 0, "a dense mask hides pairs that are computed"

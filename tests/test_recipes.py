@@ -19,7 +19,7 @@ from distlora_launcher.compose.planning import check_planned
 CONF = Path(__file__).parent.parent / "conf"
 RECIPES = CONF / "recipe"
 GB = 1e9
-MODEL_FREE = {"dpo", "grpo", "orpo", "qlora", "reward", "simpo"}
+MODEL_FREE = {"dpo", "grpo", "kto", "orpo", "qlora", "reward", "simpo"}
 """Recipes that name no model, and so claim no GPU."""
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 NAMED = [name for name in NAMES if name not in MODEL_FREE]

@@ -264,13 +264,18 @@ class Config:
             return
         require(
             self.data.train_on == "assistant",
-            f"data.train_on={self.data.train_on} has no effect with train.objective={objective}, which compares the "
+            f"data.train_on={self.data.train_on} has no effect with train.objective={objective}, which trains the "
             "answers behind a prompt; leave it out",
         )
         require(
             self.data.too_long != "split",
-            "data.too_long=split makes documents of the parts of a longer one, and parts of two answers cannot be "
-            "compared; set data.too_long=truncate or drop",
+            "data.too_long=split makes documents of the parts of a longer one, and parts of an answer cannot be "
+            "compared or judged; set data.too_long=truncate or drop",
+        )
+        require(
+            not needs.mismatched or self.train.global_batch > 1,
+            f"train.objective={objective} pairs each prompt of a step with the answer to another one, and "
+            "train.global_batch=1 may leave it one answer; set train.global_batch=8 or more",
         )
 
     def _check_score(self) -> None:

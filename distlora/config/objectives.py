@@ -3,7 +3,7 @@
 The losses themselves are in `distlora/training/objectives/`, a file each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -14,9 +14,10 @@ PAIRS = ("preference",)
 PROMPTS = ("prompt_only",)
 """Values of data.format that hold prompts alone."""
 
-DataForm = Literal["documents", "pairs", "prompts"]
-"""What a record of the data is to an objective: a document with trained tokens, a chosen and a rejected answer, or a
-prompt whose answers the model samples and `data.rewards` score."""
+DataForm = Literal["documents", "pairs", "judged", "prompts"]
+"""What a record of the data is to an objective: a document with trained tokens; a chosen and a rejected answer; an
+answer that is judged good or bad (a pair is two of these); or a prompt whose answers the model samples and
+`data.rewards` score."""
 
 
 PAIR_FIGURES = (
@@ -29,6 +30,18 @@ PAIR_FIGURES = (
 )
 """Metrics of pairs of answers, by TRL's names. accuracies: fraction of the pairs whose chosen answer has the higher
 reward."""
+JUDGED_FIGURES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "answers/chosen",
+    "answers/rejected",
+    "kl",
+)
+"""Metrics of judged answers, most by TRL's names, in which chosen answers are the good ones. answers/chosen: their
+fraction."""
+_OF_JUDGED = {f"{name}/{side}": f"answers/{side}" for name in ("rewards", "logps") for side in ("chosen", "rejected")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,13 +68,19 @@ class ObjectiveNeeds:
     """Setting whose value 0 stands for no reference."""
     maxima: tuple[str, ...] = ()
     """Metrics beside these that are the largest of all ranks."""
+    figures_of: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Metrics that are means over some of the units only, and the metric that is the fraction of these units."""
+    mismatched: bool = False
+    """True if each step also runs, without gradient, its prompts with answers to other prompts (KTO's estimate of KL).
+    """
     settings: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     """Fields of `train` that it reads and no other part of a run does, with the value that null stands for."""
     lr: float | None = None
     """Default of optim.lr for adapters; null: by the model. Full fine-tuning takes a tenth.
 
     Sources: DPO, TRL's script with LoRA; IPO, as DPO; ORPO, TRL's script with LoRA, ten times the paper's 8e-6 for full
-    fine-tuning; SimPO, ten times the paper's 5e-7 for full fine-tuning."""
+    fine-tuning; SimPO, ten times the paper's 5e-7 for full fine-tuning; KTO, LLaMA-Factory's example with LoRA, the
+    upper end of what TRL's page recommends."""
 
     @property
     def task_type(self) -> str:
@@ -133,15 +152,41 @@ OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
             settings={"center_rewards": 0.0},
             lr=1e-4,
         ),
+        "kto": ObjectiveNeeds(
+            summary="learns from single answers that are judged good or bad",
+            data="judged",
+            reference=True,
+            unit="answers",
+            figures=JUDGED_FIGURES,
+            figures_of=_OF_JUDGED,
+            mismatched=True,
+            settings={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+            lr=5e-6,
+        ),
     }
 )
 """Objectives by their name in train.objective."""
 
 
+def means_of(needs: ObjectiveNeeds, sums: Sequence[float], units: int) -> dict[str, float]:
+    """Return the means of the loss and the metrics from their sums over so many units; of no unit there is none."""
+    means = {name: total / units for name, total in zip(("loss", *needs.figures), sums, strict=True)}
+    for name, among in needs.figures_of.items():
+        mean = means.pop(name)
+        if means[among] > 0:
+            means[name] = mean / means[among]
+    if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
+    return means
+
+
 def takes_format(objective: str, format: str) -> bool:
     """Return whether an objective trains on data of this data.format; `auto` is decided by the records."""
     form = "pairs" if format in PAIRS else "prompts" if format in PROMPTS else "documents"
-    return format == "auto" or form == OBJECTIVES[objective].data
+    needed = OBJECTIVES[objective].data
+    if needed == "judged":
+        return form != "prompts" and format != "text"
+    return format == "auto" or form == needed
 
 
 def objectives_of(format: str) -> list[str]:

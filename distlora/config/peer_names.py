@@ -42,6 +42,8 @@ _SETTINGS = {
     "optim.max_grad_norm": "gradient_clipping clip_grad_norm",
     "train.objective": "rl stage",
     "train.beta": "pref_beta rl_beta dpo_beta",
+    "train.desirable_weight": "kto_chosen_weight kto_desirable_weight",
+    "train.undesirable_weight": "kto_rejected_weight kto_undesirable_weight",
     "train.epochs": "num_train_epochs num_epochs",
     "train.save_every": "save_steps save_strategy",
     "train.saves_per_epoch": "saves_per_epoch",

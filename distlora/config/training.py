@@ -123,18 +123,20 @@ class Cadence(NamedTuple):
 class TrainConfig:
     """Steps, batches, objective, precision and checkpoints of training."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "distill", "reward", "grpo"] = "sft"
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "distill", "reward", "grpo"] = "sft"
     """Objective: -log p of the trained tokens (`sft`), or a loss of pairs of a chosen and a rejected answer. `dpo`
     (arXiv 2305.18290) and `ipo` (2310.12036) have a reference, the model at the start of the run: no second model, 50 %
-    more operations. `orpo` (2403.07691) and `simpo` (2405.14734) have none. `distill` mixes `sft` with a divergence of
-    the next-token distribution from a teacher's (2306.13649). `reward` trains a reward model on pairs
+    more operations. `orpo` (2403.07691) and `simpo` (2405.14734) have none. `kto` (2402.01306) learns from single
+    answers that are judged good or bad, with that reference: 150 % more operations. `distill` mixes `sft` with a
+    divergence of the next-token distribution from a teacher's (2306.13649). `reward` trains a reward model on pairs
     (Bradley-Terry, 2203.02155): a score in place of the LM head. `grpo` samples answers to prompts and trains on their
     rewards (section `rollout`, docs/rl.md)."""
     beta: float | None = None
-    """Scale of the rewards of dpo and simpo, regularization tau of ipo, weight lambda of orpo's odds ratio. A larger
-    value keeps dpo and ipo closer to the reference. Of distill the divergence, as in TRL's GKD: 0 is forward KL, 1
-    reverse KL, between them a Jensen-Shannon divergence. Of grpo the weight of the KL divergence from the initial
-    model; 0 needs no reference (as TRL, DAPO and Dr. GRPO). null: 0.1; 2 with simpo, 0 with distill and grpo."""
+    """Scale of the rewards of dpo, simpo and kto, regularization tau of ipo, weight lambda of orpo's odds ratio. A
+    larger value keeps dpo, ipo and kto closer to the reference. Of distill the divergence, as in TRL's GKD: 0 is
+    forward KL, 1 reverse KL, between them a Jensen-Shannon divergence. Of grpo the weight of the KL divergence from the
+    initial model; 0 needs no reference (as TRL, DAPO and Dr. GRPO). null: 0.1; 2 with simpo, 0 with distill and grpo.
+    """
     label_smoothing: float | None = None
     """Probability that a pair's answers are in the wrong order, from 0 to below 0.5, of dpo (cDPO, conservative DPO:
     ericmitchell.ai/cdpo.pdf) and simpo. null: 0."""
@@ -154,6 +156,11 @@ class TrainConfig:
     center_rewards: float | None = None
     """Weight of the squared sum of a pair's two rewards in the loss of train.objective=reward, which keeps rewards
     around 0 (arXiv 2312.09244, which has 0.01). null: none."""
+    desirable_weight: float | None = None
+    """Weight of the good answers in the loss of kto. With more good answers than bad ones, lower it until both sides
+    weigh about the same. null: 1."""
+    undesirable_weight: float | None = None
+    """Weight of the bad answers in the loss of kto. null: 1."""
     epochs: float = 1.0
     """Passes over the packed sequences; 0.5 is half of one, rounded up to whole steps."""
     max_steps: int | None = None
@@ -260,7 +267,8 @@ class TrainConfig:
         numbers = (
             "epochs max_steps global_batch micro_batch log_every save_every evals_per_epoch saves_per_epoch "
             "save_minutes keep early_stopping_patience sample_every sample_tokens loss_watchdog_threshold "
-            "loss_watchdog_patience neftune_alpha kd_temperature center_rewards mlp_tile"
+            "loss_watchdog_patience neftune_alpha kd_temperature center_rewards desirable_weight undesirable_weight "
+            "mlp_tile"
         )
         require_positive("train", self, *numbers.split())
         require(

@@ -286,8 +286,10 @@ def parse_string(text: str, place: str, what: str, advice: str) -> Any:
     return value
 
 
+VERDICT_KEYS = ("label", "kto_tag")
+"""Keys of a record that say whether its answer is good (TRL and Axolotl; LLaMA-Factory)."""
 NOT_TRAINED = {
-    **dict.fromkeys(("label", "kto_tag"), "says whether its answer is good, which only KTO trains on"),
+    **dict.fromkeys(VERDICT_KEYS, "says whether its answer is good, which only train.objective=kto trains on"),
     **dict.fromkeys(("score", "scores", "reward", "rewards"), "rates it, which only reward models are trained on"),
     **dict.fromkeys(("image", "images"), "holds pictures, which only vision models read"),
     **dict.fromkeys(("video", "videos", "audio", "audios"), "holds media that no text model reads"),
@@ -305,10 +307,49 @@ def check_meaning(value: dict[str, Any], place: str, names: Set[str] = NOT_TRAIN
         if isinstance(item, dict):  # Arrow writes an absent image as {"bytes": null, "path": null}.
             item = [part for part in item.values() if part is not None]
         if item is not None and item not in ("", []):
+            missing = "" if key in VERDICT_KEYS else "; that is not supported yet"
             raise UserError(
-                f"{place}: {key!r} {NOT_TRAINED[key]}; that is not supported yet. To train on the text alone, every "
-                f"record alike, set data.ignore_columns=[{key}]"
+                f"{place}: {key!r} {NOT_TRAINED[key]}{missing}. To train on the text alone, every record alike, set "
+                f"data.ignore_columns=[{key}]"
             )
+
+
+_VERDICTS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""Values of VERDICT_KEYS in lower case, as JSON, parquet and csv have them."""
+
+
+def judged_answer(
+    document: dict[str, Any], value: dict[str, Any], place: str, good: str, *, whole: bool
+) -> dict[str, Any]:
+    """Return {"answer": document, "good": bool} of a canonical document of the record `value`.
+
+    The answer of a chat is its last turn; the assistant's earlier turns are not trained. `whole`: the turns that are
+    trained are the answer. Raises UserError for a record without a verdict, or one that ends with another's turn.
+    """
+    verdicts = {key: value[key] for key in VERDICT_KEYS if value.get(key) is not None}
+    if not verdicts:
+        raise UserError(
+            f"{place}: no 'label' (or 'kto_tag') says whether its answer is good; name its column with "
+            f"data.columns={{label: NAME}}. {good}"
+        )
+    (key, verdict), *others = verdicts.items()
+    is_good = _VERDICTS.get(str(verdict).lower())
+    if is_good is None or any(_VERDICTS.get(str(other).lower()) != is_good for _, other in others):
+        raise UserError(
+            f"{place}: {key!r} is {json.dumps(verdict, default=str)}"
+            + (f" and {others[0][0]!r} is {json.dumps(others[0][1], default=str)}" if others else "")
+            + f", where true (a good answer) or false (a bad one) belongs; {good}"
+        )
+    if "messages" in document:
+        *before, last = document["messages"]
+        if last["role"] != "assistant":
+            raise UserError(
+                f"{place}: the last message is the {last['role']}'s, so there is no answer to judge; {good}"
+            )
+        if not whole:
+            before = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in before]
+        document = document | {"messages": [*before, last]}
+    return {"answer": document, "good": is_good}
 
 
 def prompt_only(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Documents to token ids and trained tokens, and sources to a corpus: in batches, whole or until there are enough.
 
 Chats: the assistant's turns, by chat_template.py and turns.py. Prompt and completion: the completion and the appended
-end-of-text token. Plain text: every token, with end-of-text. A preference pair: its two answers. Letters: S sources, L
-tokens of a row.
+end-of-text token. Plain text: every token, with end-of-text. A preference pair: its two answers. A judged answer: it.
+Letters: S sources, L tokens of a row.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distlora.config import DataConfig, UserError
-from distlora.config.objectives import OBJECTIVES
+from distlora.config.objectives import OBJECTIVES, DataForm
 from distlora.data.chat_template import ChatTemplate, start_tokens
 from distlora.data.formats import Document, Kind, check_objective, kind_of, shown
 from distlora.data.packing import HELD_OUT, Corpus, TooLong, below, hash64, volume
@@ -124,11 +124,12 @@ _LARGEST_MARGIN = 1e6
 """Bound of a pair's margin: rewards are far below it."""
 
 
-class PairEncoder:
-    """Encodes batches of pairs, a chosen and a rejected answer to the same prompt, by the encoders of their documents.
+class AnswerEncoder:
+    """Encodes batches of pairs, a chosen and a rejected answer to the same prompt, and of answers that are judged.
 
-    `encoder_of` gives the one for chats or the one for prompts and completions. `margins`: the objective reads a
-    record's margin. Raises UserError as they do, and for a margin that is not a number.
+    `encoder_of` gives the encoder for chats or the one for prompts and completions. `margins`: the objective reads a
+    record's margin. `judges`: the answers of a pair are judged, and not compared. Raises UserError as the encoders of
+    their documents do, and for a margin that is not a number.
     """
 
     def __init__(
@@ -137,8 +138,9 @@ class PairEncoder:
         encoder_of: Callable[[Literal["chat", "prompt_completion"]], Encoder],
         *,
         margins: bool = False,
+        judges: bool = False,
     ) -> None:
-        self.tokenizer, self._margins = tokenizer, margins
+        self.tokenizer, self._margins, self.judges = tokenizer, margins, judges
         self.template: ChatTemplate | None = None
         """The encoder of answers, from the first conversation on."""
         self._encoder_of = encoder_of
@@ -148,11 +150,15 @@ class PairEncoder:
         answers = [
             Document(f"{document.place}, {side}", document.num_bytes, document.value[side])
             for document in documents
-            for side in ("chosen", "rejected")
+            for side in ("chosen", "rejected", "answer")
+            if side in document.value
         ]
         encoded = self._documents(answers)
-        for document, chosen in zip(documents, encoded, strict=True):
-            yield Encoded.pair(chosen, next(encoded), self._margin(document) if self._margins else 0.0)
+        for document in documents:
+            answer = next(encoded)
+            if "rejected" in document.value:
+                answer = Encoded.pair(answer, next(encoded), self._margin(document) if self._margins else 0.0)
+            yield answer._replace(is_good=document.value.get("good", True)) if self.judges else answer
 
     @staticmethod
     def _margin(document: Document) -> float:
@@ -219,7 +225,7 @@ PATIENCE = 10_000
 _PROGRESS_SECONDS = 3.0
 
 
-AnyEncoder = Encoder | PairEncoder | PromptOnlyEncoder
+AnyEncoder = Encoder | AnswerEncoder | PromptOnlyEncoder
 
 
 @dataclass
@@ -239,6 +245,11 @@ class Encoders:
         return next((encoder.template for encoder in self._of_kind.values() if encoder.template is not None), None)
 
     @property
+    def form(self) -> DataForm:
+        """Return what a record is to the objective."""
+        return OBJECTIVES[self.objective].data
+
+    @property
     def has_template(self) -> bool:
         """Return whether a conversation can be rendered, which decides the form of an Alpaca record."""
         return self.data.template is not None or self.tokenizer.chat_template is not None
@@ -253,11 +264,13 @@ class Encoders:
         too_long = self.data.too_long
         if too_long == "auto":
             too_long = "split" if kind == "text" else "truncate"
-        if kind == "preference":
-            return PairEncoder(self.tokenizer, self._encoder, margins=OBJECTIVES[self.objective].margins), too_long
         if kind == "prompt_only":
             made = PromptOnlyEncoder(self.tokenizer, self.model_path, self.data.template)
             return self._of_kind.setdefault(kind, made), "drop"
+        if kind == "preference" or self.form == "judged":
+            needs = OBJECTIVES[self.objective]
+            judges = needs.data == "judged"
+            return AnswerEncoder(self.tokenizer, self._encoder, margins=needs.margins, judges=judges), too_long
         return self._encoder(kind), too_long
 
     def _encoder(self, kind: Literal["chat", "prompt_completion", "text"]) -> Encoder:
@@ -274,7 +287,7 @@ class Encoders:
 def read_whole(corpus: Corpus, sources: list[Source], encoders: Encoders) -> None:
     """Append every document of every source, one source after the other."""
     for number, source in enumerate(sources):
-        format, documents = source.open(encoders.has_template)
+        format, documents = source.open(encoders.has_template, encoders.form)
         encoder, too_long = encoders.of(source, format)
         progress = _Progress(source.label, source.total_bytes)
         for batch in _batches(documents, _BATCH_DOCUMENTS, _BATCH_BYTES):
@@ -304,7 +317,7 @@ def read_enough(corpus: Corpus, sources: list[Source], encoders: Encoders, need:
     """
     streams = []
     for source in sources:
-        format, documents = source.open(encoders.has_template)
+        format, documents = source.open(encoders.has_template, encoders.form)
         streams.append((_batches(documents, _STREAM_DOCUMENTS, _STREAM_BYTES), *encoders.of(source, format)))
     num_sources = len(sources)
     ended, found = np.zeros(num_sources, bool), np.zeros(num_sources, bool)

@@ -1,4 +1,4 @@
-"""The first stage: records of a source to documents in one of four canonical forms.
+"""The first stage: records of a source to documents in one of five canonical forms.
 
 A *record* is what a file or a data set holds (a line, a row); a *document* is what the tokenizer is given. A record
 that is not what its format says is refused by its place. Imports neither torch nor transformers nor numpy: the launcher
@@ -18,13 +18,16 @@ from distlora.config import DATA_FORMATS, UserError, nearest
 from distlora.config.objectives import OBJECTIVES, PAIRS, objectives_of, takes_format
 from distlora.data.conversations import (
     CONVERSATION_KEYS,
+    NOT_TRAINED,
     PAIR_NAMES,
     SIDES,
+    VERDICT_KEYS,
     alpaca_document,
     check_chat,
     check_meaning,
     expect,
     is_prompt,
+    judged_answer,
     kind_name,
     listed,
     preference_pair,
@@ -44,6 +47,8 @@ EXAMPLES = {
     "prompt_only": '{"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"}',
 }
 """A good record of each format, shown with every complaint about a bad one."""
+JUDGED_EXAMPLE = '{"prompt": "The capital of France is", "completion": " Paris.", "label": true}'
+"""A good record of an answer that is judged, which any format but text can hold."""
 
 REQUIRED_KEYS = {
     "chat": ("messages",),
@@ -55,13 +60,15 @@ REQUIRED_KEYS = {
     "prompt_only": ("prompt",),
 }
 OPTIONAL_KEYS = {
-    "chat": ("system", "tools"),
-    "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "system", "history"),
+    "chat": ("system", "tools", "label"),
+    "sharegpt": ("system", "tools", "label"),
+    "alpaca": ("input", "system", "history", "label"),
+    "prompt_completion": ("label",),
     "preference": ("prompt", "system", "tools", "margin"),
     "prompt_only": ("system", "tools"),
 }
-"""Keys that a record may have besides. Any other key is ignored, but a prompt_only record keeps it for rewards."""
+"""Keys that a record may have besides; "label" only where answers are judged. Any other key is ignored, but a
+prompt_only record keeps it for rewards."""
 
 
 class Record(NamedTuple):
@@ -80,8 +87,8 @@ class Document:
 
     `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str}, {"text": str} or
     {"prompt": str or messages, "columns": {...}} with an optional "tools"; or, of a pair, {"chosen": value, "rejected":
-    value, "margin": any} with two of the first or two of the second form. A message is what `conversations.check_chat`
-    lets through.
+    value, "margin": any} with two of the first or two of the second form; or, of a judged answer, {"answer": value,
+    "good": bool} with one of them. A message is what `conversations.check_chat` lets through.
     """
 
     place: str
@@ -100,6 +107,8 @@ class Reading(NamedTuple):
     columns: Mapping[str, str] = MappingProxyType({})
     ignore_columns: Sequence[str] = ()
     reasoning_key: str | None = None
+    judged: bool = False
+    """True if the objective learns from single answers that are judged."""
 
 
 AS_WRITTEN = Reading()
@@ -192,6 +201,8 @@ def check_objective(format: str, objective: str, label: str) -> None:
             f"data.format=prompt_only to take its prompts: {good('prompt_only')}"
         )
     use = "use preference data: " + good("preference") if needed == "pairs" else "give each prompt its answer"
+    if needed == "judged":
+        use = f"use data with answers that are judged: a good line: {JUDGED_EXAMPLE}"
     raise UserError(
         f"{label} is {format}, and train.objective={objective} {OBJECTIVES[objective].summary}; set train.objective="
         f"{others}, or {use}"
@@ -200,11 +211,11 @@ def check_objective(format: str, objective: str, label: str) -> None:
 
 def to_document(record: Record, format: str, has_template: bool, reading: Reading = AS_WRITTEN) -> Document:
     """Return a record in canonical form. Raises UserError, by place, for one that is not of this (resolved) format."""
-    is_prompt_only = format == "prompt_only"
+    is_prompt_only, is_judged = format == "prompt_only", reading.judged and format != "preference"
     value, place = _read(_object(record, format), reading, is_prompt_only=is_prompt_only), record.place
     if is_prompt_only:
         return Document(place, record.num_bytes, prompt_only(value, place, good(format)))
-    check_meaning(value, place)
+    check_meaning(value, place, NOT_TRAINED.keys() - {*VERDICT_KEYS} if is_judged else NOT_TRAINED.keys())
     if value.get("tools") and "tools" not in format_keys(format):
         raise UserError(
             f"{place}: 'tools' belongs to a chat, and data.format={format} has none; write the record as "
@@ -215,7 +226,7 @@ def to_document(record: Record, format: str, has_template: bool, reading: Readin
             raise UserError(f"{place}: no {key!r} among its keys: {listed(value)}; {good(format)}")
     if format in ("chat", "sharegpt"):
         if format == "sharegpt":
-            value = sharegpt_messages(value, place, good(format))
+            value = value | sharegpt_messages(value, place, good(format))
         canonical = check_chat(value, place, good(format))
         system, messages = value.get("system"), canonical["messages"]
         expect("" if system is None else system, str, f"{place}: 'system'", good(format))
@@ -225,9 +236,13 @@ def to_document(record: Record, format: str, has_template: bool, reading: Readin
         canonical = alpaca_document(value, place, good(format), as_chat=has_template)
     elif format == "preference":
         canonical = preference_pair(value, place, good(format), has_template=has_template)
-        canonical["margin"] = value.get("margin")  # `PairEncoder` checks it where it is read.
+        canonical["margin"] = value.get("margin")  # `AnswerEncoder` checks it where it is read.
     else:
         canonical = {key: _string(value, key, place, format) for key in REQUIRED_KEYS[format]}
+    if is_judged:
+        # In TRL's conversational form, all turns behind the prompt are the answer.
+        is_joined = format == "chat" and reading.columns.get("messages", "messages") not in record.value
+        canonical = judged_answer(canonical, value, place, f"a good line: {JUDGED_EXAMPLE}", whole=is_joined)
     return Document(place, record.num_bytes, canonical)
 
 

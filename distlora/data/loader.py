@@ -5,7 +5,7 @@ Letters: B rows of a micro-batch, L tokens of a row. Needs numpy and torch alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distlora.data.packing import ROW_ORDER, hash64
-from distlora.data.rows import STARTS, TRAINED, PackedRows
+from distlora.data.packing import ROW_ORDER, build_rows, hash64, pack
+from distlora.data.rows import BAD, JUDGED, STARTS, TRAINED, PackedRows
 
 
 class Share(NamedTuple):
@@ -95,6 +95,11 @@ EMPTY = -1
 """The index of a row that is not there: pad tokens, no label, the positions of one document."""
 
 
+_VERDICTS = np.zeros(1 + (JUDGED | BAD), np.int64)
+_VERDICTS[[JUDGED, JUDGED | BAD]] = 1, -1
+"""Values of MicroBatch.judged by the bits of a flag."""
+
+
 class MicroBatch(NamedTuple):
     """Rows that a rank runs at once. All but margins are int64 CPU tensors, the first three of shape (B, L)."""
 
@@ -115,6 +120,9 @@ class MicroBatch(NamedTuple):
     """(B, L) fp32: weight of each label's loss in the sum that is divided by the step's labels."""
     margins: torch.Tensor | None = None
     """(B, M) fp32: the margin of each pair of a row; None if no record has one."""
+    judged: torch.Tensor | None = None
+    """(B, L): at the first token of each judged answer's document 1 if it is good, -1 if it is bad, else 0; None: no
+    answer is judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +134,16 @@ class StepBatch:
     global_targets: int
     """Trained targets in the rows of all ranks: what the step's loss sum is divided by."""
     global_pairs: int
-    """Pairs of a chosen and a rejected answer in the rows of all ranks; 0 where the data has none."""
+    """Pairs of a chosen and a rejected answer, or judged answers, in the rows of all ranks; 0 where the data has none.
+    """
     global_rows: int
     """Rows of all ranks that are not empty."""
     rows: tuple[int, ...]
     """This rank's rows in order of the micro-batches; -1 = an empty row."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the step that are known before it, the same on every rank."""
+    mismatched: Sequence[MicroBatch] = ()
+    """The step's prompts with answers to other prompts, packed anew (StepLoader.mismatched): as many on every rank."""
 
 
 @dataclass(eq=False)
@@ -152,14 +163,20 @@ class StepLoader:
     world: int
     seed: int
     shuffle: bool
+    mismatched: bool = False
+    """Give each step the prompts of its judged answers a second time, each with the answer before it in the order of
+    the rows, the first with the last one. What is then longer than a row is cut."""
     _order: tuple[int, np.ndarray] | None = field(default=None, init=False)
     """(epoch, order of its rows): computed once an epoch, not once a step."""
+    _are_judged: bool = field(default=False, init=False)
+    """True if the answers of the data are judged; then every row has some."""
 
     def __post_init__(self) -> None:
         assert len(self.rows) > 0, "a split without rows is refused when it is prepared"
         assert 0 <= self.rank < self.world, f"rank {self.rank} of {self.world}"
         batches = self.global_batch, self.micro_batch
         assert min(batches) > 0, f"batches of {batches} rows"
+        self._are_judged = bool((self.rows.flags[0] & JUDGED).any())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -177,19 +194,46 @@ class StepLoader:
         step_rows = self.rows_of_step(step)
         own = self.rows_of_ranks(step)[:, self.rank]
         return StepBatch(
-            micro_batches=[self._assemble(indices) for indices in own],
+            micro_batches=[self._assemble(indices, self.rows.read) for indices in own],
             global_rows=len(step_rows),
             global_targets=int(self.rows.targets[step_rows].sum(dtype=np.int64)),
             global_pairs=int(self.rows.pairs[step_rows].sum(dtype=np.int64)),
             rows=tuple(own.reshape(-1).tolist()),
+            mismatched=self._mismatched(step_rows) if self.mismatched else (),
         )
 
     def rows_of_ranks(self, step: int) -> np.ndarray:
         """Return the rows of all ranks in a step: (accumulation, world, micro_batch) int64, -1 for an empty row."""
-        step_rows = self.rows_of_step(step)
-        slots = np.full((self.accumulation, self.world, self.micro_batch), EMPTY, np.int64)
-        slots.reshape(-1)[: len(step_rows)] = step_rows
+        return self._deal(self.rows_of_step(step), self.accumulation)
+
+    def _deal(self, rows: np.ndarray, accumulation: int) -> np.ndarray:
+        """Return the rows as those of each micro-batch and rank."""
+        slots = np.full((accumulation, self.world, self.micro_batch), EMPTY, np.int64)
+        slots.reshape(-1)[: len(rows)] = rows
         return slots
+
+    def _mismatched(self, step_rows: np.ndarray) -> list[MicroBatch]:
+        """Return this rank's micro-batches of mismatched prompts and answers. Every rank packs those of all ranks."""
+        length = self.rows.sequence_length
+        tokens, flags = (array.reshape(-1) for array in self.rows.read(step_rows))
+        starts, targets = np.flatnonzero(flags & JUDGED), np.flatnonzero(flags & TRAINED)
+        bounds = np.append(np.flatnonzero(flags & STARTS), len(flags))
+        ends = bounds[np.searchsorted(bounds, starts, side="right")]
+        answers = targets[np.searchsorted(targets, starts)] + 1  # A label stands one position before its token.
+        parts = [
+            np.r_[start:answer, other:end][:length]
+            for start, answer, other, end in zip(starts, answers, np.roll(answers, 1), np.roll(ends, 1), strict=True)
+        ]
+        lengths, places = np.array([len(part) for part in parts]), np.concatenate(parts)
+        marks = np.append(0, flags[:-1] & TRAINED).astype(np.uint8)[places]
+        # Where every row holds one answer, so do these: the model may mix documents, and the number of rows is known.
+        single = bool(self.rows.pairs.max() == 1)
+        packing = pack(np.cumsum(lengths) - lengths, lengths, length, single=single)
+        built = list(build_rows(packing, tokens[places], marks, self.rows.pad_token_id))
+        columns = [np.concatenate([part[index] for part in built]) for index in (1, 2)]
+        micro_batches = -(-packing.num_rows // (self.world * self.micro_batch))
+        own = self._deal(np.arange(packing.num_rows), micro_batches)[:, self.rank]
+        return [self._assemble(indices, lambda rows: tuple(column[rows] for column in columns)) for indices in own]
 
     def rows_of_step(self, step: int) -> np.ndarray:
         """Return the rows of all ranks in a step, (n,) int64."""
@@ -205,15 +249,15 @@ class StepLoader:
             self._order = (epoch, order)
         return self._order[1]
 
-    def _assemble(self, indices: np.ndarray) -> MicroBatch:
-        """Return the tensors of B rows; an index of -1 gives an empty row."""
+    def _assemble(self, indices: np.ndarray, read: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> MicroBatch:
+        """Return the tensors of B rows, whose tokens and flags `read` returns; an index of -1 gives an empty row."""
         length = self.rows.sequence_length
         tokens = np.full((len(indices), length), self.rows.pad_token_id, np.int64)
         flags = np.zeros((len(indices), length), np.uint8)
         flags[:, 0] = STARTS
         real = np.flatnonzero(indices != EMPTY)
         if len(real):
-            tokens[real], flags[real] = self.rows.read(indices[real])
+            tokens[real], flags[real] = read(indices[real])
         following = np.full_like(tokens, IGNORED)
         following[:, :-1] = tokens[:, 1:]
         position = np.arange(length)
@@ -224,6 +268,7 @@ class StepLoader:
             position_ids=torch.from_numpy(position - start),
             rows=torch.from_numpy(indices.astype(np.int64)),
             margins=self._margins(indices),
+            judged=torch.from_numpy(_VERDICTS[flags & (JUDGED | BAD)]) if self._are_judged else None,
         )
 
     def _margins(self, indices: np.ndarray) -> torch.Tensor | None:

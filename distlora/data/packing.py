@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distlora.data.rows import DOCUMENTS, MARGINS, RECORDS, REJECTED, STARTS, TRAINED, split_file
+from distlora.data.rows import BAD, DOCUMENTS, JUDGED, MARGINS, RECORDS, REJECTED, STARTS, TRAINED, split_file
 from distlora.data.sources import Source
 from distlora.data.turns import Encoded
 
@@ -75,22 +75,22 @@ class Corpus:
         """Add documents of a source. Pieces without a trained target are left out; a document may have none left.
 
         A document longer than a row is cut to it (`truncate`), left out (`drop`) or becomes several pieces (`split`,
-        not for pairs).
+        not for answers that are compared or judged). A pair whose answers are judged becomes two pieces.
         """
         length = self.sequence_length
         files = (self._file(name).open("ab") for name in _FILES)
         with next(files) as tokens_file, next(files) as marks_file, next(files) as records_file:
             for document in encoded:
-                pieces, fate = [document], 0
+                pieces, fate = document.apart(), 0
                 if self.seen is not None and self._is_seen(document) and self.drops_seen:
                     pieces, fate = [], _DUPLICATE
-                elif len(document.tokens) > length:
+                elif any(len(piece.tokens) > length for piece in pieces):
                     if too_long == "truncate":
-                        pieces, fate = [document.cut(length)], _TRUNCATED
+                        pieces, fate = [piece.cut(length) for piece in pieces], _TRUNCATED
                     elif too_long == "drop":
                         pieces, fate = [], _DROPPED
                     else:
-                        assert document.rejected is None, "halves of a pair say nothing; refused by the settings"
+                        assert document.rejected is None is document.is_good, "refused by the settings"
                         starts = range(0, len(document.tokens), length)
                         parts = [slice(start, start + length) for start in starts]
                         pieces = [Encoded(document.tokens[part], document.trained[part]) for part in parts]
@@ -100,6 +100,8 @@ class Corpus:
                         marks = piece.trained * np.uint8(TRAINED)
                         if piece.rejected is not None:
                             marks[piece.rejected] |= REJECTED
+                        if piece.is_good is not None:
+                            marks[0] |= JUDGED if piece.is_good else JUDGED | BAD
                         marks_file.write(marks.data)
                         self._records.append(records_file.write(piece.record))
                         self._lengths.append(len(piece.tokens))
@@ -115,6 +117,8 @@ class Corpus:
         parts = [document.tokens.tobytes(), document.trained.tobytes(), str(document.rejected).encode()]
         if document.margin:
             parts.append(str(document.margin).encode())
+        if document.is_good is not None:
+            parts.append(str(document.is_good).encode())
         digest = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
         known = digest in self.seen
         self.seen.add(digest)
@@ -183,7 +187,8 @@ class Corpus:
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all tokens (int32) and marks (uint8), flat and memory-mapped. Needs at least one piece.
 
-        A mark has the bits TRAINED: predicting this token is trained; REJECTED: a pair's rejected document begins here.
+        A mark has the bits TRAINED: predicting this token is trained; REJECTED: a pair's rejected document begins here;
+        JUDGED, BAD: a judged document does.
         """
         return (
             np.memmap(self._file("tokens"), np.int32, mode="r"),
@@ -326,7 +331,7 @@ def write_split(
     for rows, row_tokens, row_flags in build_rows(packing, *corpus.read(), pad):
         tokens[rows], flags[rows] = row_tokens, row_flags
         targets[rows] = np.count_nonzero(row_flags & TRAINED, axis=1)
-        pairs[rows] = np.count_nonzero(row_flags & REJECTED, axis=1)
+        pairs[rows] = np.count_nonzero(row_flags & (REJECTED | JUDGED), axis=1)
         largest = max(largest, int(row_tokens.max()))
     margins = corpus.margins[chosen[packing.pieces]]
     if has_margins := bool(margins.any()):
@@ -351,7 +356,7 @@ def write_split(
         "targets": int(targets.sum(dtype=np.int64)),
         "padding": packing.num_rows * corpus.sequence_length - num_tokens,
         "truncated": count(corpus.truncated & (used_of > 0)),
-        "split": count((pieces_of > 1) & (used_of > 0)),
+        "split": 0 if pairs.any() else count((pieces_of > 1) & (used_of > 0)),
         "dropped": count((pieces_of == 0) & ~corpus.dropped_long & ~corpus.duplicates),
         "dropped_long": count(corpus.dropped_long),
         "unused": count((pieces_of > 0) & (used_of == 0)),
@@ -490,7 +495,7 @@ def build_rows(
         # The first token of a document has nothing before it that could predict it.
         is_trained[begin] = is_trained[rejected] = False
         out_flags[:-1][is_trained[1:]] = TRAINED
-        out_flags[begin] |= STARTS
+        out_flags[begin] |= STARTS | (marks[packing.offsets[pieces]] & (JUDGED | BAD))
         out_flags[rejected] |= STARTS | REJECTED
         out_flags[end] |= STARTS  # Where the next piece starts too, or the next row, or the padding.
         yield (

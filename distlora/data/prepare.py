@@ -20,6 +20,7 @@ from distlora.architecture.spec import architecture_of
 from distlora.architecture.tokens import load_tokenizer, new_token_ids, tokenize_alone
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError, require
 from distlora.config.file import load_config
+from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import template_choice, template_source
 from distlora.data.encoding import Encoders, Need, nothing_to_train, read_enough, read_whole
 from distlora.data.packing import Corpus, count_sources, held_out_documents, shares, use_pieces, write_split
@@ -359,7 +360,9 @@ def summary(record: dict[str, Any]) -> str:
                 + (f" ({long:,} {NOTES['dropped_long']})" if long else "")
             )
             continue
-        what = "pairs" if counts["pairs"] else "documents"
+        what = {"pairs": "pairs", "judged": f"documents, {counts['pairs']:,} judged answers"}.get(
+            OBJECTIVES[record["objective"]].data, "documents"
+        )
         share = counts["padding"] / (counts["rows"] * record["sequence_length"])
         notes = [f"{counts[key]:,} {words}" for key, words in NOTES.items() if counts.get(key)]
         lines.append(

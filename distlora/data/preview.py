@@ -21,11 +21,11 @@ import numpy as np
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError
 from distlora.config.file import load_config
-from distlora.data.encoding import AnyEncoder, Encoders
+from distlora.data.encoding import AnswerEncoder, AnyEncoder, Encoders
 from distlora.data.formats import Document
 from distlora.data.packing import Corpus, TooLong, pack, shares, use_pieces
 from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of, open_split
-from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
+from distlora.data.rows import BAD, JUDGED, REJECTED, STARTS, TRAINED, PackedRows
 from distlora.data.sources import Source, find_sources
 from distlora.data.turns import Encoded
 from distlora.system.exit_codes import BAD_INPUT, DONE
@@ -35,6 +35,7 @@ SAMPLE = 1000
 _BATCH = 256
 _HEAD, _TAIL = 450, 150
 """Tokens of a long document that are printed; a book would fill the terminal."""
+_VERDICTS = {True: "good", False: "bad"}
 _FATES = {"truncate": "cut off there", "drop": "left out", "split": "continued as further documents"}
 
 
@@ -107,7 +108,7 @@ def _read(
         samples = []
         for number, source in enumerate(sources):
             head = source if limit is None else source.head()
-            format, documents = head.open(encoders.has_template)
+            format, documents = head.open(encoders.has_template, encoders.form)
             encoder, too_long = encoders.of(source, format)
             sample = SourceSample(source=source, format=format, encoder=encoder, too_long=too_long)
             wanted = itertools.islice(documents, limit)
@@ -136,10 +137,11 @@ def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterato
             except UserError as error:
                 sample.refused.append(str(error))
     for document, encoded in pairs:
-        sample.lengths.append(len(encoded.tokens))
-        sample.trained.append(encoded.num_targets)
-        if len(sample.shown) < shown:
-            sample.shown.append((document, encoded))
+        for part in encoded.apart():
+            sample.lengths.append(len(part.tokens))
+            sample.trained.append(part.num_targets)
+            if len(sample.shown) < shown:
+                sample.shown.append((document, part))
         yield encoded
 
 
@@ -168,6 +170,8 @@ def _document_lines(
         tokens, trained = encoded.tokens[whole], encoded.trained[whole].copy()
         trained[0] = 0  # Nothing comes before it that could predict it.
         place = document.place if encoded.rejected is None else f"{document.place}, {side}"
+        if encoded.is_good is not None:
+            place += f", a {_VERDICTS[encoded.is_good]} answer"
         yield paint.title(f"--- {place}: {len(tokens):,} tokens, {np.count_nonzero(trained):,} trained")
         end = part.stop - part.start
         if end <= _HEAD + _TAIL:
@@ -191,7 +195,9 @@ def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: i
     """Figures of one source: lengths, what is trained, what is too long, what is left out and why."""
     count = len(sample.lengths)
     amount = "all" if sample.ended else "the first"
-    what = "pairs" if sample.format == "preference" else "documents"
+    what = "documents"
+    if isinstance(sample.encoder, AnswerEncoder):
+        what = "answers" if sample.encoder.judges else "pairs"
     yield f"{role}: {sample.source.label} ({sample.format}), {amount} {count + len(sample.refused):,} {what}" + (
         "" if sample.ended else "; --all reads the rest"
     )
@@ -347,6 +353,8 @@ def _row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> I
     for start, end in itertools.pairwise(starts):
         if trained[start:end].any():
             side = ", rejected" if is_rejected[start] else ", chosen" if is_rejected[end] else ""
+            if flags[start] & JUDGED:
+                side = f", a {_VERDICTS[flags[start] & BAD == 0]} answer"
             yield paint.title(f"--- tokens {start:,} to {end - 1:,}{side}")
             yield _painted(tokenizer, tokens, trained, start, end, paint)
         else:

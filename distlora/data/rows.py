@@ -35,9 +35,9 @@ RECORDS = "records"
 """Files of prompts: their JSON lines, and where each ends (int64), in the order of the rows."""
 MARGINS = "margins"
 """The file with the margins of a split's pairs, if a record has one."""
-TRAINED, STARTS, REJECTED = 1, 2, 4
-"""Bits of a flag: the label at this position is the next token; a document (or the padding) starts here; and what
-starts here is the rejected answer of a pair, whose chosen one lies right before it."""
+TRAINED, STARTS, REJECTED, JUDGED, BAD = 1, 2, 4, 8, 16
+"""Bits of a flag: the label at this position is the next token; a document (or the padding) starts here; what starts
+here is the rejected answer of a pair, whose chosen one lies right before it; is judged; and is judged bad."""
 
 
 _COUNTED = (
@@ -119,11 +119,11 @@ class PackedRows:
     tokens: np.ndarray
     """(N, L) int32."""
     flags: np.ndarray
-    """(N, L) uint8, bits TRAINED, STARTS and REJECTED."""
+    """(N, L) uint8, bits TRAINED, STARTS, REJECTED, JUDGED and BAD."""
     targets: np.ndarray
     """(N,) int32, in memory: how many labels of each row are trained."""
     pairs: np.ndarray
-    """(N,) int32, in memory: how many pairs of a chosen and a rejected answer lie in each row."""
+    """(N,) int32, in memory: how many pairs of a chosen and a rejected answer, or judged answers, lie in each row."""
     pad_token_id: int
     """A valid token of the model, for rows that are not there."""
     counts: dict[str, Any]
@@ -179,7 +179,7 @@ class PackedRows:
         """
         tokens, flags = np.array(self.tokens[indices]), np.array(self.flags[indices])
         wrong = (tokens.min(axis=1) < 0) | (tokens.max(axis=1) > self.counts.get("largest_token", np.inf))
-        for counted, bit in ((self.targets, TRAINED), (self.pairs, REJECTED)):
+        for counted, bit in ((self.targets, TRAINED), (self.pairs, REJECTED | JUDGED)):
             wrong |= np.count_nonzero(flags & bit, axis=1) != counted[indices]
         if wrong.any():
             row, place = indices[np.argmax(wrong)], self.folder or Path()

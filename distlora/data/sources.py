@@ -24,6 +24,7 @@ from distlora.config import DataConfig, SourceConfig, UserError, nearest
 from distlora.config.base import is_hub_name
 from distlora.config.errors import FILES
 from distlora.config.json_files import read_object
+from distlora.config.objectives import DataForm
 from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
 from distlora.data.formats import Document, Reading, Record, good, head_with_key, resolve_format, to_document
 from distlora.system.hub_errors import DATASET, causes, explain_gate, explained, unreachable
@@ -276,8 +277,11 @@ class Source:
             for path in self.files:
                 yield from read_file(path, self.config.format, self.config.sample_by)
 
-    def open(self, has_template: bool) -> tuple[str, Iterator[Document]]:
-        """Return the format, resolved by the first record, and all documents. Raises UserError without a record."""
+    def open(self, has_template: bool, form: DataForm = "documents") -> tuple[str, Iterator[Document]]:
+        """Return the format, resolved by the first record, and all documents. Raises UserError without a record.
+
+        `form`: what a record is to the objective.
+        """
         records = self.records()
         first = next(records, None)
         if first is None:
@@ -287,7 +291,7 @@ class Source:
         config, head = self.config, [first]
         if config.reasoning_key is not None:
             head = head_with_key(itertools.chain(head, records), config.reasoning_key)
-        reading = Reading(config.columns, config.ignore_columns, config.reasoning_key)
+        reading = Reading(config.columns, config.ignore_columns, config.reasoning_key, judged=form == "judged")
         format = resolve_format(first, config.format, reading)
         return format, (to_document(record, format, has_template, reading) for record in itertools.chain(head, records))
 
@@ -483,7 +487,9 @@ def _absent(path: Path, field: str) -> UserError:
     )
 
 
-def check_sources(data: DataConfig, *, limit: int, pinned: Mapping[str, str] | None = None) -> list[str | None]:
+def check_sources(
+    data: DataConfig, *, limit: int, pinned: Mapping[str, str] | None = None, form: DataForm = "documents"
+) -> list[str | None]:
     """Find every source, trained on and held out, and check its first `limit` documents; the resolved formats.
 
     Of a hub data set only the name, the configuration and the split are checked, and the format is None: its rows are
@@ -496,7 +502,7 @@ def check_sources(data: DataConfig, *, limit: int, pinned: Mapping[str, str] | N
                 _check_hub(source.config, source.commit, streaming=source.streaming)
             formats.append(None)
             continue
-        format, documents = source.open(has_template=True)
+        format, documents = source.open(True, form)
         for _ in itertools.islice(documents, limit):
             pass
         formats.append(format)

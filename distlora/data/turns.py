@@ -28,6 +28,8 @@ class Encoded(NamedTuple):
     """(T,) uint8: 1 where the model is trained to predict this token."""
     rejected: int | None = None
     """The first token of a pair's rejected document; None: there is one document."""
+    is_good: bool | None = None
+    """Whether the answer is judged good; None: it is not judged. True of a pair: each of its answers is judged."""
     record: bytes = b""
     """A prompt with the columns of its record, as a line of JSON, for rewards."""
     margin: float = 0.0
@@ -45,6 +47,13 @@ class Encoded(NamedTuple):
         end = len(self.tokens)
         return [slice(0, end)] if self.rejected is None else [slice(0, self.rejected), slice(self.rejected, end)]
 
+    def apart(self) -> list[Encoded]:
+        """Return what is packed apart: both answers of a pair if they are judged, else itself."""
+        if self.rejected is None or self.is_good is None:
+            return [self]
+        sides = zip(self.documents, (True, False), strict=True)
+        return [Encoded(self.tokens[part], self.trained[part], is_good=is_good) for part, is_good in sides]
+
     @property
     def num_targets(self) -> int:
         """Trained tokens; the first of a document is nobody's target. 0 where a document of a pair has none."""
@@ -57,7 +66,7 @@ class Encoded(NamedTuple):
         Both documents of a longer pair are cut to the same number of tokens, the greatest with which both fit.
         """
         if self.rejected is None:
-            return Encoded(self.tokens[:length], self.trained[:length])
+            return self._replace(tokens=self.tokens[:length], trained=self.trained[:length])
         first, second = self.rejected, len(self.tokens) - self.rejected
         most = max(length // 2, length - min(first, second))
         kept = np.r_[0 : min(first, most), first : first + min(second, most)]

@@ -85,6 +85,11 @@ class ActiveWeights:
         per_pair = PAIR_FORWARD + PAIR_BACKWARD + (PAIR_FORWARD if with_reference else 0)
         return ModelFlops(per_token, tuple((per_pair * columns, window) for columns, window in self.queries))
 
+    def mismatched_flops(self) -> ModelFlops:
+        """Return the operations of a forward, and of a second one without adapter (KTO's estimate of KL)."""
+        per_token = PRODUCT * (2 * (self.linears + self.head) + self.adapters + self.head_rows)
+        return ModelFlops(per_token, tuple((2 * PAIR_FORWARD * columns, window) for columns, window in self.queries))
+
 
 def queries_by_window(architecture: Architecture) -> tuple[tuple[int, int | None], ...]:
     """Return `ActiveWeights.queries` of a model's layers with softmax attention, full attention first."""
@@ -104,7 +109,8 @@ FLOPS = {
     "adapters": "adapters",
     "attention": "attention",  # Pairs that documents and windows leave.
     "head": "head",
-    "reference": "DPO's reference",
+    "reference": "the reference",
+    "mismatched": "mismatched answers",  # Policy and reference, forward alone.
     "recomputation": "recomputation",  # By checkpointing, and by a trained LM head.
     "scores": "scores again",  # In attention's backward where they are not kept, and in the forward of tiles.
     "masked": "pairs that a mask hides",
@@ -164,7 +170,8 @@ def step_flops(
         again -= _unread(work, model, "mlp." if work.train.checkpointing == "selective" else "")
     attends_again = work.train.checkpointing in ("block", "offload")
     of_forward, of_backward = scores_again(kind)
-    forwards = 1 + attends_again + (1 if reference else 0)
+    mismatched = 2 if work.train.needs.mismatched else 0
+    forwards = 1 + attends_again + (1 if reference else 0) + mismatched
     of_pairs = PAIR_FORWARD * forwards + PAIR_BACKWARD
     by_kind: dict[str, int] = {
         "forward": PRODUCT * active.linears * tokens,
@@ -174,6 +181,8 @@ def step_flops(
         "attention": (PAIR_FORWARD + PAIR_BACKWARD) * seen,
         "head": 2 * PRODUCT * (active.head + active.head_rows) * tokens,
         "reference": (PRODUCT * (active.linears + active.head) * tokens + PAIR_FORWARD * seen) if reference else 0,
+        "mismatched": mismatched * (PRODUCT * (active.linears + active.head) * tokens + PAIR_FORWARD * seen)
+        + mismatched // 2 * PRODUCT * active.adapters * tokens,
         "recomputation": PRODUCT * again * tokens + PAIR_FORWARD * attends_again * seen,
         "scores": SCORES_AGAIN * (forwards * of_forward + of_backward) * every,
         "masked": of_pairs * (every - seen),

@@ -130,6 +130,14 @@ def passes_of(work: Workload, accumulation: int) -> int:
     return accumulation if work.train.accumulate == "step" else 1
 
 
+def gathers_per_pass(work: Workload) -> tuple[int, int]:
+    """Return how often a pass gathers each layer, and the embedding, the LM head and the last norm.
+
+    Layers in forward and backward. Mismatched answers run forward once more (ObjectiveNeeds.mismatched).
+    """
+    return (3, 2) if work.train.needs.mismatched else (2, 1)
+
+
 def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
     """Return the number of blocks that are gathered in each pass: all but the resident ones (auto counts as none)."""
     return shapes.num_layers - work.resident_layers
@@ -151,8 +159,10 @@ def exchanged_bytes(work: Workload, shapes: ModelShapes, accumulation: int) -> i
     """
     train, itemsize = work.train, DTYPE_BYTES[work.train.dtype]
     forwards, total = 1 if train.checkpointing == "none" else 2, 0
-    reference = int(train.needs.reference)
+    mismatched = int(train.needs.mismatched)
+    reference = int(train.needs.reference) + mismatched
     slots = forwards * int(len(work.adapters) > 1) + reference * int(all(each.starts_as_base for each in work.adapters))
+    forwards += mismatched
     for kind, count in shapes.architecture.counted() if work.expert_degree > 1 else ():
         if kind.experts is not None:
             rows = work.tokens_at_once * kind.experts.chosen
@@ -164,6 +174,7 @@ def exchanged_bytes(work: Workload, shapes: ModelShapes, accumulation: int) -> i
 def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulation: int) -> StepBytes:
     """Return the traffic of a step: layers gathered twice per pass, the ends once, adapters reduced once.
 
+    Mismatched answers add a forward: they are as many sequences, if each holds one answer, and else about as many.
     What is trained of the base is gathered in train.dtype too, in backward as well where its gradient needs it (an
     embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more. With
     several replicas of the base this is within each of them, and a rank's rows of those sums are all-reduced between
@@ -181,7 +192,8 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
     together = tied and work.parallel.backend == "fsdp2"
     ends = itemsize * norm * (2 if full else 1) + head * (2 if head_is_trained else 1) + (0 if together else embedding)
-    gathered = passes_of(work, accumulation) * (2 * moved_bytes(work, shapes, shards) + ends)
+    of_layers, of_ends = gathers_per_pass(work)
+    gathered = passes_of(work, accumulation) * (of_layers * moved_bytes(work, shapes, shards) + of_ends * ends)
     scattered = 4 * matrix * len(whole)
     if full:
         of_blocks = layers_bytes(shapes, shards, format=None, itemsize=1)

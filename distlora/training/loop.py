@@ -16,10 +16,12 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from distlora.config.objectives import means_of
 from distlora.data.loader import Share, Stack, stacks
 from distlora.model.adapters import AdaptedLinear, AdapterCopies
 from distlora.model.build import CausalLM
@@ -158,10 +160,11 @@ class Trainer:
         self.backend.traffic.take()  # Drop what was counted between steps.
         self.backend.zero_gradients()
         whole = self.trials[0].train.accumulate == "block"
-        if whole:  # As one batch, which the layers slice.
-            self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
-        parts = stacks(shares, whole=whole)
         with self._copies.fresh():
+            estimates = self._prepare(trials[0], shares[0], units[0], step, whole=whole)
+            if whole:  # As one batch, which the layers slice.
+                self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
+            parts = stacks(shares, whole=whole)
             for index, part in enumerate(parts):
                 self.control.boundary(step, "forward of micro-batch", index + 1, long=self._is_cold)
                 losses = trials[0].objective.losses(self.model, part.batch, self.backend.ranks.device, part.step)
@@ -188,14 +191,30 @@ class Trainer:
                     figures=torch.stack(figures).sum(dim=0),
                     units=own_units,
                     tokens=share.batch.global_rows * micro_batches[0].labels.shape[1],
-                    flops=sum(trial.flops.of(part.position_ids[part.rows >= 0]) for part in micro_batches),
+                    flops=trial.flops_of(share.batch),
                     began=began,
                     traffic=moved,
-                    passes=2 * len(parts),
+                    passes=2 * len(parts) + estimates,
                     maxima=torch.stack(maxima).amax(dim=0) if maxima else None,
                     known=share.batch.figures,
                 )
             )
+
+    @torch.no_grad()
+    def _prepare(self, trial: Trial, share: Share, units: int, step: int, *, whole: bool) -> int:
+        """Let the objective estimate what the losses of a step need of all its rows; return the forward passes of it.
+
+        `whole`: the layers slice one batch of all rows.
+        """
+        mismatched = share.batch.mismatched
+        if not mismatched:
+            return 0
+        if whole:
+            self.model.set_num_micro(len(mismatched))
+        parts = stacks([share._replace(batch=replace(share.batch, micro_batches=list(mismatched)))], whole=whole)
+        watch.at(step, "forward of mismatched answers", long=self._is_cold)
+        trial.objective.prepare(self.model, [part.batch for part in parts], units, self.backend)
+        return len(parts)
 
     def evaluate(self, trials: Sequence[Trial]) -> None:
         """Compute the mean held-out loss and metrics of each trial over all its held-out units, or of its answers."""
@@ -219,6 +238,7 @@ class Trainer:
                 shares = [Share(loaders[number].batch(index), trials[number].slot, None) for number in running]
                 for number, share in zip(running, shares, strict=True):
                     units[number] += objective.units(share.batch)
+                self._prepare(trials[0], shares[0], objective.units(shares[0].batch), step, whole=False)
                 for part in stacks(shares, whole=False):
                     # The first batch may compile and allocate memory.
                     self.control.boundary(step, "evaluation, batch", index + 1, long=index == 0)
@@ -228,7 +248,8 @@ class Trainer:
                     _note_documents([trials[number] for number in running], part, losses)
         sums = self.backend.sum_over_ranks(totals).tolist()
         for trial, own_units, own_sums in zip(trials, units, sums, strict=True):
-            trial.evaluated({f"eval_{name}": total / own_units for name, total in zip(names, own_sums, strict=True)})
+            means = means_of(objective.needs, own_sums, own_units)
+            trial.evaluated({f"eval_{name}": mean for name, mean in means.items()})
 
 
 def _rows_of(values: Iterator[float], like: Tensor) -> list[list[float]]:

@@ -252,6 +252,7 @@ def step_loader(rows: PackedRows, train: TrainConfig, ranks: Ranks, *, shuffle: 
         world=ranks.world,
         seed=train.seed,
         shuffle=shuffle,
+        mismatched=train.needs.mismatched,
     )
 
 

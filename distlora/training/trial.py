@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from distlora.checkpoint.saver import SaveError
 from distlora.checkpoint.state import Progress
 from distlora.config import OptimConfig, RolloutConfig, TrainConfig
+from distlora.config.objectives import means_of
 from distlora.config.plan import find_gpu
 from distlora.config.training import Cadence
-from distlora.data.loader import StepLoader
+from distlora.data.loader import StepBatch, StepLoader
 from distlora.model.adapters import AdaptedLinear, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
@@ -170,7 +171,9 @@ class Trial:
         if slot is None and model.architecture.has_experts:
             step, decays, device = progress.step, optim.weight_decay > 0, backend.ranks.device
             self.expert_load = ExpertLoad(model, device, progress.expert_tokens, step=step, decays=decays)
-        self.flops = count_flops(model, with_reference=self.objective.needs.reference, slot=slot)
+        weights = active_weights(model, slot)
+        self._flops = weights.model_flops(with_reference=self.objective.needs.reference), weights.mismatched_flops()
+        """Operations of a step's micro-batches, and of its mismatched ones."""
         self._peak_flops = peak_flops(backend.ranks.device)
         self._interval = _Interval(progress.step)
         self._high_losses = 0
@@ -182,6 +185,11 @@ class Trial:
     def done(self) -> int:
         """Number of steps that are done; `progress` counts those that are logged."""
         return self._interval.first_step + len(self._interval.steps)
+
+    def flops_of(self, batch: StepBatch) -> int:
+        """Return the operations of this rank's part of a step, without empty rows."""
+        parts = zip(self._flops, (batch.micro_batches, batch.mismatched), strict=True)
+        return sum(flops.of(part.position_ids[part.rows >= 0]) for flops, batches in parts for part in batches)
 
     def update(self) -> None:
         """Clip the summed gradients and update the trained parameters. `note` follows."""
@@ -300,9 +308,10 @@ class Trial:
         """
         interval = self._interval
         self._interval = _Interval(self.done)
-        means = [[total / step.units for total in totals] for totals, step in zip(sums, interval.steps, strict=True)]
+        needs = self.objective.needs
+        means = [means_of(needs, totals, step.units) for totals, step in zip(sums, interval.steps, strict=True)]
         seconds = time.monotonic() - interval.began
-        finite = [math.isfinite(mean[0]) and math.isfinite(norm) for mean, norm in zip(means, norms, strict=True)]
+        finite = [math.isfinite(mean["loss"]) and math.isfinite(norm) for mean, norm in zip(means, norms, strict=True)]
         updates = finite.index(False) if False in finite else len(finite)
         self.progress.step = interval.first_step + updates
         aside, tokens, _ = interval.measured
@@ -323,14 +332,12 @@ class Trial:
                 self.progress.expert_tokens = self.expert_load.tokens if is_whole else None
             parts = [_LOADS * step // self.total_steps for step in (interval.first_step, self.progress.step)]
             expert_tokens = self.expert_load.tokens if parts[0] < parts[1] else None
-        names = ("loss", *self.objective.needs.figures)
         count = min(updates + 1, len(means))
         for index in range(count):
-            step_means = dict(zip(names, means[index], strict=True))
-            figures = {**step_means, "lr": interval.rates[index], "grad_norm": norms[index], **shared}
-            figures[self.objective.needs.unit] = interval.steps[index].units
-            if self.objective.needs.maxima:
-                figures |= zip(self.objective.needs.maxima, maxima[index], strict=True)
+            figures = {**means[index], "lr": interval.rates[index], "grad_norm": norms[index], **shared}
+            figures[needs.unit] = interval.steps[index].units
+            if needs.maxima:
+                figures |= zip(needs.maxima, maxima[index], strict=True)
             figures |= interval.steps[index].known
             if self.memory is not None:
                 figures |= self.memory.step_figures(interval.first_step + index)
@@ -342,9 +349,9 @@ class Trial:
                 expert_tokens=expert_tokens if is_last else None,
             )
             self.objective.check(interval.first_step + index + 1, figures)
-        self._watch_losses(interval.first_step, [mean[0] for mean in means[:updates]])
+        self._watch_losses(interval.first_step, [mean["loss"] for mean in means[:updates]])
         if updates < len(means):
-            self._stop_non_finite(interval.steps[updates].row_losses, means[updates][0], norms[updates])
+            self._stop_non_finite(interval.steps[updates].row_losses, means[updates]["loss"], norms[updates])
         self._report_unused(is_last=self.progress.step == self.total_steps)
 
     def _shared_figures(self, interval: _Interval, traffic: Traffic, seconds: float) -> Iterator[tuple[str, float]]:

@@ -524,8 +524,9 @@ def head_work(
     reference: bool,
     distills: bool = False,
     stored: int = 0,
+    backward: bool = True,
 ) -> Iterator[KernelLaunch]:
-    """Yield the embedding, the last norm, and the LM head chunk by chunk (lm_head.py).
+    """Yield the embedding, the last norm, and the LM head chunk by chunk (lm_head.py); `backward`: with gradients.
 
     `trained_rows`: rows that are trained while the rest is frozen. `form`: of the head (HeadForm). `stored`: bytes of a
     head in low bits, which is dequantized for each product. `distills`: the loss compares two distributions.
@@ -535,7 +536,7 @@ def head_work(
     """
     e = how.itemsize
     yield KernelLaunch("head", 2 * e * hidden * m)
-    for back in (False, True):
+    for back in (False, True)[: 1 + backward]:
         yield norm(hidden * m, how, backward=back)
     casts = 0 if e == FP32 else e + FP32
     plain, compiled = form == "plain" and not (trained or trained_rows), how.fused_norms
@@ -555,13 +556,14 @@ def head_work(
         weight = (e * (hidden * (tokens + vocabulary) + logits) + 3 * FP32 * hidden * vocabulary, product[1])
         passes = (2, 1) if trained else (1, 1)
         if stored:
-            products = times * (3 if reference else 2)
+            products = times * (1 + reference + backward)
             yield KernelLaunch("dequantization", products * (stored + e * hidden * vocabulary), launches=products)
         for _ in range(passes[0]):
             yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
             yield KernelLaunch("head", times * of_loss * logits, launches=launches[0] * times)
-        yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
-        yield KernelLaunch("head", times * of_gradient * logits, launches=launches[1] * times)
+        if backward:
+            yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
+            yield KernelLaunch("head", times * of_gradient * logits, launches=launches[1] * times)
         if trained:
             yield KernelLaunch("head", times * weight[0], times * weight[1], launches=2 * times)
         if reference:
@@ -571,7 +573,8 @@ def head_work(
         yield KernelLaunch(
             "head", 3 * (e * hidden * (m + trained_rows) + 2 * FP32 * trained_rows * m), 6.0 * m * trained_rows * hidden
         )
-    yield KernelLaunch("head", (2 * FP32 if e == FP32 else 2 * (e + FP32)) * hidden * m, launches=2)
+    if backward:
+        yield KernelLaunch("head", (2 * FP32 if e == FP32 else 2 * (e + FP32)) * hidden * m, launches=2)
 
 
 def chunks(m: int, size: int) -> Iterable[tuple[int, int]]:

@@ -287,7 +287,8 @@ def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> S
     rings = _Rings(world, shards, machine.ranks_per_machine)
     moved = traffic.moved_bytes(work, shapes, shards)
     block = moved // max(1, traffic.moved_blocks(work, shapes))
-    ends = step.gathered // passes - 2 * moved if shards > 1 else 0
+    of_layers, of_ends = traffic.gathers_per_pass(work)
+    ends = (step.gathered // passes - of_layers * moved) // of_ends if shards > 1 else 0
     units = 3 if shapes.ties(work.adapter) or work.train.needs.labels else 4
     offloads = machine.is_gpu and offloads_base(work.parallel, shards)
     boundary = 0
@@ -296,7 +297,8 @@ def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> S
     sums, last = _sums(work, step, shapes, rings)
     layers = sum(count for kind, count in shapes.architecture.counted() if kind.experts is not None)
     forwards = 1 if work.train.checkpointing == "none" else 2
-    exchanged = step.exchanged / micro_batches / (forwards + 1)  # In a forward, or the gradients'.
+    # In a forward, or the gradients'; with mismatched answers two forwards more.
+    exchanged = step.exchanged / micro_batches / (forwards + 1 + 2 * work.train.needs.mismatched)
     return StepCollectives(
         gather=replace(rings.gather(block), host=block / shards if offloads else 0.0),
         ends=replace(rings.gather(ends, units), host=ends / shards if offloads else 0.0),

@@ -74,6 +74,8 @@ class StepWork:
     """Runs of the model per step: one per micro-batch, or one (train.accumulate=block)."""
     head: tuple[KernelLaunch, ...]
     """Embedding, last norm and LM head in a pass, forward and backward."""
+    head_of_mismatched: tuple[KernelLaunch, ...]
+    """The same for mismatched answers, forward alone; empty without them."""
     gathers: tuple[KernelLaunch, ...]
     """Copies after one gather of a layer: to where it is used, and of fp32 masters (one process makes these too)."""
     moved_blocks: int
@@ -83,14 +85,15 @@ class StepWork:
     def __iter__(self) -> Iterator[tuple[KernelLaunch, int]]:
         """Yield (launch, number of times) of a whole step."""
         layers_of = Counter(map(id, self.blocks))  # By what they are, each would be hashed to its last launch.
+        forwards = 2 if self.head_of_mismatched else 1
         for key, block in {id(block): block for block in self.blocks}.items():
             layers = layers_of[key]
-            for work in (*block.forward, *block.backward, *block.reference):
+            for work in (*forwards * (*block.forward, *block.reference), *block.backward):
                 yield work, layers * self.micro_batches
-        for work in self.head:
+        for work in (*self.head, *self.head_of_mismatched):
             yield work, self.passes
         for work in self.gathers:
-            yield work, 2 * self.moved_blocks * self.passes
+            yield work, (1 + forwards) * self.moved_blocks * self.passes
         for work in self.update:
             yield work, 1
 
@@ -131,13 +134,8 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
         updated += len(work.adapter.modules_to_save) * -(-shapes.vocabulary * shapes.hidden // shards)
     # A pass of all micro-batches joins a block's slices, and its gradients.
     at_once = work.tokens_at_once * work.train.slices(ranks)
-    copied, nbytes = copied_adapters(work, model, machine)
-    copies = [KernelLaunch("update", (1 + FP32 / how.itemsize) * nbytes, launches=1 + copied)] if copied else []
-    return StepWork(
-        blocks=_blocks(work, model, how, document),
-        micro_batches=micro_batches,
-        passes=passes,
-        head=tuple(
+    heads = [
+        tuple(
             head_work(
                 0 if work.train.needs.labels else shapes.vocabulary,
                 shapes.hidden,
@@ -149,8 +147,19 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
                 reference=work.train.needs.reference,
                 distills=work.train.needs.distributions,
                 stored=0 if head is None else FORMAT_LAYOUTS[head].num_bytes((shapes.vocabulary, shapes.hidden)),
+                backward=backward,
             )
-        ),
+        )
+        for backward in (True, False)
+    ]
+    copied, nbytes = copied_adapters(work, model, machine)
+    copies = [KernelLaunch("update", (1 + FP32 / how.itemsize) * nbytes, launches=1 + copied)] if copied else []
+    return StepWork(
+        blocks=_blocks(work, model, how, document),
+        micro_batches=micro_batches,
+        passes=passes,
+        head=heads[0],
+        head_of_mismatched=heads[1] if work.train.needs.mismatched else (),
         gathers=gathers,
         moved_blocks=traffic.moved_blocks(work, shapes) if gathers else 0,
         update=(
@@ -243,7 +252,7 @@ def _groups(
     return groups | {read: tuple(each for name, each in own.items() if name in names) for read, names in INPUTS.items()}
 
 
-Part = Literal["forward", "backward", "head", "first gathers", "last sum", "update"]
+Part = Literal["mismatched", "forward", "backward", "head", "first gathers", "last sum", "update"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -373,9 +382,14 @@ def _parts(work: StepWork, collectives: StepCollectives, rates: Rates, *, prefet
     # Gradients are summed while the last backward goes on, on the wire that gathers take.
     summed = times(seconds_of(collectives.sums, rates), 1 / len(backward))
     backwards = (times(chain.seconds(backward), work.passes - 1), chain.seconds(backward, beside=summed))
-    first = (chain.first(forward), chain.first(backward), collectives.ends.seconds(rates))
-    return {
-        "forward": plus(times(chain.seconds(forward), work.passes), exchanges[0]),
+    first = [chain.first(forward), chain.first(backward), collectives.ends.seconds(rates)]
+    of_forward = plus(times(chain.seconds(forward), work.passes), exchanges[0])
+    mismatched: dict[Part, Seconds] = {}
+    if work.head_of_mismatched:
+        first += [first[0], first[2]]
+        mismatched["mismatched"] = plus(of_forward, times(_seconds(work.head_of_mismatched, rates), work.passes))
+    return mismatched | {
+        "forward": of_forward,
         "backward": plus(*backwards, exchanges[1]),
         "head": times(_seconds(work.head, rates), work.passes),
         "first gathers": times(plus(*first), work.passes),
@@ -440,6 +454,8 @@ def _assumptions(work: Workload, machine: Machine, document: int | None) -> list
         assumptions.append("deterministic attention gradients cost no extra time")
     if work.parallel.resident_blocks == "auto" and machine.ranks > 1:
         assumptions.append("no layer is resident: the number is chosen after the first step")
+    if work.train.needs.mismatched:
+        assumptions.append("mismatched prompts and answers fill as many sequences as the step's own")
     if work.expert_degree > 1:
         assumptions.append("tokens choose all experts equally often; of uneven loads the busiest rank sets the pace")
     if work.adapter.use_dora and not machine.is_gpu:

@@ -8,6 +8,7 @@ from distlora.training.objectives.distill import Distill
 from distlora.training.objectives.dpo import DPO
 from distlora.training.objectives.grpo import GRPO, MismatchError
 from distlora.training.objectives.ipo import IPO
+from distlora.training.objectives.kto import KTO
 from distlora.training.objectives.next_token import NextToken
 from distlora.training.objectives.objective import Losses, Objective
 from distlora.training.objectives.orpo import ORPO
@@ -18,6 +19,7 @@ __all__ = [
     "DPO",
     "GRPO",
     "IPO",
+    "KTO",
     "ORPO",
     "Distill",
     "Losses",
@@ -35,6 +37,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ipo": IPO,
     "orpo": ORPO,
     "simpo": SimPO,
+    "kto": KTO,
     "distill": Distill,
     "reward": RewardModel,
 }

@@ -10,7 +10,7 @@ Letters: B rows, T tokens per row, P most pairs per row, F metrics, M of which t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from distlora.model.adapters import StepRows
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.distillation import Divergence
+from distlora.parallel import Backend
 
 
 class Losses(NamedTuple):
@@ -48,6 +49,14 @@ class Objective(ABC):
     @abstractmethod
     def units(self, batch: StepBatch) -> int:
         """Return the units of the step, over all ranks."""
+
+    def prepare(  # noqa: B027 (most objectives need nothing)
+        self, model: CausalLM, mismatched: Sequence[MicroBatch], units: int, backend: Backend
+    ) -> None:
+        """Compute without gradient what the losses of a step, or of an evaluation's batch, need of all its rows.
+
+        Every rank calls it before the losses. `mismatched`: StepBatch.mismatched; `units`: `units` of the step.
+        """
 
     @abstractmethod
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:

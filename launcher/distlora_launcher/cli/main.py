@@ -77,6 +77,7 @@ MEANT = {
     "train": "finetune fine-tune tune fit sft run start launch lora qlora",
     "train recipe=dpo": "dpo",
     "train recipe=reward": "reward rm bradley-terry",
+    "train recipe=kto": "kto",
     "train recipe=continued_pretraining": "pretrain cpt",
     "data preview": "preview preprocess tokenize inspect dataset",
     "data row": "row",

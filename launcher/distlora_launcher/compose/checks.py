@@ -42,6 +42,7 @@ from distlora.config.base import is_hub_name
 from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES
+from distlora.config.objectives import OBJECTIVES
 from distlora.rewards.find import check_functions
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
@@ -375,7 +376,8 @@ def check_data(data: DataConfig, objective: str, run_dir: str) -> None:
     from distlora.data.sources import check_sources, pinned_commits
 
     template_source(data.template)
-    formats = check_sources(data, limit=HEAD_LINES, pinned=pinned_commits(Path(run_dir)))
+    form = OBJECTIVES[objective].data
+    formats = check_sources(data, limit=HEAD_LINES, pinned=pinned_commits(Path(run_dir)), form=form)
     held_out = data.held_out_source
     sources = [*data.training_sources, *([held_out] if held_out is not None else [])]
     for source, format in zip(sources, formats, strict=True):

@@ -79,6 +79,11 @@ PREFERENCES: dict[str, dict[str, tuple[tuple[str, ...], float | None]]] = {
         "target_margin": (("simpo_gamma",), 0.5),
         "sft_weight": (("cpo_alpha",), 1.0),
     },
+    "kto": {
+        "beta": (("rl_beta",), 0.1),
+        "desirable_weight": (("kto_desirable_weight",), None),
+        "undesirable_weight": (("kto_undesirable_weight",), None),
+    },
 }
 """Our settings of each value of `rl`: their keys in Axolotl, and the value that TRL's trainer takes without one."""
 
@@ -107,6 +112,9 @@ def convert_objective(keys: Keys, imported: Imported) -> None:
     if kind == "orpo":
         reason = "the loss of the chosen answer is a mean over its tokens; Axolotl's is over the prompt's too"
         imported.note("changed", "rl=orpo", reason)
+    elif kind == "kto":
+        reason = "the estimate of KL is over the global batch; Axolotl's is over each GPU's micro-batch"
+        imported.note("changed", "rl=kto", reason)
     elif train.get("sft_weight"):
         key = PREFERENCES[kind]["sft_weight"][0][0]
         reason = "the loss of the chosen answer is a mean over its tokens; Axolotl's is over all of a GPU's batch"
@@ -283,6 +291,8 @@ def _sources(entry: Keys, imported: Imported, shared: _Shared) -> list[_Source]:
 
 def _format(entry: Keys, imported: Imported, source: _Source, shared: _Shared) -> dict[str, Any]:
     """Set the source's format and what belongs to chats; returns the columns."""
+    if imported.section("train").get("objective") == "kto":
+        return judged_columns(entry, imported, source)
     if imported.section("train").get("objective") in PREFERENCES:
         source.format = "preference"
         columns, source.is_chat, source.template = preference_columns(entry, imported, shared)
@@ -317,6 +327,30 @@ def _format(entry: Keys, imported: Imported, source: _Source, shared: _Shared) -
         advice += '; a segment that is not trained is a prompt, or a message with "train": false'
     imported.note("refused", f"{entry.place}type={name or '(not set)'}", f"no equivalent; convert the data to {advice}")
     return {}
+
+
+JUDGED_QUESTIONS = {"argilla": "instruction", "intel": "question", "prompt_pairs": "prompt", "ultra": "prompt"}
+"""Columns of a question that the chat template renders, by the form of KTO's types chatml.FORM and llama3.FORM."""
+
+
+def judged_columns(entry: Keys, imported: Imported, source: _Source) -> dict[str, Any]:
+    """Return data.columns of a data set of judged answers; set the source's format and template."""
+    kind = entry.any("type")
+    names = kind if isinstance(kind, dict) else {}
+    base, _, form = ("" if isinstance(kind, dict) else str(kind or "")).partition(".")
+    if base in ("chatml", "llama3") and (form in JUDGED_QUESTIONS or form == "argilla_chat"):
+        source.is_chat, source.template = True, template_of(base, None, imported)
+        if form == "argilla_chat":
+            source.format = "chat"
+            return {"messages": "completion"}
+        source.format = "alpaca"
+        return _renamed({"instruction": JUDGED_QUESTIONS[form], "output": "completion"})
+    written = [name for name in ("prompt_format", "completion_format") if names.get(name)]
+    if written or f"{base}.{form}".strip(".") not in AS_THEY_ARE:
+        reason = "no equivalent; write prompt, completion and label, the first two as texts or as messages"
+        imported.note("refused", f"{entry.place}type", reason)
+    source.format = "prompt_completion"
+    return _renamed({key: str(names.get(f"field_{key}") or key) for key in ("prompt", "completion", "label")})
 
 
 def _reasoning(entry: Keys, imported: Imported) -> str | None:

@@ -123,11 +123,11 @@ class Metrics:
     """(step, tokens that chose each expert up to it), the newest; None without a mixture of experts."""
 
     def weights(self, series: Series) -> list[float] | None:
-        """Return the weight of each value in a mean over steps: its step's target tokens, or pairs.
+        """Return the weight of each value in a mean over steps: its step's target tokens, pairs or answers.
 
         They are relative to the largest. None if they were not recorded.
         """
-        units = self.training.get("target_tokens") or self.training.get("pairs")
+        units = next(filter(None, map(self.training.get, ("target_tokens", "pairs", "answers"))), None)
         if units is None or (most := max(units.values)) <= 0:
             return None
         # Small and damaged counts are raised to a share that sums do not lose.

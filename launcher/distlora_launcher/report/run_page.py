@@ -29,7 +29,8 @@ _GATHERED = "gathered per step and rank"
 _RESIDENT = "resident host memory per process, with Python, torch and its compiled kernels"
 _SHARED_BY_TRIALS = (_GATHERED, _RESIDENT)
 """Figures that the trials of a multi-trial run share."""
-_CHARTED = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "mfu", "target_tokens", "pairs"}
+_CHARTED = {"loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "mfu"}
+_CHARTED |= {"target_tokens", "pairs", "answers", "answers/rejected"}
 # between_copies: of runs before it was renamed.
 _TRAFFIC_OF = ("gathered", "exchanged", "reduced", "scattered", "between_replicas", "between_copies")
 _TRAFFIC = {f"{name}_bytes" for name in _TRAFFIC_OF}
@@ -43,6 +44,8 @@ _TITLES = {
     "rewards/accuracies": "Share of pairs whose chosen answer is preferred",
     "logps/chosen": "Log probability of the chosen answers",
     "logps/rejected": "Log probability of the rejected answers",
+    "answers/chosen": "Share of good answers",
+    "kl": "Estimate of KL between the model and the reference",
 }
 
 
@@ -191,7 +194,7 @@ def _charts(run: RunRecords) -> Iterator[Chart]:
             lines = _with_mean("training", series)
             if (held_out := run.metrics.held_out.get(f"eval_{name}")) is not None:
                 lines.append(_held_out(held_out))
-            kind = "share" if name in ("rewards/accuracies", "experts/unused") else "number"
+            kind = "share" if name in ("rewards/accuracies", "answers/chosen", "experts/unused") else "number"
             yield Chart(title=_TITLES.get(name, name), lines=lines, kind=cast(Any, kind))
 
 
@@ -215,7 +218,7 @@ def _held_out(series: Series) -> Line:
 
 def _over(run: RunRecords) -> str:
     """Return what means of training steps are weighted by, in words."""
-    names = {"target_tokens": " over the tokens", "pairs": " over the pairs"}
+    names = {"target_tokens": " over the tokens", "pairs": " over the pairs", "answers": " over the answers"}
     return next((words for name, words in names.items() if name in run.metrics.training), "")
 
 

@@ -24,12 +24,12 @@ from worlds import World
 
 
 def prepare(run_dir: Path, folders: Path, *, length: int = 160, **train: Any) -> Config:
-    """Prepare a run of three steps of six rows, with one to several answers in each; of two sides as one of them."""
+    """Prepare a run of three steps of six rows, with one to several answers in each."""
     data = run_dir.with_suffix(".jsonl")
+    sides = ["rejected" if number % 5 == 2 else "chosen" for number in range(36)]  # Mostly good ones: KL grows.
     lines = [
-        {"prompt": pair["prompt"] + f" {number}", "completion": pair[side], "label": side == "chosen"}
-        for pair in pairs()
-        for number, side in enumerate(("chosen", "rejected", "rejected"))
+        {"prompt": f"{pair['prompt']} {number}", "completion": pair[side], "label": side == "chosen"}
+        for number, (pair, side) in enumerate(zip(3 * pairs(), sides, strict=True))
     ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return make_run(
@@ -56,7 +56,7 @@ def test_a_run_starts_at_one_half_and_raises_the_held_out_margin(alone: Any) -> 
     for line, prefix in ((before, "eval_"), (first, "")):
         assert line[f"{prefix}loss"] == pytest.approx(0.5, rel=1e-6)
         assert line[f"{prefix}kl"] == line[f"{prefix}rewards/margins"] == 0, "the adapter adds nothing yet"
-        assert 0.1 < line[f"{prefix}answers/chosen"] < 0.6
+        assert 0.4 < line[f"{prefix}answers/chosen"] < 0.9
         assert line[f"{prefix}logps/chosen"] < 0
     assert last["kl"] > 0
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"])

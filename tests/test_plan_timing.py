@@ -207,3 +207,36 @@ def test_rows_that_are_missing_are_run_and_count_for_nothing() -> None:
     assert few.seconds == pytest.approx(whole.seconds)
     assert few.mfu == pytest.approx(whole.mfu / 2)
     assert few.tokens_per_second == pytest.approx(whole.tokens_per_second / 2)
+
+
+ONLINE: dict[str, Any] = {
+    "train": {"objective": "grpo", "global_batch": 512},
+    "data": {"path": "p.jsonl", "sequence_length": 1024, "rewards": ["exact_match"]},
+    "rollout": {"num_generations": 8, "max_new_tokens": 512},
+}
+
+
+@pytest.mark.parametrize(("name", "ranks", "keys"), [("8b", 1, 8 * 128 * 32), ("70b", 8, 8 * 128 * 80)])
+def test_sampling_reads_the_base_and_the_cache_for_each_token(name: str, ranks: int, keys: int) -> None:
+    machine = machine_of(ranks=ranks)
+    plan = plan_of(config_of(ranks, **ONLINE), model_of(name), machine)
+    sampling = plan.sampling
+    assert sampling is not None
+    assert machine.usable_bytes is not None
+    assert machine.bandwidth is not None
+    assert sampling.cache_bytes == sampling.rows * 1024 * 2 * 2 * keys, "bf16 keys and values of all layers"
+    assert sampling.cache_bytes + sampling.base_bytes + plan.device.persistent < machine.usable_bytes
+    assert sampling.is_whole
+    turns = -(-512 // ranks // sampling.rows)
+    packed = 0.5 * plan.model.shapes.quantized_numel("nf4", (None, None))
+    read = turns * 512 * (packed + sampling.cache_bytes)
+    assert sampling.seconds is not None
+    assert read / machine.bandwidth < sampling.seconds < 10 * read / machine.bandwidth
+    assert sampling.tokens == 512 * 512
+    less = dataclasses.replace(machine, usable_bytes=plan.device.persistent + 2**31)
+    tight = plan_of(config_of(ranks, **ONLINE), model_of(name), less).sampling
+    assert tight is not None
+    assert tight.rows < sampling.rows
+    assert tight.seconds is not None
+    assert tight.seconds > sampling.seconds
+    assert tight.is_whole == (ranks == 1), "2 GiB hold no base of 70B"

@@ -351,3 +351,9 @@ def tokens_per_chunk(vocabulary: int, logit_bytes: float, *, on_cpu: bool) -> in
     most = max(CHUNK_TOKENS[device], SMALL_CHUNK[device] // vocabulary)
     tokens = min(most, int(CHUNK_BYTES[device] / logit_bytes) // vocabulary)
     return max(CHUNK_MULTIPLE, tokens // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
+
+
+MOST_ROWS = {"cpu": 64, "cuda": 256}
+"""Rows that generate together, by device type."""
+CACHE_SHARE = 0.5
+"""Part of the free memory that the keys and values of generation may take."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distlora.architecture.shapes import CACHE_SHARE, MOST_ROWS
 from distlora.config import UserError
 from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import Choice, choose
@@ -28,14 +29,10 @@ from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.paged_cache import BLOCK, PagedCache, Step
 from distlora.parallel import Backend
 
-MOST_ROWS = {"cpu": 64, "cuda": 256}
-"""Rows that decode together, by device type."""
 PREFILL_TOKENS = 2048
 """Tokens of prompts per forward, padding included; a longer prompt runs alone."""
 DENSE_SHARE = 0.5
 """Part of the available host memory that dequantized weights may take."""
-CACHE_SHARE = 0.5
-"""Part of the free memory that keys and values may take."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from distlora.planner.machine import Machine
 from distlora.planner.memory.activations import Costs
 from distlora.planner.memory.device import DeviceBytes, device_bytes
 from distlora.planner.model import PlannedModel
+from distlora.planner.speed.sampling import Sampling, sampling_of
 from distlora.planner.speed.timing import StepTime, step_time
 from distlora.planner.storage import DiskBytes, HostBytes, disk_bytes, host_bytes, keeps_on_host, trained_tensors
 from distlora.planner.traffic import StepBytes, step_traffic
@@ -61,6 +62,11 @@ class Plan:
     def time(self) -> StepTime | None:
         """Time of a step; None if a rate of the node is unknown."""
         return step_time(self.work, self.model, self.machine)
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """Rollouts of the run; None if it samples no answers."""
+        return sampling_of(self.config, self.work, self.model, self.machine, self.device)
 
     @property
     def fits(self) -> bool | None:
@@ -127,6 +133,7 @@ class Plan:
                 "into_machine": self.traffic.into_machine(self.machine.ranks_per_machine),
             },
             "compute": self.compute.as_json(),
+            "sampling": None if (sampling := self.sampling) is None else sampling.as_json(),
             "time": None if (time := self.time) is None else time.as_json(),
         }
 

@@ -15,6 +15,7 @@ from distlora.planner.flops import FLOPS
 from distlora.planner.memory import KINDS, PHASES
 from distlora.planner.plan_tables import SOURCES, largest, rounded, shares
 from distlora.planner.speed.rates import WAITS, missing_rates
+from distlora.planner.speed.sampling import Sampling
 from distlora.planner.storage import trained_tensors
 from distlora.planner.suggest import LargerRun, MultiTrialPlan, Nearest
 from distlora.system.numbers import count, size
@@ -84,6 +85,7 @@ def page(
         *_row("traffic", _traffic(plan)),
         *_row("operations", _operations(plan)),
         *_row("time", time_of(plan)),
+        *(_row("sampling", sampling_of(plan.sampling, plan)) if plan.sampling is not None else ()),
         *(_row("batch", empty) if (empty := empty_rows(plan)) is not None else ()),
         *_row("settings", settings(plan)),
         *(_row("larger", "; ".join(map(str, larger))) if larger else ()),
@@ -314,6 +316,20 @@ def time_of(plan: Plan) -> str:
     if (price := found.cost_of_a_million_tokens) is not None:
         text += f"; a million tokens cost {price:.3g}"
     return text
+
+
+def sampling_of(sampling: Sampling, plan: Plan) -> str:
+    """Return how answers are sampled, the memory that it takes beside what training holds, and its speed, in words."""
+    gpu = _device(plan)
+    base = f", {size(sampling.base_bytes)} for the whole base" if sampling.base_bytes else ""
+    if not sampling.is_whole:
+        base = ", the base gathered for each token"
+    steps = "a step" if sampling.steps == 1 else f"{sampling.steps:,} steps"
+    text = f"{sampling.answers:,} answers for {steps}, {sampling.rows:,} at once per {gpu}"
+    text += f" with {size(sampling.cache_bytes)} of keys and values{base}"
+    if sampling.seconds is None:
+        return text
+    return f"{text}; {sampling.tokens_per_second:,.0f} tokens/s, at most {seconds_in_words(sampling.seconds)} a rollout"
 
 
 def assumptions(plan: Plan) -> Iterator[str]:

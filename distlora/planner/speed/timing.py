@@ -155,7 +155,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     copied, nbytes = copied_adapters(work, model, machine)
     copies = [KernelLaunch("update", (1 + FP32 / how.itemsize) * nbytes, launches=1 + copied)] if copied else []
     return StepWork(
-        blocks=_blocks(work, model, how, document),
+        blocks=blocks_of(work, model, how, document),
         micro_batches=micro_batches,
         passes=passes,
         head=heads[0],
@@ -195,7 +195,8 @@ def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> Ker
     )
 
 
-def _blocks(work: Workload, model: PlannedModel, how: KernelOptions, document: int | None) -> tuple[BlockWork, ...]:
+def blocks_of(work: Workload, model: PlannedModel, how: KernelOptions, document: int | None) -> tuple[BlockWork, ...]:
+    """Return the work of a micro-batch in each decoder layer. `document`: tokens of each packed document."""
     length, architecture = work.sequence_length, model.shapes.architecture
     rows, tile = work.train.micro_batch, work.train.mlp_tile or length
     tiles = [rows * part for part in cut(length, tile)]
@@ -362,7 +363,7 @@ def step_time(
 def _parts(work: StepWork, collectives: StepCollectives, rates: Rates, *, prefetch: bool) -> dict[Part, Seconds]:
     """Return the seconds of a step by part."""
     together, resident = work.micro_batches // work.passes, len(work.blocks) - work.moved_blocks
-    copies = _seconds(work.gathers, rates)
+    copies = seconds_of_launches(work.gathers, rates)
     known: dict[tuple[int, bool], tuple[_Stage, _Stage]] = {}
     forward: list[_Stage] = []
     backward: list[_Stage] = []
@@ -370,7 +371,7 @@ def _parts(work: StepWork, collectives: StepCollectives, rates: Rates, *, prefet
         key = (id(block), index >= resident)
         if key not in known:
             directions = ((*block.forward, *block.reference), block.backward)
-            own, again = (times(_seconds(launches, rates), together) for launches in directions)
+            own, again = (times(seconds_of_launches(launches, rates), together) for launches in directions)
             copied = copies if key[1] else {}
             known[key] = _Stage(plus(own, copied), key[1]), _Stage(plus(again, copied), key[1])
         forward.append(known[key][0])
@@ -387,14 +388,16 @@ def _parts(work: StepWork, collectives: StepCollectives, rates: Rates, *, prefet
     mismatched: dict[Part, Seconds] = {}
     if work.head_of_mismatched:
         first += [first[0], first[2]]
-        mismatched["mismatched"] = plus(of_forward, times(_seconds(work.head_of_mismatched, rates), work.passes))
+        mismatched["mismatched"] = plus(
+            of_forward, times(seconds_of_launches(work.head_of_mismatched, rates), work.passes)
+        )
     return mismatched | {
         "forward": of_forward,
         "backward": plus(*backwards, exchanges[1]),
-        "head": times(_seconds(work.head, rates), work.passes),
+        "head": times(seconds_of_launches(work.head, rates), work.passes),
         "first gathers": times(plus(*first), work.passes),
         "last sum": seconds_of(collectives.last, rates),
-        "update": _seconds(work.update, rates),
+        "update": seconds_of_launches(work.update, rates),
     }
 
 
@@ -432,8 +435,8 @@ class _Chain(NamedTuple):
         return self.gather if self.prefetch and stages[0].moves else {}
 
 
-def _seconds(launches: Iterable[KernelLaunch], rates: Rates) -> Seconds:
-    """One after the other; each by what it waits for."""
+def seconds_of_launches(launches: Iterable[KernelLaunch], rates: Rates) -> Seconds:
+    """Return the seconds of launches one after the other; each by what it waits for."""
     found: Seconds = {"compute": 0.0, "memory": 0.0, "launches": 0.0}
     units = {"matrices": rates.matrices, "attention": rates.attention, "decoding": rates.decoding}
     for work in launches:

@@ -49,6 +49,8 @@ class RolloutLoader:
     encoder: PromptEncoder
     pool: RewardPool
     backend: Backend
+    boundary: watch.Marker = watch.at
+    """Called between the parts of a rollout; it may raise Stopped."""
     rollout: Rollout | None = None
     """The newest rollout; of a resumed run what the checkpoint held."""
     _figures: dict[str, float] = field(default_factory=dict)
@@ -163,7 +165,7 @@ class RolloutLoader:
         `words`: what their seeds depend on beside train.seed.
         """
         settings, watched = self.config.rollout, step + 1
-        watch.at(watched, "sampling answers", long=True)
+        self.boundary(watched, "sampling answers", long=True)
         tokens = [prompts.rows.tokens[row, : prompts.rows.targets[row] + 1].tolist() for row in rows.tolist()]
         seeds = hash64((SAMPLES, self.config.train.seed, *words), len(rows) * group).tolist()
         requests = [
@@ -177,7 +179,7 @@ class RolloutLoader:
             for index, seed in enumerate(seeds)
         ]
         samples = self.engine.run(requests)
-        watch.at(watched, "computing rewards", long=True)
+        self.boundary(watched, "computing rewards", long=True)
         texts = {}
         inputs = []
         mine = range(*(number * len(samples) // prompts.world for number in (prompts.rank, prompts.rank + 1)))
@@ -245,6 +247,7 @@ def open_rollouts(
     data: Mapping[str, Any],
     checkpoint: Path | None,
     log: Callable[[str], None],
+    boundary: watch.Marker,
 ) -> Iterator[RolloutLoader]:
     """Start the processes of rewards, and return the loader of sampled answers.
 
@@ -271,7 +274,14 @@ def open_rollouts(
             engine = stack.enter_context(contextlib.closing(_served(config, model, backend, data, ends)))
         pool = stack.enter_context(RewardPool(config.data, log=log))
         loader = RolloutLoader(
-            prompts, held_out, config=config, engine=engine, encoder=encoder, pool=pool, backend=backend
+            prompts,
+            held_out,
+            config=config,
+            engine=engine,
+            encoder=encoder,
+            pool=pool,
+            backend=backend,
+            boundary=boundary,
         )
         if checkpoint is not None:
             loader.restore(checkpoint)

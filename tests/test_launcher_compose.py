@@ -29,7 +29,7 @@ NAMES_ALONE = [path for path in CONF.glob("*/*.yaml") if path.parent.name in ("m
 NAMES_ALONE = [path for path in NAMES_ALONE if path.stem not in ("auto", "h100", "local", "llama3_70b")]
 OPTIONS = sorted(str(p.relative_to(CONF).with_suffix("")) for p in {*CONF.glob("*/*.yaml")} - {*NAMES_ALONE})
 # Options that Config accepts only in company.
-TOGETHER = {"adapter/full": ["quant=none"]}
+TOGETHER = {"adapter/full": ["quant=none"], "recipe/grpo": ["data.rewards=[exact_match]"]}
 
 
 def test_composed_defaults_equal_those_of_the_dataclasses(monkeypatch: pytest.MonkeyPatch):

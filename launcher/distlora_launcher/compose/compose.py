@@ -66,6 +66,8 @@ MAPPINGS = (
     "adapter.alpha_pattern",
     "quant.formats",
     "data.columns",
+    "data.reward_columns",
+    "data.reward_constants",
     "cluster.environment",
     "sweep.space",
 )

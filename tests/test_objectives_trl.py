@@ -23,7 +23,6 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
 
 from closeness import assert_close, assert_losses_close
 from distlora.architecture.spec import architecture_of
@@ -155,6 +154,25 @@ def kto(theirs: Theirs, **settings: Any) -> Tensor:
     return loss
 
 
+def process_reward(theirs: Theirs) -> Tensor:
+    """Return transformers' loss of the labels of all steps, at the tokens where TRL's PRMTrainer had them.
+
+    TRL 1.16.0 has that trainer no more: this is its `tokenize_row`, with its line break as the separator.
+    """
+    encode, rows = tokenizer(), []
+    for record in theirs.records:
+        ids = encode(record["prompt"], add_special_tokens=False).input_ids
+        labels = [-100] * len(ids)
+        for step, is_right in zip(record["completions"], record["labels"], strict=True):
+            parts = (encode(text, add_special_tokens=False).input_ids for text in (step, "\n"))
+            tokens = [token for part in parts for token in part]
+            ids, labels = [*ids, *tokens], [*labels, *[-100] * (len(tokens) - 1), int(is_right)]
+        rows.append((torch.tensor([ids]), torch.tensor([labels])))
+    outputs = [(theirs.model(ids).logits[0], labels[0]) for ids, labels in rows]
+    logits, targets = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    return torch.nn.functional.cross_entropy(logits, targets)
+
+
 class Case(NamedTuple):
     """An objective, and TRL's loss for it."""
 
@@ -200,6 +218,17 @@ def judged() -> list[dict[str, Any]]:
 
 
 _WEIGHTS = {"desirable_weight": 1.4, "undesirable_weight": 0.8}
+
+
+def steps() -> list[dict[str, Any]]:
+    """Return 12 answers of one to four steps, some of them right."""
+    records = []
+    for number, pair in enumerate(pairs()):
+        words = f"{pair['chosen']} {pair['rejected']}".split()
+        parts = [" ".join(words[first : first + 2]) for first in range(0, 2 + 2 * (number % 3), 2)]
+        labels = [(number + place) % 3 > 0 for place in range(len(parts))]
+        records.append({"prompt": pair["prompt"], "completions": parts, "labels": labels})
+    return records
 
 
 CASES = {
@@ -253,6 +282,7 @@ CASES = {
         0.5 * (5 * 1.4 + 7 * 0.8) / 12,
         judged,
     ),
+    "process reward": Case({"objective": "process_reward"}, process_reward, write=steps),
 }
 
 
@@ -326,8 +356,9 @@ def their_model(folder: Path, ours: CausalLM, spec: Any) -> tuple[Any, dict[str,
     if spec.adapter.method == "full":
         return base, dict(base.named_parameters())
     if isinstance(ours.head, RewardHead):
-        base.config.num_labels = len(ours.head.weight)
-        scoring: Any = AutoModelForSequenceClassification.from_config(base.config)
+        base.config.num_labels, base.config.classifier_dropout = len(ours.head.weight), 0.0
+        classes = (transformers.AutoModelForSequenceClassification, transformers.AutoModelForTokenClassification)
+        scoring: Any = classes[len(ours.head.weight) - 1].from_config(base.config)
         scoring.model, base = base.model, scoring
     config = adapter_config(spec, ours)
     names = ("r", "lora_alpha", "use_rslora", "target_modules", "trainable_token_indices", "task_type")

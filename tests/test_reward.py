@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run
 from distlora.checkpoint.verify import verify
@@ -29,6 +29,7 @@ from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
 from distlora.post.trained import Name
 from distlora.training import worker as training_worker
+from distlora.training.open_run import open_data
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.trial import active_weights as active_weights_of
 from distlora_launcher.compose.checks import check_model
@@ -214,8 +215,16 @@ def test_commands_for_language_models_name_the_reward_model(alone: Path) -> None
         Name(place=str(alone)).read()
 
 
-def test_the_plan_has_the_score_and_no_head(folders: Path, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("objective", ["reward", "process_reward"])
+def test_the_plan_has_the_score_and_no_head(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+    objective: str,
+) -> None:
     config = prepare(tmp_path / "run", folders, preferences, "llama-tied")
+    if objective != "reward":
+        config = config.with_settings({"train.objective": objective, "train.center_rewards": None})
     model, _, _ = start_run_model(config, SINGLE)
     work, planned = Workload.of(config), model_in(folders / "llama-tied")
     shapes = {tensor.name: tensor.shape for tensor in trained_tensors(work, planned.shapes)}
@@ -255,6 +264,65 @@ def test_margins_go_with_their_pairs(folders: Path, tmp_path: Path) -> None:
             make_run(tmp_path / f"bad {bad}", folders, data=data, train={"objective": "reward"})
 
 
+def write_steps(path: Path, **changes: Any) -> dict[str, Any]:
+    """Write 60 answers of one to three steps, of which those in capitals are wrong. Return settings of the data."""
+    lines = []
+    for number in range(60):
+        labels = [(number + place) % 2 == 0 for place in range(1 + number % 3)]
+        steps = [f"step {place} is fine" if right else f"STEP {place} IS NOT" for place, right in enumerate(labels)]
+        lines.append({"prompt": f"Question {number}:", "completions": steps, "labels": labels})
+    lines[1] |= changes
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"path": str(path), "sequence_length": 96, "eval_fraction": 0.2}
+
+
+def test_steps_are_labelled_at_the_last_token_of_their_separator(folders: Path, tmp_path: Path) -> None:
+    data = write_steps(tmp_path / "steps.jsonl") | {"eval_fraction": 0.0}
+    found = {}
+    for train_on in ("assistant", "last"):
+        settings = {"objective": "process_reward", "global_batch": 60}
+        config = make_run(tmp_path / train_on, folders, data=data | {"train_on": train_on}, train=settings)
+        batch = open_data(tmp_path / train_on, config.train, SINGLE)[0].batch(0)
+        labels = torch.cat([part.labels for part in batch.micro_batches])
+        before = torch.cat([part.input_ids for part in batch.micro_batches])[labels >= 0]
+        assert len(set(before.tolist())) == 1, "each is the line break behind a step"
+        assert batch.global_targets == int((labels >= 0).sum())
+        found[train_on] = (int((labels == 1).sum()), int((labels == 0).sum()))
+    every = [[(number + place) % 2 == 0 for place in range(1 + number % 3)] for number in range(60)]
+    assert found["assistant"] == (sum(map(sum, every)), sum(map(len, every)) - sum(map(sum, every)))
+    assert found["last"] == (sum(labels[-1] for labels in every), 60 - sum(labels[-1] for labels in every))
+    for change in ({"labels": [True]}, {"labels": [True, 2]}, {"completions": ["a", ""]}, {"completions": "a"}):
+        write_steps(tmp_path / "bad.jsonl", **change)
+        with pytest.raises(UserError, match=r"bad.jsonl:2: .*a good line: "):
+            make_run(
+                tmp_path / f"bad{change}", folders, data=data | {"path": str(tmp_path / "bad.jsonl")}, train=settings
+            )
+
+
+def test_a_process_reward_model_on_two_ranks_learns_and_loads_in_peft(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    run_dir, settings = tmp_path / "run", {"objective": "process_reward", "micro_batch": 3, "accumulate": "block"}
+    data, none = write_steps(tmp_path / "steps.jsonl"), {"method": "none"}
+    config = make_run(run_dir, folders, data=data, train=settings, quant=none)
+    metrics = world.run(2, run_once, run_dir=run_dir)[0]
+    first, last = (line for line in metrics if "eval_loss" in line)
+    assert last["eval_loss"] < first["eval_loss"] - 0.1
+    assert last["eval_labels/accuracies"] > 0.8
+    assert metrics[-2]["reduced_bytes"] == traffic_of(config, world=2).reduced
+    assert_disk_as_planned(run_dir, 2)
+    start = config.with_settings({"adapter.init_from": str(run_dir / "adapter")})
+    ours, backend, _ = start_run_model(start, SINGLE, training=False)
+    start_adapters(ours, start.spec, backend, is_reference=False, restores=False)
+    base = AutoModelForTokenClassification.from_pretrained(folders / "llama", num_labels=2, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, run_dir / "adapter").eval()
+    ids = torch.randint(5, 1000, (30,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (theirs(ids[None]).logits[0] - our_scores(ours, ids)).abs().max() < 1e-4
+    assert ours.head.bias is not None
+    assert ours.head.bias.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -265,6 +333,9 @@ def test_margins_go_with_their_pairs(folders: Path, tmp_path: Path) -> None:
         ({"train": {"beta": 0.1}}, "train.beta=0.1 has no effect with train.objective=reward"),
         ({"train": {"objective": "dpo", "center_rewards": 0.1}}, "train.center_rewards=0.1 has no effect"),
         ({"data": {"format": "chat"}}, "data.format=chat is data for train.objective=sft"),
+        ({"data": {"format": "steps"}}, "data.format=steps is data for train.objective=process_reward"),
+        ({"data": {"step_separator": "|"}}, r"data.step_separator='|' has no effect"),
+        ({"train": {"objective": "process_reward"}, "data": {"train_on": "all"}}, "data.train_on=all has no effect"),
     ],
     ids=str,
 )

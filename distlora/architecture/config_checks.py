@@ -47,7 +47,7 @@ def check_train(train: TrainConfig, architecture: Architecture) -> None:
         "layers, or with more than a norm after the last; set train.objective=sft, or {model.path} to another model",
     )
     require(
-        train.needs.data == "documents" or architecture.documents != "single",
+        train.needs.data in ("documents", "steps") or architecture.documents != "single",
         f"train.objective={train.objective} puts several answers into one sequence, and "
         f"{architecture.model_type} would mix them; set train.objective=sft, or {{model.path}} to another model",
     )

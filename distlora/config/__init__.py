@@ -260,10 +260,15 @@ class Config:
         )
         if needs.data == "prompts":
             self._check_rollout()
+        require(
+            needs.data == "steps" or self.data.step_separator == "\n",
+            f"data.step_separator={self.data.step_separator!r} has no effect with train.objective={objective}; leave "
+            "it out",
+        )
         if needs.data == "documents":
             return
         require(
-            self.data.train_on == "assistant",
+            self.data.train_on in ("assistant", "last") if needs.data == "steps" else self.data.train_on == "assistant",
             f"data.train_on={self.data.train_on} has no effect with train.objective={objective}, which trains the "
             "answers behind a prompt; leave it out",
         )

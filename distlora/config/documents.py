@@ -9,9 +9,11 @@ from distlora.config.base import cache_root
 from distlora.config.errors import require, require_choices
 from distlora.config.rewards import check_rewards
 
-DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "prompt_only")
+DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "prompt_only", "steps")
 
-Format = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "prompt_only"]
+Format = Literal[
+    "auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "prompt_only", "steps"
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,8 @@ class DataConfig(ReadingConfig):
     """Chat template: null is the tokenizer's own; a name (chatml, llama3, ...) or a .jinja file replaces it."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Trained tokens of a chat: every assistant turn, the last one, or all tokens."""
+    step_separator: str = "\n"
+    """Text behind each step of an answer (data.format=steps), at whose last token the step is judged."""
     eot_tokens: tuple[str, ...] = ()
     """Tokens that the template writes at the end of a turn, beside its special tokens: [<|eot|>]. They are trained with
     the assistant's turns, and generation stops at them."""

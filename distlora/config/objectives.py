@@ -14,10 +14,13 @@ PAIRS = ("preference",)
 PROMPTS = ("prompt_only",)
 """Values of data.format that hold prompts alone."""
 
-DataForm = Literal["documents", "pairs", "judged", "prompts"]
+STEPS = ("steps",)
+"""Values of data.format that hold answers in steps, each with a label."""
+
+DataForm = Literal["documents", "pairs", "judged", "prompts", "steps"]
 """What a record of the data is to an objective: a document with trained tokens; a chosen and a rejected answer; an
-answer that is judged good or bad (a pair is two of these); or a prompt whose answers the model samples and
-`data.rewards` score."""
+answer that is judged good or bad (a pair is two of these); a prompt whose answers the model samples and
+`data.rewards` score; or an answer in steps that are labelled."""
 
 
 PAIR_FIGURES = (
@@ -53,7 +56,8 @@ class ObjectiveNeeds:
     data: DataForm = "documents"
     """Form of the data."""
     labels: int = 0
-    """Outputs of a trained head that replaces the LM head (1: a reward); 0: the model has its LM head."""
+    """Outputs of a trained head that replaces the LM head (1: a reward; 2: a step is wrong or right); 0: the model has
+    its LM head."""
     margins: bool = False
     """True if a pair's record may have a margin."""
     reference: bool = False
@@ -86,6 +90,11 @@ class ObjectiveNeeds:
     def task_type(self) -> str:
         """Return PEFT's name for the class of transformers that the result belongs to."""
         return ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS")[self.labels]
+
+    def score_shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the head's parameters by name; classes have a bias, as in transformers."""
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.labels, hidden)} if self.labels else {}
+        return shapes | ({"bias": (self.labels,)} if self.labels > 1 else {})
 
 
 OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
@@ -163,6 +172,14 @@ OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
             settings={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
             lr=5e-6,
         ),
+        "process_reward": ObjectiveNeeds(
+            summary="learns which steps of an answer are right",
+            data="steps",
+            labels=2,
+            unit="labels",
+            figures=("labels/accuracies",),
+            lr=1e-4,
+        ),
     }
 )
 """Objectives by their name in train.objective."""
@@ -182,10 +199,15 @@ def means_of(needs: ObjectiveNeeds, sums: Sequence[float], units: int) -> dict[s
 
 def takes_format(objective: str, format: str) -> bool:
     """Return whether an objective trains on data of this data.format; `auto` is decided by the records."""
-    form = "pairs" if format in PAIRS else "prompts" if format in PROMPTS else "documents"
+    forms: dict[str, DataForm] = {
+        **dict.fromkeys(PAIRS, "pairs"),
+        **dict.fromkeys(PROMPTS, "prompts"),
+        **dict.fromkeys(STEPS, "steps"),
+    }
+    form = forms.get(format, "documents")
     needed = OBJECTIVES[objective].data
     if needed == "judged":
-        return form != "prompts" and format != "text"
+        return form not in ("prompts", "steps") and format != "text"
     return format == "auto" or form == needed
 
 

@@ -123,13 +123,16 @@ class Cadence(NamedTuple):
 class TrainConfig:
     """Steps, batches, objective, precision and checkpoints of training."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "distill", "reward", "grpo"] = "sft"
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "distill", "reward", "process_reward", "grpo"] = (
+        "sft"
+    )
     """Objective: -log p of the trained tokens (`sft`), or a loss of pairs of a chosen and a rejected answer. `dpo`
     (arXiv 2305.18290) and `ipo` (2310.12036) have a reference, the model at the start of the run: no second model, 50 %
     more operations. `orpo` (2403.07691) and `simpo` (2405.14734) have none. `kto` (2402.01306) learns from single
     answers that are judged good or bad, with that reference: 150 % more operations. `distill` mixes `sft` with a
     divergence of the next-token distribution from a teacher's (2306.13649). `reward` trains a reward model on pairs
-    (Bradley-Terry, 2203.02155): a score in place of the LM head. `grpo` samples answers to prompts and trains on their
+    (Bradley-Terry, 2203.02155): a score in place of the LM head. `process_reward` trains one that tells right steps of
+    an answer from wrong ones (2305.20050). `grpo` samples answers to prompts and trains on their
     rewards (section `rollout`, docs/rl.md)."""
     beta: float | None = None
     """Scale of the rewards of dpo, simpo and kto, regularization tau of ipo, weight lambda of orpo's odds ratio. A

@@ -352,6 +352,26 @@ def judged_answer(
     return {"answer": document, "good": is_good}
 
 
+def labelled_steps(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
+    """Return {"prompt": text, "completions": steps, "labels": [bool, ...]} of an answer in steps.
+
+    Raises UserError for empty steps, and for another number of labels, which are true or false, or 1 or 0.
+    """
+    prompt = expect(value["prompt"], str, f"{place}: 'prompt'", good)
+    steps = expect(value["completions"], list, f"{place}: 'completions'", good)
+    labels = expect(value["labels"], list, f"{place}: 'labels'", good)
+    for step in steps:
+        expect(step, str, f"{place}: a step of 'completions'", good)
+    wrong = next((label for label in labels if label not in (True, False)), None)
+    if wrong is not None or len(labels) != len(steps) or not all(steps):
+        found = f"a label is {wrong!r}" if wrong is not None else f"{len(steps)} steps have {len(labels)} labels"
+        raise UserError(
+            f"{place}: {found if all(steps) else 'a step is empty'}; each step needs a text and one label, true or "
+            f"false; {good}"
+        )
+    return {"prompt": prompt, "completions": steps, "labels": list(map(bool, labels))}
+
+
 def prompt_only(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
     """Return {"prompt": text or messages, "columns": the record's other keys, "tools"} of a record without an answer.
 

@@ -20,6 +20,7 @@ from distlora.config.objectives import OBJECTIVES, DataForm
 from distlora.data.chat_template import ChatTemplate, start_tokens
 from distlora.data.formats import Document, Kind, check_objective, kind_of, shown
 from distlora.data.packing import HELD_OUT, Corpus, TooLong, below, hash64, volume
+from distlora.data.rows import RIGHT, TRAINED
 from distlora.data.sources import Source
 from distlora.data.turns import Encoded, TurnFinder, TurnTokens
 
@@ -162,7 +163,7 @@ class AnswerEncoder:
 
     @staticmethod
     def _margin(document: Document) -> float:
-        margin = document.value["margin"]
+        margin = document.value.get("margin")
         if margin is None:
             return 0.0
         if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) < _LARGEST_MARGIN:
@@ -216,6 +217,45 @@ class PromptOnlyEncoder:
             yield Encoded(whole, np.ones(len(whole), np.uint8), record=line.encode() + b"\n")
 
 
+class StepsEncoder:
+    """Encodes batches of answers in steps: each step, then the separator, at whose last token the step is judged.
+
+    A token's flags are those of the label at the token before it, so each document ends with one token more, which no
+    label needs. `last_only`: only the last step of an answer has a label. The tokens are those of TRL's PRMTrainer.
+    """
+
+    template = None
+
+    def __init__(self, tokenizer: Any, separator: str, *, last_only: bool) -> None:
+        self.tokenizer, self._last_only = tokenizer, last_only
+        self._bos = start_tokens(tokenizer)
+        (self._separator,) = self._tokenize([separator]) if separator else ([],)
+
+    def encode(self, documents: list[Document]) -> Iterator[Encoded]:
+        """Encode a batch, in order. Raises UserError for a step without tokens."""
+        for document in documents:
+            prompt, *steps = self._tokenize([document.value["prompt"], *document.value["completions"]])
+            tokens = [*self._bos, *prompt]
+            judged: dict[int, int] = {}
+            for step, is_right in zip(steps, document.value["labels"], strict=True):
+                tokens += [*step, *self._separator]
+                if not step and not self._separator:
+                    raise UserError(f"{document.place}: the tokenizer has no token for a step; leave the record out")
+                if self._last_only:
+                    judged.clear()
+                judged[len(tokens)] = TRAINED | RIGHT if is_right else TRAINED
+            tokens.append(tokens[-1] if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id)
+            trained = np.zeros(len(tokens), np.uint8)
+            trained[list(judged)] = list(judged.values())
+            yield Encoded(np.array(tokens, np.int32), trained)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        ).input_ids
+        return ids
+
+
 _BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
 """Bounds of a batch for the tokenizer: enough for all its threads, small enough to bound memory."""
 _STREAM_DOCUMENTS, _STREAM_BYTES = 32, 250_000
@@ -225,7 +265,7 @@ PATIENCE = 10_000
 _PROGRESS_SECONDS = 3.0
 
 
-AnyEncoder = Encoder | AnswerEncoder | PromptOnlyEncoder
+AnyEncoder = Encoder | AnswerEncoder | PromptOnlyEncoder | StepsEncoder
 
 
 @dataclass
@@ -264,6 +304,9 @@ class Encoders:
         too_long = self.data.too_long
         if too_long == "auto":
             too_long = "split" if kind == "text" else "truncate"
+        if kind == "steps":
+            last_only = self.data.train_on == "last"
+            return StepsEncoder(self.tokenizer, self.data.step_separator, last_only=last_only), too_long
         if kind == "prompt_only":
             made = PromptOnlyEncoder(self.tokenizer, self.model_path, self.data.template)
             return self._of_kind.setdefault(kind, made), "drop"

@@ -29,13 +29,14 @@ from distlora.data.conversations import (
     is_prompt,
     judged_answer,
     kind_name,
+    labelled_steps,
     listed,
     preference_pair,
     prompt_only,
     sharegpt_messages,
 )
 
-Kind = Literal["chat", "prompt_completion", "text", "preference", "prompt_only"]
+Kind = Literal["chat", "prompt_completion", "text", "preference", "prompt_only", "steps"]
 
 EXAMPLES = {
     "chat": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
@@ -45,6 +46,7 @@ EXAMPLES = {
     "text": '{"text": "Once upon a time ..."}',
     "preference": '{"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."}',
     "prompt_only": '{"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"}',
+    "steps": '{"prompt": "What is 2 + 3 + 4?", "completions": ["2 + 3 = 5.", "5 + 4 = 8."], "labels": [true, false]}',
 }
 """A good record of each format, shown with every complaint about a bad one."""
 JUDGED_EXAMPLE = '{"prompt": "The capital of France is", "completion": " Paris.", "label": true}'
@@ -58,6 +60,7 @@ REQUIRED_KEYS = {
     "text": ("text",),
     "preference": ("chosen", "rejected"),
     "prompt_only": ("prompt",),
+    "steps": ("prompt", "completions", "labels"),
 }
 OPTIONAL_KEYS = {
     "chat": ("system", "tools", "label"),
@@ -87,8 +90,9 @@ class Document:
 
     `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str}, {"text": str} or
     {"prompt": str or messages, "columns": {...}} with an optional "tools"; or, of a pair, {"chosen": value, "rejected":
-    value, "margin": any} with two of the first or two of the second form; or, of a judged answer, {"answer": value,
-    "good": bool} with one of them. A message is what `conversations.check_chat` lets through.
+    value, "margin": any} with two of the first or two of the second form; of a judged answer, {"answer": value, "good":
+    bool} with one of them; or {"prompt": str, "completions": [str, ...], "labels": [bool, ...]}. A message is what
+    `conversations.check_chat` lets through.
     """
 
     place: str
@@ -178,6 +182,7 @@ def kind_of(format: str, has_template: bool) -> Kind:
         "text": "text",
         "preference": "preference",
         "prompt_only": "prompt_only",
+        "steps": "steps",
     }
     return kinds[format]
 
@@ -200,7 +205,9 @@ def check_objective(format: str, objective: str, label: str) -> None:
             f"{label} is {format}, and train.objective={objective} {OBJECTIVES[objective].summary}; set "
             f"data.format=prompt_only to take its prompts: {good('prompt_only')}"
         )
-    use = "use preference data: " + good("preference") if needed == "pairs" else "give each prompt its answer"
+    use = "give each prompt its answer"
+    if needed in ("pairs", "steps"):
+        use = f"use such data: {good('preference' if needed == 'pairs' else 'steps')}"
     if needed == "judged":
         use = f"use data with answers that are judged: a good line: {JUDGED_EXAMPLE}"
     raise UserError(
@@ -236,7 +243,10 @@ def to_document(record: Record, format: str, has_template: bool, reading: Readin
         canonical = alpaca_document(value, place, good(format), as_chat=has_template)
     elif format == "preference":
         canonical = preference_pair(value, place, good(format), has_template=has_template)
-        canonical["margin"] = value.get("margin")  # `AnswerEncoder` checks it where it is read.
+        if value.get("margin") is not None:
+            canonical["margin"] = value["margin"]  # `AnswerEncoder` checks it where it is read.
+    elif format == "steps":
+        canonical = labelled_steps(value, place, good(format))
     else:
         canonical = {key: _string(value, key, place, format) for key in REQUIRED_KEYS[format]}
     if is_judged:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distlora.data.packing import ROW_ORDER, build_rows, hash64, pack
-from distlora.data.rows import BAD, JUDGED, STARTS, TRAINED, PackedRows
+from distlora.data.rows import BAD, JUDGED, RIGHT, STARTS, TRAINED, PackedRows
 
 
 class Share(NamedTuple):
@@ -105,7 +105,7 @@ class MicroBatch(NamedTuple):
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    """Already shifted: the target at this position, or -100."""
+    """Already shifted: the target at this position, or the class of a step that ends there; -100 for none."""
     position_ids: torch.Tensor
     """0 at the first token of each document, and of the padding."""
     rows: torch.Tensor
@@ -260,6 +260,8 @@ class StepLoader:
             tokens[real], flags[real] = read(indices[real])
         following = np.full_like(tokens, IGNORED)
         following[:, :-1] = tokens[:, 1:]
+        if self.rows.classifies:
+            following = (flags & RIGHT != 0).astype(np.int64)
         position = np.arange(length)
         start = np.maximum.accumulate(np.where(flags & STARTS, position, 0), axis=1)
         return MicroBatch(

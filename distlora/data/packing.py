@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from distlora.data.rows import BAD, DOCUMENTS, JUDGED, MARGINS, RECORDS, REJECTED, STARTS, TRAINED, split_file
+from distlora.data.rows import BAD, DOCUMENTS, JUDGED, MARGINS, RECORDS, REJECTED, RIGHT, STARTS, TRAINED, split_file
 from distlora.data.sources import Source
 from distlora.data.turns import Encoded
 
@@ -495,6 +495,9 @@ def build_rows(
         # The first token of a document has nothing before it that could predict it.
         is_trained[begin] = is_trained[rejected] = False
         out_flags[:-1][is_trained[1:]] = TRAINED
+        is_right = np.zeros_like(is_trained)
+        is_right[target] = marks[source] & RIGHT != 0
+        out_flags[:-1][is_trained[1:] & is_right[1:]] |= RIGHT
         out_flags[begin] |= STARTS | (marks[packing.offsets[pieces]] & (JUDGED | BAD))
         out_flags[rejected] |= STARTS | REJECTED
         out_flags[end] |= STARTS  # Where the next piece starts too, or the next row, or the padding.

@@ -144,6 +144,8 @@ def _settings(
             )
     else:
         settings["train_on"] = data.train_on
+        if train.needs.data == "steps":
+            settings["step_separator"] = data.step_separator
         if data.eot_tokens:
             settings["eot_tokens"] = list(data.eot_tokens)
         if (source := template_source(data.template)) is not None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from distlora.config import UserError
 from distlora.config.json_files import Shape, check_shape, read_object
+from distlora.config.objectives import OBJECTIVES
 from distlora.system.atomic_io import sync
 
 FORMAT_VERSION = 6
@@ -38,6 +39,8 @@ MARGINS = "margins"
 TRAINED, STARTS, REJECTED, JUDGED, BAD = 1, 2, 4, 8, 16
 """Bits of a flag: the label at this position is the next token; a document (or the padding) starts here; what starts
 here is the rejected answer of a pair, whose chosen one lies right before it; is judged; and is judged bad."""
+RIGHT = 32
+"""Bit of a flag, beside TRAINED: the label at this position is that of a right step, and not the next token."""
 
 
 _COUNTED = (
@@ -137,6 +140,8 @@ class PackedRows:
     """The records of prompts, a row each; None for other data."""
     margins: np.ndarray | None = None
     """(N, M) float32: the margin of each pair of a row of at most M, 0 after the last; None if no record has one."""
+    classifies: bool = False
+    """True if labels are the classes of steps: 1 where the flag is RIGHT, 0 elsewhere."""
 
     @classmethod
     def open(cls, cache_dir: Path, split: str) -> PackedRows:
@@ -161,6 +166,7 @@ class PackedRows:
             margins=_load(split_file(cache_dir, split, MARGINS), (counts["rows"], counts[MARGINS]), np.float32)
             if MARGINS in counts
             else None,
+            classifies=meta["objective"] in OBJECTIVES and OBJECTIVES[meta["objective"]].labels > 1,
         )
 
     def __len__(self) -> int:

@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     """(T,) int32."""
     trained: np.ndarray
-    """(T,) uint8: 1 where the model is trained to predict this token."""
+    """(T,) uint8: 1 where the model is trained to predict this token, with rows.RIGHT behind a right step."""
     rejected: int | None = None
     """The first token of a pair's rejected document; None: there is one document."""
     is_good: bool | None = None

@@ -101,7 +101,8 @@ def scored_by(config: Any, decoder: str) -> tuple[str, ...]:
     for task, (mapping, base) in generic.items():
         made: Any = mapping.get(type(config), None)
         if made is not None and issubclass(made, base) and made.forward is base.forward:
-            found += [task] if made.base_model_prefix == decoder else []
+            has_bias = task == "SEQ_CLS" or getattr(config, "token_classification_bias", True)
+            found += [task] if made.base_model_prefix == decoder and has_bias else []
     return tuple(found)
 
 

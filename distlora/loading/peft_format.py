@@ -153,13 +153,14 @@ def load_peft_adapter(
     check_modules(initial.modules, file, rows=heights, hidden=whole_shape(model.head.weight)[1])
     by_name = {path.rpartition(".")[2]: weight for path, weight in modules.items()}
     with safetensors.safe_open(file, framework="pt") as tensors:
-        if head is not None and initial.score is not None:
-            value = tensors.get_tensor(initial.score.name)
-            _check_finite(file, initial.score.name, value)
-            if value.shape != head.weight.shape:
-                shapes = f"{list(value.shape)}, and the model's has {list(head.weight.shape)}"
-                raise UserError(f"{file}: {initial.score.name} has shape {shapes}; set another {{adapter.init_from}}")
-            head.weight.copy_(value)
+        parts = () if head is None or initial.score is None else head.named_parameters()
+        for name, parameter in ((f"{_PREFIX}{SCORE}.{part}", parameter) for part, parameter in parts):
+            value = tensors.get_tensor(name) if name in tensors.keys() else parameter.new_empty(0)  # noqa: SIM118
+            _check_finite(file, name, value)
+            if value.shape != parameter.shape:
+                shapes = f"{list(value.shape)}, and the model's has {list(parameter.shape)}"
+                raise UserError(f"{file}: {name} has shape {shapes}; set another {{adapter.init_from}}")
+            parameter.copy_(value)
         for module, of in initial.modules.items():
             local, first = backend.local_rows(by_name[module])
             rank_rows = tensors.get_slice(of.name)[first : min(first + len(local), of.shape[0])]

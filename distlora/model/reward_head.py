@@ -1,7 +1,8 @@
 """Score head: what a reward model has in place of the LM head (extension point 2). Trained, fp32, replicated.
 
-It is the `score` of transformers' AutoModelForSequenceClassification: a linear of the last norm's output. It gives the
-outputs of every token; the objective picks those that it trains.
+It is the `score` of transformers' AutoModelForSequenceClassification, or with two outputs and a bias that of
+AutoModelForTokenClassification: a linear of the last norm's output. It gives the outputs of every token; the objective
+picks those that it trains.
 
 Letters: B rows, T tokens per row, H hidden size, K outputs.
 """
@@ -28,7 +29,9 @@ class RewardHead(Replicated, LossHead):
     """Return the outputs of each token, (B, T, K) fp32, or (B, T) where K is 1, from hidden (B, T, H)."""
 
     def __init__(self, labels: int, hidden_size: int) -> None:
-        super().__init__(nn.Parameter(torch.empty(labels, hidden_size, dtype=torch.float32, device="meta")))
+        weight = torch.empty(labels, hidden_size, dtype=torch.float32, device="meta")
+        bias = None if labels == 1 else nn.Parameter(torch.empty(labels, dtype=torch.float32, device="meta"))
+        super().__init__(nn.Parameter(weight), bias=bias)
 
     @property
     def task_type(self) -> str:
@@ -42,9 +45,11 @@ class RewardHead(Replicated, LossHead):
 
     @torch.no_grad()
     def reset(self, std: float, *, seed: int) -> None:
-        """Initialize the weight as transformers does, normal of this std, by (seed, name)."""
+        """Initialize the weight as transformers does, normal of this std, by (seed, name), and a bias with 0."""
         start = randomness.normal((self.weight.shape[0], self.weight.shape[1]), seed=seed, name=f"{SCORE}.weight")
         self.weight.copy_(start * std)
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(
         self,
@@ -58,6 +63,8 @@ class RewardHead(Replicated, LossHead):
         """Return the outputs of each token. `labels` are not read."""
         assert reference is divergence is None, "the reference is of logits, and this head has none"
         outputs: Tensor = _Outputs.apply(hidden.flatten(0, 1), self.weight)
+        if self.bias is not None:
+            outputs = outputs + self.bias
         return outputs.view(*hidden.shape[:2], -1).squeeze(-1)
 
 

@@ -145,8 +145,8 @@ def trained_tensors(work: Workload, shapes: ModelShapes, *, stored: bool = False
         yield Tensor(f"{path}.token_adapter.trainable_tokens_delta", (len(ids), shapes.hidden))
     for name in work.adapter.modules_to_save:
         yield Tensor(f"{prefix}{matrices[name]}.weight", matrix)
-    if labels := work.train.needs.labels:
-        yield Tensor(f"{prefix}score.weight", (labels, shapes.hidden))
+    for name, shape in work.train.needs.score_shapes(shapes.hidden).items():
+        yield Tensor(f"{prefix}score.{name}", shape)
 
 
 def optimizer_tensors(work: Workload, trained: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -179,7 +179,7 @@ def _parameter_name(name: str) -> str:
     name = name.removeprefix("base_model.model.")
     _, layers, in_block = name.partition(".layers.")
     if not layers:
-        return "head.weight" if name == "score.weight" else name
+        return f"head.{name.removeprefix('score.')}" if name.startswith("score.") else name
     layer, _, path = in_block.partition(".")
     for theirs, our in ((".lora_A.weight", "A"), (".lora_B.weight", "B"), (".lora_magnitude_vector", "magnitude")):
         if path.endswith(theirs):

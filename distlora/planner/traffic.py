@@ -184,6 +184,7 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     adapter, itemsize, shards = work.adapter, DTYPE_BYTES[work.train.dtype], work.shard_degree(world)
     full, whole = adapter.method == "full", adapter.modules_to_save
     labels = work.train.needs.labels
+    scores = sum(map(math.prod, work.train.needs.score_shapes(shapes.hidden).values()))
     tied = shapes.ties(adapter) and not labels
     matrix, norm = padded((shapes.vocabulary, shapes.hidden), shards), outside_numel(shapes, shards)
     embedding, head = matrix_bytes(shapes, shards, work.token_formats(shapes), itemsize)
@@ -199,7 +200,7 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
         of_blocks = layers_bytes(shapes, shards, format=None, itemsize=1)
         scattered = 4 * (of_blocks + norm + (1 if tied else 2) * matrix)
     reduced = 0 if full else 4 * sum(map(shapes.adapted_numel, work.adapters))
-    reduced += 4 * shapes.hidden * (labels + token_rows(work, shapes)) + (4 if scattered and shards > 1 else 0)
+    reduced += 4 * (scores + shapes.hidden * token_rows(work, shapes)) + (4 if scattered and shards > 1 else 0)
     rows = scattered // shards if shards < world else 0
     if shards == 1:
         gathered, scattered, reduced, rows = 0, 0, reduced + rows, 0

@@ -105,7 +105,8 @@ class Name:
             config.train.needs.labels == 0,
             f"{self.place} trained a reward model (train.objective={config.train.objective}): a score replaces its LM "
             "head, so it predicts no tokens to sample, to evaluate, to merge or to export. RUN/metrics.jsonl has its "
-            "held-out accuracy (eval_rewards/accuracies); load RUN/adapter by PEFT, as docs/objectives.md shows",
+            f"held-out accuracy (eval_{config.train.needs.figures[-1]}); load RUN/adapter by PEFT, as "
+            "docs/objectives.md shows",
         )
         weights = find_weights(folder, config.spec, self.adapter, self.checkpoint)
         foreign = self.adapter not in (None, BASE_ALONE)

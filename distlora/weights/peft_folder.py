@@ -27,6 +27,7 @@ from distlora.weights.peft_modules import (
     MODULE,
     ROWS,
     SCORE,
+    SCORE_BIAS,
     SCORE_NAMES,
     PeftTokenRows,
     PeftWholeModule,
@@ -367,7 +368,7 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
     by_part: dict[tuple[str, str], str] = {}
     for name in sorted(read_header(file)):
         match, module = _TENSOR.fullmatch(name), MODULE.fullmatch(name)
-        is_score = name == SCORE and not saved.isdisjoint(SCORE_NAMES)
+        is_score = name in (SCORE, SCORE_BIAS) and not saved.isdisjoint(SCORE_NAMES)
         if ROWS.fullmatch(name) or is_score or (module is not None and module["module"] in saved):
             continue
         if match is None:

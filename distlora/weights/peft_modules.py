@@ -15,6 +15,7 @@ from typing import Any
 from distlora.architecture.safetensors_headers import Segment
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import SAVED_MODULES, UserError
+from distlora.config.objectives import OBJECTIVES
 
 ROWS = re.compile(
     r"base_model\.model\.(?:.+\.)?(?P<matrix>embed_tokens|lm_head)\.token_adapter\."
@@ -148,7 +149,7 @@ def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: C
 
 SCORE_NAMES = ("score", "classifier")
 """Names that PEFT saves the head of a model of rewards by; transformers' classes of decoders have the first."""
-SCORE = "base_model.model.score.weight"
+SCORE, SCORE_BIAS = "base_model.model.score.weight", "base_model.model.score.bias"
 
 
 def read_score(values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path) -> PeftWholeModule | None:
@@ -167,7 +168,8 @@ def read_score(values: Mapping[str, Any], header: Mapping[str, Segment], folder:
 def check_score(score: PeftWholeModule | None, folder: Path, labels: int | None) -> None:
     """Refuse an adapter whose score has another number of outputs than the caller's (`read_peft_adapter`)."""
     if score is not None and labels is not None and score.shape[0] != labels:
-        instead = "train.objective=reward takes it" if score.shape[0] == 1 else "no objective takes it"
+        objectives = [name for name, needs in OBJECTIVES.items() if needs.labels == score.shape[0]]
+        instead = f"train.objective={objectives[0]} takes it" if objectives else "no objective takes it"
         if labels:
             instead = f"this run's score has {labels}"
         raise UserError(

@@ -249,8 +249,7 @@ class Trained:
             beside += sum({each.path: each.magnitude for block in blocks for each in block}.values())
         rows = traffic.trained_rows(work, shapes)
         adapters.update(len(ids) * shapes.hidden for ids in rows.values())
-        if labels := work.train.needs.labels:
-            adapters.update([labels * shapes.hidden])
+        adapters.update(map(math.prod, work.train.needs.score_shapes(shapes.hidden).values()))
         of_base: Counter[int] = Counter()
         for tensor, count in base.counted():
             if tensor.trained:

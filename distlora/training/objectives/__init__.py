@@ -12,6 +12,7 @@ from distlora.training.objectives.kto import KTO
 from distlora.training.objectives.next_token import NextToken
 from distlora.training.objectives.objective import Losses, Objective
 from distlora.training.objectives.orpo import ORPO
+from distlora.training.objectives.process_reward import ProcessReward
 from distlora.training.objectives.reward import RewardModel
 from distlora.training.objectives.simpo import SimPO
 
@@ -26,6 +27,7 @@ __all__ = [
     "MismatchError",
     "NextToken",
     "Objective",
+    "ProcessReward",
     "RewardModel",
     "SimPO",
     "objective_of",
@@ -40,6 +42,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "kto": KTO,
     "distill": Distill,
     "reward": RewardModel,
+    "process_reward": ProcessReward,
 }
 """Objectives by train.objective."""
 

@@ -35,6 +35,7 @@ from distlora.model.build import CausalLM
 from distlora.model.reward_head import RewardHead
 from distlora.parallel import Ranks
 from distlora.training.loop import mean_losses
+from distlora.training.loop import prepare as prepare_objective
 from distlora.training.objectives import objective_of
 from distlora.training.open_run import open_data
 from distlora.training.setup import start_adapters, start_run_model
@@ -322,9 +323,7 @@ def our_step(ranks: Ranks, *, run_dir: Path) -> tuple[Ours, CausalLM]:
         if moves:
             move_adapters(model)
         backend.zero_gradients()
-        model.set_num_micro(1)
-        with torch.no_grad():
-            objective.prepare(model, batch.mismatched, objective.units(batch), backend)
+        prepare_objective(objective, model, Share(batch, None, 0), objective.units(batch), backend, whole=True)
         model.set_num_micro(len(batch.micro_batches))
         with torch.set_grad_enabled(moves):
             rows = objective.losses(model, part.batch, ranks.device, 0).rows

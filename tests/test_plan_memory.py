@@ -146,6 +146,7 @@ MORE: list[Cell] = [
     ("llama", 2, 1, {"train": {"mlp_tile": 64}, "quant": NONE}),
     ("llama", 2, 2, {"optim": {"name": "paged_adamw_8bit"}, "adapter": {"r": 64}}),
     ("llama", 2, 1, {"train": {"objective": "dpo"}, "data": {"format": "preference"}}),
+    ("llama", 2, 1, {"train": {"objective": "kto"}, "data": {"format": "prompt_completion"}}),
     ("llama", 2, 1, {"train": {"objective": "orpo"}, "data": {"format": "preference"}}),
     ("llama", 2, 1, {"train": {"objective": "distill", "beta": 0.5}}),
     ("mixtral", 2, 1, {}),

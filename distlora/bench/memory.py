@@ -11,7 +11,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from distlora.planner.workload import Workload
 from distlora.system.exit_codes import DONE
 from distlora.system.progress import say
 from distlora.training.compile_choice import decide_compile
-from distlora.training.loop import mean_losses
+from distlora.training.loop import mean_losses, prepare
 from distlora.training.memory_meter import MemoryMeter, StepMemory
 from distlora.training.objectives import objective_of
 from distlora.training.optimizers import Optimizer, build_optimizer, learning_rate
@@ -98,7 +98,11 @@ class TrainingSteps:
         places = torch.arange(len(ids)) * world + self.ranks.rank
         split = (each.split(rows) for each in (ids, labels, positions, places))
         micro_batches = [MicroBatch(*parts) for parts in zip(*split, strict=True)]
-        return StepBatch(micro_batches, world * labels.numel(), 0, world * len(ids), tuple(places.tolist()))
+        if trial.train.needs.data == "judged":
+            micro_batches = [part._replace(judged=(part.position_ids == 0).long()) for part in micro_batches]
+        counts = world * labels.numel(), world * int((positions == 0).sum()), world * len(ids)
+        batch = StepBatch(micro_batches, *counts, tuple(places.tolist()))
+        return replace(batch, mismatched=micro_batches) if trial.train.needs.mismatched else batch
 
     def run(self, number: int) -> None:
         """Run step `number` (0-based) of all trials."""
@@ -106,6 +110,8 @@ class TrainingSteps:
         backend.zero_gradients()
         shares = [Share(batch, slot, number) for batch, slot in zip(self._batches, self._slots, strict=True)]
         units = [batch.global_targets for batch in self._batches]
+        if prepare(self._objective, self.model, shares[0], units[0], backend, whole=self._whole):
+            self.model.set_num_micro(trials[0].train.slices(self.ranks.world))
         parts = stacks(shares, whole=self._whole)
         for index, part in enumerate(parts):
             losses = self._objective.losses(self.model, part.batch, self.ranks.device, part.step)

@@ -29,7 +29,7 @@ from distlora.parallel import Backend, watch
 from distlora.parallel.stop_and_save import Control
 from distlora.system.progress import still
 from distlora.system.stop_signals import Stopped
-from distlora.training.objectives import Losses
+from distlora.training.objectives import Losses, Objective
 from distlora.training.trial import StepFigures, Trial
 
 
@@ -161,7 +161,8 @@ class Trainer:
         self.backend.zero_gradients()
         whole = self.trials[0].train.accumulate == "block"
         with self._copies.fresh():
-            estimates = self._prepare(trials[0], shares[0], units[0], step, whole=whole)
+            watch.at(step, "estimates of the objective", long=self._is_cold)
+            estimates = prepare(trials[0].objective, self.model, shares[0], units[0], self.backend, whole=whole)
             if whole:  # As one batch, which the layers slice.
                 self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
             parts = stacks(shares, whole=whole)
@@ -200,22 +201,6 @@ class Trainer:
                 )
             )
 
-    @torch.no_grad()
-    def _prepare(self, trial: Trial, share: Share, units: int, step: int, *, whole: bool) -> int:
-        """Let the objective estimate what the losses of a step need of all its rows; return the forward passes of it.
-
-        `whole`: the layers slice one batch of all rows.
-        """
-        mismatched = share.batch.mismatched
-        if not mismatched:
-            return 0
-        if whole:
-            self.model.set_num_micro(len(mismatched))
-        parts = stacks([share._replace(batch=replace(share.batch, micro_batches=list(mismatched)))], whole=whole)
-        watch.at(step, "forward of mismatched answers", long=self._is_cold)
-        trial.objective.prepare(self.model, [part.batch for part in parts], units, self.backend)
-        return len(parts)
-
     def evaluate(self, trials: Sequence[Trial]) -> None:
         """Compute the mean held-out loss and metrics of each trial over all its held-out units, or of its answers."""
         if (rollouts := trials[0].rollouts) is not None:
@@ -238,7 +223,8 @@ class Trainer:
                 shares = [Share(loaders[number].batch(index), trials[number].slot, None) for number in running]
                 for number, share in zip(running, shares, strict=True):
                     units[number] += objective.units(share.batch)
-                self._prepare(trials[0], shares[0], objective.units(shares[0].batch), step, whole=False)
+                own = shares[0]
+                prepare(objective, self.model, own, objective.units(own.batch), self.backend, whole=False)
                 for part in stacks(shares, whole=False):
                     # The first batch may compile and allocate memory.
                     self.control.boundary(step, "evaluation, batch", index + 1, long=index == 0)
@@ -266,6 +252,22 @@ def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> Non
     for (owner, batch), (_, units) in zip(part.batches_of_owners(), part.split_by_owner(losses.units), strict=True):
         if (documents := trials[owner].documents) is not None:
             documents.add(batch, units)
+
+
+@torch.no_grad()
+def prepare(objective: Objective, model: CausalLM, share: Share, units: int, backend: Backend, *, whole: bool) -> int:
+    """Let the objective estimate what the losses of a step need of all its rows; return its forward passes.
+
+    `whole`: the layers slice one batch of all rows.
+    """
+    mismatched = list(share.batch.mismatched)
+    if not mismatched:
+        return 0
+    if whole:
+        model.set_num_micro(len(mismatched))
+    parts = stacks([Share(replace(share.batch, micro_batches=mismatched), share.slot, None)], whole=whole)
+    objective.prepare(model, [part.batch for part in parts], units, backend)
+    return len(parts)
 
 
 def mean_losses(part: Stack, rows: Tensor, units: Sequence[int]) -> list[Tensor]:

@@ -63,7 +63,9 @@ def pair_of(value: dict[str, Any], **columns: str) -> dict[str, Any]:
     record = Record("pairs.jsonl:1", 10, value)
     format = resolve_format(record, "auto", Reading(columns))
     assert format == "preference"
-    return to_document(record, format, True, Reading(columns)).value
+    pair = to_document(record, format, True, Reading(columns)).value
+    assert pair.pop("margin") is None
+    return pair
 
 
 @pytest.mark.parametrize("form", CONVERSATIONS)

@@ -442,7 +442,7 @@ def test_objectives_of_pairs_have_the_settings_that_trl_would_have(
 def test_kto_is_carried_with_the_data_sets_that_ours_reads(
     tmp_path: Path, entry: dict[str, Any], format: str, columns: dict[str, str], template: str | None
 ) -> None:
-    values = LEAST | {"rl": "kto", "rl_beta": 0.2, "kto_undesirable_weight": 0.5}
+    values = LEAST | {"rl": "kto", "rl_beta": 0.2, "kto_undesirable_weight": 0.5, "micro_batch_size": 4}
     imported = convert(values | {"datasets": [{"path": "/judged.jsonl", **entry}]}, processes=1)
     config = composed(imported, tmp_path)
     train = config.train

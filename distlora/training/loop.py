@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distlora.config.objectives import means_of
-from distlora.data.loader import Share, Stack, stacks
+from distlora.data.loader import MicroBatch, Share, Stack, stacks
 from distlora.model.adapters import AdaptedLinear, AdapterCopies
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
@@ -161,8 +161,12 @@ class Trainer:
         self.backend.zero_gradients()
         whole = self.trials[0].train.accumulate == "block"
         with self._copies.fresh():
-            watch.at(step, "estimates of the objective", long=self._is_cold)
-            estimates = prepare(trials[0].objective, self.model, shares[0], units[0], self.backend, whole=whole)
+            mark = functools.partial(
+                self.control.boundary, step, "forward of mismatched answers, batch", long=self._is_cold
+            )
+            estimates = prepare(
+                trials[0].objective, self.model, shares[0], units[0], self.backend, whole=whole, mark=mark
+            )
             if whole:  # As one batch, which the layers slice.
                 self.model.set_num_micro(max(len(share.batch.micro_batches) for share in shares))
             parts = stacks(shares, whole=whole)
@@ -223,8 +227,9 @@ class Trainer:
                 shares = [Share(loaders[number].batch(index), trials[number].slot, None) for number in running]
                 for number, share in zip(running, shares, strict=True):
                     units[number] += objective.units(share.batch)
-                own = shares[0]
-                prepare(objective, self.model, own, objective.units(own.batch), self.backend, whole=False)
+                own, place = shares[0], f"evaluation, estimates of batch {index + 1}, part"
+                mark = functools.partial(self.control.boundary, step, place, long=index == 0)
+                prepare(objective, self.model, own, objective.units(own.batch), self.backend, whole=False, mark=mark)
                 for part in stacks(shares, whole=False):
                     # The first batch may compile and allocate memory.
                     self.control.boundary(step, "evaluation, batch", index + 1, long=index == 0)
@@ -255,10 +260,19 @@ def _note_documents(trials: Sequence[Trial], part: Stack, losses: Losses) -> Non
 
 
 @torch.no_grad()
-def prepare(objective: Objective, model: CausalLM, share: Share, units: int, backend: Backend, *, whole: bool) -> int:
+def prepare(
+    objective: Objective,
+    model: CausalLM,
+    share: Share,
+    units: int,
+    backend: Backend,
+    *,
+    whole: bool,
+    mark: Callable[[int], None] = lambda _: None,
+) -> int:
     """Let the objective estimate what the losses of a step need of all its rows; return its forward passes.
 
-    `whole`: the layers slice one batch of all rows.
+    `whole`: the layers slice one batch of all rows. `mark` is called before each pass, with its number from 1.
     """
     mismatched = list(share.batch.mismatched)
     if not mismatched:
@@ -266,8 +280,14 @@ def prepare(objective: Objective, model: CausalLM, share: Share, units: int, bac
     if whole:
         model.set_num_micro(len(mismatched))
     parts = stacks([Share(replace(share.batch, micro_batches=mismatched), share.slot, None)], whole=whole)
-    objective.prepare(model, [part.batch for part in parts], units, backend)
+    objective.prepare(model, _marked(parts, mark), units, backend)
     return len(parts)
+
+
+def _marked(parts: Sequence[Stack], mark: Callable[[int], None]) -> Iterator[MicroBatch]:
+    for index, part in enumerate(parts, 1):
+        mark(index)
+        yield part.batch
 
 
 def mean_losses(part: Stack, rows: Tensor, units: Sequence[int]) -> list[Tensor]:

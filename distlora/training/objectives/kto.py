@@ -5,7 +5,7 @@ Letters: B rows, T tokens per row, P most answers per row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class KTO(Objective):
         """Return the judged answers of the step, over all ranks."""
         return batch.global_pairs
 
-    def prepare(self, model: CausalLM, mismatched: Sequence[MicroBatch], units: int, backend: Backend) -> None:
+    def prepare(self, model: CausalLM, mismatched: Iterable[MicroBatch], units: int, backend: Backend) -> None:
         """Estimate KL."""
         total = torch.zeros((), dtype=torch.float64, device=backend.ranks.device)
         for batch in mismatched:

@@ -10,7 +10,7 @@ Letters: B rows, T tokens per row, P most pairs per row, F metrics, M of which t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -51,7 +51,7 @@ class Objective(ABC):
         """Return the units of the step, over all ranks."""
 
     def prepare(  # noqa: B027 (most objectives need nothing)
-        self, model: CausalLM, mismatched: Sequence[MicroBatch], units: int, backend: Backend
+        self, model: CausalLM, mismatched: Iterable[MicroBatch], units: int, backend: Backend
     ) -> None:
         """Compute without gradient what the losses of a step, or of an evaluation's batch, need of all its rows.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,16 @@ from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
 from distlora.post.trained import Name
 from distlora.training import worker as training_worker
+from distlora.training.objectives import RewardModel
 from distlora.training.open_run import open_data
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.trial import active_weights as active_weights_of
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import with_initial_adapter
-from family_models import SINGLE
+from family_models import SINGLE, edit_config
 from planned import assert_disk_as_planned, traffic_of
 from small_models import config_with, make_run, read_metrics
-from test_dpo import preferences  # noqa: F401 - a fixture
+from test_dpo import documents_of, preferences  # noqa: F401 - a fixture
 from test_parity import run_once
 from test_resume import run_until
 from tiers import ci
@@ -170,6 +172,37 @@ def test_peft_and_transformers_load_the_result_with_equal_rewards(
         expected = torch.stack([our_scores(ours, ids[0])[39], our_scores(ours, ids[1, :30])[29]])
     assert rewards.abs().min() > 1e-3
     assert (rewards - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pad", ["eos", None])
+def test_the_reward_is_read_where_transformers_reads_it(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+    pad: str | None,
+) -> None:
+    """Where the end-of-text token is the padding too, that is before it."""
+    from small_models import tokenizer
+
+    shutil.copytree(folders / "llama", tmp_path / "llama")
+    eos = tokenizer().eos_token_id
+    edit_config(tmp_path / "llama", pad_token_id=eos if pad else None)
+    config = prepare(tmp_path / "run", tmp_path, preferences, quant={"method": "none"})
+    ours, _, _ = start_run_model(config, SINGLE)
+    batch = open_data(tmp_path / "run", config.train, SINGLE)[0].batch(0)
+    losses = sum(
+        RewardModel(config.train).losses(ours, part, SINGLE.device, 0).rows.sum() for part in batch.micro_batches
+    )
+    theirs: Any = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "llama", num_labels=1, dtype=torch.float32
+    )
+    with torch.no_grad():
+        theirs.score.weight.copy_(ours.head.weight)
+        documents = [ids for part in batch.micro_batches for ids, _ in documents_of(part)]
+        assert all(ids[-1] == eos for ids in documents)
+        rewards = torch.stack([theirs(ids[None]).logits[0, 0] for ids in documents])
+        expected = -torch.nn.functional.logsigmoid(rewards[::2] - rewards[1::2]).sum()
+    assert_losses_close([float(losses)], [float(expected)], relative=1e-5)
 
 
 def test_a_run_starts_from_an_adapter_of_a_language_model_and_from_peft_s_reward_model(

@@ -19,7 +19,8 @@ from distlora.training.objectives.pairs import most_pairs, pair_sides, sums_of
 class RewardModel(Objective):
     """-log sigmoid(r(chosen) - r(rejected) - margin) + center_rewards (r(chosen) + r(rejected))^2 of each pair.
 
-    The reward r of an answer is the score at its last token. A pair without a margin has 0.
+    The reward r of an answer is the score at its last token that is not config.json's pad_token_id, where transformers'
+    class takes it; often that is the end-of-text token too. A pair without a margin has 0.
     """
 
     def units(self, batch: StepBatch) -> int:
@@ -31,7 +32,8 @@ class RewardModel(Objective):
         sent, most = send(batch, device), most_pairs(batch)
         sides, is_pair = pair_sides(sent.position_ids, sent.labels, most)
         scores = run(model, batch, sent, step, by_token=True)
-        rewards = sums_of(torch.where(ends_of(sent.position_ids), scores, 0.0), sides)
+        pad = model.hf_config.pad_token_id
+        rewards = sums_of(scores, last_of(sides, sent.input_ids != (-1 if pad is None else pad)))
         chosen, rejected = rewards.unbind(dim=-1)
         difference = chosen - rejected
         margins = 0.0 if sent.margins is None else sent.margins[:, :most]
@@ -45,6 +47,7 @@ class RewardModel(Objective):
         return Losses(losses.sum(dim=1), sums, losses if step is None else None)
 
 
-def ends_of(position_ids: Tensor) -> Tensor:
-    """Return a mask (B, T) of the last token of each document, and of the padding."""
-    return F.pad(position_ids[:, 1:] == 0, (0, 1), value=True)
+def last_of(sides: Tensor, counts: Tensor) -> Tensor:
+    """Return a mask like sides (B, P, 2, T) of the last token of each that counts (B, T)."""
+    place = torch.arange(sides.shape[-1], device=sides.device)
+    return place == torch.where(sides & counts[:, None, None, :], place, -1).amax(dim=-1, keepdim=True)

@@ -71,6 +71,7 @@ def make_stage(folder: Path) -> Path:
     asked = {"prompt": [{"role": "user", "content": "2 + 3?"}], "answer": "5"}
     write_lines(folder / "questions.jsonl", [asked] * 20)
     write_lines(folder / "preferences.jsonl", [{"prompt": "A?", "chosen": "Yes.", "rejected": "No."}] * 20)
+    write_lines(folder / "judged.jsonl", [{"prompt": "A?", "completion": "Yes.", "label": True}] * 20)
     (folder / "wikipedia.txt").write_text("An article.\n" * 40)
     (folder / "prompts.txt").write_text("What is a list?\nWhat is a tuple?\n")
     write_text_file(folder / "text.jsonl")

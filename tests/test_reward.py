@@ -28,12 +28,14 @@ from distlora.planner.flops import active_weights
 from distlora.planner.model import model_in
 from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
+from distlora.post.combine.request import find_member
 from distlora.post.trained import Name
 from distlora.training import worker as training_worker
 from distlora.training.objectives import RewardModel
 from distlora.training.open_run import open_data
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.trial import active_weights as active_weights_of
+from distlora_launcher.cli import generate
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import with_initial_adapter
 from family_models import SINGLE, edit_config
@@ -246,6 +248,10 @@ def test_a_run_starts_from_an_adapter_of_a_language_model_and_from_peft_s_reward
 def test_commands_for_language_models_name_the_reward_model(alone: Path) -> None:
     with pytest.raises(UserError, match=r"trained a reward model \(train.objective=reward\).*eval_rewards/accuracies"):
         Name(place=str(alone)).read()
+    with pytest.raises(UserError, match=r"trained a reward model"):
+        generate.main([str(alone)])
+    with pytest.raises(UserError, match=r"is a model of rewards"):
+        find_member(str(alone), 1.0)
 
 
 @pytest.mark.parametrize("objective", ["reward", "process_reward"])

@@ -101,16 +101,20 @@ class Name:
             return _without_run(folder, self.place, base=self.base, quant=self.quant)
         require(self.base is None, f"--model={self.base}: {self.place} names its base itself; leave --model out")
         config = load_config(folder)
-        require(
-            config.train.needs.labels == 0,
-            f"{self.place} trained a reward model (train.objective={config.train.objective}): a score replaces its LM "
-            "head, so it predicts no tokens to sample, to evaluate, to merge or to export. RUN/metrics.jsonl has its "
-            f"held-out accuracy (eval_{config.train.needs.figures[-1]}); load RUN/adapter by PEFT, as "
-            "docs/objectives.md shows",
-        )
+        require_language_model(config.train, self.place)
         weights = find_weights(folder, config.spec, self.adapter, self.checkpoint)
         foreign = self.adapter not in (None, BASE_ALONE)
         return replace(of_run(config, weights, foreign=foreign), place=self.place, run_dir=folder)
+
+
+def require_language_model(train: TrainConfig, place: str | Path) -> None:
+    """Refuse the run at `place` if it trained a reward model."""
+    require(
+        train.needs.labels == 0,
+        f"{place} trained a reward model (train.objective={train.objective}): a score replaces its LM head, so it "
+        "predicts no tokens to sample, to evaluate, to merge or to export. RUN/metrics.jsonl has its held-out accuracy "
+        f"(eval_{train.needs.figures[-1]}); load RUN/adapter by PEFT, as docs/objectives.md shows",
+    )
 
 
 def of_run(config: Config, weights: str | Path | None, *, foreign: bool = False) -> Trained:

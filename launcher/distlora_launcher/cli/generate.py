@@ -8,7 +8,7 @@ from pathlib import Path
 from distlora.config import UserError, require
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, read_prompts
-from distlora.post.trained import find_weights
+from distlora.post.trained import find_weights, require_language_model
 from distlora_launcher.compose.hub import restore
 from distlora_launcher.launch.workers import become, check_processes, run_several
 from distlora_launcher.terminal.arguments import read
@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
         of = shown(run_dir.parent)  # The run itself is meant, which names the base and how it was trained.
         raise UserError(f"{shown(run_dir)} is the adapter of {of}; write distlora generate {of}")
     config = load_config(run_dir)
+    require_language_model(config.train, run_dir)
     weights = find_weights(run_dir, config.spec, options.adapter, options.checkpoint)
     found = {
         "run": str(run_dir),

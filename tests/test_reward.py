@@ -30,7 +30,9 @@ from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
 from distlora.post.combine.request import find_member
 from distlora.post.trained import Name
+from distlora.run_folder.layout import read_result
 from distlora.training import worker as training_worker
+from distlora.training.model_card import model_card
 from distlora.training.objectives import RewardModel
 from distlora.training.open_run import open_data
 from distlora.training.setup import start_adapters, start_run_model
@@ -82,6 +84,10 @@ def test_a_run_learns_which_answer_is_better_and_its_folder_is_whole(alone: Path
     assert lines[-1]["eval_rewards/margins"] > lines[0]["eval_rewards/margins"] + 0.1
     assert [item for item in verify(alone) if item.state == "damaged"] == []
     assert_disk_as_planned(alone)
+    card = model_card(read_result(alone), repository="me/it", base=None, license_of_base={})
+    assert "AutoModelForSequenceClassification.from_pretrained(" in card
+    assert "num_labels=1" in card
+    assert "pipeline_tag: text-classification" in card
 
 
 @pytest.mark.parametrize(

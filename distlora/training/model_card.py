@@ -70,7 +70,7 @@ def _metadata(result: Result, base: str | None, license_of_base: Mapping[str, An
     values: dict[str, Any] = {
         **({"base_model": base} if base else {}),
         "library_name": "peft" if result.adapter is not None else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": ("text-generation", "text-classification", "token-classification")[config.train.needs.labels],
         "tags": tags,
         **({"datasets": datasets} if datasets else {}),
         **license_of_base,
@@ -218,6 +218,8 @@ def _use(result: Result, repository: str, base: str | None) -> str:
     if config.is_file():
         model = read_config(config.parent)
         auto, stored = architecture_of(model, config).auto_class, quantization_method(model, config)
+    if labels := result.config.train.needs.labels:
+        auto = ("AutoModelForSequenceClassification", "AutoModelForTokenClassification")[labels - 1]
     if result.adapter is None:
         code = (
             f"from transformers import {auto}, AutoTokenizer\n\n"
@@ -240,6 +242,7 @@ def _use(result: Result, repository: str, base: str | None) -> str:
         code += f'nf4 = BitsAndBytesConfig(\n    {_NF4}, bnb_4bit_compute_dtype="{dtype}"\n)\n'
     how = f'{revision}, dtype="auto"' + (", quantization_config=nf4" if needs_nf4 else "")
     how += f", quantization_config={dense}(dequantize=True)" if dense else ""
+    how += f", num_labels={labels}" if labels else ""
     code += f'base = {auto}.from_pretrained("{tokenizer}"{how})\n'
     load = f'model = PeftModel.from_pretrained(base, "{repository}")\n'
     own_tokenizer = result.config.model.changes_tokenizer

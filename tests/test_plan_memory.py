@@ -170,6 +170,8 @@ ZERO3: list[Cell] = [
     ("llama", 2, 1, {"quant": NONE, "parallel": {"prefetch": False}, "train": {"checkpointing": "none"}}),
     ("qwen3", 2, 2, {"train": {"dtype": "fp32"}}),
     ("llama", 2, 1, {"parallel": {"offload_base": True}}),
+    ("mixtral", 2, 1, {}),
+    ("mixtral", 2, 2, {"parallel": {"experts": "on_demand"}}),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,21 +15,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from closeness import assert_adapters_close, assert_losses_close
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.collectives import Collectives
-from distlora.parallel import Ranks, zero3
+from distlora.parallel import Ranks, on_demand, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.planner import traffic
 from distlora.planner.workload import Workload
 from distlora.training import setup
 from distlora.training import worker as train
 from distlora.training.open_run import open_data
-from planned import block_bytes
-from small_models import NEW_TOKENS, TYPES, make_run, read_metrics
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
+from planned import block_bytes, traffic_of
+from small_models import NEW_TOKENS, TYPES, make_run, read_metrics, write_model_folder
 from test_dpo import preferences, prepare  # noqa: F401  (a fixture)
 from test_loading import check_slices, own_rows
 from test_parity import adapters_after, outcome, result_of
@@ -185,6 +189,109 @@ def test_bytes_on_the_wire_are_the_packed_base_once_a_pass(
             assert intact, "F.linear was exchanged for the whole process"
 
 
+SOME, SMALL = "gpt_oss-some", "qwen3_moe-small"
+
+
+@pytest.fixture(scope="module")
+def some(folders: Path) -> Path:
+    """Write a model of 4 experts of which all tokens choose 0 and 2, with biases and transposed weights.
+
+    The other one has 8 experts of less than a group of 16,384 weights.
+    """
+    write_model_folder(folders / SMALL, SMALL)
+    sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 128}
+    write_model_folder(folders / SOME, SOME, **sizes)
+    file = folders / SOME / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("router.bias"):
+            tensor.copy_(torch.tensor([100.0, 0.0, 99.0, 0.0]))
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    return folders
+
+
+def poisoned(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a weight full of NaN and of the highest codes."""
+    return (
+        torch.full(shape, 255, dtype=torch.uint8, device=device)
+        if dtype == torch.uint8
+        else (torch.full(shape, math.nan, dtype=dtype, device=device))
+    )
+
+
+def adapters_of_poisoned(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
+    """Train with experts that hold NaN where no token chose them, and return this rank's own adapters."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(on_demand, "undefined", poisoned)
+        return adapters_after(ranks, run_dir=run_dir)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "sections"),
+    [
+        (SOME, 2, {"train": {"micro_batch": 2, "checkpointing": "none", "accumulate": "block", "verify": True}}),
+        # Three micro-batches of few tokens.
+        (
+            SMALL,
+            3,
+            {
+                "train": {"micro_batch": 1, "global_batch": 9},
+                "parallel": {"offload_base": True},
+                "data": {"sequence_length": 3},
+            },
+        ),
+        ci(SOME, 2, {"train": {"micro_batch": 3}, "quant": {"method": "none"}, "parallel": {"offload_base": True}}),
+    ],
+    ids=str,
+)
+def test_experts_on_demand_are_the_same_run(
+    alone: Alone, some: Path, tmp_path: Path, model: str, size: int, sections: dict[str, Any]
+) -> None:
+    """Bit for bit, with fewer bytes."""
+    results, gathered = [], []
+    for experts in ("gathered", "on_demand"):
+        parallel = ZERO3 | {"experts": experts} | sections.get("parallel", {})
+        data = {"eval_fraction": 0.0} | sections.get("data", {})
+        settings = {"max_steps": 2, "save_every": 2} | sections["train"]
+        given = sections | {"parallel": parallel, "train": settings, "data": data}
+        make_run(tmp_path / experts, some, model, **given)
+        ranks = alone.run(size, adapters_of_poisoned, run_dir=tmp_path / experts)
+        assert all(torch.equal(ranks[0][name], other[name]) for other in ranks[1:] for name in ranks[0])
+        results.append(result_of(tmp_path / experts))
+        gathered.append([line["gathered_bytes"] for line in read_metrics(tmp_path / experts) if "loss" in line])
+    (expected, theirs), (losses, adapter) = results
+    assert losses == expected
+    assert adapter.keys() == theirs.keys()
+    assert all(torch.equal(adapter[name], theirs[name]) for name in adapter)
+    assert gathered[1][-1] < gathered[0][-1] or model != SOME
+
+
+def test_experts_on_demand_take_the_bytes_of_those_that_are_chosen(alone: Alone, some: Path, tmp_path: Path) -> None:
+    """In NF4 an expert has 2 and 1 groups: a rank has 4 and 2, and sends 2 and 1 of those of all ranks' choice."""
+    settings = {"micro_batch": 2, "global_batch": 12}
+    parallel = ZERO3 | {"prefetch": False}
+    config = make_run(tmp_path / "all", some, SOME, train=settings, parallel=parallel)
+    whole = traffic_of(config, world=2).gathered
+    make_run(tmp_path / "run", some, SOME, train=settings, parallel=parallel | {"experts": "on_demand"})
+    layers, passes, forwards, ranks, group = 3, 3, 2, 2, FORMAT_LAYOUTS["nf4"].group_bytes
+    expected = whole - layers * passes * 2 * ranks * 3 * group + layers * passes * forwards * ranks * 4
+    for ours, theirs, left, _ in alone.run(2, gathered_in_steps, run_dir=tmp_path / "run", steps=1):
+        # Our count leaves out the check in the first forward, which gathers all experts.
+        assert (ours, theirs) == ([expected], [expected + layers * 12 * group])
+        assert left == 0
+
+
+def test_the_planned_bytes_are_those_of_random_choices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for experts, chosen, tokens, ranks in ((128, 8, 16, 8), (60, 4, 7, 8), (8, 2, 1, 2), (4, 2, 99, 3)):
+        scores = torch.rand(4000, tokens, experts, generator=generator)
+        used = torch.zeros(4000, experts).scatter_(1, scores.topk(chosen).indices.flatten(1), 1.0)
+        each = -(-experts // ranks)
+        padded = torch.nn.functional.pad(used, (0, ranks * each - experts))
+        measured = padded.view(4000, ranks, each).sum(dim=2).amax(dim=1).mean() / each
+        assert traffic.chosen_share(experts, chosen, tokens, ranks) == pytest.approx(float(measured), rel=0.05)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_other_backend(
     alone: Alone, folders: Path, tmp_path: Path, reference: Callable[[str], Any]
@@ -283,19 +390,26 @@ def test_rows_in_host_memory_are_sent_while_the_host_goes_on_and_stay_where_they
     assert parameter.ds_tensor is rows
 
 
-def test_damaged_weights_are_found_where_they_are_gathered(alone: Alone, folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders, parallel=ZERO3)
-    for message in alone.run(3, damage_one_row, run_dir=tmp_path / "run"):
-        assert "mlp.up_proj.codes" in message, message
+@pytest.mark.parametrize(
+    ("model", "experts", "name"),
+    [("llama", "gathered", "mlp.up_proj.codes"), ci(SOME, "on_demand", "mlp.experts.down_proj.codes")],
+)
+def test_damaged_weights_are_found_where_they_are_gathered(
+    alone: Alone, some: Path, tmp_path: Path, model: str, experts: str, name: str
+) -> None:
+    """Of experts on demand in those too that no token chose."""
+    make_run(tmp_path / "run", some, model, parallel=ZERO3 | {"experts": experts})
+    for message in alone.run(3, damage_one_row, run_dir=tmp_path / "run", name=name):
+        assert name in message, message
         assert "the memory of rank 1 has changed" in message, message
 
 
-def damage_one_row(ranks: Ranks, *, run_dir: Path) -> str:
+def damage_one_row(ranks: Ranks, *, run_dir: Path, name: str) -> str:
     """Return the first forward's message after a bit of rank 1's rows has changed since loading."""
     config = train.load_config(run_dir)
     model, backend, _ = setup.start_run_model(config, ranks)
     if ranks.rank == 1:
-        rows, _ = backend.local_rows(model.blocks[1].get_submodule("inner.mlp.up_proj").get_parameter("codes"))
+        rows, _ = backend.local_rows(model.blocks[1].get_parameter(f"inner.{name}"))
         rows[0, 7] ^= 4
     tokens = torch.arange(40)[None]
     with pytest.raises(DamagedWeightsError) as raised, torch.no_grad():

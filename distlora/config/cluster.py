@@ -247,6 +247,10 @@ class ParallelConfig:
     That moves fewer bytes for few tokens. 1: every rank gathers all experts. `replica`: as many as a replica has, so
     that a resume may be on another number of ranks; where these cannot divide the experts, it gathers them as with 1.
     FSDP2 only."""
+    experts: Literal["gathered", "on_demand"] = "gathered"
+    """Gathering of a layer's experts. `gathered`: all, with the layer. `on_demand`: only those that some token of some
+    rank chose, when they run; the host then waits for the router of each layer, and no gather runs ahead. That moves
+    fewer bytes for few tokens; the numbers are the same. Needs parallel=zero3."""
     offload_base: bool = False
     """Keep each rank's shard of the base in pinned host memory; needs parallel=zero3. A GPU then holds up to three
     layers' weights, or two and the LM head's. Each gather copies the rank's shard over PCIe while the layer before
@@ -300,6 +304,11 @@ class ParallelConfig:
             self.backend == "fsdp2" or self.expert_degree == 1,
             f"parallel.expert_degree={self.expert_degree} is FSDP2's: DeepSpeed gathers whole layers; leave it out, or "
             "set parallel=fsdp2",
+        )
+        require(
+            self.backend == "zero3" or self.experts == "gathered",
+            f"parallel.experts={self.experts} needs parallel=zero3: FSDP2 gathers whole layers; add parallel=zero3, or "
+            "leave it out",
         )
 
     def check_blocks(self, num_blocks: int) -> None:

@@ -50,6 +50,8 @@ class Gathering:
     """Most elements of all such tensors; None: no limit."""
     allgather_sequential: bool = False
     """True to gather one tensor at a time."""
+    experts_on_demand: bool = False
+    """True if experts are gathered when tokens choose them, apart from their layers."""
     without_effect: tuple[str, ...] = ()
     """Keys of the file without effect."""
 
@@ -154,7 +156,11 @@ def read_gathering(parallel: ParallelConfig) -> Gathering:
     Raises UserError for keys that distlora does not support, DeepSpeed does not know or `parallel` contradicts, and for
     a file that is not JSON.
     """
-    gathering = Gathering(offload=parallel.offload_base, prefetch_bucket_size=None if parallel.prefetch else 0)
+    gathering = Gathering(
+        offload=parallel.offload_base,
+        prefetch_bucket_size=None if parallel.prefetch else 0,
+        experts_on_demand=parallel.experts == "on_demand",
+    )
     if parallel.deepspeed_config is None:
         return gathering
     file = Path(parallel.deepspeed_config)

@@ -111,6 +111,8 @@ class ExpertWeight(Adapted, FrozenTensor):
         self.context = context
         self.local = slice(0, self.num_experts)
         """Experts that this rank computes: all, unless they are divided over ranks (parallel.expert_degree)."""
+        self.on_demand = False
+        """True if experts that no token chose are not gathered (parallel.experts)."""
 
     @property
     def pairs(self) -> list[ExpertPair]:
@@ -212,6 +214,9 @@ class Experts(nn.Module):
         """The family's activation of gate and up, (S, 2 * intermediate) -> (S, intermediate), or of up alone."""
         self.exchange: Callable[[Tensor], RowExchange] | None = None
         """Begins an exchange from (E,) int64, the number of rows of each expert; None: this rank has all experts."""
+        self.gather: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
+        """Gathers the experts of (T, K) int64 choices, and returns the identity of their output (S, H) whose backward
+        gathers them again; None: they are there with the layer."""
 
     @property
     def weights(self) -> list[ExpertWeight]:
@@ -223,6 +228,7 @@ class Experts(nn.Module):
         up, *_ = weights_of = self.weights
         context = up.context
         context.count_expert_tokens(choices)
+        again = None if self.gather is None else self.gather(choices)
         slots: tuple[int, ...] = ()
         adapters = None
         if context.rows.adapters is not None:
@@ -237,6 +243,7 @@ class Experts(nn.Module):
         rows = dispatch(hidden_states, routing)
         if self.exchange is None:
             output = self._run(rows, routing, slots)
+            output = output if again is None else again(output)
         else:
             exchange = self.exchange(torch.diff(routing.ends, prepend=routing.ends.new_zeros(1)).long())
             received = exchange.send(rows)

@@ -79,6 +79,13 @@ class Backend:
         dist.all_gather(gathered, local, group=self.shards.group)
         return torch.cat(gathered)
 
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """Return all rows of a frozen parameter, gathered now if it is one of experts on demand. For checks."""
+        cut = getattr(parameter, "cut", None)
+        if cut is None or parameter.shape == cut.shape:
+            return parameter.data
+        return self.gather_rows(cut.padded)[: cut.shape[0]]
+
     def gather_ranks(self, tensor: Tensor) -> Tensor:
         """Stack (...) of all ranks, of the same shape on each, to (ranks, ...). For loading, not for a step."""
         if self.ranks.group is None:
@@ -262,7 +269,7 @@ class Backend:
         moved = model.blocks[self.residency.count if self.residency is not None else 0 :]
         weights = (module for block in moved for module in block.modules() if isinstance(module, FrozenTensor))
         for weight in (weight for weight in weights if weight.quantized):
-            if isinstance(weight, ExpertWeight) and weight.is_divided:
+            if isinstance(weight, ExpertWeight) and (weight.is_divided or weight.on_demand):
                 continue
             assert weight.format is not None
             groups = count * -(-weight.num_groups // count)

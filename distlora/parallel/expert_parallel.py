@@ -39,13 +39,7 @@ def divide_experts(
     Every rank must call it alike. Unless `required`, all experts stay whole if a weight cannot be sharded by whole
     experts. Raises UserError if it is required and cannot, or nothing can be.
     """
-    apart = [module for module in model.modules() if isinstance(module, ByDocument)]
-    if any(isinstance(module, Experts) for outer in apart for module in outer.modules()):
-        raise UserError(
-            f"parallel.expert_degree={shards.count}: this model runs its experts on one document after the other, and "
-            "ranks have different documents; set parallel.expert_degree=1"
-        )
-    found = [module for module in model.modules() if isinstance(module, Experts)]
+    found = experts_of_batches(model, f"parallel.expert_degree={shards.count}", "1")
     if not required and not all(_is_whole(weight, shards.count) for experts in found for weight in experts.weights):
         model.notes.append(
             f"{shards.count} ranks cannot divide the experts (parallel.expert_degree=replica), so every rank gathers "
@@ -76,6 +70,20 @@ def divide_experts(
 def _is_whole(weight: ExpertWeight, count: int) -> bool:
     """Return whether the rows of a rank are the weight of whole experts."""
     return shards_whole_experts(weight.shape, None if weight.format is None else weight.format.name, count)
+
+
+def experts_of_batches(model: CausalLM, setting: str, off: str) -> list[Experts]:
+    """Return the experts of all layers, which run as often on every rank; raises UserError if they do not.
+
+    `setting` needs that, and its value `off` does not.
+    """
+    apart = [module for module in model.modules() if isinstance(module, ByDocument)]
+    if any(isinstance(module, Experts) for outer in apart for module in outer.modules()):
+        raise UserError(
+            f"{setting}: this model runs its experts on one document after the other, and ranks have different "
+            f"documents; set {setting.partition('=')[0]}={off}"
+        )
+    return [module for module in model.modules() if isinstance(module, Experts)]
 
 
 def _check_shards(weight: ExpertWeight, count: int) -> None:

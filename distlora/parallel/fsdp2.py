@@ -26,14 +26,13 @@ from distlora.model.build import CausalLM
 from distlora.model.experts import divided_parameters
 from distlora.model.layer_wrapper import Block
 from distlora.parallel.ranks import Traffic
-from distlora.parallel.shards import Shards
+from distlora.parallel.shards import Shards, all_gather
 from distlora.planner.traffic import padded
 from distlora.system import host_memory, process_memory
 
-# TODO: call dist.all_gather_single and reduce_scatter_single once torch >= 2.13, which gave them these names, is
-# required.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_all_gather = all_gather
 _gather_places = _all_gather
+# TODO: call dist.reduce_scatter_single once torch >= 2.13, which gave it this name, is required.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 

@@ -117,7 +117,7 @@ class FrozenWeights:
     def _check_gathered(self, indices: Sequence[int], unit: nn.Module, arguments: Any) -> None:
         for index in indices:
             frozen = self._tensors[index]
-            whole = frozen.owner.get_parameter(frozen.attribute).data
+            whole = self._backend.whole(frozen.owner.get_parameter(frozen.attribute))
             if isinstance(whole, DTensor):  # Divided experts, which no rank gathers.
                 continue
             for ranks, rows in _batches(frozen.ranges):

@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from distlora.parallel.ranks import Ranks
 
+# TODO: call dist.all_gather_single once torch >= 2.13, which gave it this name, is required.
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True, slots=True)
 class Shards:
@@ -78,6 +81,28 @@ class Shards:
     def crosses(self, group: dist.ProcessGroup) -> bool:
         """Return whether ranks of more than one replica belong to `group`."""
         return len({rank // self.count for rank in dist.get_process_group_ranks(group)}) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Shard of a parameter that is empty until it is gathered (ZeRO-3), read by `local_rows`."""
+
+    padded: Tensor
+    """(rows of a rank, ...): this rank's, in the memory that is gathered from, with zeros at the end on the last
+    rank."""
+    first_row: int
+    shape: torch.Size
+    """Shape of the whole parameter."""
+
+    @classmethod
+    def of(cls, padded: Tensor, shape: torch.Size, shards: Shards) -> Cut:
+        """Build from the memory of this rank's rows of a parameter of this shape."""
+        return cls(padded, min(shards.index * len(padded), shape[0]), shape)
+
+    @property
+    def rows(self) -> Tensor:
+        """Return this rank's rows without those that fill up."""
+        return self.padded[: min(len(self.padded), self.shape[0] - self.first_row)]
 
 
 def local_rows(tensor: Tensor) -> tuple[Tensor, int]:

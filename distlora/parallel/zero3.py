@@ -16,7 +16,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -27,22 +26,10 @@ from torch.autograd.profiler import record_function
 from distlora.config.deepspeed_file import Gathering, check_deepspeed
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
+from distlora.parallel.on_demand import OnDemand
 from distlora.parallel.ranks import Traffic
-from distlora.parallel.shards import Shards, whole_shape
+from distlora.parallel.shards import Cut, Shards, whole_shape
 from distlora.system import host_memory
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Shard of a parameter, read by `shards.local_rows`."""
-
-    rows: Tensor
-    """(rows of a rank, ...): this rank's, in the memory that DeepSpeed gathers from, padded with zeros on the last
-    rank."""
-    first_row: int
-    shape: torch.Size
-    """Shape of the whole parameter."""
-
 
 _Unit = nn.ParameterList
 """Frozen parameters that are gathered together."""
@@ -76,6 +63,7 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
     partition = _Partition(shards, gathering, device=device, traffic=traffic)
     gathered = _gathered(model)
     rows = dict(zip(gathered, partition.memory(gathered), strict=True))
+    experts = OnDemand(model, rows, shards, traffic) if gathering.experts_on_demand else None
     taken: dict[nn.Parameter, nn.Parameter] = {}
 
     def take(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -96,7 +84,7 @@ def shard(model: CausalLM, shards: Shards, gathering: Gathering, *, device: torc
     head = take(model.head.modules()) if model.head.kept is not model.embedding else embedding
     blocks = [_Unit(take(block.modules())) for block in model.blocks]
     rest = _Unit(take(model.modules()))
-    units = Units(rest, _Unit(embedding), blocks, _Unit(head), gathering, device)
+    units = Units(rest, _Unit(embedding), blocks, _Unit(head), gathering, device, experts)
     units.hook(model)
     model.notes.append(
         f"DeepSpeed {version('deepspeed')} (ZeRO-3) gathers the base, "
@@ -124,6 +112,7 @@ class Units:
         head: _Unit,
         gathering: Gathering,
         device: torch.device,
+        experts: OnDemand | None,
     ) -> None:
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
@@ -149,6 +138,7 @@ class Units:
             model_persistence_threshold=sys.maxsize if kept is None else kept,
         )
         self._coordinator = self._offload.get_param_coordinator()
+        self._experts = experts
         self._in_backward: _Unit | None = None
         """Unit whose backward runs."""
         self._device = device
@@ -201,6 +191,8 @@ class Units:
         self._coordinator.release_sub_module(self._rest, forward=True)
 
     def _release(self, unit: _Unit, *, forward: bool) -> None:
+        if self._experts is not None:
+            self._experts.release()
         self._coordinator.release_sub_module(unit, forward=forward)
         if (passed := passed_event(self._device)) is not None:
             self._passed.append(passed)
@@ -272,8 +264,7 @@ class _Partition:
         cut.ds_numel_aligned = padded.numel()
         cut.partition()  # Frees everything but the part that it has.
         cut.all_gather_coalesced = functools.partial(self._count, cut.all_gather_coalesced)
-        first = min(self._shards.index * local[0], shape[0])
-        cut.cut = Cut(rows[: max(min(local[0], shape[0] - first), 0)], first, shape)
+        cut.cut = Cut.of(rows, shape, self._shards)
         return cut
 
     def _count(self, gather: Callable[..., Any], parameters: Sequence[Any], **options: Any) -> Any:

@@ -374,6 +374,7 @@ def settings(plan: Plan) -> str:
             "parallel.shard_degree": (parallel.shard_degree, None),
             "parallel.resident_blocks": (parallel.resident_blocks, 0),
             "parallel.offload_base": (parallel.offload_base, False),
+            "parallel.experts": (parallel.experts, "gathered"),
             "parallel.prefetch": (parallel.prefetch, True),
         }
     values |= {name: value for name, (value, default) in rare.items() if value != default}

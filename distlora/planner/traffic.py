@@ -33,6 +33,8 @@ class StepBytes:
 
     gathered: int
     """Bytes of all-gathers, over the ranks that shard a replica of the base."""
+    on_demand: int = 0
+    """Bytes of those that gather chosen experts, for which a layer waits."""
     scattered: int = 0
     """Bytes of reduce-scatters, over the same ranks."""
     reduced: int = 0
@@ -101,7 +103,7 @@ def layers_bytes(
 ) -> int:
     """Return the bytes of gathering each decoder layer from the layer `first` on. `format`: Workload.format.
 
-    `divided`: experts are divided over the ranks, and not gathered.
+    `divided`: experts are divided over the ranks, or gathered on demand, and not with their layers.
     """
     total = 0
     for (kind, formats), count in Counter(shapes.layer_formats(format)[first:]).items():
@@ -146,8 +148,42 @@ def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
 def moved_bytes(work: Workload, shapes: ModelShapes, shards: int) -> int:
     """Return the bytes of the layers that are gathered in each pass."""
     itemsize, first = DTYPE_BYTES[work.train.dtype], shapes.num_layers - moved_blocks(work, shapes)
-    divided = work.expert_degree > 1
+    divided = work.has_experts_apart
     return layers_bytes(shapes, shards, format=work.format, itemsize=itemsize, first=first, divided=divided)
+
+
+def chosen_share(experts: int, chosen: int, tokens: int, shards: int) -> float:
+    """Return the expected share of a layer's bytes that is gathered for so many tokens of all ranks together.
+
+    Tokens choose at random and all experts alike: 1 - (1 - chosen / experts)^tokens of the experts are used, each
+    independently of the others. Every rank sends as much as the one with the most of them, so this is the expected
+    largest of `shards` binomial counts.
+    """
+    used, each, below, share = 1 - (1 - chosen / experts) ** tokens, -(-experts // shards), 0.0, 0.0
+    for count in range(each):
+        below += math.comb(each, count) * used**count * (1 - used) ** (each - count)
+        share += (1 - below**shards) / each
+    return share
+
+
+def on_demand_bytes(work: Workload, shapes: ModelShapes, shards: int, accumulation: int) -> int:
+    """Return the expected bytes of a step's gathers of chosen experts, and of the choices (parallel.experts)."""
+    if work.parallel.experts == "gathered" or shards == 1:
+        return 0
+    passes, itemsize, total = passes_of(work, accumulation), DTYPE_BYTES[work.train.dtype], 0
+    tokens = shards * work.tokens_at_once * accumulation // passes
+    needs, gathers = work.train.needs, gathers_per_pass(work)[0] * passes
+    forwards = (1 if work.train.checkpointing == "none" else 2) + needs.reference + 2 * needs.mismatched
+    for (number, formats), count in Counter(shapes.layer_formats(work.format)).items():
+        kind = shapes.architecture.kinds[number]
+        if kind.experts is not None:
+            layer = zip(kind.weights, formats, strict=True)
+            moved = ((each.shape, kept) for each, kept in layer if each.kind == "experts")
+            whole = sum(weight_bytes(shape, shards, format=kept, itemsize=itemsize) for shape, kept in moved)
+            share = chosen_share(kind.experts.num_experts, kind.experts.chosen, tokens, shards)
+            total += count * gathers * round(share * whole)
+            total += count * accumulation * forwards * shards * kind.experts.num_experts
+    return total
 
 
 def exchanged_bytes(work: Workload, shapes: ModelShapes, accumulation: int) -> int:
@@ -193,8 +229,10 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
     together = tied and work.parallel.backend == "fsdp2"
     ends = itemsize * norm * (2 if full else 1) + head * (2 if head_is_trained else 1) + (0 if together else embedding)
+    on_demand = on_demand_bytes(work, shapes, shards, accumulation)
     of_layers, of_ends = gathers_per_pass(work)
     gathered = passes_of(work, accumulation) * (of_layers * moved_bytes(work, shapes, shards) + of_ends * ends)
+    gathered += on_demand
     scattered = 4 * matrix * len(whole)
     if full:
         of_blocks = layers_bytes(shapes, shards, format=None, itemsize=1)
@@ -208,6 +246,7 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
         reduced = 0
     return StepBytes(
         gathered=gathered,
+        on_demand=on_demand,
         scattered=scattered,
         reduced=reduced,
         reduced_rows=rows,

@@ -85,6 +85,11 @@ class Workload:
         resident = self.parallel.resident_blocks
         return max(self.dense_layers, 0 if resident == "auto" else resident)
 
+    @property
+    def has_experts_apart(self) -> bool:
+        """True if experts are divided over the ranks, or gathered on demand, and not with their layers."""
+        return self.expert_degree > 1 or self.parallel.experts == "on_demand"
+
     def shard_degree(self, ranks: int) -> int:
         """Return the number of ranks, of `ranks` in all, that one replica of the base is sharded over."""
         degree = self.parallel.shard_degree

@@ -40,8 +40,8 @@ Part = Literal["start", "forward", "head", "head_backward", "block", "update"]
 """Part of a micro-batch: up to the last norm; last norm and head; their backward; the layers' backward and the rest of
 the step before the update."""
 _MARK = "distlora: "
-_GATHERS = ("FSDP::", "DeepSpeed::")
-"""Names of the backends' gathers in a profile: torch's FSDP2, and distlora/parallel/zero3.py."""
+_GATHERS = ("FSDP::", "DeepSpeed::", "OnDemand::")
+"""Names of the backends' gathers in a profile: torch's FSDP2, and zero3.py and on_demand.py of distlora/parallel."""
 _REDUCES = ("FSDP::post_backward_reduce", "FSDP::post_backward_rs_wait")
 _ADDS_UP = ("FSDP::post_backward_accumulate", "FSDP::post_backward_reshard")
 """Function in which FSDP2 allocates unsharded fp32 gradients of all micro-batches but the last."""

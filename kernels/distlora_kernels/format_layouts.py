@@ -74,6 +74,14 @@ class FormatLayout:
         assert self.tile is not None, f"{self.name} is flat"
         return -(-math.prod(shape[:-1]) // self.tile[0]), -(-shape[-1] // self.tile[1])
 
+    def groups_of_expert(self, shape: Sequence[int], expert: int) -> tuple[int, int]:
+        """Return the first group that holds weights of an expert of a weight (E, O, I), and the end of them."""
+        if self.tile is None:
+            each = math.prod(shape[1:])
+            return expert * each // GROUP, -(-(expert + 1) * each // GROUP)
+        (height, _), (_, wide), rows = self.tile, self.tiles(shape), shape[1]
+        return expert * rows // height * wide, -(-(expert + 1) * rows // height) * wide
+
     def num_bytes(self, shape: Sequence[int]) -> int:
         """Return the stored bytes of a weight of this shape, with the replicated parts."""
         return self.num_groups(shape) * self.group_bytes + self.replicated_bytes

@@ -9,6 +9,7 @@ rank holds its rows of their gradients from a unit's backward to the first backw
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +35,7 @@ class BaseTensor:
     """Bytes per gathered element: trained ones are kept in fp32 and gathered in the run's dtype."""
     trained: bool = False
     divided: bool = False
-    """True of experts that are divided over the ranks, and not gathered."""
+    """True of experts that are divided over the ranks, or gathered on demand, and not with their layer."""
 
     @property
     def numel(self) -> int:
@@ -71,6 +72,8 @@ class Base:
     """The decoder's tensors outside of its layers: the last norm."""
     replicated: int
     """Bytes of the replicated parts of quantized weights."""
+    apart: tuple[tuple[BaseTensor, ...], ...] = ()
+    """Tensors of each fused weight of the layer whose experts are largest, if they are gathered apart."""
 
     @property
     def layers(self) -> int:
@@ -151,21 +154,19 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
         return (dense("embeddings", shape, trained=full or name in adapter.modules_to_save),)
 
     def of_block(weight: Weight, format: str | None) -> tuple[BaseTensor, ...]:
-        divided = weight.kind == "experts" and work.expert_degree > 1
+        divided = weight.kind == "experts" and work.has_experts_apart
         if format is None:
             return (dense("weights" if weight.packs else "norms", weight.shape, trained=full, divided=divided),)
         return packed(weight.shape, format, ("codes", "scales"), divided=divided)
 
     architecture, layers = shapes.architecture, shapes.layer_formats(work.format)
     kinds = list(dict.fromkeys(layers))
-    tensors = tuple(
-        tuple(
-            tensor
-            for weight, format in zip(architecture.kinds[kind].weights, formats, strict=True)
-            for tensor in of_block(weight, format)
-        )
+    weights = [
+        [of_block(*each) for each in zip(architecture.kinds[kind].weights, formats, strict=True)]
         for kind, formats in kinds
-    )
+    ]
+    tensors = tuple(tuple(itertools.chain(*layer)) for layer in weights)
+    experts = [tuple(weight for weight in layer if weight[0].divided) for layer in weights]
     outside = (
         dense("embeddings" if len(w.shape) > 1 else "norms", w.shape, trained=full) for w in architecture.outside
     )
@@ -177,6 +178,7 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
         head=() if tied or scores else matrix(HEAD, tokens[1]),
         tied=tied and not scores,
         rest=tuple(outside),
+        apart=max(experts, key=lambda each: sum(tensor.numel for weight in each for tensor in weight)),
         replicated=sum(FORMAT_LAYOUTS[kept].replicated_bytes for _, formats in layers for kept in formats if kept),
     )
 

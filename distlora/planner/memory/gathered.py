@@ -18,7 +18,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distlora.config.deepspeed_file import Gathering, read_gathering
 from distlora.planner.memory.base import Base, BaseTensor, Gathered, unit_bytes
@@ -43,7 +43,7 @@ def gathered_of(work: Workload, base: Base, shards: int, resident: int, *, is_gp
     if shards == 1:
         return Gathered()
     if work.parallel.backend == "zero3":
-        return coordinated(base, shards, read_gathering(work.parallel), is_gpu=is_gpu)
+        return _with_experts(coordinated(base, shards, read_gathering(work.parallel), is_gpu=is_gpu), base, shards)
     parts = (base.embedding, base.block, base.head, base.rest)
     embedding, block, head, rest = (unit_bytes(part, shards) for part in parts)
     moved = base.layers - resident
@@ -66,6 +66,24 @@ def gathered_of(work: Workload, base: Base, shards: int, resident: int, *, is_gp
         block=behind + in_use + another,
         # Where the first blocks stay, the first one is none that moves.
         first=behind + (in_use if resident == 0 else 0),
+    )
+
+
+def _with_experts(found: Gathered, base: Base, shards: int) -> Gathered:
+    """Add experts that are gathered on demand: a layer's whole weights, as all may be chosen.
+
+    While one is gathered, so are the rows that a rank sends, and those of all.
+    """
+    whole = sum(tensor.compute_itemsize * tensor.numel for weight in base.apart for tensor in weight)
+    padded = (sum(replace(tensor, divided=False).whole(shards) for tensor in weight) for weight in base.apart)
+    sent = max(padded, default=0) * (shards + 1) // shards
+    return replace(
+        found,
+        forward=found.forward + whole,
+        last=found.last + whole,
+        copying=max(found.copying, max(found.forward, found.last) + whole + sent),
+        block=found.block + whole,
+        first=found.first + whole,
     )
 
 
@@ -217,7 +235,7 @@ def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit,
     def unit(tensors: Sequence[BaseTensor]) -> _Unit:
         nonlocal together
         found = []
-        for tensor in tensors:
+        for tensor in (each for each in tensors if not each.divided):
             nbytes, most = tensor.whole(shards), gathering.model_persistence_threshold
             numel = nbytes // tensor.compute_itemsize
             stays = numel <= gathering.param_persistence_threshold and (most is None or together + numel <= most)

@@ -274,7 +274,8 @@ class StepCollectives:
     last: tuple[CollectiveCost, ...]
     """Gradient sums after backward."""
     exchanges: tuple[CollectiveCost, CollectiveCost] = (CollectiveCost(), CollectiveCost())
-    """Exchanges of rows between divided experts in a micro-batch: forward, and backward with recomputation."""
+    """Exchanges of rows between divided experts in a micro-batch, or gathers of chosen ones: forward, and backward with
+    recomputation."""
 
 
 def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> StepCollectives:
@@ -288,7 +289,7 @@ def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> S
     moved = traffic.moved_bytes(work, shapes, shards)
     block = moved // max(1, traffic.moved_blocks(work, shapes))
     of_layers, of_ends = traffic.gathers_per_pass(work)
-    ends = (step.gathered // passes - of_layers * moved) // of_ends if shards > 1 else 0
+    ends = ((step.gathered - step.on_demand) // passes - of_layers * moved) // of_ends if shards > 1 else 0
     units = 3 if shapes.ties(work.adapter) or work.train.needs.labels else 4
     offloads = machine.is_gpu and offloads_base(work.parallel, shards)
     boundary = 0
@@ -297,6 +298,8 @@ def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> S
     sums, last = _sums(work, step, shapes, rings)
     layers = sum(count for kind, count in shapes.architecture.counted() if kind.experts is not None)
     forwards = 1 if work.train.checkpointing == "none" else 2
+    demanded = step.on_demand / micro_batches / of_layers
+    chosen = replace(rings.gather(demanded, 3 * layers), host=demanded / shards if offloads else 0.0)
     # In a forward, or the gradients'; with mismatched answers two forwards more.
     exchanged = step.exchanged / micro_batches / (forwards + 1 + 2 * work.train.needs.mismatched)
     return StepCollectives(
@@ -306,7 +309,9 @@ def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> S
         sums=sums,
         last=last,
         # In a forward rows are sent and come back, after their numbers.
-        exchanges=(
+        exchanges=(chosen, chosen)
+        if step.on_demand
+        else (
             rings.exchange(exchanged, 3 * layers),
             rings.exchange(forwards * exchanged, (3 * forwards - 1) * layers),
         ),
@@ -342,7 +347,7 @@ class _Rings:
     shards: int
     per_machine: int
 
-    def gather(self, nbytes: int, collectives: int = 1) -> CollectiveCost:
+    def gather(self, nbytes: float, collectives: int = 1) -> CollectiveCost:
         """Return a gather, or a reduce-scatter, of a buffer over the ranks of a replica."""
         n = self.shards
         if n == 1 or nbytes == 0:

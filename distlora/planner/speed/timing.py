@@ -120,7 +120,10 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     active, (_, head) = active_weights(work, model), work.token_formats(shapes)
     gathered = 0.0
     if shards > 1:
-        gathered = 2.0 * traffic.moved_bytes(work, shapes, shards) / max(1, traffic.moved_blocks(work, shapes))
+        moved = traffic.moved_bytes(work, shapes, shards)
+        gathers_per_step = traffic.gathers_per_pass(work)[0] * passes
+        moved += traffic.on_demand_bytes(work, shapes, shards, micro_batches) // gathers_per_step
+        gathered = 2.0 * moved / max(1, traffic.moved_blocks(work, shapes))
     if how.trains_base and how.itemsize < FP32:
         layers = sum(count * kind.numel for kind, count in shapes.architecture.counted())
         gathered += (FP32 + how.itemsize) * layers / shapes.num_layers / shards
@@ -457,6 +460,10 @@ def _assumptions(work: Workload, machine: Machine, document: int | None) -> list
         assumptions.append("deterministic attention gradients cost no extra time")
     if work.parallel.resident_blocks == "auto" and machine.ranks > 1:
         assumptions.append("no layer is resident: the number is chosen after the first step")
+    if work.parallel.experts == "on_demand" and machine.ranks > 1:
+        assumptions.append(
+            "tokens choose experts at random, all equally often, and each layer waits for its chosen ones"
+        )
     if work.train.needs.mismatched:
         assumptions.append("mismatched prompts and answers fill as many sequences as the step's own")
     if work.expert_degree > 1:

@@ -104,18 +104,15 @@ class Format(FormatLayout, ABC):
 
     def slice(self, parts: Sequence[Tensor], shape: tuple[int, ...], index: int, dtype: torch.dtype) -> Tensor:
         """Return one expert of a weight (E, O, I) in `dtype`, (O, I); it may be a view of some weights more."""
-        one, rows = shape[1:], shape[1]
+        one, (first, stop) = shape[1:], self.groups_of_expert(shape, index)
+        groups = self.groups_of(parts, first, stop)
         if self.tile is None:
-            start, size = index * math.prod(one), math.prod(one)
-            first = start // GROUP
-            groups = self.groups_of(parts, first, -(-(start + size) // GROUP))
+            size = math.prod(one)
             flat = self.dequantize_groups(groups, dtype).view(-1)
-            return flat[start - first * GROUP :][:size].view(one)
+            return flat[index * size - first * GROUP :][:size].view(one)
         (height, _), (_, wide) = self.tile, self.tiles(shape)
-        first, stop = index * rows // height, -(-(index + 1) * rows // height)
-        groups = self.groups_of(parts, first * wide, stop * wide)
-        whole = self.dequantize(groups, shape=((stop - first) * height, shape[2]), dtype=dtype)
-        return whole[index * rows - first * height :][:rows]
+        whole = self.dequantize(groups, shape=((stop - first) // wide * height, shape[2]), dtype=dtype)
+        return whole[index * one[0] - first // wide * height :][: one[0]]
 
     def dequantize_rows(
         self, parts: Sequence[Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype

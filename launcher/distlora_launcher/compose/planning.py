@@ -101,6 +101,11 @@ def check_planned(config: Config, model: PlannedModel) -> None:
             f"parallel.expert_degree={degree} does not divide the experts of {model.name} and their stored groups of "
             f"16,384 weights alike; set parallel.expert_degree=1, or another parallel.shard_degree",
         )
+    require(
+        config.parallel.experts == "gathered" or any(kind.experts for kind in model.shapes.architecture.kinds),
+        f"parallel.experts={config.parallel.experts} has no effect on {model.name}, which has no mixture of experts; "
+        "leave it out",
+    )
     if quantization_method(model.settings, model.name) == BNB_NF4:
         check_nf4_base(spec)
     if spec.quant.method == "keep" and model.cannot_keep is not None:

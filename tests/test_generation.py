@@ -28,6 +28,7 @@ from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
 from distlora.derive.prove import move_adapters_off_start
+from distlora.generation.compiled_step import fits
 from distlora.generation.engine import Engine, Request, Sample, aside, serves
 from distlora.generation.prompts import PromptEncoder, context_limit, greedy, sampling
 from distlora.generation.transformers_path import Completion, Generator, generate, generate_all
@@ -41,9 +42,10 @@ from distlora.post.trained import of_run
 from distlora.training import worker as training_worker
 from distlora.training.reporter import Reporter
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
+from distlora_kernels import decode, native
 from distlora_launcher.cli.main import main as command
 from family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
-from small_models import make_run, tokenizer, write_model_folder
+from small_models import SHAPES, make_run, tokenizer, write_model_folder
 from test_parity import run_once
 from tiers import ci
 from worlds import World
@@ -196,6 +198,55 @@ def test_a_stop_string_ends_a_completion_wherever_tokens_divide_it(family_folder
         first = next(number for number, text in enumerate(texts) if across in text)
         (sample,) = engine.run([dataclasses.replace(REQUESTS[5], stop=("never", across))])
         assert (sample.tokens, sample.ended) == (whole.tokens[:first], True)
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model with norms of heads, whose sizes the compiled step takes."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("wide") / "qwen3"
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        **{**SHAPES, **sizes, "head_dim": 32, "vocab_size": 1024, "initializer_range": 0.1}
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("slots", [False, True])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_one_compiled_call_decodes_as_the_modules_do(wide_folder: Path, compiles: bool, slots: bool) -> None:
+    """In bf16, whose products the two round elsewhere: both are as near to the model in fp32."""
+    if native.unavailable_reason() is not None or not decode.available():
+        pytest.skip("no compiler, or a processor without AVX512-BF16 or with AMX")
+    model, backend = load_ours(wide_folder, train={"dtype": "bf16", "compile": compiles})
+    exact, _ = load_ours(wide_folder)
+    requests = REQUESTS
+    if slots:
+        for each in (model, exact):
+            put_trial(each, 1, config_for(wide_folder).adapter, seed=3, device=SINGLE.device)
+            move_adapters_off_start(each)
+        requests = [
+            dataclasses.replace(each, slot=slot) for each, slot in zip(REQUESTS, (1, -1, 0, 1, 0, -1, 1), strict=True)
+        ]
+    assert fits(model)
+    assert not fits(exact), "fp32"
+    errors = []
+    for compiled in (True, False):
+        samples = Engine(model, backend, most_rows=4, compiled=compiled).run(requests)
+        differences = []
+        for request, sample in zip(requests, samples, strict=True):
+            rows = None if request.slot is None else torch.tensor([request.slot])
+            ids = torch.tensor([request.tokens + sample.tokens])
+            with torch.no_grad():
+                logits = exact.logits(ids, rows)[0, len(request.tokens) - 1 : -1] / (request.temperature or 1.0)
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.tokens)[:, None]).squeeze(1)
+            differences.append((torch.tensor(sample.logprobs) - expected).abs())
+        errors.append(float(torch.cat(differences).mean()))
+    assert errors[0] < 1.3 * errors[1] < 0.1
 
 
 def test_little_memory_makes_requests_wait(

@@ -549,13 +549,13 @@ def _is_fusible(decoder: Any) -> bool:
     return (
         rotary is not None
         and bool(mlps)
-        and any(_code(rotary) == _code(function) for function, _ in known())
-        and all(any(_code(mlp.forward) == _code(forward) for _, forward in known()) for mlp in mlps)
+        and any(code_of(rotary) == code_of(function) for function, _ in known())
+        and all(any(code_of(mlp.forward) == code_of(forward) for _, forward in known()) for mlp in mlps)
     )
 
 
 @functools.cache
-def _code(function: Any) -> str:
+def code_of(function: Any) -> str:
     """Return the code of a function without its docstring."""
     source = inspect.getsource(function)
     return source.replace(function.__doc__ or "", "")

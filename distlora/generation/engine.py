@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distlora.architecture.shapes import CACHE_SHARE, MOST_ROWS
 from distlora.config import UserError
+from distlora.generation.compiled_step import CompiledStep, fits
 from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import Choice, choose
 from distlora.generation.stop_strings import StopStrings
@@ -28,6 +29,7 @@ from distlora.model.build import CausalLM, Past
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.paged_cache import BLOCK, PagedCache, Step
 from distlora.parallel import Backend
+from distlora_kernels import lora_native
 
 PREFILL_TOKENS = 2048
 """Tokens of prompts per forward, padding included; a longer prompt runs alone."""
@@ -128,13 +130,19 @@ class Engine:
         tokenizer: Any = None,
         most_rows: int | None = None,
         resident: bool = True,
+        compiled: bool | None = None,
     ) -> None:
-        """Prepare to run requests. `resident`: keep the base whole on each rank meanwhile, where memory allows."""
+        """Prepare to run requests.
+
+        `resident`: keep the base whole on each rank meanwhile, where memory allows. `compiled`: decode by one compiled
+        call where that is possible; None: if the model's linears are compiled.
+        """
         assert serves(model), "the engine does not serve this model"
         self._model, self._backend, self._tokenizer = model, backend, tokenizer
         self._ends = frozenset(end_tokens)
         self._most_rows = most_rows or MOST_ROWS[backend.ranks.device.type]
         self._resident = resident
+        self._compiled = lora_native.is_used() if compiled is None else compiled
 
     @torch.no_grad()
     def run(
@@ -165,11 +173,19 @@ class Engine:
             batch = _Batch(self, [(index, requests[index]) for index in mine], limit, on_done, on_token)
             stack.enter_context(batch.cache.attending(self._model.decoder))
             alone = stack.enter_context(self._backend.whole_base(self._model, batch.run_nothing, wanted=self._resident))
-            if alone and self._resident:
-                stack.enter_context(dense_copies(self._model, self._backend))
+            if alone and self._resident and self._has_room():
+                batch.compiles = self._compiled and not self._model.is_batch_invariant and fits(self._model)
+                if not batch.compiles:
+                    stack.enter_context(dense_copies(self._model))
             while batch.works if alone else self._any(batch.works):
                 batch.forward()
         return gathered(batch.samples, len(requests), self._backend)
+
+    def _has_room(self) -> bool:
+        """Return whether this is a CPU with memory for the dequantized weights. Every rank must call it."""
+        nbytes = sum(weight.numel for weight in quantized_weights(self._model)) * _dtype_of(self._model).itemsize
+        on_cpu = self._backend.ranks.device.type == "cpu"
+        return on_cpu and not self._backend.lacks_host_memory(int(nbytes / DENSE_SHARE))
 
     def _any(self, works: bool) -> bool:
         """Return whether any rank has work left."""
@@ -200,6 +216,9 @@ class _Batch:
         """Rows whose prompt has not run yet."""
         num_blocks = self._needed_blocks([request for _, request in requests])
         self.cache = PagedCache(num_blocks, batch_invariant=self._model.is_batch_invariant)
+        self.compiles = False
+        """Decode by one compiled call (`CompiledStep`)."""
+        self._compiled: CompiledStep | None = None
         self._free = list(range(num_blocks))
         self._tables: Tensor | None = None
         """(N, blocks) of the rows; None after the rows have changed."""
@@ -330,9 +349,14 @@ class _Batch:
         longest = max(row.length for row in rows)
         step = Step(places, places[:0], self._tables, lengths, longest)
         ids = torch.tensor([row.tokens[-1:] for row in rows], device=self._device)
-        last = torch.zeros(len(rows), dtype=torch.int64)
         slots = [row.request.slot for row in rows]
-        self._append(list(rows), self._logits(ids, at[:, None], last, slots, step))
+        if not self.compiles:
+            logits = self._logits(ids, at[:, None], torch.zeros_like(lengths), slots, step)
+        else:
+            if self._compiled is None:
+                self._compiled = CompiledStep(self._model, self.cache, by_rows=slots[0] is not None)
+            logits = self._compiled(ids, at[:, None], step, slots)
+        self._append(list(rows), logits)
 
     def _logits(
         self, ids: Tensor, positions: Tensor, last: Tensor, slots: Sequence[int | None] | None, step: Step
@@ -434,24 +458,18 @@ def aside(model: CausalLM, backend: Backend) -> Iterator[None]:
         backend.traffic.restore(traffic)
 
 
-@contextlib.contextmanager
-def dense_copies(model: CausalLM, backend: Backend) -> Iterator[None]:
-    """Keep the dequantized weights within this context, on a CPU with memory for them: each token reads them all.
+def quantized_weights(model: CausalLM) -> list[FrozenTensor]:
+    """Return the weights of the layers that each forward dequantizes."""
+    modules = (module for block in model.blocks for module in block.modules() if isinstance(module, FrozenTensor))
+    return [weight for weight in modules if weight.quantized and weight.dense_copy is None]
 
-    Products then have the bits that they have without. Every rank must call it.
-    """
-    weights = [
-        weight
-        for block in model.blocks
-        for weight in block.modules()
-        if isinstance(weight, FrozenTensor) and weight.quantized and weight.dense_copy is None
-    ]
-    dtype = _dtype_of(model)
-    nbytes = sum(weight.numel for weight in weights) * dtype.itemsize
-    if backend.ranks.device.type != "cpu" or backend.lacks_host_memory(int(nbytes / DENSE_SHARE)):
-        weights = []
+
+@contextlib.contextmanager
+def dense_copies(model: CausalLM) -> Iterator[None]:
+    """Keep the dequantized weights within this context: each token reads them all. Products have the same bits."""
+    weights = quantized_weights(model)
     for weight in weights:
-        weight.dense_copy = weight.frozen_weight.dense(dtype)
+        weight.dense_copy = weight.frozen_weight.dense(_dtype_of(model))
     try:
         yield
     finally:

@@ -41,8 +41,9 @@ class _Criterion(StoppingCriteria):
 class Writer:
     """Completes prompts with one model. Every rank calls it alike."""
 
-    def __init__(self, model: CausalLM, backend: Backend, tokenizer: Any) -> None:
-        self._model, self._backend, self._tokenizer = model, backend, tokenizer
+    def __init__(self, model: CausalLM, backend: Backend, tokenizer: Any, *, compiled: bool | None = None) -> None:
+        """Prepare to complete prompts. `compiled`: as the engine has it."""
+        self._model, self._backend, self._tokenizer, self._compiled = model, backend, tokenizer, compiled
         self._generator = Generator(model, backend)
 
     def complete(
@@ -108,7 +109,8 @@ class Writer:
         return _completion(Sample(tokens, [], tokens[-1] in ends), ends)
 
     def _engine(self, ends: frozenset[int]) -> Engine:
-        return Engine(self._model, self._backend, end_tokens=sorted(ends), tokenizer=self._tokenizer)
+        model, backend = self._model, self._backend
+        return Engine(model, backend, end_tokens=sorted(ends), tokenizer=self._tokenizer, compiled=self._compiled)
 
     def _by_engine(self, settings: GenerationConfig) -> bool:
         # Penalties, min_p and beams are transformers'.

@@ -94,6 +94,10 @@ class PagedCache:
         self._pending = (layer, key)
         return key, value
 
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (blocks S, K, E) of a layer that has had a forward."""
+        return self._layers[number]
+
     def _allocate(self, new: Tensor) -> Tensor:
         return new.new_zeros(self.num_blocks * BLOCK, new.shape[1], new.shape[3])
 

@@ -170,7 +170,7 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     )
     if speaks:
         say(f"loaded in {time.monotonic() - began:.1f} s; {described(encoder, choice)}")
-    writer = Writer(model, backend, encoder.tokenizer)
+    writer = Writer(model, backend, encoder.tokenizer, compiled=config.train.compile is not False)
     if prompts is not None:
         answer_file(prompts, request, writer, encoder, choice, writes=speaks)
     elif sys.stdin.isatty() and sys.stdout.isatty():

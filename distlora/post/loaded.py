@@ -44,7 +44,7 @@ class LoadedModel:
                 spec = replace(trained.spec, dtype=dtype or trained.spec.dtype)
                 self.model, backend = load_trained(replace(trained, spec=spec), ranks)
         self._backend = backend
-        self._base = trained.spec.model
+        self._base, self._compiled = trained.spec.model, trained.train.compile is not False
         assert trained.run_dir is not None, "a run's data say how prompts are written"
         self._data = read_record(trained.run_dir / DATA_NAME)
         self._encoders: dict[bool | None, PromptEncoder] = {}
@@ -98,7 +98,7 @@ class LoadedModel:
             top_p=request.top_p,
             top_k=request.top_k,
         )
-        writer = Writer(self.model, self._backend, encoder.tokenizer)
+        writer = Writer(self.model, self._backend, encoder.tokenizer, compiled=self._compiled)
         with self._current_device():
             (completion,) = writer.complete([tokens], settings, seed=request.seed)
         return encoder.decode(completion.tokens)

@@ -36,6 +36,11 @@ def use(enabled: bool) -> bool:
     return _enabled
 
 
+def is_used() -> bool:
+    """Return whether this path is on."""
+    return _enabled
+
+
 def covers(x: Tensor, linears: Sequence[Linear]) -> bool:
     """Return whether this path is on and computes these linears of x, or of their gradient."""
     return _enabled and x.dtype == torch.bfloat16 and x.device.type == "cpu" and all(map(_covered, linears))
@@ -60,7 +65,7 @@ class _Term(ctypes.Structure):
     _fields_ = (
         *(("left", ctypes.c_void_p), ("left_stride", ctypes.c_size_t), ("summed", ctypes.c_size_t)),
         *((name, ctypes.c_void_p) for name in ("dense", "codes", "scales", "group_scale", "offset", "absmax")),
-        *(("levels", ctypes.c_void_p), ("map", ctypes.c_void_p)),
+        *(("levels", ctypes.c_void_p), ("map", ctypes.c_void_p), ("panels", ctypes.c_void_p)),
     )
 
 

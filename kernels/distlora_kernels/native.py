@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("elementwise", "attention", "products"))
+SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("elementwise", "attention", "products", "decode"))
 HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("numbers", "products"))
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-fopenmp"),

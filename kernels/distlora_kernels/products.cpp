@@ -20,19 +20,6 @@ constexpr size_t BLOCK = 64, GROUP_BLOCKS = 256;  // NF4: weights with one absma
 constexpr size_t CHUNK = 126, PIECE = 1024;       // Rows of a task; pairs of a panel that stay in a core's cache.
 constexpr size_t AT_ONCE = 4 << 20;               // Bytes of panels; more where each thread's own take more.
 
-// left (M, K) times a weight (N, K), or, transposed, (K, N). lora_native.py has the same fields.
-struct Term {
-    const bf16 *left;
-    size_t left_stride, K;
-    const bf16 *dense;  // The weight where it is not quantized, contiguous; else null.
-    const uint8_t *codes, *scales;
-    const float *group_scale, *offset, *absmax;  // Without double quantization absmax, else null.
-    const float *levels, *map;
-
-    size_t pairs() const { return (K + 1) / 2; }
-    const Pair *rows(size_t m) const { return (const Pair *)(left + m * left_stride); }
-};
-
 // The 64 weights of a block of a row of `width` weights, as two vectors of 32; 0 beyond the row's end.
 static inline void load(const Term &term, size_t row, size_t block, size_t width, __m512i out[2]) {
     size_t start = row * width + block * BLOCK;
@@ -105,17 +92,23 @@ static uint32_t *panels_of(size_t bytes) {
     return memory.get();
 }
 
-// Rows m to m + count of 64 columns, from a panel of all terms.
-static void task(const Term *terms, size_t num_terms, const uint32_t *panel, const bf16 *bias, bf16 *out, size_t m,
-                 size_t count, size_t N) {
+// Rows m to m + count of the 64 columns of panel `number`; `panel` has the terms that are not kept as panels.
+static void task(const Term *terms, size_t num_terms, const uint32_t *panel, size_t number, const bf16 *bias, bf16 *out,
+                 size_t m, size_t count, size_t N) {
     alignas(64) float sums[CHUNK * LANES];
     bool add = false;
-    for (size_t t = 0; t < num_terms; t++)
-        for (size_t p = 0, P = terms[t].pairs(); p < P; p += PIECE, add = true) {
+    for (size_t t = 0; t < num_terms; t++) {
+        size_t P = terms[t].pairs();
+        const uint32_t *from = terms[t].panels ? terms[t].panels + number * P * LANES : panel;
+        for (size_t p = 0; p < P; p += PIECE, add = true) {
             size_t pairs = P - p < PIECE ? P - p : PIECE;
-            product_of_rows<4>(terms[t].rows(m) + p, terms[t].left_stride / 2, panel, sums, LANES, count, pairs, add);
-            panel += pairs * LANES;
+            const Pair *left = terms[t].rows(m) + p;
+            size_t stride = terms[t].left_stride / 2;
+            if (terms[t].panels) product_with_kept(left, stride, from + p * LANES, sums, count, pairs, add);
+            else product_of_rows<4>(left, stride, from + p * LANES, sums, LANES, count, pairs, add);
         }
+        if (!terms[t].panels) panel += P * LANES;
+    }
     for (size_t r = 0; r < count; r++)
         for (size_t h = 0; h < LANES; h += 32) {
             __m512 low = _mm512_load_ps(sums + r * LANES + h), high = _mm512_load_ps(sums + r * LANES + h + 16);
@@ -129,24 +122,35 @@ static void task(const Term *terms, size_t num_terms, const uint32_t *panel, con
 
 EXPORTED int multiplies() { return 1; }
 
+// Panels of a whole weight (N, K), to be kept: (N / 64, P, 64).
+EXPORTED void pack_bf16(const Term *term, size_t N, uint32_t *out) {
+#pragma omp parallel for schedule(dynamic)
+    for (size_t n = 0; n < N / LANES; n++) pack_rows_as_columns(*term, n * LANES, out + n * term->pairs() * LANES);
+}
+
 // out (M, N) = the sum of the terms, + bias (N,) unless it is null. N is a multiple of 64, and so is the K of a quantized
 // term; every other K is even where the weight is (N, K). Returns whether there was memory.
 EXPORTED int weighted_sum_bf16(const Term *terms, size_t num_terms, int transposed, const bf16 *bias, bf16 *out, size_t M,
                                size_t N) {
     size_t pairs = 0, panels = N / LANES, chunks = (M + CHUNK - 1) / CHUNK;
-    for (size_t t = 0; t < num_terms; t++) pairs += terms[t].pairs();
-    size_t panel = pairs * LANES, threads = (size_t)omp_get_max_threads(), group = AT_ONCE / (panel * sizeof(uint32_t));
-    group = group < threads ? threads : group;
-    group = group < panels ? group : panels;
-    uint32_t *memory = panels_of(up(group * panel * sizeof(uint32_t), 64));
-    if (!memory) return 0;
+    for (size_t t = 0; t < num_terms; t++) pairs += terms[t].panels ? 0 : terms[t].pairs();
+    size_t panel = pairs * LANES, threads = (size_t)omp_get_max_threads(), group = panels;
+    if (panel) {
+        group = AT_ONCE / (panel * sizeof(uint32_t));
+        group = group < threads ? threads : group;
+        group = group < panels ? group : panels;
+    }
+    uint32_t *memory = panel ? panels_of(up(group * panel * sizeof(uint32_t), 64)) : nullptr;
+    if (panel && !memory) return 0;
 #pragma omp parallel
     for (size_t first = 0; first < panels; first += group) {
         size_t count = panels - first < group ? panels - first : group;
+        if (panel)
 #pragma omp for schedule(dynamic)
         for (size_t n = 0; n < count; n++) {
             uint32_t *to = memory + n * panel;
             for (size_t t = 0; t < num_terms; t++) {
+                if (terms[t].panels) continue;
                 if (transposed) pack_columns_of(terms[t], (first + n) * LANES, N, to);
                 else pack_rows_as_columns(terms[t], (first + n) * LANES, to);
                 to += terms[t].pairs() * LANES;
@@ -155,8 +159,8 @@ EXPORTED int weighted_sum_bf16(const Term *terms, size_t num_terms, int transpos
 #pragma omp for schedule(dynamic)
         for (size_t number = 0; number < count * chunks; number++) {
             size_t n = number / chunks, m = number % chunks * CHUNK, column = (first + n) * LANES;
-            task(terms, num_terms, memory + n * panel, bias ? bias + column : nullptr, out + m * N + column, m,
-                 M - m < CHUNK ? M - m : CHUNK, N);
+            task(terms, num_terms, memory + n * panel, first + n, bias ? bias + column : nullptr, out + m * N + column,
+                 m, M - m < CHUNK ? M - m : CHUNK, N);
         }
     }
     return 1;

@@ -21,7 +21,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from distlora.checkpoint.state import Progress
 from distlora.config import UserError
@@ -31,6 +31,8 @@ from distlora.derive.prove import move_adapters_off_start
 from distlora.generation.compiled_step import fits
 from distlora.generation.engine import Engine, Request, Sample, aside, serves
 from distlora.generation.prompts import PromptEncoder, context_limit, greedy, sampling
+from distlora.generation.sampling import Choice
+from distlora.generation.sampling import choose as choose_tokens
 from distlora.generation.transformers_path import Completion, Generator, generate, generate_all
 from distlora.generation.writer import Writer
 from distlora.loading.peft_format import adapter_config, adapter_tensors
@@ -156,6 +158,22 @@ def assert_log_probs_are_those_of_a_forward(model: CausalLM, request: Request, s
     torch.testing.assert_close(torch.tensor(sample.logprobs), expected, rtol=0, atol=1e-5)
     assert 0 < len(sample.tokens) <= request.max_new_tokens
     assert sample.ended == (1 in sample.tokens)
+
+
+def test_tokens_are_drawn_by_their_probability_among_those_of_transformers() -> None:
+    """top_k and top_p keep what transformers' keep; 4,000 positions draw each token as often as it is likely."""
+    logits, count = 2 * torch.randn(1, 700, generator=torch.Generator().manual_seed(0)), 4000
+    for temperature, top_k, top_p in ((1.0, 0, 1.0), (0.7, 40, 1.0), (1.5, 0, 0.8), (1.2, 90, 0.6)):
+        warped = TemperatureLogitsWarper(temperature)(None, logits)  # type: ignore[arg-type]
+        for warper in ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else []):
+            warped = warper(None, warped)
+        expected = warped.softmax(-1)[0]
+        choices = [Choice(7, position, temperature, top_p, top_k) for position in range(count)]
+        drawn, log_p = choose_tokens(logits.expand(count, -1), choices)
+        assert bool((expected[drawn] > 0).all())
+        deviation = (torch.bincount(drawn, minlength=700) - count * expected) / (count * expected).clamp(min=1).sqrt()
+        assert float(deviation.abs().max()) < 5
+        torch.testing.assert_close(log_p, (logits[0] / temperature).log_softmax(-1)[drawn])
 
 
 def test_a_sample_depends_on_its_request_alone(family_folder: Callable[[str], Path]) -> None:

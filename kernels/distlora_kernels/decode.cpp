@@ -18,6 +18,8 @@ EXPORTED void gate_forward_bf16(const bf16 *, const bf16 *, bf16 *, size_t, size
 EXPORTED void rotate_bf16(bf16 *, const bf16 *, const bf16 *, size_t, size_t, size_t, size_t, size_t, size_t, size_t,
                           size_t, int);
 
+constexpr size_t FEWEST = 1 << 17;  // Numbers of keys, by query head, for which other threads are woken.
+
 // decode.py has the same fields of all structures.
 struct Linear {
     const uint32_t *panels, *up;  // Of W (N, K) and of B (N, rank); `up` is null without an adapter.
@@ -115,8 +117,9 @@ static inline void weigh(const float *weights, size_t seen, const bf16 *values, 
 
 // Of each row the G query heads of a key head, over its keys one after the other.
 static void attend(const Layer &layer, const Shape &s, const Places &at, const bf16 *queries, bf16 *output) {
-    size_t G = s.H / s.K, E = s.E;
-#pragma omp parallel
+    size_t G = s.H / s.K, E = s.E, work = 0;
+    for (size_t m = 0; m < s.M; m++) work += (size_t)at.lengths[m] * s.H * E;
+#pragma omp parallel if (work > FEWEST)
     {
         std::vector<float> scores, query(G * E);
         std::vector<size_t> places;

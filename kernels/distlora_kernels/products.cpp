@@ -18,6 +18,7 @@
 
 constexpr size_t BLOCK = 64, GROUP_BLOCKS = 256;  // NF4: weights with one absmax, and blocks with one scale of those.
 constexpr size_t CHUNK = 126, PIECE = 1024;       // Rows of a task; pairs of a panel that stay in a core's cache.
+constexpr size_t FEWEST = 1 << 17;                // Pairs of a product for which other threads are woken.
 constexpr size_t AT_ONCE = 4 << 20;               // Bytes of panels; more where each thread's own take more.
 
 // The 64 weights of a block of a row of `width` weights, as two vectors of 32; 0 beyond the row's end.
@@ -132,8 +133,11 @@ EXPORTED void pack_bf16(const Term *term, size_t N, uint32_t *out) {
 // term; every other K is even where the weight is (N, K). Returns whether there was memory.
 EXPORTED int weighted_sum_bf16(const Term *terms, size_t num_terms, int transposed, const bf16 *bias, bf16 *out, size_t M,
                                size_t N) {
-    size_t pairs = 0, panels = N / LANES, chunks = (M + CHUNK - 1) / CHUNK;
-    for (size_t t = 0; t < num_terms; t++) pairs += terms[t].panels ? 0 : terms[t].pairs();
+    size_t pairs = 0, work = 0, panels = N / LANES, chunks = (M + CHUNK - 1) / CHUNK;
+    for (size_t t = 0; t < num_terms; t++) {
+        pairs += terms[t].panels ? 0 : terms[t].pairs();
+        work += M * N * terms[t].pairs();
+    }
     size_t panel = pairs * LANES, threads = (size_t)omp_get_max_threads(), group = panels;
     if (panel) {
         group = AT_ONCE / (panel * sizeof(uint32_t));
@@ -142,7 +146,7 @@ EXPORTED int weighted_sum_bf16(const Term *terms, size_t num_terms, int transpos
     }
     uint32_t *memory = panel ? panels_of(up(group * panel * sizeof(uint32_t), 64)) : nullptr;
     if (panel && !memory) return 0;
-#pragma omp parallel
+#pragma omp parallel if (work > FEWEST)
     for (size_t first = 0; first < panels; first += group) {
         size_t count = panels - first < group ? panels - first : group;
         if (panel)

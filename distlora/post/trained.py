@@ -109,8 +109,9 @@ class Name:
 
 def require_language_model(train: TrainConfig, place: str | Path) -> None:
     """Refuse the run at `place` if it trained a reward model."""
-    require(
-        train.needs.labels == 0,
+    if train.needs.labels == 0:
+        return
+    raise UserError(
         f"{place} trained a reward model (train.objective={train.objective}): a score replaces its LM head, so it "
         "predicts no tokens to sample, to evaluate, to merge or to export. RUN/metrics.jsonl has its held-out accuracy "
         f"(eval_{train.needs.figures[-1]}); load RUN/adapter by PEFT, as docs/objectives.md shows",

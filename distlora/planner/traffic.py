@@ -215,7 +215,8 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     embedding's does not), and its gradients are reduce-scattered once in fp32; the norm takes one number more. With
     several replicas of the base this is within each of them, and a rank's rows of those sums are all-reduced between
     replicas; where every rank has the whole base, those gradients are all-reduced like an adapter's. Resident layers
-    are not gathered. ZeRO-3 with parallel.prefetch may gather the last layer once a pass: then this is the most.
+    are not gathered. ZeRO-3 with parallel.prefetch may gather the last layer once a pass: then this is the most. Where
+    mismatched answers interrupt the order of several passes, it gathers some layers for nothing: this is the least.
     """
     adapter, itemsize, shards = work.adapter, DTYPE_BYTES[work.train.dtype], work.shard_degree(world)
     full, whole = adapter.method == "full", adapter.modules_to_save
@@ -231,7 +232,9 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     ends = itemsize * norm * (2 if full else 1) + head * (2 if head_is_trained else 1) + (0 if together else embedding)
     on_demand = on_demand_bytes(work, shapes, shards, accumulation)
     of_layers, of_ends = gathers_per_pass(work)
-    gathered = passes_of(work, accumulation) * (of_layers * moved_bytes(work, shapes, shards) + of_ends * ends)
+    # FSDP2 keeps the last norm from a forward without gradient to the next forward.
+    kept = (of_ends - 1) * itemsize * norm if work.parallel.backend == "fsdp2" else 0
+    gathered = passes_of(work, accumulation) * (of_layers * moved_bytes(work, shapes, shards) + of_ends * ends - kept)
     gathered += on_demand
     scattered = 4 * matrix * len(whole)
     if full:

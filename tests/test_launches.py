@@ -20,7 +20,7 @@ from distlora.model.build import CausalLM
 from distlora.planner.memory.device import copied_adapters
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
-from distlora.training import objectives
+from distlora.training.objectives import objective
 from distlora_kernels import fused, nf4_triton
 from family_models import config_for, load_ours, positions_of, tokens
 from plan_inputs import machine_of
@@ -122,9 +122,9 @@ def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
     monkeypatch.setattr(Tensor, "to", lambda tensor, *args, **kwargs: calls.append((args, kwargs)) or tensor)
     gpu = torch.device("cuda")
-    objectives._to_device(torch.ones(2), gpu)
+    objective._to_device(torch.ones(2), gpu)
     assert calls == ["pinned", ((gpu,), {"non_blocking": True})]
-    objectives._to_device(torch.ones(2), torch.device("cpu"))
+    objective._to_device(torch.ones(2), torch.device("cpu"))
     assert calls[2:] == [((torch.device("cpu"),), {"non_blocking": True})]
 
 

@@ -267,6 +267,30 @@ def test_one_compiled_call_decodes_as_the_modules_do(wide_folder: Path, compiles
     assert errors[0] < 1.3 * errors[1] < 0.1
 
 
+def compiled_on(ranks: Ranks, *, folder: Path, compiler: str) -> list[Sample]:
+    """Sample on this rank, in a process whose tests have no compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", compiler)
+        model, backend = load_ours(folder, ranks, train={"dtype": "bf16", "compile": True})
+        assert fits(model)
+        samples = Engine(model, backend).run(REQUESTS)
+    native.library.cache_clear()
+    return samples
+
+
+@pytest.mark.usefixtures("compiler")
+def test_ranks_with_a_sharded_base_decode_in_compiled_calls(world: World, wide_folder: Path) -> None:
+    """Each rank gathers the base once and packs panels of its own."""
+    if native.unavailable_reason() is not None or not decode.available():
+        pytest.skip("no compiler, or a processor without AVX512-BF16 or with AMX")
+    command = " ".join(native.compiler() or ())
+    first, second = world.run(2, compiled_on, folder=wide_folder, compiler=command)
+    assert first == second
+    alone = compiled_on(SINGLE, folder=wide_folder, compiler=command)
+    assert [len(sample.tokens) for sample in first] == [len(sample.tokens) for sample in alone]
+    assert first[0].logprobs == pytest.approx(alone[0].logprobs, abs=0.05)
+
+
 def test_little_memory_makes_requests_wait(
     family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

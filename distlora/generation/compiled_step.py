@@ -45,9 +45,9 @@ def fits(model: CausalLM) -> bool:
     decoder: Any = model.decoder
     embedding: Any = model.embedding
     layers: list[Any] = [block.inner for block in model.blocks]
-    in_bf16 = (
-        type(embedding) is nn.Embedding and embedding.weight.dtype == torch.bfloat16 and model.compute_dtype is None
-    )
+    # FSDP2 replaces the class of a module, and keeps its forward.
+    looks_up = isinstance(embedding, nn.Embedding) and type(embedding).forward is nn.Embedding.forward
+    in_bf16 = looks_up and embedding.weight.dtype == torch.bfloat16 and model.compute_dtype is None
     if not in_bf16 or not all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers):
         return False
     parts = {"Model": decoder, "DecoderLayer": layers[0], "Attention": layers[0].self_attn}

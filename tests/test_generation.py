@@ -29,8 +29,9 @@ from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
 from distlora.derive.prove import move_adapters_off_start
 from distlora.generation.compiled_step import fits
-from distlora.generation.engine import Engine, Request, Sample, aside, serves
+from distlora.generation.engine import Engine, aside, serves
 from distlora.generation.prompts import PromptEncoder, context_limit, greedy, sampling
+from distlora.generation.requests import Request, Sample
 from distlora.generation.sampling import Choice
 from distlora.generation.sampling import choose as choose_tokens
 from distlora.generation.transformers_path import Completion, Generator, generate, generate_all

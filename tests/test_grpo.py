@@ -16,6 +16,7 @@ from closeness import adapter_of, assert_adapters_close, assert_close, assert_lo
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.data.prepare import open_split
+from distlora.generation.remote import ServerError
 from distlora.loading.peft_format import adapter_tensors
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import ROLLOUT_NAME
@@ -24,6 +25,7 @@ from distlora.training.objectives import GRPO, MismatchError
 from distlora.training.rollouts.rollout import Rollout, advantages_of, pack_answers
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
+from distlora_launcher.compose.checks import check_model
 from family_models import SINGLE
 from small_models import make_run, read_metrics, tokenizer
 from test_objectives_trl import Theirs, move_adapters, their_model
@@ -306,13 +308,36 @@ def test_a_vllm_server_samples_with_the_adapter_of_each_rollout(
     assert fresh[1]["kl"] > 0
 
 
+def fails_alike(ranks: Ranks, *, run_dir: Path) -> str:
+    """Return the error of a run on this rank."""
+    with pytest.raises(ServerError) as raised:
+        run_until(ranks, run_dir=run_dir)
+    return str(raised.value)
+
+
+def test_a_server_that_fails_ends_the_run_on_every_rank(world: World, folders: Path, tmp_path: Path) -> None:
+    with serving(folders / "llama") as (url, server):
+        server.refuses = "/v1/load_lora_adapter"
+        grpo_run(tmp_path / "run", folders, **{**RUN, "rollout": RUN["rollout"] | {"url": url}})
+        first, second = world.run(2, fails_alike, run_dir=tmp_path / "run")
+    assert "answers /v1/load_lora_adapter with 404" in first
+    assert "the log of rank 0 says how" in second
+
+
+def test_an_adapter_that_vllm_reads_otherwise_is_refused(folders: Path, tmp_path: Path) -> None:
+    config = grpo_run(tmp_path / "run", folders, adapter={"use_dora": True})
+    with serving(folders / "llama") as (url, _):
+        served = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, url=url))
+        with pytest.raises(UserError, match=r"vLLM would not sample with the adapter as trained: .*use_dora"):
+            check_model(served)
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"rollout": {"batch_invariant": True, "temperature": 0.5}}, r"set rollout.temperature=1"),
         ({"rollout": {"batch_invariant": True}, "train": {"compile": True}}, r"train.compile=true with others"),
         ({"rollout": {"url": "localhost:8000"}}, r"rollout.url=localhost:8000 is not an address"),
-        ({"rollout": {"url": "http://a"}, "adapter": {"use_dora": True}}, r"without DoRA"),
         ({"rollout": {"num_generations": 5}}, r"num_generations=5 does not divide the 12 answers"),
         ({"rollout": {"max_new_tokens": 63}}, r"max_new_tokens=63 leaves no room for a prompt"),
         ({"data": {"rewards": []}}, r"needs rewards; set data.rewards"),

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from distlora.config import UserError
 from distlora.generation import remote
-from distlora.generation.engine import Request
 from distlora.generation.remote import RemoteEngine, ServerError
+from distlora.generation.requests import Request
 from family_models import write_family_folder
 from vllm_server import Server, serving
 
@@ -85,6 +85,20 @@ def test_a_server_that_fails_for_a_while_costs_only_time(
     served.fail_next = remote.TRIES
     with pytest.raises(ServerError, match=r"answers /v1/completions with 500: EngineCore encountered an issue"):
         engine.run([Request([5], max_new_tokens=3)])
+
+
+def test_an_answer_of_another_form_is_the_servers_fault(
+    folder: Path, server: tuple[str, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, served = server
+    engine = RemoteEngine(url, stop_tokens=[0], run="run")
+    engine.load(adapter(folder, tmp_path / "a", 1), 0)
+    for answer, message in (("a proxy's page", "another form"), ({"choices": [{}]}, "another form")):
+        monkeypatch.setattr(served, "answer", lambda *_, value=answer: (200, value))
+        with pytest.raises(ServerError, match=message):
+            engine.run([Request([5], max_new_tokens=3)])
+    engine.close()
+    assert engine.adapter is None, "the end of a run depends on the server"
 
 
 def test_what_the_server_refuses_is_said_in_its_words(

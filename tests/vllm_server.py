@@ -20,7 +20,10 @@ from transformers import AutoModelForCausalLM
 
 
 class Server:
-    """A server's model, its adapters, and what was asked of it. `fail_next` answers that many requests with 500."""
+    """A server's model, its adapters, and what was asked of it.
+
+    `fail_next` requests are answered with 500, those to the path `refuses` with 404.
+    """
 
     def __init__(self, base: Path) -> None:
         self.base = str(base)
@@ -28,6 +31,7 @@ class Server:
         self.adapters: list[str] = []
         self.loaded: list[str] = []
         self.fail_next = 0
+        self.refuses: str | None = None
         self._lock = threading.Lock()
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -36,6 +40,8 @@ class Server:
             if self.fail_next > 0:
                 self.fail_next -= 1
                 return 500, {"error": {"message": "EngineCore encountered an issue", "code": 500}}
+            if path == self.refuses:
+                return 404, _error("no")
             if path == "/v1/models":
                 names = [self.base, *self.adapters]
                 return 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}

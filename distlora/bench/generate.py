@@ -20,7 +20,8 @@ from distlora.bench.host import libraries_print_to_stderr, measurement_notes
 from distlora.bench.peer_models import load_base
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.generation.engine import Engine, Request
+from distlora.generation.engine import Engine
+from distlora.generation.requests import Request
 from distlora.output.results import Table, spread
 from distlora.parallel import Ranks
 from distlora.system.progress import say

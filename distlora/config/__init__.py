@@ -311,11 +311,6 @@ class Config:
             f"{-(-train.global_batch // rollout.num_generations) * rollout.num_generations}",
         )
         require(
-            rollout.url is None or not (self.adapter.use_dora or self.adapter.target_parameters),
-            f"rollout.url={rollout.url}: vLLM reads the adapter as PEFT writes it, without DoRA and without "
-            "adapters of experts; set adapter=lora with linears alone, or leave rollout.url out",
-        )
-        require(
             not rollout.batch_invariant or train.compile is not True,
             "rollout.batch_invariant=true computes each token alike with torch's operations, and train.compile=true "
             "with others; leave one of them out",

@@ -22,6 +22,7 @@ from distlora.architecture.shapes import CACHE_SHARE, MOST_ROWS
 from distlora.config import UserError
 from distlora.generation.compiled_step import CompiledStep, fits
 from distlora.generation.prompts import context_limit
+from distlora.generation.requests import Request, Sample
 from distlora.generation.sampling import Choice, choose
 from distlora.generation.stop_strings import StopStrings
 from distlora.model.batch_invariant import batch_invariant
@@ -35,38 +36,6 @@ PREFILL_TOKENS = 2048
 """Tokens of prompts per forward, padding included; a longer prompt runs alone."""
 DENSE_SHARE = 0.5
 """Part of the available host memory that dequantized weights may take."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A completion to generate."""
-
-    tokens: list[int]
-    """The prompt."""
-    seed: int = 0
-    """Seed of its random numbers, which depend on (seed, position) alone."""
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    """0 for the likeliest token each time."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 for no limit."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the completion."""
-    slot: int | None = None
-    """Slot of the adapter (extension point 3): -1 for none; None for the model's only adapter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A generated completion."""
-
-    tokens: list[int]
-    """All sampled tokens: the end token too, and those that completed a stop string."""
-    logprobs: list[float]
-    """Log-probability of each under logits / temperature (greedy: the logits), without top_k and top_p."""
-    ended: bool
-    """True if an end token or a stop string ended it, False if it reached max_new_tokens or the model's positions."""
 
 
 @dataclass(slots=True, eq=False)

@@ -11,18 +11,19 @@ vllm/entrypoints/openai/completion/protocol.py and vllm/entrypoints/serve/lora.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError
-from distlora.generation.engine import Request, Sample
+from distlora.generation.requests import Request, Sample
 
 AT_ONCE = 64
 """Requests that wait for an answer together; the server batches them."""
@@ -54,10 +55,9 @@ class RemoteEngine:
     def connect(self) -> list[str]:
         """Return the names of the models and adapters that the server has. Raises UserError if it does not answer."""
         try:
-            models = self._call("/v1/models", tries=1)
+            return self._names(tries=1)
         except ServerError as error:
             raise UserError(f"rollout.url={self.url}: {error}; start `vllm serve`, or leave it out") from error
-        return [model["id"] for model in models["data"]]
 
     def load(self, folder: Path, version: int) -> None:
         """Sample with the adapter in a PEFT folder from now on, and remove the version before it from the server.
@@ -65,7 +65,7 @@ class RemoteEngine:
         Raises ServerError if the server refuses it.
         """
         name, before = f"{self._run}-{version}", self.adapter
-        if name in self.connect():  # Left by a run that was killed: it may have other weights.
+        if name in self._names():  # Left by a run that was killed: it may have other weights.
             self._unload(name)
         self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         self.adapter = name
@@ -73,21 +73,31 @@ class RemoteEngine:
             self._unload(before)
 
     def close(self) -> None:
-        """Remove the adapter from the server."""
+        """Remove the adapter from the server, if it still answers: the run's result does not depend on it."""
         if self.adapter is not None:
-            self._unload(self.adapter)
+            with contextlib.suppress(ServerError):
+                self._unload(self.adapter)
             self.adapter = None
 
-    def run(self, requests: Sequence[Request], on_done: Callable[[int, Sample], None] | None = None) -> list[Sample]:
+    def run(self, requests: Sequence[Request]) -> list[Sample]:
         """Return a sample of each request, in their order. Raises ServerError."""
         assert self.adapter is not None, "load an adapter first"
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            samples = []
-            for index, sample in enumerate(pool.map(self._complete, requests)):
-                if on_done is not None:
-                    on_done(index, sample)
-                samples.append(sample)
-        return samples
+            return list(pool.map(self._complete, requests))
+
+    def _names(self, *, tries: int = TRIES) -> list[str]:
+        """Return the names of models and adapters. Raises ServerError."""
+        models = self._call("/v1/models", tries=tries)
+        with self._reading("/v1/models"):
+            return [model["id"] for model in models["data"]]
+
+    @contextlib.contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Turn errors in reading an answer of another form into a ServerError."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ServerError(f"{self.url} answers {path} in another form than vLLM's ({error!r})") from error
 
     def _complete(self, request: Request) -> Sample:
         body = {
@@ -109,14 +119,17 @@ class RemoteEngine:
             "logprobs": 0,
             "return_token_ids": True,
         }
-        (choice,) = self._call("/v1/completions", body)["choices"]
-        tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        answer = self._call("/v1/completions", body)
+        with self._reading("/v1/completions"):
+            (choice,) = answer["choices"]
+            ended = choice["finish_reason"] == "stop"
+            tokens, logprobs = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not isinstance(tokens, list) or not isinstance(logprobs, list) or len(tokens) != len(logprobs):
             raise ServerError(
                 f"{self.url} answers without the token ids and log-probabilities of its samples (return_token_ids, "
                 "logprobs); use vLLM 0.10.2 or later"
             )
-        return Sample(tokens, logprobs, choice["finish_reason"] == "stop")
+        return Sample(tokens, logprobs, ended)
 
     def _unload(self, name: str) -> None:
         self._call("/v1/unload_lora_adapter", {"lora_name": name})
@@ -134,7 +147,7 @@ class RemoteEngine:
                 reason = f"answers {path} with {error.code}: {_message(error)}"
                 if error.code < 500:
                     break
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = f"does not answer {path} ({error})"
             if attempt + 1 < tries:
                 time.sleep(FIRST_WAIT * 2**attempt)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from distlora.generation.engine import Engine, Request, Sample, aside, serves
+from distlora.generation.engine import Engine, aside, serves
+from distlora.generation.requests import Request, Sample
 from distlora.generation.transformers_path import Completion, Generator, generate, generate_all
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend

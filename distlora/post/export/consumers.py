@@ -17,7 +17,7 @@ from importlib import resources
 from typing import Any
 
 from distlora.architecture.spec import Architecture
-from distlora.config import UserError, nearest, require
+from distlora.config import AdapterConfig, UserError, nearest, require
 from distlora.config.base import matches
 
 PREFIX = "base_model.model."
@@ -294,6 +294,36 @@ def _parse(consumer: Consumer, key: str) -> tuple[str, str]:
         if key.startswith(PREFIX) and key.endswith(ending):
             return key.removeprefix(PREFIX).removesuffix(ending), part
     raise UserError(f"{key}: {consumer.name} reads {PREFIX}*.lora_A.weight and lora_B.weight, nothing else")
+
+
+def check_read_as_written(
+    consumer: Consumer,
+    model: Mapping[str, Any],
+    architecture: Architecture,
+    adapter: AdapterConfig,
+    paths: Iterable[str],
+) -> None:
+    """Refuse an adapter of these linears that a server does not read as PEFT writes it.
+
+    `model`: config.json. Raises UserError, with the key, for what the server refuses, drops, or reads otherwise.
+    """
+    row, weights = served(consumer, model), dict(architecture.adaptable())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        *experts, out, features = weights[path].shape
+        rank = adapter.rank_of(path)
+        shapes[f"{PREFIX}{path}.lora_A.weight"] = (*experts, rank, features)
+        shapes[f"{PREFIX}{path}.lora_B.weight"] = (*experts, out, rank)
+    config = {
+        "r": adapter.r,
+        "lora_alpha": adapter.lora_alpha,
+        "use_rslora": adapter.use_rslora,
+        "use_dora": adapter.use_dora,
+        "rank_pattern": dict(adapter.rank_pattern),
+        "alpha_pattern": dict(adapter.alpha_pattern),
+        "target_modules": sorted({path.rpartition(".")[2] for path in paths}),
+    }
+    bind(consumer, row, targets(consumer, row, architecture), config, shapes)
 
 
 def _why_unbound(consumer: Consumer, row: Served, module: str, places: Mapping[str, Target]) -> str:

@@ -17,9 +17,10 @@ from torch import Tensor
 from distlora.config import Config, UserError, require
 from distlora.data.loader import EMPTY, StepBatch, StepLoader
 from distlora.data.packing import PARTS, SAMPLES, hash64
-from distlora.generation.engine import Engine, Request
+from distlora.generation.engine import Engine
 from distlora.generation.prompts import PromptEncoder
 from distlora.generation.remote import RemoteEngine
+from distlora.generation.requests import Request
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.rewards.pool import RewardInput, RewardPool
@@ -294,11 +295,6 @@ def _served(
     """Return the server of rollout.url. Raises UserError if it does not answer."""
     assert config.rollout.url is not None
     run_dir = Path(config.run_dir)
-    require(
-        next(model.adapted_experts(), None) is None,
-        f"rollout.url={config.rollout.url}: vLLM reads adapters of experts in another layout than PEFT's; set "
-        "adapter.target_modules=attention, or leave rollout.url out",
-    )
     remote = RemoteEngine(config.rollout.url, stop_tokens=ends, run=run_dir.resolve().name)
     if backend.writes:
         remote.connect()

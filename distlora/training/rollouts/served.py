@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distlora.generation.engine import Request, Sample, gathered
+from distlora.generation.engine import gathered
 from distlora.generation.remote import RemoteEngine, ServerError
+from distlora.generation.requests import Request, Sample
 from distlora.parallel import Backend, from_rank_0
 
 

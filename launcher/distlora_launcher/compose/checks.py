@@ -43,6 +43,8 @@ from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES
 from distlora.config.objectives import OBJECTIVES
+from distlora.generation.remote import RemoteEngine
+from distlora.post.export.consumers import CONSUMERS, check_read_as_written
 from distlora.rewards.find import check_functions
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
@@ -73,6 +75,8 @@ def check(config: Config, *, new_run: bool) -> None:
             check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
             if not new_run and config.train.compile == "auto":
                 check_compiled_before(Path(config.run_dir))
+            if config.rollout.url is not None:
+                RemoteEngine(config.rollout.url, stop_tokens=(), run=config.name).connect()
             for name in config.tracker.names:
                 if name != "wandb":  # It is always installed; a node that lacks it says so, and trains.
                     require_package(name, f"tracker={name}")
@@ -247,6 +251,14 @@ def check_model(config: Config, *, training: bool = True) -> None:
             check_initial_adapter(config.spec, architecture)
         if training and config.train.teacher is not None:
             read_teacher(config.train.teacher, config.adapter, config.quant.method, architecture)
+        if config.rollout.url is not None:
+            try:
+                check_read_as_written(CONSUMERS["vllm"], base.config, architecture, config.adapter, targets)
+            except UserError as error:
+                raise UserError(
+                    f"rollout.url={config.rollout.url}: vLLM would not sample with the adapter as trained: {error}; "
+                    "choose other adapter.target_modules, or leave rollout.url out"
+                ) from error
         shapes = {path: weight.shape for path, weight in architecture.adaptable() if weight.kind == "linear"}
         check_ranks(config.adapter, {path: shapes[path] for path in targets if path in shapes})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ def fits(model: CausalLM) -> bool:
     return covered and why_not_compiled() is None and decode.available()
 
 
-def _linears(layer: Any) -> list[list[DecodedLinear]]:
+def _linears(layer: Any, slots: Collection[int] | None = None) -> list[list[DecodedLinear]]:
+    """Return the linears of each input, with the adapters of these slots; None: with all."""
     attention, mlp = layer.self_attn, layer.mlp
     groups = [
         (attention.q_proj, attention.k_proj, attention.v_proj),
@@ -80,12 +81,13 @@ def _linears(layer: Any) -> list[list[DecodedLinear]]:
         (mlp.gate_proj, mlp.up_proj),
         (mlp.down_proj,),
     ]
-    return [list(map(_linear, group)) for group in groups]
+    return [[_linear(linear, slots) for linear in group] for group in groups]
 
 
-def _linear(linear: FrozenLinear) -> DecodedLinear:
+def _linear(linear: FrozenLinear, slots: Collection[int] | None) -> DecodedLinear:
     pairs = linear.pairs if isinstance(linear, AdaptedLinear) else []
-    adapters = [Pair(pair.slot, pair.A, pair.B, pair.scaling) for pair in pairs]
+    used = [pair for pair in pairs if slots is None or pair.slot in slots]
+    adapters = [Pair(pair.slot, pair.A, pair.B, pair.scaling) for pair in used]
     return DecodedLinear(linear.frozen_weight, linear.bias, adapters)
 
 
@@ -96,9 +98,12 @@ def _norm(norm: Any) -> Norm:
 class CompiledStep:
     """All layers of a model that `fits`, with its weights as panels."""
 
-    def __init__(self, model: CausalLM, cache: PagedCache, *, by_rows: bool) -> None:
-        """Pack the weights. `cache` has had its first forward."""
-        self._model, self._cache = model, cache
+    def __init__(self, model: CausalLM, cache: PagedCache, slots: Collection[int] | None) -> None:
+        """Pack the weights, and the adapters of these slots; None: rows do not choose, and each linear has one at most.
+
+        `cache` has had its first forward.
+        """
+        self._model, self._cache, self._slots = model, cache, slots
         layers: list[Any] = [block.inner for block in model.blocks]
         attention, decoder = layers[0].self_attn, model.decoder
         heads = attention.q_proj.out_features // attention.head_dim
@@ -111,7 +116,7 @@ class CompiledStep:
         )
         self._head = pack(FrozenWeight((head.weight.detach(),), tuple(head.weight.shape))) if whole else None
         """Panels of an LM head whose product alone gives the logits."""
-        self._kept = Kept([self._layer(layer) for layer in layers], sizes, by_rows=by_rows)
+        self._kept = Kept([self._layer(layer) for layer in layers], sizes, by_rows=slots is not None)
 
     def _layer(self, layer: Any) -> DecodedLayer:
         attention = layer.self_attn
@@ -122,7 +127,7 @@ class CompiledStep:
         assert second is not None
         return DecodedLayer(
             norms=(first, second, query, key),
-            inputs=tuple(_linears(layer)),
+            inputs=tuple(_linears(layer, self._slots)),
             cache=self._cache.layer(attention.layer_idx),
             scale=attention.scaling,
             window=getattr(attention, "sliding_window", None),

@@ -179,6 +179,9 @@ class _Batch:
         self._prefixes: dict[tuple[tuple[int, ...], int | None], _Prefix] = {}
         for _, request in requests:
             self._prefix_of(request).users += 1
+        chosen = {request.slot for _, request in requests}
+        self._slots = None if None in chosen else {slot for slot in chosen if slot is not None}
+        """Slots of the requests; None if they choose no adapter."""
         self.samples: dict[int, Sample] = {}
         self._rows: list[_Row] = []
         self._starting: list[_Row] = []
@@ -323,7 +326,7 @@ class _Batch:
             logits = self._logits(ids, at[:, None], torch.zeros_like(lengths), slots, step)
         else:
             if self._compiled is None:
-                self._compiled = CompiledStep(self._model, self.cache, by_rows=slots[0] is not None)
+                self._compiled = CompiledStep(self._model, self.cache, self._slots)
             logits = self._compiled(ids, at[:, None], step, slots)
         self._append(list(rows), logits)
 

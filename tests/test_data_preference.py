@@ -249,6 +249,22 @@ def test_mismatched_rows_have_each_prompt_with_the_answer_before_it_on_any_numbe
         assert sorted(found) == sorted(expected), world
 
 
+def test_a_single_answer_is_never_paired_with_itself(tmp_path: Path) -> None:
+    """The last step of an epoch of 6n + 1 rows has one."""
+    lines = [{"prompt": "It is" + " so" * 9, "completion": " day" * 9, "label": True} for _ in range(7)]
+    rows = prepared(tmp_path, lines, objective="kto", sequence_length=24)
+    assert len(rows) == 7
+    for world in (1, 2):
+        for rank in range(world):
+            loader = StepLoader(
+                rows, global_batch=6, micro_batch=2, rank=rank, world=world, seed=0, shuffle=True, mismatched=True
+            )
+            first, last = loader.batch(0), loader.batch(1)
+            assert any((part.labels >= 0).any() for part in first.mismatched)
+            assert last.global_pairs == len(last.mismatched) == 1
+            assert not (last.mismatched[0].labels >= 0).any()
+
+
 def documents_in(batches: Iterable[MicroBatch]) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) of every document but padding."""
     found = []

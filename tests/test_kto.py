@@ -118,6 +118,15 @@ def test_a_stopped_run_resumes_with_the_same_bits(folders: Path, tmp_path: Path)
     assert read_metrics(tmp_path / "whole")[0]["eval_kl"] == 0
 
 
+def test_steps_of_a_single_answer_have_no_kl(folders: Path, tmp_path: Path) -> None:
+    prepare(tmp_path / "run", folders, length=24, global_batch=1, eval_every=None)
+    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+    last = next(line for line in read_metrics(tmp_path / "run") if line.get("step") == 3 and "loss" in line)
+    assert last["answers"] == 1
+    assert last["kl"] == 0
+    assert last["loss"] != pytest.approx(0.5, abs=1e-4), "the adapter has moved"
+
+
 def test_a_mean_over_answers_of_one_kind_is_left_out_where_there_are_none() -> None:
     needs = OBJECTIVES["kto"]
     sums = {"loss": 2.0, "rewards/chosen": 3.0, "logps/chosen": -6.0, "answers/chosen": 3.0}

@@ -277,11 +277,6 @@ class Config:
             "data.too_long=split makes documents of the parts of a longer one, and parts of an answer cannot be "
             "compared or judged; set data.too_long=truncate or drop",
         )
-        require(
-            not needs.mismatched or self.train.global_batch > 1,
-            f"train.objective={objective} pairs each prompt of a step with the answer to another one, and "
-            "train.global_batch=1 may leave it one answer; set train.global_batch=8 or more",
-        )
 
     def _check_score(self) -> None:
         """Refuse what trains beside the adapters and the score of a model without an LM head."""

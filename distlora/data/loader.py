@@ -165,7 +165,7 @@ class StepLoader:
     shuffle: bool
     mismatched: bool = False
     """Give each step the prompts of its judged answers a second time, each with the answer before it in the order of
-    the rows, the first with the last one. What is then longer than a row is cut."""
+    the rows, the first with the last one. What is then longer than a row is cut. A step's only answer has no labels."""
     _order: tuple[int, np.ndarray] | None = field(default=None, init=False)
     """(epoch, order of its rows): computed once an epoch, not once a step."""
     _are_judged: bool = field(default=False, init=False)
@@ -226,6 +226,8 @@ class StepLoader:
         ]
         lengths, places = np.array([len(part) for part in parts]), np.concatenate(parts)
         marks = np.append(0, flags[:-1] & TRAINED).astype(np.uint8)[places]
+        if len(starts) == 1:  # Its own answer says nothing of KL: without a label it adds 0.
+            marks[:] = 0
         # Where every row holds one answer, so do these: the model may mix documents, and the number of rows is known.
         single = bool(self.rows.pairs.max() == 1)
         packing = pack(np.cumsum(lengths) - lengths, lengths, length, single=single)

@@ -23,7 +23,7 @@ from tiers import ci
 from worlds import World
 
 
-def prepare(run_dir: Path, folders: Path, *, length: int = 160, backend: str = "fsdp2", **train: Any) -> Config:
+def prepare(run_dir: Path, folders: Path, *, length: int = 160, **train: Any) -> Config:
     """Prepare a run of three steps of six rows, with one to several answers in each."""
     data = run_dir.with_suffix(".jsonl")
     sides = ["rejected" if number % 5 == 2 else "chosen" for number in range(36)]  # Mostly good ones: KL grows.
@@ -38,7 +38,6 @@ def prepare(run_dir: Path, folders: Path, *, length: int = 160, backend: str = "
         data={"path": str(data), "sequence_length": length, "eval_fraction": 0.2},
         train={"objective": "kto", "max_steps": 3, "global_batch": 6, **train},
         optim={"lr": 1e-2, "warmup_ratio": 0.0},
-        parallel={"backend": backend},
     )
 
 
@@ -91,7 +90,6 @@ def test_ranks_and_micro_batches_change_nothing(
     [
         (2, {"micro_batch": 1}),
         ci(3, {"micro_batch": 1, "accumulate": "block"}),
-        ci(2, {"micro_batch": 3, "backend": "zero3"}),
     ],
     ids=str,
 )

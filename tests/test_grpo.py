@@ -116,7 +116,7 @@ def test_losses_and_gradients_equal_trls(folders: Path, tmp_path: Path, quant: s
     }
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-    theirs = Theirs(tuned, [{"prompt": record["prompt"]} for record in questions()], tmp_path / "trl")
+    theirs = Theirs(tuned, [{"prompt": record["prompt"]} for record in questions()], tmp_path / "trl", [])
     totals = rollout.totals(())
     for name, (settings, beta) in VARIANTS.items():
         chosen = dataclasses.replace(config.rollout, **settings)

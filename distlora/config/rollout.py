@@ -7,7 +7,7 @@ from distlora.config.errors import require, require_choices, require_positive
 
 MOST_DIFFERENCE = {"fp32": 1e-4, "bf16": 0.2}
 """Default of rollout.max_logprob_difference by train.dtype: several times what sums in another order make of it, which
-is 4e-7 in fp32 (a small model) and 0.04 in bf16 (SmolLM2-135M on a CPU, 2026-11-29). Positions that are off by one, or
+is 3e-6 in fp32 and 0.04 in bf16 (SmolLM2-135M on a CPU, 2026-11-29). Positions that are off by one, or
 another adapter, make far more."""
 
 

@@ -27,14 +27,14 @@ SECTIONS: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "run_
 
 def settings(**sections: dict[str, Any]) -> dict[str, Any]:
     config = build(Config, SECTIONS | sections)
-    return fixed_settings(config.spec, config.optim, config.train)
+    return fixed_settings(config.spec, config.optim, config.train, config.rollout, config.data)
 
 
 def refusal(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     identities = [Identity(base_fingerprint="b", data_digest="d", settings=of) for of in (then, now)]
     state = TrainState(progress=Progress(), identity=identities[0], environment={})
     try:
-        check_matches(state, Path("step"), identities[1], init_from=None)
+        check_matches(state, Path("step"), identities[1], reference="adapter.init_from")
     except UserError as error:
         return str(error)
     return None
@@ -69,6 +69,25 @@ def test_changed_fixed_setting_is_refused_with_both_values(section: str, value: 
     assert refused is not None
     assert said in refused
     assert "set it back" in refused
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"rollout": {"temperature": 0.5}}, "rollout.temperature=1.0, and config.yaml now has rollout.temperature=0.5"),
+        ({"rollout": {"max_new_tokens": 32}}, "now has rollout.max_new_tokens=32"),
+        ({"rollout": {"stop": ["x"]}}, "now has rollout.stop=['x']"),
+        ({"data": {"rewards": ["exact_match", "math"]}}, "now has data.rewards=['exact_match', 'math']"),
+        ({"data": {"reward_weights": [0.5]}}, "now has data.reward_weights=[0.5]"),
+    ],
+)
+def test_answers_in_a_checkpoint_are_not_trained_on_by_other_settings(sections: dict[str, Any], said: str) -> None:
+    given = {"train": {"objective": "grpo"}, "data": {"path": "d", "rewards": ["exact_match"]}, "rollout": {}}
+    then = settings(**given)
+    refused = refusal(json.loads(json.dumps(then)), settings(**{n: v | sections.get(n, {}) for n, v in given.items()}))
+    assert refused is not None
+    assert said in refused
+    assert "rollout.temperature" not in settings(), "other objectives have no answers"
 
 
 def test_free_settings_may_change(tmp_path: Path) -> None:
@@ -120,6 +139,7 @@ def test_different_environment_is_reported() -> None:
         ({"environment": []}, "environment is"),
         ({"progress": {"step": -1, "evaluations": {}, "seconds": 0, "tokens": 0}}, "step is -1"),
         ({"progress": {"step": True, "evaluations": {}, "seconds": 0, "tokens": 0}}, "step is True"),
+        ({"progress": {"step": 1, "evaluations": {}, "seconds": 0, "tokens": 0, "sampling": [3]}}, "sampling is [3]"),
         ({"progress": {"step": 1, "evaluations": {"x": 1}, "seconds": 0, "tokens": 0}}, "evaluations has 'x': 1"),
         ({"progress": {"step": 1, "evaluations": {"1": 10**400}, "seconds": 0, "tokens": 0}}, "evaluations has '1': 1"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
 from distlora.derive.prove import move_adapters_off_start
+from distlora.generation import engine as engine_module
 from distlora.generation.compiled_step import fits
 from distlora.generation.engine import Engine, aside, serves
 from distlora.generation.prompts import PromptEncoder, context_limit, greedy, sampling
@@ -38,7 +40,8 @@ from distlora.generation.transformers_path import Completion, Generator, generat
 from distlora.generation.writer import Writer
 from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.build import CausalLM, put_trial
-from distlora.parallel import Backend, Ranks
+from distlora.parallel import Backend, Ranks, fsdp2
+from distlora.parallel import backend as parallel_backend
 from distlora.post import generate as worker
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
@@ -297,9 +300,56 @@ def test_little_memory_makes_requests_wait(
 ) -> None:
     model, backend = load_ours(family_folder("qwen3"))
     samples = Engine(model, backend).run(REQUESTS)
-    monkeypatch.setattr(Backend, "free_bytes", lambda self: 1.0)
-    few = Engine(model, backend).run([*REQUESTS, *REQUESTS])
-    assert [sample.tokens for sample in few] == 2 * [sample.tokens for sample in samples]
+    chosen = []
+    for free in (1.0, -1e12, 0.0, 2e6, 1e9):
+        monkeypatch.setattr(Backend, "free_bytes", lambda self, free=free: free)
+        engine = Engine(model, backend)
+        few = engine.run([*REQUESTS, *REQUESTS])
+        assert [sample.tokens for sample in few] == 2 * [sample.tokens for sample in samples]
+        chosen.append(engine.chosen)
+    assert [choice.blocks for choice in chosen[:3]] == [0, 0, sys.maxsize], "only 0 is an unknown amount"
+    assert 0 < chosen[3].blocks < chosen[4].blocks
+    again = Engine(model, backend, chosen=chosen[3])
+    again.run(REQUESTS)
+    assert again.chosen == chosen[3], "another amount of free memory gives a resumed run other rows"
+    monkeypatch.setattr(Backend, "free_bytes", lambda self: 0.9e6)
+    again.run(REQUESTS)
+    assert 0 < again.chosen.blocks < chosen[3].blocks, "the cache takes more memory than there is"
+
+
+def run_beside_whole_base(ranks: Ranks, *, folder: Path) -> tuple[list[Sample], list[Sample], tuple[int, ...]]:
+    """Return samples with unlimited memory, with little beside the whole base, and two numbers of blocks."""
+    model, backend = load_ours(folder, ranks)
+    plain = Engine(model, backend).run(REQUESTS)
+    free, whole = [1e9], fsdp2.Residency.all_gathered
+
+    @contextlib.contextmanager
+    def all_gathered(self: fsdp2.Residency, model: CausalLM) -> Iterator[None]:
+        free[0] = 1e6
+        with whole(self, model):
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fsdp2, parallel_backend):
+            patch.setattr(module, "free_bytes", lambda device, with_cached=False: free[0])
+        patch.setattr(fsdp2.Residency, "all_gathered", all_gathered)
+        engine = Engine(model, backend)
+        samples = engine.run(REQUESTS)
+        assert engine.chosen is not None
+        alone = Engine(model, backend, resident=False)
+        alone.run(REQUESTS)
+        assert alone.chosen is not None
+    return plain, samples, (engine.chosen.blocks, alone.chosen.blocks)
+
+
+def test_the_cache_gets_a_part_of_what_the_whole_base_leaves(
+    world: World, family_folder: Callable[[str], Path]
+) -> None:
+    results = world.run(2, run_beside_whole_base, folder=family_folder("gemma3-untied"))
+    assert results[0] == results[1]
+    plain, samples, (blocks, again) = results[0]
+    assert [sample.tokens for sample in samples] == [sample.tokens for sample in plain]
+    assert 0 < blocks == again, "the base was counted as free"
 
 
 def continue_all(ranks: Ranks, *, folder: Path) -> tuple[Any, ...]:
@@ -311,10 +361,20 @@ def continue_all(ranks: Ranks, *, folder: Path) -> tuple[Any, ...]:
         plain = completions(model, backend, choose())
         torch.manual_seed(7)
         sampled = completions(model, backend, choose(do_sample=True, temperature=2.0, top_k=0))
-    samples = [Engine(model, backend, most_rows=2, resident=resident).run(REQUESTS) for resident in (False, True)]
+    numbers: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "FORWARDS", 4)
+        samples = [
+            Engine(model, backend, most_rows=2, resident=resident).run(REQUESTS, boundary=numbers.append)
+            for resident in (False, True)
+        ]
     assert samples[0] == samples[1]
+    count = numbers.index(1, 1)
+    assert numbers == [*range(1, count + 1), *range(1, len(numbers) - count + 1)]
+    assert len(numbers) > 10, "a long rollout has boundaries within it"
     assert all(block.num_micro == 3 for block in model.blocks)
-    return plain, sampled, (backend.traffic.gathered_bytes, backend.traffic.reduced_bytes), samples[0]
+    traffic = (backend.traffic.gathered_bytes, backend.traffic.reduced_bytes)
+    return plain, sampled, traffic, samples[0], numbers
 
 
 def test_sharded_ranks_write_what_one_writes(world: World, family_folder: Callable[[str], Path]) -> None:

@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from closeness import adapter_of, assert_adapters_close, assert_close, assert_losses_close, assert_same_run
+from distlora.checkpoint.state import load_state
+from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.data.prepare import open_split
 from distlora.generation.remote import ServerError
 from distlora.loading.peft_format import adapter_tensors
-from distlora.parallel import Ranks
-from distlora.run_folder.layout import ROLLOUT_NAME
+from distlora.parallel import Backend, Ranks
+from distlora.run_folder.layout import ROLLOUT_NAME, steps
 from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
 from distlora.training.rollouts.rollout import Rollout, advantages_of, pack_answers
@@ -198,7 +200,13 @@ RUN: dict[str, Any] = {
 """Two rollouts, the second used by half; random weights write two vowels in a few of their answers."""
 
 
-def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None = None) -> list[dict[str, Any]]:
+FREE = 4e4
+"""Bytes of free memory of the runs: room for three answers at once."""
+
+
+def run_until(
+    ranks: Ranks, *, run_dir: Path, stop_before: int | None = None, free: float = FREE
+) -> list[dict[str, Any]]:
     """Run the worker to its end, or leave it as it begins the given step. Return its metrics."""
     original = worker.Trainer._train_step
 
@@ -209,6 +217,7 @@ def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None = None) ->
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(worker.Trainer, "_train_step", step)
+        patch.setattr(Backend, "free_bytes", lambda self: free)
         worker.run(run_dir, ranks)
     return read_metrics(run_dir)
 
@@ -257,9 +266,18 @@ def test_a_killed_run_goes_on_with_the_same_answers_and_bits(
     world.run(1, run_until, run_dir=tmp_path / "run", stop_before=stop_before)
     saved = tmp_path / "run" / "checkpoints" / f"step_{stop_before:08d}" / ROLLOUT_NAME
     assert saved.is_file() == (stop_before % 4 > 0), "a rollout is saved while steps need it"
-    world.run(1, run_until, run_dir=tmp_path / "run")
+    # Other rows at once would round otherwise.
+    world.run(1, run_until, run_dir=tmp_path / "run", free=10 * FREE)
     assert_same_run(tmp_path / "run", whole)
+    states = [load_state(steps(run_dir / "checkpoints")[-1]) for run_dir in (tmp_path / "run", whole)]
+    assert states[0].progress.sampling == states[1].progress.sampling is not None
+    assert 0 < states[0].progress.sampling.blocks < 10
     assert of_steps(tmp_path / "run") == of_steps(whole)
+
+
+def test_verify_finds_no_fault_in_a_run(whole: Path) -> None:
+    assert [(item.name, item.message) for item in verify(whole) if item.state == "damaged"] == []
+    assert any(item.name.startswith("checkpoints/") and item.state == "ok" for item in verify(whole))
 
 
 def test_three_ranks_sample_and_learn_what_one_does(world: World, folders: Path, tmp_path: Path, whole: Path) -> None:

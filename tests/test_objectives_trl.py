@@ -455,7 +455,8 @@ def test_a_teacher_is_the_base_with_another_adapter_of_any_rank(folders: Path, t
 
 
 def identity(config: Config) -> Identity:
-    return identity_of(config.spec, config.optim, config.train, data_digest="data", base_identity="base")
+    sections = config.spec, config.optim, config.train, config.rollout, config.data
+    return identity_of(*sections, data_digest="data", base_identity="base")
 
 
 def change_weights(folder: Path) -> None:

@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from distlora.config import ModelSpec, OptimConfig, RolloutConfig, TrainConfig, UserError
+from distlora.config import DataConfig, ModelSpec, OptimConfig, RolloutConfig, TrainConfig, UserError
 from distlora.config.errors import short
 from distlora.config.file import as_plain
 from distlora.config.json_files import Shape, read_object
@@ -29,6 +29,15 @@ The adapter at init_from is identified by its digest.
 """
 
 
+class SamplingChoice(NamedTuple):
+    """What the free memory of a run's first answers decided. Rows that are decoded together round otherwise."""
+
+    blocks: int
+    """Most blocks of keys and values per rank."""
+    compiles: bool
+    """Whether a token is decoded by one compiled call."""
+
+
 @dataclass(slots=True)
 class Progress:
     """Progress of a run."""
@@ -46,6 +55,8 @@ class Progress:
     expert_tokens: ExpertTokens | None = None
     """Tokens that chose each expert in these steps, by layer; None without a mixture of experts, and if some steps'
     are not known."""
+    sampling: SamplingChoice | None = None
+    """How the run samples answers; None if it does not, or has not yet."""
 
     @property
     def best_step(self) -> int | None:
@@ -87,13 +98,20 @@ class TrainState:
     """`saver.environment()` of the saving run; a resume with an equal one is bit-exact."""
 
 
-_OF_ROLLOUTS = ("num_generations", "steps_per_generation", "num_iterations")
+_FIXED_ROLLOUT = (
+    *("num_generations", "steps_per_generation", "num_iterations"),
+    *("max_new_tokens", "temperature", "stop"),
+)
+_FIXED_DATA = ("rewards", "reward_weights")
+"""Settings that the answers and rewards in a checkpoint were made with."""
 
 
 def fixed_settings(
-    spec: ModelSpec, optim: OptimConfig, train: TrainConfig, rollout: RolloutConfig | None = None
+    spec: ModelSpec, optim: OptimConfig, train: TrainConfig, rollout: RolloutConfig, data: DataConfig
 ) -> dict[str, Any]:
     """Return the settings that a checkpoint's tensors and data position depend on, by full name, as plain values."""
+    answers = {f"rollout.{name}": getattr(rollout, name) for name in _FIXED_ROLLOUT}
+    answers |= {f"data.{name}": getattr(data, name) for name in _FIXED_DATA}
     adapter = {f"adapter.{name}": value for name, value in as_plain(dataclasses.asdict(spec.adapter)).items()}
     return {name: value for name, value in adapter.items() if name not in _FREE} | {
         "model.new_tokens": list(spec.model.new_tokens),
@@ -103,7 +121,7 @@ def fixed_settings(
         "train.objective": train.objective,
         "train.seed": train.seed,
         "train.global_batch": train.global_batch,
-        **{f"rollout.{name}": getattr(rollout, name) for name in _OF_ROLLOUTS if train.needs.data == "prompts"},
+        **(as_plain(answers) if train.needs.data == "prompts" else {}),
     }
 
 
@@ -127,6 +145,9 @@ def load_state(folder: Path) -> TrainState:
     tokens = expert_tokens_in(progress.get("expert_tokens"))
     if tokens is None and progress.get("expert_tokens") is not None:
         raise UserError(f"{path} is damaged: progress.expert_tokens has no counts of tokens by layer; {remedy}")
+    sampling = progress.get("sampling")
+    if sampling is not None and (not isinstance(sampling, list) or list(map(type, sampling)) != [int, bool]):
+        raise UserError(f"{path} is damaged: progress.sampling is {short(sampling)}; {remedy}")
     for name in ("step", "tokens", "published_step"):
         if (progress.get(name) or 0) < 0:
             raise UserError(f"{path} is damaged: progress.{name} is {progress[name]}; {remedy}")
@@ -138,6 +159,7 @@ def load_state(folder: Path) -> TrainState:
             tokens=progress["tokens"],
             published_step=progress.get("published_step"),
             expert_tokens=tokens,
+            sampling=None if sampling is None else SamplingChoice(*sampling),
         ),
         identity=Identity(
             base_fingerprint=identity["base_fingerprint"],
@@ -230,10 +252,11 @@ def identity_of(
     spec: ModelSpec,
     optim: OptimConfig,
     train: TrainConfig,
+    rollout: RolloutConfig,
+    data: DataConfig,
     *,
     data_digest: str,
     base_identity: str,
-    rollout: RolloutConfig | None = None,
 ) -> Identity:
     """Return what the checkpoints of a run belong to.
 
@@ -249,6 +272,6 @@ def identity_of(
     return Identity(
         base_fingerprint=base_identity,
         data_digest=data_digest,
-        settings=fixed_settings(spec, optim, train, rollout),
+        settings=fixed_settings(spec, optim, train, rollout, data),
         reference_digest=digest,
     )

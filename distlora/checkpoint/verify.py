@@ -201,6 +201,8 @@ def _check_state(folder: Path, config: Config | None, data: Mapping[str, Any], b
             config.spec,
             config.optim,
             config.train,
+            config.rollout,
+            config.data,
             data_digest=data["content"],
             base_identity=base or state.identity.base_fingerprint,
         )

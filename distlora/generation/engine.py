@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.shapes import CACHE_SHARE, MOST_ROWS
+from distlora.checkpoint.state import SamplingChoice
 from distlora.config import UserError
 from distlora.generation.compiled_step import CompiledStep, fits
 from distlora.generation.prompts import context_limit
@@ -34,6 +36,8 @@ from distlora_kernels import lora_native
 
 PREFILL_TOKENS = 2048
 """Tokens of prompts per forward, padding included; a longer prompt runs alone."""
+FORWARDS = 32
+"""Forwards between two checks whether any rank has work left, while no forward needs the other ranks."""
 DENSE_SHARE = 0.5
 """Part of the available host memory that dequantized weights may take."""
 
@@ -100,11 +104,12 @@ class Engine:
         most_rows: int | None = None,
         resident: bool = True,
         compiled: bool | None = None,
+        chosen: SamplingChoice | None = None,
     ) -> None:
         """Prepare to run requests.
 
         `resident`: keep the base whole on each rank meanwhile, where memory allows. `compiled`: decode by one compiled
-        call where that is possible; None: if the model's linears are compiled.
+        call where that is possible; None: if the model's linears are compiled. `chosen`: an earlier engine's choice.
         """
         assert serves(model), "the engine does not serve this model"
         self._model, self._backend, self._tokenizer = model, backend, tokenizer
@@ -112,6 +117,9 @@ class Engine:
         self._most_rows = most_rows or MOST_ROWS[backend.ranks.device.type]
         self._resident = resident
         self._compiled = lora_native.is_used() if compiled is None else compiled
+        self.chosen = chosen
+        """What the free memory of the first run decided, alike on all ranks: later runs compute the same numbers. It
+        changes only where memory has become too small for it."""
 
     @torch.no_grad()
     def run(
@@ -119,11 +127,13 @@ class Engine:
         requests: Sequence[Request],
         on_done: Callable[[int, Sample], None] | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        boundary: Callable[[int], None] | None = None,
     ) -> list[Sample]:
         """Return the samples of all requests, in their order. Every rank calls it with the same requests.
 
         The ranks divide the requests into neighbouring parts. `on_done(index, sample)` and `on_token(index, token)` are
-        called on the rank that generates it, as soon as it is there.
+        called on the rank that generates it, as soon as it is there. `boundary(number)` is called between forwards, at
+        least every FORWARDS of them, on all ranks alike; it may raise.
 
         Raises UserError for a prompt that is empty or leaves no room for a token.
         """
@@ -141,14 +151,36 @@ class Engine:
             stack.enter_context(batch_invariant(self._model.is_batch_invariant))
             batch = _Batch(self, [(index, requests[index]) for index in mine], limit, on_done, on_token)
             stack.enter_context(batch.cache.attending(self._model.decoder))
+            # The cache has no blocks yet: it gets a part of the memory that the whole base leaves.
             alone = stack.enter_context(self._backend.whole_base(self._model, batch.run_nothing, wanted=self._resident))
-            if alone and self._resident and self._has_room():
-                batch.compiles = self._compiled and not self._model.is_batch_invariant and fits(self._model)
-                if not batch.compiles:
-                    stack.enter_context(dense_copies(self._model))
-            while batch.works if alone else self._any(batch.works):
-                batch.forward()
+            has_room = alone and self._resident and self._has_room()
+            self.chosen = self._choose(has_room=has_room)
+            batch.allocate(self.chosen.blocks)
+            batch.compiles = self.chosen.compiles
+            if has_room and not batch.compiles:
+                stack.enter_context(dense_copies(self._model))
+            for number in itertools.count(1):
+                if not self._any(batch.works):
+                    break
+                if boundary is not None:
+                    boundary(number)
+                for _ in range(FORWARDS if alone else 1):
+                    if batch.works or not alone:
+                        batch.forward()
         return gathered(batch.samples, len(requests), self._backend)
+
+    def _choose(self, *, has_room: bool) -> SamplingChoice:
+        """Return the most blocks of a rank, and whether it decodes by one compiled call. Every rank must call it."""
+        before, room = self.chosen, _memory_blocks(self._model, self._backend)
+        blocks = int(CACHE_SHARE * room) if room < sys.maxsize else room
+        if before is not None and before.blocks <= room:
+            blocks = before.blocks
+        least = torch.tensor(-blocks, device=self._backend.ranks.device)
+        compiles = has_room and self._compiled and not self._model.is_batch_invariant and fits(self._model)
+        return SamplingChoice(
+            blocks=-int(self._backend.max_over_ranks(least)),
+            compiles=compiles and (before is None or before.compiles),
+        )
 
     def _has_room(self) -> bool:
         """Return whether this is a CPU with memory for the dequantized weights. Every rank must call it."""
@@ -186,12 +218,11 @@ class _Batch:
         self._rows: list[_Row] = []
         self._starting: list[_Row] = []
         """Rows whose prompt has not run yet."""
-        num_blocks = self._needed_blocks([request for _, request in requests])
-        self.cache = PagedCache(num_blocks, batch_invariant=self._model.is_batch_invariant)
+        self.cache = PagedCache(0, batch_invariant=self._model.is_batch_invariant)
         self.compiles = False
         """Decode by one compiled call (`CompiledStep`)."""
         self._compiled: CompiledStep | None = None
-        self._free = list(range(num_blocks))
+        self._free: list[int] = []
         self._tables: Tensor | None = None
         """(N, blocks) of the rows; None after the rows have changed."""
 
@@ -213,11 +244,13 @@ class _Batch:
         total = len(request.tokens) + self._tokens_of(request) - 1
         return max(-(-total // BLOCK) - len(request.tokens) // BLOCK, 0)
 
-    def _needed_blocks(self, requests: Sequence[Request]) -> int:
-        """Return the number of blocks: for all rows at once if there is memory, at least for the largest request."""
+    def allocate(self, most: int) -> None:
+        """Give the cache blocks for all rows at once, but not more than `most`; at least for the largest request."""
+        requests = (request for _, request in self._waiting)
         sizes = sorted(self._own_blocks(request) - (-len(request.tokens) // BLOCK) for request in requests)
         wanted = sum(sizes[-self._engine._most_rows :])
-        return max(min(wanted, _memory_blocks(self._model, self._engine._backend)), sizes[-1] if sizes else 0)
+        self.cache.resize(max(min(wanted, most), sizes[-1] if sizes else 0))
+        self._free = list(range(self.cache.num_blocks))
 
     def forward(self) -> None:
         """Run the model once: prompts that have a place, else one token of each row, else nothing that counts."""
@@ -402,12 +435,13 @@ def gathered(samples: dict[int, Sample], count: int, backend: Backend) -> list[S
 
 
 def _memory_blocks(model: CausalLM, backend: Backend) -> int:
-    """Return the number of blocks of keys and values that there is memory for."""
+    """Return the number of blocks of keys and values that fill the free memory; sys.maxsize if that is unknown."""
     kinds = [model.architecture.layer(index) for index in range(model.architecture.num_layers)]
     size = _dtype_of(model).itemsize
     per_token = sum(2 * size * kind.heads[1] * kind.heads[2] for kind in kinds if kind.heads is not None)
     free = backend.free_bytes()
-    return int(CACHE_SHARE * free / (per_token * BLOCK)) if free > 0 else sys.maxsize
+    # Exactly 0 is an unknown amount; below it, nothing is free.
+    return max(int(free / (per_token * BLOCK)), 0) if free else sys.maxsize
 
 
 def _dtype_of(model: CausalLM) -> torch.dtype:

@@ -59,6 +59,11 @@ class PagedCache:
         self._step: Step | None = None
         self._pending: tuple[int, Tensor] | None = None
 
+    def resize(self, num_blocks: int) -> None:
+        """Hold this many blocks from here on; what was written is lost."""
+        self.num_blocks = num_blocks
+        self._layers.clear()
+
     @contextlib.contextmanager
     def step(self, step: Step) -> Iterator[None]:
         """Use these places within this context, in which the decoder runs once."""

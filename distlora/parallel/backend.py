@@ -329,8 +329,11 @@ class Backend:
             yield True
 
     def free_bytes(self) -> float:
-        """Return the bytes that this rank can still allocate on its device; 0 if that is unknown."""
-        return free_bytes(self.ranks.device)
+        """Return the bytes that generation may allocate on this rank's device, less the reserve.
+
+        0 if that is unknown; below 0 where even the reserve is in use.
+        """
+        return free_bytes(self.ranks.device, with_cached=True)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

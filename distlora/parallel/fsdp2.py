@@ -235,7 +235,7 @@ class Residency:
         units = [unit for unit in self._gathered_units(model) if isinstance(unit, nn.Module) and unit is not model]
         parameters = {parameter for unit in units for parameter in unit.parameters()}
         nbytes = sum(p.numel() * ((p.requires_grad and width) or p.element_size()) for p in parameters)
-        lacks = bool(divided_parameters(model)) or nbytes > free_bytes(self.device)
+        lacks = bool(divided_parameters(model)) or nbytes > free_bytes(self.device, with_cached=True)
         return torch.tensor(lacks, device=self.device)
 
     @contextlib.contextmanager
@@ -267,12 +267,16 @@ def _gathered_bytes(module: nn.Module, shards: Shards) -> int:
     return sum(padded(parameter.shape, shards.count) * parameter.element_size() for parameter in whole)
 
 
-def free_bytes(device: torch.device) -> float:
-    """Return the bytes that this rank can still allocate beyond its peak so far, less the reserve."""
+def free_bytes(device: torch.device, *, with_cached: bool = False) -> float:
+    """Return the bytes that this rank can still allocate beyond its peak so far, less the reserve; 0: unknown.
+
+    Memory that torch's allocator has once held counts as used, because a step needs it again. `with_cached`: it counts
+    as free, for what ends before the next step.
+    """
     if device.type == "cuda":
-        # Memory that torch's allocator has once held counts as used, because a step needs it again.
         free, total = torch.cuda.mem_get_info(device)
-        return free - RESIDENCY_RESERVE["cuda"] * total
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if with_cached else 0
+        return free + cached - RESIDENCY_RESERVE["cuda"] * total
     available = host_memory.available_bytes()
     if available is None:
         return 0.0

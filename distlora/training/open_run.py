@@ -137,7 +137,8 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
             config.spec,
             config.optim,
             config.train,
-            rollout=config.rollout,
+            config.rollout,
+            config.data,
             data_digest=data["content"],
             base_identity=base_id,
         )

@@ -91,10 +91,8 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
                 from distlora.training.rollouts.loader import open_rollouts
 
                 loaders = (opened.loader, opened.eval_loader)
-                says = (reporter.event, control.boundary)
-                rollouts = stack.enter_context(
-                    open_rollouts(config, *loaders, model, backend, opened.data, opened.newest, *says)
-                )
+                of_run = (opened.data, opened.newest, opened.progress, reporter.event, control.boundary)
+                rollouts = stack.enter_context(open_rollouts(config, *loaders, model, backend, *of_run))
             trial, saver = trial_of(
                 opened,
                 model,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distlora.checkpoint.state import Progress
 from distlora.config import Config, UserError, require
 from distlora.data.loader import EMPTY, StepBatch, StepLoader
 from distlora.data.packing import PARTS, SAMPLES, hash64
@@ -50,8 +51,11 @@ class RolloutLoader:
     encoder: PromptEncoder
     pool: RewardPool
     backend: Backend
-    boundary: watch.Marker = watch.at
+    boundary: watch.Marker
     """Called between the parts of a rollout; it may raise Stopped."""
+    progress: Progress
+    """Progress of the run, which keeps the engine's choice for a resume."""
+    log: Callable[[str], None]
     rollout: Rollout | None = None
     """The newest rollout; of a resumed run what the checkpoint held."""
     _figures: dict[str, float] = field(default_factory=dict)
@@ -179,7 +183,16 @@ class RolloutLoader:
             )
             for index, seed in enumerate(seeds)
         ]
-        samples = self.engine.run(requests)
+        if isinstance(self.engine, Engine):
+            before = self.engine.chosen
+            samples = self.engine.run(
+                requests, boundary=lambda part: self.boundary(watched, "sampling answers", part, long=True)
+            )
+            self.progress.sampling = self.engine.chosen
+            if before not in (None, self.engine.chosen):
+                self.log("memory has become too small for as many answers at once as before; later answers may differ")
+        else:
+            samples = self.engine.run(requests)
         self.boundary(watched, "computing rewards", long=True)
         texts = {}
         inputs = []
@@ -247,12 +260,14 @@ def open_rollouts(
     backend: Backend,
     data: Mapping[str, Any],
     checkpoint: Path | None,
+    progress: Progress,
     log: Callable[[str], None],
     boundary: watch.Marker,
 ) -> Iterator[RolloutLoader]:
     """Start the processes of rewards, and return the loader of sampled answers.
 
-    `data`: content of RUN/data.json. `checkpoint`: where a resumed run finds the newest rollout.
+    `data`: content of RUN/data.json. `checkpoint`: where a resumed run finds the newest rollout, and `progress`
+    what its first start chose.
     """
     if config.rollout.temperature != 1.0 and not model.head.is_product:
         raise UserError(
@@ -270,7 +285,7 @@ def open_rollouts(
                     "rollout.batch_invariant=true is for the CPU, and this rank has a GPU; leave it out",
                 )
                 model.compute_alike()
-            engine = Engine(model, backend, end_tokens=ends, tokenizer=encoder.tokenizer)
+            engine = Engine(model, backend, end_tokens=ends, tokenizer=encoder.tokenizer, chosen=progress.sampling)
         else:
             engine = stack.enter_context(contextlib.closing(_served(config, model, backend, data, ends)))
         pool = stack.enter_context(RewardPool(config.data, log=log))
@@ -283,6 +298,8 @@ def open_rollouts(
             pool=pool,
             backend=backend,
             boundary=boundary,
+            progress=progress,
+            log=log,
         )
         if checkpoint is not None:
             loader.restore(checkpoint)

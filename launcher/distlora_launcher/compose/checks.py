@@ -86,7 +86,7 @@ def check(config: Config, *, new_run: bool) -> None:
         check_model(config)  # Last, as it takes seconds for a model that is new here.
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
         if goes_on:
-            settings = fixed_settings(config.spec, config.optim, config.train, config.rollout)
+            settings = fixed_settings(config.spec, config.optim, config.train, config.rollout, config.data)
             check_newest_settings(Path(config.run_dir) / CHECKPOINTS, settings)
         is_reference = config.train.refers_to_start
         needed = needs_initial_adapter(config.adapter, is_reference=is_reference, restores=True)

@@ -91,8 +91,9 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
                 from distlora.training.rollouts.loader import open_rollouts
 
                 loaders = (opened.loader, opened.eval_loader)
-                of_run = (opened.data, opened.newest, opened.progress, reporter.event, control.boundary)
-                rollouts = stack.enter_context(open_rollouts(config, *loaders, model, backend, *of_run))
+                of_run = (opened.data, opened.newest, opened.progress)
+                says = (reporter.event, control.boundary)
+                rollouts = stack.enter_context(open_rollouts(config, *loaders, model, backend, *of_run, *says))
             trial, saver = trial_of(
                 opened,
                 model,

@@ -91,9 +91,19 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
                 from distlora.training.rollouts.loader import open_rollouts
 
                 loaders = (opened.loader, opened.eval_loader)
-                of_run = (opened.data, opened.newest, opened.progress)
-                says = (reporter.event, control.boundary)
-                rollouts = stack.enter_context(open_rollouts(config, *loaders, model, backend, *of_run, *says))
+                rollouts = stack.enter_context(
+                    open_rollouts(
+                        config,
+                        *loaders,
+                        model,
+                        backend,
+                        opened.data,
+                        checkpoint=opened.newest,
+                        progress=opened.progress,
+                        log=reporter.event,
+                        boundary=control.boundary,
+                    )
+                )
             trial, saver = trial_of(
                 opened,
                 model,

@@ -259,6 +259,7 @@ def open_rollouts(
     model: CausalLM,
     backend: Backend,
     data: Mapping[str, Any],
+    *,
     checkpoint: Path | None,
     progress: Progress,
     log: Callable[[str], None],

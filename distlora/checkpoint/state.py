@@ -30,7 +30,7 @@ The adapter at init_from is identified by its digest.
 
 
 class SamplingChoice(NamedTuple):
-    """What the free memory of a run's first answers decided. Rows that are decoded together round otherwise."""
+    """Choice by the free memory of a run's first start. Rows that are decoded together round otherwise."""
 
     blocks: int
     """Most blocks of keys and values per rank."""

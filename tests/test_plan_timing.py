@@ -10,6 +10,7 @@ import pytest
 from distlora.config import Config, UserError
 from distlora.planner import Machine, plan_of, traffic
 from distlora.planner.flops import step_flops
+from distlora.planner.report import empty_rows
 from distlora.planner.speed.rates import missing_rates, rates_of, step_collectives
 from distlora.planner.speed.timing import StepTime, step_time
 from distlora.planner.workload import Workload
@@ -214,6 +215,18 @@ ONLINE: dict[str, Any] = {
     "data": {"path": "p.jsonl", "sequence_length": 1024, "rewards": ["exact_match"]},
     "rollout": {"num_generations": 8, "max_new_tokens": 512},
 }
+
+
+def test_sequences_of_sampled_answers_are_planned_as_the_most_that_there_may_be() -> None:
+    sections = ONLINE | {"train": {"objective": "grpo", "global_batch": 520, "micro_batch": 3}}
+    plan = plan_of(config_of(8, **sections), model_of("8b"), machine_of(ranks=8))
+    assert empty_rows(plan) is None, "how many there are is unknown"
+    assert plan.time is not None
+    assert any("at most this time" in each for each in plan.time.assumptions)
+    sft = plan_of(config_of(8, train={"global_batch": 520, "micro_batch": 3}), model_of("8b"), machine_of(ranks=8))
+    assert empty_rows(sft) is not None
+    with pytest.raises(UserError, match=r"plan\.tokens=9 is not the length of a run that samples"):
+        config_of(8, **ONLINE, plan={"tokens": 9})
 
 
 @pytest.mark.parametrize(("name", "ranks", "keys"), [("8b", 1, 8 * 128 * 32), ("70b", 8, 8 * 128 * 80)])

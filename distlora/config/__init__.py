@@ -142,6 +142,11 @@ class Config:
             "length of the run; leave one of them out",
         )
         require(
+            self.plan.tokens is None or self.train.needs.data != "prompts",
+            f"plan.tokens={self.plan.tokens} is not the length of a run that samples its answers (train.objective="
+            f"{self.train.objective}); set train.max_steps instead",
+        )
+        require(
             (self.optim.warmup_steps or 0) <= (self.train.max_steps or math.inf),
             f"optim.warmup_steps={self.optim.warmup_steps} is more than train.max_steps={self.train.max_steps}; set "
             "fewer warm-up steps",

@@ -132,11 +132,13 @@ def packed_trials(packed: MultiTrialPlan) -> str:
 
 
 def empty_rows(plan: Plan) -> str | None:
-    """Return a note on empty sequences if a step has fewer sequences than its ranks compute, else None."""
-    config, ranks = plan.config, plan.machine.ranks
-    train = config.train
-    computed = config.train.accumulation(ranks) * train.micro_batch * ranks
-    if computed == train.global_batch:
+    """Return a note on empty sequences if a step has fewer sequences than its ranks compute, else None.
+
+    With sampled answers the number of sequences follows from their lengths.
+    """
+    train, ranks = plan.config.train, plan.machine.ranks
+    computed = train.accumulation(ranks) * train.micro_batch * ranks
+    if computed == train.global_batch or train.needs.data == "prompts":
         return None
     device = _device(plan)
     devices = f"{ranks:,} {device}{'' if ranks == 1 else 'es' if device == 'process' else 's'}"

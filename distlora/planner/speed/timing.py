@@ -466,6 +466,10 @@ def _assumptions(work: Workload, machine: Machine, document: int | None) -> list
         )
     if work.train.needs.mismatched:
         assumptions.append("mismatched prompts and answers fill as many sequences as the step's own")
+    if work.train.needs.data == "prompts":
+        assumptions.append(
+            "each prompt with its answer fills a sequence; shorter ones share one, so a step takes at most this time"
+        )
     if work.expert_degree > 1:
         assumptions.append("tokens choose all experts equally often; of uneven loads the busiest rank sets the pace")
     if work.adapter.use_dora and not machine.is_gpu:

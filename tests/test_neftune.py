@@ -73,9 +73,10 @@ def test_only_training_rows_have_noise(folders: Path, tmp_path: Path, new_tokens
     assert not torch.equal(noisy, evaluated)
 
 
-def test_noise_is_refused_where_it_would_reach_a_reference_or_several_seeds() -> None:
-    with pytest.raises(UserError, match=r"neftune_alpha=5\.0 would put noise into the reference"):
-        TrainConfig(objective="dpo", neftune_alpha=5.0)
+def test_noise_is_refused_for_other_objectives_and_several_seeds() -> None:
+    for objective in ("dpo", "orpo"):
+        with pytest.raises(UserError, match=rf"neftune_alpha=5\.0 is for train\.objective=sft, not {objective}"):
+            TrainConfig(objective=objective, neftune_alpha=5.0)
     trial = composed("train.neftune_alpha=5", model={"path": "/m"}, data={"path": "/d"})
     with pytest.raises(UserError, match=r"neftune_alpha=5\.0, which is not supported where trials train together"):
         check_trial(trial)

@@ -276,8 +276,7 @@ class TrainConfig:
         require_positive("train", self, *numbers.split())
         require(
             self.neftune_alpha is None or self.objective == "sft",
-            f"train.neftune_alpha={self.neftune_alpha} would put noise into the reference of train.objective="
-            f"{self.objective} too; leave it out",
+            f"train.neftune_alpha={self.neftune_alpha} is for train.objective=sft, not {self.objective}; leave it out",
         )
         require_choices("train", self)
         require(

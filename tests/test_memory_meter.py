@@ -124,6 +124,12 @@ def measured_step_of(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) 
     return measure_step([config_for(folder, **sections)], ranks)
 
 
+def test_a_step_of_sampled_answers_is_refused(folders: Path) -> None:
+    sections: dict[str, Any] = {"train": {"objective": "grpo", "global_batch": 8}, "data": {"rewards": ["math"]}}
+    with pytest.raises(UserError, match=r"train\.objective=grpo trains on answers .*; set train\.objective=sft"):
+        measured_step_of(Ranks(0, 1, CPU, None), folder=folders / "llama", rollout={"max_new_tokens": 8}, **sections)
+
+
 @pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_a_rank_holds_and_gathers_is_what_its_tensors_take(world: World, folders: Path, size: int) -> None:
     folder = folders / "llama"

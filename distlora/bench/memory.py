@@ -21,7 +21,7 @@ from distlora.bench.host import free_port, libraries_print_to_stderr, measuremen
 from distlora.bench.random_inputs import LLAMA_1B5, LLAMA_700M, random_tokens, write_random_checkpoint
 from distlora.bench.requests import MemoryBench
 from distlora.bench.trial import Started
-from distlora.config import Config
+from distlora.config import Config, require
 from distlora.config.file import build
 from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
 from distlora.model.build import put_trial
@@ -71,6 +71,11 @@ class TrainingSteps:
     def __init__(self, trials: Sequence[Config], ranks: Ranks, *, in_slots: bool) -> None:
         self.trials, self.ranks = trials, ranks
         first = trials[0]
+        require(
+            first.train.needs.data != "prompts",
+            f"train.objective={first.train.objective} trains on answers that a run samples, and this measures steps of "
+            "random tokens; set train.objective=sft",
+        )
         if in_slots:
             self.model, self.backend, _ = start_run_model(decide_compile(first, ranks)[0], ranks, for_slots=True)
             self.optimizers: list[Optimizer] = []

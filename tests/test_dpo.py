@@ -127,7 +127,7 @@ def test_losses_and_gradients_equal_two_models_of_transformers_and_peft(
     assert step.global_pairs > step.global_rows, "no row holds several pairs"
     ours.set_num_micro(2)
     whole = MicroBatch(*(torch.cat(parts) for parts in zip(*(part[:4] for part in step.micro_batches), strict=True)))
-    losses = DPO(config.train).losses(ours, whole, SINGLE.device, 0)
+    losses = DPO(config.train, config.rollout).losses(ours, whole, SINGLE.device, 0)
     loss = losses.rows.sum() / step.global_pairs
     loss.backward()
 

@@ -316,7 +316,7 @@ def our_step(ranks: Ranks, *, run_dir: Path) -> tuple[Ours, CausalLM]:
     backend.reduce_gradients_of(trained_parameters(model).values(), config.parallel.bucket_mb)
     is_reference, teacher = config.train.refers_to_start, config.train.teacher
     start_adapters(model, config.spec, backend, is_reference=is_reference, teacher=teacher, restores=False)
-    objective, batch = objective_of(config.train), open_data(run_dir, config.train, ranks)[0].batch(0)
+    objective, batch = objective_of(config.train, config.rollout), open_data(run_dir, config.train, ranks)[0].batch(0)
     (part,) = stacks([Share(batch, None, 0)], whole=True)
     losses = []
     for moves in (False, True):

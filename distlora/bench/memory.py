@@ -90,7 +90,7 @@ class TrainingSteps:
         self._batches = [self._step_batch(trial, vocabulary) for trial in trials]
         self._slots = range(len(trials)) if in_slots else [None]
         self._whole = first.train.accumulate == "block"
-        self._objective = objective_of(first.train)
+        self._objective = objective_of(first.train, first.rollout)
         self._ok = torch.ones((), dtype=torch.bool, device=ranks.device)
         self.model.set_num_micro(first.train.slices(ranks.world))
 

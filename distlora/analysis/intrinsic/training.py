@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from distlora.analysis import naming
 from distlora.analysis.intrinsic.request import IntrinsicRequest
 from distlora.architecture.checkpoint_files import read_hf_config
-from distlora.config import OptimConfig
+from distlora.config import OptimConfig, RolloutConfig
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
@@ -301,7 +301,7 @@ class Bench:
         optim = OptimConfig(lr=training.lr, warmup_ratio=0.1)
         optimizer = build_optimizer(parameters, optim)
         train = self.request.train_settings(training.seed)
-        objective = NextToken(train)
+        objective = NextToken(train, RolloutConfig())
         loader = StepLoader(
             self.rows,
             global_batch=train.global_batch,

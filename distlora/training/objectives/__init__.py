@@ -16,24 +16,9 @@ from distlora.training.objectives.process_reward import ProcessReward
 from distlora.training.objectives.reward import RewardModel
 from distlora.training.objectives.simpo import SimPO
 
-__all__ = [
-    "DPO",
-    "GRPO",
-    "IPO",
-    "KTO",
-    "ORPO",
-    "Distill",
-    "Losses",
-    "MismatchError",
-    "NextToken",
-    "Objective",
-    "ProcessReward",
-    "RewardModel",
-    "SimPO",
-    "objective_of",
-]
+__all__ = ["DPO", "GRPO", "Losses", "MismatchError", "NextToken", "Objective", "RewardModel", "objective_of"]
 
-OBJECTIVES: dict[str, type[Objective]] = {
+_CLASSES: dict[str, type[Objective]] = {
     "sft": NextToken,
     "dpo": DPO,
     "ipo": IPO,
@@ -41,15 +26,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "simpo": SimPO,
     "kto": KTO,
     "distill": Distill,
+    "grpo": GRPO,
     "reward": RewardModel,
     "process_reward": ProcessReward,
 }
-"""Objectives by train.objective."""
 
 
 def objective_of(train: TrainConfig, rollout: RolloutConfig | None = None) -> Objective:
-    """Return the objective of train.objective. `rollout`: where answers are sampled."""
-    if train.needs.data == "prompts":
-        assert rollout is not None, "an objective of sampled answers"
-        return GRPO(train, rollout)
-    return OBJECTIVES[train.objective](train)
+    """Return the objective of train.objective. `rollout`: None where no answer is sampled."""
+    return _CLASSES[train.objective](train, rollout or RolloutConfig())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distlora.config import TrainConfig
+from distlora.config import RolloutConfig, TrainConfig
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
 from distlora.model.distillation import Divergence
@@ -19,8 +19,8 @@ class Distill(Objective):
     GKDTrainer has the second term alone (kd_ratio = 1).
     """
 
-    def __init__(self, train: TrainConfig) -> None:
-        super().__init__(train)
+    def __init__(self, train: TrainConfig, rollout: RolloutConfig) -> None:
+        super().__init__(train, rollout)
         self.divergence = Divergence(*map(train.of_objective, ("beta", "kd_temperature", "kd_ratio")))
 
     def units(self, batch: StepBatch) -> int:

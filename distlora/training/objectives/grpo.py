@@ -32,8 +32,7 @@ class GRPO(Objective):
     """
 
     def __init__(self, train: TrainConfig, rollout: RolloutConfig) -> None:
-        super().__init__(train)
-        self.rollout = rollout
+        super().__init__(train, rollout)
         self._beta = train.of_objective("beta")
         self._high = rollout.epsilon if rollout.epsilon_high is None else rollout.epsilon_high
 

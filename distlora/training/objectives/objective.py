@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora.config import TrainConfig
+from distlora.config import RolloutConfig, TrainConfig
 from distlora.config.objectives import ObjectiveNeeds
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.adapters import StepRows
@@ -42,9 +42,9 @@ class Losses(NamedTuple):
 class Objective(ABC):
     """Loss that a run minimizes. `config/objectives.py` says what it needs."""
 
-    def __init__(self, train: TrainConfig) -> None:
+    def __init__(self, train: TrainConfig, rollout: RolloutConfig) -> None:
         self.needs: ObjectiveNeeds = train.needs
-        self.train = train
+        self.train, self.rollout = train, rollout
 
     @abstractmethod
     def units(self, batch: StepBatch) -> int:

@@ -199,7 +199,8 @@ def test_the_reward_is_read_where_transformers_reads_it(
     ours, _, _ = start_run_model(config, SINGLE)
     batch = open_data(tmp_path / "run", config.train, SINGLE)[0].batch(0)
     losses = sum(
-        RewardModel(config.train, config.rollout).losses(ours, part, SINGLE.device, 0).rows.sum() for part in batch.micro_batches
+        RewardModel(config.train, config.rollout).losses(ours, part, SINGLE.device, 0).rows.sum()
+        for part in batch.micro_batches
     )
     theirs: Any = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "llama", num_labels=1, dtype=torch.float32

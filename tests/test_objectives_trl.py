@@ -321,7 +321,7 @@ def our_step(ranks: Ranks, *, run_dir: Path) -> tuple[Ours, CausalLM]:
     losses = []
     for moves in (False, True):
         if moves:
-            move_adapters(model)
+            move_adapters(model, seed=int(config.train.objective == "kto"))  # By which KTO's estimate is above 0.
         backend.zero_gradients()
         prepare_objective(objective, model, Share(batch, None, 0), objective.units(batch), backend, whole=True)
         model.set_num_micro(len(batch.micro_batches))
@@ -342,9 +342,9 @@ def ours_by_name(model: CausalLM) -> dict[str, torch.nn.Parameter]:
 
 
 @torch.no_grad()
-def move_adapters(model: CausalLM) -> None:
+def move_adapters(model: CausalLM, *, seed: int = 0) -> None:
     """Move the adapters from where they start, as training would."""
-    generator = torch.Generator().manual_seed(1)  # One whose estimate in KTO is above 0.
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapter_tensors(model).items():
         parameter += (0.05 if "lora_B" in name else 0.02) * torch.randn(parameter.shape, generator=generator)
 

@@ -24,10 +24,13 @@ from distlora.parallel import Backend, Ranks
 from distlora.run_folder.layout import ROLLOUT_NAME, steps
 from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
+from distlora.training.rollouts.loader import RolloutLoader
 from distlora.training.rollouts.rollout import Rollout, advantages_of, pack_answers
 from distlora.training.setup import start_adapters, start_run_model
+from distlora.training.trial import NonFiniteError
 from distlora.training.worker import trained_parameters
 from distlora_launcher.compose.checks import check_model
+from distlora_launcher.launch import failures
 from family_models import SINGLE
 from small_models import make_run, read_metrics, tokenizer
 from test_objectives_trl import Theirs, move_adapters, their_model
@@ -183,6 +186,13 @@ def test_losses_and_gradients_equal_trls(folders: Path, tmp_path: Path, quant: s
         assert 0.05 < clipped < 0.9, f"{name} clips {clipped:.0%}, which says little"
 
 
+def test_totals_leave_out_what_does_not_apply_and_answers_that_failed() -> None:
+    rewards = np.array([[1.0, 2.0], [1.0, np.nan], [1.0, np.nan], [np.nan, np.nan]])
+    rollout = dataclasses.replace(made_rollout([[1]], 9), rewards=rewards, failed=np.array([0, 0, 1, 0]))
+    assert np.array_equal(rollout.totals((0.5, 3.0)), [6.5, 0.5, np.nan, np.nan], equal_nan=True)
+    assert np.array_equal(rollout.totals(()), [3.0, 1.0, np.nan, np.nan], equal_nan=True)
+
+
 def test_advantages_are_of_groups_and_leave_out_what_has_no_reward() -> None:
     totals = np.array([1.0, 0.0, np.nan, 2.0, 5.0, 5.0, 5.0, 5.0])
     plain = advantages_of(totals, 4, "none")
@@ -295,6 +305,51 @@ def test_a_run_whose_training_differs_from_its_sampler_fails(folders: Path, tmp_
         run_until(SINGLE, run_dir=tmp_path / "run")
 
 
+def test_a_mismatch_names_the_server_and_a_bound(folders: Path, tmp_path: Path) -> None:
+    config = grpo_run(tmp_path / "run", folders)
+    figures = {f"rollout/logprob_difference_{name}": 0.11 for name in ("mean", "max")} | {"rollout/staleness": 0}
+    url = dataclasses.replace(config.rollout, url="http://here:8000")
+    with pytest.raises(
+        MismatchError, match=r"server at rollout.url=http://here:8000 by .*processed_logprobs; or set ro"
+    ):
+        GRPO(config.train, url).check(1, figures)
+    with pytest.raises(MismatchError, match=r"error of distlora .*or set rollout.max_logprob_difference=0.2$"):
+        GRPO(config.train, config.rollout).check(1, figures)
+    assert "MismatchError" in failures.REPEATING, "a restart would sample and fail again"
+
+
+def test_a_loss_of_nan_is_no_mismatch(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = GRPO.losses
+
+    def losses(self: GRPO, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        return found._replace(rows=found.rows * float("nan"), figures=found.figures * float("nan"))
+
+    monkeypatch.setattr(GRPO, "losses", losses)
+    grpo_run(tmp_path / "run", folders, **RUN)
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss of row"):
+        run_until(SINGLE, run_dir=tmp_path / "run")
+
+
+def test_an_evaluation_without_rewards_does_not_count(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RolloutLoader._scored
+
+    def scored(self: RolloutLoader, *arguments: Any) -> Any:
+        rewards, failed = original(self, *arguments)
+        return np.full_like(rewards, np.nan), np.ones_like(failed)
+
+    monkeypatch.setattr(RolloutLoader, "_scored", scored)
+    grpo_run(tmp_path / "run", folders, **{**RUN, "train": RUN["train"] | {"max_steps": 3}})
+    lines = run_until(SINGLE, run_dir=tmp_path / "run")
+    assert [line["rewards/failed"] for line in lines] == [12 * 2] * 3
+    assert not any(name in line for line in lines for name in ("reward", "rewards/regex/mean", "eval_loss"))
+    progress = load_state(steps(tmp_path / "run" / "checkpoints")[-1]).progress
+    assert progress.evaluations == {}
+    assert not (tmp_path / "run" / "best").exists()
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_batch_invariant_training_computes_the_samplers_probabilities_to_the_last_bit(
     folders: Path, tmp_path: Path, dtype: str
@@ -371,6 +426,18 @@ def test_settings_that_cannot_train_on_samples_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         grpo_run(tmp_path / "run", folders, **sections)
+
+
+def test_equal_prompts_with_other_columns_are_no_duplicates(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [{"prompt": "alpha:", "answer": answer} for answer in "abcaa"]
+    monkeypatch.setitem(globals(), "questions", lambda: records)
+    grpo_run(tmp_path / "run", folders, data={"eval_fraction": 0.0, "deduplicate": True})
+    rows = open_split(tmp_path / "run", "train")
+    assert rows is not None
+    assert rows.records is not None
+    assert [rows.records[row]["columns"]["answer"] for row in range(len(rows))] == ["a", "b", "c"]
 
 
 def test_prompts_keep_their_columns_and_are_dropped_where_no_answer_fits(folders: Path, tmp_path: Path) -> None:

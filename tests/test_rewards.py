@@ -20,7 +20,7 @@ from distlora.config import Config, DataConfig, ModelConfig, UserError
 from distlora.rewards import sandbox, sandbox_entry
 from distlora.rewards.built_in import last_block, reward_function
 from distlora.rewards.find import check_functions
-from distlora.rewards.pool import RewardInput, RewardPool, Scores
+from distlora.rewards.pool import RewardInput, RewardPool
 from distlora.rewards.sandbox import passes
 from distlora.rewards.worker import compute
 
@@ -125,10 +125,6 @@ def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None
     assert set(scores.counts) >= {"rewards/mine.length/timeouts", "rewards/mine.later/errors"}
     # The same answers in another order, in processes that others have died in: the same rewards.
     assert list(reversed(again.values)) == scores.values[3:]
-    assert scores.totals() == [
-        None if failed else sum(v for v in values if v is not None)
-        for values, failed in zip(scores.values, scores.failed, strict=True)
-    ]
     assert len([line for line in lines if "ValueError: an odd text (mine.py:" in line]) == 1
     assert any(
         "ended its process by signal 11 (Segmentation fault): the answer 'segfault' to 'prompt' is left out" in line
@@ -145,12 +141,6 @@ def test_functions_of_trl_run_unchanged() -> None:
 
     expected = [think_format_reward(messages), accuracy_reward(messages, ["$0.5$", "$0.5$"])]
     assert scores.values == [list(pair) for pair in zip(*expected, strict=True)] == [[1.0, 1.0], [0.0, 0.0]]
-
-
-def test_totals_leave_out_what_does_not_apply_and_answers_that_failed() -> None:
-    values: list[list[float | None]] = [[1.0, 2.0], [1.0, None], [1.0, None], [None, None]]
-    scores = Scores(values=values, failed=[False, False, True, False], counts={})
-    assert scores.totals((0.5, 3.0)) == [6.5, 0.5, None, None]
 
 
 def test_processes_end_with_a_killed_parent(functions: Path) -> None:

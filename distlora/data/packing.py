@@ -119,6 +119,8 @@ class Corpus:
             parts.append(str(document.margin).encode())
         if document.is_good is not None:
             parts.append(str(document.is_good).encode())
+        if document.record:  # Rewards read its columns: another answer to the same prompt is another document.
+            parts.append(document.record)
         digest = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
         known = digest in self.seen
         self.seen.add(digest)

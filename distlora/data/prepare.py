@@ -132,7 +132,7 @@ def _settings(
         documents = architecture_of(read_config(path.parent), path).documents
         settings |= {"documents": documents} if documents == "single" else {}
     if data.deduplicate:
-        settings["deduplicate"] = True
+        settings["deduplicate"] = "with columns" if train.needs.data == "prompts" else True
     if all(found["format"] in ("text", "prompt_completion") for found in fingerprints):
         for name, value, default in (
             ("template", data.template, None),

@@ -64,19 +64,6 @@ class Scores:
     counts: dict[str, int]
     """Failed rewards by name and reason: rewards/<name>/timeouts, rewards/<name>/errors, rewards/<name>/invalid."""
 
-    def totals(self, weights: Sequence[float] = ()) -> list[float | None]:
-        """Return the weighted sum of each answer's rewards, without those that do not apply; no weights: 1 each.
-
-        None if no reward applies, or one failed: the answer is left out of its group, as its sum would lack a term
-        that the others have.
-        """
-        totals: list[float | None] = []
-        for rewards, failed in zip(self.values, self.failed, strict=True):
-            pairs = zip(rewards, weights or (1.0,) * len(rewards), strict=True)
-            terms = [weight * reward for reward, weight in pairs if reward is not None]
-            totals.append(sum(terms) if terms and not failed else None)
-        return totals
-
 
 @dataclass(slots=True)
 class _Worker:

@@ -233,7 +233,8 @@ def summarize(
             )
     if progress.evaluations:
         first = "base_eval_loss" if adapter.starts_as_base else "initial_eval_loss"
-        figures[first] = progress.evaluations[min(progress.evaluations)]
+        if 0 in progress.evaluations:
+            figures[first] = progress.evaluations[0]
         figures["eval_loss"] = progress.evaluations[max(progress.evaluations)]
         figures |= trial.held_out  # From the last evaluation, at that step.
         if progress.best_step is not None:

@@ -221,7 +221,6 @@ def trial_of(
         reporter=reporter,
         train=config.train,
         optim=config.optim,
-        rollout=config.rollout,
         hooks=Hooks(
             save=saver.save,
             save_last=saver.save_last,

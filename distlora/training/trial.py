@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distlora.checkpoint.saver import SaveError
 from distlora.checkpoint.state import Progress
-from distlora.config import OptimConfig, RolloutConfig, TrainConfig
+from distlora.config import OptimConfig, TrainConfig
 from distlora.config.objectives import means_of
 from distlora.config.plan import find_gpu
 from distlora.config.training import Cadence
@@ -132,7 +132,6 @@ class Trial:
         train: TrainConfig,
         optim: OptimConfig,
         hooks: Hooks,
-        rollout: RolloutConfig | None = None,
         rollouts: RolloutLoader | None = None,
         evaluations: Cadence | None = None,
         memory: MemoryCheck | None = None,
@@ -141,7 +140,7 @@ class Trial:
         """Start from `progress`.
 
         `evaluations`: those between the first and the last step. `memory` measures one of the steps; `slot`: the
-        adapter's slot in multi-trial training. `rollouts` samples the answers to the prompts of `loader`, by `rollout`.
+        adapter's slot in multi-trial training. `rollouts` samples the answers to the prompts of `loader`.
         """
         self.backend, self.optimizer, self.gradients, self.slot = backend, optimizer, gradients, slot
         self.loader: StepLoader | RolloutLoader = loader if rollouts is None else rollouts
@@ -156,7 +155,7 @@ class Trial:
         """This rank's traffic per step in the last logged interval; None before the first."""
         self.step_passes = 0
         """Forward and backward passes per step in that interval."""
-        self.objective = objective_of(train, rollout)
+        self.objective = objective_of(train, None if rollouts is None else rollouts.config.rollout)
         self.held_out: dict[str, float] = {}
         """Metrics of the last evaluation, by name."""
         self.documents = DocumentLosses(eval_loader.rows) if eval_loader is not None and train.eval_documents else None
@@ -251,7 +250,12 @@ class Trial:
         return since_best >= settings.early_stopping_patience
 
     def evaluated(self, held_out: dict[str, float]) -> None:
-        """Record the metrics of an evaluation."""
+        """Record the metrics of an evaluation. One without a loss does not count: every reward failed."""
+        if "eval_loss" not in held_out:
+            self.reporter.event(
+                f"WARNING: the evaluation after step {self.progress.step:,} does not count: no answer has a reward"
+            )
+            return
         self.held_out = held_out
         self.progress.evaluations[self.progress.step] = held_out["eval_loss"]
         if self.documents is not None:
@@ -348,7 +352,8 @@ class Trial:
                 shown=is_last,
                 expert_tokens=expert_tokens if is_last else None,
             )
-            self.objective.check(interval.first_step + index + 1, figures)
+            if finite[index]:
+                self.objective.check(interval.first_step + index + 1, figures)
         self._watch_losses(interval.first_step, [mean["loss"] for mean in means[:updates]])
         if updates < len(means):
             self._stop_non_finite(interval.steps[updates].row_losses, means[updates]["loss"], norms[updates])
@@ -381,7 +386,8 @@ class Trial:
         """
         device = self.backend.ranks.device
         if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
+            earlier = 0 if self.rollouts is None else self.rollouts.peak_bytes
+            return max(earlier, torch.cuda.max_memory_allocated(device))
         return None if self.memory is None else self.memory.figures.get("memory/peak")
 
     def _report_unused(self, *, is_last: bool) -> None:

@@ -81,11 +81,21 @@ class GRPO(Objective):
         """Raise MismatchError if the first step after a rollout computes other log-probabilities than the sampler."""
         mean, bound = figures["rollout/logprob_difference_mean"], self.rollout.most_difference(self.train.dtype)
         if figures["rollout/staleness"] == 0 and not mean <= bound:
+            url, allow = self.rollout.url, f"set rollout.max_logprob_difference={2 * mean:.1g}"
+            sampler, cure = (
+                "the sampler's",
+                f"That is an error of distlora for this model; please report it, or {allow}",
+            )
+            if url is not None:
+                sampler = f"those of the server at rollout.url={url}"
+                cure = (
+                    "Start the server with the base of model.path quantized as in this run, its dtype, and "
+                    f"--logprobs-mode processed_logprobs; or {allow}"
+                )
             raise MismatchError(
-                f"step {step}: training computes log-probabilities that differ from the sampler's by {mean:.2e} nats "
-                f"on average (most {figures['rollout/logprob_difference_max']:.2e}), more than rollout."
-                f"max_logprob_difference={bound:g}, although the weights are the same: its ratios would be wrong. That "
-                "is an error of distlora for this model; please report it, or train all the same with a larger bound"
+                f"step {step}: training computes log-probabilities that differ from {sampler} by {mean:.2e} nats on "
+                f"average (most {figures['rollout/logprob_difference_max']:.2e}), more than rollout."
+                f"max_logprob_difference={bound:g}, although the adapter is the same: its ratios would be wrong. {cure}"
             )
 
 

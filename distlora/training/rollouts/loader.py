@@ -58,6 +58,8 @@ class RolloutLoader:
     log: Callable[[str], None]
     rollout: Rollout | None = None
     """The newest rollout; of a resumed run what the checkpoint held."""
+    peak_bytes: int = 0
+    """Peak bytes of tensors on a GPU until the newest answers were sampled, which is no part of the planned step."""
     _figures: dict[str, float] = field(default_factory=dict)
     """Metrics of the rollout."""
     _num_rows: dict[int, int] = field(default_factory=dict)
@@ -144,15 +146,16 @@ class RolloutLoader:
     def evaluate(self, step: int) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """Return the metrics of answers to the held-out prompts, and the first SHOWN prompts with their answers.
 
-        eval_loss is the negative mean reward, as that is what the objective minimizes.
+        eval_loss is the negative mean reward, as that is what the objective minimizes; there is none without a reward.
         """
         assert self.held_out is not None
         rows = np.arange(len(self.held_out.rows))
         rollout, texts = self._answers(self.held_out, rows, 1, self.config.rollout.eval_temperature, (0,), step)
         figures = figures_of(rollout, rollout.totals(self.config.data.reward_weights), self.config.data.rewards, 1)
         for name in ("reward_std", "frac_reward_zero_std", "entropy"):
-            del figures[name]
-        figures, self._figures = {"loss": -figures["reward"], **figures, **self._figures}, {}
+            figures.pop(name, None)
+        loss = {"loss": -figures["reward"]} if "reward" in figures else {}
+        figures, self._figures = {**loss, **figures, **self._figures}, {}
         shown = [(_text_of(self._record(self.held_out, row)["prompt"]), texts[row]) for row in range(len(texts))]
         return {f"eval_{name}": value for name, value in figures.items()}, shown
 
@@ -184,10 +187,14 @@ class RolloutLoader:
             for index, seed in enumerate(seeds)
         ]
         if isinstance(self.engine, Engine):
-            before = self.engine.chosen
+            before, device = self.engine.chosen, self.backend.ranks.device
+            if device.type == "cuda":
+                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))
             samples = self.engine.run(
                 requests, boundary=lambda part: self.boundary(watched, "sampling answers", part, long=True)
             )
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             self.progress.sampling = self.engine.chosen
             if before not in (None, self.engine.chosen):
                 self.log("memory has become too small for as many answers at once as before; later answers may differ")

@@ -19,7 +19,6 @@ from distlora.architecture.safetensors_headers import read_header
 from distlora.config import RolloutConfig, UserError
 from distlora.data.loader import EMPTY, IGNORED, MicroBatch
 from distlora.data.packing import assign_rows
-from distlora.rewards.pool import Scores
 from distlora.weights.reader import TORCH_DTYPES, Reader
 
 STD_FLOOR = 1e-4
@@ -77,10 +76,15 @@ class Rollout:
         return len(self.lengths)
 
     def totals(self, weights: Sequence[float]) -> np.ndarray:
-        """Return (N,) float64 weighted sums of the rewards; NaN for an answer that is left out."""
-        values = [[None if math.isnan(value) else value for value in row] for row in self.rewards.tolist()]
-        totals = Scores(values=values, failed=self.failed.astype(bool).tolist(), counts={}).totals(weights)
-        return np.array([math.nan if total is None else total for total in totals], np.float64)
+        """Return (N,) float64 sums of the rewards that apply, weighted (1 each without weights).
+
+        NaN if none applies, or one failed: the answer is left out of its group, as its sum would lack a term that the
+        others have.
+        """
+        applies = ~np.isnan(self.rewards)
+        # Summed from the first reward to the last, whatever their number is.
+        totals = (np.where(applies, self.rewards, 0.0) * (weights or 1.0)).cumsum(axis=1)[:, -1]
+        return np.where(applies.any(axis=1) & (self.failed == 0), totals, math.nan)
 
 
 _STORED = {np.dtype(np.float64): np.dtype(np.int64)}
@@ -101,8 +105,9 @@ def advantages_of(totals: np.ndarray, group: int, scale: str) -> np.ndarray:
 
 
 def _means(rows: np.ndarray) -> np.ndarray:
+    """Return the mean of each row's numbers; NaN without any."""
     counts = np.count_nonzero(~np.isnan(rows), axis=1)
-    return np.nansum(rows, axis=1) / np.maximum(counts, 1)
+    return np.nansum(rows, axis=1) / np.where(counts, counts, np.nan)
 
 
 def _deviations(rows: np.ndarray) -> np.ndarray:
@@ -113,7 +118,10 @@ def _deviations(rows: np.ndarray) -> np.ndarray:
 
 
 def figures_of(rollout: Rollout, totals: np.ndarray, names: Sequence[str], group: int) -> dict[str, float]:
-    """Return the metrics of a rollout, by TRL's names. entropy: its estimate from the sampled tokens."""
+    """Return the metrics of a rollout, by TRL's names, without means of no reward.
+
+    entropy: its estimate from the sampled tokens.
+    """
     deviations = _deviations(totals.reshape(-1, group))
     figures = {
         "reward": float(_means(totals[None])[0]),
@@ -126,7 +134,7 @@ def figures_of(rollout: Rollout, totals: np.ndarray, names: Sequence[str], group
     }
     for number, name in enumerate(names):
         figures[f"rewards/{name}/mean"] = float(_means(rollout.rewards[None, :, number])[0])
-    return figures
+    return {name: value for name, value in figures.items() if not math.isnan(value)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

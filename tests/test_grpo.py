@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import multiprocessing
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +285,28 @@ def test_a_killed_run_goes_on_with_the_same_answers_and_bits(
     states = [load_state(steps(run_dir / "checkpoints")[-1]) for run_dir in (tmp_path / "run", whole)]
     assert states[0].progress.sampling == states[1].progress.sampling is not None
     assert 0 < states[0].progress.sampling.blocks < 10
+    assert of_steps(tmp_path / "run") == of_steps(whole)
+
+
+def run_with_one_thread(run_dir: Path) -> None:
+    torch.set_num_threads(1)
+    run_until(SINGLE, run_dir=run_dir)
+
+
+@pytest.mark.ci
+def test_a_run_that_kill_9_ends_goes_on_with_the_same_answers_and_bits(
+    world: World, folders: Path, tmp_path: Path, whole: Path
+) -> None:
+    grpo_run(tmp_path / "run", folders, **RUN)
+    child = multiprocessing.get_context("spawn").Process(target=run_with_one_thread, args=(tmp_path / "run",))
+    child.start()
+    while child.is_alive() and not (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir():
+        time.sleep(0.01)
+    child.kill()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL, "the run ended before it was killed"
+    world.run(1, run_until, run_dir=tmp_path / "run", free=10 * FREE)
+    assert_same_run(tmp_path / "run", whole)
     assert of_steps(tmp_path / "run") == of_steps(whole)
 
 

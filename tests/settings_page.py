@@ -26,7 +26,7 @@ def page() -> str:
 
 def row(setting: Setting) -> str:
     """Return a setting's line. A `|` of the text would end a cell."""
-    default = setting.default.replace(str(cache_root()), "~/.cache/distlora")
+    default = setting.default.replace(str(cache_root()), "~/.cache/distlora").replace("\n", "\\n")
     cells = (setting.values, f"`{default}`" if default else "required", setting.doc)
     return f"| `{setting.name}` | " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -44,7 +44,9 @@ JUDGED_FIGURES = (
 )
 """Metrics of judged answers, most by TRL's names, in which chosen answers are the good ones. answers/chosen: their
 fraction."""
-_OF_JUDGED = {f"{name}/{side}": f"answers/{side}" for name in ("rewards", "logps") for side in ("chosen", "rejected")}
+_JUDGED_FRACTIONS = {
+    f"{name}/{side}": f"answers/{side}" for name in ("rewards", "logps") for side in ("chosen", "rejected")
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +69,11 @@ class ObjectiveNeeds:
     unit: str = "target_tokens"
     """Metric that counts the units of a step, over which the loss is a mean."""
     figures: tuple[str, ...] = ()
-    """Metrics beside the loss; each is a mean over the units."""
+    """Metrics besides the loss; each is a mean over the units."""
     reference_weight: str | None = None
     """Setting whose value 0 stands for no reference."""
     maxima: tuple[str, ...] = ()
-    """Metrics beside these that are the largest of all ranks."""
+    """Metrics that are the largest value of all ranks."""
     figures_of: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Metrics that are means over some of the units only, and the metric that is the fraction of these units."""
     mismatched: bool = False
@@ -167,7 +169,7 @@ OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
             reference=True,
             unit="answers",
             figures=JUDGED_FIGURES,
-            figures_of=_OF_JUDGED,
+            figures_of=_JUDGED_FRACTIONS,
             mismatched=True,
             settings={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
             lr=5e-6,

@@ -17,6 +17,7 @@ _SETTINGS = {
     "data.split": "dataset_train_split",
     "data.template": "chat_template",
     "data.train_on": "train_on_inputs train_on_prompt assistant_only_loss completion_only_loss mask_history",
+    "rollout.max_new_tokens": "max_completion_length",
     "data.rewards": "reward_funcs reward_functions reward_function",
     "data.cache_dir": "dataset_prepared_path tokenized_path",
     "data.sequence_length": "max_length max_seq_length max_seq_len sequence_len cutoff_len seq_length block_size",

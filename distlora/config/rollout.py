@@ -15,7 +15,8 @@ another adapter, make far more."""
 class RolloutConfig:
     """Answers that the model samples to the prompts of the data, and the loss by their rewards (train.objective=grpo).
 
-    Names and defaults are those of TRL's GRPOConfig where it has the setting.
+    Names and defaults are those of TRL's GRPOConfig where it has the setting; max_new_tokens is its
+    max_completion_length.
     """
 
     num_generations: int = 8
@@ -26,7 +27,7 @@ class RolloutConfig:
     temperature: float = 1.0
     """Temperature of sampling. The loss and its ratios are those of the model at this temperature."""
     stop: tuple[str, ...] = ()
-    """Texts that end an answer, beside the tokens that end a text or a turn. The answer includes it."""
+    """Texts that end an answer, besides the tokens that end a text or a turn. The answer includes it."""
     steps_per_generation: int = 1
     """Optimizer steps that share a rollout, each with train.global_batch of its answers; from the second on they are
     off policy (rollout/staleness)."""
@@ -69,7 +70,7 @@ class RolloutConfig:
         require_positive("rollout", self, *numbers.split(), "max_logprob_difference")
         require(
             self.num_generations > 1,
-            "rollout.num_generations=1 leaves an answer nothing to be compared with; set it to 2 or more (8 is usual)",
+            "rollout.num_generations=1 leaves no answers to compare; set it to 2 or more (8 is usual)",
         )
         require(
             self.epsilon <= 1,
@@ -91,8 +92,7 @@ class RolloutConfig:
         )
         require(
             self.url is None or not self.batch_invariant,
-            f"rollout.batch_invariant=true is of the run's own sampling, and rollout.url={self.url} samples elsewhere; "
-            "leave one of them out",
+            f"rollout.batch_invariant=true has no effect on a server (rollout.url={self.url}); leave one out",
         )
         require(
             all(self.stop),

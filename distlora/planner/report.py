@@ -85,7 +85,7 @@ def page(
         *_row("traffic", _traffic(plan)),
         *_row("operations", _operations(plan)),
         *_row("time", time_of(plan)),
-        *(_row("sampling", sampling_of(plan.sampling, plan)) if plan.sampling is not None else ()),
+        *(_row("sampling", sampling_text(plan.sampling, plan)) if plan.sampling is not None else ()),
         *(_row("batch", empty) if (empty := empty_rows(plan)) is not None else ()),
         *_row("settings", settings(plan)),
         *(_row("larger", "; ".join(map(str, larger))) if larger else ()),
@@ -320,7 +320,7 @@ def time_of(plan: Plan) -> str:
     return text
 
 
-def sampling_of(sampling: Sampling, plan: Plan) -> str:
+def sampling_text(sampling: Sampling, plan: Plan) -> str:
     """Return how answers are sampled, the memory that it takes beside what training holds, and its speed, in words."""
     gpu = _device(plan)
     base = f", {size(sampling.base_bytes)} for the whole base" if sampling.base_bytes else ""

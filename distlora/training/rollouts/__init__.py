@@ -1,1 +1,1 @@
-"""Rollouts of online reinforcement learning: answers that the model samples in turn with its training."""
+"""Rollouts of online reinforcement learning: answers that the model samples, and trains on."""

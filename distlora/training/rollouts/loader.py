@@ -332,4 +332,4 @@ def _served(
 
 def _text_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     """Return a prompt as a text: of messages the last one's."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "")

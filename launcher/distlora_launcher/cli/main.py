@@ -75,9 +75,12 @@ Tab completion: eval "$(distlora --shell-completion install=bash)"
 MEANT = {
     "generate RUN": "chat inference infer predict ask complete sample serve talk",
     "train": "finetune fine-tune tune fit sft run start launch lora qlora",
-    "train recipe=dpo": "dpo",
+    "train recipe=dpo": "dpo preference",
     "train recipe=reward": "reward rm bradley-terry",
     "train recipe=kto": "kto",
+    "train recipe=orpo": "orpo",
+    "train recipe=simpo": "simpo",
+    "train recipe=grpo": "grpo dapo gspo rlhf rl ppo",
     "train recipe=continued_pretraining": "pretrain cpt",
     "data preview": "preview preprocess tokenize inspect dataset",
     "data row": "row",

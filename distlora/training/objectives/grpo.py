@@ -3,7 +3,7 @@
 DAPO (arXiv 2503.14476, equation 8) and Dr. GRPO (arXiv 2503.20783) average the tokens otherwise, which the weights of
 the labels hold (training/rollouts/). GSPO (arXiv 2507.18071, equations 5 and 7) has one ratio per answer.
 
-Letters: B rows, T tokens per row, P most answers per row.
+Letters: B rows, T tokens per row, D most documents per row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distlora.config import RolloutConfig, TrainConfig
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM
-from distlora.training.objectives.objective import Losses, Objective, run, send
+from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
 
 
 class MismatchError(RuntimeError):
@@ -51,7 +51,7 @@ class GRPO(Objective):
         # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
         answers = None
         if rollout.importance_sampling_level == "sequence":
-            answers = answers_of(sent.position_ids, is_label, int((batch.position_ids == 0).sum(dim=1).max()))
+            answers = documents_of(sent.position_ids, most_documents(batch)) & is_label[:, None]  # One per document.
         reference = None
         with batch_invariant(model.is_batch_invariant):
             if self.needs.reference:
@@ -99,17 +99,7 @@ class GRPO(Objective):
             )
 
 
-def answers_of(position_ids: Tensor, is_label: Tensor, most: int) -> Tensor:
-    """Return a mask (B, P, T) of the sampled tokens of each answer, P = `most`. A document holds one answer.
-
-    From position_ids and is_label (B, T), on their device, without a host read.
-    """
-    document = (position_ids == 0).cumsum(dim=1) - 1
-    number = torch.arange(most, device=position_ids.device).view(1, most, 1)
-    return (document[:, None, :] == number) & is_label[:, None, :]
-
-
 def mean_by_answer(values: Tensor, answers: Tensor) -> Tensor:
-    """Return at each token (B, T) the mean over its answer. Scatter has no fixed summation order on a GPU."""
-    means = torch.where(answers, values[:, None, :], 0.0).sum(dim=-1) / answers.sum(dim=-1).clamp(min=1)
+    """Return at each token (B, T) the mean over its answer (B, D, T)."""
+    means = sums_of(values, answers) / answers.sum(dim=-1).clamp(min=1)
     return torch.where(answers, means[:, :, None], 0.0).sum(dim=1)

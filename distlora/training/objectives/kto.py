@@ -1,7 +1,4 @@
-"""KTO (Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8).
-
-Letters: B rows, T tokens per row, P most answers per row.
-"""
+"""KTO (Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8)."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from torch import Tensor
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend
-from distlora.training.objectives.objective import Losses, Objective, run, send
+from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
 
 
 class KTO(Objective):
@@ -45,17 +42,16 @@ class KTO(Objective):
         assert sent.judged is not None, "data of another objective"
         assert self._kl is not None, "`prepare` comes first"
         # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
-        number = torch.arange(int((batch.position_ids == 0).sum(dim=1).max()), device=device)[:, None]
-        places = (sent.position_ids == 0).cumsum(dim=1)[:, None] - 1 == number
-        verdicts = torch.where(places, sent.judged[:, None], 0).sum(dim=-1)
+        documents = documents_of(sent.position_ids, most_documents(batch))
+        verdicts = sums_of(sent.judged, documents)
         policy, reference = run(model, batch, sent, step, with_reference=True)
-        ratios = _sums(reference - policy, places)
+        ratios = sums_of(reference - policy, documents)
         beta, weights = self.train.of_objective("beta"), map(self.train.of_objective, _WEIGHTS)
         good, bad = verdicts > 0, verdicts < 0
         losses = torch.sigmoid(beta * verdicts * (self._kl - ratios))
         losses = losses * sum(weight * side for weight, side in zip(weights, (good, bad), strict=True))
         with torch.no_grad():
-            rewards, logps = beta * ratios, -_sums(policy, places)
+            rewards, logps = beta * ratios, -sums_of(policy, documents)
             figures = [torch.where(side, each, 0.0).sum() for each in (rewards, logps) for side in (good, bad)]
             counts = good.sum(), bad.sum()
             sums = torch.stack([*figures, *counts, self._kl * sum(counts)])
@@ -63,8 +59,3 @@ class KTO(Objective):
 
 
 _WEIGHTS = ("desirable_weight", "undesirable_weight")
-
-
-def _sums(values: Tensor, places: Tensor) -> Tensor:
-    """Sum values (B, T) over the places (B, P, T) of each document -> (B, P)."""
-    return torch.where(places, values[:, None], 0.0).sum(dim=-1)

@@ -4,7 +4,7 @@ An objective turns a micro-batch into loss sums per row, with gradient, and sums
 loss. Both are divided by the step's number of units (target tokens, pairs) over all ranks and micro-batches, which the
 loader knows in advance, so nothing depends on how rows are distributed. Nothing is read from the device.
 
-Letters: B rows, T tokens per row, P most pairs per row, F metrics, M of which the largest counts.
+Letters: B rows, T tokens per row, D most documents and P most pairs per row, F metrics, M of which the largest counts.
 """
 
 from __future__ import annotations
@@ -80,6 +80,22 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     It would from memory that is not pinned. torch keeps pinned memory, and takes it again once its copy is done.
     """
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def most_documents(batch: MicroBatch) -> int:
+    """Return D, the most documents of a row, from the host's positions; padding counts as one."""
+    return int((batch.position_ids == 0).sum(dim=1).max())
+
+
+def documents_of(position_ids: Tensor, most: int) -> Tensor:
+    """Return a mask (B, D, T) of each document's tokens, D = `most`, from position_ids (B, T). No host read."""
+    number = torch.arange(most, device=position_ids.device)[:, None]
+    return (position_ids == 0).cumsum(dim=1)[:, None] - 1 == number
+
+
+def sums_of(values: Tensor, documents: Tensor) -> Tensor:
+    """Sum values (B, T) over documents (B, D, T) -> (B, D). Scatter has no fixed summation order on a GPU."""
+    return torch.where(documents, values[:, None], 0.0).sum(dim=-1)
 
 
 def run(

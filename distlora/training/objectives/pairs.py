@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
-from distlora.training.objectives.objective import Losses, Objective, run, send
+from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
 
 
 class Answers(NamedTuple):
@@ -57,13 +57,14 @@ class PairObjective(Objective):
         """Compute the losses of the pairs."""
         sent = send(batch, device)
         # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
-        sides, is_pair = pair_sides(sent.position_ids, sent.labels, most_pairs(batch))
+        sides = pairs_of(sent.position_ids, batch)
         if self.needs.reference:
             policy, reference = run(model, batch, sent, step, with_reference=True)
-            ratios = sums_of(reference - policy, sides)
+            ratios = pair_sums(reference - policy, sides)
         else:
             policy, ratios = run(model, batch, sent, step, by_token=True), None
-        answers = Answers(-sums_of(policy, sides), ratios, sums_of((sent.labels >= 0).float(), sides))
+        answers = Answers(-pair_sums(policy, sides), ratios, pair_sums((sent.labels >= 0).float(), sides))
+        is_pair = answers.lengths[..., 1] > 0
         losses, rewards = self.of_pairs(answers)
         if (weight := self.sft_weight) > 0:
             losses = losses - weight * answers.per_token(answers.logps)[..., 0]
@@ -88,22 +89,14 @@ def preference_loss(margins: Tensor, label_smoothing: float) -> Tensor:
     return (1 - label_smoothing) * losses + label_smoothing * F.softplus(margins)
 
 
-def most_pairs(batch: MicroBatch) -> int:
-    """Return P from the host's positions: documents are chosen, rejected, chosen, rejected, ..., padding."""
-    return int((batch.position_ids == 0).sum(dim=1).max()) // 2
+def pairs_of(position_ids: Tensor, batch: MicroBatch) -> Tensor:
+    """Return a mask (B, 2 P, T) of the answers' tokens from position_ids (B, T) on the device.
 
-
-def pair_sides(position_ids: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return masks (B, P, 2, T) bool of each pair's chosen and rejected tokens, and (B, P) bool of existing pairs.
-
-    From position_ids and labels (B, T) and P = `most`, on their device, without a host read.
+    Documents are chosen, rejected, chosen, rejected, ..., padding.
     """
-    document = (position_ids == 0).cumsum(dim=1) - 1
-    number = torch.arange(2 * most, device=position_ids.device).view(1, most, 2, 1)
-    sides = document[:, None, None, :] == number
-    return sides, (sides[:, :, 1] & (labels >= 0)[:, None, :]).any(dim=-1)
+    return documents_of(position_ids, most_documents(batch) // 2 * 2)
 
 
-def sums_of(values: Tensor, sides: Tensor) -> Tensor:
-    """Sum values (B, T) over sides (B, P, 2, T) -> (B, P, 2). Scatter has no fixed summation order on a GPU."""
-    return torch.where(sides, values[:, None, None, :], 0.0).sum(dim=-1)
+def pair_sums(values: Tensor, answers: Tensor) -> Tensor:
+    """Sum values (B, T) over answers (B, 2 P, T) -> (B, P, 2)."""
+    return sums_of(values, answers).unflatten(1, (-1, 2))

@@ -13,7 +13,7 @@ from torch import Tensor
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
 from distlora.training.objectives.objective import Losses, Objective, run, send
-from distlora.training.objectives.pairs import most_pairs, pair_sides, sums_of
+from distlora.training.objectives.pairs import pair_sums, pairs_of
 
 
 class RewardModel(Objective):
@@ -29,14 +29,15 @@ class RewardModel(Objective):
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the losses of the pairs."""
-        sent, most = send(batch, device), most_pairs(batch)
-        sides, is_pair = pair_sides(sent.position_ids, sent.labels, most)
+        sent = send(batch, device)
+        sides = pairs_of(sent.position_ids, batch)
+        is_pair = pair_sums((sent.labels >= 0).float(), sides)[..., 1] > 0
         scores = run(model, batch, sent, step, by_token=True)
         pad = model.hf_config.pad_token_id
-        rewards = sums_of(scores, last_of(sides, sent.input_ids != (-1 if pad is None else pad)))
+        rewards = pair_sums(scores, last_of(sides, sent.input_ids != (-1 if pad is None else pad)))
         chosen, rejected = rewards.unbind(dim=-1)
         difference = chosen - rejected
-        margins = 0.0 if sent.margins is None else sent.margins[:, :most]
+        margins = 0.0 if sent.margins is None else sent.margins[:, : is_pair.shape[1]]
         losses = F.softplus(margins - difference)
         if (weight := self.train.of_objective("center_rewards")) > 0:
             losses = losses + weight * (chosen + rejected) ** 2
@@ -48,6 +49,6 @@ class RewardModel(Objective):
 
 
 def last_of(sides: Tensor, counts: Tensor) -> Tensor:
-    """Return a mask like sides (B, P, 2, T) of the last token of each that counts (B, T)."""
+    """Return a mask like sides (B, 2 P, T) of the last token of each that counts (B, T)."""
     place = torch.arange(sides.shape[-1], device=sides.device)
-    return place == torch.where(sides & counts[:, None, None, :], place, -1).amax(dim=-1, keepdim=True)
+    return place == torch.where(sides & counts[:, None, :], place, -1).amax(dim=-1, keepdim=True)

@@ -293,11 +293,10 @@ class Config:
         )
         others = self.adapter.token_settings(self.model.new_tokens)
         others += ["adapter=full"] if self.adapter.method == "full" else []
-        for setting in others:
-            require(
-                False,
-                f"{setting}: train.objective={self.train.objective} trains adapters and the score that replaces the LM "
-                "head, and nothing else; leave it out",
+        if others:
+            raise UserError(
+                f"{others[0]}: train.objective={self.train.objective} trains adapters and the score that replaces the "
+                "LM head, and nothing else; leave it out"
             )
 
     def _check_rollout(self) -> None:

@@ -131,7 +131,7 @@ class CausalLM(nn.Module):
         self.attends_by_documents = False
         """True if a forward takes `documents` and attends to each by its length."""
         self.is_batch_invariant = False
-        """True if sampling and training compute each token alike (`compute_alike`)."""
+        """True if sampling and training compute each token alike (`make_batch_invariant`)."""
         self.runs_documents_apart = any(isinstance(module, ByDocument) for module in decoder.modules())
         """True if a module of the layers runs each packed document alone."""
         self.router_aux_loss = 0.0
@@ -281,7 +281,7 @@ class CausalLM(nn.Module):
         use(self.decoder, op)
         self.attends_by_documents = True
 
-    def compute_alike(self) -> None:
+    def make_batch_invariant(self) -> None:
         """Attend alike in sampling and training from now on; their callers compute products within `batch_invariant`.
 
         Raises UserError for attention that is more than a softmax over a causal window.

@@ -13,7 +13,7 @@ class DPO(PairObjective):
     The reward of an answer is r = beta * (log p(answer) - log p_ref(answer)). The reference is the initial model.
     """
 
-    def of_pairs(self, answers: Answers) -> tuple[Tensor, Tensor]:
+    def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """Return each pair's loss and rewards."""
         assert answers.ratios is not None
         rewards = self.train.of_objective("beta") * answers.ratios

@@ -15,7 +15,7 @@ class IPO(PairObjective):
     means that the loss compares; TRL logs them of sums.
     """
 
-    def of_pairs(self, answers: Answers) -> tuple[Tensor, Tensor]:
+    def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """Return each pair's loss and rewards."""
         assert answers.ratios is not None
         beta, ratios = self.train.of_objective("beta"), answers.per_token(answers.ratios)

@@ -19,7 +19,7 @@ class ORPO(PairObjective):
     has the same). TRL's ORPOTrainer takes the prompt's tokens into it, and the mean over all tokens of a rank's batch.
     """
 
-    def of_pairs(self, answers: Answers) -> tuple[Tensor, Tensor]:
+    def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """Return each pair's loss and rewards."""
         beta = self.train.of_objective("beta")
         # Below 0, because the odds of P = 1 are infinite; a row's missing answers have no tokens, and so P = 1.

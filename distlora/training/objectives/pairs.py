@@ -50,7 +50,7 @@ class PairObjective(Objective):
         return batch.global_pairs
 
     @abstractmethod
-    def of_pairs(self, answers: Answers) -> tuple[Tensor, Tensor]:
+    def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """Return each pair's loss (B, P), and the rewards of its answers (B, P, 2), of which metrics are made."""
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
@@ -65,7 +65,7 @@ class PairObjective(Objective):
             policy, ratios = run(model, batch, sent, step, by_token=True), None
         answers = Answers(-pair_sums(policy, sides), ratios, pair_sums((sent.labels >= 0).float(), sides))
         is_pair = answers.lengths[..., 1] > 0
-        losses, rewards = self.of_pairs(answers)
+        losses, rewards = self.pair_losses(answers)
         if (weight := self.sft_weight) > 0:
             losses = losses - weight * answers.per_token(answers.logps)[..., 0]
         losses = torch.where(is_pair, losses, 0.0)

@@ -15,7 +15,7 @@ class SimPO(PairObjective):
     defaults are beta = 0.1, gamma = 0.5 and cpo_alpha = 1, a term of the chosen answer (here train.sft_weight).
     """
 
-    def of_pairs(self, answers: Answers) -> tuple[Tensor, Tensor]:
+    def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """Return each pair's loss and rewards."""
         setting = self.train.of_objective
         rewards = setting("beta") * answers.per_token(answers.logps)

@@ -292,7 +292,7 @@ def open_rollouts(
                     backend.ranks.device.type == "cpu",
                     "rollout.batch_invariant=true is for the CPU, and this rank has a GPU; leave it out",
                 )
-                model.compute_alike()
+                model.make_batch_invariant()
             engine = Engine(model, backend, end_tokens=ends, tokenizer=encoder.tokenizer, chosen=progress.sampling)
         else:
             engine = stack.enter_context(contextlib.closing(_served(config, model, backend, data, ends)))

@@ -141,31 +141,21 @@ def figures_of(rollout: Rollout, totals: np.ndarray, names: Sequence[str], group
 class PackedAnswers:
     """The answers of a step as rows: prompt and answer are a document, whose labels are the answer's tokens."""
 
-    input_ids: np.ndarray
-    """(rows, L) int64, as all others but fp32 `logps`, `advantages` and `weights`: as in MicroBatch."""
-    labels: np.ndarray
-    position_ids: np.ndarray
-    logps: np.ndarray
-    advantages: np.ndarray
-    weights: np.ndarray
+    rows: MicroBatch
+    """All rows."""
     num_labels: int
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        return len(self.rows.input_ids)
 
     def micro_batch(self, rows: np.ndarray, pad: int) -> MicroBatch:
         """Return the rows of these numbers (B,), EMPTY for one without labels."""
-        length, is_empty = self.input_ids.shape[1], rows == EMPTY
-        arrays = {
-            item: getattr(self, item)[np.where(is_empty, 0, rows)] for item in MicroBatch._fields if item in _ARRAYS
-        }
-        arrays["input_ids"][is_empty], arrays["labels"][is_empty] = pad, IGNORED
-        arrays["position_ids"][is_empty] = np.arange(length)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return MicroBatch(**tensors, rows=torch.from_numpy(rows.astype(np.int64)))
-
-
-_ARRAYS = ("input_ids", "labels", "position_ids", "logps", "advantages", "weights")
+        numbers = torch.from_numpy(rows.astype(np.int64))
+        is_empty, chosen = numbers == EMPTY, numbers.clamp(min=0)
+        batch = MicroBatch._make(None if tensor is None else tensor[chosen] for tensor in self.rows)
+        batch.input_ids[is_empty], batch.labels[is_empty] = pad, IGNORED
+        batch.position_ids[is_empty] = torch.arange(batch.labels.shape[1])
+        return batch._replace(rows=numbers)
 
 
 def pack_answers(
@@ -200,32 +190,36 @@ def pack_answers(
     num_rows = max(int(row_of.max(initial=0)) + 1, 1)
     fullest = int(np.bincount(row_of, weights=sizes[runs], minlength=1).max(initial=1))
     length = min(-(-fullest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, sequence_length)
-    packed = PackedAnswers(
-        input_ids=np.full((num_rows, length), pad, np.int64),
-        labels=np.full((num_rows, length), IGNORED, np.int64),
-        position_ids=np.tile(np.arange(length), (num_rows, 1)),
-        logps=np.zeros((num_rows, length), np.float32),
-        advantages=np.zeros((num_rows, length), np.float32),
-        weights=np.zeros((num_rows, length), np.float32),
-        num_labels=num_labels,
-    )
+    input_ids = np.full((num_rows, length), pad, np.int64)
+    labels = np.full((num_rows, length), IGNORED, np.int64)
+    position_ids = np.tile(np.arange(length), (num_rows, 1))
+    of_labels = np.zeros((3, num_rows, length), np.float32)
     ends, logp_ends = np.cumsum(sizes), np.cumsum(lengths)
     filled = np.zeros(num_rows, np.int64)
     for row, answer in zip(row_of.tolist(), runs, strict=True):
         start, size = int(filled[row]), int(sizes[answer])
         filled[row] += size
         tokens = rollout.tokens[ends[answer] - size : ends[answer]]
-        packed.input_ids[row, start : start + size] = tokens
+        input_ids[row, start : start + size] = tokens
         # Behind it another answer begins, or the padding.
-        packed.position_ids[row, start:] = np.arange(length - start)
-        packed.position_ids[row, start + size :] = np.arange(length - start - size)
+        position_ids[row, start:] = np.arange(length - start)
+        position_ids[row, start + size :] = np.arange(length - start - size)
         # The label at a position is the next token.
-        labels = slice(start + int(rollout.prompt_lengths[answer]) - 1, start + size - 1)
-        packed.labels[row, labels] = tokens[rollout.prompt_lengths[answer] :]
-        packed.logps[row, labels] = rollout.logps[logp_ends[answer] - lengths[answer] : logp_ends[answer]]
-        packed.advantages[row, labels] = advantages[answer]
-        packed.weights[row, labels] = weights[answer]
-    return packed
+        places = slice(start + int(rollout.prompt_lengths[answer]) - 1, start + size - 1)
+        labels[row, places] = tokens[rollout.prompt_lengths[answer] :]
+        of_labels[0, row, places] = rollout.logps[logp_ends[answer] - lengths[answer] : logp_ends[answer]]
+        of_labels[1:, row, places] = np.array([[advantages[answer]], [weights[answer]]])
+    sampled = torch.from_numpy(of_labels)
+    whole = MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        rows=torch.arange(num_rows),
+        logps=sampled[0],
+        advantages=sampled[1],
+        weights=sampled[2],
+    )
+    return PackedAnswers(rows=whole, num_labels=num_labels)
 
 
 def parts(count: int, steps: int) -> Iterator[slice]:

@@ -383,7 +383,7 @@ def test_batch_invariant_training_computes_the_samplers_probabilities_to_the_las
     grpo_run(
         tmp_path / "run", folders, **{**RUN, "train": train, "rollout": RUN["rollout"] | {"batch_invariant": True}}
     )
-    run_until(SINGLE, run_dir=tmp_path / "run", free=0.0)
+    run_until(SINGLE, run_dir=tmp_path / "run")
     fresh = [line for line in of_steps(tmp_path / "run") if line["rollout/staleness"] == 0]
     assert [line["rollout/logprob_difference_max"] for line in fresh] == [0, 0]
 

@@ -27,11 +27,17 @@ ROWS = 16
 KEYS = 64
 """Keys that queries meet at once."""
 
+VECTOR = 64
+"""A multiple of the elements that torch's elementwise loops compute at once."""
+
 _aten = torch.ops.aten
 
 
 class _FixedShapes(TorchDispatchMode):
-    """Runs products of matrices in tiles of ROWS rows. Elementwise operations and sums along rows need no change."""
+    """Runs products of matrices in tiles of ROWS rows, and activations on whole vectors.
+
+    Other elementwise operations and sums along rows need no change.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -48,6 +54,11 @@ class _FixedShapes(TorchDispatchMode):
             left, right = args
             products = [_tiles(lambda rows, of=of: rows @ of, part) for part, of in zip(left, right, strict=True)]
             return _written(torch.stack(products), out)
+        if func in (_aten.silu.default, _aten.gelu.default):
+            # torch computes the last elements, fewer than a vector, by another exp.
+            values, *more = args
+            flat = F.pad(values.reshape(-1), (0, -values.numel() % VECTOR))
+            return func(flat, *more, **kwargs)[: values.numel()].view(values.shape)
         return func(*args, **kwargs)
 
 

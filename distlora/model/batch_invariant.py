@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from distlora_kernels.dispatch import one_thread
+
 ROWS = 16
 """Rows of each product, and queries that attend together."""
 KEYS = 64
@@ -31,6 +33,10 @@ VECTOR = 64
 """A multiple of the elements that torch's elementwise loops compute at once."""
 
 _aten = torch.ops.aten
+_BY_VECTORS = {
+    getattr(_aten, name).default for name in ("exp", "silu", "gelu", "sigmoid", "tanh", "cos", "sin", "softplus")
+}
+"""Elementwise functions that are not rounded exactly, so that a vector's may differ from a single element's."""
 
 
 class _FixedShapes(TorchDispatchMode):
@@ -54,11 +60,12 @@ class _FixedShapes(TorchDispatchMode):
             left, right = args
             products = [_tiles(lambda rows, of=of: rows @ of, part) for part, of in zip(left, right, strict=True)]
             return _written(torch.stack(products), out)
-        if func in (_aten.silu.default, _aten.gelu.default):
-            # torch computes the last elements, fewer than a vector, by another exp.
+        if func in _BY_VECTORS:
+            # torch computes the last elements of a tensor or of a thread's part, fewer than a vector, by another exp.
             values, *more = args
             flat = F.pad(values.reshape(-1), (0, -values.numel() % VECTOR))
-            return func(flat, *more, **kwargs)[: values.numel()].view(values.shape)
+            with one_thread():
+                return func(flat, *more, **kwargs)[: values.numel()].view(values.shape)
         return func(*args, **kwargs)
 
 

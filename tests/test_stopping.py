@@ -137,9 +137,9 @@ def test_the_watchdog_counts_steps_in_a_row(
 ) -> None:
     log = Trial.log
 
-    def spiky(self: Trial, sums: Sequence[Sequence[float]], norms: Sequence[float]) -> None:
+    def spiky(self: Trial, sums: Sequence[Sequence[float]], *more: Any) -> None:
         (step,), is_high = self._interval.steps, self.done in (3, 5, 6)
-        log(self, [[9.0 * step.units]] if is_high else sums, norms)
+        log(self, [[9.0 * step.units]] if is_high else sums, *more)
         if stops and self.done == 5:
             raise Stopped(signal.SIGTERM)
 

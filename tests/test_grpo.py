@@ -37,6 +37,7 @@ from distlora_launcher.launch import failures
 from family_models import SINGLE
 from small_models import make_run, read_metrics, tokenizer
 from test_objectives_trl import Theirs, move_adapters, their_model
+from test_remote_engine import adapter as peft_adapter
 from tiers import ci
 from vllm_server import serving
 from worlds import World
@@ -388,6 +389,38 @@ def test_batch_invariant_training_computes_the_samplers_probabilities_to_the_las
     assert [line["rollout/logprob_difference_max"] for line in fresh] == [0, 0]
 
 
+def test_on_policy_distillation_nears_its_teacher_and_resumes_within_a_rollout(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {
+        "data": {"rewards": []},
+        "rollout": {"num_generations": 1, "steps_per_generation": 2},
+        "train": {
+            "objective": "on_policy_distill",
+            "max_steps": 8,
+            "save_every": 1,
+            "keep": 9,
+            "eval_every": 4,
+            "teacher": str(peft_adapter(folders / "llama", tmp_path / "teacher", 1)),
+        },
+        "optim": {"lr": 1e-2},
+    }
+    for name, stop in (("whole", None), ("killed", 3)):
+        grpo_run(tmp_path / name, folders, **sections)
+        world.run(1, run_until, run_dir=tmp_path / name, stop_before=stop)
+    assert (tmp_path / "killed" / "checkpoints" / "step_00000003" / ROLLOUT_NAME).is_file()
+    world.run(1, run_until, run_dir=tmp_path / "killed")
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    steps = of_steps(tmp_path / "whole")
+    assert [line["loss"] for line in steps] == pytest.approx([line["divergence"] for line in steps])
+    assert [line["rollout/staleness"] for line in steps] == [0, 1] * 4
+    assert steps[-1]["divergence"] < 0.7 * steps[0]["divergence"]
+    assert not any("reward" in name for line in steps for name in line)
+    held_out = [line["eval_divergence"] for line in read_metrics(tmp_path / "whole") if "eval_loss" in line]
+    assert len(held_out) == 3
+    assert held_out[-1] < 0.7 * held_out[0]
+
+
 @pytest.mark.parametrize("ranks", [1, ci(2)])
 def test_a_vllm_server_samples_with_the_adapter_of_each_rollout(
     world: World, folders: Path, tmp_path: Path, ranks: int
@@ -436,6 +469,10 @@ def test_an_adapter_that_vllm_reads_otherwise_is_refused(folders: Path, tmp_path
         ({"rollout": {"batch_invariant": True, "temperature": 0.5}}, r"set rollout.temperature=1"),
         ({"rollout": {"batch_invariant": True}, "train": {"compile": True}}, r"train.compile=true with others"),
         ({"rollout": {"url": "localhost:8000"}}, r"rollout.url=localhost:8000 is not an address"),
+        (
+            {"train": {"objective": "on_policy_distill"}, "rollout": {"epsilon": 0.3}},
+            r"rollout.epsilon=0.3 has no effect with train.objective=on_policy_distill",
+        ),
         ({"rollout": {"num_generations": 5}}, r"num_generations=5 does not divide the 12 answers"),
         ({"rollout": {"max_new_tokens": 63}}, r"max_new_tokens=63 leaves no room for a prompt"),
         ({"data": {"rewards": []}}, r"needs rewards; set data.rewards"),

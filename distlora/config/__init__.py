@@ -20,7 +20,7 @@ from distlora.config.documents import DATA_FORMATS, DataConfig, SourceConfig
 from distlora.config.errors import UserError, nearest, require
 from distlora.config.objectives import objectives_of, takes_format
 from distlora.config.plan import GpuConfig, PlanConfig
-from distlora.config.rollout import RolloutConfig
+from distlora.config.rollout import OF_REWARDS, RolloutConfig
 from distlora.config.sweep import SweepConfig
 from distlora.config.training import OptimConfig, TrackerConfig, TrainConfig
 
@@ -319,7 +319,20 @@ class Config:
             f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in data.sequence_length="
             f"{self.data.sequence_length}; set data.sequence_length={rollout.max_new_tokens + 512}",
         )
-        require(bool(self.data.rewards), f"train.objective={objective} needs rewards; set data.rewards (docs/rl.md)")
+        if train.needs.rewards:
+            require(
+                bool(self.data.rewards), f"train.objective={objective} needs rewards; set data.rewards (docs/rl.md)"
+            )
+            require(
+                rollout.num_generations > 1,
+                "rollout.num_generations=1 leaves no answers to compare; set it to 2 or more (8 is usual)",
+            )
+        for name in rollout.changed:
+            require(
+                train.needs.rewards or name not in OF_REWARDS,
+                f"rollout.{name}={getattr(rollout, name)} has no effect with train.objective={objective}, which does "
+                "not train on rewards; leave it out",
+            )
         correction = (
             "rollout.use_bias_correction_kl=false has no effect without a KL term; leave it out, or set train.beta"
         )

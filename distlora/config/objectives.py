@@ -64,6 +64,8 @@ class ObjectiveNeeds:
     """True if a pair's record may have a margin."""
     reference: bool = False
     """True if every row runs a second time, without gradient, through the initial model."""
+    rewards: bool = False
+    """True if it needs data.rewards."""
     distributions: bool = False
     """True if the loss compares next-token distributions with the reference's, not losses of the labels alone."""
     unit: str = "target_tokens"
@@ -143,11 +145,20 @@ OBJECTIVES: Mapping[str, ObjectiveNeeds] = MappingProxyType(
             figures=("divergence",),
             settings={"beta": 0.0, "kd_ratio": 0.5, "kd_temperature": 1.0},
         ),
+        "on_policy_distill": ObjectiveNeeds(
+            summary="samples answers to prompts and trains on a teacher's distribution of their tokens",
+            data="prompts",
+            reference=True,
+            distributions=True,
+            figures=("divergence",),
+            settings={"beta": 1.0, "kd_temperature": 1.0},
+        ),
         "grpo": ObjectiveNeeds(
             summary="samples answers to prompts and trains on their rewards",
             data="prompts",
             reference=True,
             reference_weight="beta",
+            rewards=True,
             figures=("kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "rollout/logprob_difference_mean"),
             maxima=("rollout/logprob_difference_max",),
             settings={"beta": 0.0},

@@ -11,6 +11,13 @@ is 3e-6 in fp32 and 0.04 in bf16 (SmolLM2-135M on a CPU, 2026-11-29). Positions 
 another adapter, make far more."""
 
 
+OF_REWARDS = (
+    *("loss_type", "scale_rewards", "importance_sampling_level", "epsilon", "epsilon_high", "use_bias_correction_kl"),
+    *("batch_invariant", "max_logprob_difference"),
+)
+"""Settings that have an effect only where answers are trained on by their rewards."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
     """Answers that the model samples to the prompts of the data, and the loss by their rewards (train.objective=grpo).
@@ -68,10 +75,6 @@ class RolloutConfig:
         require_choices("rollout", self)
         numbers = "num_generations max_new_tokens temperature steps_per_generation num_iterations epsilon epsilon_high"
         require_positive("rollout", self, *numbers.split(), "max_logprob_difference")
-        require(
-            self.num_generations > 1,
-            "rollout.num_generations=1 leaves no answers to compare; set it to 2 or more (8 is usual)",
-        )
         require(
             self.epsilon <= 1,
             f"rollout.epsilon={self.epsilon} would clip at a negative ratio; set it to at most 1 (0.2 is usual)",

@@ -123,9 +123,9 @@ class Cadence(NamedTuple):
 class TrainConfig:
     """Steps, batches, objective, precision and checkpoints of training."""
 
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto", "distill", "reward", "process_reward", "grpo"] = (
-        "sft"
-    )
+    objective: Literal[
+        "sft", "dpo", "ipo", "orpo", "simpo", "kto", "distill", "reward", "process_reward", "grpo", "on_policy_distill"
+    ] = "sft"
     """Objective: -log p of the trained tokens (`sft`), or a loss of pairs of a chosen and a rejected answer. `dpo`
     (arXiv 2305.18290) and `ipo` (2310.12036) have a reference, the model at the start of the run: no second model, 50 %
     more operations. `orpo` (2403.07691) and `simpo` (2405.14734) have none. `kto` (2402.01306) learns from single
@@ -133,13 +133,14 @@ class TrainConfig:
     divergence of the next-token distribution from a teacher's (2306.13649). `reward` trains a reward model on pairs
     (Bradley-Terry, 2203.02155): a score in place of the LM head. `process_reward` trains one that tells right steps of
     an answer from wrong ones (2305.20050). `grpo` samples answers to prompts and trains on their
-    rewards (section `rollout`, docs/rl.md)."""
+    rewards (section `rollout`, docs/rl.md). `on_policy_distill` samples them too, and trains on a teacher's
+    distribution of their tokens."""
     beta: float | None = None
     """Scale of the rewards of dpo, simpo and kto, regularization tau of ipo, weight lambda of orpo's odds ratio. A
-    larger value keeps dpo, ipo and kto closer to the reference. Of distill the divergence, as in TRL's GKD: 0 is
-    forward KL, 1 reverse KL, between them a Jensen-Shannon divergence. Of grpo the weight of the KL divergence from the
-    initial model; 0 needs no reference (as TRL, DAPO and Dr. GRPO). null: 0.1; 2 with simpo, 0 with distill and grpo.
-    """
+    larger value keeps dpo, ipo and kto closer to the reference. Of distill and on_policy_distill the divergence, as in
+    TRL's GKD: 0 is forward KL, 1 reverse KL, between them a Jensen-Shannon divergence. Of grpo the weight of the KL
+    divergence from the initial model; 0 needs no reference (as TRL, DAPO and Dr. GRPO). null: 0.1; 2 with simpo, 1 with
+    on_policy_distill, 0 with distill and grpo."""
     label_smoothing: float | None = None
     """Probability that a pair's answers are in the wrong order, from 0 to below 0.5, of dpo (cDPO, conservative DPO:
     ericmitchell.ai/cdpo.pdf) and simpo. null: 0."""

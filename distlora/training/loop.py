@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distlora.config.objectives import means_of
-from distlora.data.loader import MicroBatch, Share, Stack, stacks
+from distlora.data.loader import MicroBatch, Share, Stack, StepBatch, stacks
 from distlora.model.adapters import AdaptedLinear, AdapterCopies
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
@@ -209,7 +209,9 @@ class Trainer:
         """Compute the mean held-out loss and metrics of each trial over all its held-out units, or of its answers."""
         if (rollouts := trials[0].rollouts) is not None:
             (trial,), step = trials, trials[0].progress.step
-            figures, samples = rollouts.evaluate(step)
+            figures, samples, answers = rollouts.evaluate(step)
+            if answers is not None:
+                figures |= self._losses_of(trial, answers)
             trial.evaluated(figures)
             trial.reporter.samples(step, samples)
             return
@@ -241,6 +243,19 @@ class Trainer:
         for trial, own_units, own_sums in zip(trials, units, sums, strict=True):
             means = means_of(objective.needs, own_sums, own_units)
             trial.evaluated({f"eval_{name}": mean for name, mean in means.items()})
+
+    def _losses_of(self, trial: Trial, answers: StepBatch) -> dict[str, float]:
+        """Return the mean loss and metrics of answers to held-out prompts."""
+        self.model.set_num_micro(1)
+        objective, totals = trial.objective, []
+        with torch.no_grad():
+            for index, part in enumerate(stacks([Share(answers, trial.slot, None)], whole=False)):
+                self.control.boundary(trial.progress.step, "evaluation, batch", index + 1, long=index == 0)
+                losses = objective.losses(self.model, part.batch, self.backend.ranks.device, None)
+                totals.append(torch.cat([losses.rows.sum()[None], losses.figures]).double())
+        sums = self.backend.sum_over_ranks(torch.stack(totals).sum(dim=0)).tolist()
+        means = means_of(objective.needs, sums, objective.units(answers))
+        return {f"eval_{name}": mean for name, mean in means.items()}
 
 
 def _rows_of(values: Iterator[float], like: Tensor) -> list[list[float]]:

@@ -26,6 +26,7 @@ _CLASSES: dict[str, type[Objective]] = {
     "simpo": SimPO,
     "kto": KTO,
     "distill": Distill,
+    "on_policy_distill": Distill,
     "grpo": GRPO,
     "reward": RewardModel,
     "process_reward": ProcessReward,

@@ -16,16 +16,18 @@ class Distill(Objective):
     """(1 - kd_ratio) of -log p of each target token, and kd_ratio of the divergence from the teacher's distribution.
 
     The teacher runs in the reference pass: the initial model, or the base with the adapter at train.teacher. TRL's
-    GKDTrainer has the second term alone (kd_ratio = 1).
+    GKDTrainer has the second term alone (kd_ratio = 1). On-policy, the tokens are those of answers that the student has
+    sampled, and the second term is alone (GKD's lambda = 1); sampling has no gradient.
     """
 
     def __init__(self, train: TrainConfig, rollout: RolloutConfig) -> None:
         super().__init__(train, rollout)
-        self.divergence = Divergence(*map(train.of_objective, ("beta", "kd_temperature", "kd_ratio")))
+        ratio = train.of_objective("kd_ratio") if "kd_ratio" in self.needs.settings else 1.0
+        self.divergence = Divergence(train.of_objective("beta"), train.of_objective("kd_temperature"), ratio)
 
     def units(self, batch: StepBatch) -> int:
         """Return the target tokens of the step, over all ranks."""
-        return batch.global_targets
+        return max(batch.global_targets, 1)
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the losses; in an evaluation also those of each token."""

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distlora.checkpoint.state import Progress
-from distlora.config import Config, UserError, require
+from distlora.config import Config, RolloutConfig, UserError, require
 from distlora.data.loader import EMPTY, StepBatch, StepLoader
 from distlora.data.packing import PARTS, SAMPLES, hash64
 from distlora.generation.engine import Engine
@@ -30,6 +30,8 @@ from distlora.training.publish import publish_result
 from distlora.training.rollouts.rollout import Rollout, figures_of, pack_answers, parts
 from distlora.training.rollouts.served import ServedEngine
 
+_HELD_OUT = -1
+"""In place of a step: the answers to held-out prompts."""
 SHOWN = 3
 """Held-out prompts whose answers are written at each evaluation."""
 
@@ -101,28 +103,35 @@ class RolloutLoader:
         if settings.steps_per_generation > 1:  # So that a step has answers of more groups.
             words = (PARTS, self.config.train.seed, step - within, iteration)
             order = np.argsort(hash64(words, len(rollout)), kind="stable")
+        answers = order[list(parts(len(rollout), settings.steps_per_generation))[part]]
+        figures = figures_of(rollout, totals, self.config.data.rewards, settings.num_generations)
+        batch = self._packed(step, rollout, answers, totals, settings)
+        self._figures, figures = {}, {**figures, **self._figures, "rollout/staleness": within}
+        return replace(batch, figures=figures)
+
+    def _packed(
+        self, step: int, rollout: Rollout, answers: np.ndarray, totals: np.ndarray, settings: RolloutConfig
+    ) -> StepBatch:
+        """Return this rank's micro-batches of these answers of a rollout, (n,) integers."""
+        pad = self.prompts.rows.pad_token_id
         packed = pack_answers(
             rollout,
-            order[list(parts(len(rollout), settings.steps_per_generation))[part]],
+            answers,
             totals,
             settings,
             sequence_length=self.config.data.sequence_length,
-            pad=self.prompts.rows.pad_token_id,
+            pad=pad,
             with_kl=self.config.train.needs.reference,
         )
         self._num_rows[step] = len(packed)
         own = self.rows_of_ranks(step)[:, self.rank]
-        figures = figures_of(rollout, totals, self.config.data.rewards, settings.num_generations)
-        batch = StepBatch(
-            micro_batches=[packed.micro_batch(rows, self.prompts.rows.pad_token_id) for rows in own],
+        return StepBatch(
+            micro_batches=[packed.micro_batch(rows, pad) for rows in own],
             global_targets=packed.num_labels,
             global_pairs=0,
             global_rows=len(packed),
             rows=tuple(own.reshape(-1).tolist()),
-            figures={**figures, **self._figures, "rollout/staleness": within},
         )
-        self._figures = {}
-        return batch
 
     def rows_of_ranks(self, step: int) -> np.ndarray:
         """Return the rows of all ranks in a past step: (accumulation, world, micro_batch), -1 for an empty row."""
@@ -143,21 +152,27 @@ class RolloutLoader:
         if (path := checkpoint / ROLLOUT_NAME).is_file():
             self.rollout = Rollout.read(path)
 
-    def evaluate(self, step: int) -> tuple[dict[str, float], list[tuple[str, str]]]:
-        """Return the metrics of answers to the held-out prompts, and the first SHOWN prompts with their answers.
+    def evaluate(self, step: int) -> tuple[dict[str, float], list[tuple[str, str]], StepBatch | None]:
+        """Return the metrics of answers to the held-out prompts, the first SHOWN prompts with their answers, and all.
 
         eval_loss is the negative mean reward, as that is what the objective minimizes; there is none without a reward.
+        An objective without rewards computes it from all answers, which others do not get (None).
         """
         assert self.held_out is not None
         rows = np.arange(len(self.held_out.rows))
         rollout, texts = self._answers(self.held_out, rows, 1, self.config.rollout.eval_temperature, (0,), step)
-        figures = figures_of(rollout, rollout.totals(self.config.data.reward_weights), self.config.data.rewards, 1)
+        totals = rollout.totals(self.config.data.reward_weights)
+        figures = figures_of(rollout, totals, self.config.data.rewards, 1)
         for name in ("reward_std", "frac_reward_zero_std", "entropy"):
             figures.pop(name, None)
-        loss = {"loss": -figures["reward"]} if "reward" in figures else {}
+        loss = {"loss": -figures["reward"]} if self.config.train.needs.rewards and "reward" in figures else {}
         figures, self._figures = {**loss, **figures, **self._figures}, {}
         shown = [(_text_of(self._record(self.held_out, row)["prompt"]), texts[row]) for row in range(len(texts))]
-        return {f"eval_{name}": value for name, value in figures.items()}, shown
+        batch = None
+        if not self.config.train.needs.rewards:
+            alone = replace(self.config.rollout, num_generations=1)
+            batch = self._packed(_HELD_OUT, rollout, np.arange(len(rollout)), np.zeros(len(rollout)), alone)
+        return {f"eval_{name}": value for name, value in figures.items()}, shown, batch
 
     def _answers(
         self,

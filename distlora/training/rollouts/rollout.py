@@ -68,6 +68,8 @@ class Rollout:
         with Reader() as reader:
             arrays = {
                 name: reader.read([segment], 0, segment.numel).view(segment.shape).numpy()
+                if segment.numel
+                else np.zeros(segment.shape, np.int64)  # Rewards, where there are none.
                 for name, segment in stored.items()
             }
         return cls(**arrays | {"step": arrays["step"].reshape(()), "rewards": arrays["rewards"].view(np.float64)})
@@ -81,6 +83,8 @@ class Rollout:
         NaN if none applies, or one failed: the answer is left out of its group, as its sum would lack a term that the
         others have.
         """
+        if self.rewards.shape[1] == 0:  # They are trained on without rewards.
+            return np.zeros(len(self), np.float64)
         applies = ~np.isnan(self.rewards)
         # Summed from the first reward to the last, whatever their number is.
         totals = (np.where(applies, self.rewards, 0.0) * (weights or 1.0)).cumsum(axis=1)[:, -1]
@@ -132,6 +136,8 @@ def figures_of(rollout: Rollout, totals: np.ndarray, names: Sequence[str], group
         "entropy": float(-rollout.logps.mean(dtype=np.float64)),
         "rewards/failed": int(rollout.failed.sum()),
     }
+    if not names:
+        figures = {name: value for name, value in figures.items() if "reward" not in name}
     for number, name in enumerate(names):
         figures[f"rewards/{name}/mean"] = float(_means(rollout.rewards[None, :, number])[0])
     return {name: value for name, value in figures.items() if not math.isnan(value)}

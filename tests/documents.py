@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("distlora", "make", "python", "pip", "source", "cd", "git", "sbatch", "export", "echo")
-MARKS = ("GPU", "hub", "SLURM", "wandb", "machines")
+MARKS = ("GPU", "hub", "SLURM", "wandb", "machines", "vLLM")
 SHOWN_AS_TEXT = ("text", "python", "yaml", "json", "mermaid")
 """Info strings of blocks without commands."""
 GOLDEN = "tests/golden"

@@ -27,6 +27,7 @@ import torch
 
 from distlora.config import Config
 from distlora.config.base import is_hub_name
+from distlora.generation.remote import RemoteEngine
 from distlora.post.merge.merge import merge_to
 from distlora.post.trained import Name
 from distlora.training import worker
@@ -230,7 +231,7 @@ def typed(command: Command, words: Sequence[str]) -> int:
         if command.mark == "hub":
             patch.setattr(checks, "check_data", lambda *_: None)
         if command.mark == "vLLM":
-            patch.setattr(checks.RemoteEngine, "connect", lambda _: [])
+            patch.setattr(RemoteEngine, "connect", lambda _: [])
         try:
             return main.main(words)
         except StartsError:

@@ -26,8 +26,7 @@ SECTIONS: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "run_
 
 
 def settings(**sections: dict[str, Any]) -> dict[str, Any]:
-    config = build(Config, SECTIONS | sections)
-    return fixed_settings(config.spec, config.optim, config.train, config.rollout, config.data)
+    return fixed_settings(build(Config, SECTIONS | sections))
 
 
 def refusal(then: dict[str, Any], now: dict[str, Any]) -> str | None:

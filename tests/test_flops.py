@@ -13,7 +13,7 @@ from distlora.config.file import build
 from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, put_trial
 from distlora.planner.flops import ModelFlops
-from distlora.training.trial import count_flops, peak_flops
+from distlora.training.trial import active_weights, peak_flops
 from run_models import build_run_model
 
 TOKENS, ROWS = 48, 2
@@ -45,7 +45,7 @@ def test_counted_operations_are_those_that_run(folders: Path, name: str) -> None
     positions = torch.arange(TOKENS).repeat(ROWS, 1)
     with FlopCounterMode(display=False) as counter:
         model(ids, positions, ids).sum().backward()
-    flops = count_flops(model)
+    flops = active_weights(model).model_flops()
     config = model.hf_config
     with FlopCounterMode(display=False) as angles:  # transformers multiplied matrices for them until 5.2x.
         model.decoder.rotary_emb(torch.empty(ROWS, TOKENS, 0), positions)
@@ -63,9 +63,9 @@ def test_the_operations_of_a_trial_in_a_pack_are_its_own(folders: Path) -> None:
     for slot, rank in enumerate((8, 32)):
         config = AdapterConfig(target_modules="all-linear", r=rank)
         put_trial(model, slot, config, seed=0, device=torch.device("cpu"))
-    alone = count_flops(make_model(folders / "llama")).per_token
-    assert count_flops(model, slot=0).per_token == alone
-    assert count_flops(model, slot=1).per_token > alone
+    alone = active_weights(make_model(folders / "llama")).model_flops().per_token
+    assert active_weights(model, 0).model_flops().per_token == alone
+    assert active_weights(model, 1).model_flops().per_token > alone
 
 
 def test_attention_counts_the_pairs_within_documents_and_windows() -> None:

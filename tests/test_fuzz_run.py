@@ -88,11 +88,10 @@ def read_state(folder: Path) -> None:
     state = load_state(step)
     config, data = load_config(run_dir), read_record(run_dir / "data.json")
     base = base_identity(CheckpointFiles(config.model.path), config.adapter, run_dir)
-    sections = config.spec, config.optim, config.train, config.rollout, config.data
     check_matches(
         state,
         step,
-        identity_of(*sections, data_digest=data["content"], base_identity=base),
+        identity_of(config, data_digest=data["content"], base_identity=base),
         reference="adapter.init_from",
     )
 

@@ -107,7 +107,7 @@ def test_losses_and_gradients_equal_trls(folders: Path, tmp_path: Path, quant: s
     config = load_config(tmp_path / "run")
     model, backend, _ = start_run_model(config, SINGLE)
     trained = trained_parameters(model)
-    start_adapters(model, config.spec, backend, is_reference=True, restores=False)
+    start_adapters(model, config.spec, backend, config.train, restores=False)
     move_adapters(model)
     tuned, parameters = their_model(folders / "llama", model, config.spec)
     rows = open_split(tmp_path / "run", "train")

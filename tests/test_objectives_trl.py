@@ -314,8 +314,7 @@ def our_step(ranks: Ranks, *, run_dir: Path) -> tuple[Ours, CausalLM]:
     config = load_config(run_dir)
     model, backend, _ = start_run_model(config, ranks)
     backend.reduce_gradients_of(trained_parameters(model).values(), config.parallel.bucket_mb)
-    is_reference, teacher = config.train.refers_to_start, config.train.teacher
-    start_adapters(model, config.spec, backend, is_reference=is_reference, teacher=teacher, restores=False)
+    start_adapters(model, config.spec, backend, config.train, restores=False)
     objective, batch = objective_of(config.train, config.rollout), open_data(run_dir, config.train, ranks)[0].batch(0)
     (part,) = stacks([Share(batch, None, 0)], whole=True)
     losses = []
@@ -455,8 +454,7 @@ def test_a_teacher_is_the_base_with_another_adapter_of_any_rank(folders: Path, t
 
 
 def identity(config: Config) -> Identity:
-    sections = config.spec, config.optim, config.train, config.rollout, config.data
-    return identity_of(*sections, data_digest="data", base_identity="base")
+    return identity_of(config, data_digest="data", base_identity="base")
 
 
 def change_weights(folder: Path) -> None:

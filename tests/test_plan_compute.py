@@ -19,7 +19,6 @@ from distlora.planner.model import model_in
 from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
 from distlora.training.trial import active_weights as of_model
-from distlora.training.trial import count_flops
 from family_models import VARIANTS, config_for, edit_config, hf_config
 from model_types import config_of
 from plan_inputs import cpu_machine
@@ -52,7 +51,9 @@ def test_a_token_goes_through_what_a_model_of_each_family_has(name: str, tmp_pat
             active_weights(Workload.of(config), model_in(tmp_path)).model_flops(with_reference=each)
             for each in (True, False)
         ]
-        assert reference == [count_flops(build_run_model(config), with_reference=each) for each in (True, False)]
+        assert reference == [
+            of_model(build_run_model(config)).model_flops(with_reference=each) for each in (True, False)
+        ]
 
 
 HYBRIDS = ("qwen3_next", "gemma4_text", ci("nemotron_h"), ci("lfm2"), ci("glm4_moe"), ci("llama4_text"))
@@ -135,9 +136,9 @@ def test_what_mfu_counts_of_a_step_is_what_the_trainer_adds_up(name: str, tmp_pa
     for document in (None, 7):
         positions = torch.cat([torch.arange(part) for part in cut(LENGTH, document)]).expand(GLOBAL_BATCH, -1)
         step = steps(tmp_path, document=document)
-        assert step.counted == count_flops(model).of(positions)
+        assert step.counted == of_model(model).model_flops().of(positions)
         dpo = steps(tmp_path, document=document, objective="dpo")
-        assert dpo.counted == count_flops(model, with_reference=True).of(positions)
+        assert dpo.counted == of_model(model).model_flops(with_reference=True).of(positions)
         assert step.tokens == positions.numel()
         kto = steps(tmp_path, document=document, objective="kto")
         mismatched = of_model(model).mismatched_flops().of(positions)

@@ -48,15 +48,7 @@ class Started:
         trained = trained_parameters(model)
         gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
-        start_adapters(
-            model,
-            config.spec,
-            backend,
-            is_reference=config.train.refers_to_start,
-            teacher=config.train.teacher,
-            restores=False,
-            log=ignore,
-        )
+        start_adapters(model, config.spec, backend, config.train, restores=False, log=ignore)
         return cls(config, ranks, model, backend, trained, gradients, optimizer)
 
     def trainer(self, rows: PackedRows, *, reporter: Reporter, hooks: Hooks = SAVES_NOTHING) -> tuple[Trainer, Trial]:

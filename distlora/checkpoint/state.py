@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distlora.config import DataConfig, ModelSpec, OptimConfig, RolloutConfig, TrainConfig, UserError
+from distlora.config import Config, UserError
 from distlora.config.errors import short
 from distlora.config.file import as_plain
 from distlora.config.json_files import Shape, read_object
@@ -106,18 +106,17 @@ _FIXED_DATA = ("rewards", "reward_weights")
 """Settings that the answers and rewards in a checkpoint were made with."""
 
 
-def fixed_settings(
-    spec: ModelSpec, optim: OptimConfig, train: TrainConfig, rollout: RolloutConfig, data: DataConfig
-) -> dict[str, Any]:
+def fixed_settings(config: Config) -> dict[str, Any]:
     """Return the settings that a checkpoint's tensors and data position depend on, by full name, as plain values."""
-    answers = {f"rollout.{name}": getattr(rollout, name) for name in _FIXED_ROLLOUT}
-    answers |= {f"data.{name}": getattr(data, name) for name in _FIXED_DATA}
-    adapter = {f"adapter.{name}": value for name, value in as_plain(dataclasses.asdict(spec.adapter)).items()}
+    names = [*(f"rollout.{name}" for name in _FIXED_ROLLOUT), *(f"data.{name}" for name in _FIXED_DATA)]
+    answers = {name: config.value_of(name) for name in names}
+    adapter = {f"adapter.{name}": value for name, value in as_plain(dataclasses.asdict(config.adapter)).items()}
+    train = config.train
     return {name: value for name, value in adapter.items() if name not in _FREE} | {
-        "model.new_tokens": list(spec.model.new_tokens),
-        "model.special_tokens": dict(spec.model.special_tokens),
-        "quant.method": spec.quant.method,
-        "optim.name": optim.name,
+        "model.new_tokens": list(config.model.new_tokens),
+        "model.special_tokens": dict(config.model.special_tokens),
+        "quant.method": config.quant.method,
+        "optim.name": config.optim.name,
         "train.objective": train.objective,
         "train.seed": train.seed,
         "train.global_batch": train.global_batch,
@@ -248,30 +247,22 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tu
             yield name, before, after
 
 
-def identity_of(
-    spec: ModelSpec,
-    optim: OptimConfig,
-    train: TrainConfig,
-    rollout: RolloutConfig,
-    data: DataConfig,
-    *,
-    data_digest: str,
-    base_identity: str,
-) -> Identity:
+def identity_of(config: Config, *, data_digest: str, base_identity: str) -> Identity:
     """Return what the checkpoints of a run belong to.
 
     `data_digest`: `content` in data.json. `base_identity`: `weights.initial_adapter_file.base_identity`. Raises
     UserError if the run needs an adapter as its reference and it is missing.
     """
-    init_from, digest = spec.adapter.init_from, None
-    is_reference = train.refers_to_start
+    adapter, train, digest = config.adapter, config.train, None
     if train.teacher is not None:
         digest = weights_digest(train.teacher)
-    elif init_from is not None and needs_initial_adapter(spec.adapter, is_reference=is_reference, restores=True):
-        digest = weights_digest(init_from)
+    elif adapter.init_from is not None and needs_initial_adapter(
+        adapter, is_reference=train.refers_to_start, restores=True
+    ):
+        digest = weights_digest(adapter.init_from)
     return Identity(
         base_fingerprint=base_identity,
         data_digest=data_digest,
-        settings=fixed_settings(spec, optim, train, rollout, data),
+        settings=fixed_settings(config),
         reference_digest=digest,
     )

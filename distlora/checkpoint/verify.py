@@ -198,11 +198,7 @@ def _check_state(folder: Path, config: Config | None, data: Mapping[str, Any], b
         return
     if isinstance(data.get("content"), str):
         identity = identity_of(
-            config.spec,
-            config.optim,
-            config.train,
-            config.rollout,
-            config.data,
+            config,
             data_digest=data["content"],
             base_identity=base or state.identity.base_fingerprint,
         )

@@ -257,12 +257,12 @@ class Config:
             self._check_reference()
         if needs.labels:
             self._check_score()
-        changed = self.rollout.changed
-        require(
-            needs.data == "prompts" or not changed,
-            f"rollout.{changed[0] if changed else ''} has no effect with train.objective={objective}, which samples "
-            "nothing; leave it out, or set train.objective=grpo",
-        )
+        for name in self.rollout.changed:
+            require(
+                needs.data == "prompts",
+                f"rollout.{name} has no effect with train.objective={objective}, which samples nothing; leave it out, "
+                "or set train.objective=grpo",
+            )
         if needs.data == "prompts":
             self._check_rollout()
         require(

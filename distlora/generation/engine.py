@@ -137,15 +137,14 @@ class Engine:
 
         Raises UserError for a prompt that is empty or leaves no room for a token.
         """
-        ranks, limit = self._backend.ranks, context_limit(self._model)
+        limit = context_limit(self._model)
         for request in requests:
             if not 0 < len(request.tokens) < limit:
                 raise UserError(
                     f"a prompt of {len(request.tokens):,} tokens: the model has {limit:,} positions for the prompt and "
                     "its completion, and needs one token at least; shorten or write it"
                 )
-        bounds = [number * len(requests) // ranks.world for number in (ranks.rank, ranks.rank + 1)]
-        mine = range(*bounds)
+        mine = self._backend.ranks.part_of(len(requests))
         with contextlib.ExitStack() as stack:
             stack.enter_context(aside(self._model, self._backend))
             stack.enter_context(batch_invariant(self._model.is_batch_invariant))

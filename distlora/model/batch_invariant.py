@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -82,11 +83,9 @@ def _written(result: Tensor, out: Tensor | None) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
-@contextlib.contextmanager
-def batch_invariant(wanted: bool = True) -> Iterator[None]:
-    """Compute products within this context as if each row were alone."""
-    with _FixedShapes() if wanted else contextlib.nullcontext():
-        yield
+def batch_invariant(wanted: bool = True) -> AbstractContextManager[object]:
+    """Compute products within this context, if it is `wanted`, as if each row were alone."""
+    return _FixedShapes() if wanted else contextlib.nullcontext()
 
 
 def attend_rows(

@@ -40,6 +40,11 @@ class Ranks:
         if self.device.type == "cuda" and self.device.index is None:
             object.__setattr__(self, "device", torch.device("cuda", torch.cuda.current_device()))
 
+    def part_of(self, count: int) -> range:
+        """Return this rank's part of `count` things, which the ranks divide into neighbouring ones."""
+        first, last = (number * count // self.world for number in (self.rank, self.rank + 1))
+        return range(first, last)
+
     @property
     def leads_machine(self) -> bool:
         """True on the rank that does what a node needs once."""

@@ -211,22 +211,28 @@ class Trainer:
             (trial,), step = trials, trials[0].progress.step
             figures, samples, answers = rollouts.evaluate(step)
             if answers is not None:
-                figures |= self._losses_of(trial, answers)
+                figures |= self._means_of(trials, [iter([answers])])[0]
             trial.evaluated(figures)
             trial.reporter.samples(step, samples)
             return
-        self.model.set_num_micro(1)
-        objective, device = trials[0].objective, self.backend.ranks.device
-        names, step = ("loss", *objective.needs.figures), trials[0].done
-        totals = torch.zeros(len(trials), len(names), dtype=torch.float64, device=device)
-        units = [0] * len(trials)
         for documents in (trial.documents for trial in trials if trial.documents is not None):
             documents.begin()
+        loaders = [trial.eval_loader for trial in trials if trial.eval_loader is not None]
+        batches = [map(loader.batch, range(loader.steps_per_epoch)) for loader in loaders]
+        for trial, means in zip(trials, self._means_of(trials, batches), strict=True):
+            trial.evaluated(means)
+
+    def _means_of(self, trials: Sequence[Trial], batches: Sequence[Iterator[StepBatch]]) -> list[dict[str, float]]:
+        """Return the mean loss and metrics of each trial over its batches, by their names in an evaluation."""
+        self.model.set_num_micro(1)
+        objective, device, step = trials[0].objective, self.backend.ranks.device, trials[0].done
+        num_figures = 1 + len(objective.needs.figures)
+        totals = torch.zeros(len(trials), num_figures, dtype=torch.float64, device=device)
+        units = [0] * len(trials)
         with torch.no_grad():
-            loaders = [trial.eval_loader for trial in trials if trial.eval_loader is not None]
-            for index in range(max(loader.steps_per_epoch for loader in loaders)):
-                running = [number for number, loader in enumerate(loaders) if index < loader.steps_per_epoch]
-                shares = [Share(loaders[number].batch(index), trials[number].slot, None) for number in running]
+            for index, found in enumerate(itertools.zip_longest(*batches)):
+                running = [number for number, batch in enumerate(found) if batch is not None]
+                shares = [Share(found[number], trials[number].slot, None) for number in running]
                 for number, share in zip(running, shares, strict=True):
                     units[number] += objective.units(share.batch)
                 own, place = shares[0], f"evaluation, estimates of batch {index + 1}, part"
@@ -240,22 +246,8 @@ class Trainer:
                         totals[running[owner]] += torch.cat([rows.sum()[None], losses.figures])
                     _note_documents([trials[number] for number in running], part, losses)
         sums = self.backend.sum_over_ranks(totals).tolist()
-        for trial, own_units, own_sums in zip(trials, units, sums, strict=True):
-            means = means_of(objective.needs, own_sums, own_units)
-            trial.evaluated({f"eval_{name}": mean for name, mean in means.items()})
-
-    def _losses_of(self, trial: Trial, answers: StepBatch) -> dict[str, float]:
-        """Return the mean loss and metrics of answers to held-out prompts."""
-        self.model.set_num_micro(1)
-        objective, totals = trial.objective, []
-        with torch.no_grad():
-            for index, part in enumerate(stacks([Share(answers, trial.slot, None)], whole=False)):
-                self.control.boundary(trial.progress.step, "evaluation, batch", index + 1, long=index == 0)
-                losses = objective.losses(self.model, part.batch, self.backend.ranks.device, None)
-                totals.append(torch.cat([losses.rows.sum()[None], losses.figures]).double())
-        sums = self.backend.sum_over_ranks(torch.stack(totals).sum(dim=0)).tolist()
-        means = means_of(objective.needs, sums, objective.units(answers))
-        return {f"eval_{name}": mean for name, mean in means.items()}
+        means = (means_of(objective.needs, own_sums, count) for own_sums, count in zip(sums, units, strict=True))
+        return [{f"eval_{name}": mean for name, mean in each.items()} for each in means]
 
 
 def _rows_of(values: Iterator[float], like: Tensor) -> list[list[float]]:

@@ -134,11 +134,7 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles)
     def identity() -> Identity:
         base_id = base_identity(base, config.adapter, config.run_dir)
         return identity_of(
-            config.spec,
-            config.optim,
-            config.train,
-            config.rollout,
-            config.data,
+            config,
             data_digest=data["content"],
             base_identity=base_id,
         )

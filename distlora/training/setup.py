@@ -162,20 +162,18 @@ def start_adapters(
     model: CausalLM,
     spec: ModelSpec,
     backend: Backend,
+    train: TrainConfig,
     *,
-    is_reference: bool,
-    teacher: str | None = None,
     restores: bool,
     log: Log = _no_log,
 ) -> None:
     """Load the adapter at adapter.init_from if the run starts from it, and keep the reference. Follows `start_model`.
 
-    `is_reference`: the objective compares with the initial model. `teacher`: folder of the adapter that it compares
-    with instead. `restores`: a checkpoint fills the adapters after this. Raises UserError for an adapter that is
-    missing or not exactly the model's.
+    The reference is the initial model, or the adapter at train.teacher. `restores`: a checkpoint fills the adapters
+    after this. Raises UserError for an adapter that is missing or not exactly the model's.
     """
     watch.at(None, "preparing to train", long=True)
-    adapter = spec.adapter
+    adapter, teacher, is_reference = spec.adapter, train.teacher, train.refers_to_start
     if adapter.init_from is not None and needs_initial_adapter(adapter, is_reference=is_reference, restores=restores):
         load_peft_adapter(model, adapter, spec.quant.method, backend)
         log(f"starting from the adapter in {adapter.init_from} with lora_dropout={adapter.lora_dropout}")

@@ -31,7 +31,7 @@ from distlora.model.reward_head import RewardHead
 from distlora.parallel import Backend, Gradients, whole_shape
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.stop_and_save import Control
-from distlora.planner.flops import ActiveWeights, ModelFlops, queries_by_window
+from distlora.planner.flops import ActiveWeights, queries_by_window
 from distlora.training.expert_load import ExpertLoad
 from distlora.training.memory_meter import MemoryCheck
 from distlora.training.objectives import objective_of
@@ -502,15 +502,6 @@ def peak_flops(device: torch.device) -> float | None:
     """Return a GPU's peak FLOP/s; None for a CPU and for a GPU that is not in distlora/config/plan.py (no MFU then)."""
     gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if gpu is None else gpu.flops
-
-
-def count_flops(model: CausalLM, *, with_reference: bool = False, slot: int | None = None) -> ModelFlops:
-    """Return the operations of a training step (distlora.planner.flops).
-
-    `with_reference`: every row runs forward once more, without an adapter (DPO). `slot`: count only this slot's
-    adapters.
-    """
-    return active_weights(model, slot).model_flops(with_reference=with_reference)
 
 
 def active_weights(model: CausalLM, slot: int | None = None) -> ActiveWeights:

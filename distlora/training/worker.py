@@ -62,15 +62,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         trained = trained_parameters(model)
         gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
         optimizer = build_optimizer(backend.updated(trained), config.optim)
-        start_adapters(
-            model,
-            config.spec,
-            backend,
-            is_reference=config.train.refers_to_start,
-            teacher=config.train.teacher,
-            restores=restores,
-            log=reporter.event,
-        )
+        start_adapters(model, config.spec, backend, config.train, restores=restores, log=reporter.event)
         control.boundary(None, "reading the checkpoint", long=True)
         if opened.newest is not None:
             restore(opened.newest, model, optimizer, trained, backend)

@@ -27,7 +27,7 @@ from distlora.parallel import Backend, watch
 from distlora.rewards.pool import RewardInput, RewardPool
 from distlora.run_folder.layout import ROLLOUT_ADAPTER_NAME, ROLLOUT_NAME
 from distlora.training.publish import publish_result
-from distlora.training.rollouts.rollout import Rollout, figures_of, pack_answers, parts
+from distlora.training.rollouts.rollout import Rollout, figures_of, pack_answers
 from distlora.training.rollouts.served import ServedEngine
 
 _HELD_OUT = -1
@@ -103,9 +103,9 @@ class RolloutLoader:
         if settings.steps_per_generation > 1:  # So that a step has answers of more groups.
             words = (PARTS, self.config.train.seed, step - within, iteration)
             order = np.argsort(hash64(words, len(rollout)), kind="stable")
-        answers = order[list(parts(len(rollout), settings.steps_per_generation))[part]]
+        first, last = (number * len(rollout) // settings.steps_per_generation for number in (part, part + 1))
         figures = figures_of(rollout, totals, self.config.data.rewards, settings.num_generations)
-        batch = self._packed(step, rollout, answers, totals, settings)
+        batch = self._packed(step, rollout, order[first:last], totals, settings)
         self._figures, figures = {}, {**figures, **self._figures, "rollout/staleness": within}
         return replace(batch, figures=figures)
 
@@ -218,7 +218,7 @@ class RolloutLoader:
         self.boundary(watched, "computing rewards", long=True)
         texts = {}
         inputs = []
-        mine = range(*(number * len(samples) // prompts.world for number in (prompts.rank, prompts.rank + 1)))
+        mine = self.backend.ranks.part_of(len(samples))
         for index in dict.fromkeys([*range(min(SHOWN, len(samples))), *mine]):
             texts[index] = self._decoded(samples[index].tokens)
         for index in mine:

@@ -5,9 +5,8 @@ Letters: N answers, G answers of a group (of one prompt), R rewards, L tokens pe
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -226,9 +225,3 @@ def pack_answers(
         weights=sampled[2],
     )
     return PackedAnswers(rows=whole, num_labels=num_labels)
-
-
-def parts(count: int, steps: int) -> Iterator[slice]:
-    """Yield the parts of a rollout's `count` answers, one per step, as equal as they can be."""
-    bounds = [number * count // steps for number in range(steps + 1)]
-    return (slice(first, last) for first, last in itertools.pairwise(bounds))

@@ -43,8 +43,6 @@ from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES
 from distlora.config.objectives import OBJECTIVES
-from distlora.generation.remote import RemoteEngine
-from distlora.post.export.consumers import CONSUMERS, check_read_as_written
 from distlora.rewards.find import check_functions
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
@@ -76,6 +74,9 @@ def check(config: Config, *, new_run: bool) -> None:
             if not new_run and config.train.compile == "auto":
                 check_compiled_before(Path(config.run_dir))
             if config.rollout.url is not None:
+                # Imported late, as consumers are: other commands need neither.
+                from distlora.generation.remote import RemoteEngine
+
                 RemoteEngine(config.rollout.url, stop_tokens=(), run=config.name).connect()
             for name in config.tracker.names:
                 if name != "wandb":  # It is always installed; a node that lacks it says so, and trains.
@@ -86,7 +87,7 @@ def check(config: Config, *, new_run: bool) -> None:
         check_model(config)  # Last, as it takes seconds for a model that is new here.
         goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
         if goes_on:
-            settings = fixed_settings(config.spec, config.optim, config.train, config.rollout, config.data)
+            settings = fixed_settings(config)
             check_newest_settings(Path(config.run_dir) / CHECKPOINTS, settings)
         is_reference = config.train.refers_to_start
         needed = needs_initial_adapter(config.adapter, is_reference=is_reference, restores=True)
@@ -252,6 +253,8 @@ def check_model(config: Config, *, training: bool = True) -> None:
         if training and config.train.teacher is not None:
             read_teacher(config.train.teacher, config.adapter, config.quant.method, architecture)
         if config.rollout.url is not None:
+            from distlora.post.export.consumers import CONSUMERS, check_read_as_written
+
             try:
                 check_read_as_written(CONSUMERS["vllm"], base.config, architecture, config.adapter, targets)
             except UserError as error:

@@ -19,6 +19,7 @@ from distlora.architecture.spec import architecture_of
 from distlora.checkpoint.saver import environment
 from distlora.config import Config, UserError
 from distlora.config.file import build
+from distlora.derive.prove import move_adapters_off_start
 from distlora.model import fused_modules
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
@@ -30,6 +31,7 @@ from distlora.planner.workload import Workload
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.training.compile_choice import decide_compile, record
+from distlora.training.setup import start_run_model
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import elementwise, lora_native, native
 from distlora_kernels.dropout import Dropout
@@ -37,7 +39,7 @@ from distlora_kernels.formats import nf4
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, lora_linears
 from distlora_kernels.operands import Needs, SavedLinear
 from distlora_launcher.compose.checks import check_compiled_before, check_machine, check_model_sizes
-from family_models import load_ours, tokens, write_family_folder
+from family_models import config_for, load_ours, tokens, write_family_folder
 from test_fused_modules import ONE_EACH, PARTIAL_ROTARY, check_kept, run
 from tiers import ci
 from worlds import World
@@ -115,6 +117,29 @@ def test_documents_are_attended_to_by_it(name: str, tmp_path: Path, monkeypatch:
         assert relative_error(own, exact) <= 1.1 * relative_error(plain, exact)
         recomputed.append(own)
     assert all(torch.equal(first, own) for first in recomputed)
+
+
+@needs_compiler
+def test_an_adapter_at_its_start_is_its_reference_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DPO's first loss is ln 2, and KTO's 0.5: the reference is computed as the policy is."""
+    stem, settings = family_models.VARIANTS["llama"]
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    monkeypatch.setitem(family_models.VARIANTS, "llama", (stem, settings | sizes | {"head_dim": 64}))
+    write_family_folder(tmp_path, "llama")
+    config = config_for(tmp_path, train={"dtype": "bf16", "compile": True})
+    model, _, _ = start_run_model(config, ALONE)
+    input_ids, positions = tokens(2, 90), torch.cat([torch.arange(50), torch.arange(40)]).expand(2, -1)
+
+    def found() -> Tensor:
+        labels, documents = input_ids.roll(-1, dims=1), Documents.of(positions)
+        return model(input_ids, positions, labels, documents=documents, with_reference=True).detach()
+
+    first = found()
+    assert torch.equal(first[0], first[1])
+    move_adapters_off_start(model)
+    moved = found()
+    assert torch.equal(moved[1], first[1])
+    assert not torch.equal(moved[0], moved[1])
 
 
 @needs_compiler

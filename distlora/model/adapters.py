@@ -85,6 +85,8 @@ class BlockContext:
         """True while backward runs the layer, or its MLP, again."""
         self.uses_start = False
         """True while the adapters have their initial values, for DPO's reference."""
+        self.uses_base = False
+        """True while no row uses an adapter: linears then compute what they do without one, to the bit."""
         self.expert_tokens: Tensor | None = None
         """(E,) int64 on the device: tokens that have chosen each expert of the layer; None: they are not counted."""
         self._balance: Tensor | None = None
@@ -282,7 +284,7 @@ class AdaptedLinear(Adapted, FrozenLinear):
     def operand(self) -> Linear:
         """Return the operand with the adapters that the layer's rows use now, and their dropped inputs."""
         pairs = self.pairs
-        if not pairs:
+        if not pairs or self.context.uses_base:
             return super().operand()
         up = pairs[0].B if len(pairs) == 1 else torch.cat([pair.B for pair in pairs], dim=1)
         scale = self._scale(pairs)

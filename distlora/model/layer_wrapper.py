@@ -41,7 +41,7 @@ class Reference:
 
     def __init__(self, rows: Tensor | None) -> None:
         self.rows = rows
-        """(B,) int64: slot of each row's adapter in this pass, -1 for none; None: the layer's initial adapter."""
+        """(B,) int64 of -1: no row uses an adapter; None: all use the layer's initial one."""
         self.hidden: Tensor | None = None
         """(B, T, H) input of the next layer; None before the first, which reads the rows' own input."""
 
@@ -121,13 +121,14 @@ class Block(Wrapper):
     def _as_started(self) -> Iterator[None]:
         """Use the adapters' initial values within this context. Autograd's saved Parameters stay in place."""
         now = {parameter: parameter.data for parameter in self.started}
-        self.context.uses_start = True
+        assert self.reference is not None
+        self.context.uses_start, self.context.uses_base = True, self.reference.rows is not None
         try:
             for parameter, start in self.started.items():
                 parameter.data = start
             yield
         finally:
-            self.context.uses_start = False
+            self.context.uses_start = self.context.uses_base = False
             for parameter, value in now.items():
                 parameter.data = value
 

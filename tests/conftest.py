@@ -18,10 +18,11 @@ import transformers
 if not torch.cuda.is_available():
     import triton_interpreter  # noqa: F401  (before anything imports triton)
 
+import cpu_paths
 from distlora import derive
 from distlora.architecture import spec
 from distlora.model import fused_modules
-from distlora_kernels import dispatch, native, nf4_cpu
+from distlora_kernels import dispatch, native, nf4_cpu, products
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
 
@@ -67,7 +68,9 @@ nf4_cpu.has_bitsandbytes()  # It imports it without TorchInductor, which PEFT wo
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-LIBRARY = native.library
+products.reserve()  # What a first product reserves is no step's memory.
+
+LIBRARY = native._library
 """The function itself: tests replace it."""
 CALLERS_COMPILER, NO_COMPILER = os.environ.get("CXX"), "none-in-tests"
 
@@ -121,6 +124,14 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("CXX", CALLERS_COMPILER)
     yield
     LIBRARY.cache_clear()  # Else train.compile=auto would be on in later tests of this process.
+    products.use(False)
+
+
+@pytest.fixture
+def torch_products() -> Iterator[None]:
+    """Leave products to torch on every processor, for tests that compare bits or operations with transformers'."""
+    for _ in cpu_paths.used("generic"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,8 @@ from model_types import config_of
 from plan_inputs import cpu_machine
 from tiers import ci
 
+pytestmark = pytest.mark.usefixtures("torch_products")  # What their blocks take is in test_products.py.
+
 __all__ = ["small_chunks"]
 
 FEW: list[tuple[Mode, int | None, int]] = [("none", None, 1), ("block", None, 3)]

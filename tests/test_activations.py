@@ -17,6 +17,8 @@ from distlora.planner.decoder_sizes import INPUTS, Decoder
 from distlora.planner.memory.activations import Mode
 from family_models import tokens
 
+pytestmark = pytest.mark.usefixtures("torch_products")  # What their blocks take is in test_products.py.
+
 __all__ = ["small_chunks"]
 
 MODES: list[tuple[Mode, int | None, int]] = [

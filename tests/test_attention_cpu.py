@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import cpu_paths
 from closeness import assert_close, relative_error
 from distlora.architecture import shapes
 from distlora.model import attention
 from distlora_kernels import attention as compiled_attention
-from distlora_kernels import native
+from distlora_kernels import native, processor
 from family_models import architecture
 from tiers import diagonal
 
@@ -27,8 +28,13 @@ HEADS = [(4, 4, 32), (6, 2, 48), (8, 1, 80), (4, 2, 16), (2, 1, 256)]
 Attend = Callable[..., Tensor]
 
 
+@pytest.fixture(params=cpu_paths.each_path())
+def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from cpu_paths.used(request.param)
+
+
 @pytest.fixture(params=[attention.attend_on_cpu, compiled_attention.attend], ids=["products", "compiled"])
-def attend(request: pytest.FixtureRequest, compiler: None) -> Attend:
+def attend(request: pytest.FixtureRequest, compiler: None, cpu_path: str) -> Attend:
     chosen: Attend = request.param
     if chosen is compiled_attention.attend:
         reason = native.unavailable_reason() or compiled_attention.unsupported_reason(1, 16)
@@ -172,7 +178,10 @@ def test_threads_and_rows_apart_change_nothing(attend: Attend) -> None:
         actual = results(attend, [*apart, inputs[3]], bounds)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(first, second) for first, second in zip(actual, expected, strict=True))
+    # torch's fp32 product, of a path that widens, sums in another order with more threads.
+    exact = attend is compiled_attention.attend or not processor.widens()
+    errors = [relative_error(first, second) for first, second in zip(actual, expected, strict=True)]
+    assert max(errors) <= (0 if exact else 2**-8)
 
 
 def test_no_memory_for_scores_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +216,7 @@ def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pyt
     assert "by matrix products; it is not compiled: a head size of 24" in chosen((4, 2, 24)).note
     assert "1 key heads are fewer than 2 threads" in chosen((4, 1, 32)).note
     Library.attends = staticmethod(lambda: False)
-    assert "no AVX512-BF16" in chosen().note
+    assert "has no compiled attention" in chosen().note
     assert chosen().op is attention.attend_on_cpu
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from closeness import assert_close
-from distlora_kernels import dispatch, native
+from distlora_kernels import dispatch, native, processor
 from distlora_kernels.elementwise import (
     Activation,
     cross_entropy_,
@@ -197,16 +197,16 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, 
         failing.chmod(0o755)
         assert native.unavailable_reason() is None
         with pytest.raises(error, match=message):
-            native.library.__wrapped__()
+            native._library.__wrapped__(processor.path())
     made = tmp_path / "makes_no_library"
     made.write_text('#!/bin/sh\nfor last; do :; done\n: > "$last"\n')
     made.chmod(0o755)
     monkeypatch.setenv("CXX", str(made))
     with pytest.raises(native.NotCompiledError, match=r"cannot be loaded: .*; set TMPDIR"):
-        native.library.__wrapped__()
+        native._library.__wrapped__(processor.path())
     monkeypatch.setattr(native.tempfile, "TemporaryDirectory", no_room)
     with pytest.raises(native.NotCompiledError, match=r"No space left on device.*; set TMPDIR"):
-        native.library.__wrapped__()
+        native._library.__wrapped__(processor.path())
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "apt-get install g++" in str(native.unavailable_reason())
@@ -226,7 +226,7 @@ def test_a_compiled_library_is_kept_where_only_the_user_can_write(
         )
         script.chmod(0o755)
         calls.write_text("")
-        native.library.__wrapped__()
+        native._library.__wrapped__(processor.path())
         return len(calls.read_text().split())
 
     monkeypatch.setenv("CXX", str(script))

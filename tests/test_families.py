@@ -71,6 +71,7 @@ def shifted(input_ids: Tensor) -> Tensor:
 FIRST_OF_CLASS = {stem: name for name, (stem, _) in reversed(VARIANTS.items())}.values()
 
 
+@pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize(
     ("dtype", "name"),
     [

@@ -278,7 +278,7 @@ def compiled_on(ranks: Ranks, *, folder: Path, compiler: str) -> list[Sample]:
         model, backend = load_ours(folder, ranks, train={"dtype": "bf16", "compile": True})
         assert fits(model)
         samples = Engine(model, backend).run(REQUESTS)
-    native.library.cache_clear()
+    native._library.cache_clear()
     return samples
 
 

@@ -14,6 +14,8 @@ from distlora.model.build import CausalLM
 from family_models import edit_config, load_ours, tokens, write_family_folder
 from small_models import VOCABULARY, use_chunks_of
 
+pytestmark = pytest.mark.usefixtures("torch_products")  # What their blocks take is in test_products.py.
+
 LONGEST = 4096
 DOCUMENT = 128
 """Tokens of a document. Attention on the CPU has all scores of one."""

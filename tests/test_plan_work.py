@@ -102,6 +102,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+@pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("name", SIZES)
 def test_what_is_no_product_moves_the_bytes_that_operations_move(name: str, tmp_path: Path) -> None:
     """Norms (of queries and keys too, and after halves, in gemma3), rotary embeddings, gated MLPs, residuals."""
@@ -136,6 +137,7 @@ def test_what_is_no_product_moves_the_bytes_that_operations_move(name: str, tmp_
         assert counted == pytest.approx(found, rel=0.05), moved.by_name
 
 
+@pytest.mark.usefixtures("torch_products")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_heads_logits_move_the_bytes_that_operations_move(dtype: torch.dtype, trained: bool) -> None:

@@ -108,7 +108,7 @@ def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connect
             connection.send((None, result))
         except Exception:  # Told to the test, with the rank's traceback.
             connection.send((traceback.format_exc(), None))
-        native.library.cache_clear()  # Else a rank that compiled once would compile in later tests.
+        native._library.cache_clear()  # Else a rank that compiled once would compile in later tests.
 
 
 def _grouped(rank: int, world: int, store: TCPStore) -> Callable[[int, int], Any]:

@@ -32,7 +32,7 @@ from distlora.model.build import CausalLM, Past
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.paged_cache import BLOCK, PagedCache, Step
 from distlora.parallel import Backend
-from distlora_kernels import lora_native
+from distlora_kernels import products
 
 PREFILL_TOKENS = 2048
 """Tokens of prompts per forward, padding included; a longer prompt runs alone."""
@@ -116,7 +116,7 @@ class Engine:
         self._ends = frozenset(end_tokens)
         self._most_rows = most_rows or MOST_ROWS[backend.ranks.device.type]
         self._resident = resident
-        self._compiled = lora_native.is_used() if compiled is None else compiled
+        self._compiled = products.is_used() if compiled is None else compiled
         self.chosen = chosen
         """What the free memory of the first run decided, alike on all ranks: later runs compute the same numbers. It
         changes only where memory has become too small for it."""

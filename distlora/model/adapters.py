@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +25,7 @@ from distlora.system import randomness
 from distlora_kernels.dora import initial_magnitude
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, threshold_of
 from distlora_kernels.lora_linear import Adapter, Copies, Linear, Magnitude, RowChoice
+from distlora_kernels.products import linear
 
 DEFAULT_ADAPTER = "default"
 
@@ -408,7 +408,7 @@ class TokenRows(Replicated):
 
     def columns(self, hidden: Tensor) -> Tensor:
         """Return (..., N) fp32 logits of the trained tokens from (..., H), computed in the dtype of `hidden`."""
-        return F.linear(hidden, self.rows.to(hidden.dtype)).float()
+        return linear(hidden, self.rows.to(hidden.dtype)).float()
 
     def _slots(self, input_ids: Tensor) -> Tensor:
         """Return int64 like input_ids: index of each token's trained row, -1 for none."""

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length, tiles
 from distlora.architecture.spec import Architecture
 from distlora_kernels import attention as compiled_attention
+from distlora_kernels.products import product
 
 NAME = "distlora_varlen"
 """Name of the implementation in transformers' AttentionInterface."""
@@ -347,10 +348,10 @@ class _Attend(torch.autograd.Function):
                 work.hide(scores, tile)
                 most = _largest(scores)
                 torch.neg(most, out=rows[..., -EXTRA])
-                torch.baddbmm(scores, rows, seen, beta=0, alpha=scale, out=scores)
+                product(rows, seen, factor=scale, out=scores)
                 weights = work.cut(scores.exp2_(), tile)
                 total = weights.sum(-1, dtype=torch.float32)
-                attended = torch.bmm(weights, values[heads, tile.keys])
+                attended = product(weights, values[heads, tile.keys])
                 torch.div(work.by_group(attended), work.by_group(total[..., None]), out=outputs[heads, :, tile.queries])
                 tile_result = sums[:, :, document][heads, :, tile.queries]
                 torch.add(work.by_group(most), work.by_group(total.log2_()), alpha=1 / scale, out=tile_result)
@@ -380,9 +381,9 @@ class _Attend(torch.autograd.Function):
                 work.cut(weights.exp2_(), tile)
                 d_scores = work.product(d_rows, values[heads, tile.keys].transpose(1, 2), 1)
                 torch._softmax_backward_data(d_scores, weights, -1, d_scores.dtype, grad_input=d_scores)
-                d_values[heads, tile.keys] += torch.bmm(weights.transpose(1, 2), d_rows[..., :-EXTRA])
-                d_keys[heads, tile.keys] += torch.bmm(d_scores.transpose(1, 2), rows[..., :-EXTRA])
-                tile_result = work.by_group(torch.bmm(d_scores, seen[..., :-EXTRA]))
+                d_values[heads, tile.keys] += product(weights.transpose(1, 2), d_rows[..., :-EXTRA])
+                d_keys[heads, tile.keys] += product(d_scores.transpose(1, 2), rows[..., :-EXTRA])
+                tile_result = work.by_group(product(d_scores, seen[..., :-EXTRA]))
                 torch.mul(tile_result, plain, out=d_queries[place])
             torch.mul(d_keys.transpose(0, 1), plain, out=d_key[document])
             d_value[document].copy_(d_values.transpose(0, 1))
@@ -448,9 +449,7 @@ class _Work:
             self._scores[which] = self._new(self.size)
         shape = (*rows.shape[:2], columns.shape[2])
         out = self._scores[which][: math.prod(shape)].view(shape)
-        if scale == 1.0:
-            return torch.bmm(rows, columns, out=out)
-        return torch.baddbmm(out, rows, columns, beta=0, alpha=scale, out=out)
+        return product(rows, columns, factor=scale, out=out)
 
     def hide(self, scores: Tensor, tile: Tile) -> None:
         """Set scores (K, M, N) of invisible keys to -inf.

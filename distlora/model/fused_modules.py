@@ -26,7 +26,7 @@ from distlora.architecture.spec import Architecture
 from distlora.config import UserError, require
 from distlora.config.base import cache_root
 from distlora.model.lm_head import LossHead
-from distlora_kernels import lora_native, native
+from distlora_kernels import native, products
 from distlora_kernels.elementwise import cross_entropy_, gated, rms_norm, rotate
 
 FIRST_LIGER = (0, 8, 5)
@@ -115,7 +115,6 @@ def give_back(decoder: nn.Module) -> None:
 
     With DoRA, or without kernels, queries and keys must not be overwritten.
     """
-    lora_native.use(False)
     name = type(decoder).__module__
     if name in _own:
         file: Any = sys.modules[name]
@@ -168,7 +167,7 @@ def use_own(
         rotate=rotate,
     )
     used = exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept)
-    if not is_gpu and lora_native.use(True):
+    if not is_gpu and products.use(True):
         used = f"{used}, linears"
     return _use_loss(head, used)
 

@@ -25,6 +25,7 @@ from distlora.architecture.shapes import ADDED_AT_ONCE, GRADIENT_PARTS, logit_by
 from distlora.model.adapters import TokenRows, weighted_sum
 from distlora.model.distillation import DistilledLoss, Divergence
 from distlora.model.token_matrix import TokenMatrix, TokenProduct
+from distlora_kernels.products import linear, product
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -287,14 +288,14 @@ class LossHead(nn.Module):
         product (..., H) and its columns of the trained rows (..., N).
         """
 
-        def product(inputs: Tensor) -> Tensor:
+        def of_head(inputs: Tensor) -> Tensor:
             matrix = self.weight if weight is None else weight  # In fp32 where the model keeps it so.
             inputs = inputs.to(matrix.dtype)
             if self.kept is not None:
                 flat: Tensor = TokenProduct.apply(inputs.flatten(0, -2), self.kept)
                 plain = flat.view(*inputs.shape[:-1], -1)
                 return (plain if self.bias is None else plain + self.bias).float()
-            logits = F.linear(inputs, matrix, self.bias).float()
+            logits = linear(inputs, matrix, self.bias).float()
             if (rows := self.token_rows) is None:
                 return logits
             columns = rows.columns(inputs)
@@ -305,9 +306,9 @@ class LossHead(nn.Module):
             return rows.replace_columns(logits, columns)
 
         if self.own is not None:
-            own: Tensor = self.own(hidden if hidden.dim() > 2 else hidden[None], product).float()
+            own: Tensor = self.own(hidden if hidden.dim() > 2 else hidden[None], of_head).float()
             return own if hidden.dim() > 2 else own[0]
-        logits = product(hidden)
+        logits = of_head(hidden)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.logit_softcap is not None:
@@ -339,10 +340,8 @@ class _PlainLoss(torch.autograd.Function):
                 matrix.multiply(states, logits)
                 if head.bias is not None:
                     logits += head.bias
-            elif head.bias is None:
-                torch.mm(states, weight.T, out=logits)
             else:
-                torch.addmm(head.bias, states, weight.T, out=logits)
+                product(states, weight.T, add=head.bias, out=logits)
             if head.cross_entropy is not None:
                 losses[part] = head.cross_entropy(logits, targets)
             else:
@@ -356,7 +355,7 @@ class _PlainLoss(torch.autograd.Function):
             if gradient is not None and matrix is not None:
                 gradient[part] = matrix.gradient(logits)
             elif gradient is not None:
-                torch.mm(logits, weight, out=gradient[part])
+                product(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return losses
 

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from distlora.architecture.shapes import rows_at_once
 from distlora.model.frozen_linear import FrozenTensor
+from distlora_kernels.products import product as multiplied
 from distlora_kernels.reference import GROUP
 
 if TYPE_CHECKING:
@@ -46,13 +47,13 @@ class TokenMatrix(FrozenTensor):
     def multiply(self, inputs: Tensor, product: Tensor) -> None:
         """Write the product of inputs (N, H) with the transposed matrix, (N, vocabulary)."""
         for rows, weight in self.chunks(inputs.dtype):
-            torch.mm(inputs, weight.T, out=product[:, rows])
+            multiplied(inputs, weight.T, out=product[:, rows])
 
     def gradient(self, of_product: Tensor) -> Tensor:
         """Return the gradient of the inputs (N, H), summed in fp32, from that of their product (N, vocabulary)."""
         total = of_product.new_zeros(len(of_product), self.shape[1], dtype=torch.float32)
         for rows, weight in self.chunks(of_product.dtype):
-            total += of_product[:, rows] @ weight
+            total += multiplied(of_product[:, rows], weight)
         return total
 
 

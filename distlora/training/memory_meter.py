@@ -34,7 +34,7 @@ from distlora.parallel.shards import local_rows
 from distlora.planner.memory import KINDS, Kind, measured
 from distlora.planner.memory.measured import MeasuredRank
 from distlora.training.optimizers import Optimizer
-from distlora_kernels import scratch
+from distlora_kernels import products, scratch
 
 Part = Literal["start", "forward", "head", "head_backward", "block", "update"]
 """Part of a micro-batch: up to the last norm; last norm and head; their backward; the layers' backward and the rest of
@@ -213,6 +213,8 @@ def _of_training(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[t
     device = model.head.weight.device
     if device.type == "cuda":
         yield scratch.buffer(device), "scratch"
+    elif (blocks := products.widened_blocks()) is not None:
+        yield blocks, "scratch"
 
 
 def mark(part: Part) -> None:

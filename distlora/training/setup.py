@@ -37,7 +37,7 @@ from distlora.system import host_memory
 from distlora.system.progress import still
 from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter
 from distlora.weights.peft_folder import read_teacher
-from distlora_kernels import scratch
+from distlora_kernels import products, scratch
 from distlora_kernels.extension import scratch_numel
 
 Log = Callable[[str], None]
@@ -244,6 +244,9 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
     compiles = train.compile is True
     is_gpu = device.type == "cuda"
     fused_modules.give_back(model.decoder)
+    products.use(False)
+    if not is_gpu and spec.dtype == "bf16":
+        products.reserve()
     if is_gpu:
         # By default torch lets the library round the partial sums of split GEMMs to bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

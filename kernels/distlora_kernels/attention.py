@@ -1,4 +1,4 @@
-"""Compute causal attention of packed documents on CPUs with AVX512-BF16, by attention.cpp.
+"""Compute causal attention of packed documents on CPUs with AVX2 or newer, by attention.cpp.
 
 Backward keeps query, key, value and one fp32 number per query and head; the attention weights are recomputed. Scores
 are fp32; weights and gradients of scores are rounded to bf16 for their products, whose sums are fp32. A value that is
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distlora_kernels import native
+from distlora_kernels import native, processor
 from distlora_kernels.elementwise import call
 
 COLUMNS = 16
@@ -26,7 +26,7 @@ COLUMNS = 16
 def unsupported_reason(key_heads: int, size: int) -> str | None:
     """Return why this node cannot attend with heads of this size; None if it can."""
     if not native.library().attends():
-        return "this processor has no AVX512-BF16"
+        return f"the path {processor.path()} has no compiled attention"
     if size % COLUMNS:
         return f"a head size of {size} is not a multiple of {COLUMNS}"
     if key_heads < (threads := torch.get_num_threads()):

@@ -8,7 +8,7 @@
 
 #include "numbers.h"
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef VECTORS
 #include <vector>
 
 #include "products.h"
@@ -22,13 +22,13 @@ constexpr size_t FEWEST = 1 << 17;  // Numbers of keys, by query head, for which
 
 // decode.py has the same fields of all structures.
 struct Linear {
-    const uint32_t *panels, *up;  // Of W (N, K) and of B (N, rank); `up` is null without an adapter.
+    const Pair *panels, *up;  // Of W (N, K) and of B (N, rank); `up` is null without an adapter.
     const bf16 *bias;
     size_t N, first, rank;  // Its columns among the R.
 };
 
 struct Input {
-    const uint32_t *down;  // Panels of all A (R, K); null without adapters.
+    const Pair *down;  // Panels of all A (R, K); null without adapters.
     const float *scales;   // (R,)
     const int64_t *slots;  // (R,) slot of each column's adapter; null where rows choose none.
     size_t K, R, count;
@@ -63,7 +63,7 @@ using Rows = std::vector<bf16>;
 
 // The linears of one input x (M, K), to `outs`.
 static bool multiply(const Input &input, const Rows &x, Rows &gated, Rows *outs, size_t M, const int64_t *slots) {
-    auto term = [](const bf16 *left, size_t stride, size_t K, const uint32_t *panels) {
+    auto term = [](const bf16 *left, size_t stride, size_t K, const Pair *panels) {
         Term made{};
         made.left = left, made.left_stride = stride, made.K = K, made.panels = panels;
         return made;
@@ -72,7 +72,8 @@ static bool multiply(const Input &input, const Rows &x, Rows &gated, Rows *outs,
     size_t R = input.R;
     if (R) {
         gated.resize(M * R);
-        if (!weighted_sum_bf16(&base, 1, 0, nullptr, gated.data(), M, R)) return false;
+        Output down{gated.data(), R, R, nullptr, nullptr, 0, 1.f};
+        if (!weighted_sum_bf16(&base, 1, 0, &down, M)) return false;
         for (size_t m = 0; m < M; m++)
             for (size_t r = 0; r < R; r++) {
                 bf16 &value = gated[m * R + r];
@@ -85,7 +86,8 @@ static bool multiply(const Input &input, const Rows &x, Rows &gated, Rows *outs,
         base.panels = linear.panels;
         Term terms[] = {base, term(gated.data() + linear.first, R, linear.rank, linear.up)};
         outs[i].resize(M * linear.N);
-        if (!weighted_sum_bf16(terms, linear.up ? 2 : 1, 0, linear.bias, outs[i].data(), M, linear.N)) return false;
+        Output out{outs[i].data(), linear.N, linear.N, linear.bias, nullptr, 0, 1.f};
+        if (!weighted_sum_bf16(terms, linear.up ? 2 : 1, 0, &out, M)) return false;
     }
     return true;
 }
@@ -95,24 +97,16 @@ static void normalize(Norm norm, const bf16 *x, bf16 *y, std::vector<float> &inv
     norm_forward_bf16(x, norm.weight, y, inverse.data(), M, N, norm.eps, 0);
 }
 
-static inline __m512 wide(const bf16 *values) {
-    __m512i pairs = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-}
-
-// The sum of 16 V columns of the values, by their weights times a factor.
+// The sum of V vectors of columns of the values, by their weights times a factor.
 template <size_t V>
 static inline void weigh(const float *weights, size_t seen, const bf16 *values, const std::vector<size_t> &places,
                          float factor, bf16 *out) {
-    __m512 sums[V];
-    for (size_t v = 0; v < V; v++) sums[v] = _mm512_setzero_ps();
+    Floats sums[V];
+    for (size_t v = 0; v < V; v++) sums[v] = all(0.f);
     for (size_t t = 0; t < seen; t++)
         for (size_t v = 0; v < V; v++)
-            sums[v] = _mm512_fmadd_ps(_mm512_set1_ps(weights[t]), wide(values + places[t] + v * VECTOR), sums[v]);
-    for (size_t v = 0; v < V; v++) {
-        __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(sums[v], _mm512_set1_ps(factor)));
-        _mm256_storeu_si256((__m256i *)(out + v * VECTOR), (__m256i)rounded);
-    }
+            sums[v] = fused(all(weights[t]), load(values + places[t] + v * VECTOR), sums[v]);
+    for (size_t v = 0; v < V; v++) store(out + v * VECTOR, sums[v] * all(factor));
 }
 
 // Of each row the G query heads of a key head, over its keys one after the other.
@@ -136,14 +130,13 @@ static void attend(const Layer &layer, const Shape &s, const Places &at, const b
                 }
                 size_t first = (m * s.H + h * G) * E;
                 for (size_t i = 0; i < G * E; i += VECTOR)
-                    _mm512_storeu_ps(query.data() + i, _mm512_mul_ps(wide(queries + first + i), _mm512_set1_ps(layer.scale)));
+                    store(query.data() + i, load(queries + first + i) * all(layer.scale));
                 for (size_t t = 0; t < seen; t++)
                     for (size_t g = 0; g < G; g++) {
-                        __m512 sum = _mm512_setzero_ps();
+                        Floats sum = all(0.f);
                         for (size_t e = 0; e < E; e += VECTOR)
-                            sum = _mm512_fmadd_ps(_mm512_loadu_ps(query.data() + g * E + e),
-                                                  wide(layer.keys + places[t] + e), sum);
-                        scores[g * seen + t] = _mm512_reduce_add_ps(sum);
+                            sum = fused(load(query.data() + g * E + e), load(layer.keys + places[t] + e), sum);
+                        scores[g * seen + t] = sum_of(sum);
                     }
                 for (size_t g = 0; g < G; g++) {
                     float *score = scores.data() + g * seen, most = score[0], total = 0;
@@ -153,7 +146,7 @@ static void attend(const Layer &layer, const Shape &s, const Places &at, const b
                     for (size_t t = 0; t < seen; t++) total += score[t] = exponential(score[t] - most);
                     size_t e = 0;
                     bf16 *out = output + first + g * E;
-                    for (; e + LANES <= E; e += LANES) weigh<4>(score, seen, layer.values + e, places, 1.f / total, out + e);
+                    for (; e + LANES <= E; e += LANES) weigh<WIDE>(score, seen, layer.values + e, places, 1.f / total, out + e);
                     for (; e < E; e += VECTOR) weigh<1>(score, seen, layer.values + e, places, 1.f / total, out + e);
                 }
             }

@@ -1,4 +1,4 @@
-"""Decode one token of each row through decoder layers of Llama's form, on CPUs with AVX512-BF16, by decode.cpp.
+"""Decode one token of each row through decoder layers of Llama's form, on CPUs with AVX2 or newer, by decode.cpp.
 
 Weights and adapters are kept as panels (`Kept`): bf16, in the order in which products read them. Every operation is
 that of a compiled run in bf16, so products, norms and rotary embeddings have the bits of its forward.
@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distlora_kernels import native
+from distlora_kernels import native, processor
 from distlora_kernels.elementwise import call
-from distlora_kernels.lora_native import COLUMNS, _Factor, _Term
+from distlora_kernels.lora_native import COLUMNS
 from distlora_kernels.operands import FrozenWeight
+from distlora_kernels.products import Factor, Term, weighted_sum
 
 HEAD_COLUMNS = 16
 """Head sizes must be a multiple of this."""
@@ -59,7 +60,7 @@ _Places = _structure(
 
 def available() -> bool:
     """Return whether this processor has the path. Compiles the library if nothing has."""
-    return bool(native.library().decodes())
+    return processor.path() != "amx" and bool(native.library().decodes())
 
 
 class Pair(NamedTuple):
@@ -98,7 +99,7 @@ def pack(weight: FrozenWeight) -> Tensor:
     rows, features = weight.shape
     panels = torch.empty(rows * -(-features // 2), dtype=torch.int32)
     left = torch.empty(1, features, dtype=torch.bfloat16)  # Its contents are not read.
-    call("pack", left.dtype, ctypes.byref(_Factor(left, weight).term()), rows, panels)
+    call("pack", left.dtype, ctypes.byref(Factor(left, weight).term()), rows, panels)
     return panels
 
 
@@ -106,12 +107,9 @@ def product(x: Tensor, panels: Tensor) -> Tensor:
     """Return x W^T (M, N) bf16 for x (M, K) bf16 and the panels of W."""
     x = x.contiguous()
     rows, features = x.shape
-    term = _Term(x.data_ptr(), features, features)
+    term = Term(x.data_ptr(), features, features)
     term.panels = panels.data_ptr()
-    out = x.new_empty(rows, panels.numel() // -(-features // 2))
-    if not call("weighted_sum", x.dtype, ctypes.byref(term), 1, False, None, out, *out.shape):
-        raise MemoryError(f"no memory for products of {out.shape[1]:,} columns")
-    return out
+    return weighted_sum([term], x.new_empty(rows, panels.numel() // -(-features // 2)))
 
 
 class DecodedLayer(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.operands import ExpertChoice, ExpertGradients, ExpertLinear, Routing
+from distlora_kernels.products import product
 
 
 def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, Tensor | None]:
@@ -29,16 +30,16 @@ def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, 
     for expert, rows in routing.spans():
         x_e, y_e = x[rows], y[rows]
         if adapter is None or gated is None:
-            torch.mm(x_e, weight_of(expert).T, out=y_e)
+            product(x_e, weight_of(expert).T, out=y_e)
         else:
             for run, columns, scale in adapter.runs(routing, expert, rows):
                 if columns is None:
                     y[run] = 0
                     continue
-                xa = (x[run] @ _of(a, expert)[columns].T) * scale
+                xa = product(x[run], _of(a, expert)[columns].T) * scale
                 gated[run, : xa.shape[1]] = xa
-                torch.mm(xa, _of(b, expert)[:, columns].T, out=y[run])
-            torch.addmm(y_e, x_e, weight_of(expert).T, out=y_e)
+                product(xa, _of(b, expert)[:, columns].T, out=y[run])
+            product(x_e, weight_of(expert).T, add=y_e, out=y_e)
         if linear.bias is not None:
             y_e += linear.bias[expert]
     return y, gated
@@ -64,7 +65,7 @@ def backward(
     for expert, rows in routing.spans():
         if adapter is None:
             if dx is not None:
-                torch.mm(dy[rows], weight_of(expert), out=dx[rows])
+                product(dy[rows], weight_of(expert), out=dx[rows])
             continue
         assert x is not None
         assert gated is not None
@@ -74,15 +75,15 @@ def backward(
                     dx[run] = 0
                 continue
             dy_run, run_a = dy[run], _of(a, expert)[columns]
-            dxa = ((dy_run @ _of(b, expert)[:, columns]) * scale).to(dy.dtype)
+            dxa = (product(dy_run, _of(b, expert)[:, columns]) * scale).to(dy.dtype)
             if db is not None:
-                _put(db, expert, (slice(None), columns), dy_run.T @ gated[run, : len(run_a)])
+                _put(db, expert, (slice(None), columns), product(dy_run.T, gated[run, : len(run_a)]))
             if da is not None:
-                _put(da, expert, (columns,), dxa.T @ x[run])
+                _put(da, expert, (columns,), product(dxa.T, x[run]))
             if dx is not None:
-                torch.mm(dxa, run_a, out=dx[run])
+                product(dxa, run_a, out=dx[run])
         if dx is not None:
-            torch.addmm(dx[rows], dy[rows], weight_of(expert), out=dx[rows])
+            product(dy[rows], weight_of(expert), add=dx[rows], out=dx[rows])
     return ExpertGradients(dx, da, db)
 
 

@@ -10,40 +10,22 @@ Letters: M rows, I in features, O out features, R rank.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distlora_kernels import native, nf4_cpu
-from distlora_kernels.elementwise import call
-from distlora_kernels.operands import FrozenWeight, Gradients, Linear, Needs, RowChoice, SavedLinear
-from distlora_kernels.reference import NF4_LEVELS
+from distlora_kernels import products
+from distlora_kernels.operands import Gradients, Linear, Needs, RowChoice, SavedLinear
+from distlora_kernels.products import Factor, product, weighted_sum
 
 COLUMNS = 64
 """In and out features must be a multiple of this."""
 
-_enabled = False
-
-
-def use(enabled: bool) -> bool:
-    """Turn this path on for the process's linears, where the processor has it, or off. Returns whether it is on."""
-    global _enabled
-    _enabled = enabled and bool(native.library().multiplies())
-    return _enabled
-
-
-def is_used() -> bool:
-    """Return whether this path is on."""
-    return _enabled
-
 
 def covers(x: Tensor, linears: Sequence[Linear]) -> bool:
     """Return whether this path is on and computes these linears of x, or of their gradient."""
-    return _enabled and x.dtype == torch.bfloat16 and x.device.type == "cpu" and all(map(_covered, linears))
+    return products.is_used() and x.dtype == torch.bfloat16 and x.device.type == "cpu" and all(map(_covered, linears))
 
 
 def _covered(linear: Linear) -> bool:
@@ -59,49 +41,10 @@ def _covered(linear: Linear) -> bool:
     )
 
 
-class _Term(ctypes.Structure):
-    """products.cpp's Term."""
-
-    _fields_ = (
-        *(("left", ctypes.c_void_p), ("left_stride", ctypes.c_size_t), ("summed", ctypes.c_size_t)),
-        *((name, ctypes.c_void_p) for name in ("dense", "codes", "scales", "group_scale", "offset", "absmax")),
-        *(("levels", ctypes.c_void_p), ("map", ctypes.c_void_p), ("panels", ctypes.c_void_p)),
-    )
-
-
-class _Factor(NamedTuple):
-    """left (M, K) and a weight (N, K), or (K, N) if the product is transposed."""
-
-    left: Tensor
-    weight: FrozenWeight
-
-    def term(self) -> _Term:
-        term = _Term(self.left.data_ptr(), self.left.stride(0), self.left.shape[1])
-        parts = [part.data_ptr() for part in self.weight.parts]
-        if len(parts) == 1:
-            term.dense = parts[0]
-            return term
-        term.levels, term.map = _levels().data_ptr(), nf4_cpu.dynamic_map().data_ptr()
-        if len(parts) == 2:
-            term.codes, term.absmax = parts
-        else:
-            term.codes, term.scales, term.group_scale, term.offset = parts
-        return term
-
-
-@functools.cache
-def _levels() -> Tensor:
-    return torch.tensor(NF4_LEVELS, dtype=torch.float32)
-
-
-def _sum(factors: Sequence[_Factor], columns: int, *, transposed: bool, bias: Tensor | None = None) -> Tensor:
+def _sum(factors: Sequence[Factor], columns: int, *, transposed: bool, bias: Tensor | None = None) -> Tensor:
     """Return the sum of the factors' products, (M, N), + bias (N,)."""
-    rows = factors[0].left.shape[0]
-    out = factors[0].left.new_empty(rows, columns)
-    terms = (_Term * len(factors))(*(factor.term() for factor in factors))
-    if not call("weighted_sum", out.dtype, terms, len(factors), transposed, bias, out, rows, columns):
-        raise MemoryError(f"no memory for products of {columns:,} columns")
-    return out
+    out = factors[0].left.new_empty(factors[0].left.shape[0], columns)
+    return weighted_sum([factor.term() for factor in factors], out, transposed=transposed, bias=bias)
 
 
 def _in_rows(x: Tensor) -> Tensor:
@@ -111,7 +54,7 @@ def _in_rows(x: Tensor) -> Tensor:
 def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Return s x A^T (M, R) of each linear's adapter, for forward and for backward."""
     downs = [linear.adapter.down(x.dtype) for linear in linears if linear.adapter is not None]
-    projected = iter((x @ torch.cat(downs).T).split([len(down) for down in downs], dim=1) if downs else ())
+    projected = iter(product(x, torch.cat(downs).T).split([len(down) for down in downs], dim=1) if downs else ())
     gated = [None if adapter is None else next(projected) * adapter.scale for _, adapter, _ in linears]
     return gated, gated
 
@@ -122,15 +65,11 @@ def forward(
     """Return each linear's y (M, O) of x (M, I), and no magnitudes; `project` gives `inputs`."""
     x, ys = _in_rows(x), []
     for (weight, adapter, bias), gated in zip(linears, inputs, strict=True):
-        factors = [_Factor(x, weight)]
+        factors = [Factor(x, weight)]
         if adapter is not None and gated is not None:
-            factors.append(_Factor(gated, _dense(adapter.b.to(x.dtype))))
+            factors.append(Factor(gated, adapter.b.to(x.dtype).contiguous()))
         ys.append(_sum(factors, weight.shape[0], transposed=False, bias=bias))
     return ys, [None] * len(ys)
-
-
-def _dense(tensor: Tensor) -> FrozenWeight:
-    return FrozenWeight((tensor.contiguous(),), tuple(tensor.shape))
 
 
 def backward(
@@ -146,19 +85,19 @@ def backward(
         if dy is None:
             continue
         dy = _in_rows(dy)
-        factors.append(_Factor(dy, weight))
+        factors.append(Factor(dy, weight))
         if adapter is None:
             continue
         gated = saved[index].xa
         assert x is not None
         assert gated is not None
         assert not isinstance(adapter.scale, RowChoice)
-        dxa = (dy @ adapter.b.to(dy.dtype)) * adapter.scale
-        factors.append(_Factor(dxa, _dense(adapter.down(dy.dtype))))
+        dxa = product(dy, adapter.b.to(dy.dtype)) * adapter.scale
+        factors.append(Factor(dxa, adapter.down(dy.dtype).contiguous()))
         if needs.b[index]:
-            gradients.b[index] = (dy.T @ gated).to(adapter.b.dtype)
+            gradients.b[index] = product(dy.T, gated).to(adapter.b.dtype)
         if needs.a[index]:
-            gradients.a[index] = (dxa.T @ x).to(adapter.a.dtype)
+            gradients.a[index] = product(dxa.T, x).to(adapter.a.dtype)
     if needs.x and factors:
         gradients.x = _sum(factors, linears[0].weight.shape[1], transposed=True)
     return gradients

@@ -19,6 +19,7 @@ from torch import Tensor
 from distlora_kernels import dora, scratch
 from distlora_kernels.dropout import ChosenDropout, Dropout, dropped
 from distlora_kernels.operands import Adapter, Gradients, Linear, Needs, RowChoice, SavedDora, SavedLinear
+from distlora_kernels.products import product
 
 
 class _PartAdapter(NamedTuple):
@@ -129,10 +130,10 @@ def forward(
     for (frozen, adapter, bias), projected in zip(linears, inputs, strict=True):
         weight, saved_dora = scratch.take(frozen, x.dtype), None
         if adapter is None or (adapter.magnitude is None and all(part.adapter is None for part in projected)):
-            y = x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+            y = product(x, weight.T, add=bias)
         elif adapter.magnitude is None:
             delta = _delta(projected, weight, bias)
-            y = torch.addmm(delta, x, weight.T, out=delta)
+            y = product(x, weight.T, add=delta, out=delta)
         else:
             y, saved_dora = _with_magnitude(x, projected, weight, adapter, bias)
         ys.append(y)
@@ -156,9 +157,9 @@ def _delta(projected: Sequence[_Projected], weight: Tensor, bias: Tensor | None)
             assert out is not None
             delta = out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         elif bias is None:
-            delta = torch.mm(gated, adapter.b.to(gated.dtype).T, out=out)
+            delta = product(gated, adapter.b.to(gated.dtype).T, out=out)
         else:
-            delta = torch.addmm(bias, gated, adapter.b.to(gated.dtype).T, out=out)
+            delta = product(gated, adapter.b.to(gated.dtype).T, add=bias, out=out)
     return delta if whole is None else whole
 
 
@@ -166,19 +167,19 @@ def _with_magnitude(
     x: Tensor, projected: Sequence[_Projected], weight: Tensor, adapter: Adapter, bias: Tensor | None
 ) -> tuple[Tensor, SavedDora]:
     """Return DoRA's y (M, O) and the tensors for backward."""
-    factors = dora.factors(adapter, weight @ adapter.down(x.dtype).T, x.dtype)
+    factors = dora.factors(adapter, product(weight, adapter.down(x.dtype).T), x.dtype)
     delta = _delta(projected, weight, bias if adapter.dropout is None else None)
     if adapter.dropout is None:
-        return dora.scaled(adapter, factors, torch.addmm(delta, x, weight.T, out=delta), bias)
+        return dora.scaled(adapter, factors, product(x, weight.T, add=delta, out=delta), bias)
     output = torch.empty_like(delta)
     for rows, part_adapter, seen, _ in projected:
         if part_adapter is None:  # k is 1 and v is not read.
             output[rows].zero_()
         else:
             assert seen is not None
-            torch.addmm(delta[rows], seen, weight.T, alpha=part_adapter.kept_scale, out=output[rows])
+            product(seen, weight.T, add=delta[rows], factor=part_adapter.kept_scale, out=output[rows])
     rest, saved_dora = dora.scaled_with_dropout(factors, delta, output, bias)
-    return torch.addmm(rest, x, weight.T, out=rest), saved_dora
+    return product(x, weight.T, add=rest, out=rest), saved_dora
 
 
 def backward(
@@ -248,12 +249,12 @@ def _adapter_gradients(
         gated = saved.xa.reshape(-1)[start : start + rank * len(x_part)].view(-1, rank)
         start += rank * len(x_part)
         scale = part_adapter.scale * part_adapter.kept_scale
-        dxa = ((dy_part @ part_adapter.b.to(dy.dtype)) * scale).to(dy.dtype)
+        dxa = (product(dy_part, part_adapter.b.to(dy.dtype)) * scale).to(dy.dtype)
         if needs.b[index]:
-            db = _plus(db, adapter.b, (slice(None), part_adapter.columns), dy_part.T @ gated)
+            db = _plus(db, adapter.b, (slice(None), part_adapter.columns), product(dy_part.T, gated))
         mask = None if part_adapter.dropout is None else dropped(part_adapter.dropout, *x_part.shape)
         if needs.a[index]:
-            da = _plus(da, adapter.a, (part_adapter.columns, slice(None)), dxa.T @ _zeroed(x_part, mask))
+            da = _plus(da, adapter.a, (part_adapter.columns, slice(None)), product(dxa.T, _zeroed(x_part, mask)))
         terms.append(_PartGradient(rows, part_adapter, dxa, mask))
     if needs.a[index]:
         gradients.a[index] = torch.zeros_like(adapter.a) if da is None else da
@@ -275,7 +276,7 @@ def _plus(total: Tensor | None, master: Tensor, place: tuple[slice, slice], part
 def _input_gradient(parts: Sequence[_PartGradient], dy: Tensor, dropped_dy: Tensor | None, weight: Tensor) -> Tensor:
     """Return dX (M, I) of one linear: the base's product accumulates into the adapters' terms."""
     if all(part.adapter is None for part in parts):
-        return dy @ weight
+        return product(dy, weight)
     whole = None if len(parts) == 1 else dy.new_empty(dy.shape[0], weight.shape[1])
     for rows, adapter, dxa, mask in parts:
         out = None if whole is None else whole[rows]
@@ -283,13 +284,13 @@ def _input_gradient(parts: Sequence[_PartGradient], dy: Tensor, dropped_dy: Tens
             assert out is not None
             out.zero_()
             continue
-        dx = torch.mm(dxa, adapter.a.to(dy.dtype), out=out)
+        dx = product(dxa, adapter.a.to(dy.dtype), out=out)
         if dropped_dy is not None:
-            torch.addmm(dx, dropped_dy[rows], weight, alpha=adapter.kept_scale, out=dx)
+            product(dropped_dy[rows], weight, add=dx, factor=adapter.kept_scale, out=dx)
         if mask is not None:
             dx.masked_fill_(mask, 0)
     dx = dx if whole is None else whole
-    return torch.addmm(dx, dy, weight, out=dx)
+    return product(dy, weight, add=dx, out=dx)
 
 
 def _project_down(x: Tensor, adapters: Sequence[_PartAdapter | None]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -300,12 +301,12 @@ def _project_down(x: Tensor, adapters: Sequence[_PartAdapter | None]) -> Iterato
     downs = [x.new_empty(0, x.shape[1]) if adapter is None else adapter.a.to(x.dtype) for adapter in adapters]
     dropouts = [None if adapter is None else adapter.dropout for adapter in adapters]
     if len(adapters) > 1 and not any(dropouts):
-        for xa in (x @ torch.cat(downs).T).split([down.shape[0] for down in downs], dim=1):
+        for xa in product(x, torch.cat(downs).T).split([down.shape[0] for down in downs], dim=1):
             yield x, xa
         return
     for dropout, down in zip(dropouts, downs, strict=True):
         seen = x if dropout is None else _zeroed(x, dropped(dropout, *x.shape))
-        yield seen, seen @ down.T
+        yield seen, product(seen, down.T)
 
 
 def _zeroed(x: Tensor, mask: Tensor | None) -> Tensor:

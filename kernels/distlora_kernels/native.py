@@ -1,7 +1,7 @@
-"""Compile elementwise.cpp, attention.cpp and products.cpp for this node and load them. Imports no torch.
+"""Compile the C++ files for the path of this process (processor.py) and load them. Imports no torch.
 
-The library is kept in the folder `kept_in`, by what it was made from and the processor it was made for; other processes
-that need it wait for the one that compiles (2.7 CPU seconds). Where there is no such folder that only this user can
+The library is kept in the folder `kept_in`, by what it was made from and the path it was made for; other processes that
+need it wait for the one that compiles (3 to 5 CPU seconds). Where there is no such folder that only this user can
 write to, each process compiles into a temporary one.
 """
 
@@ -22,15 +22,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from distlora_kernels import processor
+
 SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("elementwise", "attention", "products", "decode"))
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("numbers", "products"))
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("numbers", "products", "vectors"))
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
-WIDE = ("x86_64", "AMD64")
-"""Machines on which gcc needs a flag to use 512-bit vectors."""
-
 
 kept_in: Path | None = None
 """Folder of compiled libraries; None to compile in every process."""
@@ -73,9 +72,16 @@ def compiler_version() -> str | None:
     return None
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
-    """Return the library, compiled at the first call. Raises NotCompiledError, or MemoryError if memory ran out."""
+    """Return the library of this process' path, compiled at its first call.
+
+    Raises NotCompiledError, or MemoryError if memory ran out.
+    """
+    return _library(processor.path())
+
+
+@functools.cache
+def _library(path: str) -> ctypes.CDLL:
     words = compiler() if sys.platform == "linux" else None
     if words is None:
         raise NotCompiledError(str(unavailable_reason()))
@@ -119,21 +125,19 @@ def _kept(words: Sequence[str]) -> ctypes.CDLL | None:
 def _key(words: Sequence[str]) -> str:
     """Return a digest of the sources, the compiler with its flags and version, and the processor with its features."""
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in (*SOURCES, *HEADERS)))
-    cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0].splitlines()
-    processor = sorted(line for line in cpuinfo if line.startswith(("model name", "flags", "Features", "CPU part")))
-    digest.update(repr([words, FLAGS, _wide(), compiler_version(), platform.machine(), processor]).encode())
+    # `-march=native` depends on the processor, the flags of the other paths do not.
+    native = [processor.name(), sorted(processor.features())] if processor.path() == "generic" else []
+    digest.update(
+        repr([words, FLAGS, processor.compiler_flags(), compiler_version(), platform.machine(), native]).encode()
+    )
     return digest.hexdigest()[:32]
-
-
-def _wide() -> list[str]:
-    return ["-mprefer-vector-width=512"] if platform.machine() in WIDE else []
 
 
 def _linked(words: Sequence[str], folder: str) -> str:
     """Compile the library into a folder. Return its path."""
     objects, linked = [str(Path(folder, f"{source.stem}.o")) for source in SOURCES], str(Path(folder, "compiled.so"))
     for source, to in zip(SOURCES, objects, strict=True):
-        _run([*words, *FLAGS, *_wide(), "-c", str(source), "-o", to])
+        _run([*words, *FLAGS, *processor.compiler_flags(), "-c", str(source), "-o", to])
     # Without -fopenmp, which would load a second OpenMP runtime beside torch's.
     _run([*words, "-shared", *objects, "-o", linked])
     return linked

@@ -1,4 +1,4 @@
-// What elementwise.cpp and attention.cpp compute with: bf16 as its bits, powers, and how a function is exported.
+// What all files compute with: bf16 as its bits, powers, and how a function is exported.
 #pragma once
 
 #include <cmath>

@@ -24,6 +24,7 @@ from distlora.planner.memory.gathered import staying_bytes
 from distlora.planner.memory.step import Step
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
+from distlora_kernels import processor
 from distlora_kernels.extension import scratch_numel
 
 
@@ -111,7 +112,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     held["adapters"] += trained.adapter_bytes + copied_adapters(work, model, machine)[1]
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(work.optim.name, is_gpu=machine.is_gpu)
-    held["scratch"] += scratch_bytes(work, model) if machine.is_gpu else 0
+    held["scratch"] += scratch_bytes(work, model) if machine.is_gpu else widened_bytes(work)
     step = Step.of(work, model, machine, base, trained, resident)
     moments = step.moments()
     later = held["gradients"] + held["optimizer"]
@@ -194,6 +195,11 @@ def scratch_bytes(work: Workload, model: PlannedModel) -> int:
     layers = dict.fromkeys(_packed_shapes(work, model)[work.dense_layers :])
     largest = max((scratch_numel(shape) for shapes in layers for shape in shapes), default=0)
     return traffic.DTYPE_BYTES[work.train.dtype] * largest
+
+
+def widened_bytes(work: Workload) -> int:
+    """Return the bytes of the blocks that products of bf16 widen on this node's CPU (distlora_kernels.products)."""
+    return processor.WIDENED_BYTES if work.train.dtype == "bf16" and processor.widens() else 0
 
 
 _MIB = 2**20

@@ -8,7 +8,6 @@ import errno
 import importlib.metadata
 import math
 import platform
-import re
 import shutil
 import threading
 import time
@@ -45,7 +44,7 @@ from distlora.run_folder.layout import (
     write_manifest,
 )
 from distlora.system import host_memory
-from distlora_kernels import native
+from distlora_kernels import native, processor
 
 _NONE, _NONE_WHOLE = -1, -2
 
@@ -89,9 +88,6 @@ def environment(world: int, device: torch.device, *, compiles: bool = False) -> 
     A resume with equal values continues bit for bit. `compiles`: train.compile, whose bits depend on compiler and CPU.
     """
     is_cuda = device.type == "cuda"
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
-    processor = platform.machine() if model is None else model[1]
     return {
         "ranks": world,
         "threads": torch.get_num_threads(),
@@ -100,7 +96,9 @@ def environment(world: int, device: torch.device, *, compiles: bool = False) -> 
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
-        **({"compiler": native.compiler_version(), "processor": processor} if compiles else {}),
+        **({"compiler": native.compiler_version(), "processor": processor.name()} if compiles else {}),
+        # A name with a dot, so that checkpoints without it do not differ.
+        **({} if is_cuda else {"cpu.path": processor.path()}),
     }
 
 

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.config import Config, UserError, nearest
+from distlora.config import Config, UserError, nearest, require
 from distlora.config.errors import in_one_line
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
 from distlora.system import atomic_io
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
+from distlora_kernels import processor
 
 MANIFEST_NAME, STATE_NAME, TRAINER_NAME = "manifest.json", "state.json", "trainer.safetensors"
 ROLLOUT_NAME = "rollout.safetensors"
@@ -176,7 +177,7 @@ CHECKPOINTS, CHECKPOINT_PATTERN = "checkpoints", "step_*"
 DATA_NAME, SUMMARY_NAME, METRICS_NAME = "data.json", "summary.json", "metrics.jsonl"
 PLAN_NAME = "plan.json"
 COMPILED_NAME = "compiled.json"
-"""What train.compile=auto was at the run's first start."""
+"""What train.compile=auto was at the run's first start, and the path of its products on CPUs."""
 REPORT_NAME = "report.html"
 """Report page in RUN and in SWEEP (distlora_launcher.report)."""
 TEMPLATE_NAME = "chat_template.jinja"
@@ -307,8 +308,26 @@ def read_record(path: Path, shape: Shape = dict) -> dict[str, Any]:
 
 def compiled_before(run_dir: Path) -> bool | None:
     """Return what train.compile=auto was at the first start of a run; None before it."""
-    value: bool | None = read_record(run_dir / COMPILED_NAME, {"train.compile": bool}).get("train.compile")
-    return value
+    return decided_before(run_dir).get("train.compile")
+
+
+def path_before(run_dir: Path) -> str | None:
+    """Return the path of products (distlora_kernels.processor) at the first start of a run; None before it.
+
+    Runs of versions that recorded none have the path that those versions took on this processor.
+    """
+    decided = decided_before(run_dir)
+    path = decided.get("path")
+    known = path is None or path in processor.PATHS
+    require(known, f"{run_dir / COMPILED_NAME} has path={path}, which this version of distlora does not know")
+    if path is None and (decided or checkpoint_folders(run_dir)):
+        return next(each for each in ("amx", "avx512_bf16", "generic") if processor.is_supported(each))
+    return path
+
+
+def decided_before(run_dir: Path) -> dict[str, Any]:
+    """Return what the first start of a run recorded in COMPILED_NAME; empty before it."""
+    return read_record(run_dir / COMPILED_NAME, {"train.compile?": bool, "path?": str})
 
 
 def cannot_continue(run_dir: Path, reason: str) -> str:

@@ -267,6 +267,8 @@ class MultiTrialTrainer(Trainer):
         if config.train.compile == "auto":
             config = config.with_settings({"train.compile": self._compiles})
             together(lambda: record(run_dir, ranks, compiles=self._compiles), ranks)
+        else:
+            together(lambda: record(run_dir, ranks), ranks)
         run = together(lambda: open_run(run_dir, config, ranks, self._base), ranks)
         taken = {entry.slot for entry in self._in_slots.values()}
         slot = next(slot for slot in range(self._slots) if slot not in taken)

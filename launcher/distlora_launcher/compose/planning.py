@@ -28,9 +28,10 @@ from distlora.planner.report import lines, needs, verdict
 from distlora.planner.storage import keeps_on_host
 from distlora.planner.suggest import nearest
 from distlora.planner.workload import Workload
-from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders, compiled_before
+from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders, compiled_before, path_before
 from distlora.system import atomic_io, host_memory
 from distlora.weights.initial_adapter_file import check_ranks
+from distlora_kernels import processor
 from distlora_launcher.compose.checks import check_model_sizes, gpu_count, visible_gpus
 from distlora_launcher.compose.hub import with_small_files
 from distlora_launcher.terminal.output import say, warn
@@ -128,6 +129,8 @@ def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = Fa
     `runs_here`: True if this node runs it, whatever starts it. `run_dir`: the run folder, if it exists.
     """
     compiles = None if run_dir is None else compiled_before(run_dir)
+    path = None if run_dir is None else path_before(run_dir)
+    processor.use(path if path is not None and processor.is_supported(path) else None)
     if config.train.compile == "auto" and compiles is not None:
         config = config.with_settings({"train.compile": compiles})
     model = planned_model(config)

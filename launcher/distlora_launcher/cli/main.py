@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from distlora import __version__
 from distlora.config import UserError, nearest
 from distlora.system.exit_codes import BAD_INPUT, DONE, run_to_exit_code
+from distlora_kernels import processor
 from distlora_launcher.terminal.arguments import call_main, listed
 
 GROUPS = {
@@ -25,6 +26,7 @@ GROUPS = {
         "demo": "fine-tune a small chat model in minutes, on any computer",
     },
     "Inspect": {
+        "doctor": "describe this node: versions, GPUs, processor, compiler, and what would make runs faster",
         "plan": "predict memory, disk, traffic, time and cost of a run, for any model on any GPUs",
         "check": "compare a model's computation with transformers and PEFT, on a small one of the same layers",
         "data": "print documents as the model sees them: what is trained, truncated or left out",
@@ -94,6 +96,7 @@ MEANT = {
     "status RUN": "ls ps list logs watch",
     "init": "new create config configure setup",
     "plan": "estimate memory dry-run fit-check",
+    "doctor": "env info diagnose system",
     "bench": "benchmark",
 }
 """Names of other tools' commands by what they are here."""
@@ -121,6 +124,10 @@ def run_command(words: list[str]) -> int:
         return complete(words)
     if words[0] not in COMMANDS:
         raise unknown_command(words[0])
+    try:
+        processor.preferred()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return call_main(MODULES.get(words[0], f"distlora_launcher.cli.{words[0]}"), words[1:])
 
 

@@ -71,7 +71,7 @@ def test_default_cells_have_both_modes_of_the_smaller_model_on_one_and_two_proce
     small = [("100M", mode, processes) for mode in CHECKPOINTING for processes in (1, 2)]
     assert problems == [*small, ("560M", "block", 1), ("560M", "block", 2)]
     assert {c.way for c in cells if c.processes == 2} == {
-        *("ours", "ours-uncompiled", "peft-documented", "peft-bf16", "peft-bf16-compiled", "fsdp2"),
+        *("ours", "ours-uncompiled", "peft-documented", "peft-bf16", "peft-bf16-compiled", "peft-fp32", "fsdp2"),
     }
     for cell in cells:
         compare.job_of(cell, INPUTS)

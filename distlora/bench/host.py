@@ -7,15 +7,15 @@ import datetime
 import importlib.metadata
 import multiprocessing
 import os
-import platform
 import queue
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from distlora_kernels import processor
 
 
 def free_port() -> int:
@@ -136,9 +136,6 @@ def measurement_notes(*packages: str, threads: int | None = None) -> str:
 
 
 def _cpu_name() -> str:
-    """Return the CPU's name, with its instructions for bf16 matrix products."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    values = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in values.get("flags", "").split()]
-    return " ".join([values.get("model name", platform.machine()), *flags])
+    """Return the CPU's name, with its instructions for bf16 and the path of its products."""
+    flags = sorted({"avx512_bf16", "amx_bf16"} & processor.features())
+    return " ".join([processor.name(), *flags, f"(path {processor.path()})"])

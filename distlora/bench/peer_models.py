@@ -18,20 +18,21 @@ def load_base(
     *,
     device: torch.device | None = None,
     auto_class: str = "AutoModelForCausalLM",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Any:
     """Load transformers' model of a folder in NF4 with double quantization, onto `device` if it is given."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
         bnb_4bit_quant_storage=torch.bfloat16 if storage == "nf4 in bf16" else torch.uint8,
     )
     return getattr(transformers, auto_class).from_pretrained(
         folder,
         quantization_config=config,
         device_map=None if device is None else {"": device},
-        dtype=torch.bfloat16,
+        dtype=dtype,
         trust_remote_code=False,
     )
 

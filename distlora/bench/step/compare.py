@@ -36,8 +36,8 @@ OURS = "ours"
 """The way that the others are compared with."""
 UNCOMPILED = "ours-uncompiled"
 """Ours without train.compile=auto."""
-COMPILED_PEER = "peft-bf16-compiled"
-"""The fastest peer under torch.compile."""
+COMPILED_PEERS = ("peft-bf16-compiled", "peft-fp32-compiled")
+"""Peers under torch.compile."""
 KEPT_PAGES = "peft-bf16-kept-pages"
 """A peer with the environment variables of our workers."""
 
@@ -116,6 +116,8 @@ RECIPE = "PEFT + bitsandbytes, documented recipe"
 """fp32 norms, embeddings and LM head (prepare_model_for_kbit_training), fp32 adapters, bf16 autocast."""
 IN_BF16 = "PEFT + bitsandbytes, all in bf16"
 """bf16 adapters, no autocast."""
+IN_FP32 = "PEFT + bitsandbytes, all in fp32"
+"""The fastest eager way on CPUs without fast instructions for bf16."""
 WAYS: dict[str, Way] = {
     OURS: Way("distlora, NF4", {"runs": "ours"}),
     UNCOMPILED: Way("distlora, NF4, train.compile=false", {"runs": "ours", "compile": False}),
@@ -123,7 +125,11 @@ WAYS: dict[str, Way] = {
     "peft-documented": Way(RECIPE, {"runs": "loop", "recipe": "documented"}, PEFT),
     "peft-bf16": Way(IN_BF16, {"runs": "loop", "recipe": "bf16"}, PEFT),
     KEPT_PAGES: Way(f"{IN_BF16}, the environment of ours", {"runs": "loop", "recipe": "bf16"}, PEFT, by_default=False),
-    COMPILED_PEER: Way(f"{IN_BF16}, torch.compile", {"runs": "loop", "recipe": "compiled"}, PEFT),
+    "peft-bf16-compiled": Way(f"{IN_BF16}, torch.compile", {"runs": "loop", "recipe": "compiled"}, PEFT),
+    "peft-fp32": Way(IN_FP32, {"runs": "loop", "recipe": "bf16", "dtype": "fp32"}, PEFT),
+    "peft-fp32-compiled": Way(
+        f"{IN_FP32}, torch.compile", {"runs": "loop", "recipe": "compiled", "dtype": "fp32"}, PEFT, by_default=False
+    ),
     "trainer": Way(f"Trainer + {RECIPE}", {"runs": "trainer"}, ACCELERATE, processes=(1,)),
     "fsdp2": Way(f"accelerate FSDP2 + {RECIPE}", {"runs": "fsdp2", "recipe": "plain"}, ACCELERATE, processes=(2,)),
     "fsdp2-forced": Way(
@@ -179,7 +185,7 @@ def reason_against(way: str, device: str) -> str | None:
         return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     if way == UNCOMPILED and device == "cuda":
         return "train.compile=auto is false on a GPU"
-    return native.unavailable_reason() if device == "cpu" and way == COMPILED_PEER else None
+    return native.unavailable_reason() if device == "cpu" and way in COMPILED_PEERS else None
 
 
 def installed(package: str) -> bool:
@@ -269,6 +275,8 @@ class StepJob:
     """train.compile of ours."""
     recipe: Literal["documented", "bf16", "compiled", "plain", "forced"] = "documented"
     """Variant of a peer's loop."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Dtype of a peer's model and adapters in recipes without autocast."""
 
 
 def job_of(cell: Cell, inputs: StepInputs, *, lr: float = LEARNING_RATE) -> StepJob:

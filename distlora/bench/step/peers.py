@@ -74,7 +74,8 @@ def as_inputs(batch: MicroBatch) -> Inputs:
 def start(job: StepJob, device: torch.device, *, documented: bool, storage: Storage = "nf4 in uint8") -> Any:
     """Return PEFT's model as its users build it, with the given adapter."""
     auto_class = architecture_of(read_config(Path(job.model)), job.model).auto_class
-    model = load_base(job.model, storage, device=device, auto_class=auto_class)
+    dtype = getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[job.dtype])
+    model = load_base(job.model, storage, device=device, auto_class=auto_class, dtype=dtype)
     recomputes = job.checkpointing == "block"
     if documented:
         model = prepare_model_for_kbit_training(
@@ -89,7 +90,7 @@ def start(job: StepJob, device: torch.device, *, documented: bool, storage: Stor
     model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True)
     if not documented:
         for parameter in trained(model):
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(dtype)
     model.train()
     return model
 

@@ -205,10 +205,11 @@ class TrainConfig:
     own modules."""
     compile: bool | Literal["auto"] = "auto"
     """On the CPU, run norms, gated MLPs, rotary embeddings and losses as compiled single passes, and attention in bf16
-    if the processor has AVX512-BF16; adapted linears too if it has no AMX. The first start compiles them with the
-    node's C++ compiler (2.7 CPU seconds) and keeps them in the cache folder. Faster, and saves fewer activations;
-    results differ by rounding only. `auto`: true on the CPU if there is a compiler and the model has such layers, but
-    not with adapter=full; a log line says why not. A run keeps what its first start decided (RUN/compiled.json)."""
+    and adapted linears if the processor has AVX2 (linears not with AMX, where oneDNN's are faster). The first start
+    compiles them with the node's C++ compiler (3 to 5 CPU seconds) and keeps them in the cache folder. Faster, and
+    saves fewer activations; results differ by rounding only. `auto`: true on the CPU if there is a compiler and the
+    model has such layers, but not with adapter=full; a log line says why not. A run keeps what its first start decided,
+    and the processor's instructions that its products use (RUN/compiled.json; `distlora doctor` shows them)."""
     neftune_alpha: float | None = None
     """Scale of NEFTune's noise on the input embeddings in training (arXiv 2310.05914, which tries 5 to 15): uniform on
     +-alpha/sqrt(L d) for a document of L tokens and hidden size d. The same noise on any number of ranks and after a

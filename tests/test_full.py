@@ -20,6 +20,7 @@ from distlora.parallel import Ranks
 from distlora.run_folder.layout import steps
 from distlora.training import setup, worker
 from distlora.training.publish import trainer_tensors
+from distlora_kernels import processor
 from planned import assert_disk_as_planned, traffic_of
 from small_models import make_run, read_metrics
 from test_parity import run_once
@@ -81,7 +82,10 @@ def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World,
     losses = {name: losses_of(lines) for name, lines in metrics.items()}
     # Two ranks add the same micro-batch gradients in another order; rounding of activations to bf16 is the same.
     assert_losses_close(losses["2"], losses["1"], relative=1e-4)
-    assert losses["1"][0] == losses["2"][0] == losses["lora"][0], "at step 0 it is not the base that LoRA trains on"
+    assert losses["1"][0] == losses["2"][0]
+    # Trained linears are torch's, and LoRA's base is widened to fp32 where the processor is slow in bf16.
+    tolerance = 1e-4 if processor.widens() else 0
+    assert losses["1"][0] == pytest.approx(losses["lora"][0], rel=tolerance, abs=0), "not the base that LoRA trains on"
     step = [line for line in metrics["2"] if "loss" in line][-1]
     calculated = traffic_of(config, world=2)
     assert (step["gathered_bytes"], step["scattered_bytes"]) == (calculated.gathered, calculated.scattered)

@@ -245,8 +245,7 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
     is_gpu = device.type == "cuda"
     fused_modules.give_back(model.decoder)
     products.use(False)
-    if not is_gpu and spec.dtype == "bf16":
-        products.reserve()
+    products.reserve(not is_gpu and spec.dtype == "bf16")  # Before the first step needs it.
     if is_gpu:
         # By default torch lets the library round the partial sums of split GEMMs to bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -37,9 +37,11 @@ def use(enabled: bool) -> bool:
     return _enabled
 
 
-def reserve() -> None:
-    """Allocate this thread's memory for widened blocks, where its path has them, before the first step needs it."""
-    if processor.widens() and _blocks.memory is None:
+def reserve(wanted: bool = True) -> None:
+    """Allocate this thread's memory for widened blocks, where its path has them, or free it if it is not `wanted`."""
+    if not wanted:
+        _blocks.memory = None
+    elif processor.widens() and _blocks.memory is None:
         _blocks.memory = torch.empty(WIDENED_BYTES // 4, dtype=torch.float32)
 
 

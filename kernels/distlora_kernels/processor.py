@@ -7,6 +7,7 @@ processors have no fast instruction for bf16, and torch's bf16 products are seve
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import platform
 from collections.abc import Mapping
@@ -48,8 +49,11 @@ _path: str | None = None
 def _fields() -> Mapping[str, str]:
     """Return the fields of the first processor in /proc/cpuinfo; empty where there is none."""
     file = Path("/proc/cpuinfo")
-    lines = file.read_text(errors="replace").partition("\n\n")[0].splitlines() if file.is_file() else []
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    if not file.is_file():
+        return {}
+    with file.open(errors="replace") as lines:  # Not all of them: Linux asks each of hundreds of processors.
+        first = [line.partition(":") for line in itertools.takewhile(str.strip, lines)]
+    return {name.strip(): value.strip() for name, _, value in first}
 
 
 def features() -> frozenset[str]:

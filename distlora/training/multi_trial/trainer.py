@@ -264,11 +264,10 @@ class MultiTrialTrainer(Trainer):
         """Start a trial. Raises UserError, on every rank, if some rank cannot read what it needs."""
         ranks = self.backend.ranks
         config = together(lambda: self._read(run_dir), ranks)
-        if config.train.compile == "auto":
-            config = config.with_settings({"train.compile": self._compiles})
-            together(lambda: record(run_dir, ranks, compiles=self._compiles), ranks)
-        else:
-            together(lambda: record(run_dir, ranks), ranks)
+        decided = self._compiles if config.train.compile == "auto" else None
+        together(lambda: record(run_dir, ranks, compiles=decided), ranks)
+        if decided is not None:
+            config = config.with_settings({"train.compile": decided})
         run = together(lambda: open_run(run_dir, config, ranks, self._base), ranks)
         taken = {entry.slot for entry in self._in_slots.values()}
         slot = next(slot for slot in range(self._slots) if slot not in taken)

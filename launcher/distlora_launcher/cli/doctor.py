@@ -1,6 +1,7 @@
 """Describe this node for `distlora doctor`. Imports no torch."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from distlora import __version__
 from distlora.config.base import cache_root
 from distlora.system import host_memory
-from distlora.system.exit_codes import DONE
+from distlora.system.exit_codes import DONE, EXTRAS
 from distlora.system.numbers import size
 from distlora_kernels import native, processor
 from distlora_launcher.compose.checks import gpu_count
@@ -20,8 +21,8 @@ from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import say
 
 REQUIRED = ("torch", "triton", "transformers", "datasets", "deepspeed")
-OPTIONAL = {"bitsandbytes": "bnb", "peft": "demo", "gguf": "gguf", "optuna": "sweep", "liger-kernel": "cuda"}
-"""Packages that runs may use, by the extra that brings them."""
+OPTIONAL = {**EXTRAS, "optuna": "sweep", "liger_kernel": "cuda"}
+"""Optional package, as it is imported, to the extra that installs it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +55,7 @@ def page() -> Iterator[Line]:
         "distlora", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}"
     )
     yield Line("packages", ", ".join(f"{name} {_version(name) or 'is missing'}" for name in REQUIRED))
-    missing = [f"{name} ([{extra}])" for name, extra in OPTIONAL.items() if _version(name) is None]
+    missing = [f"{name} ([{extra}])" for name, extra in OPTIONAL.items() if importlib.util.find_spec(name) is None]
     yield Line("extras", f"not installed: {', '.join(missing)}" if missing else "all installed")
     gpus = gpu_count()
     described = ", ".join(f"{name} ({size(nbytes)})" for name, nbytes in devices() or ())

@@ -219,7 +219,7 @@ def test_slices_of_any_decoder_give_the_whole_batch_and_its_gradients(model_type
     assert dims[0] == {"bloom": {"alibi": 0}, "gemma3n_text": {"hidden_states": 1}}.get(model_type, {})
     wrapped(model, dims, num_micro=2)
     # The sums over rows that make a weight's gradient are made in another order; qwen3_next's router divides by little.
-    assert_same(outcome(model, ids), expected, 1e-5 if model_type == "qwen3_next" else 1e-6)
+    assert_same(outcome(model, ids), expected, 1e-5 if model_type == "qwen3_next" else 2e-6)
 
 
 @pytest.mark.parametrize("model_type", list(BY_DOCUMENT))

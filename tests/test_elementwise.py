@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from closeness import assert_close
@@ -128,10 +129,14 @@ def test_losses_and_their_gradient_are_torchs(dtype: torch.dtype, columns: int, 
     logits = drawn(50, columns, dtype=dtype, scale=6.0, device=device)
     labels = torch.randint(0, columns, (50,), generator=torch.Generator().manual_seed(1)).to(device)
     labels[7] = -100
-    expected, gradient = reference_cross_entropy(logits, labels)
+    leaf = logits.double().requires_grad_()
+    expected = F.cross_entropy(leaf, labels, ignore_index=-100, reduction="none")
+    expected.sum().backward()
+    assert leaf.grad is not None
     own = logits.clone()
-    assert_close(cross_entropy_(own, labels), expected, ulps=2.0)
-    assert_close(own, gradient, ulps=ULPS[dtype] * 2)
+    assert_close(cross_entropy_(own, labels), expected.detach(), ulps=2.0)
+    # With AVX2 a lane sums 1,126 of 9,001 exponentials in fp32, whose rounding is in every number of the row.
+    assert_close(own, leaf.grad, ulps=ULPS[dtype] * 4)
     assert not own[7].any()
 
 

@@ -61,6 +61,14 @@ def whole_state() -> dict[str, Any]:
         ("quant", {"method": "none"}, "quant.method=nf4"),
         ("optim", {"name": "adamw_8bit"}, "optim.name=adamw,"),
         ("train", {"global_batch": 4}, "train.global_batch=8"),
+        ("train", {"max_steps": 40}, "train.max_steps=None, and config.yaml now has train.max_steps=40"),
+        ("train", {"epochs": 3.0}, "train.epochs=1.0"),
+        ("train", {"load_best_at_end": True}, "train.load_best_at_end=False"),
+        ("optim", {"lr": 1e-3}, "optim.lr=None, and config.yaml now has optim.lr=0.001"),
+        ("optim", {"weight_decay": 0.1}, "optim.weight_decay=0.0"),
+        ("optim", {"betas": [0.9, 0.95]}, "optim.betas=[0.9, 0.999]"),
+        ("data", {"path": "d", "sequence_length": 512}, "data.sequence_length=1024"),
+        ("adapter", {"lora_dropout": 0.1}, "adapter.lora_dropout=0.0"),
     ],
 )
 def test_changed_fixed_setting_is_refused_with_both_values(section: str, value: dict[str, Any], said: str) -> None:
@@ -77,6 +85,7 @@ def test_changed_fixed_setting_is_refused_with_both_values(section: str, value: 
         ({"rollout": {"max_new_tokens": 32}}, "now has rollout.max_new_tokens=32"),
         ({"rollout": {"stop": ["x"]}}, "now has rollout.stop=['x']"),
         ({"data": {"rewards": ["exact_match", "math"]}}, "now has data.rewards=['exact_match', 'math']"),
+        ({"rollout": {"epsilon": 0.3}}, "now has rollout.epsilon=0.3"),
         ({"data": {"reward_weights": [0.5]}}, "now has data.reward_weights=[0.5]"),
     ],
 )
@@ -91,7 +100,10 @@ def test_answers_in_a_checkpoint_are_not_trained_on_by_other_settings(sections: 
 
 def test_free_settings_may_change(tmp_path: Path) -> None:
     changed = settings(
-        adapter={"lora_dropout": 0.1}, optim={"lr": 1.0}, train={"save_every": 3, "micro_batch": 2, "epochs": 4}
+        data={"path": "moved", "cache_dir": "elsewhere"},
+        train={"save_every": 3, "micro_batch": 2, "log_every": 5},
+        tracker={"tensorboard": True},
+        cluster={"timeout_seconds": 60.0},
     )
     assert refusal(settings(), changed) is None
     # As it comes back from JSON: tuples are lists there, and keys texts.

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from distlora.config.field_docs import sections
+from distlora.config.file import load_config
 from distlora.system import host_memory
 from distlora_launcher.cli.analyze import ANALYSES
 from distlora_launcher.cli.bench import BENCHES
@@ -281,13 +282,23 @@ def test_resume_prepares_lost_data_and_checks_the_model_again(
     (place / "cache").rmdir()
     assert main(["resume", "run/"]) == 0
     assert steps.prepared == [stopped_run] * 2
+    (place / "cache").mkdir()
+    config = stopped_run / "config.yaml"
+    made_of = {"cache": str(place / "cache"), "preparation": load_config(stopped_run).preparation}
+    (stopped_run / "data.json").write_text(json.dumps(made_of))
+    config.write_text(config.read_text().replace("log_every: 1", "log_every: 2"))
+    assert main(["resume", "run"]) == 0
+    assert steps.prepared == [stopped_run] * 2
+    config.write_text(config.read_text().replace("train_on: assistant", "train_on: all"))
+    assert main(["resume", "run"]) == 0
+    assert steps.prepared == [stopped_run] * 3, "without a checkpoint, the data follow the settings"
     (place / "model" / "model.safetensors").unlink()
     assert main(["resume", "run"]) == 2
     assert "model.safetensors" in capsys.readouterr().err
     (stopped_run / "adapter").mkdir()
     assert main(["resume", str(stopped_run)]) == 0
     assert capsys.readouterr().out == "run is complete: run/adapter\n"
-    assert len(steps.trained) == 3
+    assert len(steps.trained) == 5
 
 
 def test_a_run_that_no_longer_fits_is_resumed_only_when_its_settings_allow_it(

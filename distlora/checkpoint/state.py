@@ -1,6 +1,5 @@
 """state.json: the progress of a run, what its checkpoint belongs to, and the environment. Needs no torch."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 
 from distlora.config import Config, UserError
 from distlora.config.errors import short
-from distlora.config.file import as_plain
+from distlora.config.file import settings_by_name
 from distlora.config.json_files import Shape, read_object
 from distlora.run_folder.expert_load import ExpertTokens, expert_tokens_in
 from distlora.run_folder.layout import STATE_NAME, steps
@@ -22,11 +21,20 @@ OR_WHAT_PISSA_TOOK = (
 )
 """Part of a message: what besides its weights makes a base another one."""
 
-_FREE = ("adapter.lora_dropout", "adapter.init_from", "adapter.init_from_loftq")
-"""Adapter settings that may change on resume: they affect no tensor's shape or meaning.
-
-The adapter at init_from is identified by its digest.
-"""
+_FREE = {
+    # Their contents are identified: by the digests of init_from, the teacher and the packed sequences.
+    "adapter": "init_from init_from_loftq",
+    "data": "path name split revision format columns ignore_columns reasoning_key sample_by sources eval_path "
+    "eval_split template cache_dir reward_timeout reward_processes rewards_execute_code rewards_isolation",
+    "optim": "",
+    # `environment_line` reports some of these, which change the rounding.
+    "train": "teacher micro_batch accumulate checkpointing mlp_tile dtype attention deterministic_attention "
+    "fused_kernels compile log_every eval_every evals_per_epoch eval_documents save_every saves_per_epoch save_minutes "
+    "save_in_background loss_watchdog_threshold loss_watchdog_patience keep verify sample_every sample_prompts "
+    "sample_tokens",
+    "rollout": "eval_temperature url max_logprob_difference",
+}
+"""Settings of these sections that may change on resume: they decide neither what is trained nor what is published."""
 
 
 class SamplingChoice(NamedTuple):
@@ -98,29 +106,15 @@ class TrainState:
     """`saver.environment()` of the saving run; a resume with an equal one is bit-exact."""
 
 
-_FIXED_ROLLOUT = (
-    *("num_generations", "steps_per_generation", "num_iterations"),
-    *("max_new_tokens", "temperature", "stop"),
-)
-_FIXED_DATA = ("rewards", "reward_weights")
-"""Settings that the answers and rewards in a checkpoint were made with."""
-
-
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that a checkpoint's tensors and data position depend on, by full name, as plain values."""
-    names = [*(f"rollout.{name}" for name in _FIXED_ROLLOUT), *(f"data.{name}" for name in _FIXED_DATA)]
-    answers = {name: config.value_of(name) for name in names}
-    adapter = {f"adapter.{name}": value for name, value in as_plain(dataclasses.asdict(config.adapter)).items()}
-    train = config.train
-    return {name: value for name, value in adapter.items() if name not in _FREE} | {
-        "model.new_tokens": list(config.model.new_tokens),
-        "model.special_tokens": dict(config.model.special_tokens),
-        "quant.method": config.quant.method,
-        "optim.name": config.optim.name,
-        "train.objective": train.objective,
-        "train.seed": train.seed,
-        "train.global_batch": train.global_batch,
-        **(as_plain(answers) if train.needs.data == "prompts" else {}),
+    """Return the settings that decide a run's result, by full name, as plain values."""
+    free = {f"{section}.{name}" for section, names in _FREE.items() for name in names.split()}
+    sections = _FREE.keys() - (set() if config.train.needs.data == "prompts" else {"rollout"})
+    fixed = {"model.new_tokens", "model.special_tokens", "quant.method", "quant.formats"}
+    return {
+        name: value
+        for name, value in settings_by_name(config).items()
+        if name in fixed or (name.partition(".")[0] in sections and name not in free)
     }
 
 

@@ -8,9 +8,11 @@ is checked by the launcher (`distlora_launcher/compose/checks.py`), before any w
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -387,6 +389,16 @@ class Config:
         if self.train.needs.data != "prompts":
             return self.data
         return replace(self.data, sequence_length=self.data.sequence_length - self.rollout.max_new_tokens)
+
+    @property
+    def preparation(self) -> str:
+        """SHA-256 of the settings that decide the packed sequences. RUN/data.json keeps that of its own."""
+        data = {name: value for name, value in asdict(self.prepared_data).items() if not name.startswith("reward")}
+        del data["cache_dir"]
+        tokens = [self.model.new_tokens, dict(self.model.special_tokens)]
+        needed = self.train.max_steps if data["streaming"] else None
+        values = [data, tokens, self.train.objective, self.train.seed, needed]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def _check_reference(self) -> None:
         """Refuse what would change the reference of the objective as it trains."""

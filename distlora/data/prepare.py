@@ -85,10 +85,11 @@ def prepare(
 
 
 def prepare_run(run_dir: str | Path) -> dict[str, Any]:
-    """Prepare the data of RUN/config.yaml and write RUN/data.json: {"cache": folder, "reused": bool, ...meta.json}.
+    """Prepare the data of RUN/config.yaml and write RUN/data.json.
 
-    A run that was prepared before reads its hub data sets at the same commits again, whatever was pushed since.
-    Returns what it wrote. Raises UserError as `prepare` does, and for a folder without a run.
+    It holds {"cache": folder, "reused": bool, "preparation": `Config.preparation`, ...meta.json}. A run that
+    was prepared before reads its hub data sets at the same commits again, whatever was pushed since. Returns
+    what it wrote. Raises UserError as `prepare` does, and for a folder without a run.
     """
     run_dir = Path(run_dir)
     config = load_config(run_dir)
@@ -96,7 +97,7 @@ def prepare_run(run_dir: str | Path) -> dict[str, Any]:
     sources = find_sources(config.data, pinned_commits(run_dir))
     entry = prepare(config.model, config.prepared_data, config.train, sources, earlier_date=_earlier_date(run_dir))
     meta = read_meta(entry)
-    record = {"cache": str(entry), "reused": meta["created"] < started, **meta}
+    record = {"cache": str(entry), "reused": meta["created"] < started, "preparation": config.preparation, **meta}
     for split, counts in record["splits"].items():
         # The entry may have been made from files that lay elsewhere.
         for counted, source in zip(counts["sources"], sources.get(split, sources["train"]), strict=True):

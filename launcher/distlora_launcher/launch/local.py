@@ -207,9 +207,14 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def is_prepared(run_dir: Path) -> bool:
-    """Return whether the packed sequences that RUN/data.json names are in the cache; False for a damaged record."""
-    cache = object_or_empty(run_dir / DATA_NAME).get("cache")
-    return isinstance(cache, str) and os.path.isdir(cache)
+    """Return whether the packed sequences that RUN/data.json names are in the cache, and those of RUN/config.yaml.
+
+    False for a damaged record; records of earlier versions do not say of which settings they are.
+    """
+    record = object_or_empty(run_dir / DATA_NAME)
+    cache, preparation = record.get("cache"), record.get("preparation")
+    is_there = isinstance(cache, str) and os.path.isdir(cache)
+    return is_there and preparation in (None, load_config(run_dir).preparation)
 
 
 def prepare(run_dir: Path, forwarder: Forwarder | None = None) -> int:

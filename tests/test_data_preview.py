@@ -95,6 +95,24 @@ def test_the_template_what_it_does_not_render_and_duplicates_are_named(settings,
     assert "not rendered   reasoning of 2 turns, 20 characters" in summary(prepare_run(folder)), "a run names it too"
 
 
+def test_keys_that_nothing_reads_are_named_once(settings, tmp_path, capsys):
+    chats = [chat("Hi", "Hello there.") | {"id": number, "meta": None} for number in range(12)]
+    chats[3]["messages"][0]["mood"] = chats[3]["messages"][1]["mood"] = "glad"
+    chats[4]["messages"][1] |= {"loss": False, "reasoning_content": "Be polite."}
+    path = write_lines(tmp_path / "chats.jsonl", chats)
+    folder, named = settings(path=str(path)), "'id' (12 records), 'messages.mood' (1 records)"
+    assert show_preview(folder, documents=0) == 0
+    assert f"  not read         {named}\n" in capsys.readouterr().out
+    for _ in range(2):
+        assert f"not read       {named}\n" in summary(prepare_run(folder)), "a reused preparation names them too"
+    template = tmp_path / "glad.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.mood }}] {{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    folder = settings(path=str(path), template=str(template), ignore_columns=["id"])
+    assert "not read" not in summary(prepare_run(folder)), "the template reads it"
+
+
 def test_documents_that_a_run_refuses_are_counted_and_the_first_is_named(settings, tmp_path, capsys):
     path = write_lines(tmp_path / "chats.jsonl", [SHORT, WITH_THOUGHTS, SHORT, WITH_THOUGHTS])
     folder = settings(path=str(path), template="zephyr")

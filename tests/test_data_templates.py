@@ -232,6 +232,22 @@ def test_a_mask_that_cannot_be_followed_is_refused(load, train_on, flag):
         encode(load(CHATML), "chat", value, train_on=train_on)
 
 
+@pytest.mark.parametrize("mask", [{"weight": 0}, {"loss": False}, {"loss_weight": 0.0}, {"training": False}])
+def test_masks_of_other_tools_are_honoured(load, mask):
+    value = chat("Hi", "Hello there.", "Bye", "See you.")
+    for message in value["messages"]:
+        (name,) = mask
+        message[name] = 1 if message["role"] == "assistant" else 0
+    masked, ours = (json.loads(json.dumps(value)) for _ in range(2))
+    masked["messages"][1] |= mask
+    for message in ours["messages"]:
+        del message[name]
+    ours["messages"][1]["train"] = False
+    found, expected, whole = encode(load(CHATML), "chat", masked, ours, value)
+    assert np.array_equal(found[1], expected[1])
+    assert found[1].sum() < whole[1].sum()
+
+
 def test_marks_without_the_end_of_turn_token_are_extended_to_it(load):
     inside = "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
     assert inside in MARKED

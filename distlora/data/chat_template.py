@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distlora.config import UserError, nearest
+from distlora.data.conversations import MASK_KEYS
 
 Message = dict[str, Any]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BOS_LINE = "{{- bos_token }}\n"
 """First line of a named template; it stays where the tokenizer itself puts that token in front of a text."""
-_MASKING = ("train", "weight")
-"""Keys of a message that say whether it is trained; no template sees them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,6 +230,10 @@ class ChatTemplate:
         """Return whether the template marks the assistant's parts. It may depend on tools."""
         return _GENERATION.search(self._text(tools)) is not None
 
+    def reads(self, key: str) -> bool:
+        """Return whether the template names a key of a message."""
+        return re.search(rf"\b{re.escape(key)}\b", self._text(None)) is not None
+
     def render(
         self, place: str, messages: list[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False
     ) -> str:
@@ -279,7 +282,7 @@ class ChatTemplate:
 
         # As apply_chat_template does: many templates write "None" for a key that is null, and skip an absent one.
         conversation = [
-            {key: value for key, value in message.items() if value is not None and key not in _MASKING}
+            {key: value for key, value in message.items() if value is not None and key not in MASK_KEYS}
             for message in messages
         ]
         rendered: Any = render_jinja_template(

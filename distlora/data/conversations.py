@@ -2,9 +2,9 @@
 
 A canonical chat is {"messages": [...]} and, where there are any, "tools". A message has "role" (one of ROLES) and
 "content": a string, or None where "tool_calls" are there. It may have "tool_calls" ([{"type": "function", "function":
-{"name": str, "arguments": dict}}]), "tool_call_id", "name", "reasoning_content" or "thinking" (strings), "train" (bool)
-or "weight" (0 or 1), and whatever else a template reads. A key whose value is null is as good as absent: Arrow writes
-those. Imports neither torch nor transformers nor numpy.
+{"name": str, "arguments": dict}}]), "tool_call_id", "name", "reasoning_content" or "thinking" (strings), one of
+MASK_KEYS ("train": bool; others: 0 or 1), and whatever else a template reads. A key whose value is null is as good as
+absent: Arrow writes those. Imports neither torch nor transformers nor numpy.
 """
 
 import itertools
@@ -43,6 +43,11 @@ ALPACA_WITHOUT_INPUT = (
 """The prompts of github.com/tatsu-lab/stanford_alpaca, with the newline at the end that LLaMA-Factory has."""
 
 _STRINGS = ("tool_call_id", "name", "reasoning_content", "thinking")
+MASK_KEYS = ("train", "weight", "loss", "loss_weight", "loss_scale", "training")
+"""Keys of a message that say whether it is trained (ours and Axolotl's, OpenAI's, ms-swift's, LLaMA-Factory's); no
+template sees them."""
+MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "tool_calls", *_STRINGS, *MASK_KEYS))
+"""Keys of a message that are read, whatever the template reads besides."""
 
 
 def check_chat(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
     if role not in ROLES:
         raise UserError(f"{where} has the role {role!a}{nearest(role, ROLES)}; use one of {', '.join(ROLES)}. {good}")
     kept = {key: item for key, item in message.items() if item is not None}
-    check_meaning(kept, where, _MEDIA_KEYS)
+    check_meaning(kept, where, _MEDIA_KEYS | _MASKS)
     calls = kept.pop("tool_calls", None)
     if calls:
         if role != "assistant":
@@ -154,8 +159,9 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
         expect(kept.get(key, ""), str, f"{where}: {key!r}", good)
     if "train" in kept and not isinstance(kept["train"], bool):
         raise UserError(f"{where}: 'train' is {kind_name(kept['train'])}; write true or false")
-    if kept.get("weight", 0) not in (0, 1):
-        raise UserError(f"{where}: 'weight' is {kept['weight']!r}; a turn is trained (1) or not (0)")
+    for key in MASK_KEYS:
+        if kept.get(key, 0) not in (0, 1):
+            raise UserError(f"{where}: {key!r} is {kept[key]!r}; a turn is trained (1) or not (0)")
     return kept
 
 
@@ -288,9 +294,13 @@ def parse_string(text: str, place: str, what: str, advice: str) -> Any:
 
 VERDICT_KEYS = ("label", "kto_tag")
 """Keys of a record that say whether its answer is good (TRL and Axolotl; LLaMA-Factory)."""
+_MASKS = frozenset(("mask", "loss_mask", "response_mask", "completion_mask", "assistant_masks", "train_detail"))
 NOT_TRAINED = {
     **dict.fromkeys(VERDICT_KEYS, "says whether its answer is good, which only train.objective=kto trains on"),
     **dict.fromkeys(("score", "scores", "reward", "rewards"), "rates it, which only reward models are trained on"),
+    **dict.fromkeys(
+        (*MASK_KEYS, *_MASKS, "sample_weight"), "masks or weights a loss, for which only messages have a key"
+    ),
     **dict.fromkeys(("image", "images"), "holds pictures, which only vision models read"),
     **dict.fromkeys(("video", "videos", "audio", "audios"), "holds media that no text model reads"),
 }
@@ -414,6 +424,8 @@ _QUESTIONS = ("instruction", "question", "input")
 """Keys of a preference record that hold its prompt as a question to an assistant (Axolotl, LLaMA-Factory)."""
 CONVERSATION_KEYS = {"sharegpt": "conversations", "chat": "messages"}
 """Keys of conversations, by format."""
+PREFERENCE_KEYS = (*_QUESTIONS, *CONVERSATION_KEYS.values(), "history", *itertools.chain(*PAIR_NAMES))
+"""Other keys that the prompt and the answers of a preference record may have."""
 
 
 def preference_pair(value: dict[str, Any], place: str, good: str, *, has_template: bool) -> dict[str, Any]:

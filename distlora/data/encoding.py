@@ -284,6 +284,16 @@ class Encoders:
         """The template that chats were rendered with; None without chats."""
         return next((encoder.template for encoder in self._of_kind.values() if encoder.template is not None), None)
 
+    def unread(self, source: Source) -> str:
+        """Name the keys of a source's records that neither we nor the chat template read; empty for none."""
+        template = self.template
+        counts = {
+            key: count
+            for key, count in source.unread.items()
+            if template is None or not (key.startswith("messages.") and template.reads(key.removeprefix("messages.")))
+        }
+        return ", ".join(f"{key!a} ({count:,} records)" for key, count in sorted(counts.items()))
+
     @property
     def form(self) -> DataForm:
         """Return what a record is to the objective."""

@@ -9,7 +9,7 @@ Canonical chats and pairs are conversations.py's.
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -18,8 +18,10 @@ from distlora.config import DATA_FORMATS, UserError, nearest
 from distlora.config.objectives import OBJECTIVES, PAIRS, objectives_of, takes_format
 from distlora.data.conversations import (
     CONVERSATION_KEYS,
+    MESSAGE_KEYS,
     NOT_TRAINED,
     PAIR_NAMES,
+    PREFERENCE_KEYS,
     SIDES,
     VERDICT_KEYS,
     alpaca_document,
@@ -70,8 +72,8 @@ OPTIONAL_KEYS = {
     "preference": ("prompt", "system", "tools", "margin"),
     "prompt_only": ("system", "tools"),
 }
-"""Keys that a record may have besides; "label" only where answers are judged. Any other key is ignored, but a
-prompt_only record keeps it for rewards."""
+"""Keys that a record may have besides; "label" only where answers are judged. Any other key is ignored and counted, but
+a prompt_only record keeps it for rewards."""
 
 
 class Record(NamedTuple):
@@ -92,12 +94,14 @@ class Document:
     {"prompt": str or messages, "columns": {...}} with an optional "tools"; or, of a pair, {"chosen": value, "rejected":
     value, "margin": any} with two of the first or two of the second form; of a judged answer, {"answer": value, "good":
     bool} with one of them; or {"prompt": str, "completions": [str, ...], "labels": [bool, ...]}. A message is what
-    `conversations.check_chat` lets through.
+    `conversations.check_chat` lets through. `unread`: keys of the record that nothing reads, and of its messages those
+    that only a template may read, as "messages.KEY".
     """
 
     place: str
     num_bytes: int
     value: dict[str, Any]
+    unread: Set[str] = frozenset()
 
 
 def format_keys(format: str) -> tuple[str, ...]:
@@ -221,7 +225,8 @@ def to_document(record: Record, format: str, has_template: bool, reading: Readin
     is_prompt_only, is_judged = format == "prompt_only", reading.judged and format != "preference"
     value, place = _read(_object(record, format), reading, is_prompt_only=is_prompt_only), record.place
     if is_prompt_only:
-        return Document(place, record.num_bytes, prompt_only(value, place, good(format)))
+        canonical = prompt_only(value, place, good(format))
+        return Document(place, record.num_bytes, canonical, _unread(value, value.keys()))
     check_meaning(value, place, NOT_TRAINED.keys() - {*VERDICT_KEYS} if is_judged else NOT_TRAINED.keys())
     if value.get("tools") and "tools" not in format_keys(format):
         raise UserError(
@@ -253,7 +258,15 @@ def to_document(record: Record, format: str, has_template: bool, reading: Readin
         # In TRL's conversational form, all turns behind the prompt are the answer.
         is_joined = format == "chat" and reading.columns.get("messages", "messages") not in record.value
         canonical = judged_answer(canonical, value, place, f"a good line: {JUDGED_EXAMPLE}", whole=is_joined)
-    return Document(place, record.num_bytes, canonical)
+    known = {*format_keys(format), *VERDICT_KEYS, *(PREFERENCE_KEYS if format == "preference" else ())}
+    return Document(place, record.num_bytes, canonical, _unread(value, known))
+
+
+def _unread(value: dict[str, Any], known: Set[str]) -> Set[str]:
+    """Return the keys of a record with a value that are not `known`, and "messages.KEY" for those of its messages."""
+    in_messages = _message_keys([item for key, item in value.items() if key in known]) - MESSAGE_KEYS
+    others = {key for key, item in value.items() if key not in known and item not in (None, "", [], {})}
+    return others | {f"messages.{key}" for key in in_messages}
 
 
 def shown(text: str) -> str:

@@ -22,6 +22,7 @@ from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError, req
 from distlora.config.file import load_config
 from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import template_choice, template_source
+from distlora.data.conversations import MASK_KEYS
 from distlora.data.encoding import Encoders, Need, nothing_to_train, read_enough, read_whole
 from distlora.data.packing import Corpus, count_sources, held_out_documents, shares, use_pieces, write_split
 from distlora.data.rows import (
@@ -144,7 +145,7 @@ def _settings(
                 value == default, f"data.{name}={value} has no effect: no source holds chats; leave data.{name} out"
             )
     else:
-        settings["train_on"] = data.train_on
+        settings |= {"train_on": data.train_on, "masks": list(MASK_KEYS)}
         if train.needs.data == "steps":
             settings["step_separator"] = data.step_separator
         if data.eot_tokens:
@@ -264,6 +265,7 @@ def _build(
         "chats": template is not None,
         "chat_template": template and template.source,
         "unwritten_reasoning": template.unwritten if template else (0, 0),
+        "unread": [unread for source in itertools.chain(*sources.values()) if (unread := encoders.unread(source))],
         "settings": settings,
         "content": content_digest(folder, list(splits)),
         "model": str(model_dir.absolute()),
@@ -393,6 +395,7 @@ def summary(record: dict[str, Any]) -> str:
     count, characters = record.get("unwritten_reasoning", (0, 0))
     if count:
         lines.append(f"not rendered   reasoning of {count:,} turns, {characters:,} characters, by the chat template")
+    lines += [f"not read       {unread}" for unread in record.get("unread", [])]
     lines.append(f"{'reused' if record['reused'] else 'cached'} in     {record['cache']}")
     return "\n".join(lines)
 

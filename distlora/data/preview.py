@@ -55,6 +55,8 @@ class SourceSample:
     """(D,) targets, before anything is cut off."""
     unwritten: tuple[int, int] = (0, 0)
     """(messages, characters) of reasoning that the template does not write."""
+    unread: str = ""
+    """Keys that nothing reads."""
     refused: list[str] = field(default_factory=list)
     shown: list[tuple[Document, Encoded]] = field(default_factory=list)
 
@@ -115,6 +117,7 @@ def _read(
             while batch := list(itertools.islice(wanted, _BATCH)):
                 corpus.append(_encoded(sample, batch, shown), number, too_long)
             sample.ended = next(documents, None) is None
+            sample.unread = encoders.unread(source)
             if encoder.template is not None:  # One for all sources.
                 sample.unwritten, encoder.template.unwritten = encoder.template.unwritten, (0, 0)
             samples.append(sample)
@@ -206,6 +209,8 @@ def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: i
     if sample.unwritten[0]:
         count, characters = sample.unwritten
         yield f"  not rendered     reasoning of {count:,} turns, {characters:,} characters"
+    if sample.unread:
+        yield f"  not read         {sample.unread}"
     if sample.refused:
         yield f"  refused          {len(sample.refused):,}, which would stop a run. The first: {sample.refused[0]}"
     if not count:

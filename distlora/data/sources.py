@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,6 +244,8 @@ class Source:
     is_saved: bool = False
     """A folder that datasets' save_to_disk wrote."""
     streaming: bool = False
+    unread: Counter[str] = field(default_factory=Counter)
+    """Number of records in which nothing read a key, so far; see `Document.unread`."""
     _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -293,7 +296,15 @@ class Source:
             head = head_with_key(itertools.chain(head, records), config.reasoning_key)
         reading = Reading(config.columns, config.ignore_columns, config.reasoning_key, judged=form == "judged")
         format = resolve_format(first, config.format, reading)
-        return format, (to_document(record, format, has_template, reading) for record in itertools.chain(head, records))
+        return format, self._documents(itertools.chain(head, records), format, has_template, reading)
+
+    def _documents(
+        self, records: Iterator[Record], format: str, has_template: bool, reading: Reading
+    ) -> Iterator[Document]:
+        for record in records:
+            document = to_document(record, format, has_template, reading)
+            self.unread.update(document.unread)
+            yield document
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what decides the documents, as plain JSON for the cache key, without the place of local files.

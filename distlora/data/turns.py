@@ -15,7 +15,7 @@ import numpy as np
 
 from distlora.config import UserError
 from distlora.data.chat_template import TOOLS_ADVICE, ChatTemplate, Message
-from distlora.data.conversations import common_prefix
+from distlora.data.conversations import MASK_KEYS, common_prefix
 from distlora.data.formats import Document
 
 
@@ -231,7 +231,7 @@ class TurnFinder:
     """Renders conversations and finds the turns to train in their text.
 
     `train_on`: assistant (every turn of the assistant), last (its last turn) or all (all text). A message with
-    "train": false or "weight": 0 is never trained.
+    "train": false, or 0 under another of MASK_KEYS, is never trained.
     """
 
     def __init__(self, tokenizer: Any, template: ChatTemplate, train_on: str) -> None:
@@ -336,8 +336,8 @@ class TurnFinder:
         return None if rest.strip() else end
 
     def _is_wanted(self, place: str, index: int, message: Message) -> bool:
-        """Return a message's "train" or "weight"; True without either."""
-        flags = {key: bool(message[key]) for key in ("train", "weight") if message.get(key) is not None}
+        """Return what a message's MASK_KEYS say; True without one."""
+        flags = {key: bool(message[key]) for key in MASK_KEYS if message.get(key) is not None}
         wanted = all(flags.values())
         # Of other roles a flag may only say what holds anyway.
         if flags and message["role"] != "assistant" and wanted != (self._train_on == "all"):

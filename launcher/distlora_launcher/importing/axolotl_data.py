@@ -7,6 +7,7 @@ from typing import Any
 from distlora.config import UserError
 from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import template_choice
+from distlora.data.conversations import MASK_KEYS
 from distlora_launcher.importing.recipe import Imported, Keys, note_entry_key
 
 _BEGINNING = "begins with the beginning-of-text token where the tokenizer adds one to every text"
@@ -409,7 +410,7 @@ def _trained(entry: Keys, imported: Imported, source: _Source) -> None:
                 "unsupported", f"{entry.place}{name}", "the end of each trained turn is trained, and no other"
             )
     flag = entry.text("message_field_training")
-    if flag not in (None, "train", "weight"):
+    if flag not in (None, *MASK_KEYS):
         imported.note("refused", f"{entry.place}message_field_training={flag}", "rename it to train in the data")
     for ours, theirs in entry.mapping("roles").items():
         words = theirs if isinstance(theirs, list) else [theirs]

@@ -55,6 +55,7 @@ FULL: dict[str, Any] = LEAST | {
     "lr_scheduler_kwargs": {"num_decay_steps": 20, "decay_type": "linear", "num_stable_steps": 70},
 }
 """Keys in keys, each with a value that another would change."""
+MLP = ("up_proj", "gate_proj", "down_proj")
 
 
 def composed(imported: Imported, tmp_path: Path) -> Config:
@@ -354,7 +355,9 @@ def test_what_is_otherwise_in_the_test_set_is_named(given: dict[str, Any], key: 
         ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "v_proj"]}, "qv"),
         ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "down_proj"]}, ("q_proj", "down_proj")),
         ({"lora_target_linear": None, "lora_target_modules": r"model\.layers.*q_proj"}, r"model\.layers.*q_proj"),
-        ({"lora_target_modules": ["q_proj", "lm_head"]}, "all-linear"),
+        ({"lora_target_modules": ["q_proj", "lm_head"]}, "linears"),
+        ({"lora_target_linear": None, "lora_target_modules": "all-linear"}, "linears"),
+        ({"lora_target_linear": None, "lora_target_modules": ["up_proj", "gate_proj", "down_proj"]}, MLP),
     ],
 )
 def test_target_modules(given: dict[str, Any], expected: Any, tmp_path: Path) -> None:

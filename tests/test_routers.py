@@ -14,10 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -128,6 +130,24 @@ def save_spread(small: Architecture, config: dict[str, Any], folder: Path) -> No
             experts = torch.rand(len(tensor), 4, generator=generator).argsort(dim=1)
             tensors[name] = experts[:, : tensor.shape[1]].to(tensor.dtype).contiguous()
     safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen2_moe"])
+def test_the_preset_linears_is_pefts_all_linear(tmp_path: Path, name: str) -> None:
+    """Axolotl trains those with lora_target_linear: no fused weights of experts, gates of shared experts."""
+    config = settings_of(name)
+    small = probe(config, name)
+    save_random(small, config, "test", tmp_path, 1)
+    theirs = peft.get_peft_model(
+        load_theirs(small, tmp_path).get_submodule(small.causal), peft.LoraConfig(target_modules="all-linear")
+    )
+    adapted = {
+        path.removeprefix("base_model.model.")
+        for path, module in theirs.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    assert {*select_adapted(AdapterConfig(target_modules="linears"), small)} == adapted
+    assert adapted < {*select_adapted(AdapterConfig(target_modules="all-linear"), small)} | adapted
 
 
 def test_presets_leave_out_the_gate_of_a_shared_expert_which_can_be_named(

@@ -117,10 +117,11 @@ def match_ending(endings: Iterable[str], paths: list[str]) -> list[str]:
 def select_adapted(adapter: AdapterConfig, architecture: Architecture) -> list[str]:
     """Return the Hugging Face paths of the weights that `adapter` gives an adapter to.
 
-    A preset means all linears of its roles but gates of shared experts, and the fused weights of experts if `mlp` or
-    `all-linear`; adapter.target_parameters means experts by name (a list's entry means what equals it or ends in "." +
-    it, as in PEFT). Routers never have one. Raises UserError, with what to type, for entries that match nothing, name a
-    router or a weight that can have no adapter, and for settings that adapters of experts cannot have.
+    A preset means all linears of its roles but gates of shared experts (`linears`: with them), and the fused weights of
+    experts if `mlp` or `all-linear`; adapter.target_parameters means experts by name (a list's entry means what equals
+    it or ends in "." + it, as in PEFT). Routers never have one. Raises UserError, with what to type, for entries that
+    match nothing, name a router or a weight that can have no adapter, and for settings that adapters of experts cannot
+    have.
     """
     every = dict(architecture.adaptable())
     experts = [path for path, weight in every.items() if weight.kind == "experts"]
@@ -167,6 +168,7 @@ _ROLES = {
     "mixer": ("mixer",),
     "experts": (),
     "all-linear": ("attention", "mlp", "mixer"),
+    "linears": ("attention", "mlp", "mixer"),
 }
 """Roles of linears by preset."""
 
@@ -177,7 +179,8 @@ def select_among(adapter: AdapterConfig, every: Mapping[str, Weight]) -> list[st
     experts = [path for path, weight in every.items() if weight.kind == "experts" and not weight.no_adapter]
     chosen, wanted = _meant(adapter, experts), adapter.target_modules
     if isinstance(wanted, str) and wanted in _ROLES:
-        free = [path for path in linears if not (every[path].no_adapter or every[path].is_gate)]
+        gates = wanted == "linears"  # PEFT's all-linear has them too.
+        free = [path for path in linears if not (every[path].no_adapter or (every[path].is_gate and not gates))]
         selected = [path for path in free if every[path].role in _ROLES[wanted]]
         if not selected and not chosen:
             roles = sorted({weight.role for weight in every.values() if not weight.no_adapter})

@@ -133,11 +133,13 @@ class ModelConfig:
 SAVED_MODULES = ("embed_tokens", "lm_head")
 """Modules that can be trained whole beside adapters."""
 
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     "qv": ("q_proj", "v_proj"),
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
-    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "all-linear": _LINEARS,
+    "linears": _LINEARS,
 }
 
 
@@ -159,8 +161,9 @@ class AdapterConfig:
     """Train the norms of the weights' rows apart from their directions (DoRA, arXiv 2402.09353): one more parameter per
     output. Takes more time, and memory for one more output per adapted linear of a layer."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Linears that get an adapter: a preset (qv, attention, mlp, all-linear), a list of module names (the last parts
-    of their paths), or a regular expression that matches whole paths."""
+    """Linears that get an adapter: a preset (qv, attention, mlp, all-linear, linears), a list of module names (the last
+    parts of their paths), or a regular expression that matches whole paths. `linears` leaves out the fused weights of
+    experts, which `all-linear` adapts, as PEFT's and Axolotl's all-linear do."""
     target_parameters: tuple[str, ...] = ()
     """Fused weights of a mixture of experts that get an adapter per expert, by the last parts of their names:
     [mlp.experts.gate_up_proj, mlp.experts.down_proj]. Empty: both if target_modules is mlp or all-linear, else none."""

@@ -144,7 +144,7 @@ def result_changing_savings(plan: Plan) -> list[Settings]:
     singles += [{"data.sequence_length": n} for n in _halves(config.data.sequence_length, LEAST_LENGTH)]
     if config.adapter.method == "lora" and config.adapter.init_from is None:
         singles += [{"adapter.r": n} for n in _halves(config.adapter.r, LEAST_RANK)]
-        if config.adapter.target_modules in ("all-linear", "mlp"):
+        if config.adapter.target_modules in ("all-linear", "linears", "mlp"):
             singles.append({"adapter.target_modules": "attention"})
     return singles
 

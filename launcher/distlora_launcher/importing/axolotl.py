@@ -254,7 +254,7 @@ def _targets(keys: Keys, imported: Imported) -> str | list[str]:
     """Return the targets of lora_target_linear and lora_target_modules, without embeddings."""
     linear, modules = keys.flag("lora_target_linear"), keys.any("lora_target_modules")
     if isinstance(modules, str) and not linear:
-        return modules  # A regular expression for whole paths, or all-linear: the same in PEFT and here.
+        return "linears" if modules == "all-linear" else modules  # A regular expression: the same in PEFT and here.
     names = keys.words("lora_target_modules") or []
     embeddings = [name for name in names if name in EMBEDDINGS]
     if embeddings:
@@ -270,14 +270,15 @@ def _targets(keys: Keys, imported: Imported) -> str | list[str]:
             imported.note(
                 "idle", f"lora_target_modules={_list(extra)}", "lora_target_linear already covers every linear"
             )
-        return "all-linear"
+        return "linears"
     if not names and keys.any("lora_target_parameters"):
         return []
     if not names:
         raise UserError(
             "neither lora_target_linear nor lora_target_modules names a linear; add lora_target_linear: true"
         )
-    preset = next((name for name, modules in TARGET_PRESETS.items() if sorted(modules) == sorted(names)), None)
+    # Not mlp and all-linear, which mean the fused weights of experts too: PEFT adapts none by these names.
+    preset = next((name for name in ("qv", "attention") if sorted(TARGET_PRESETS[name]) == sorted(names)), None)
     return preset or names
 
 

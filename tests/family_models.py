@@ -38,6 +38,11 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+_TOWERS = {
+    "gemma4": _VISION
+    | {"model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}
+}
+"""Vision towers of types whose class has none by default, as all checkpoints have."""
 _LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0 + 0.1 * i for i in range(9)],
@@ -114,7 +119,9 @@ def hf_config(name: str) -> Any:
     import transformers
 
     if name not in VARIANTS:
-        values = shrink(config_of(name))
+        values = shrink(config_of(name.removesuffix(" with its tower")))
+        if name.endswith(" with its tower"):
+            values["vision_config"] = _TOWERS[name.split()[0]]
         text = values.get("text_config", values)
         text |= {key: VOCABULARY for key in text if re.fullmatch("vocab_size(_per_layer_input)?", key)}
         return transformers.CONFIG_MAPPING[values["model_type"]].from_dict(values)

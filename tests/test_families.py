@@ -141,7 +141,7 @@ def save_adapter(folder: Path, model: CausalLM, base: Path) -> None:
     safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, "gemma4 with its tower"])
 def test_peft_loads_the_saved_adapter_and_has_our_logits_and_gradients(
     family_folder: Callable[[str], Path], tmp_path: Path, recwarn: pytest.WarningsRecorder, name: str
 ) -> None:

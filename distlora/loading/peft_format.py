@@ -237,7 +237,8 @@ def _target_modules(model: CausalLM, adapter: str) -> list[str]:
     """Return last names, as PEFT's users write them, if they select exactly the adapted linears; else whole paths."""
     adapted = sorted(path for path, _ in model.adapted_linears(adapter))
     linears = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
-    linears += model.outside_linears  # PEFT would adapt a vision tower's q_proj, too.
+    # PEFT would adapt a vision tower's q_proj, too, or refuse it where it is a module around a linear (Gemma 4's).
+    linears += {*model.outside_linears, *(path.rpartition(".")[0] for path in model.outside_linears)}
     short = sorted({path.rpartition(".")[2] for path in adapted})
     if not short:  # Experts alone.
         return []

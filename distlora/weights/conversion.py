@@ -28,7 +28,7 @@ MAX_PIECES = 2**14
 """Byte ranges that one parameter may be put together from. Each takes about 150 bytes, on every rank."""
 
 _ROW_MOVERS = (
-    *("Chunk", "Concatenate", "Interleave", "MergeModulelist", "Split"),
+    *("Chunk", "Concatenate", "Interleave", "MergeModulelist", "PermuteForRope", "Split"),
     *("Inkling2UnpadVocab", "Inkling2LoopMergeMessageQueries"),
 )
 """transformers' operations that only move rows: elements with the same index in all dimensions but the last."""

@@ -105,10 +105,10 @@ class Watch:
         long_seconds: float = LONG_SECONDS,
         silent_seconds: float | None = None,
     ) -> None:
-        """Start the threads. `silent_seconds`: None: a minute, or `timeout_seconds` if that is less."""
+        """Start the threads. `silent_seconds`: None: a minute, or half of `timeout_seconds` if that is less."""
         self.rank, self.world = rank, world
         self._limit, self._long_limit = timeout_seconds, max(timeout_seconds, long_seconds)
-        self._silent_seconds = min(SILENT_SECONDS, timeout_seconds) if silent_seconds is None else silent_seconds
+        self._silent_seconds = min(SILENT_SECONDS, timeout_seconds / 2) if silent_seconds is None else silent_seconds
         self._end = end
         self._beat_seconds = min(BEAT_SECONDS, timeout_seconds / 10)
         self._host, self._port = store.host, store.port
@@ -184,7 +184,7 @@ class Watch:
             if self._alarmed.is_set() and not shown:
                 shown = True
                 self._show_stacks()
-            if still <= self._limit:
+            if still <= self._limit - self._silent_seconds:  # The reads, so far apart, lie within the limit.
                 previous = None
                 continue
             if previous is None:

@@ -132,6 +132,17 @@ def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None
     )
 
 
+def test_a_slow_function_is_no_hang_and_one_that_hangs_ends_by_its_limit(functions: Path) -> None:
+    signs: list[float] = []
+    with RewardPool(
+        data("mine.odd", reward_timeout=4.0, reward_processes=1), moved=lambda: signs.append(time.monotonic())
+    ) as pool:
+        signs.clear()
+        scores = pool.score(inputs("hang in C"))
+    assert (scores.failed, scores.counts["rewards/mine.odd/timeouts"]) == ([True], 1)
+    assert len(signs) >= 4
+
+
 def test_functions_of_trl_run_unchanged() -> None:
     texts = ["<think>\n2 / 4\n</think>\n\\boxed{\\frac{1}{2}}", r"\boxed{\frac{1}{3}}"]
     messages = [[{"role": "assistant", "content": text}] for text in texts]

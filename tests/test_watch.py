@@ -56,7 +56,13 @@ def watched(ranks: Ranks, *, case: str, port: int) -> tuple[float, str, tuple[in
         sys.stderr = full_log()
     silent_seconds = 10.0 if case == "saves" else None
     watching = Watch(
-        store, ranks.rank, ranks.world, timeout_seconds=TIMEOUT_SECONDS, end=end, silent_seconds=silent_seconds
+        store,
+        ranks.rank,
+        ranks.world,
+        timeout_seconds=TIMEOUT_SECONDS,
+        end=end,
+        silent_seconds=silent_seconds,
+        long_seconds=TIMEOUT_SECONDS if "rewards" in case else watch.LONG_SECONDS,
     )
     for step in range(1, 6):
         watch.at(step, "forward of micro-batch", 1)
@@ -87,6 +93,12 @@ def hang(case: str, rank: int, ended: threading.Event) -> None:
         time.sleep(TIMEOUT_SECONDS / 2)
         subprocess.Popen(["sh", "-c", f"sleep 1.8; kill -CONT {os.getpid()}"])
         os.kill(os.getpid(), signal.SIGSTOP)  # As one whose beats are late.
+    elif "rewards" in case and rank == 1:
+        watch.at(4, "computing rewards", long=True)
+        for _ in range(40):
+            ended.wait(TIMEOUT_SECONDS / 10)
+            if case == "slow rewards":
+                watch.moved()
     elif case.startswith("stopped") and rank == stopped_rank(case):
         os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -105,6 +117,7 @@ def full_log() -> io.TextIOWrapper:
             r"rank 1 is in step 4 \(forward of micro-batch 1\) at threading.py:\d+ in wait; waiting for ",
         ),
         ("stopped", (1,), r"rank 1 gives no sign of life \(its process is stopped, .*, last in step [34] \("),
+        ("rewards without progress", (1,), r"rank 1 is in step 4 \(computing rewards\) at .*; waiting for that: "),
         ("stopped with the store", (0,), r"rank 0, through which .* gives no sign of life .*; waiting: rank \d is in "),
         (
             "all in one place",
@@ -127,9 +140,10 @@ def test_the_rank_that_hangs_is_named(world: World, case: str, culprits: tuple[i
     assert seconds < 20 * TIMEOUT_SECONDS
 
 
-def test_what_may_take_long_is_waited_for(world: World) -> None:
-    """By those that wait for it in a step, and though nothing is heard of it for 1.8 s."""
-    assert world.run(3, watched, case="saves", port=free_port()) == [None] * 3
+@pytest.mark.parametrize("case", ["saves", "slow rewards"])
+def test_what_may_take_long_is_waited_for(world: World, case: str) -> None:
+    """By those that wait for it in a step, and though nothing is heard of it for 1.8 s; beyond that, if it moves."""
+    assert world.run(3, watched, case=case, port=free_port()) == [None] * 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the connection in /proc")

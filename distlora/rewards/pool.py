@@ -34,6 +34,8 @@ EXIT_SECONDS = 1.0
 """Time for a process to end that has closed its pipe."""
 REASONS = ("timeouts", "errors", "invalid")
 """Causes for a missing reward: too slow; raised or ended its process; returned no finite number."""
+MOVED_SECONDS = 1.0
+"""Longest time between two calls of `RewardPool.moved`."""
 _START = (-1, -1)
 
 Text = str | Sequence[Mapping[str, Any]]
@@ -134,10 +136,14 @@ class _Worker:
 
 @dataclass
 class RewardPool:
-    """The processes that compute `data.rewards`; as a context, they run within it. `log` gets a line per new fault."""
+    """The processes that compute `data.rewards`; as a context, they run within it. `log` gets a line per new fault.
+
+    `moved` is called while they work: each request has its time limit, so all of them end, after hours perhaps.
+    """
 
     data: DataConfig
     log: Callable[[str], None] = say
+    moved: Callable[[], None] = lambda: None
     _workers: list[_Worker] = field(default_factory=list)
     _logged: set[tuple[str, str]] = field(default_factory=set)
 
@@ -209,7 +215,8 @@ class RewardPool:
             if worker.outgoing:
                 waiting.register(worker.pipes[0], select.POLLOUT)
         first = min(self._workers[index].deadline for index in busy)
-        waiting.poll(1000 * max(first - time.monotonic(), 0) + 1)
+        waiting.poll(1000 * min(max(first - time.monotonic(), 0), MOVED_SECONDS) + 1)
+        self.moved()
         replies = []
         for index in busy:
             worker = self._workers[index]

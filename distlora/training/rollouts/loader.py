@@ -311,7 +311,7 @@ def open_rollouts(
             engine = Engine(model, backend, end_tokens=ends, tokenizer=encoder.tokenizer, chosen=progress.sampling)
         else:
             engine = stack.enter_context(contextlib.closing(_served(config, model, backend, data, ends)))
-        pool = stack.enter_context(RewardPool(config.data, log=log))
+        pool = stack.enter_context(RewardPool(config.data, log=log, moved=watch.moved))
         loader = RolloutLoader(
             prompts,
             held_out,

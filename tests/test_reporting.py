@@ -6,6 +6,8 @@ import os
 import queue
 import signal
 import sys
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,12 +17,14 @@ import wandb
 
 from distlora.checkpoint.state import Progress
 from distlora.config import Config, DataConfig, ModelConfig, OptimConfig, TrackerConfig, UserError
-from distlora.system import progress
+from distlora.system import progress, stop_signals
 from distlora.system.exit_codes import STOPPED
 from distlora.system.stop_signals import Stopped
 from distlora.training.reporter import Reporter
+from distlora.training.trackers import wandb_run
 from small_disks import fill, small_disk
 from wandb_logs import read_wandb_log
+from wandb_server import server_that_is_down
 
 
 @pytest.fixture
@@ -253,6 +257,38 @@ def test_an_unusable_key_falls_back_to_offline_and_says_why(tmp_path, no_key, mo
     assert "cannot log online" in shown
     assert "logging offline" in shown
     assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("fault", ["refuses", "silent", "500"])
+def test_a_wandb_server_that_is_down_delays_a_start_by_seconds(tmp_path, no_key, monkeypatch, capsys, fault):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    with server_that_is_down(fault) as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        began = time.monotonic()
+        with make_reporter(tmp_path, tracker="wandb") as reporter:
+            assert time.monotonic() - began < 20  # wandb's own limit is 90 s, and its process takes a few to start.
+            reporter.log(1, {"loss": 1.0})
+    shown = capsys.readouterr().out
+    assert f"WARNING: wandb cannot log online (no valid answer from {url} within 5 s); logging offline" in shown
+    assert "wandb: offline; upload with `wandb sync " in shown
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+@pytest.mark.ci
+def test_a_request_to_stop_ends_the_wait_for_wandbs_server(tmp_path, no_key, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1000")
+    monkeypatch.setattr(wandb_run, "ANSWER_SECONDS", 1000.0)
+    monkeypatch.setattr(stop_signals, "_request", None)
+    with server_that_is_down("silent") as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        timer = threading.Timer(2.0, stop_signals.request, [signal.SIGTERM])
+        timer.start()
+        with make_reporter(tmp_path, tracker="wandb") as reporter:
+            assert not timer.is_alive()
+            reporter.log(1, {"loss": 1.0})
+    assert "wandb: offline; upload with `wandb sync " in capsys.readouterr().out
 
 
 def logged(run_dir):

@@ -1,5 +1,6 @@
 """Check each tracker by its own reader: what a run that was killed and resumed has logged, all trackers at once."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -21,6 +22,7 @@ from distlora.training.trackers import background
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.compose import compose_config
 from wandb_logs import read_wandb_log
+from wandb_server import server_that_is_down
 
 HAS_SWANLAB = importlib.util.find_spec("swanlab") is not None
 EXPECTED = {
@@ -188,6 +190,20 @@ def test_a_server_that_is_not_there_is_reported_once_and_the_run_goes_on(tmp_pat
     assert shown.count("WARNING: mlflow failed (MlflowException: ") == 1
     assert "WARNING: tensorboard" not in shown
     assert (tmp_path / "metrics.jsonl").read_text().count("loss") == 3
+
+
+@pytest.mark.parametrize(("name", "variable"), [("mlflow", "MLFLOW_TRACKING_URI"), ("trackio", "TRACKIO_SERVER_URL")])
+def test_a_server_that_never_answers_delays_neither_a_start_nor_a_step(tmp_path, monkeypatch, capsys, name, variable):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_WRITE_TOKEN", "token")
+    monkeypatch.setattr(trackers, "FINISH_SECONDS", 2.0)
+    importlib.import_module(name)
+    with server_that_is_down("silent") as url:
+        monkeypatch.setenv(variable, url)
+        with make_reporter(tmp_path, TrackerConfig(**{name: True})) as reporter:
+            reporter.log(1, {"loss": 1.0})
+    assert f"WARNING: {name} did not finish in time" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text().count("loss") == 1
 
 
 def test_a_tracker_that_exits_or_cannot_start_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capsys):

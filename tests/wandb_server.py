@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,6 +140,33 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(item)
     else:
         yield value
+
+
+@contextmanager
+def server_that_is_down(fault: str) -> Iterator[str]:
+    """Yield the URL of a server that `refuses` connections, is `silent` in them, or answers `500`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            """Not on the terminal."""
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_error(500)
+
+        do_GET = do_POST  # noqa: N815
+
+    with socket.socket() as held, ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        held.bind(("127.0.0.1", 0))
+        if fault == "silent":
+            held.listen()
+        port = held.getsockname()[1]
+        if fault == "500":
+            port = http.server_port
+            threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield f"http://127.0.0.1:{port}"
+        if fault == "500":
+            http.shutdown()
 
 
 @contextmanager

@@ -13,15 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
 from distlora.config import TrackerConfig
-from distlora.system import atomic_io
+from distlora.system import atomic_io, stop_signals
 from distlora.training.trackers.background import Tracker, id_path, read_id
 from distlora.training.trackers.wandb_agent import AgentRun
 
+ANSWER_SECONDS = 5.0
+"""Seconds that wandb's server has to confirm the key, or the run logs offline."""
+INIT_SECONDS = "8"
+"""Seconds that it then has to begin the run, unless the user sets WANDB_INIT_TIMEOUT (by default wandb takes 90)."""
 FINISH_SECONDS = 60.0
 """Seconds that wandb may delay the end of a run for uploads. The rest stays on disk for `wandb sync`; a job about to be
 killed has little more time."""
@@ -46,6 +54,7 @@ class _Service:
         """
         import wandb
 
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", INIT_SECONDS)
         settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
         settings.run_id = settings.sweep_id = settings.sweep_param_path = None
         return settings
@@ -210,17 +219,43 @@ def _open(
     import wandb
 
     online = _service.settings().mode == "online"
-    if online and not _service.is_offline and wandb.login(prompt=False, verify=False):
+    if online and not _service.is_offline:
         try:
-            return _init(run_dir, tracker, name, recorded, "online")
-        except wandb.Error as error:
+            if _log_in():
+                return _init(run_dir, tracker, name, recorded, "online")
+        except (wandb.Error, TimeoutError) as error:
             # A run that waited hours in a queue should not end because a plotting server is down.
-            say(f"wandb cannot log online ({' '.join(str(error).split())}); logging offline")
+            say(f"WARNING: wandb cannot log online ({' '.join(str(error).split())}); logging offline")
             _service.is_offline = True
             if _service.runs:  # The online runs stay online.
                 return _init(run_dir, tracker, name, recorded, "offline", has_id=False)
-            _service.end(0)  # The failed attempt still holds the run's id.
+            if not isinstance(error, TimeoutError):  # An attempt that failed still holds the run's id.
+                _service.end(0)
     return _init(run_dir, tracker, name, recorded, "offline")
+
+
+def _log_in() -> bool:
+    """Return whether there is a key. Raises wandb.Error if wandb's server refuses it, TimeoutError without an answer.
+
+    wandb waits for its server without looking at signals, so a thread waits, and a request to stop ends that.
+    """
+    import wandb
+
+    answer = Future[bool]()
+
+    def ask() -> None:
+        try:
+            answer.set_result(wandb.login(prompt=False, verify=True))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="wandb login", daemon=True).start()
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while not answer.done() and time.monotonic() < deadline and stop_signals.requested() is None:
+        time.sleep(0.05)
+    if not answer.done():
+        raise TimeoutError(f"no valid answer from {_service.settings().base_url} within {ANSWER_SECONDS:g} s")
+    return answer.result()
 
 
 def _init(

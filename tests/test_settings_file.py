@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,39 @@ def test_a_file_that_cannot_be_run_is_refused_with_what_to_write(text: str, expe
     with pytest.raises(UserError) as raised:
         composed(text, "data.path=x.jsonl")
     assert expected in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        ("tracker.project", "in settings that are paths only"),
+        ("name", "in settings that are paths only"),
+        ("model.revision", "in settings that are paths only"),
+        ("data.sources[0].label", "in settings that are paths only"),
+        ("model.path", "not an absolute path"),
+        ("run_dir", "not an absolute path"),
+    ],
+)
+def test_a_credential_of_the_environment_gets_into_no_setting(
+    place: Path, monkeypatch: pytest.MonkeyPatch, setting: str, reason: str
+):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    section, _, name = setting.partition(".")
+    value = "org/${oc.env:SECRET}"
+    entry = {section: {name: value} if name else value}
+    if "sources" in setting:
+        entry = {"data": {"sources": [{"path": "documents.jsonl", "label": value}]}}
+    with pytest.raises(UserError, match=rf"{re.escape(setting)} has \$\{{oc.env:SECRET\}}, and .* {reason}") as refused:
+        composed(yaml.safe_dump({"model": {"path": "/base"}, "data": {"path": "documents.jsonl"}} | entry))
+    assert "s3cr3t" not in str(refused.value)
+
+
+def test_paths_may_name_folders_of_the_environment(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    text = "{model: {path: '${oc.env:SCRATCH}/base'}, data: {sources: [{path: '${oc.env:SCRATCH}/a.jsonl'}]}, "
+    config = composed(text + "run_dir: '${oc.env:SCRATCH}/run', quant: {cache_dir: '${oc.env:ABSENT,/cache}'}}")
+    assert (config.model.path, config.data.sources[0].path) == ("/scratch/me/base", "/scratch/me/a.jsonl")
+    assert (config.run_dir, config.quant.cache_dir) == ("/scratch/me/run", "/cache")
 
 
 def test_every_command_with_settings_reads_a_file(place: Path, capsys: pytest.CaptureFixture[str]):

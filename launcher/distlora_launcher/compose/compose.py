@@ -4,6 +4,7 @@ Hydra raises a dozen kinds of exceptions for a mistyped override, which explain.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, Node, OmegaConf, open_dict
+from omegaconf.errors import InterpolationResolutionError
+from omegaconf.resolvers import oc
 
 from distlora.config import TARGET_PRESETS, Config, GpuConfig, UserError, require
 from distlora.config.base import cache_root, means_hub
@@ -81,6 +84,28 @@ for _name in ("auto", *GPUS):
     ConfigStore.instance().store(group="gpu", name=_name, node=dataclasses.asdict(GpuConfig(name=_name)))
 # `${cache_root:}` in conf/.
 OmegaConf.register_new_resolver("cache_root", lambda: str(cache_root()), replace=True)
+
+
+def _path_of_environment(name: str, *default: Any, _node_: Node) -> str | None:
+    """Resolve `${oc.env:NAME}` and `${oc.env:NAME,DEFAULT}`: an absolute path, in a setting that is a path.
+
+    RUN, trackers and model cards show the settings, so another value, which may be a credential, is refused unseen.
+    """
+    key = _node_._get_full_key(None)
+    is_path = key in (*PATHS, "data.template", "run_dir", "hydra.run.dir", "hydra.sweep.dir")
+    if not is_path and not re.fullmatch(r"data\.sources\[\d+\]\.path", key):
+        reason = "an environment variable can be read in settings that are paths only"
+    elif name in os.environ and not os.path.isabs(os.environ[name]):
+        reason = "the environment variable is not an absolute path"
+    else:
+        return oc.env(name, *default)
+    raise InterpolationResolutionError(
+        f"{key} has ${{oc.env:{name}}}, and {reason}, because RUN/config.yaml and trackers show every setting; write "
+        "the value itself if all may read it"
+    )
+
+
+OmegaConf.register_new_resolver("oc.env", _path_of_environment, replace=True)
 
 
 def with_new_keys(word: str) -> str:

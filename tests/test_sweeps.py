@@ -9,6 +9,8 @@ import dataclasses
 import json
 import math
 import os
+import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -164,6 +166,51 @@ def test_a_damaged_journal_is_refused_by_name(tmp_path: Path, damage: bytes):
     journal.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[3:]]))
     with pytest.raises(UserError, match=r"journal.log is damaged"):
         study_of(sweep)
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.place,)
+
+
+class FakeCma:
+    """The part of the package cmaes that Optuna calls: draws near the mean of the last generation."""
+
+    population_size, generation, dim = 3, 0, 1
+
+    def __init__(self, mean: Any, **_: Any) -> None:
+        self.mean, self._rng = mean, random.Random()
+
+    def ask(self) -> Any:
+        return self.mean + self._rng.uniform(0.01, 0.02)
+
+    def tell(self, solutions: list[tuple[Any, float]]) -> None:
+        self.mean, self.generation = sum(x for x, _ in solutions) / len(solutions), self.generation + 1
+
+
+def test_cma_es_reads_no_pickle_from_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "cmaes", SimpleNamespace(CMA=FakeCma, CMAwM=type("CMAwM", (), {})))
+    monkeypatch.setattr(study, "check_sampler", lambda _: None)
+    sweep = sweep_at(tmp_path / "s", Interval("optim.lr", 0.0, 1.0), method="optuna", sampler="cmaes", trials=10)
+    drawn = []
+    with worker_place(sweep.folder, "worker_0"):
+        for _ in range(10):
+            opened = study_of(sweep)
+            trial = asked(opened)
+            assert not (tmp_path / "ran").exists()
+            drawn.append(trial.values["optim.lr"])
+            code = pickle.dumps(Touch(tmp_path / "ran")).hex()
+            number = opened._trial(trial.number)._trial_id
+            opened._study._storage.set_trial_system_attr(number, "cma:optimizer:0", code)
+            complete(opened, trial, 1.0)
+    # The first is random; then each generation of three is near the mean of the one before.
+    means = [0.5, *(sum(drawn[first : first + 3]) / 3 for first in (1, 4))]
+    assert all(0.01 <= drawn[1 + at] - means[at // 3] <= 0.02 for at in range(9))
 
 
 @pytest.mark.parametrize(

@@ -235,26 +235,16 @@ class Study:
     def _draw(self) -> None:
         """Have Optuna draw the next trial, which then waits with its values.
 
-        It is one line of the journal, so that a kill leaves all of it or nothing. CMA-ES keeps state with the trial, so
-        it draws once that exists (`_take`).
+        It is one line of the journal, so that a kill leaves all of it or nothing.
         """
-        settings = self._sweep.settings
-        if settings.method == "optuna" and settings.sampler == "cmaes":
-            self._study.enqueue_trial({})
-            return
         tried = [_values(trial) for trial in self._study.get_trials(deepcopy=False)]
-        self._enqueue(draw(settings, self._space, self._study, tried))
+        self._enqueue(draw(self._sweep.settings, self._space, self._study, tried))
 
     def _take(self, waiting: FrozenTrial) -> FrozenTrial:
         """Take a waiting trial for this process."""
-        is_drawn = "values" in waiting.user_attrs
-        names = waiting.system_attrs["fixed_params"] if is_drawn else self._space
-        if not is_drawn:
-            self._study.sampler = make_sampler(self._sweep.settings, waiting.number)
+        names = waiting.system_attrs["fixed_params"]
         trial = self._study.ask({name: distribution(self._space[name]) for name in names})
         frozen = self._trial(trial.number)
-        if not is_drawn:
-            self._set(frozen, values={name: chosen(self._space[name], found) for name, found in trial.params.items()})
         self._claim(frozen)
         return frozen
 
@@ -314,8 +304,10 @@ def draw(
     finite = is_finite(tuple(space.values()))
     for attempt in range(PROPOSALS if finite else 1):
         sampler = make_sampler(settings, len(tried), attempt)
-        together = sampler.infer_relative_search_space(study, trial)
-        found = sampler.sample_relative(study, trial, together)
+        if isinstance(sampler, optuna.samplers.CmaEsSampler):
+            found = dict(replayed(study, sampler).ask(kinds).params)
+        else:
+            found = sampler.sample_relative(study, trial, sampler.infer_relative_search_space(study, trial))
         for name, kind in kinds.items():
             if name not in found:
                 found[name] = sampler.sample_independent(study, trial, name, kind)
@@ -323,6 +315,21 @@ def draw(
         if values not in tried or not finite:
             return values
     return next(values for values in cells(tuple(space.values())) if values not in tried)
+
+
+def replayed(study: optuna.Study, sampler: BaseSampler) -> optuna.Study:
+    """Return the completed trials as a study in memory.
+
+    CMA-ES pickles its state into a study and would unpickle it from the journal, where anybody may have put code.
+    """
+    again = optuna.create_study(sampler=sampler, direction=study.direction)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    for trial in sorted(complete, key=lambda trial: (trial.datetime_complete, trial.number)):
+        again.enqueue_trial(trial.params)
+        taken = again.ask(trial.distributions)
+        _ = taken.relative_params  # Reading it is what updates CMA-ES's state.
+        again.tell(taken, trial.value)
+    return again
 
 
 def distribution(dimension: Dimension) -> BaseDistribution:

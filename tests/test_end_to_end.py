@@ -95,6 +95,8 @@ def test_the_readme_line_trains_on_chats_and_says_what_it_does(folders: Path, tm
     assert sorted(path.name for path in run_dir.parent.iterdir()) == ["cache", "chats.jsonl", "run"], (
         "no outputs/ folder"
     )
+    folders_of_one_user = [run_dir, *(run_dir.parent / "cache").glob("*/..")]
+    assert {path.stat().st_mode & 0o777 for path in folders_of_one_user} == {0o700}
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["eval_loss"] == evaluations[-1]
     # Every layer is dense, and so gathered once: what a step gathers is not quantized.

@@ -130,3 +130,13 @@ def test_processes_that_need_one_architecture_make_it_once(tmp_path: Path) -> No
     for thread in threads:
         thread.join()
     assert made == [1]
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"kinds": [', b'{"rows": 8}', b"\xff\x00"])
+def test_a_damaged_text_of_the_cache_is_made_again(tmp_path: Path, damage: bytes) -> None:
+    path, text = tmp_path / "a" / "b.json", '{"rows": 4}'
+    assert kept_text(path, lambda: text) == text
+    path.write_bytes(damage)
+    assert kept_text(path, lambda: text) == text
+    assert path.read_text() == text
+    assert kept_text(path, lambda: "not made again") == text

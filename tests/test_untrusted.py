@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from distlora.architecture.spec import kept_text
 from distlora.architecture.tokens import load_tokenizer
-from distlora.config import SourceConfig, UserError
+from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, UserError
 from distlora.data.chat_template import ChatTemplate
+from distlora.data.rows import new_entry
 from distlora.data.sources import find_source
 from distlora.post.export.repository import own_files
+from distlora.system.atomic_io import private_folder
+from distlora_launcher.launch.local import create_run
 from small_models import tokenizer
 from test_layout import MODULES
 
@@ -149,6 +154,31 @@ def test_saved_data_set_stays_in_its_folder(tmp_path: Path, name: str) -> None:
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", name]}))
     with pytest.raises(UserError, match=r"dataset_dict.json names"):
         next(find_source(SourceConfig(path=str(folder))).records())
+
+
+def test_runs_and_caches_are_closed_to_other_users(tmp_path: Path) -> None:
+    team, closed, opened = (tmp_path / name for name in ("team", "closed", "opened"))
+    closed.mkdir()
+    closed.chmod(0o755)
+    team.mkdir()
+    team.chmod(0o2775)
+    opened.mkdir()
+    opened.chmod(0o750)
+    before = os.umask(0o022)
+    try:
+        for parent in (closed, team):
+            config = Config(model=ModelConfig(path="m"), data=DataConfig(path="d"), run_dir="r")
+            create_run(parent / "runs" / "first", config)
+            with new_entry(parent / "data", "key"):
+                pass
+            kept_text(parent / "architectures" / "a.json", lambda: "text")
+        private_folder(opened)
+    finally:
+        os.umask(before)
+    made = ("runs/first", "data", "architectures")
+    assert {(closed / name).stat().st_mode & 0o777 for name in made} == {0o700}
+    assert {(team / name).stat().st_mode & 0o777 for name in made} == {0o750}, "the group that a team's folder names"
+    assert opened.stat().st_mode & 0o777 == 0o750, "the user's own choice"
 
 
 def test_symlink_in_a_result_is_not_published(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from distlora.architecture.spec import derived, kept_text, versions
 from distlora.config import UserError, require
 from distlora.config.base import cache_root
 from distlora.config.json_files import object_or_empty
+from distlora.system.atomic_io import private_folder
 from distlora.system.exit_codes import require_package
 
 SUFFIX = ".gguf"
@@ -82,7 +83,7 @@ def _describe(file: Path, folder: Path, *, again: bool = False) -> None:
         return
     require_package("gguf", f"{{model.path}}={file}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        private_folder(folder)
         tempfile.TemporaryFile(dir=folder).close()
         if again:
             note.unlink(missing_ok=True)

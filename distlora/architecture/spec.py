@@ -24,7 +24,7 @@ from typing import Any, Literal
 from distlora.architecture.disk_names import DiskNames, model_names
 from distlora.config import UserError
 from distlora.config.base import cache_root
-from distlora.system.atomic_io import write_text
+from distlora.system.atomic_io import private_folder, write_text
 from distlora.system.exit_codes import BAD_INPUT
 from distlora.system.progress import still
 
@@ -386,11 +386,12 @@ def _architecture_of(content: str, place: str) -> Architecture:
 
 
 def kept_text(path: Path, make: Callable[[], str]) -> str:
-    """Return the text of a file of the cache, made if it does not exist, while other processes that need it wait."""
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    """Return the text of a file of the cache, made if it is missing or damaged, while other processes wait for it."""
+    text = _whole_text(path)
+    if text is not None:
+        return text
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         lock = path.with_suffix(".lock").open("w")
     except OSError as error:
         print(
@@ -401,9 +402,25 @@ def kept_text(path: Path, make: Callable[[], str]) -> str:
     with lock:
         with still("waiting for another process that checks the model"):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.is_file():
-            write_text(path, make())
-    return path.read_text(encoding="utf-8")
+        text = _whole_text(path)
+        if text is None:
+            text = make()
+            write_text(path.with_suffix(_DIGEST), hashlib.sha256(text.encode()).hexdigest())
+            write_text(path, text)
+    return text
+
+
+_DIGEST = ".sha256"
+"""Suffix of the file beside a kept text with the SHA-256 of that text."""
+
+
+def _whole_text(path: Path) -> str | None:
+    """Return a text that `kept_text` wrote; None if it is missing or not what was written."""
+    record = path.with_suffix(_DIGEST)
+    if not (path.is_file() and record.is_file()):
+        return None
+    content = path.read_bytes()
+    return content.decode() if hashlib.sha256(content).hexdigest().encode() == record.read_bytes() else None
 
 
 def cached_path(content: str) -> Path:

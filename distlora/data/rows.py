@@ -24,7 +24,7 @@ import numpy as np
 from distlora.config import UserError
 from distlora.config.json_files import Shape, check_shape, read_object
 from distlora.config.objectives import OBJECTIVES
-from distlora.system.atomic_io import sync
+from distlora.system.atomic_io import private_folder, sync
 
 FORMAT_VERSION = 6
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
@@ -283,7 +283,7 @@ def new_entry(cache_dir: Path, key: str) -> Iterator[Path]:
     exception ours is removed; after a kill it stays under its temporary name, which nobody opens, until a later
     preparation finds it a day old.
     """
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    private_folder(cache_dir)
     for abandoned in cache_dir.glob(".partial-*"):
         # Another preparation may remove or publish it at the same moment.
         with contextlib.suppress(FileNotFoundError):

@@ -320,7 +320,7 @@ def open_quantized_cache(
     boundary(None, "looking up the base in the quantized-weights cache", long=True)
     is_usable = True
     try:
-        settings.folder.mkdir(parents=True, exist_ok=True)
+        atomic_io.private_folder(settings.folder)
     except OSError as error:
         is_usable = False
         say(

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder that its owner alone can enter, and its parents as the umask says; leave one that exists.
+
+    In a folder with the set-group-ID bit (chmod g+s), which a team shares, its group may enter as the umask says.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o770 if path.parent.stat().st_mode & stat.S_ISGID else 0o700, exist_ok=True)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

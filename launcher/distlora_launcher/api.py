@@ -20,6 +20,7 @@ from distlora.config.file import load_config
 from distlora.post.trained import Name
 from distlora.run_folder.layout import PLAN_NAME, REPORT_NAME, SUMMARY_NAME, find_result, metric_records, read_record
 from distlora.run_folder.sweep import words_of
+from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED
 from distlora_launcher.cli import report as report_command
 from distlora_launcher.cli.plan import PlanResult, plan_run
@@ -329,7 +330,7 @@ def _write_documents(documents: Iterable[Mapping[str, Any]], path: Path) -> Path
             lines.append(json.dumps(dict(document), ensure_ascii=False, allow_nan=False) + "\n")
         except (TypeError, ValueError) as error:
             raise UserError(f"data[{index}] is not JSON ({error}); give texts, numbers, lists and dicts") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_io.private_folder(path.parent)
     path.write_text("".join(lines), encoding="utf-8")
     return path
 

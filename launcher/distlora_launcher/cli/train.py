@@ -21,6 +21,7 @@ from distlora.config import ClusterConfig, UserError, require
 from distlora.config.peer_names import peer_hint
 from distlora.planner.choose import Choice
 from distlora.planner.mixed import with_formats
+from distlora.system.atomic_io import private_folder
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
 from distlora_launcher.cli.resume import resume
 from distlora_launcher.cli.train_help import help_text
@@ -103,6 +104,7 @@ def main(arguments: list[str]) -> int:
                 return DONE
         if not is_multirun(flags):
             return start_composed(choices[0])
+        private_folder(Path(first.run_dir))  # Hydra would let everybody in.
         return run_hydra([*options, "--", *flags.overrides])
     if not flags.shell_completion:
         composed(flags, may_lack_paths=True)

@@ -41,7 +41,7 @@ def write_data() -> Path:
     """Copy the chats to CACHE/demo, where they can be read and changed, and return that folder."""
     folder = demo_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        atomic_io.private_folder(folder)
         for name in (DATA, HELD_OUT):
             text = Path(__file__).with_name(name).read_text(encoding="utf-8")
             if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text:

@@ -20,6 +20,7 @@ from distlora.config import ClusterConfig, Config, QuantConfig, UserError, requi
 from distlora.config.file import load_config
 from distlora.planner import Plan
 from distlora.run_folder.layout import checkpoint_folders, find_result
+from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, STOPPED
 from distlora.training.trackers.wandb_agent import ASKED
 from distlora_launcher.compose.checks import check
@@ -160,7 +161,7 @@ def make_cache(cluster: ClusterConfig, quant: QuantConfig) -> None:
     """Make the folder for quantized weights if a container mounts it: it must exist before the start."""
     if cluster.container is not None and quant.keeps_shards:
         with contextlib.suppress(OSError):
-            Path(quant.cache_dir).mkdir(parents=True, exist_ok=True)
+            atomic_io.private_folder(Path(quant.cache_dir))
 
 
 def submit_script(folder: Path, *options: str) -> Submission:

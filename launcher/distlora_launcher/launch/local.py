@@ -177,7 +177,7 @@ def create_run(run_dir: Path, config: Config) -> None:
 
 def write_new(path: Path, values: Mapping[str, Any], what: str) -> None:
     """Write a YAML file atomically. Raises UserError if it exists: its folder already holds a `what`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_io.private_folder(path.parent)
     temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"  # Not the pid: two containers have equal ones.
     with temporary.open("w", encoding="utf-8") as file:
         yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)

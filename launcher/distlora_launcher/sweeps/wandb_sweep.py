@@ -86,7 +86,7 @@ def create(arguments: list[str]) -> int:
     if "--dry-run" in arguments:
         print(text, end="")
         return DONE
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    atomic_io.private_folder(sweep.folder)
     file = sweep.folder / FILE_NAME
     require(not file.exists(), f"{file} already exists; set another run_dir, or `wandb sweep {shown(file)}`")
     atomic_io.write_text(file, text)
@@ -274,8 +274,9 @@ def start_agents(arguments: list[str]) -> int:
     if index is None and cluster.launcher == "slurm":
         submit_agents(request, cluster)
         return DONE
+    atomic_io.private_folder(request.folder)
     logs = request.folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs.mkdir(exist_ok=True)
     # Several commands may share a folder, also from several nodes.
     name = f"agents_{host_name()}_{os.getpid()}"
     with worker_place(request.folder, name), forwarding() as forwarder:
@@ -409,7 +410,7 @@ def submit_agents(request: AgentsRequest, cluster: ClusterConfig) -> None:
         mounts=[str(request.folder), DataConfig(path=".").cache_dir, QuantConfig().cache_dir],
     )
     check_with_slurm(script)
-    request.folder.mkdir(parents=True, exist_ok=True)
+    atomic_io.private_folder(request.folder)
     request.keep()
     submit_workers(request.folder, script, request.workers, cluster)
     say(f"stop with: distlora cancel {shown(request.folder)}")

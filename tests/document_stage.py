@@ -37,7 +37,7 @@ from distlora_launcher.cli import sweep as sweeps
 from distlora_launcher.cli.bench import step as bench_step
 from distlora_launcher.cli.status import run_folders
 from distlora_launcher.compose import checks
-from documents import ROOT, Command, assigned, expanded
+from documents import ROOT, Command, assigned, documents, expanded, named_files
 from family_models import SINGLE
 from small_models import make_run, write_model_folder, write_text_file
 
@@ -73,6 +73,9 @@ def make_stage(folder: Path) -> Path:
     write_lines(folder / "questions.jsonl", [asked] * 20)
     write_lines(folder / "preferences.jsonl", [{"prompt": "A?", "chosen": "Yes.", "rejected": "No."}] * 20)
     write_lines(folder / "judged.jsonl", [{"prompt": "A?", "completion": "Yes.", "label": True}] * 20)
+    for document in documents():
+        for name, text in named_files(document).items():
+            (folder / name).write_text(text)
     (folder / "wikipedia.txt").write_text("An article.\n" * 40)
     (folder / "prompts.txt").write_text("What is a list?\nWhat is a tuple?\n")
     write_text_file(folder / "text.jsonl")

@@ -91,6 +91,12 @@ def blocks(document: str) -> list[Block]:
     return found
 
 
+def named_files(document: str) -> dict[str, str]:
+    """Return the files whose content the document shows: blocks that begin with a comment of a name alone, by name."""
+    firsts = ((re.fullmatch(r"# ([\w-]+\.\w+)", block.lines[0]), block) for block in blocks(document) if block.lines)
+    return {name[1]: "\n".join(block.lines) + "\n" for name, block in firsts if name}
+
+
 def prose(document: str) -> Iterator[tuple[int, str]]:
     """Yield the lines outside of blocks, by their numbers."""
     inside = False

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
+import shlex
+import subprocess
 import typing
 from contextlib import closing
 from pathlib import Path
@@ -16,11 +19,13 @@ from pathlib import Path
 import pytest
 
 import settings_page
+from chaos import DISTLORA
 from distlora.config import Config
 from distlora.config.sweep import SweepConfig
 from distlora_launcher.cli.main import COMMANDS
 from document_stage import Shell, make_stage, make_sweep, no_process_starts
-from documents import ROOT, anchors, commands, documents, links, named
+from documents import ROOT, anchors, blocks, commands, documents, links, named, named_files
+from small_models import read_metrics
 
 FOLDERS = ("distlora", "kernels", "launcher", "conf", "tests", "slurm", "docs")
 PYTHON_FILES = {str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
@@ -60,6 +65,42 @@ def test_every_command_of_a_document_runs(
             if reason is not None:
                 wrong.append(f"{command.place}\n    {reason}: {output.err.strip()}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if "mine.py" in named_files(name)])
+def test_a_function_of_the_user_trains_as_its_document_shows(
+    document: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = named_files(document)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "Llama-3.2-1B").symlink_to(folders / "llama")
+    lines = [json.dumps({"prompt": f"What is 6 x {n}?", "answer": str(6 * n)}) for n in range(12)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    (command,) = [item.text for item in commands(document) if any(name in item.text.split() for name in files)]
+    small = "data.sequence_length=64 rollout.max_new_tokens=8 train.global_batch=8 train.max_steps=2 tracker=none"
+    words = [str(DISTLORA), *shlex.split(command)[1:], *small.split(), "run_dir=run"]
+    finished = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    steps = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert [(line["rewards/mine.short/mean"], line["rewards/failed"]) for line in steps] == [(1.0, 0)] * 2
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+@pytest.mark.ci
+def test_the_callbacks_of_the_python_page_are_called(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = [block for block in blocks("docs/python.md") if any("Callback):" in line for line in block.lines)]
+    monkeypatch.chdir(tmp_path)
+    text, old = "import distlora\n" + "\n".join(block.lines), 'model="Qwen/Qwen3-0.6B", data="chats.jsonl", '
+    assert old in text
+    small = {"data.sequence_length": 64, "train.max_steps": 2, "train.global_batch": 4, "tracker": "none"}
+    places = {"model": str(folders / "llama"), "data": str(folders / "text.jsonl"), "settings": small, "run_dir": "run"}
+    exec(text.replace(old, f"**{places!r}, "), found := {"__name__": "__main__"})
+    assert len(found["losses"]) == 2
+    assert found["run"].status.state == "done"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

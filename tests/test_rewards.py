@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,12 +18,16 @@ from typing import Any
 import pytest
 
 from distlora.config import Config, DataConfig, ModelConfig, UserError
+from distlora.config.file import load_config
 from distlora.rewards import sandbox, sandbox_entry
 from distlora.rewards.built_in import last_block, reward_function
-from distlora.rewards.find import check_functions
+from distlora.rewards.find import check_functions, import_functions
 from distlora.rewards.pool import RewardInput, RewardPool
 from distlora.rewards.sandbox import passes
 from distlora.rewards.worker import compute
+from distlora_launcher.compose import checks
+from distlora_launcher.compose.compose import compose_config
+from distlora_launcher.launch.local import create_run
 
 FUNCTIONS = """
 import ctypes, math, os, random, re, subprocess, sys, time
@@ -183,11 +188,53 @@ def test_functions_that_cannot_be_loaded_are_refused(functions: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=message):
             check_functions(data(name))
-    check_functions(data("mine.length", "json.decoder.JSONDecodeError", "trl.rewards.accuracy_reward", "exact_match"))
+    names = ("mine.length", "json.decoder.JSONDecodeError", "trl.rewards.accuracy_reward", "exact_match")
+    check_functions(data(*names))
+    import_functions(data(*names[:2]))
     assert "mine" not in sys.modules
     check_functions(data("broken.reward"))
     with pytest.raises(UserError, match=r"broken.reward: ModuleNotFoundError: No module named 'no_such_module'"):
-        RewardPool(data("broken.reward")).__enter__()
+        import_functions(data("broken.reward"))
+
+
+def test_a_run_keeps_its_functions_wherever_it_is_resumed(
+    functions: Path, tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (functions / "package").mkdir()
+    (functions / "package" / "ours.py").write_text("from mine import length\n")
+    rewards = "data.rewards=[mine.length,package.ours.length,exact_match]"
+    words = ["recipe=grpo", f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", rewards]
+    config = compose_config([*words, f"run_dir={tmp_path / 'run'}"])
+    assert config.data.reward_folder == str(functions)
+    assert [*config.data.reward_digests] == ["mine", "package.ours"]
+    create_run(tmp_path / "run", config)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # As in a rank.
+    (tmp_path / "mine.py").write_text("def length(): raise OSError('another function')\n")
+    resumed = load_config(tmp_path / "run").data
+    check_functions(resumed)
+    with RewardPool(dataclasses.replace(resumed, reward_processes=1)) as pool:
+        assert pool.score(inputs("right")).values == [[5.0, 5.0, 1.0]]
+    with (functions / "mine.py").open("a") as file:
+        file.write("# another\n")
+    with pytest.raises(UserError, match=r"mine.py has changed since the run began .*; restore it, or start a new run"):
+        import_functions(resumed)
+    (functions / "package" / "ours.py").unlink()
+    with pytest.raises(UserError, match=r"no module package.ours in .*the run began with it: restore it, or set"):
+        check_functions(resumed)
+    (functions / "mine.py").write_text(FUNCTIONS)
+
+
+def test_functions_are_imported_before_a_run_starts(
+    functions: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (functions / "late.py").write_text("import no_such_module\ndef reward(): ...\n")
+    words = ["recipe=grpo", f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}"]
+    words += ["data.sequence_length=64", "rollout.max_new_tokens=8", "tracker=none", f"run_dir={tmp_path / 'run'}"]
+    config = compose_config([*words, "data.rewards=[late.reward]"])
+    monkeypatch.setattr(checks, "check_data", lambda *_: None)
+    with pytest.raises(UserError, match=r"late.reward: ModuleNotFoundError: No module named 'no_such_module'"):
+        checks.check(config, new_run=True)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +250,7 @@ def test_functions_that_cannot_be_loaded_are_refused(functions: Path) -> None:
         ({"rewards": ("math",), "rewards_execute_code": True}, r"no effect without data.rewards=\[unit_tests\]"),
         ({"rewards": ("math",), "rewards_isolation": "limits"}, r"no effect without data.rewards=\[unit_tests\]"),
         ({"reward_weights": (1.0,)}, "no effect without data.rewards"),
+        ({"rewards": ("math",), "reward_folder": "/x"}, "reward_folder=/x has no effect without a function of yours"),
         ({"reward_timeout": 3.0}, "data.reward_timeout=3.0 has no effect without data.rewards"),
     ],
 )

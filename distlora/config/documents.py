@@ -110,6 +110,12 @@ class DataConfig(ReadingConfig):
     rewards: tuple[str, ...] = ()
     """Functions that score sampled answers (docs/rl.md): exact_match, regex, math, json_schema, unit_tests, or a
     function of yours with TRL's signature as module.function."""
+    reward_folder: str | None = None
+    """Folder with the modules of your functions, searched before the installed packages; null: the working folder.
+    RUN/config.yaml holds its absolute path."""
+    reward_digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the source file of each of these modules: a run goes on with the same functions, or not at all. The
+    launcher fills it in."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward in an answer's total; empty: 1 for all."""
     reward_columns: Mapping[str, str] = field(default_factory=dict)

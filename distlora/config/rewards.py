@@ -42,6 +42,11 @@ def check_rewards(data: DataConfig) -> None:
     )
     for weight in data.reward_weights:
         require(math.isfinite(weight), f"data.reward_weights: {weight} is not a valid weight; set a finite number")
+    require(
+        data.reward_folder is None or not BUILT_IN.keys() >= {*data.rewards},
+        f"data.reward_folder={data.reward_folder} has no effect without a function of yours in data.rewards; leave it "
+        "out",
+    )
     columns = {BUILT_IN[name] for name in data.rewards if name in BUILT_IN}
     for column in data.reward_columns:
         require(

@@ -1,47 +1,77 @@
-"""Find the functions that `data.rewards` names without importing their modules: no code runs, and no torch."""
+"""Find the functions that `data.rewards` names: by reading their modules' text, then by a process that imports them."""
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 
 from distlora.config import DataConfig, UserError, nearest
 from distlora.config.rewards import BUILT_IN
 from distlora.rewards import sandbox
 from distlora.rewards.built_in import PACKAGES
+from distlora.rewards.pool import RewardPool
 from distlora.system.exit_codes import require_package
 
 
 def check_functions(data: DataConfig, *, on_this_node: bool = True) -> None:
-    """Refuse rewards that no module has, and built-in ones that this node cannot compute.
+    """Refuse rewards that no module has, and built-in ones that this node cannot compute. No code runs.
 
-    Modules are searched as processes of rewards do: from the working folder, then where Python looks.
+    Modules are searched as processes of rewards do: in data.reward_folder, then where Python looks.
     """
     for name in data.rewards:
         if name not in BUILT_IN:
-            _check_function(name)
+            _check_function(name, data)
         elif on_this_node and name in PACKAGES:
             require_package(PACKAGES[name], f"data.rewards=[{name}]")
         elif on_this_node and name == "unit_tests" and (reason := sandbox.reason_against(data.rewards_isolation)):
             raise UserError(f"data.rewards: {reason}")
 
 
-def _check_function(name: str) -> None:
-    module, _, attribute = name.rpartition(".")
+def import_functions(data: DataConfig) -> None:
+    """Import the user's functions in a process that computes rewards, as a run does. Raises UserError if it cannot."""
+    if any(name not in BUILT_IN for name in data.rewards):
+        with RewardPool(replace(data, reward_processes=1)):
+            pass
+
+
+def source_digests(names: Iterable[str], folder: str) -> dict[str, str]:
+    """Return the SHA-256 of the file of each module with functions of the user; modules without one are left out."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in BUILT_IN)
+    files = {module: spec.origin or "" for module in modules if (spec := _found(module, folder)) is not None}
+    contents = {module: Path(file).read_bytes() for module, file in files.items() if os.path.isfile(file)}
+    return {module: hashlib.sha256(content).hexdigest() for module, content in contents.items()}
+
+
+def _found(module: str, folder: str) -> ModuleSpec | None:
+    """Return where a module is, without importing it or its packages."""
     spec: ModuleSpec | None = None
-    path: list[str] | None = [os.getcwd(), *sys.path]
+    path: list[str] | None = [folder, *sys.path]
     for part in module.split("."):
         spec = PathFinder.find_spec(part if spec is None else f"{spec.name}.{part}", path) if path else None
         if spec is None:
-            raise UserError(
-                f"data.rewards=[{name}]: there is no module {module} in {os.getcwd()} or among the installed packages; "
-                "start from the folder that holds it, or install its package"
-            )
+            return None
         path = spec.submodule_search_locations and [*spec.submodule_search_locations]
-    assert spec is not None
+    return spec
+
+
+def _check_function(name: str, data: DataConfig) -> None:
+    module, _, attribute = name.rpartition(".")
+    folder = data.reward_folder or os.getcwd()
+    spec = _found(module, folder)
+    if spec is None:
+        cure = "start from the folder that holds it, set data.reward_folder to it, or install its package"
+        if module in data.reward_digests:
+            cure = "the run began with it: restore it, or set data.reward_folder in RUN/config.yaml to where it is now"
+        raise UserError(
+            f"data.rewards=[{name}]: there is no module {module} in {folder} or among the installed packages; {cure}"
+        )
     if spec.origin is None or not spec.origin.endswith(".py"):
         return  # Compiled: the processes say whether it has the function.
     with open(spec.origin, "rb") as file:

@@ -197,6 +197,7 @@ class RewardPool:
             [sys.executable, "-m", "distlora.rewards.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONSAFEPATH": "1"},  # A file ./json.py must not shadow what it imports of ours.
             bufsize=0,
             start_new_session=True,
         )

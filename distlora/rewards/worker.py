@@ -8,6 +8,7 @@ the set-up (the settings as plain values), then requests {"number": n, "reward":
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import importlib
 import inspect
 import json
@@ -16,11 +17,13 @@ import os
 import random
 import select
 import signal
+import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from distlora.config import DataConfig
+from distlora.config import DataConfig, UserError, require
 from distlora.config.errors import in_one_line, short
 from distlora.config.file import build
 from distlora.config.rewards import BUILT_IN
@@ -43,12 +46,14 @@ def main() -> None:
         replies.write(json.dumps({"number": number, **values}).encode() + b"\n")
 
     data = build(DataConfig, json.loads(requests.readline()))
+    sys.path.insert(0, data.reward_folder or os.getcwd())  # Behind no package: it is the user's own program.
     functions = []
     for name in data.rewards:
         try:
-            functions.append(reward_function(name, data) if name in BUILT_IN else load(name))
+            functions.append(reward_function(name, data) if name in BUILT_IN else load(name, data))
         except _FAULTS as error:
-            reply(0, {"errors": f"{name}: {described(error)}"})
+            text = str(error) if isinstance(error, UserError) else f"{name}: {described(error)}"
+            reply(0, {"errors": text})
             return
     if "unit_tests" in data.rewards and (reason := sandbox.reason_against(data.rewards_isolation)) is not None:
         reply(0, {"errors": reason})
@@ -76,10 +81,21 @@ def end_with_parent() -> None:
         os.killpg(0, signal.SIGKILL)
 
 
-def load(name: str) -> Callable[..., Any]:
-    """Return the function module.function. Raises AttributeError, ImportError, TypeError and what the module raises."""
+def load(name: str, data: DataConfig) -> Callable[..., Any]:
+    """Return the function module.function. Raises AttributeError, ImportError, TypeError and what the module raises.
+
+    Raises UserError if the module's file has changed since the run began.
+    """
     module, _, attribute = name.rpartition(".")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    imported = importlib.import_module(module)
+    if (began := data.reward_digests.get(module)) is not None:
+        now = hashlib.sha256(Path(imported.__file__ or os.devnull).read_bytes()).hexdigest()
+        require(
+            now == began,
+            f"{imported.__file__} has changed since the run began (SHA-256 {began[:12]} then, {now[:12]} now); restore "
+            "it, or start a new run",
+        )
+    function: Callable[..., Any] = getattr(imported, attribute)
     if not callable(function):
         raise TypeError(f"{name} is not a function, but {short(function)}")
     return function

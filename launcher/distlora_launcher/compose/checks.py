@@ -43,7 +43,7 @@ from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering
 from distlora.config.errors import FILES
 from distlora.config.objectives import OBJECTIVES
-from distlora.rewards.find import check_functions
+from distlora.rewards.find import check_functions, import_functions
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
 from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
@@ -94,6 +94,8 @@ def check(config: Config, *, new_run: bool) -> None:
         if goes_on and config.adapter.decomposes and needed:
             require_initial_adapter(config.run_dir, config.adapter, CheckpointFiles(config.model.path))
         check_writable(Path(config.data.cache_dir), "data.cache_dir")
+        if config.cluster.launcher != "slurm":  # Last, as it takes as long as the user's imports.
+            import_functions(config.data)
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
 

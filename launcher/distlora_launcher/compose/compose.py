@@ -26,8 +26,10 @@ from distlora.config import TARGET_PRESETS, Config, GpuConfig, UserError, requir
 from distlora.config.base import cache_root, means_hub
 from distlora.config.file import build
 from distlora.config.plan import GPUS
+from distlora.config.rewards import BUILT_IN
 from distlora.config.training import TRACKERS
 from distlora.planner.mixed import with_formats
+from distlora.rewards.find import source_digests
 from distlora.run_folder.sweep import words_of
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 from distlora_launcher.compose.explain import EXAMPLE, EXPLAINED, REQUIRED, explain, refuse_unusable
@@ -55,6 +57,7 @@ PATHS = (
     "data.path",
     "data.eval_path",
     "data.cache_dir",
+    "data.reward_folder",
     "quant.cache_dir",
     "quant.harm",
     "adapter.init_from",
@@ -69,6 +72,7 @@ MAPPINGS = (
     "adapter.alpha_pattern",
     "quant.formats",
     "data.columns",
+    "data.reward_digests",
     "data.reward_columns",
     "data.reward_constants",
     "cluster.environment",
@@ -308,6 +312,9 @@ def _absolute(config: Config) -> Config:
         dataclasses.replace(source, path=_absolute_path(f"data.sources[{index}].path", source.path))
         for index, source in enumerate(config.data.sources)
     )
+    if any(name not in BUILT_IN for name in config.data.rewards):
+        folder = changed.setdefault("data.reward_folder", os.getcwd())
+        changed["data.reward_digests"] = source_digests(config.data.rewards, folder)
     return dataclasses.replace(config.with_settings(changed), run_dir=_absolute_path("run_dir", config.run_dir))
 
 

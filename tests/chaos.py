@@ -2,12 +2,13 @@
 
     python tests/chaos.py --kills 50 --seed 1      (`make chaos`)
 
-A campaign is one run of `distlora train` on two ranks that takes several kills. Each has a kind (-9 of one rank, of
-torchrun, of every process; SIGTERM or SIGUSR1, to the launcher or to one rank, once or twice) and a phase (start,
-loading, a step, an evaluation, a save, the end), drawn by a seeded generator. Where the command ends, it is resumed at
-once. After every kill that ends it nothing may run on and every checkpoint must be what its manifest says; in the end
-the adapter must be that of an uninterrupted run bit for bit, metrics.jsonl must have every step once and with the same
-loss, and nothing temporary may lie in the run folder.
+A campaign is one run of `distlora train` on two ranks that takes several kills, on documents or on answers that it
+samples (GRPO). Each kill has a kind (-9 of one rank, of torchrun, of every process; SIGTERM or SIGUSR1, to the launcher
+or to one rank, once or twice) and a phase (start, loading, a rollout, a step, an evaluation, a save, the end), drawn by
+a seeded generator. Where the command ends, it is resumed at once. After every kill that ends it nothing may run on and
+every checkpoint must be what its manifest says; in the end the adapter must be that of an uninterrupted run bit for
+bit, metrics.jsonl must have every step once and with the same figures, and nothing temporary may lie in the run folder.
+`distlora merge` of the uninterrupted run is killed too: its folder is there as a whole, or not at all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -39,12 +41,17 @@ STOPPED = 75
 KINDS = ("-9 of one rank", "-9 of torchrun", "-9 of all", "SIGTERM", "SIGUSR1")
 MANNERS = ("to the launcher", "to one rank", "twice")
 """Of a signal; `twice` is to the launcher."""
-PHASES = {"start": 15, "loading": 15, "step": 30, "evaluation": 15, "saving": 20, "end": 5}
-"""How often a kill falls into each, in percent."""
-LONGEST_DELAY = {"start": 5.0, "loading": 1.0, "step": 0.4, "evaluation": 0.1, "saving": 0.03, "end": 0.3}
+PHASES = {
+    "sft": {"start": 15, "loading": 15, "step": 30, "evaluation": 15, "saving": 20, "end": 5},
+    "grpo": {"start": 10, "loading": 5, "rollout": 40, "step": 10, "evaluation": 15, "saving": 15, "end": 5},
+    "merge": {"start": 20, "writing": 50, "measuring": 30},
+}
+"""How often a kill of each campaign falls into each phase, in percent."""
+LONGEST_DELAY = {"start": 5.0, "loading": 1.0, "rollout": 0.4, "step": 0.4, "evaluation": 0.1, "saving": 0.03}
+LONGEST_DELAY |= {"end": 0.3, "writing": 0.05, "measuring": 3.0}
 """Seconds after the phase was seen to begin."""
 STEPS_PER_KILL = 4
-EVAL_EVERY = 3
+EVAL_EVERY, ROLLOUT_EVERY = 3, 2
 PATIENCE_SECONDS = 240.0
 """For whatever must happen soon: beyond it a run hangs."""
 
@@ -75,18 +82,19 @@ class Kill:
         return f"{self.kind}{manner} in {self.phase} +{self.delay:.2f} s, after step {self.step}"
 
 
-def draw(number: int, generator: random.Random) -> list[Kill]:
-    """Kills of all kinds alike, in a random order."""
-    kinds = [KINDS[index % len(KINDS)] for index in range(number)]
+def draw(number: int, generator: random.Random, work: str = "sft") -> list[Kill]:
+    """Kills of all kinds alike, in a random order; one process merges, so it takes no kill of a rank."""
+    given = KINDS if work != "merge" else KINDS[2:4]
+    kinds = [given[index % len(given)] for index in range(number)]
     generator.shuffle(kinds)
-    phases = generator.choices(list(PHASES), weights=list(PHASES.values()), k=number)
+    phases = generator.choices(list(PHASES[work]), weights=list(PHASES[work].values()), k=number)
     return [
         Kill(
             kind,
             phase,
             delay=generator.uniform(0.0, LONGEST_DELAY[phase]),
             rank=generator.randrange(2),
-            manner=generator.choice(MANNERS),
+            manner=generator.choice(MANNERS) if work != "merge" else MANNERS[0],
         )
         for kind, phase in zip(kinds, phases, strict=True)
     ]
@@ -173,6 +181,12 @@ def send(process: psutil.Process | None, signum: signal.Signals) -> None:
             process.send_signal(signum)
 
 
+def kill_all(family: Sequence[psutil.Process]) -> None:
+    for signum in (signal.SIGSTOP, signal.SIGKILL):  # Stopped first, so that none can tidy up after another.
+        for process in family:
+            send(process, signum)
+
+
 @dataclass(slots=True)
 class Campaign:
     """One run folder, the kills that it takes, and what was found wrong."""
@@ -238,7 +252,8 @@ class Campaign:
             "start": lambda: True,
             "loading": lambda: "reading " in life.output(),
             "step": lambda: self._last_step() > seen,
-            "evaluation": self._is_evaluating,
+            "evaluation": lambda: self._is_at(EVAL_EVERY),
+            "rollout": lambda: self._is_at(ROLLOUT_EVERY),
             "saving": lambda: any(self.run_dir.glob("checkpoints/.step_*")),
             "end": lambda: self._last_step() == self._last_step_of(self.reference),
         }[kill.phase]
@@ -259,9 +274,7 @@ class Campaign:
         elif kill.kind == "-9 of torchrun":
             send(torchrun, signal.SIGKILL)
         elif kill.kind == "-9 of all":
-            for signum in (signal.SIGSTOP, signal.SIGKILL):  # Stopped first, so that none can tidy up after another.
-                for process in family:
-                    send(process, signum)
+            kill_all(family)
         else:
             target = workers.get(kill.rank) if kill.manner == "to one rank" else life.process
             for _ in range(2 if kill.manner == "twice" else 1):
@@ -317,7 +330,7 @@ class Campaign:
         name = Path("adapter") / "adapter_model.safetensors"
         if (self.run_dir / name).read_bytes() != (self.reference / name).read_bytes():
             self._problem("the adapter differs from the uninterrupted run's")
-        names = ("step", "loss", "grad_norm", "lr", "eval_loss")
+        names = ("step", "loss", "grad_norm", "lr", "eval_loss", "reward", "kl", "eval_reward")
         own, other = (
             [[line.get(name) for name in names] for line in read_lines(folder / "metrics.jsonl")]
             for folder in (self.run_dir, self.reference)
@@ -348,9 +361,10 @@ class Campaign:
         step, at = (self._struck[-1].step, self._struck[-1].at) if self._struck else (0, 0.0)
         return (line for line in self._lines() if "loss" in line and line["step"] > step and line["time"] > at)
 
-    def _is_evaluating(self) -> bool:
+    def _is_at(self, every: int) -> bool:
+        """Return True behind a step whose number `every` divides: an evaluation or a rollout comes next."""
         lines = self._lines()
-        return bool(lines) and "loss" in lines[-1] and lines[-1]["step"] % EVAL_EVERY == 0
+        return bool(lines) and "loss" in lines[-1] and lines[-1]["step"] % every == 0
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -368,9 +382,15 @@ def train_command(
     data: Path | None = None,
     global_batch: int = 24,
     tracker: str = "none",
+    work: str = "sft",
 ) -> list[str]:
     """Return the command of a run with room for so many kills, on plain text by default."""
-    data = data or folders / "text.jsonl"
+    data = data or folders / ("text.jsonl" if work == "sft" else "prompts.jsonl")
+    sampled = [
+        *("train.objective=grpo", "data.rewards=[regex]", "data.reward_constants={pattern: '[aeiou]{2}'}"),
+        *("rollout.num_generations=4", "rollout.max_new_tokens=24", f"rollout.num_iterations={ROLLOUT_EVERY}"),
+        "train.beta=0.05",
+    ]
     return [
         str(DISTLORA),
         "train",
@@ -391,16 +411,44 @@ def train_command(
         f"train.eval_every={EVAL_EVERY}",
         "train.keep=3",
         "optim.lr=1e-2",
+        *(sampled if work == "grpo" else []),
         f"run_dir={run_dir}",
     ]
 
 
-def uninterrupted(run_dir: Path, folders: Path, num_kills: int) -> None:
+def uninterrupted(run_dir: Path, folders: Path, num_kills: int, *, work: str = "sft") -> None:
     """Make the run that all campaigns of so many kills must equal."""
     scratch = run_dir.parent / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
-    life = Life(train_command(run_dir, folders, num_kills), run_dir.with_name(f"{run_dir.name}.txt"), scratch)
+    command = train_command(run_dir, folders, num_kills, work=work)
+    life = Life(command, run_dir.with_name(f"{run_dir.name}.txt"), scratch)
     assert life.code() == 0, life.output()
+
+
+def interrupt_merges(run_dir: Path, out: Path, kills: Sequence[Kill], say: Callable[[str], None]) -> list[str]:
+    """Merge a run once for each kill, which it takes, and once to the end. Return what was found wrong."""
+    problems, wholes = [], []
+    written = {"start": lambda: True, "writing": lambda: any(out.parent.glob(f".{out.name}*")), "measuring": out.exists}
+    for number, kill in enumerate([*kills, None]):
+        command = [str(DISTLORA), "merge", str(run_dir), "--out", str(out), "--rows", "8"]
+        life = Life(command, out.with_name(f"{out.name}.start_{number}.txt"), out.parent / "tmp")
+        if kill is not None and life.wait_until(written[kill.phase], every=0.001):
+            time.sleep(kill.delay)
+            kill.at, family = time.time(), life.family()
+            kill_all(family) if kill.kind == "-9 of all" else send(life.process, signal.Signals[kill.kind])
+        code = life.code()
+        kill_name = "no kill" if kill is None else f"{kill.kind} in {kill.phase} +{kill.delay:.2f} s"
+        say(f"  {kill_name}: ended with {code}, the folder is {'there' if out.exists() else 'not there'}")
+        problems += [f"merge: {process} runs on after {kill_name}" for process in life.gone()]
+        problems += [f"merge: {kill_name} ended with 0"] if kill is not None and kill.at and code == 0 else []
+        problems += [f"merge: ended with {code}: {life.output()}"] if kill is None and code != 0 else []
+        if out.exists():
+            wholes.append({path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".md"})
+            shutil.rmtree(out)
+    *others, last = [{name: bytes for name, bytes in whole.items() if name != "merge.json"} for whole in wholes or [{}]]
+    problems += ["merge: a folder differs from the last one's"] if any(other != last for other in others) else []
+    problems += [f"merge: left {path}" for path in out.parent.glob(f".{out.name}*")]
+    return problems
 
 
 def table(kills: Sequence[Kill]) -> str:
@@ -425,6 +473,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--per-run", type=int, default=10, help="kills that one run takes")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no campaign after so many")
     parser.add_argument("--folder", type=Path, help="where the runs are made, and stay (a temporary folder)")
     arguments = parser.parse_args()
     root = (arguments.folder or Path(tempfile.mkdtemp(prefix="distlora-chaos-"))).absolute()
@@ -433,21 +482,32 @@ def main() -> int:
 
     write_model_folder(root / "llama", "llama")
     write_text_file(root / "text.jsonl")
-    began = time.monotonic()
-    uninterrupted(root / "whole", root, arguments.per_run)
+    prompts = [{"prompt": f"{word} {'very ' * number}:"} for number in range(6) for word in ("alpha", "beta", "gamma")]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    began, generator, drawn, problems = time.monotonic(), random.Random(arguments.seed), [], []
     print(f"runs are in {root}", flush=True)
-    drawn, problems = draw(arguments.kills, random.Random(arguments.seed)), []
-    for number, first in enumerate(range(0, len(drawn), arguments.per_run), start=1):
-        kills = sorted(drawn[first : first + arguments.per_run], key=lambda kill: kill.phase == "end")
-        run_dir = root / f"run_{number}"
-        command = train_command(run_dir, root, arguments.per_run)
-        campaign = Campaign(run_dir, root / "whole", command, kills, lambda text: print(text, flush=True))
-        print(f"run {number}", flush=True)
-        campaign.run()
-        problems += campaign.problems
+    for number, first in enumerate(range(0, arguments.kills, arguments.per_run), start=1):
+        if time.monotonic() - began > 60 * arguments.minutes:
+            break
+        work = ("sft", "grpo", "merge")[(number - 1) % 3]
+        kills = draw(min(arguments.per_run, arguments.kills - first), generator, work)
+        drawn += kills
+        whole, run_dir = root / f"whole_{work.replace('merge', 'sft')}", root / f"run_{number}"
+        if not whole.exists():
+            uninterrupted(whole, root, arguments.per_run, work=work)
+        print(f"run {number}: {work}", flush=True)
+        if work == "merge":
+            problems += interrupt_merges(whole, root / f"merged_{number}", kills, lambda text: print(text, flush=True))
+        else:
+            command = train_command(run_dir, root, arguments.per_run, work=work)
+            kills = sorted(kills, key=lambda kill: kill.phase == "end")
+            campaign = Campaign(run_dir, whole, command, kills, lambda text: print(text, flush=True))
+            campaign.run()
+            problems += campaign.problems
         print(table(drawn), flush=True)
-    minutes, done = (time.monotonic() - began) / 60, sum(kill.at > 0 for kill in drawn)
-    print(f"{done} kills of seed {arguments.seed} in {minutes:.1f} minutes, {len(problems)} problems")
+    minutes, done = (time.monotonic() - began) / 60, [kill for kill in drawn if kill.at]
+    print(f"{len(done)} kills of seed {arguments.seed} in {minutes:.1f} minutes, {len(problems)} problems")
+    print(", ".join(f"{phase} {sum(kill.phase == phase for kill in done)}" for phase in LONGEST_DELAY))
     for problem in problems:
         print(problem)
     return 1 if problems else 0

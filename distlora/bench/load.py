@@ -62,11 +62,12 @@ def ours(
     from distlora.model.adapters import adapter_parameters
     from distlora.model.build import build_model
     from distlora.parallel import Ranks, parallelize
+    from distlora.parallel.ranks import open_store
     from distlora.training.setup import cache_settings
 
     set_rank(rank, world, port)
     torch.set_num_threads(max(1, THREADS // world))
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", store=open_store(rank), rank=rank, world_size=world)
     sections: dict[str, Any] = {"model": {"path": str(folder)}, "data": {"path": "none"}, "run_dir": "none"}
     sections["quant"] = {"method": quant, **({"cache": False} if cache is None else {"cache_dir": str(cache)})}
     config = build(Config, sections | {"parallel": {"backend": backend_name}})

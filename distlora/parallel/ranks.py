@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distlora.parallel import watch
+from distlora.system.listening import listen
 
 AFTER_WATCH = timedelta(minutes=10)
 """Seconds by which torch's timeout exceeds the longest wait that `watch` allows.
@@ -66,15 +68,7 @@ def join_ranks(timeout_seconds: float | None = None) -> Ranks:
     if world == 1:
         return Ranks(rank, world, device, None)
     longest = timedelta(seconds=max(timeout_seconds or 0.0, watch.LONG_SECONDS)) + AFTER_WATCH
-    # torchrun's workers find each other through this store, held by rank 0 or by torchrun. Unlike torch's `rendezvous`,
-    # this does not wait until all workers are connected.
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True),
-        timeout=longest,
-        wait_for_workers=False,
-    )
+    store = open_store(rank, longest)
     watching = None
     if timeout_seconds is not None:
         watch.at(None, "joining the other ranks", long=True)
@@ -83,6 +77,22 @@ def join_ranks(timeout_seconds: float | None = None) -> Ranks:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=longest)
     control = dist.new_group(backend="gloo", timeout=longest)
     return Ranks(rank, world, device, dist.group.WORLD, watching=watching, control=control, timeout=longest)
+
+
+def open_store(rank: int, timeout: timedelta = AFTER_WATCH) -> dist.TCPStore:
+    """Return the store through which the ranks find each other (MASTER_ADDR, MASTER_PORT); rank 0 holds it.
+
+    On one node the store, gloo and NCCL listen on loopback only, unless the user has set GLOO_SOCKET_IFNAME or
+    NCCL_SOCKET_IFNAME. Unlike torch's `rendezvous`, this does not wait until all ranks are connected.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if host == "127.0.0.1":  # The launcher's address for ranks on one node.
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
+    listening = listen(host, port).detach() if rank == 0 else None  # By itself TCPStore listens on all interfaces.
+    return dist.TCPStore(
+        host, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False, master_listen_fd=listening
+    )
 
 
 def leave_ranks(ranks: Ranks) -> None:

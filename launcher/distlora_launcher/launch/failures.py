@@ -138,7 +138,7 @@ def start_failure(torchrun_log: Path, code: int, rendezvous: Rendezvous | None) 
                 f"with `distlora resume {torchrun_log.parents[1]}` on each",
                 see,
             )
-        if "EADDRINUSE" in text or "address already in use" in text:
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
             return Failure(
                 f"the port of {rendezvous.endpoint} is in use on this node; stop what listens there, "
                 "or use another port",

@@ -138,7 +138,8 @@ def run_node(
         if stopped():
             say("stopped before the workers were started")
             return STOPPED
-        return train(run_dir, cluster, forwarder=forwarder, rendezvous=rendezvous)
+        # A job of one node needs no port.
+        return train(run_dir, cluster, forwarder=forwarder, rendezvous=rendezvous if cluster.nodes > 1 else None)
 
 
 def check_gpus(cluster: ClusterConfig, gpus_elsewhere: Mapping[str, int]) -> None:

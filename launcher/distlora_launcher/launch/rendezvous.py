@@ -47,7 +47,7 @@ class Rendezvous:
             "read_timeout": 60,  # A node that lost power or its cable does not answer.
         }
         if self.is_host is not None:
-            settings["is_host"] = int(self.is_host)
+            settings["is_host"] = 0  # torchrun would listen on all interfaces; torchrun_entry serves the store instead.
         return [
             f"--nnodes={self.nodes}",
             "--rdzv-backend=c10d",

@@ -1,6 +1,7 @@
 """torchrun, killed when the launcher ends, and ignoring requests to stop.
 
-    python -m distlora_launcher.launch.torchrun_entry [--import MODULE ...] [--log FILE] -- TORCHRUN_ARGUMENTS
+    python -m distlora_launcher.launch.torchrun_entry [--import MODULE ...] [--log FILE] [--serve HOST PORT] \
+        -- TORCHRUN_ARGUMENTS
 
 torchrun kills workers 30 s after a signal that it handles, and a step with its save may take longer. So the launcher
 signals the workers itself, and the signals stay blocked here: in every thread, and in the workers until they handle
@@ -8,6 +9,7 @@ them, so that none is lost while they start.
 
 With --import it imports the modules that its forked workers need (torchrun's --start-method=fork), once for all. With
 --log it is started early: it waits for a line on stdin, returns if stdin ends without one, and then writes to FILE.
+With --serve it holds the store of a run's nodes, which listens on the address of HOST alone.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import os
 import signal
 import sys
 
+from distlora.system.listening import listen
 from distlora_launcher.launch.processes import FORWARDED
 from distlora_launcher.launch.worker_entry import PARENT, end_with_parent
 
@@ -30,7 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--import", dest="modules", action="append", default=[])
     parser.add_argument("--log")
+    parser.add_argument("--serve", nargs=2)
     options = parser.parse_args(ours)
+    from torch.distributed import TCPStore
     from torch.distributed import run as torchrun
 
     for name in options.modules:
@@ -46,6 +51,10 @@ def main() -> None:
         redirect(0, os.devnull, os.O_RDONLY)
         redirect(2, options.log, os.O_WRONLY | os.O_APPEND)
     gc.freeze()  # A garbage collection writes to every object, which would copy the pages that forks share.
+    if options.serve is not None:
+        host, port = options.serve[0], int(options.serve[1])
+        listening = listen(host, port).detach()
+        _store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
     sys.argv = ["torchrun", *torchrun_arguments]
     torchrun.main()
 

@@ -25,7 +25,7 @@ from distlora.system.command_worker import REQUEST_NAME, encode_call
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.progress import STILL_SECONDS
 from distlora.system.stop_signals import PID_DIR, STOPPED_NAME
-from distlora_launcher.compose.checks import gpu_count
+from distlora_launcher.compose.checks import gpu_count, split_endpoint
 from distlora_launcher.launch import worker_entry
 from distlora_launcher.launch.failures import Failure, WorkerMonitor, file_identity, start_failure, write_gave_up
 from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
@@ -218,9 +218,9 @@ def prepare_torchrun(
     modules = [*(IMPORTS if trains else ()), *imports] if forks else []
     arguments = [
         *(f"--import={name}" for name in modules),
+        *(["--serve", *map(str, split_endpoint(rendezvous.endpoint))] if rendezvous and rendezvous.is_host else []),
         "--",
-        # By default torchrun takes the host's name, which laptops often cannot resolve.
-        *(["--standalone", "--local-addr=127.0.0.1"] if rendezvous is None else rendezvous.torchrun_arguments()),
+        *(one_node_arguments(scratch) if rendezvous is None else rendezvous.torchrun_arguments()),
         f"--nproc-per-node={processes}",
         f"--max-restarts={max_restarts}",
         "--signals-to-handle=SIGQUIT",  # It must handle one; requests to stop are blocked in torchrun_entry.
@@ -234,14 +234,24 @@ def prepare_torchrun(
     return Torchrun(arguments, log_dir, scratch, environment=environment, single_node=rendezvous is None)
 
 
+def one_node_arguments(folder: Path) -> list[str]:
+    """Return torchrun's options for one node: its store, whose content it unpickles, is a file in a private folder."""
+    return [
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={folder / 'rendezvous'}",
+        "--rdzv-conf=store_type=file,keep_alive_interval=3600",  # The file grows by each sign of life.
+        "--rdzv-id=one-node",
+        # By default torchrun takes the host's name, which laptops often cannot resolve.
+        "--local-addr=127.0.0.1",
+    ]
+
+
 def worker_environment(processes: int, rendezvous: Rendezvous | None = None) -> dict[str, str]:
     """Return the launcher's environment plus what workers need. A variable that the user set is kept."""
     # PET_* are defaults of torchrun's options: one left over from another job would change ours.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PET_")}
     threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
     defaults = {
-        # The agent's store outlives a rank, and would give out the address of a dead rank.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
@@ -252,7 +262,8 @@ def worker_environment(processes: int, rendezvous: Rendezvous | None = None) -> 
         defaults |= ON_CPU
     if rendezvous is not None:
         defaults |= rendezvous.environment()
-    return defaults | environment
+    # torchrun's store outlives a rank, and would give out the address of a dead rank. It also listens everywhere.
+    return defaults | environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 class Torchrun:

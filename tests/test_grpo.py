@@ -27,7 +27,7 @@ from distlora.parallel import Backend, Ranks
 from distlora.run_folder.layout import ROLLOUT_NAME, steps
 from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
-from distlora.training.rollouts.loader import RolloutLoader
+from distlora.training.rollouts.loader import RolloutLoader, _name_on_server
 from distlora.training.rollouts.rollout import Rollout, advantages_of, pack_answers
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.trial import NonFiniteError
@@ -429,7 +429,8 @@ def test_a_vllm_server_samples_with_the_adapter_of_each_rollout(
         settings = {"quant": {"method": "none"}, "rollout": RUN["rollout"] | {"url": url}}
         grpo_run(tmp_path / "run", folders, **{**RUN, **settings})
         world.run(ranks, run_until, run_dir=tmp_path / "run")
-    name = tmp_path.joinpath("run").resolve().name
+    name = "run-" + (tmp_path / "run" / "rollout_id.txt").read_text()
+    assert len(name) == len("run-") + 16
     assert server.loaded == [f"{name}-{version}" for version in range(len(server.loaded))]
     assert len(server.loaded) == 5, "two rollouts and three evaluations"
     assert server.adapters == [], "the last version stays on the server"
@@ -437,6 +438,16 @@ def test_a_vllm_server_samples_with_the_adapter_of_each_rollout(
     # Products of another order, by transformers and PEFT; an adapter of an older version would be far off.
     assert all(line["rollout/logprob_difference_max"] < 1e-4 for line in fresh)
     assert fresh[1]["kl"] > 0
+
+
+def test_runs_with_folders_of_one_name_have_other_adapters_on_a_server(tmp_path: Path) -> None:
+    """As the trials 0 of two sweeps: each replaced the other's adapter, and sampled from it."""
+    folders = [tmp_path / sweep / "0" for sweep in ("a", "b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    names = [_name_on_server(folder) for folder in folders]
+    assert names[0] != names[1]
+    assert [_name_on_server(folder) for folder in folders] == names, "a resume finds what a kill has left"
 
 
 def fails_alike(ranks: Ranks, *, run_dir: Path) -> str:
@@ -469,6 +480,11 @@ def test_an_adapter_that_vllm_reads_otherwise_is_refused(folders: Path, tmp_path
         ({"rollout": {"batch_invariant": True, "temperature": 0.5}}, r"set rollout.temperature=1"),
         ({"rollout": {"batch_invariant": True}, "train": {"compile": True}}, r"train.compile=true with others"),
         ({"rollout": {"url": "localhost:8000"}}, r"rollout.url=localhost:8000 is not an address"),
+        (
+            {"rollout": {"url": "http://me:hunter2@here:8000"}},
+            r"^((?!hunter2).)*export the server's key as VLLM_API_KEY$",
+        ),
+        ({"rollout": {"url": "http://here:8000?key=hunter2"}}, r"^((?!hunter2).)*the server's key as VLLM_API_KEY$"),
         (
             {"train": {"objective": "on_policy_distill"}, "rollout": {"epsilon": 0.3}},
             r"rollout.epsilon=0.3 has no effect with train.objective=on_policy_distill",

@@ -87,6 +87,19 @@ def test_a_server_that_fails_for_a_while_costs_only_time(
         engine.run([Request([5], max_new_tokens=3)])
 
 
+def test_the_servers_key_comes_from_the_environment(
+    server: tuple[str, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, served = server
+    served.key = "hunter2"
+    monkeypatch.setenv("VLLM_API_KEY", "another")
+    with pytest.raises(UserError, match=r"answers /v1/models with 401: .*Unauthorized") as raised:
+        RemoteEngine(url, stop_tokens=[], run="run").connect()
+    assert "another" not in str(raised.value)
+    monkeypatch.setenv("VLLM_API_KEY", "hunter2\n")
+    assert RemoteEngine(url, stop_tokens=[], run="run").connect() == [served.base]
+
+
 def test_an_answer_of_another_form_is_the_servers_fault(
     folder: Path, server: tuple[str, Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

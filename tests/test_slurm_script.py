@@ -251,6 +251,26 @@ def test_settings_that_slurm_cannot_have_are_refused(
 
 
 @pytest.mark.parametrize(
+    "variable", ["WANDB_API_KEY: hunter2", "DATABASE_PASSWD: hunter2", 'https_proxy: "http://me:hunter2@proxy:80"']
+)
+def test_credentials_in_the_jobs_environment_are_refused_unshown(
+    variable: str, place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+):
+    assert train(f"cluster.environment={{{variable}}}") == 2
+    said = "".join(capsys.readouterr())
+    name = variable.partition(":")[0]
+    assert f"cluster.environment.{name} is a credential by its name or value" in said
+    assert f"run `export {name}=...` before the command" in said
+    assert "hunter2" not in said
+    assert not (place / "runs").exists()
+
+
+def test_variables_that_only_sound_like_credentials_are_taken():
+    variables = {"NCCL_IB_PKEY": "1", "TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "/home/me/token"}
+    assert run_config("/runs/one", environment=variables).cluster.environment == variables
+
+
+@pytest.mark.parametrize(
     ("limit", "seconds"),
     [("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-12", 216000), ("2-12:30", 217800), ("1-0:0:5", 86405)],
 )

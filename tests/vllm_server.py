@@ -32,6 +32,8 @@ class Server:
         self.loaded: list[str] = []
         self.fail_next = 0
         self.refuses: str | None = None
+        self.key: str | None = None
+        """What it asks for, as `vllm serve --api-key` does."""
         self._lock = threading.Lock()
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -115,10 +117,14 @@ def serving(base: Path) -> Iterator[tuple[str, Server]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._send(*server.answer(self.path, {}))
+            self._answer({})
 
         def do_POST(self) -> None:
-            self._send(*server.answer(self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+        def _answer(self, body: dict[str, Any]) -> None:
+            known = server.key is None or self.headers["Authorization"] == f"Bearer {server.key}"
+            self._send(*(server.answer(self.path, body) if known else (401, {"error": "Unauthorized"})))
 
         def _send(self, status: int, value: Any) -> None:
             text = value if isinstance(value, str) else json.dumps(value)

@@ -11,6 +11,8 @@ _ENDPOINT = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 _TIME_LIMIT = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
 """Time limits of sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_CREDENTIAL = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASS(WORD|WD|PHRASE)?)=|://[^/\s]+@", re.IGNORECASE)
+"""Assignments to variables like WANDB_API_KEY and HF_TOKEN, not NCCL_IB_PKEY; URLs with a user."""
 
 SLURM_ONLY = (
     "partition",
@@ -114,7 +116,8 @@ class ClusterConfig:
     """Folders that the container sees besides those of the run, its model and its data, as pyxis writes them:
     [/scratch:/scratch]."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of the workers: {NCCL_SOCKET_IFNAME: ib0}."""
+    """Environment variables of the workers: {NCCL_SOCKET_IFNAME: ib0}. Credentials are refused: jobs get the
+    environment of the command that submits them."""
     port: int | None = None
     """Rendezvous port on the first node of a SLURM job; of an array that of task 0, and the others
     have the next ones. null: one made from the job's id."""
@@ -154,6 +157,11 @@ class ClusterConfig:
                 _VARIABLE.fullmatch(name) is not None,
                 f"cluster.environment.{name} is not a valid name of an environment variable; write letters, digits and "
                 "_",
+            )
+            require(
+                _CREDENTIAL.search(f"{name}={self.environment[name]}") is None,
+                f"cluster.environment.{name} is a credential by its name or value, and RUN and trackers would show it; "
+                f"leave it out and run `export {name}=...` before the command: jobs get your environment",
             )
 
     def _check_options(self) -> None:

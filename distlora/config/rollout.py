@@ -66,7 +66,8 @@ class RolloutConfig:
     equal to the last bit. On the CPU only, and several times slower: to tell rounding from other differences."""
     url: str | None = None
     """Address of a vLLM server of the same base that samples instead of the trainer's own weights, such as
-    http://localhost:8000 (docs/rl.md says how to start it). null: the run samples itself."""
+    http://localhost:8000 (docs/rl.md says how to start it). Its key, if it has one, is the environment variable
+    VLLM_API_KEY. null: the run samples itself."""
     max_logprob_difference: float | None = None
     """Largest mean difference, in nats, between the log-probabilities that the sampler reported and those that training
     computes at the same weights; a run that exceeds it fails. null: 1e-4 in fp32, 0.2 in bf16."""
@@ -88,6 +89,11 @@ class RolloutConfig:
             not self.batch_invariant or self.temperature == 1,
             f"rollout.batch_invariant=true: training divides hidden states by rollout.temperature={self.temperature:g}"
             ", and sampling the logits, which rounds otherwise; set rollout.temperature=1",
+        )
+        require(
+            self.url is None or not set("@?#") & set(self.url),
+            "rollout.url has a user, a password or a query, which RUN/config.yaml and messages would show; write only "
+            "http://host:port, and export the server's key as VLLM_API_KEY",
         )
         require(
             self.url is None or self.url.startswith(("http://", "https://")),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.request
@@ -32,6 +33,8 @@ TRIES, FIRST_WAIT = 4, 1.0
 request has a seed, so a second answer is as good as the first."""
 
 
+KEY = "VLLM_API_KEY"
+"""Environment variable with the server's key; vLLM reads the same one."""
 MOST_SEED = 2**63 - 1
 """vLLM's seeds are signed."""
 
@@ -138,6 +141,8 @@ class RemoteEngine:
         """Return the answer to a request, as JSON or text. Raises ServerError."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        if key := os.environ.get(KEY, "").strip():
+            request.add_unredirected_header("Authorization", f"Bearer {key}")  # Never sent to another server.
         for attempt in range(tries):
             try:
                 with urllib.request.urlopen(request, timeout=self._seconds) as answer:

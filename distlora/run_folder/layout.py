@@ -33,6 +33,8 @@ ROLLOUT_NAME = "rollout.safetensors"
 """The answers that the next steps of online reinforcement learning train on."""
 ROLLOUT_ADAPTER_NAME = "rollout_adapter"
 """Folder of the adapter that a vLLM server samples with (rollout.url)."""
+ROLLOUT_ID_NAME = "rollout_id.txt"
+"""Random id in the names that this run's adapters have on the server: other runs may have a folder of the same name."""
 
 _STEP = re.compile(r"step_(\d{8,})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -25,7 +26,8 @@ from distlora.generation.requests import Request
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.rewards.pool import RewardInput, RewardPool
-from distlora.run_folder.layout import ROLLOUT_ADAPTER_NAME, ROLLOUT_NAME
+from distlora.run_folder.layout import ROLLOUT_ADAPTER_NAME, ROLLOUT_ID_NAME, ROLLOUT_NAME
+from distlora.system import atomic_io
 from distlora.training.publish import publish_result
 from distlora.training.rollouts.rollout import Rollout, figures_of, pack_answers
 from distlora.training.rollouts.served import ServedEngine
@@ -335,7 +337,8 @@ def _served(
     """Return the server of rollout.url. Raises UserError if it does not answer."""
     assert config.rollout.url is not None
     run_dir = Path(config.run_dir)
-    remote = RemoteEngine(config.rollout.url, stop_tokens=ends, run=run_dir.resolve().name)
+    name = _name_on_server(run_dir) if backend.writes else ""  # Only the rank that writes talks to the server.
+    remote = RemoteEngine(config.rollout.url, stop_tokens=ends, run=name)
     if backend.writes:
         remote.connect()
 
@@ -343,6 +346,14 @@ def _served(
         publish_result(folder, model, config.spec, data["chat_template"], backend, run_dir=run_dir)
 
     return ServedEngine(remote, run_dir / ROLLOUT_ADAPTER_NAME, publish, backend)
+
+
+def _name_on_server(run_dir: Path) -> str:
+    """Return the prefix of the run's adapter names, which no other run has; a resume replaces those left by a kill."""
+    path = run_dir / ROLLOUT_ID_NAME
+    if not path.is_file():
+        atomic_io.write_text(path, secrets.token_hex(8))
+    return f"{run_dir.resolve().name}-{path.read_text(encoding='utf-8')}"
 
 
 def _text_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:

@@ -27,8 +27,8 @@ from distlora.parallel import Backend, Ranks
 from distlora.run_folder.layout import ROLLOUT_NAME, steps
 from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
-from distlora.training.rollouts.loader import RolloutLoader, _name_on_server
-from distlora.training.rollouts.rollout import Rollout, advantages_of, pack_answers
+from distlora.training.rollouts.loader import RewardsFailedError, RolloutLoader, _name_on_server
+from distlora.training.rollouts.rollout import Rollout, advantages_of, figures_of, pack_answers, sums_of_rewards
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.trial import NonFiniteError
 from distlora.training.worker import trained_parameters
@@ -362,18 +362,71 @@ def test_an_evaluation_without_rewards_does_not_count(
 ) -> None:
     original = RolloutLoader._scored
 
-    def scored(self: RolloutLoader, *arguments: Any) -> Any:
-        rewards, failed = original(self, *arguments)
-        return np.full_like(rewards, np.nan), np.ones_like(failed)
+    def scored(self: RolloutLoader, inputs: Any, mine: range, count: int) -> Any:
+        rewards, failed = original(self, inputs, mine, count)
+        return (rewards, failed) if count == 24 else (np.full_like(rewards, np.nan), np.ones_like(failed))
 
     monkeypatch.setattr(RolloutLoader, "_scored", scored)
     grpo_run(tmp_path / "run", folders, **{**RUN, "train": RUN["train"] | {"max_steps": 3}})
     lines = run_until(SINGLE, run_dir=tmp_path / "run")
-    assert [line["rewards/failed"] for line in lines] == [12 * 2] * 3
-    assert not any(name in line for line in lines for name in ("reward", "rewards/regex/mean", "eval_loss"))
+    assert [line["rewards/failed"] for line in lines if "loss" in line] == [0] * 3
+    assert not any("eval_loss" in line for line in lines)
     progress = load_state(steps(tmp_path / "run" / "checkpoints")[-1]).progress
     assert progress.evaluations == {}
     assert not (tmp_path / "run" / "best").exists()
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "max_failed", "data", "message"),
+    [
+        (
+            6,
+            2,
+            {"rewards": ["mine.raises"]},
+            r"(?s)last 2 steps, up to step 2, .*Traceback .*ValueError: no such file",
+        ),
+        ci(1, 3, {"rewards": ["mine.raises"]}, r"(?s)last step, up to step 1, .*line 2, in raises"),
+        ci(3, 3, {"rewards": ["mine.none"]}, r"last 3 steps, .*\n.*each reward returned None"),
+        (
+            3,
+            3,
+            {"rewards": ["mine.one"], "reward_weights": [1e39]},
+            r"step 3, .*\n.*weighted by .*\[1e\+39\], have a sum",
+        ),
+    ],
+)
+def test_a_run_without_rewards_fails(
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_steps: int,
+    max_failed: int,
+    data: dict[str, Any],
+    message: str,
+) -> None:
+    functions = ["def raises(**columns):\n    raise ValueError('no such file')", "def none(**columns): return [None]"]
+    (tmp_path / "mine.py").write_text("\n".join([*functions, "def one(**columns): return [1.0]"]))
+    monkeypatch.chdir(tmp_path)
+    rollout = {"max_failed_steps": max_failed}
+    grpo_run(
+        tmp_path / "run", folders, data={**data, "reward_processes": 1}, rollout=rollout, train={"max_steps": max_steps}
+    )
+    with pytest.raises(RewardsFailedError, match=message):
+        run_until(SINGLE, run_dir=tmp_path / "run")
+    assert not any(
+        name in line for line in read_metrics(tmp_path / "run") for name in ("reward", "frac_reward_zero_std")
+    )
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert "RewardsFailedError" in failures.REPEATING
+
+
+def test_rewards_that_overflow_are_left_out_and_groups_without_rewards_are_not_counted() -> None:
+    rewards = np.array([[3e38, 3e38], [1e308, 1e308], [1e308, -1e308], [1.0, 1.0]] + [[np.nan, np.nan]] * 4)
+    assert sums_of_rewards(rewards, ()).tolist() == [np.inf, np.inf, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0]
+    assert sums_of_rewards(rewards[2:4], (1e9, 1e9)).tolist() == [np.inf, 2e9]
+    rollout = dataclasses.replace(made_rollout([[1]] * 3, 9), rewards=np.ones((12, 1)), failed=np.zeros(12, np.int64))
+    totals = np.array([np.nan] * 4 + [1.0, 0.0, np.nan, 2.0] + [5.0] * 3 + [np.nan])
+    assert figures_of(rollout, totals, ["regex"], 4)["frac_reward_zero_std"] == 0.5
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -488,6 +541,10 @@ def test_an_adapter_that_vllm_reads_otherwise_is_refused(folders: Path, tmp_path
         (
             {"train": {"objective": "on_policy_distill"}, "rollout": {"epsilon": 0.3}},
             r"rollout.epsilon=0.3 has no effect with train.objective=on_policy_distill",
+        ),
+        (
+            {"rollout": {"eval_temperature": 0.5}, "data": {"eval_fraction": 0.0}},
+            r"eval_temperature=0.5 needs held-out prompts; set data.eval_fraction",
         ),
         ({"rollout": {"num_generations": 5}}, r"num_generations=5 does not divide the 12 answers"),
         ({"rollout": {"max_new_tokens": 63}}, r"max_new_tokens=63 leaves no room for a prompt"),

@@ -244,6 +244,10 @@ def test_functions_are_imported_before_a_run_starts(
         ({"rewards": ("a.b", "a.b")}, "names a.b twice"),
         ({"rewards": ("a.b",), "reward_weights": (1.0, 2.0)}, "has 2 numbers, and data.rewards 1 names"),
         ({"rewards": ("a.b",), "reward_weights": (float("inf"),)}, "inf is not a valid weight"),
+        (
+            {"rewards": ("a.b", "a.c"), "reward_weights": (0.0, 0.0)},
+            r"weights=\[0.0, 0.0\] gives each answer a total of 0",
+        ),
         ({"rewards": ("a.b",), "reward_timeout": 0.0}, "reward_timeout=0.0 must be positive"),
         ({"rewards": ("math",), "reward_columns": {"anwser": "x"}}, r"\(did you mean 'answer'\?\)"),
         ({"rewards": ("unit_tests",)}, "then add data.rewards_execute_code=true"),

@@ -160,6 +160,11 @@ class Config:
                 f"train.{name}={getattr(self.train, name)} needs held-out documents; set data.eval_fraction or "
                 "data.eval_path",
             )
+        require(
+            holds_out or self.rollout.eval_temperature == 0,
+            f"rollout.eval_temperature={self.rollout.eval_temperature:g} needs held-out prompts; set "
+            "data.eval_fraction or data.eval_path",
+        )
 
     def _check_full(self) -> None:
         """Refuse settings that adapter=full cannot use."""

@@ -21,12 +21,15 @@ BUILT_IN = {"exact_match": "answer", "regex": "pattern", "math": "answer", "json
 def check_rewards(data: DataConfig) -> None:
     """Refuse unknown names, settings that exclude each other, and settings without effect."""
     require_positive("data", data, "reward_timeout", "reward_processes")
-    for item in fields(data) if not data.rewards else ():
+    is_own = any(name not in BUILT_IN for name in data.rewards)
+    for item in fields(data):
+        needs = is_own if item.name in ("reward_folder", "reward_digests") else bool(data.rewards)
         value = getattr(data, item.name)
         default = item.default if item.default_factory is MISSING else item.default_factory()
         require(
-            value == default or not item.name.startswith("reward"),
-            f"data.{item.name}={value} has no effect without data.rewards; leave it out",
+            needs or value == default or not item.name.startswith("reward"),
+            f"data.{item.name}={value} has no effect without "
+            f"{'a function of yours in ' * bool(data.rewards)}data.rewards; leave it out",
         )
     for name in data.rewards:
         require(
@@ -40,13 +43,13 @@ def check_rewards(data: DataConfig) -> None:
         f"data.reward_weights has {len(data.reward_weights)} numbers, and data.rewards {len(data.rewards)} names; "
         "set one weight per reward, or none",
     )
+    require(
+        not data.reward_weights or any(data.reward_weights),
+        f"data.reward_weights={[*data.reward_weights]} gives each answer a total of 0, so nothing is trained; set "
+        "another number for one",
+    )
     for weight in data.reward_weights:
         require(math.isfinite(weight), f"data.reward_weights: {weight} is not a valid weight; set a finite number")
-    require(
-        data.reward_folder is None or not BUILT_IN.keys() >= {*data.rewards},
-        f"data.reward_folder={data.reward_folder} has no effect without a function of yours in data.rewards; leave it "
-        "out",
-    )
     columns = {BUILT_IN[name] for name in data.rewards if name in BUILT_IN}
     for column in data.reward_columns:
         require(

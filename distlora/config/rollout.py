@@ -13,7 +13,7 @@ another adapter, make far more."""
 
 OF_REWARDS = (
     *("loss_type", "scale_rewards", "importance_sampling_level", "epsilon", "epsilon_high", "use_bias_correction_kl"),
-    *("batch_invariant", "max_logprob_difference"),
+    *("max_failed_steps", "batch_invariant", "max_logprob_difference"),
 )
 """Settings that have an effect only where answers are trained on by their rewards."""
 
@@ -59,6 +59,8 @@ class RolloutConfig:
     equation 4 of the GRPO paper. Needs train.beta."""
     mask_truncated_completions: bool = False
     """Leave answers that max_new_tokens cut off out of the loss (DAPO)."""
+    max_failed_steps: int = 3
+    """Steps in a row without a reward of any answer, which train nothing, after which the run fails."""
     eval_temperature: float = 0.0
     """Temperature of the one answer to each held-out prompt; 0: the likeliest token."""
     batch_invariant: bool = False
@@ -75,7 +77,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         require_choices("rollout", self)
         numbers = "num_generations max_new_tokens temperature steps_per_generation num_iterations epsilon epsilon_high"
-        require_positive("rollout", self, *numbers.split(), "max_logprob_difference")
+        require_positive("rollout", self, *numbers.split(), "max_failed_steps", "max_logprob_difference")
         require(
             self.epsilon <= 1,
             f"rollout.epsilon={self.epsilon} would clip at a negative ratio; set it to at most 1 (0.2 is usual)",

@@ -144,6 +144,8 @@ class RewardPool:
     data: DataConfig
     log: Callable[[str], None] = say
     moved: Callable[[], None] = lambda: None
+    first_failure: str | None = None
+    """The first failure, with its traceback if a function raised."""
     _workers: list[_Worker] = field(default_factory=list)
     _logged: set[tuple[str, str]] = field(default_factory=set)
 
@@ -251,6 +253,7 @@ class RewardPool:
             ) from error
 
     def _log_once(self, name: str, reason: str, text: str, sample: RewardInput) -> None:
+        text, _, trace = text.partition("\n")
         kind = (name, text.partition(":")[0])
         if kind not in self._logged:
             self._logged.add(kind)
@@ -258,3 +261,4 @@ class RewardPool:
                 f"reward {name} {text}: the answer {short(sample.completion)} to {short(sample.prompt)} is left out "
                 f"(counted in rewards/{name}/{reason}; logged once)"
             )
+        self.first_failure = self.first_failure or f"reward {name} {text}\n{trace}".rstrip()

@@ -30,7 +30,7 @@ from distlora.config.rewards import BUILT_IN
 from distlora.rewards import sandbox
 from distlora.rewards.built_in import reward_function
 
-_LONGEST = 400
+_LONGEST, _LONGEST_TRACE = 400, 1200
 _FAULTS = (Exception, SystemExit, KeyboardInterrupt)
 
 
@@ -109,7 +109,8 @@ def compute(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str
             rewards = asyncio.run(rewards)
         rewards = list(rewards)
     except _FAULTS as error:
-        return {"errors": described(error)}
+        trace = "".join(traceback.format_exception(error))[-_LONGEST_TRACE:]
+        return {"errors": f"{described(error)}\n{trace}"}
     if len(rewards) != 1:
         return {"invalid": f"returned {len(rewards)} rewards for one completion; return a list of one number"}
     reward = rewards[0]

@@ -29,13 +29,17 @@ from distlora.rewards.pool import RewardInput, RewardPool
 from distlora.run_folder.layout import ROLLOUT_ADAPTER_NAME, ROLLOUT_ID_NAME, ROLLOUT_NAME
 from distlora.system import atomic_io
 from distlora.training.publish import publish_result
-from distlora.training.rollouts.rollout import Rollout, figures_of, pack_answers
+from distlora.training.rollouts.rollout import Rollout, figures_of, pack_answers, sums_of_rewards
 from distlora.training.rollouts.served import ServedEngine
 
 _HELD_OUT = -1
 """In place of a step: the answers to held-out prompts."""
 SHOWN = 3
 """Held-out prompts whose answers are written at each evaluation."""
+
+
+class RewardsFailedError(RuntimeError):
+    """Report that no answer has had a reward for rollout.max_failed_steps steps."""
 
 
 @dataclass(eq=False)
@@ -68,6 +72,8 @@ class RolloutLoader:
     """Metrics of the rollout."""
     _num_rows: dict[int, int] = field(default_factory=dict)
     """Rows of each step of this start."""
+    _failed_steps: int = 0
+    """Steps in a row without a reward, up to the newest."""
 
     @property
     def rank(self) -> int:
@@ -106,10 +112,25 @@ class RolloutLoader:
             words = (PARTS, self.config.train.seed, step - within, iteration)
             order = np.argsort(hash64(words, len(rollout)), kind="stable")
         first, last = (number * len(rollout) // settings.steps_per_generation for number in (part, part + 1))
+        self._require_rewards(step, totals[order[first:last]])
         figures = figures_of(rollout, totals, self.config.data.rewards, settings.num_generations)
         batch = self._packed(step, rollout, order[first:last], totals, settings)
         self._figures, figures = {}, {**figures, **self._figures, "rollout/staleness": within}
         return replace(batch, figures=figures)
+
+    def _require_rewards(self, step: int, totals: np.ndarray) -> None:
+        """Raise RewardsFailedError if these totals of a step, and of those before it, are missing too often."""
+        self._failed_steps = self._failed_steps + 1 if np.isnan(totals).all() else 0
+        total = self.config.train.total_steps(self.config.rows_per_epoch(len(self.prompts.rows)))
+        if self._failed_steps >= min(self.config.rollout.max_failed_steps, total):
+            count = f"{self._failed_steps} steps" if self._failed_steps > 1 else "step"
+            raise RewardsFailedError(
+                f"no answer of the last {count}, up to step {step + 1}, has a reward "
+                f"(rollout.max_failed_steps={self.config.rollout.max_failed_steps}): nothing is trained. Correct "
+                f"data.rewards=[{','.join(self.config.data.rewards)}] and start a new run, or continue this one once "
+                f"what they need works again: distlora resume {self.config.run_dir}\n"
+                f"{self.pool.first_failure or 'each reward returned None, so none applies to an answer'}"
+            )
 
     def _packed(
         self, step: int, rollout: Rollout, answers: np.ndarray, totals: np.ndarray, settings: RolloutConfig
@@ -263,7 +284,16 @@ class RolloutLoader:
         failures = zip(scores.counts, sums[table.numel() :].tolist(), strict=True)
         self._figures = {name: int(number) for name, number in failures if number}
         table = sums[: table.numel()].view(table.shape)
-        return table[:, :-1].contiguous().numpy(), table[:, -1].to(torch.int64).numpy()
+        rewards, missing = table[:, :-1].contiguous().numpy(), table[:, -1].to(torch.int64).numpy()
+        if self.config.data.rewards:
+            weights = self.config.data.reward_weights
+            overflows = np.isinf(sums_of_rewards(rewards, weights))
+            if overflows.any():
+                text = f"{overflows.sum()} answers are left out: their rewards, weighted by data.reward_weights="
+                self.log(text := f"{text}{[*weights]}, have a sum that is no finite number of fp32")
+                self.pool.first_failure = self.pool.first_failure or text
+            missing |= overflows
+        return rewards, missing
 
     def _decoded(self, tokens: list[int]) -> str:
         text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -84,13 +84,19 @@ class Rollout:
         """
         if self.rewards.shape[1] == 0:  # They are trained on without rewards.
             return np.zeros(len(self), np.float64)
-        applies = ~np.isnan(self.rewards)
-        # Summed from the first reward to the last, whatever their number is.
-        totals = (np.where(applies, self.rewards, 0.0) * (weights or 1.0)).cumsum(axis=1)[:, -1]
-        return np.where(applies.any(axis=1) & (self.failed == 0), totals, math.nan)
+        applies = (~np.isnan(self.rewards)).any(axis=1)
+        return np.where(applies & (self.failed == 0), sums_of_rewards(self.rewards, weights), math.nan)
 
 
 _STORED = {np.dtype(np.float64): np.dtype(np.int64)}
+
+
+def sums_of_rewards(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Return (N,) float64 weighted sums of the rewards (N, R) that apply; inf where one is no finite number of fp32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Summed from the first reward to the last, whatever their number is.
+        sums = (np.nan_to_num(rewards, nan=0.0) * (weights or 1.0)).cumsum(axis=1)[:, -1]
+        return np.where(np.isfinite(sums.astype(np.float32)), sums, np.inf)
 
 
 def advantages_of(totals: np.ndarray, group: int, scale: str) -> np.ndarray:
@@ -125,11 +131,13 @@ def figures_of(rollout: Rollout, totals: np.ndarray, names: Sequence[str], group
 
     entropy: its estimate from the sampled tokens.
     """
-    deviations = _deviations(totals.reshape(-1, group))
+    groups = totals.reshape(-1, group)
+    deviations = _deviations(groups)
+    is_equal = np.where(np.isnan(groups).all(axis=1), np.nan, np.nan_to_num(deviations) < 1e-8)
     figures = {
         "reward": float(_means(totals[None])[0]),
         "reward_std": float(_means(deviations[None])[0]),
-        "frac_reward_zero_std": float(np.mean(np.nan_to_num(deviations) < 1e-8)),
+        "frac_reward_zero_std": float(_means(is_equal[None])[0]),
         "completions/mean_length": float(rollout.lengths.mean()),
         "completions/clipped_ratio": float(np.mean(rollout.ended == 0)),
         "entropy": float(-rollout.logps.mean(dtype=np.float64)),

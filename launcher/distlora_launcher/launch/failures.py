@@ -29,7 +29,7 @@ ERRORS = "rank_*.error.json"
 """Error files in RUN/logs, of the newest attempt: a restarted worker moves those of the one before."""
 
 _DIVERGED = ("NonFiniteError", "LossWatchdogError")
-REPEATING = (*_DIVERGED, "MismatchError", "SaveError", "ImportError", "ModuleNotFoundError")
+REPEATING = (*_DIVERGED, "MismatchError", "RewardsFailedError", "SaveError", "ImportError", "ModuleNotFoundError")
 """Exceptions that a restart would raise again, besides every UserError."""
 _FULL_DISK = tuple(f"[Errno {code}]" for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 """Beginnings of the messages of an OSError that a restart would raise again."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +19,6 @@ if not torch.cuda.is_available():
 import cpu_paths
 from distlora import derive
 from distlora.architecture import spec
-from distlora.model import fused_modules
 from distlora_kernels import dispatch, native, nf4_cpu, products
 from small_models import write_model_folder, write_text_file
 from worlds import World, start_world
@@ -132,19 +129,6 @@ def torch_products() -> Iterator[None]:
     """Leave products to torch on every processor, for tests that compare bits or operations with transformers'."""
     for _ in cpu_paths.used("generic"):
         yield
-
-
-@pytest.fixture(autouse=True)
-def _restore_rotary_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Restore the rotary embedding that distlora/model/fused_modules.py exchanges for the whole process."""
-    exchange = fused_modules.exchange
-
-    def exchange_until_the_test_ends(decoder: Any, *arguments: Any, **options: Any) -> str:
-        module = sys.modules[type(decoder).__module__]
-        monkeypatch.setattr(module, "apply_rotary_pos_emb", module.apply_rotary_pos_emb)
-        return exchange(decoder, *arguments, **options)
-
-    monkeypatch.setattr(fused_modules, "exchange", exchange_until_the_test_ends)
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.llama import modeling_llama
 
 import cpu_paths
 import family_models
+import model_types
 from accounting import Kept
 from closeness import relative_error
 from distlora.architecture.config_checks import read_config
@@ -20,7 +20,9 @@ from distlora.architecture.spec import architecture_of
 from distlora.checkpoint.saver import environment
 from distlora.config import Config, UserError
 from distlora.config.file import build
+from distlora.derive.probes import probe
 from distlora.derive.prove import move_adapters_off_start
+from distlora.derive.shrink import shrink
 from distlora.model import fused_modules
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
@@ -177,9 +179,7 @@ def test_a_compiled_run_loads_without_a_compiler_and_with_transformers_modules(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_family_folder(tmp_path, "llama")
-    own = modeling_llama.apply_rotary_pos_emb
     load_ours(tmp_path, ALONE, train={"dtype": "fp32", "compile": True})
-    assert modeling_llama.apply_rotary_pos_emb is not own
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
@@ -194,8 +194,27 @@ def test_a_compiled_run_loads_without_a_compiler_and_with_transformers_modules(
         ),
         ALONE,
     )
-    assert modeling_llama.apply_rotary_pos_emb is own
-    assert not any(isinstance(module, FusedRMSNorm) for module in again.modules())
+    assert not any(isinstance(module, FusedRMSNorm) or "forward" in vars(module) for module in again.modules())
+
+
+@needs_compiler
+def test_models_of_one_process_do_not_change_each_other(tmp_path: Path) -> None:
+    """Whichever was built first: whether a model may be compiled, and every bit of its losses."""
+    compiled, input_ids = {"llama": True, "qwen3": True, "llama, not compiled": False}, tokens(2, 24)
+    losses: dict[str, set[str]] = {name: set() for name in compiled}
+    for name in ("llama", "qwen3"):
+        write_family_folder(tmp_path / name, name)
+    for order in (list(compiled), list(reversed(compiled))):
+        models = {}
+        for name in order:
+            train = {"dtype": "fp32", "compile": compiled[name]}
+            models[name], _ = load_ours(tmp_path / name.partition(",")[0], ALONE, train=train)
+            for kind in ("llama", "qwen3"):
+                assert probe(shrink(model_types.config_of(kind)), kind).fusible
+        products.use(False)  # Of the process: each start sets it.
+        for name, model in models.items():
+            losses[name].add(str(run(model, input_ids)[0].tolist()))
+    assert all(len(found) == 1 for found in losses.values()), losses
 
 
 def config_of(**settings: object) -> Config:

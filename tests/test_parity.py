@@ -127,18 +127,10 @@ def adapters_after(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
 
 
 def compiled_run(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
-    """`adapters_after`, and behind it this process has transformers' rotary embedding again."""
-    from transformers.models.llama import modeling_llama
-
-    own = modeling_llama.apply_rotary_pos_emb
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.delenv("CXX", raising=False)  # The tests' is none.
-            adapters = adapters_after(ranks, run_dir=run_dir)
-        assert modeling_llama.apply_rotary_pos_emb is not own, "nothing was exchanged"
-        return adapters
-    finally:
-        modeling_llama.apply_rotary_pos_emb = own
+    """`adapters_after` with a compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CXX", raising=False)  # The tests' is none.
+        return adapters_after(ranks, run_dir=run_dir)
 
 
 @pytest.mark.ci

@@ -2,9 +2,9 @@
 
 On CUDA they are Triton kernels or liger-kernel's (train.fused_kernels), on the CPU those of elementwise.cpp
 (train.compile). Norms and MLPs are replaced module by module, with the same Parameters and linears under the same
-names, so loading, sharding and checkpoints are not affected. Attention modules look up the rotary embedding, a
-function, in their Python module, so it is replaced there, for the whole process, as liger-kernel's
-apply_liger_kernel_to_* does. Each start first restores transformers' function.
+names, so loading, sharding and checkpoints are not affected. Attention looks up the rotary embedding, a function, among
+the globals of its forward: each attention module gets a forward with globals of its own, so no other model of the
+process is affected.
 
 liger-kernel's linear cross-entropy is not used: it reads the number of targets on the host (README.md).
 """
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import inspect
 import re
-import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,7 @@ FIRST_LIGER = (0, 8, 5)
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
 _SILU = ("silu", "swish")
 
-_own: dict[str, Any] = {}
-"""transformers' rotary embedding, by the Python module where it was replaced."""
+_ROTARY = "apply_rotary_pos_emb"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,23 +102,20 @@ def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs
         for path, mlp in mlps:
             decoder.set_submodule(path, GatedMLP(mlp, multiply).train(mlp.training))
         used.append(f"{product} ({len(mlps)})")
-    name = type(decoder).__module__
-    file: Any = sys.modules[name]
-    _own.setdefault(name, file.apply_rotary_pos_emb)
-    file.apply_rotary_pos_emb = fused.rotate
+    for module in decoder.modules():
+        forward: Any = inspect.unwrap(type(module).forward)  # Decorators rename arguments of older callers.
+        if _ROTARY in forward.__code__.co_names:
+            module.forward = types.MethodType(_with_global(forward, _ROTARY, fused.rotate), module)
     used.append("rotary embedding")
     return f"{fused.name}: {', '.join(used)}"
 
 
-def give_back(decoder: nn.Module) -> None:
-    """Restore transformers' rotary embedding in the Python module of `decoder`, if an earlier model replaced it.
-
-    With DoRA, or without kernels, queries and keys must not be overwritten.
-    """
-    name = type(decoder).__module__
-    if name in _own:
-        file: Any = sys.modules[name]
-        file.apply_rotary_pos_emb = _own.pop(name)
+def _with_global(function: types.FunctionType, name: str, value: Any) -> types.FunctionType:
+    """Return a copy of a function for which one of the names of its Python module means `value`."""
+    known = function.__globals__ | {name: value}
+    copy = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _eps_of(norm: Any, gemma: bool) -> float:

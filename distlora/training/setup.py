@@ -243,7 +243,6 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
     """
     compiles = train.compile is True
     is_gpu = device.type == "cuda"
-    fused_modules.give_back(model.decoder)
     products.use(False)
     products.reserve(not is_gpu and spec.dtype == "bf16")  # Before the first step needs it.
     if is_gpu:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from distlora.architecture.config_checks import read_config
 from distlora.architecture.spec import kept_text
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, UserError
@@ -20,6 +22,9 @@ from distlora.data.rows import new_entry
 from distlora.data.sources import find_source
 from distlora.post.export.repository import own_files
 from distlora.system.atomic_io import private_folder
+from distlora.system.exit_codes import BAD_INPUT
+from distlora.weights.peft_folder import read_peft_adapter
+from distlora_launcher.cli.main import main
 from distlora_launcher.launch.local import create_run
 from small_models import tokenizer
 from test_layout import MODULES
@@ -179,6 +184,61 @@ def test_runs_and_caches_are_closed_to_other_users(tmp_path: Path) -> None:
     assert {(closed / name).stat().st_mode & 0o777 for name in made} == {0o700}
     assert {(team / name).stat().st_mode & 0o777 for name in made} == {0o750}, "the group that a team's folder names"
     assert opened.stat().st_mode & 0o777 == 0o750, "the user's own choice"
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """A file of the user, with content that passes for any side file of a model."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "secret").write_text('{"token": "s3cr3t"}')
+    return tmp_path / "home" / "secret"
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.json", "additional_chat_templates/tool.jinja", "outside"])
+def test_a_link_out_of_a_base_starts_nothing(
+    folders: Path, tmp_path: Path, secret: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    base = shutil.copytree(folders / "llama", tmp_path / "base")
+    place = base / name
+    place.parent.mkdir(exist_ok=True)
+    place.unlink(missing_ok=True)
+    place.symlink_to(secret.parent if name == "outside" else os.path.relpath(secret, place.parent))
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' * 99)
+    words = [
+        f"model.path={base}",
+        f"data.path={tmp_path / 'text.jsonl'}",
+        f"run_dir={tmp_path / 'run'}",
+        "tracker=none",
+    ]
+    assert main(["train", *words, "adapter=full", "quant=none", "train.max_steps=1"]) == BAD_INPUT
+    assert re.search(rf"base/{name} is a link to .*/home\S*, outside of its folder", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_link_out_of_an_adapter_is_refused(tmp_path: Path, secret: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "chat_template.jinja").symlink_to(secret)
+    with pytest.raises(UserError, match=r"chat_template.jinja is a link to .*secret, outside of its folder"):
+        read_peft_adapter(tmp_path / "adapter")
+
+
+def test_a_snapshot_may_link_to_the_blobs_of_its_repository(tmp_path: Path, secret: Path) -> None:
+    snapshot, blobs = tmp_path / "hub" / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "hub/models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1").write_text('{"a": 1}')
+    (snapshot / "config.json").symlink_to("../../blobs/1")
+    (snapshot / "same.json").symlink_to("config.json")
+    (tmp_path / "link").symlink_to(tmp_path / "hub")
+    assert read_config(tmp_path / "link" / "models--a--b" / "snapshots" / "c0ffee") == {"a": 1}
+    blobs.rename(tmp_path / "blobs")
+    blobs.symlink_to(secret.parent)  # An archive that imitates a cache.
+    (snapshot / "notes.json").symlink_to("../../blobs/secret")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"notes.json is a link to .*home/secret, outside of its folder"):
+        read_config(snapshot)
 
 
 def test_symlink_in_a_result_is_not_published(tmp_path: Path) -> None:

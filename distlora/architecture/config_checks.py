@@ -6,6 +6,7 @@ wrongly.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,12 +91,29 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} holds no config.json; point {{model.path}} at a model's folder in Hugging Face format"
         )
+    refuse_links(folder)
     config, modelopt_path = read_object(path, _AGAIN), folder / MODELOPT_CONFIG
     if "quantization_config" not in config and modelopt_path.is_file():
         content = read_object(modelopt_path, _AGAIN)
         check_shape(content, {"quantization": dict, "*": object}, modelopt_path, _AGAIN)
         config["quantization_config"] = {"quant_method": "modelopt", **content["quantization"]}
     return config
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise UserError for a link that leaves a model's folder: runs, merges and pushes copy what it shows.
+
+    A snapshot in the hub's cache may link to the files in blobs/ of its repository.
+    """
+    inside = folder.resolve()
+    blobs = inside.parents[1] / "blobs" if inside.parent.name == "snapshots" else inside
+    for path in (*folder.iterdir(), *folder.glob("*/*.jinja")):
+        target = Path(os.path.realpath(path))
+        if path.is_symlink() and not target.is_relative_to(inside) and target.parent != blobs:
+            raise UserError(
+                f"{path} is a link to {target}, outside of its folder, whose files are copied into runs and merged "
+                "models; put a copy (cp) or a hard link (ln) of the file in its place if all may have it"
+            )
 
 
 def check_config(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distlora.architecture.config_checks import refuse_links
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
 from distlora.architecture.spec import Architecture
 from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_adapted, written
@@ -324,6 +325,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         inside = [child.name for child in sorted(folder.iterdir()) if (child / CONFIG_NAME).is_file()]
         hint = f"set {{adapter.init_from}}={folder / inside[0]}" if inside else "set it to a folder that PEFT saved"
         raise UserError(f"{place} holds no {CONFIG_NAME}; {hint}")
+    refuse_links(folder)
     return read_object(path, "save the adapter again")
 
 

@@ -295,7 +295,7 @@ def with_small_files(model: ModelConfig) -> Iterator[ModelConfig]:
 
 @functools.cache
 def _preview_folder(name: str, revision: str | None) -> Path:
-    """Return a folder of links to the downloaded small files and of sparse safetensors files; removed at exit."""
+    """Return a folder of copies of the downloaded small files and of sparse safetensors files; removed at exit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -311,7 +311,7 @@ def _preview_folder(name: str, revision: str | None) -> Path:
         )
         for file in model.companions:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).symlink_to(Path(snapshot) / file)
+            shutil.copyfile(Path(snapshot) / file, folder / file)
         headers = threads.map(lambda item: _write_header(model, folder, *item), model.weights.items())
         ranges = [(file, first, last) for file, spans in headers for first, last in spans]
         list(threads.map(lambda span: _copy_range(model, folder, *span), ranges))

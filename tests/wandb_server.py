@@ -154,7 +154,7 @@ def server_that_is_down(fault: str) -> Iterator[str]:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_error(500)
 
-        do_GET = do_POST  # noqa: N815
+        do_GET = do_POST
 
     with socket.socket() as held, ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         held.bind(("127.0.0.1", 0))

@@ -34,8 +34,6 @@ EXIT_SECONDS = 1.0
 """Time for a process to end that has closed its pipe."""
 REASONS = ("timeouts", "errors", "invalid")
 """Causes for a missing reward: too slow; raised or ended its process; returned no finite number."""
-MOVED_SECONDS = 1.0
-"""Longest time between two calls of `RewardPool.moved`."""
 _START = (-1, -1)
 
 Text = str | Sequence[Mapping[str, Any]]
@@ -136,14 +134,12 @@ class _Worker:
 
 @dataclass
 class RewardPool:
-    """The processes that compute `data.rewards`; as a context, they run within it. `log` gets a line per new fault.
-
-    `moved` is called while they work: each request has its time limit, so all of them end, after hours perhaps.
-    """
+    """The processes that compute `data.rewards`; as a context, they run within it. `log` gets a line per new fault."""
 
     data: DataConfig
     log: Callable[[str], None] = say
     moved: Callable[[], None] = lambda: None
+    """Called every second while they work: each request has a time limit, so all end, after hours perhaps."""
     first_failure: str | None = None
     """The first failure, with its traceback if a function raised."""
     _workers: list[_Worker] = field(default_factory=list)
@@ -218,7 +214,7 @@ class RewardPool:
             if worker.outgoing:
                 waiting.register(worker.pipes[0], select.POLLOUT)
         first = min(self._workers[index].deadline for index in busy)
-        waiting.poll(1000 * min(max(first - time.monotonic(), 0), MOVED_SECONDS) + 1)
+        waiting.poll(1000 * min(max(first - time.monotonic(), 0), 1.0) + 1)
         self.moved()
         replies = []
         for index in busy:

@@ -28,8 +28,6 @@ from distlora.training.trackers.wandb_agent import AgentRun
 
 ANSWER_SECONDS = 5.0
 """Seconds that wandb's server has to confirm the key, or the run logs offline."""
-INIT_SECONDS = "8"
-"""Seconds that it then has to begin the run, unless the user sets WANDB_INIT_TIMEOUT (by default wandb takes 90)."""
 FINISH_SECONDS = 60.0
 """Seconds that wandb may delay the end of a run for uploads. The rest stays on disk for `wandb sync`; a job about to be
 killed has little more time."""
@@ -54,7 +52,7 @@ class _Service:
         """
         import wandb
 
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", INIT_SECONDS)
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "8")  # Seconds; wandb's default is 90.
         settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
         settings.run_id = settings.sweep_id = settings.sweep_param_path = None
         return settings
@@ -235,9 +233,9 @@ def _open(
 
 
 def _log_in() -> bool:
-    """Return whether there is a key. Raises wandb.Error if wandb's server refuses it, TimeoutError without an answer.
+    """Return whether there is a key. Raises wandb.Error if the server refuses it, TimeoutError without an answer.
 
-    wandb waits for its server without looking at signals, so a thread waits, and a request to stop ends that.
+    wandb waits without a look at signals, so a thread calls it, for which a request to stop does not wait.
     """
     import wandb
 

@@ -46,9 +46,6 @@ LESS_MEMORY = (
 GAVE_UP = "gave_up.json"
 """File in RUN/logs of several nodes: why the first of them ended for good."""
 
-HUNG = "HungError"
-"""Type in the error file of a rank that ended because the ranks hang (distlora/parallel/watch.py)."""
-
 KILLED = "Killed"
 """Type in the error file of a rank killed by a signal; its launcher writes it for the other nodes."""
 
@@ -111,7 +108,7 @@ def first_failure(log_dir: Path, exits: Mapping[int, Exit], errors: list[dict[st
     exits: by rank, the first exit first. errors: contents of the error files. A rank killed by a signal precedes all
     exceptions, which are consequences in other ranks, but for a hang, after which the launcher kills them.
     """
-    hung = any(error["type"] == HUNG for error in errors)
+    hung = any(error["type"] == "HungError" for error in errors)
     for rank, exit in exits.items():
         if exit.code < 0 and -exit.code not in _STOPPING and not hung:
             return Failure(killed_by(rank, -exit.code), _see(log_dir, rank), killed_rank=rank)
@@ -157,7 +154,7 @@ def _from_record(log_dir: Path, error: dict[str, Any]) -> Failure:
         return Failure(error["message"], _see(log_dir, rank))
     if error["bad_input"]:
         return Failure(error["message"], "", bad_input=True, repeats=True)
-    if error["type"] == HUNG:
+    if error["type"] == "HungError":
         about = rank if error.get("about") is None else error["about"]
         return Failure(f"the run hung: {error['message']}", _see(log_dir, about, "its stacks are in"))
     text = f"{error['type']}: {error['message']}" if error["message"] else error["type"]
@@ -439,7 +436,7 @@ class WorkerMonitor:
             return None
         self._looked = time.monotonic()
         errors = self._errors()
-        hangs = {error["time"] for error in errors if error["type"] == HUNG and error["rank"] in self.pids}
+        hangs = {error["time"] for error in errors if error["type"] == "HungError" and error["rank"] in self.pids}
         if hangs - self._hangs:
             self._hangs |= hangs
             for pid in self.pids.values():  # torchrun waits 30 s for one that is stopped.

@@ -1,6 +1,7 @@
 """`distlora data preview`: what it shows is what a run trains on."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from chat_tokenizers import chat_tokenizer
 from data_folders import chat, show_preview, show_row, write_lines
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build
+from distlora.data import chat_template
 from distlora.data.prepare import open_split, prepare_run, summary
 from distlora_launcher.cli import data as command
 from launcher_fakes import write_model
@@ -120,6 +122,19 @@ def test_documents_that_a_run_refuses_are_counted_and_the_first_is_named(setting
     shown = capsys.readouterr().out
     assert f"refused          2, which would stop a run. The first: {path}:2: messages[1]: " in shown
     with pytest.raises(UserError, match=r"chats\.jsonl:2: messages\[1\]"):
+        prepare_run(folder)
+
+
+def test_the_first_document_that_a_template_never_ends_at_ends_a_preview(settings, tmp_path, capsys, monkeypatch):
+    path = write_lines(tmp_path / "chats.jsonl", [SHORT] * 999)
+    loops = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
+    (tmp_path / "endless.jinja").write_text(loops + "{{ messages[0]['content'] }}")
+    folder = settings(path=str(path), template=str(tmp_path / "endless.jinja"))
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.5)
+    refused = r"chats\.jsonl:1: data\.template=.*endless\.jinja .*0\.5 s of CPU time"
+    assert show_preview(folder) == 2
+    assert re.search(refused, capsys.readouterr().err)
+    with pytest.raises(UserError, match=refused):
         prepare_run(folder)
 
 

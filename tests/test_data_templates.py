@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from chat_tokenizers import KINDS, chat_tokenizer
 from data_folders import CHATML, MARKED, chat, write_model
 from distlora.config import UserError
+from distlora.data import chat_template
 from distlora.data.chat_template import NAMED, ChatTemplate, template_source
 from distlora.data.encoding import Encoder
 from distlora.data.formats import Document
@@ -487,3 +490,24 @@ def test_whatever_a_template_trips_over_is_said_of_the_document(load, expression
     tokenizer = load(CHATML.replace("m['content']", f"({expression}) | string"))
     with pytest.raises(UserError, match=rf"^data\.jsonl:1: the chat template in MODEL .*({reason})"):
         encode(tokenizer, "chat", chat("Hi", "Hello"))
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s of CPU time"),
+        ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "more than 0.05 GiB of memory|1 s of CPU time"),
+        ("{{ 'x' * (m['content'] | length) * 9999999 }}", "more than 0.05 GiB of memory"),
+        ("{{ 'x' * 9999 }}", "writes 20,0.. characters, and the limit is 9,000"),
+        ("{{ 9 ** 9 ** 9 }}", r"uses the operator \*\*"),
+    ],
+)
+def test_a_template_without_end_is_refused_with_its_limit(load, monkeypatch, expression, reason):
+    tokenizer = load(CHATML.replace("{{ '<|im_start|>'", expression + "{{ '<|im_start|>'", 1))
+    for name, limit in {"RENDER_SECONDS": 1.0, "RENDER_GIB": 0.05, "MOST_CHARACTERS": 9000}.items():
+        monkeypatch.setattr(chat_template, name, limit)
+    handler, limits = signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match=rf"^data\.jsonl:1: the chat template in MODEL .*({reason})"):
+        encode(tokenizer, "chat", chat("Hi", "Hello"))
+    assert (signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)) == (handler, limits)
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)

@@ -6,7 +6,12 @@ a name; rendering imports transformers.
 """
 
 import contextlib
+import functools
 import re
+import resource
+import signal
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -21,6 +26,8 @@ Message = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BOS_LINE = "{{- bos_token }}\n"
 """First line of a named template; it stays where the tokenizer itself puts that token in front of a text."""
+RENDER_SECONDS, RENDER_GIB, MOST_CHARACTERS = 5.0, 1.0, 2**26
+"""CPU time, memory and text of one conversation's rendering: a template may loop without end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +185,39 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
 
 
+@functools.cache
+def _uses_powers(source: str) -> bool:
+    import jinja2
+
+    return any(token[1:] == ("operator", "**") for token in jinja2.Environment().lex(source))
+
+
+@contextlib.contextmanager
+def _limits() -> Iterator[None]:
+    """Raise TimeoutError or MemoryError if rendering goes beyond its limits: in the main thread, where signals work."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it is not done after {RENDER_SECONDS:g} s of CPU time")
+
+    handler, (most, hard) = signal.signal(signal.SIGVTALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as pages:
+            limit = int(pages.read().split()[0]) * resource.getpagesize() + int(RENDER_GIB * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (limit if most == resource.RLIM_INFINITY else min(most, limit), hard))
+    signal.setitimer(signal.ITIMER_VIRTUAL, RENDER_SECONDS, 1.0)  # Again, as Jinja's compiler drops exceptions.
+    try:
+        yield
+    except MemoryError:
+        raise MemoryError(f"it needs more than {RENDER_GIB:g} GiB of memory") from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
 class ChatTemplate:
     """A chat template with a tokenizer: messages to text.
 
@@ -285,15 +325,21 @@ class ChatTemplate:
             {key: value for key, value in message.items() if value is not None and key not in MASK_KEYS}
             for message in messages
         ]
-        rendered: Any = render_jinja_template(
-            conversations=[conversation],
-            tools=list(tools) if tools else None,
-            chat_template=self._text(tools),
-            return_assistant_tokens_mask=marks,
-            add_generation_prompt=prompt,
-            **self._special,
-        )
+        source = self._text(tools)
+        if _uses_powers(source):
+            raise ValueError("it uses the operator **, whose numbers may grow without limit")
+        with _limits():
+            rendered: Any = render_jinja_template(
+                conversations=[conversation],
+                tools=list(tools) if tools else None,
+                chat_template=source,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self._special,
+            )
         texts, spans = rendered
+        if len(texts[0]) > MOST_CHARACTERS:
+            raise MemoryError(f"it writes {len(texts[0]):,} characters, and the limit is {MOST_CHARACTERS:,}")
         return texts[0], spans[0] if marks else []
 
     def _generation_prompt(self) -> str:

@@ -139,6 +139,8 @@ def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterato
                 pairs += zip([document], sample.encoder.encode([document]), strict=True)
             except UserError as error:
                 sample.refused.append(str(error))
+                if isinstance(error.__cause__, (TimeoutError, MemoryError)):  # Of the template, as for all others.
+                    raise
     for document, encoded in pairs:
         for part in encoded.apart():
             sample.lengths.append(len(part.tokens))

@@ -495,8 +495,8 @@ def test_whatever_a_template_trips_over_is_said_of_the_document(load, expression
 @pytest.mark.parametrize(
     ("expression", "reason"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s of CPU time"),
-        ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "more than 0.05 GiB of memory|1 s of CPU time"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "0.2 s of CPU time"),
+        ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "more than 0.05 GiB of memory|0.2 s of CPU time"),
         ("{{ 'x' * (m['content'] | length) * 9999999 }}", "more than 0.05 GiB of memory"),
         ("{{ 'x' * 9999 }}", "writes 20,0.. characters, and the limit is 9,000"),
         ("{{ 9 ** 9 ** 9 }}", r"uses the operator \*\*"),
@@ -504,7 +504,7 @@ def test_whatever_a_template_trips_over_is_said_of_the_document(load, expression
 )
 def test_a_template_without_end_is_refused_with_its_limit(load, monkeypatch, expression, reason):
     tokenizer = load(CHATML.replace("{{ '<|im_start|>'", expression + "{{ '<|im_start|>'", 1))
-    for name, limit in {"RENDER_SECONDS": 1.0, "RENDER_GIB": 0.05, "MOST_CHARACTERS": 9000}.items():
+    for name, limit in {"RENDER_SECONDS": 0.2, "RENDER_GIB": 0.05, "MOST_CHARACTERS": 9000}.items():
         monkeypatch.setattr(chat_template, name, limit)
     handler, limits = signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(UserError, match=rf"^data\.jsonl:1: the chat template in MODEL .*({reason})"):

@@ -16,7 +16,7 @@ from data_folders import CHATML, MARKED, chat, write_model
 from distlora.config import UserError
 from distlora.data import chat_template
 from distlora.data.chat_template import NAMED, ChatTemplate, template_source
-from distlora.data.encoding import Encoder
+from distlora.data.encoding import Encoder, PromptOnlyEncoder
 from distlora.data.formats import Document
 from distlora.data.turns import Conversation, Turn, TurnTokens
 
@@ -299,9 +299,13 @@ def test_a_template_that_leaves_out_what_a_turn_holds_is_refused(load, template)
     value = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A", "thinking": "B"}]}
     with pytest.raises(UserError, match=r"messages\[1\]: .* does not write its reasoning"):
         encode(load(template), "chat", value)
-    value = chat("Hi", "Hello") | {"tools": [call]}
-    with pytest.raises(UserError, match=r"leaves out the tool 'weather'; remove 'tools', or set data\.template to one"):
-        encode(load(template), "chat", value)
+    left_out = r"leaves out the tool 'weather'; remove 'tools', or set data\.template to one"
+    for answer in ("Hello", "Its name is weather."):
+        with pytest.raises(UserError, match=left_out):
+            encode(load(template), "chat", chat("Hi", answer) | {"tools": [call]})
+    prompt = {"prompt": chat("Use weather.", "")["messages"][:1], "columns": {}, "tools": [call]}
+    with pytest.raises(UserError, match=left_out):
+        list(PromptOnlyEncoder(load(template), "none").encode([Document("data.jsonl:1", 1, prompt)]))
 
 
 def test_a_turn_whose_first_token_reaches_into_the_prompt_is_refused(load):

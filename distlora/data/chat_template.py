@@ -24,6 +24,8 @@ from distlora.data.conversations import MASK_KEYS
 Message = dict[str, Any]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK = "_7f3a91"
+"""End of the names of tools in a rendering that shows which of them a template writes."""
 _BOS_LINE = "{{- bos_token }}\n"
 """First line of a named template; it stays where the tokenizer itself puts that token in front of a text."""
 RENDER_SECONDS, RENDER_GIB, MOST_CHARACTERS = 5.0, 1.0, 2**26
@@ -289,11 +291,18 @@ class ChatTemplate:
             return self._render(messages, tools, prompt=False, marks=True)
 
     def check_tools(self, place: str, messages: list[Message], tools: Sequence[Any] | None) -> None:
-        """Refuse tools where a named template knows none, or writes them with tokens that the tokenizer lacks."""
-        if self._no_tools is None:
-            return
-        if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        """Refuse tools that the template leaves out, knows none of, or writes with tokens that the tokenizer lacks."""
+        calls = any(message["role"] == "tool" or message.get("tool_calls") for message in messages)
+        if self._no_tools is not None and (tools or calls):
             raise UserError(f"{place}: {self.name} {self._no_tools}; leave this document out, or {TOOLS_ADVICE}")
+        if not tools:
+            return
+        # Under other names, since an answer may hold a tool's own.
+        marked = [tool | {"function": tool["function"] | {"name": tool["function"]["name"] + _MARK}} for tool in tools]
+        text = self.render(place, messages, marked)
+        for tool in tools:
+            if (name := tool["function"]["name"]) + _MARK not in text:
+                raise UserError(f"{place}: {self.name} leaves out the tool {name!r}; remove 'tools', or {TOOLS_ADVICE}")
 
     @contextlib.contextmanager
     def _refusals(self, place: str) -> Iterator[None]:

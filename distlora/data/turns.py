@@ -244,7 +244,6 @@ class TurnFinder:
         """Return the assistant turns. Raises UserError for turns that the template refuses, rewrites or leaves out."""
         messages, place = document.value["messages"], document.place
         tools = document.value.get("tools") or None
-        self.template.check_tools(place, messages, tools)
         assistant_messages = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [index for index, message in enumerate(messages) if self._is_wanted(place, index, message)]
         if self._train_on == "all":
@@ -255,6 +254,7 @@ class TurnFinder:
                 chosen = [index for index in chosen if index == assistant_messages[-1]]
             if chosen:  # Nothing is learned from what follows, and a template may rewrite the turn because of it.
                 messages = messages[: chosen[-1] + 1]
+        self.template.check_tools(place, messages, tools)
         marked = self.template.is_marked(tools)
         turns: list[Turn] = []
         if not chosen:
@@ -272,11 +272,6 @@ class TurnFinder:
         if not inverse:
             for turn in turns:
                 self._check_written(place, turn.message, messages[turn.message], text[turn.start : turn.end])
-        for name in (tool["function"]["name"] for tool in tools or ()):
-            if name not in text:
-                raise UserError(
-                    f"{place}: {self.template.name} leaves out the tool {name!r}; remove 'tools', or {TOOLS_ADVICE}"
-                )
         return Conversation(place=place, text=text, turns=tuple(turns), marked=marked, inverse=inverse)
 
     def _by_marks(self, place: str, messages: list[Message], tools: Any, chosen: list[int]) -> tuple[str, list[Turn]]:

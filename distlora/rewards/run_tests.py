@@ -1,7 +1,8 @@
-"""Run the tests of an answer inside the sandbox: `python -I -c THIS_FILE WORD`.
+"""Run the tests of an answer inside the sandbox: `python -I -c THIS_FILE`.
 
-Prints WORD once the answer's module and the tests' have run to their ends, and every test function and
-unittest.TestCase of the tests has passed. A program that leaves before, with whatever exit code, has not passed.
+Prints the content of the file `word`, which it removes first, once the answer's module and the tests' have run to their
+ends, and every test function and unittest.TestCase of the tests has passed. A program that leaves before, with whatever
+exit code, has not passed.
 """
 
 import os
@@ -11,7 +12,9 @@ import unittest
 
 def main() -> None:
     """Import both modules from the working folder, and run the tests."""
-    word = sys.argv.pop()
+    with open("word") as file:  # No argument: an answer could read it.
+        word = file.read()
+    os.unlink("word")
     report = os.dup(1)
     silence = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
     os.dup2(silence.fileno(), 1)

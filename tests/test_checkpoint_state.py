@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from distlora.checkpoint.state import (
+    _FREE,
     Identity,
     Progress,
     TrainState,
@@ -19,7 +20,7 @@ from distlora.checkpoint.state import (
     load_state,
 )
 from distlora.config import Config, UserError
-from distlora.config.file import build
+from distlora.config.file import build, settings_by_name
 from distlora.run_folder.layout import STATE_NAME
 
 SECTIONS: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r"}
@@ -109,6 +110,11 @@ def test_free_settings_may_change(tmp_path: Path) -> None:
     # As it comes back from JSON: tuples are lists there, and keys texts.
     mixed = settings(adapter={"target_modules": ["a", "b"], "rank_pattern": {"a": 3}})
     assert refusal(json.loads(json.dumps(mixed)), mixed) is None
+
+
+def test_settings_that_may_change_exist() -> None:
+    free = {f"{section}.{name}" for section, names in _FREE.items() for name in names.split()}
+    assert free <= settings_by_name(build(Config, SECTIONS)).keys()
 
 
 def test_settings_of_later_versions_are_ignored() -> None:

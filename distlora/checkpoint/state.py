@@ -22,17 +22,18 @@ OR_WHAT_PISSA_TOOK = (
 """Part of a message: what besides its weights makes a base another one."""
 
 _FREE = {
-    # Their contents are identified: by the digests of init_from, the teacher and the packed sequences.
+    # Their contents are identified: by the digests of init_from, teacher, packed sequences, reward functions.
     "adapter": "init_from init_from_loftq",
     "data": "path name split revision format columns ignore_columns reasoning_key sample_by sources eval_path "
-    "eval_split template cache_dir reward_timeout reward_processes rewards_execute_code rewards_isolation",
+    "eval_split template cache_dir reward_folder reward_timeout reward_processes rewards_execute_code "
+    "rewards_isolation",
     "optim": "",
     # `environment_line` reports some of these, which change the rounding.
     "train": "teacher micro_batch accumulate checkpointing mlp_tile dtype attention deterministic_attention "
     "fused_kernels compile log_every eval_every evals_per_epoch eval_documents save_every saves_per_epoch save_minutes "
     "save_in_background loss_watchdog_threshold loss_watchdog_patience keep verify sample_every sample_prompts "
     "sample_tokens",
-    "rollout": "eval_temperature url max_logprob_difference",
+    "rollout": "max_failed_steps eval_temperature url max_logprob_difference",
 }
 """Settings of these sections that may change on resume: they decide neither what is trained nor what is published."""
 

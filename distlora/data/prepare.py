@@ -226,7 +226,6 @@ def _build(
             not getattr(data, name) or template is not None,
             f"data.{name}={getattr(data, name)} has no effect: no source holds chats; leave data.{name} out",
         )
-
     pad = next(
         (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
     )  # Any valid token does: nothing attends to padding from a document, and no label is on it.

@@ -188,7 +188,7 @@ def test_runs_and_caches_are_closed_to_other_users(tmp_path: Path) -> None:
 
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
-    """A file of the user, with content that passes for any side file of a model."""
+    """Return a file of the user, with content that passes for any side file of a model."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "secret").write_text('{"token": "s3cr3t"}')
     return tmp_path / "home" / "secret"

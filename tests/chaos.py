@@ -143,10 +143,10 @@ class Life:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
-    def code(self) -> int:
+    def code(self, seconds: float = PATIENCE_SECONDS) -> int:
         """Wait for the exit code and return it."""
         try:
-            return self.process.wait(PATIENCE_SECONDS)
+            return self.process.wait(seconds)
         except psutil.TimeoutExpired:
             raise TimeoutError("the command did not end") from None
 
@@ -220,7 +220,7 @@ class Campaign:
             self._struck.append(kill)
             if not self._goes_on(life, kill):
                 life = self._start()
-        if (code := life.code()) != 0:
+        if (code := life.code(4 * PATIENCE_SECONDS)) != 0:
             self._problem(f"a command that nobody stopped ended with code {code}")
             return
         self._account()
@@ -388,7 +388,7 @@ def train_command(
     data = data or folders / ("text.jsonl" if work == "sft" else "prompts.jsonl")
     sampled = [
         *("train.objective=grpo", "data.rewards=[regex]", "data.reward_constants={pattern: '[aeiou]{2}'}"),
-        *("rollout.num_generations=4", "rollout.max_new_tokens=24", f"rollout.num_iterations={ROLLOUT_EVERY}"),
+        *("rollout.num_generations=4", "rollout.max_new_tokens=12", f"rollout.num_iterations={ROLLOUT_EVERY}"),
         "train.beta=0.05",
     ]
     return [
@@ -405,7 +405,7 @@ def train_command(
         f"cluster.max_restarts={num_kills}",
         f"tracker={tracker}",
         f"train.max_steps={STEPS_PER_KILL * (num_kills + 1)}",
-        f"train.global_batch={global_batch}",
+        f"train.global_batch={global_batch if work == 'sft' else 12}",
         "train.micro_batch=3",
         "train.save_every=1",
         f"train.eval_every={EVAL_EVERY}",
@@ -422,7 +422,7 @@ def uninterrupted(run_dir: Path, folders: Path, num_kills: int, *, work: str = "
     scratch.mkdir(parents=True, exist_ok=True)
     command = train_command(run_dir, folders, num_kills, work=work)
     life = Life(command, run_dir.with_name(f"{run_dir.name}.txt"), scratch)
-    assert life.code() == 0, life.output()
+    assert life.code(4 * PATIENCE_SECONDS) == 0, life.output()  # Of a whole run.
 
 
 def interrupt_merges(run_dir: Path, out: Path, kills: Sequence[Kill], say: Callable[[str], None]) -> list[str]:
@@ -489,12 +489,13 @@ def main() -> int:
     for number, first in enumerate(range(0, arguments.kills, arguments.per_run), start=1):
         if time.monotonic() - began > 60 * arguments.minutes:
             break
-        work = ("sft", "grpo", "merge")[(number - 1) % 3]
+        work = ("grpo", "merge", "sft")[(number - 1) % 3]
         kills = draw(min(arguments.per_run, arguments.kills - first), generator, work)
         drawn += kills
-        whole, run_dir = root / f"whole_{work.replace('merge', 'sft')}", root / f"run_{number}"
+        trained = "grpo" if work == "grpo" else "sft"
+        whole, run_dir = root / f"whole_{trained}", root / f"run_{number}"
         if not whole.exists():
-            uninterrupted(whole, root, arguments.per_run, work=work)
+            uninterrupted(whole, root, arguments.per_run, work=trained)
         print(f"run {number}: {work}", flush=True)
         if work == "merge":
             problems += interrupt_merges(whole, root / f"merged_{number}", kills, lambda text: print(text, flush=True))

@@ -279,7 +279,7 @@ class Reader:
 
 def holds(reader: Reader, folder: Path) -> None:
     """Damage a reader's file, and check that it is refused by name or that the result is undamaged."""
-    file = folder / reader.file
+    file, inputs = folder / reader.file, 0
     reader.check(reader.read(folder))  # Imports are made here, and the whole file is accepted.
 
     @settings(
@@ -291,12 +291,15 @@ def holds(reader: Reader, folder: Path) -> None:
     )
     @given(damage=reader.damages(file.read_bytes()))
     def run(damage: bytes) -> None:
+        nonlocal inputs
+        inputs += 1
         with damaged(file, damage):
             found = ending(lambda: reader.read(folder), folder, names=reader.names or (file.name,))
             if not isinstance(found, UserError):
                 reader.check(found)
 
     run()
+    print(f"{reader.file}: {inputs} damaged inputs")
 
 
 def holds_without(reader: Reader, folder: Path) -> None:

@@ -33,6 +33,8 @@ from distlora_launcher.launch.local import create_run
 FUNCTIONS = """
 import ctypes, math, os, random, re, subprocess, sys, time
 
+KEPT = []
+
 def length(completions, **columns):
     return [len(text) for text in completions]
 
@@ -57,6 +59,8 @@ def odd(prompts, completions, completion_ids, answer, **columns):
     elif text == "infinite": return [10**400]
     elif text == "word": return ["1"]
     elif text == "two": return [1.0, 2.0]
+    elif text == "fill":
+        while True: KEPT.append(bytearray(100_000_000))
     elif text == "nothing": return None
     elif text == "none": return [None]
     elif text == "random": return [random.random()]
@@ -136,6 +140,18 @@ def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None
         "ended its process by signal 11 (Segmentation fault): the answer 'segfault' to 'prompt' is left out" in line
         for line in lines
     )
+
+
+def test_a_reward_that_fills_the_memory_fails_in_words_and_is_replaced(functions: Path) -> None:
+    lines: list[str] = []
+    with RewardPool(data("mine.odd", reward_memory_gb=1.0, reward_processes=1), log=lines.append) as pool:
+        before = pool._workers[0].process.pid
+        scores = pool.score(inputs("fill", "right", "fill", "right"))
+        assert pool._workers[0].process.pid != before
+    assert scores.values == [[None], [1.0], [None], [1.0]]
+    assert (scores.failed, scores.counts["rewards/mine.odd/errors"]) == ([True, False, True, False], 2)
+    assert len(lines) == 1
+    assert "mine.odd needs more memory than data.reward_memory_gb allows (mine.py:" in lines[0]
 
 
 def test_a_slow_function_is_no_hang_and_one_that_hangs_ends_by_its_limit(functions: Path) -> None:
@@ -256,6 +272,7 @@ def test_functions_are_imported_before_a_run_starts(
         ({"rewards": ("math",), "rewards_isolation": "limits"}, r"no effect without data.rewards=\[unit_tests\]"),
         ({"reward_weights": (1.0,)}, "no effect without data.rewards"),
         ({"rewards": ("math",), "reward_folder": "/x"}, "reward_folder=/x has no effect without a function of yours"),
+        ({"rewards": ("a.b",), "reward_memory_gb": 0.0}, "reward_memory_gb=0.0 must be positive"),
         ({"reward_timeout": 3.0}, "data.reward_timeout=3.0 has no effect without data.rewards"),
     ],
 )
@@ -289,19 +306,34 @@ def reward(name: str, completion: Any, value: Any, **settings: Any) -> Any:
         ("math", r"so it is $\frac{1}{3}$", r"$\frac{1}{2}$", 0.0),
         ("math", "no idea", "7", 0.0),
         ("math", "7", "no idea", {"errors"}),
+        ("math", "9**9**9**9", "7", 0.0),
+        ("math", "the answer is 10^(10^10)", "7", 0.0),
+        ("math", r"\boxed{\frac{1}{10^{10^{10}}}}", "7", 0.0),
+        ("math", r"\boxed{((10^{100000})^{100000})^{100000}}", "7", 0.0),
+        ("math", r"\boxed{100000000!}", "7", 0.0),
+        ("math", r"\boxed{(-1)!}", "7", 0.0),
+        ("math", "7" * 10_000_000, "7", 0.0),
+        ("math", r"\boxed{9^{9^{9}}}", "$9^{9^{9}}$", 1.0),
+        ("math", r"\boxed{2 \cdot 2^{2023}}", "$2^{2024}$", 1.0),
+        ("math", r"\boxed{(x+y+z+1)^{200}}", "7", 0.0),  # Slow.
         ("json_schema", '{"a": 1}', {"type": "object", "required": ["a"]}, 1.0),
         ("json_schema", 'Here:\n```json\n{"a": 1}\n```\n', '{"type": "object", "required": ["a"]}', 1.0),
         ("json_schema", '{"b": 1}', {"type": "object", "required": ["a"]}, 0.0),
         ("json_schema", "no JSON", {}, 0.0),
         ("json_schema", "NaN", {}, 0.0),
         ("json_schema", "[" * 100_000, {}, 0.0),
+        ("json_schema", "1" + "0" * 400, {"multipleOf": 0.5}, 0.0),
+        ("json_schema", "1e400", {"multipleOf": 0.5}, 0.0),
+        ("json_schema", "[" * 900 + "]" * 900, {"type": "array", "items": {"$ref": "#"}}, 0.0),
+        ("json_schema", "`" * 20_000 + "\n" + "x\n" * 20_000, {}, 0.0),
+        ("json_schema", "1", {"$ref": "#"}, {"errors"}),
         ("json_schema", "1", {"type": "nothing"}, {"errors"}),
         ("json_schema", "1", {"$ref": "http://localhost:1/schema.json"}, {"errors"}),
     ],
 )
 def test_built_in_rewards(name: str, completion: Any, value: Any, expected: Any) -> None:
     column = {"exact_match": "answer", "regex": "pattern", "math": "answer", "json_schema": "schema"}[name]
-    found = reward(name, completion, value, reward_columns={column: "column"})
+    found = reward(name, completion, value, reward_columns={column: "column"}, reward_timeout=2.0)
     assert (set(found) if isinstance(expected, set) else found) == expected
 
 

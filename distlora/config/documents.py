@@ -127,6 +127,8 @@ class DataConfig(ReadingConfig):
     out."""
     reward_processes: int = 2
     """Processes per rank that compute rewards."""
+    reward_memory_gb: float = 8.0
+    """Private memory of each of these processes, in GB; a reward that needs more fails for the answer."""
     rewards_execute_code: bool = False
     """Permission to run code that the model writes, for the reward unit_tests (docs/rl.md says within which limits).
     """

@@ -20,7 +20,7 @@ BUILT_IN = {"exact_match": "answer", "regex": "pattern", "math": "answer", "json
 
 def check_rewards(data: DataConfig) -> None:
     """Refuse unknown names, settings that exclude each other, and settings without effect."""
-    require_positive("data", data, "reward_timeout", "reward_processes")
+    require_positive("data", data, "reward_timeout", "reward_processes", "reward_memory_gb")
     is_own = any(name not in BUILT_IN for name in data.rewards)
     for item in fields(data):
         needs = is_own if item.name in ("reward_folder", "reward_digests") else bool(data.rewards)

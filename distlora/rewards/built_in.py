@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import re
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,9 @@ from distlora.rewards import sandbox
 
 PACKAGES = {"math": "math_verify", "json_schema": "jsonschema"}
 """Packages of the extra `rl` that built-in rewards need."""
-_BLOCK = re.compile(r"^[ \t]*(```+|~~~+)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
+_MOST_DIGITS = 100_000
+"""Digits of powers and factorials that math computes. It reads numbers of 4,300 digits, as Python does."""
+_BLOCK = re.compile(r"^[ \t]*(`{3,}+|~{3,}+)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
 """A fenced block of Markdown, and what is in it."""
 
 
@@ -48,7 +51,7 @@ def reward_function(name: str, data: DataConfig) -> Callable[..., list[float | N
     verifiers: dict[str, Callable[[str, Any], bool]] = {
         "exact_match": lambda completion, answer: completion.strip() == str(answer).strip(),
         "regex": lambda completion, pattern: re.search(pattern, completion) is not None,
-        "math": _equal_mathematics,
+        "math": lambda completion, answer: _equal_mathematics(completion, answer, data.reward_timeout),
         "json_schema": _fits_schema,
         "unit_tests": unit_tests,
     }
@@ -70,17 +73,49 @@ def last_block(text: str) -> str | None:
     return blocks[-1][1] if blocks else None
 
 
-def _equal_mathematics(completion: str, answer: Any) -> bool:
+class _TooSlowError(BaseException):
+    """Raised where a comparison's time has passed; sympy catches every Exception."""
+
+
+def _stop(*_: Any) -> None:
+    raise _TooSlowError
+
+
+def _equal_mathematics(completion: str, answer: Any, seconds: float) -> bool:
+    """Return whether math-verify finds both equal within `seconds`. A number too large to compute is not equal."""
     import math_verify
 
-    # Its own limits would make a slow comparison a wrong answer; here it is counted as a timeout.
     for name in ("parser", "grader"):
         logging.getLogger(f"math_verify.{name}").setLevel(logging.ERROR)
     expected = math_verify.parse(str(answer), parsing_timeout=None)
     if not expected:
         raise ValueError(f"math-verify finds no mathematics in the answer {str(answer)[:100]!r}")
-    found = math_verify.parse(completion, parsing_timeout=None)
-    return bool(math_verify.verify(expected, found, timeout_seconds=None))
+    if re.search(r"\d{4301}", completion):
+        return False
+    signal.signal(signal.SIGPROF, _stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)  # Of CPU time, and again: some code catches every exception.
+    try:
+        found = math_verify.parse(completion, parsing_timeout=None)
+        if any(map(_is_huge, found)):
+            return bool(found[0] == expected[0])  # As written, not computed.
+        return bool(math_verify.verify(expected, found, timeout_seconds=None))
+    except (_TooSlowError, ArithmeticError, ValueError, RuntimeError):  # sympy raises the others, as for (-1)!.
+        return False
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _is_huge(expression: Any) -> bool:
+    """Return whether a power or factorial in an expression of sympy has more than _MOST_DIGITS, or its inverse has."""
+    from sympy import Float, Pow, binomial, exp, factorial, postorder_traversal
+
+    largest = Float(10) ** _MOST_DIGITS
+    for node in postorder_traversal(expression):  # Inner ones first: a tower of powers ends at the second.
+        if isinstance(node, (Pow, exp, factorial, binomial)) and node.is_number:
+            value = abs(node.evalf(2))
+            if value.is_Float and (value > largest or 0 < value < 1 / largest):
+                return True
+    return False
 
 
 def _fits_schema(completion: str, schema: Any) -> bool:
@@ -90,12 +125,14 @@ def _fits_schema(completion: str, schema: Any) -> bool:
     schema = json.loads(schema) if isinstance(schema, str) else schema
     kind = validator_for(schema)
     kind.check_schema(schema)
+    validator = kind(schema, registry=EMPTY_REGISTRY)  # Without one it reads references by network.
+    validator.is_valid(None)  # A reference without end is a fault of the record.
     block = last_block(completion)
     try:
         value = json.loads(completion if block is None else block, parse_constant=_no_json)
-    except (ValueError, RecursionError):
+        return bool(validator.is_valid(value))
+    except (ValueError, RecursionError, OverflowError):  # No JSON, too deep, or a number beyond float64.
         return False
-    return bool(kind(schema, registry=EMPTY_REGISTRY).is_valid(value))  # Without one it reads references by network.
 
 
 def _no_json(constant: str) -> None:

@@ -29,7 +29,7 @@ from distlora.system.progress import say
 START_SECONDS = 300.0
 """Time for a process to import the functions; a cold network file system takes minutes for torch."""
 CODE_SECONDS = 30.0
-"""Time that unit_tests gets beyond data.reward_timeout, which its own sandbox enforces."""
+"""Time that unit_tests and math get beyond data.reward_timeout, which they enforce by themselves."""
 EXIT_SECONDS = 1.0
 """Time for a process to end that has closed its pipe."""
 REASONS = ("timeouts", "errors", "invalid")
@@ -108,6 +108,7 @@ class _Worker:
         try:
             reply: dict[str, Any] = json.loads(self.incoming)
             if reply.pop("number") == self.number:
+                self.is_lost = reply.pop("is_last", False)
                 return reply
         except (ValueError, KeyError, AttributeError):
             pass
@@ -177,7 +178,7 @@ class RewardPool:
                     self._workers[index] = worker = self._start()
                 if worker.job is None and queue:
                     job = queue.popleft()
-                    seconds = self.data.reward_timeout + CODE_SECONDS * (names[job[1]] == "unit_tests")
+                    seconds = self.data.reward_timeout + CODE_SECONDS * (names[job[1]] in ("unit_tests", "math"))
                     worker.ask(job, arguments[job[0]], seconds)
             for (sample, reward), reply in self._replies():
                 if "value" in reply:

@@ -2,7 +2,8 @@
 
 It reads a line of JSON per request and writes one per reply. Whatever a function prints goes to stderr. First comes
 the set-up (the settings as plain values), then requests {"number": n, "reward": index, "arguments": {...}}. A reply is
-{"number": n, "value": x} or {"number": n, reason: text}; the first one, to the set-up, has the number 0.
+{"number": n, "value": x} or {"number": n, reason: text}; the first one, to the set-up, has the number 0. One with
+"is_last" asks for another process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import random
+import resource
 import select
 import signal
 import sys
@@ -46,6 +48,9 @@ def main() -> None:
         replies.write(json.dumps({"number": number, **values}).encode() + b"\n")
 
     data = build(DataConfig, json.loads(requests.readline()))
+    hard, limit = resource.getrlimit(resource.RLIMIT_DATA)[1], int(data.reward_memory_gb * 1e9)
+    # Not of addresses: torch and CUDA reserve far more than they use.
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
     sys.path.insert(0, data.reward_folder or os.getcwd())  # Behind no package: it is the user's own program.
     functions = []
     for name in data.rewards:
@@ -110,7 +115,9 @@ def compute(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str
         rewards = list(rewards)
     except _FAULTS as error:
         trace = "".join(traceback.format_exception(error))[-_LONGEST_TRACE:]
-        return {"errors": f"{described(error)}\n{trace}"}
+        reply = {"errors": f"{described(error)}\n{trace}"}
+        # What filled the memory may be kept for ever: another process takes its place.
+        return {**reply, "is_last": True} if isinstance(error, MemoryError) else reply
     if len(rewards) != 1:
         return {"invalid": f"returned {len(rewards)} rewards for one completion; return a list of one number"}
     reward = rewards[0]
@@ -129,6 +136,8 @@ def described(error: BaseException) -> str:
     """Return an exception in one line: its type, its text, and the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
+    if isinstance(error, MemoryError):
+        return f"needs more memory than data.reward_memory_gb allows{place}"
     return in_one_line(f"{type(error).__name__}: {error}"[:_LONGEST]) + place
 
 

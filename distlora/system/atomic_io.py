@@ -23,6 +23,8 @@ def private_folder(path: Path) -> None:
 
     In a folder with the set-group-ID bit (chmod g+s), which a team shares, its group may enter as the umask says.
     """
+    if path.is_dir():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o770 if path.parent.stat().st_mode & stat.S_ISGID else 0o700, exist_ok=True)
 

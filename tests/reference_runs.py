@@ -45,7 +45,7 @@ quant=nf4 quant.method=nf4 quant.dense_layers=0 quant.cache=false
 parallel=fsdp2 parallel.backend=fsdp2 parallel.shard_degree=null parallel.offload_base=false
 parallel.deepspeed_config=null parallel.prefetch=true parallel.resident_blocks=0 parallel.bucket_mb=4
 optim=adamw optim.name=adamw optim.lr=2e-3 optim.loraplus_lr_ratio=1 optim.betas=[0.9,0.999] optim.eps=1e-8
-optim.weight_decay=0 optim.max_grad_norm=1 optim.schedule=cosine optim.warmup_ratio=0.2 optim.decay_ratio=0.3
+optim.weight_decay=0 optim.max_grad_norm=1 optim.schedule=cosine optim.warmup_ratio=0.2
 optim.min_lr_ratio=0
 train.objective=sft train.epochs=1 train.max_steps=6 train.global_batch=6 train.micro_batch=1 train.accumulate=step
 train.checkpointing=block train.mlp_tile=null train.dtype=bf16 train.attention=auto
@@ -76,7 +76,8 @@ RUNS = {
     "pissa": """model.path=llama data.path=chats.jsonl adapter.init=pissa train.dtype=fp32 train.micro_batch=3
         optim.schedule=constant""",
     "full": """model.path=llama data.path=text.jsonl cluster.gpus_per_node=2 adapter.method=full quant.method=none
-        train.micro_batch=3 optim.weight_decay=0.1 optim.schedule=warmup_stable_decay""",
+        train.micro_batch=3 optim.weight_decay=0.1 optim.schedule=warmup_stable_decay
+        optim.decay_ratio=0.3""",
     "zero3": """model.path=llama data.path=text.jsonl cluster.gpus_per_node=2 parallel.backend=zero3
         train.attention=sdpa train.accumulate=block""",
     "experts": """model.path=experts data.path=text.jsonl cluster.gpus_per_node=2 quant.dense_layers=1

@@ -123,6 +123,8 @@ def test_warmup_stable_decay_rises_stays_and_falls() -> None:
 def test_a_floor_under_a_constant_rate_is_refused() -> None:
     with pytest.raises(UserError, match=r"has no effect with optim\.schedule=constant"):
         OptimConfig(schedule="constant", min_lr_ratio=0.5)
+    with pytest.raises(UserError, match=r"optim.decay_ratio=0.5 has no effect with optim.schedule=cosine"):
+        OptimConfig(decay_ratio=0.5)
     assert set(rates(OptimConfig(schedule="constant", warmup_ratio=0.0), 5)) == {1.0}
 
 

@@ -20,6 +20,8 @@ DEFAULT_LR = 2e-4
 """Learning rate of adapters on a model without a published sweep."""
 DEFAULT_WARMUP = 0.03
 """Fraction of the steps that are warm-up if nothing is set."""
+DEFAULT_DECAY = 0.1
+"""Fraction of the steps over which warmup_stable_decay decays if nothing is set."""
 
 AUTO_EVALUATIONS = 5
 """Evaluations of a run with train.eval_every=auto, the last included and the first (before training) not."""
@@ -59,7 +61,7 @@ class OptimConfig:
     """Steps over which the learning rate rises linearly from 0; null: warmup_ratio decides."""
     warmup_ratio: float | None = None
     """The same as a fraction of all steps; null: 0.03, unless warmup_steps is set."""
-    decay_ratio: float = 0.1
+    decay_ratio: float = DEFAULT_DECAY
     """Fraction of all steps over which warmup_stable_decay decays."""
     min_lr_ratio: float = 0.0
     """Final learning rate of a decaying schedule, relative to lr."""
@@ -84,6 +86,11 @@ class OptimConfig:
         require(
             self.schedule != "constant" or self.min_lr_ratio == 0,
             f"optim.min_lr_ratio={self.min_lr_ratio} has no effect with optim.schedule=constant; leave it out",
+        )
+        require(
+            self.schedule == "warmup_stable_decay" or self.decay_ratio == DEFAULT_DECAY,
+            f"optim.decay_ratio={self.decay_ratio} has no effect with optim.schedule={self.schedule}; leave it out, or "
+            "set optim.schedule=warmup_stable_decay",
         )
         require(
             self.warmup_steps is None or self.warmup_steps >= 0,

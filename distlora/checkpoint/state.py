@@ -25,8 +25,8 @@ _FREE = {
     # Their contents are identified: by the digests of init_from, teacher, packed sequences, reward functions.
     "adapter": "init_from init_from_loftq",
     "data": "path name split revision format columns ignore_columns reasoning_key sample_by sources eval_path "
-    "eval_split template cache_dir reward_folder reward_timeout reward_processes rewards_execute_code "
-    "rewards_isolation",
+    "eval_split template cache_dir reward_folder reward_timeout reward_processes reward_memory_gb "
+    "rewards_execute_code rewards_isolation",
     "optim": "",
     # `environment_line` reports some of these, which change the rounding.
     "train": "teacher micro_batch accumulate checkpointing mlp_tile dtype attention deterministic_attention "

@@ -28,14 +28,15 @@ _FREE = {
     "eval_split template cache_dir reward_folder reward_timeout reward_processes reward_memory_gb "
     "rewards_execute_code rewards_isolation",
     "optim": "",
-    # `environment_line` reports some of these, which change the rounding.
-    "train": "teacher micro_batch accumulate checkpointing mlp_tile dtype attention deterministic_attention "
+    "train": "teacher micro_batch accumulate checkpointing mlp_tile attention deterministic_attention "
     "fused_kernels compile log_every eval_every evals_per_epoch eval_documents save_every saves_per_epoch save_minutes "
     "save_in_background loss_watchdog_threshold loss_watchdog_patience keep verify sample_every sample_prompts "
     "sample_tokens",
     "rollout": "max_failed_steps eval_temperature url max_logprob_difference",
 }
-"""Settings of these sections that may change on resume: they decide neither what is trained nor what is published."""
+"""Settings of these sections that may change on resume: they change the result by rounding at most."""
+_OF_EVALUATIONS = ("train.eval_every", "train.evals_per_epoch", "train.eval_documents", "rollout.eval_temperature")
+"""Settings that decide when a run stops or which adapter it publishes, if it compares evaluations."""
 
 
 class SamplingChoice(NamedTuple):
@@ -110,6 +111,7 @@ class TrainState:
 def fixed_settings(config: Config) -> dict[str, Any]:
     """Return the settings that decide a run's result, by full name, as plain values."""
     free = {f"{section}.{name}" for section, names in _FREE.items() for name in names.split()}
+    free -= {*(_OF_EVALUATIONS if config.train.compares_evaluations else ())}
     sections = _FREE.keys() - (set() if config.train.needs.data == "prompts" else {"rollout"})
     fixed = {"model.new_tokens", "model.special_tokens", "quant.method", "quant.formats"}
     return {

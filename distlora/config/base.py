@@ -162,8 +162,8 @@ class AdapterConfig:
     output. Takes more time, and memory for one more output per adapted linear of a layer."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Linears that get an adapter: a preset (qv, attention, mlp, all-linear, linears), a list of module names (the last
-    parts of their paths), or a regular expression that matches whole paths. `linears` leaves out the fused weights of
-    experts, which `all-linear` adapts, as PEFT's and Axolotl's all-linear do."""
+    parts of their paths), or a regular expression that matches whole paths. `linears` adapts no fused weights of
+    experts, like PEFT's all-linear; `all-linear` adapts them too."""
     target_parameters: tuple[str, ...] = ()
     """Fused weights of a mixture of experts that get an adapter per expert, by the last parts of their names:
     [mlp.experts.gate_up_proj, mlp.experts.down_proj]. Empty: both if target_modules is mlp or all-linear, else none."""

@@ -11,7 +11,9 @@ _ENDPOINT = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
 _TIME_LIMIT = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
 """Time limits of sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_CREDENTIAL = re.compile(r"(^|_)(API)?(KEY|TOKEN|SECRET|PASS(WORD|WD|PHRASE)?)=|://[^/\s]+@", re.IGNORECASE)
+_CREDENTIAL = re.compile(
+    r"((^|[_\s,])(API)?(KEY|TOKEN|SECRET|PAT|PWD|CREDENTIALS?)|PASS(WORD|WD|PHRASE)?)=|://[^/\s]+@", re.IGNORECASE
+)
 """Assignments to variables like WANDB_API_KEY and HF_TOKEN, not NCCL_IB_PKEY; URLs with a user."""
 
 SLURM_ONLY = (
@@ -152,6 +154,12 @@ class ClusterConfig:
                 "and SLURM's minute), so no time is left to train; set a longer cluster.time_limit",
             )
         self._check_options()
+        for name in ("setup", "sbatch"):
+            require(
+                not any(_CREDENTIAL.search(word) for word in getattr(self, name)),
+                f"cluster.{name} has a credential, and RUN and trackers would show it; leave it out and export it "
+                "before the command: jobs get your environment",
+            )
         for name in self.environment:
             require(
                 _VARIABLE.fullmatch(name) is not None,

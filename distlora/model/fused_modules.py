@@ -102,10 +102,12 @@ def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs
         for path, mlp in mlps:
             decoder.set_submodule(path, GatedMLP(mlp, multiply).train(mlp.training))
         used.append(f"{product} ({len(mlps)})")
+    forwards: dict[Any, Any] = {}
     for module in decoder.modules():
         forward: Any = inspect.unwrap(type(module).forward)  # Decorators rename arguments of older callers.
         if _ROTARY in forward.__code__.co_names:
-            module.forward = types.MethodType(_with_global(forward, _ROTARY, fused.rotate), module)
+            own = forwards.setdefault(forward, _with_global(forward, _ROTARY, fused.rotate))
+            module.forward = types.MethodType(own, module)
     used.append("rotary embedding")
     return f"{fused.name}: {', '.join(used)}"
 

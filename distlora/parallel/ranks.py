@@ -14,10 +14,10 @@ from torch import Tensor
 from distlora.parallel import watch
 from distlora.system.listening import listen
 
-AFTER_WATCH = timedelta(minutes=10)
+AFTER_WATCH = timedelta(days=2)
 """Seconds by which torch's timeout exceeds the longest wait that `watch` allows.
 
-The watch knows which rank hangs, so it must report first. A dead worker ends the run at once in any case: torchrun sees
+The watch knows which rank hangs, so it must report first, and one that computes rewards for hours does not. A dead worker ends the run at once in any case: torchrun sees
 it."""
 
 

@@ -252,7 +252,8 @@ def _log_in() -> bool:
     while not answer.done() and time.monotonic() < deadline and stop_signals.requested() is None:
         time.sleep(0.05)
     if not answer.done():
-        raise TimeoutError(f"no valid answer from {_service.settings().base_url} within {ANSWER_SECONDS:g} s")
+        by = "before the request to stop" if stop_signals.requested() is not None else f"within {ANSWER_SECONDS:g} s"
+        raise TimeoutError(f"no valid answer from {_service.settings().base_url} {by}")
     return answer.result()
 
 

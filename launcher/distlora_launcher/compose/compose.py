@@ -97,7 +97,7 @@ def _path_of_environment(name: str, *default: Any, _node_: Node) -> str | None:
     """
     key = _node_._get_full_key(None)
     is_path = key in (*PATHS, "data.template", "run_dir", "hydra.run.dir", "hydra.sweep.dir")
-    if not is_path and not re.fullmatch(r"data\.sources\[\d+\]\.path", key):
+    if not is_path and not re.fullmatch(r"(data\.sources\[\d+\]\.path|hydra\.searchpath\[\d+\])", key):
         reason = "an environment variable can be read in settings that are paths only"
     elif name in os.environ and not os.path.isabs(os.environ[name]):
         reason = "the environment variable is not an absolute path"

@@ -235,7 +235,7 @@ def _srun_options(cluster: ClusterConfig, mounts: Sequence[str]) -> list[str]:
 
 
 def mounts(runs: Sequence[Config]) -> list[str]:
-    """Return the folders that runs read outside their run folders: models, data cache, quantized weights, adapters."""
+    """Return the folders that runs read outside their run folders: models, data cache, quantized weights, adapters, rewards."""
     places = []
     for run in runs:
         if not is_hub_name(run.model.path):
@@ -245,7 +245,6 @@ def mounts(runs: Sequence[Config]) -> list[str]:
         places.append(Path(run.data.cache_dir))
         if run.quant.keeps_shards:  # In the container it would be kept in memory.
             places.append(Path(run.quant.cache_dir))
-        if run.adapter.init_from is not None:
-            places.append(Path(run.adapter.init_from))
+        places += [Path(place) for place in (run.adapter.init_from, run.data.reward_folder) if place is not None]
     outer = [place for place in places if not any(other in place.parents for other in places)]
     return [str(place) for place in dict.fromkeys(outer)]

@@ -436,7 +436,7 @@ class WorkerMonitor:
             return None
         self._looked = time.monotonic()
         errors = self._errors()
-        hangs = {error["time"] for error in errors if error["type"] == "HungError" and error["rank"] in self.pids}
+        hangs = {error["time"] for error in errors if error["type"] == "HungError"}
         if hangs - self._hangs:
             self._hangs |= hangs
             for pid in self.pids.values():  # torchrun waits 30 s for one that is stopped.

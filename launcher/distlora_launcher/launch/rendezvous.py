@@ -45,9 +45,8 @@ class Rendezvous:
             "last_call_timeout": 1,  # There are no more nodes than are needed.
             "close_timeout": 30,
             "read_timeout": 60,  # A node that lost power or its cable does not answer.
+            "is_host": 0,  # torchrun would listen on all interfaces; torchrun_entry serves the store instead.
         }
-        if self.is_host is not None:
-            settings["is_host"] = 0  # torchrun would listen on all interfaces; torchrun_entry serves the store instead.
         return [
             f"--nnodes={self.nodes}",
             "--rdzv-backend=c10d",

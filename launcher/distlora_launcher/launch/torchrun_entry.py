@@ -1,7 +1,7 @@
 """torchrun, killed when the launcher ends, and ignoring requests to stop.
 
-    python -m distlora_launcher.launch.torchrun_entry [--import MODULE ...] [--log FILE] [--serve HOST PORT] \
-        -- TORCHRUN_ARGUMENTS
+    python -m distlora_launcher.launch.torchrun_entry [--import MODULE ...] [--log FILE] [--serve HOST PORT \
+        [--shared]] -- TORCHRUN_ARGUMENTS
 
 torchrun kills workers 30 s after a signal that it handles, and a step with its save may take longer. So the launcher
 signals the workers itself, and the signals stay blocked here: in every thread, and in the workers until they handle
@@ -9,10 +9,12 @@ them, so that none is lost while they start.
 
 With --import it imports the modules that its forked workers need (torchrun's --start-method=fork), once for all. With
 --log it is started early: it waits for a line on stdin, returns if stdin ends without one, and then writes to FILE.
-With --serve it holds the store of a run's nodes, which listens on the address of HOST alone.
+With --serve it holds the store of a run's nodes, which listens on the address of HOST alone. With --shared the run's
+other nodes are processes of this host, of which the first one holds it.
 """
 
 import argparse
+import errno
 import gc
 import importlib
 import os
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--import", dest="modules", action="append", default=[])
     parser.add_argument("--log")
     parser.add_argument("--serve", nargs=2)
+    parser.add_argument("--shared", action="store_true")
     options = parser.parse_args(ours)
     from torch.distributed import TCPStore
     from torch.distributed import run as torchrun
@@ -53,8 +56,12 @@ def main() -> None:
     gc.freeze()  # A garbage collection writes to every object, which would copy the pages that forks share.
     if options.serve is not None:
         host, port = options.serve[0], int(options.serve[1])
-        listening = listen(host, port).detach()
-        _store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
+        try:
+            listening = listen(host, port).detach()
+            _store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening)
+        except OSError as error:
+            if not options.shared or error.errno != errno.EADDRINUSE:
+                raise
     sys.argv = ["torchrun", *torchrun_arguments]
     torchrun.main()
 

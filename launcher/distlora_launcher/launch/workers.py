@@ -218,7 +218,7 @@ def prepare_torchrun(
     modules = [*(IMPORTS if trains else ()), *imports] if forks else []
     arguments = [
         *(f"--import={name}" for name in modules),
-        *(["--serve", *map(str, split_endpoint(rendezvous.endpoint))] if rendezvous and rendezvous.is_host else []),
+        *(serving_arguments(rendezvous) if rendezvous is not None else []),
         "--",
         *(one_node_arguments(scratch) if rendezvous is None else rendezvous.torchrun_arguments()),
         f"--nproc-per-node={processes}",
@@ -232,6 +232,13 @@ def prepare_torchrun(
     ]
     environment = worker_environment(processes, rendezvous)
     return Torchrun(arguments, log_dir, scratch, environment=environment, single_node=rendezvous is None)
+
+
+def serving_arguments(rendezvous: Rendezvous) -> list[str]:
+    """Return torchrun_entry's options on a node that serves the store, or may: the first process of a shared host."""
+    if rendezvous.is_host is False:
+        return []
+    return ["--serve", *map(str, split_endpoint(rendezvous.endpoint)), *(["--shared"] * (rendezvous.is_host is None))]
 
 
 def one_node_arguments(folder: Path) -> list[str]:

@@ -104,7 +104,8 @@ the launcher sets it from the file of adapter.init_from: adapter.init_from_loftq
 of a hub data set, test_data_hub.py: data.name data.split data.revision data.eval_split data.streaming
 places and numbers of processes, on which no result depends: data.cache_dir data.reward_processes
 where functions are, and that a resume has the same, test_rewards.py: data.reward_folder data.reward_digests
-limits and permissions, test_rewards.py: data.reward_timeout data.reward_memory_gb data.rewards_execute_code data.rewards_isolation
+limits, test_rewards.py: data.reward_timeout data.reward_memory_gb
+permissions, test_rewards.py: data.rewards_execute_code data.rewards_isolation
 when a run fails, test_grpo.py: rollout.max_failed_steps rollout.max_logprob_difference
 another sampler, test_grpo.py: rollout.url
 """)

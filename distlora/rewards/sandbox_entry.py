@@ -24,17 +24,18 @@ _FIRST_TRANSIENT_USER, _TRANSIENT_USERS = 61184, 4096
 WORK = "/answer"
 """Folder of the program inside the namespaces."""
 CALLS = {
-    "x86_64": (0xC000003E, 56, (250, 248, 249, 319, 447, 29, 64, 68, 272, 308, 109, 112, 425, 321, 57, 58)),
-    "aarch64": (0xC00000B7, 220, (219, 217, 218, 279, 447, 194, 190, 186, 97, 268, 154, 157, 425, 280)),
+    "x86_64": (0xC000003E, "56 41 250 248 249 319 447 29 64 68 278 275 276 40 272 308 109 112 425 321 57 58"),
+    "aarch64": (0xC00000B7, "220 198 219 217 218 279 447 194 190 186 75 76 77 71 97 268 154 157 425 280"),
 }
-"""AUDIT_ARCH, the number of clone, and system calls that are refused: keyctl, add_key, request_key (keys of the user);
-memfd_create, memfd_secret, shmget, semget, msgget (memory that no limit counts); unshare, setns (a user namespace may
-mount such memory); setpgid, setsid (the program is killed by its group); io_uring_setup, bpf; fork, vfork."""
+"""AUDIT_ARCH, the numbers of clone and socket, and of refused calls: keyctl, add_key, request_key (keys of the user);
+memfd_create, memfd_secret, shmget, semget, msgget, vmsplice, splice, tee, sendfile (memory that no limit counts: a pipe
+keeps pages without addresses); unshare, setns (a user namespace may mount memory); setpgid, setsid (the program is
+killed by its group); io_uring_setup, bpf; fork, vfork."""
 
 
 def main() -> None:
     """Become the program, or its parent, which ends with it."""
-    _prctl(_PDEATHSIG, signal.SIGKILL)
+    _call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(sys.argv[1]):
         os._exit(1)
     request = json.load(sys.stdin)
@@ -58,9 +59,9 @@ def main() -> None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    _prctl(_NO_NEW_PRIVILEGES, 1)
+    _call("prctl", _NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     _refuse_calls()
-    _prctl(_PDEATHSIG, signal.SIGKILL)  # Again: a change of the user clears it, and a fork does.
+    _call("prctl", _PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # Again: a change of the user clears it, and a fork does.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -109,7 +110,8 @@ def _refuse_calls() -> None:
     machine = os.uname().machine
     if machine not in CALLS:
         raise OSError(f"the system calls of {machine} are not known")
-    architecture, clone, refused = CALLS[machine]
+    architecture, numbers = CALLS[machine]
+    clone, socket, *refused = map(int, numbers.split())
     _LIBC.syscall(refused[0], 1, None)  # An empty keyring of the session. Where this is refused, /proc/keys is hidden.
     load, mask, is_equal, is_above, answer = 0x20, 0x54, 0x15, 0x35, 0x06
     allow, refuse, unknown = 0x7FFF0000, 0x50001, 0x50026  # EPERM, ENOSYS
@@ -119,6 +121,8 @@ def _refuse_calls() -> None:
         steps += [(is_equal, 0, 1, number), (answer, 0, 0, refuse)]
     steps += [(is_above, 0, 1, 0x40000000), (answer, 0, 0, refuse)]  # x32: the same calls by other numbers.
     steps += [(is_equal, 0, 1, clone3), (answer, 0, 0, unknown)]
+    steps += [(is_equal, 0, 4, socket), (load, 0, 0, 16), (is_above, 0, 1, 17), (answer, 0, 0, refuse)]
+    steps += [(answer, 0, 0, allow)]  # Families above: AF_VSOCK reaches the hypervisor from each network namespace.
     steps += [(is_equal, 1, 0, clone), (answer, 0, 0, allow), (load, 0, 0, 16), (mask, 0, 0, thread)]
     steps += [(is_equal, 0, 1, thread), (answer, 0, 0, allow), (answer, 0, 0, refuse)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
@@ -127,10 +131,6 @@ def _refuse_calls() -> None:
 
 def _mount(source: str, place: str, kind: str | None, flags: int = 0, options: str = "") -> None:
     _call("mount", os.fsencode(source), os.fsencode(place), kind and kind.encode(), flags, options.encode() or None)
-
-
-def _prctl(option: int, value: int) -> None:
-    _call("prctl", option, value, 0, 0, 0)
 
 
 def _call(name: str, *arguments: object) -> None:

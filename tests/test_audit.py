@@ -354,5 +354,5 @@ def test_a_run_is_the_independent_computation(
         "trained": relative_error(*together),
     }
     print(f"\naudit: {row}:", ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items()))
-    assert steps[-1]["grad_norm"] > 1e-3, "hardly anything was trained, so this says little"
+    assert max(theirs.norms) > 1e-2, "hardly anything was trained, so this says little"
     assert all(differences[name] <= bound for name, bound in BOUNDS.items()), differences

@@ -581,6 +581,9 @@ def test_an_answer_cannot_report_by_what_it_reads_outside_its_memory(isolation: 
         for number in range(256):
             try: os.lseek(number, 0, 0); words.append(os.read(number, 100).decode())
             except (OSError, ValueError): pass
+        for name in range(256):
+            try: words += open(f"/proc/{os.getppid()}/fd/{name}").read(9999).split(chr(34))
+            except (OSError, ValueError): pass
         for number in range(1, 256):
             try: os.truncate(number, 0)
             except OSError: pass

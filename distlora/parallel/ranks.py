@@ -17,8 +17,8 @@ from distlora.system.listening import listen
 AFTER_WATCH = timedelta(days=2)
 """Seconds by which torch's timeout exceeds the longest wait that `watch` allows.
 
-The watch knows which rank hangs, so it must report first, and one that computes rewards for hours does not. A dead worker ends the run at once in any case: torchrun sees
-it."""
+The watch knows which rank hangs, so it must report first, and none hangs that computes rewards for hours. A dead worker
+ends the run at once in any case: torchrun sees it."""
 
 
 @dataclass(frozen=True, slots=True)

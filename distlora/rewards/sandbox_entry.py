@@ -39,6 +39,7 @@ def main() -> None:
     if os.getppid() != int(sys.argv[1]):
         os._exit(1)
     request = json.load(sys.stdin)
+    os.ftruncate(0, 0)  # The program may see the files that its parent has open.
     user, folder = None, request["folder"]
     if request["isolation"] == "namespaces":
         # The kernel holds no limit on the processes of root. Every run has a user of its own, who shares none with it.

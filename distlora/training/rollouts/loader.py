@@ -129,7 +129,7 @@ class RolloutLoader:
                 f"(rollout.max_failed_steps={self.config.rollout.max_failed_steps}): nothing is trained. Correct "
                 f"data.rewards=[{','.join(self.config.data.rewards)}] and start a new run, or continue this one once "
                 f"what they need works again: distlora resume {self.config.run_dir}\n"
-                f"{self.pool.first_failure or 'each reward returned None, or the log of an earlier start has their failures'}"
+                f"{self.pool.first_failure or 'each reward returned None, or the log of an earlier start says why'}"
             )
 
     def _packed(

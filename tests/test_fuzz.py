@@ -324,6 +324,18 @@ def test_non_files_are_refused_or_missing(name: str, place: Path) -> None:
     holds_without(READERS[name], place)
 
 
+@pytest.mark.parametrize("name", ["x" * 256, "x" * 100_000, "../x", "/x", "a\0b", ""])
+def test_an_index_that_names_no_file_of_its_folder_is_named(place: Path, name: str) -> None:
+    path = place / "model" / "model.safetensors.index.json"
+    values = json.loads(path.read_text())
+    values["weight_map"]["lm_head.weight"] = name
+    with (
+        damaged(path, json.dumps(values).encode()),
+        pytest.raises(UserError, match=r"index.json: lm_head.weight is in"),
+    ):
+        read_model(place)
+
+
 def overlapping(content: bytes) -> bytes:
     header, data = split_tensors(content)
     first, *_, last = (entry for name, entry in header.items() if name != "__metadata__")

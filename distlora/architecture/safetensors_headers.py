@@ -129,8 +129,9 @@ def read_index(index: Path, remedy: str) -> dict[str, str]:
     weight_map: dict[str, str] = values["weight_map"]
     for name, shard in weight_map.items():
         path = PurePosixPath(shard)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in shard:
-            raise UserError(f"{index}: {name} is in {shard!r}, which is not a file in its folder; {remedy}")
+        is_name = 0 < max(map(len, path.parts), default=0) <= 255 and "\0" not in shard  # 255: of Linux's file systems.
+        if path.is_absolute() or ".." in path.parts or not is_name:
+            raise UserError(f"{index}: {name} is in {shard[:255]!r}, which is not a file in its folder; {remedy}")
     return weight_map
 
 

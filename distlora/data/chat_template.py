@@ -274,7 +274,7 @@ class ChatTemplate:
 
     def reads(self, key: str) -> bool:
         """Return whether the template names a key of a message."""
-        return any(re.search(rf"\b{re.escape(key)}\b", self._text(tools)) for tools in (None, [{}]))
+        return re.search(rf"\b{re.escape(key)}\b", self._text(None) + self._text([{}])) is not None
 
     def render(
         self, place: str, messages: list[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False

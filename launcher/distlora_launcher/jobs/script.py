@@ -235,7 +235,7 @@ def _srun_options(cluster: ClusterConfig, mounts: Sequence[str]) -> list[str]:
 
 
 def mounts(runs: Sequence[Config]) -> list[str]:
-    """Return the folders that runs read outside their run folders: models, data, quantized weights, adapters, rewards."""
+    """Return the folders that runs read outside their run folders: models, data, quantized bases, adapters, rewards."""
     places = []
     for run in runs:
         if not is_hub_name(run.model.path):

@@ -52,7 +52,7 @@ class _Service:
         """
         import wandb
 
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", "8")  # Seconds; wandb's default is 90.
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "5")  # Seconds; wandb's default is 90.
         settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
         settings.run_id = settings.sweep_id = settings.sweep_param_path = None
         return settings

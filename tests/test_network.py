@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,13 +56,19 @@ def test_torchrun_on_one_node_listens_on_no_port(tmp_path: Path):
     assert listeners_of_waiting_workers(tmp_path, "None") == []
 
 
-def test_the_store_of_several_nodes_listens_on_the_endpoints_address(tmp_path: Path):
+def test_the_store_of_several_nodes_listens_on_the_endpoints_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It listens everywhere only if the node knows its own name as loopback, which is no address of other nodes."""
     port = free_port()
     values = f"nodes=1, endpoint='127.0.0.5:{port}', run_id='a', join_seconds=60, is_host=True, address='127.0.0.5'"
     found = listeners_of_waiting_workers(tmp_path, f"Rendezvous({values})")
     assert {(listener.address, listener.port) for listener in found} == {("127.0.0.5", port)}
-    with listen("localhost", 0) as everywhere:
+    with listen("localhost", 0) as local:
+        assert ipaddress.ip_address(local.getsockname()[0]).is_loopback
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))
+    ]  # As for a host's name with Debian's /etc/hosts.
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with listen("node1", 0) as everywhere:
         assert ipaddress.ip_address(everywhere.getsockname()[0]).is_unspecified
 
 

@@ -457,16 +457,19 @@ def test_users_who_are_not_root_have_namespaces_too() -> None:
             "visible": [*filter(os.path.exists, sandbox._SYSTEM)],
             "command": ["/usr/bin/python3", "-c", code],
         }
-        finished = subprocess.run(
-            ["/usr/bin/python3", "-I", "-S", "-c", entry, str(os.getpid())],
-            user=4321,
-            group=4321,
-            extra_groups=[],
-            cwd="/",
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-        )
+        with tempfile.TemporaryFile("w+") as source:
+            json.dump(request, source)
+            source.seek(0)
+            finished = subprocess.run(
+                ["/usr/bin/python3", "-I", "-S", "-c", entry, str(os.getpid())],
+                user=4321,
+                group=4321,
+                extra_groups=[],
+                cwd="/",
+                stdin=source,
+                capture_output=True,
+                text=True,
+            )
     assert finished.stdout == "4321 1 ['a'] [(1, 'lo')] 1\n7\n0000000000000000\n", finished
 
 

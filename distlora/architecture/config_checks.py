@@ -109,11 +109,10 @@ def refuse_links(folder: Path) -> None:
     blobs = inside.parents[1] / "blobs" if inside.parent.name == "snapshots" else inside
     for path in (*folder.iterdir(), *folder.glob("*/*.jinja")):
         target = Path(os.path.realpath(path))
-        # Nothing copies folders below it.
-        if path.is_symlink() and not path.is_dir() and not target.is_relative_to(inside) and target.parent != blobs:
+        if path.is_symlink() and not target.is_relative_to(inside) and target.parent != blobs:
             raise UserError(
                 f"{path} is a link to {target}, outside of its folder, whose files are copied into runs and merged "
-                "models; put a copy (cp) or a hard link (ln) of the file in its place if all may have it"
+                "models; put a copy (cp -r) or a hard link (ln) in its place if all may have it"
             )
 
 

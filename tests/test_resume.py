@@ -17,11 +17,13 @@ import torch
 
 from closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run, figures_of
 from distlora.config import UserError
+from distlora.data.prepare import prepare_run
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import compiled_before, step_of, steps
 from distlora.training import worker
 from distlora.training.trial import Trial
 from distlora_kernels import native
+from distlora_launcher.launch.local import is_prepared
 from small_disks import fill, small_disk
 from small_models import make_run, read_metrics, write_model_folder, write_text_file
 from worlds import World
@@ -292,6 +294,43 @@ def test_a_checkpoint_of_another_base_or_other_data_is_refused(folders: Path, tm
     safetensors.torch.save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights)
     with pytest.raises(UserError, match="another base model"):
         run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
+
+
+def resume(run_dir: Path) -> None:
+    """Prepare and train as `distlora resume` does."""
+    if not is_prepared(run_dir):
+        prepare_run(run_dir)
+    run_until(SINGLE, run_dir=run_dir, stop_before=None)
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_data_that_changes_before_a_resume_is_not_trained_on(
+    folders: Path, tmp_path: Path, whole: Callable[[int], Whole], edited: bool
+) -> None:
+    """Neither with the cache, which holds the data as it was, nor without, when a resume waits for that data."""
+    shutil.copytree(folders / "llama", tmp_path / "llama")
+    data, original = tmp_path / "text.jsonl", (folders / "text.jsonl").read_bytes()
+    data.write_bytes(original)
+    run_dir = tmp_path / "run"
+    make_run(run_dir, tmp_path, train=SETTINGS)
+    run_until(SINGLE, run_dir=run_dir, stop_before=5)
+    shutil.copytree(run_dir, tmp_path / "without")
+    cleared = tmp_path / "without" / "config.yaml"
+    cleared.write_text(cleared.read_text().replace(str(run_dir), str(tmp_path / "without")))
+
+    first, rest = original.split(b"\n", 1)
+    data.write_bytes(first.replace(b" the ", b" THE ") + b"\n" + rest if edited else original + b'{"text": "More."}\n')
+    assert data.read_bytes() != original
+    resume(run_dir)
+    assert_same_run(run_dir, whole(1).folder)
+
+    shutil.rmtree(tmp_path / "cache")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"step_00000004 was trained on other data .* data.path have changed"):
+            resume(tmp_path / "without")
+    data.write_bytes(original)
+    resume(tmp_path / "without")
+    assert_same_run(tmp_path / "without", whole(1).folder)
 
 
 def test_checkpoints_hold_adapter_state_alone_and_old_ones_go(whole: Callable[[int], Whole]) -> None:

@@ -15,8 +15,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from closeness import assert_same_run
 from distlora.checkpoint.state import Progress, load_state
 from distlora.parallel import Ranks
+from distlora.run_folder.error_file import write
 from distlora.run_folder.layout import TRAINER_NAME, newest, step_of, steps
 from distlora.system.stop_signals import Stopped
 from distlora.training import worker
@@ -120,6 +122,64 @@ def test_a_first_step_that_is_not_finite_saves_nothing(folders: Path, tmp_path: 
     message = run_with_bad_step(SINGLE, run_dir=tmp_path / "run", bad_step=0, value=float("nan"), where="loss")
     assert "nothing was trained before it" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+class BrokenError(RuntimeError):
+    """What an evaluation of the tests raises."""
+
+
+@pytest.mark.parametrize("after", [0, 2, 4])
+def test_an_evaluation_that_fails_costs_no_step_and_is_named(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    means_of = worker.Trainer._means_of
+
+    def broken(self: worker.Trainer, trials: Sequence[Trial], batches: Any) -> Any:
+        if trials[0].done == after:
+            raise BrokenError("no memory")
+        return means_of(self, trials, batches)
+
+    settings = {"max_steps": 4, "eval_every": 2, "save_every": 3, "log_every": 4}
+    for name in ("run", "whole"):
+        make_run(tmp_path / name, folders, train=settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.Trainer, "_means_of", broken)
+        with pytest.raises(BrokenError) as raised:
+            worker.run(tmp_path / "run", SINGLE)
+    write(tmp_path / "error.json", raised.value)
+    saved = f"the state after step {after} is saved" if after else "nothing was trained before it"
+    message = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert message == f"no memory\n(in the evaluation after step {after}; {saved})"
+    assert [step_of(folder) for folder in steps(tmp_path / "run" / "checkpoints")] == {0: [], 2: [2], 4: [3, 4]}[after]
+    for name in ("run", "whole"):
+        worker.run(tmp_path / name, SINGLE)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    held_out = [
+        {line["step"]: line["eval_loss"] for line in read_metrics(tmp_path / name) if "eval_loss" in line}
+        for name in ("run", "whole")
+    ]
+    assert held_out[0] == held_out[1]
+
+
+def test_a_held_out_loss_of_nan_is_told_and_never_the_best(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses_of = NextToken.losses
+
+    def spoilt(self: NextToken, *arguments: Any) -> Losses:
+        losses = losses_of(self, *arguments)
+        return losses if torch.is_grad_enabled() else losses._replace(rows=losses.rows * math.nan)
+
+    monkeypatch.setattr(NextToken, "losses", spoilt)
+    make_run(tmp_path / "run", folders, train={"max_steps": 4, "eval_every": 2})
+    worker.run(tmp_path / "run", SINGLE)
+    printed = capsys.readouterr().out
+    for step in (0, 2, 4):
+        assert f"WARNING: the held-out loss after step {step} is nan" in printed
+    lines = [line for line in read_metrics(tmp_path / "run") if "eval_loss" in line]
+    assert [(line["step"], line["eval_loss"]) for line in lines] == [(0, None), (2, None), (4, None)]
+    assert not (tmp_path / "run" / "best").exists()
+    assert [step_of(folder) for folder in steps(tmp_path / "run" / "checkpoints")] == [4]
 
 
 def test_a_loss_that_stays_high_ends_the_run_and_keeps_the_checkpoint_before(folders: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """state.json: the progress of a run, what its checkpoint belongs to, and the environment. Needs no torch."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -208,18 +209,21 @@ def check_settings(state: TrainState, folder: Path, settings: Mapping[str, Any])
         )
 
 
+def newest_state(checkpoints: Path) -> tuple[Path, TrainState] | None:
+    """Return the newest readable checkpoint and its state, without reading its tensors; None without checkpoints."""
+    for folder in reversed(steps(checkpoints)):
+        with contextlib.suppress(UserError, OSError):
+            return folder, load_state(folder)
+    return None
+
+
 def check_newest_settings(checkpoints: Path, settings: Mapping[str, Any]) -> None:
-    """Apply `check_settings` to the newest readable checkpoint, without reading its tensors.
+    """Apply `check_settings` to the newest readable checkpoint.
 
     The launcher calls it to refuse before a worker starts. Without checkpoints it does nothing.
     """
-    for folder in reversed(steps(checkpoints)):
-        try:
-            state = load_state(folder)
-        except (UserError, OSError):
-            continue
-        check_settings(state, folder, settings)
-        return
+    if (newest := newest_state(checkpoints)) is not None:
+        check_settings(newest[1], newest[0], settings)
 
 
 def environment_line(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ def write(path: Path, error: BaseException, *, about: int | None = None) -> None
     """
     record = {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": "\n".join([str(error), *getattr(error, "__notes__", ())]),
         "bad_input": isinstance(error, UserError),
         "about": about,
         "time": time.time(),

@@ -89,7 +89,7 @@ class Trainer:
         evaluating = [trial for trial in trials if due[trial].evaluating and trial.failure is None]
         if evaluating:
             with still("evaluating", evaluating[0].reporter.event):
-                self.evaluate(evaluating)
+                self._evaluate_or_save(evaluating)
         for trial in evaluating:
             trial.keep_best()
         self._judge(evaluating)
@@ -204,6 +204,19 @@ class Trainer:
                     known=share.batch.figures,
                 )
             )
+
+    def _evaluate_or_save(self, trials: Sequence[Trial]) -> None:
+        """Evaluate. If that fails, save what was trained, unless other ranks, which a save needs, may wait in it."""
+        try:
+            self.evaluate(trials)
+        except Stopped:
+            raise
+        except Exception as error:
+            is_alone = self.backend.ranks.world == 1
+            for trial in trials:
+                became = trial.save_at_failure() if is_alone else "checkpoints of earlier steps are kept"
+                error.add_note(f"(in the evaluation after step {trial.done}; {became})")
+            raise
 
     def evaluate(self, trials: Sequence[Trial]) -> None:
         """Compute the mean held-out loss and metrics of each trial over all its held-out units, or of its answers."""

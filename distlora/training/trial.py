@@ -256,6 +256,8 @@ class Trial:
                 f"WARNING: the evaluation after step {self.progress.step:,} does not count: no answer has a reward"
             )
             return
+        if not math.isfinite(loss := held_out["eval_loss"]):
+            self.reporter.event(f"WARNING: the held-out loss after step {self.progress.step:,} is {loss}: no best one")
         self.held_out = held_out
         self.progress.evaluations[self.progress.step] = held_out["eval_loss"]
         if self.documents is not None:
@@ -289,6 +291,18 @@ class Trial:
         """Save before a stop, when everything is logged. A resume repeats the step that was begun."""
         if self.progress.step > 0 and self.may_save():
             self.hooks.save_last(self.progress)
+
+    def save_at_failure(self) -> str:
+        """Save before the run ends by an error, when everything is logged. Return what became of it, for its text."""
+        if self._high_losses:
+            return f"step {self.progress.step} is not saved: {HIGH_LOSS}"
+        if self.progress.step == 0:
+            return "nothing was trained before it"
+        try:
+            self.hooks.save_last(self.progress)
+        except SaveError as error:
+            return str(error)
+        return f"the state after step {self.progress.step} is saved"
 
     def unread(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return (S, 1 + F) fp32 sums of losses and metrics in the S unlogged steps, (S,) norms and (S, M) maxima.
@@ -428,18 +442,11 @@ class Trial:
         rows = sorted(places[bad & (places >= 0)].tolist())
         culprits = f"the loss of row{'s' if len(rows) > 1 else ''} {_listed(rows)}" if rows else "the gradient"
         among = "" if rows else f" of rows {_listed(sorted(places[places >= 0].tolist()))}"
-        saved = f"step {step} is not saved: {HIGH_LOSS}" if self._high_losses else "nothing was trained before it"
-        if step > 0 and not self._high_losses:
-            try:
-                self.hooks.save_last(self.progress)
-                saved = f"the state after step {step} is saved"
-            except SaveError as error:
-                saved = str(error)
         raise NonFiniteError(
-            f"step {step + 1}: {culprits}{among} is not finite (loss {loss:.4g}, gradient norm {norm:.4g}); {saved}. "
-            "Rows are counted from 0 in the packed training data (`distlora data row RUN N` prints one). A resume "
-            "meets the same step again: start a new run with a lower optim.lr, more optim.warmup_steps, or without "
-            "those documents"
+            f"step {step + 1}: {culprits}{among} is not finite (loss {loss:.4g}, gradient norm {norm:.4g}); "
+            f"{self.save_at_failure()}. Rows are counted from 0 in the packed training data (`distlora data row RUN N` "
+            "prints one). A resume meets the same step again: start a new run with a lower optim.lr, more "
+            "optim.warmup_steps, or without those documents"
         )
 
 

@@ -16,11 +16,13 @@ from typing import Any
 
 import yaml
 
+from distlora.checkpoint.state import newest_state
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.file import as_mapping, load_config
 from distlora.config.json_files import object_or_empty
 from distlora.planner import Plan
 from distlora.run_folder.layout import (
+    CHECKPOINTS,
     COMPILED_NAME,
     DATA_NAME,
     METRICS_NAME,
@@ -209,12 +211,16 @@ def remove_if_empty(folder: Path) -> None:
 def is_prepared(run_dir: Path) -> bool:
     """Return whether the packed sequences that RUN/data.json names are in the cache, and those of RUN/config.yaml.
 
-    False for a damaged record; records of earlier versions do not say of which settings they are.
+    False for a damaged record, and for other data than a checkpoint was trained on; records of earlier versions do not
+    say of which settings they are.
     """
     record = object_or_empty(run_dir / DATA_NAME)
     cache, preparation = record.get("cache"), record.get("preparation")
     is_there = isinstance(cache, str) and os.path.isdir(cache)
-    return is_there and preparation in (None, load_config(run_dir).preparation)
+    if not is_there or preparation not in (None, load_config(run_dir).preparation):
+        return False
+    newest = newest_state(run_dir / CHECKPOINTS)
+    return newest is None or newest[1].identity.data_digest == record.get("content")
 
 
 def prepare(run_dir: Path, forwarder: Forwarder | None = None) -> int:

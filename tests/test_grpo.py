@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import multiprocessing
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from closeness import adapter_of, assert_adapters_close, assert_close, assert_losses_close, assert_same_run
@@ -35,7 +39,8 @@ from distlora.training.worker import trained_parameters
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.launch import failures
 from family_models import SINGLE
-from small_models import make_run, read_metrics, tokenizer
+from low_bit_checkpoints import CHECKPOINTS, convert_folder
+from small_models import make_run, read_metrics, tokenizer, write_model_folder
 from test_objectives_trl import Theirs, move_adapters, their_model
 from test_remote_engine import adapter as peft_adapter
 from tiers import ci
@@ -52,7 +57,7 @@ def questions(count: int = 12) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "answer": "abgdez"[n % 6], "n": n} for n, prompt in enumerate(prompts)]
 
 
-def grpo_run(run_dir: Path, folders: Path, **sections: Any) -> Any:
+def grpo_run(run_dir: Path, folders: Path, model: str = "llama", **sections: Any) -> Any:
     """Prepare a run on these prompts."""
     data = run_dir.with_suffix(".jsonl")
     data.write_text("".join(json.dumps(record) + "\n" for record in questions()))
@@ -62,7 +67,7 @@ def grpo_run(run_dir: Path, folders: Path, **sections: Any) -> Any:
         "train": {"objective": "grpo", "max_steps": 4, "global_batch": 12, "micro_batch": 2, "dtype": "fp32"},
     }
     merged = {name: {**given.get(name, {}), **sections.get(name, {})} for name in given.keys() | sections.keys()}
-    return make_run(run_dir, folders, **merged)
+    return make_run(run_dir, folders, model, **merged)
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
@@ -325,6 +330,116 @@ def test_three_ranks_sample_and_learn_what_one_does(world: World, folders: Path,
     assert_adapters_close(adapter_of(tmp_path / "run"), adapter_of(whole))
 
 
+UNEVEN: dict[str, Any] = {
+    "data": RUN["data"] | {"eval_fraction": 0.4},
+    "rollout": {"max_logprob_difference": 1e-5},
+    "train": {"max_steps": 3, "global_batch": 8, "eval_every": 3, "beta": 0.05},
+}
+"""Rollouts of 2 prompts and 8 answers."""
+
+
+@pytest.mark.ci
+def test_three_ranks_share_prompts_and_answers_that_do_not_divide(world: World, folders: Path, tmp_path: Path) -> None:
+    for ranks in (1, 3):
+        grpo_run(tmp_path / str(ranks), folders, **UNEVEN)
+        held_out = open_split(tmp_path / str(ranks), "eval")
+        assert held_out is not None
+        assert len(held_out) % 3, "three ranks divide the held-out prompts"
+        world.run(ranks, run_until, run_dir=tmp_path / str(ranks))
+    ours, alone = of_steps(tmp_path / "3"), of_steps(tmp_path / "1")
+    for name in ("reward", "completions/mean_length", "rewards/failed", "target_tokens"):
+        assert [line[name] for line in ours] == [line[name] for line in alone]
+    assert max(line["rollout/logprob_difference_max"] for line in ours) < 1e-5
+    evaluations = [
+        [line["eval_reward"] for line in read_metrics(tmp_path / name) if "eval_reward" in line] for name in "31"
+    ]
+    assert evaluations[0] == evaluations[1]
+    assert_adapters_close(adapter_of(tmp_path / "3"), adapter_of(tmp_path / "1"))
+
+
+KEPT = {"gptq": "gptq-v2-32", "awq": "awq-32", "nvfp4": "ct-nvfp4", "int4": "ct-int4", "bnb-nf4": "bnb-nf4"}
+"""Bases that ship low bits, by their entry in low_bit_checkpoints.py."""
+BASES = ("fp32", "bf16", "nf4", "mixed", *KEPT)
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"use_rslora": False, "lora_alpha": 8.0},
+    "rslora": {},
+    "dora": {"use_dora": True},
+    "pissa": {"init": "pissa"},
+    "pissa_niter_4": {"init": "pissa_niter_4"},
+    "loftq": {"init": "loftq"},
+    "gaussian": {"init": "gaussian"},
+    "ranks": {"rank_pattern": {"o_proj": 3}, "alpha_pattern": {"q_proj": 20}, "target_modules": "attention"},
+    "init_from": {},
+}
+REFUSED = {
+    **{("pissa", base): "pissa" for base in ("mixed", *KEPT)},
+    **{("pissa_niter_4", base): "pissa_niter_4" for base in ("mixed", *KEPT)},
+    **{("loftq", base): "loftq" for base in BASES if base != "nf4"},
+}
+"""Combinations that the settings or the model refuse, and the value that the message names."""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a base, made at the first use."""
+    root = tmp_path_factory.mktemp("bases")
+
+    @functools.cache
+    def make(base: str) -> Path:
+        if base not in KEPT:
+            dense = root / "dense"
+            write_model_folder(dense, "llama", intermediate_size=192)
+            return dense
+        convert_folder(make("dense"), root / base, CHECKPOINTS[KEPT[base]][1])
+        return root / base
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base"),
+    [
+        pair if place % 27 == 0 else pytest.param(*pair, marks=pytest.mark.slow if place % 5 else pytest.mark.ci)
+        for place, pair in enumerate(itertools.product(ADAPTERS, BASES))
+    ],
+)
+def test_each_adapter_and_base_samples_as_it_trains(
+    folders: Path, tmp_path: Path, bases: Callable[[str], Path], adapter: str, base: str
+) -> None:
+    """The second rollout is of an adapter that has changed: its sampler must have it as training does."""
+    folder = bases("dense" if base not in KEPT else base)
+    quant: dict[str, Any] = {"method": {"nf4": "nf4", "mixed": "mixed"}.get(base, "keep" if base in KEPT else "none")}
+    if base == "mixed":
+        names = safetensors.torch.load_file(folder / "model.safetensors")
+        projections = [name for name in names if "_proj" in name]
+        quant["formats"] = {"int8": projections[::3], "fp8_block": projections[1::3]}  # And NF4.
+    given = {"r": 4} | ADAPTERS[adapter]
+    if adapter == "init_from":
+        start = peft_adapter(bases("dense"), tmp_path / "start", 1)
+        of_start = json.loads((start / "adapter_config.json").read_text())
+        given |= {"init_from": str(start), "r": of_start["r"], "lora_alpha": float(of_start["lora_alpha"])}
+        given |= {"use_rslora": of_start["use_rslora"], "target_modules": sorted(of_start["target_modules"])}
+    sections: dict[str, Any] = {
+        "quant": quant,
+        "adapter": given,
+        "data": RUN["data"] | {"eval_fraction": 0.0},
+        "rollout": {"max_logprob_difference": 0.2 if base == "bf16" else 1e-5},
+        "train": {"max_steps": 2, "beta": 0.05, "dtype": "bf16" if base == "bf16" else "fp32"},
+        "optim": {"schedule": "constant", "warmup_ratio": 0.0},
+    }
+    if (adapter, base) in REFUSED:
+        with pytest.raises(UserError, match=REFUSED[adapter, base]):
+            check_model(grpo_run(tmp_path / "run", folders, str(folder), **sections))
+        return
+    grpo_run(tmp_path / "run", folders, str(folder), **sections)
+    check_model(load_config(tmp_path / "run"))
+    run_until(SINGLE, run_dir=tmp_path / "run")
+    steps = of_steps(tmp_path / "run")
+    assert [line["rollout/staleness"] for line in steps] == [0, 0]
+    assert all(line["grad_norm"] > 1e-3 for line in steps)
+    assert steps[1]["kl"] > 0
+
+
 def test_a_run_whose_training_differs_from_its_sampler_fails(folders: Path, tmp_path: Path) -> None:
     grpo_run(tmp_path / "run", folders, **{**RUN, "rollout": {"max_logprob_difference": 1e-9}})
     with pytest.raises(MismatchError, match=r"step 1: training computes log-probabilities that differ from the"):
@@ -550,6 +665,16 @@ def test_an_adapter_that_vllm_reads_otherwise_is_refused(folders: Path, tmp_path
         ({"rollout": {"max_new_tokens": 63}}, r"max_new_tokens=63 leaves no room for a prompt"),
         ({"data": {"rewards": []}}, r"needs rewards; set data.rewards"),
         ({"adapter": {"lora_dropout": 0.1}}, r"lora_dropout=0.1: the sampler has no dropout"),
+        ({"adapter": {"modules_to_save": ["lm_head"]}}, r"adapter.modules_to_save trains rows .*; leave it out"),
+        (
+            {"adapter": {"trainable_token_indices": [7]}},
+            r"adapter.trainable_token_indices trains rows .*; leave it out",
+        ),
+        ({"adapter": {"method": "full"}, "quant": {"method": "none"}}, r"adapter=full trains the base itself"),
+        (
+            {"parallel": {"backend": "zero3"}, "cluster": {"gpus_per_node": 2}},
+            r"grpo with parallel=zero3: it gathers no base for answers of different lengths; set parallel=fsdp2",
+        ),
         ({"rollout": {"use_bias_correction_kl": False}}, r"has no effect without a KL term"),
         ({"data": {"too_long": "truncate"}}, r"a prompt without its end asks something else"),
         ({"data": {"format": "text"}}, r"data.format=text is data for train.objective=sft"),

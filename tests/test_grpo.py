@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -292,6 +293,24 @@ def test_a_killed_run_goes_on_with_the_same_answers_and_bits(
     assert states[0].progress.sampling == states[1].progress.sampling is not None
     assert 0 < states[0].progress.sampling.blocks < 10
     assert of_steps(tmp_path / "run") == of_steps(whole)
+
+
+def test_a_run_reads_prompts_that_are_deleted_while_it_trains(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"path": str(tmp_path / "run.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    grpo_run(tmp_path / "run", folders, data=data | {"sequence_length": 64})
+    train_step = worker.Trainer._train_step
+
+    def after_deletion(self: worker.Trainer, trials: Any) -> None:
+        if trials[0].done == 1:
+            shutil.rmtree(tmp_path / "cache")
+        train_step(self, trials)
+
+    monkeypatch.setattr(worker.Trainer, "_train_step", after_deletion)
+    worker.run(tmp_path / "run", SINGLE)
+    assert [line["step"] for line in of_steps(tmp_path / "run")] == [1, 2, 3, 4]
+    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 def run_with_one_thread(run_dir: Path) -> None:

@@ -96,7 +96,8 @@ def _make_again(folder: Path) -> str:
 class Records:
     """Prompts with the columns of their records, read from disk one at a time."""
 
-    path: Path
+    content: np.ndarray
+    """(bytes of the file,) uint8, memory-mapped: what is deleted meanwhile is still there, as for the other arrays."""
     ends: np.ndarray
     """(N,) int64: where each line ends in the file."""
 
@@ -104,14 +105,17 @@ class Records:
     def open(cls, cache_dir: Path, split: str, rows: int) -> Records | None:
         """Open those of a split; None if its documents are no prompts."""
         path = split_file(cache_dir, split, RECORDS, ".jsonl")
-        return cls(path, _load(split_file(cache_dir, split, RECORDS), (rows,), np.int64)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        ends = _load(split_file(cache_dir, split, RECORDS), (rows,), np.int64)
+        if path.stat().st_size != ends[-1]:
+            raise UserError(f"{path} is damaged: it is cut short or too long; {_make_again(cache_dir)}")
+        return cls(np.memmap(path, mode="r"), ends)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """Return {"prompt": text or messages, "columns": {...}} of a row."""
         start = int(self.ends[row - 1]) if row else 0
-        with self.path.open("rb") as file:
-            file.seek(start)
-            record: dict[str, Any] = json.loads(file.read(int(self.ends[row]) - start))
+        record: dict[str, Any] = json.loads(self.content[start : int(self.ends[row])].tobytes())
         return record
 
 

@@ -58,6 +58,7 @@ from distlora.weights.quantized_cache_folder import (
 )
 from distlora_launcher.cli.cache import line_of
 from distlora_launcher.compose.checks import check_model
+from distlora_launcher.importing.settings_file import with_file
 from launcher_fakes import HIDDEN, INNER, block_shapes, model_shapes, write_data, write_model, write_safetensors
 from plan_inputs import cpu_machine
 
@@ -150,6 +151,7 @@ def write_run(folder: Path) -> None:
     run = folder / "run"
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(as_mapping(config_of(folder)), sort_keys=False))
+    (run / "mine.yaml").write_text("model: {path: m}\ndata: {path: [a.jsonl]}\noptim: {lr: 3e-4}\nadapter: {r: 8}\n")
     lines = [{"step": step, "loss": 2.5, "eval_loss": 2.0 if step == 2 else None} for step in range(4)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figures = {"best_step": 2, "train_seconds": 1.5, "tokens_per_second": 100.0, "peak_memory_bytes": 2**30}
@@ -287,6 +289,9 @@ READERS = {
         SHARDS, any_signed_piece, read_shards, check=lambda found: 0.0 <= found.share <= 1.0, examples=60
     ),
     "entry": Reader(f"cache/{CACHE_KEY}/entry.json", any_json, read_shards),
+    "a settings file": Reader(
+        "run/mine.yaml", any_yaml, lambda at: with_file([str(at / "run/mine.yaml")], "distlora train"), examples=40
+    ),
     "metrics": Reader("run/metrics.jsonl", any_lines, read_run),
     "summary": Reader("run/summary.json", any_json, read_run),
     "data": Reader("run/data.json", any_json, read_run),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from damage import YAML_TRICKS
 from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, QuantConfig, TrackerConfig, UserError
 from distlora.config.file import as_mapping
 from distlora_launcher.cli.init import FIRST, PLACES, starter_text
@@ -165,6 +166,8 @@ def test_an_axolotl_file_is_imported_for_the_gpus_of_the_command_line(place: Pat
         ("optim: {lr: 1}\noptim.lr: 2", "mine.yaml: optim.lr is set twice"),
         ("- a", "mine.yaml holds no settings; `distlora init FILE`"),
         ("a: [", "mine.yaml is not YAML"),
+        (YAML_TRICKS[0].decode(), "mine.yaml is not YAML (it holds more than 100,000 values, or one that holds itself"),
+        ("data: &a {path: *a}", "or one that holds itself by an alias); correct it"),
         ("quant: 4bit", "is not an option of quant; 4 bits are NF4: write quant=nf4"),
         ("model: {_component_: torchtune.x}", "is a file of torchtune"),
         ("compute_environment: LOCAL_MACHINE", "is a file of Accelerate, which distlora does not read; it starts"),

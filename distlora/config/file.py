@@ -111,17 +111,28 @@ def _rename_old(values: dict[str, Any]) -> None:
         values["tracker"] = {**tracker, name: True} if (name := tracker.pop("name")) != "none" else {}
 
 
+MAX_YAML_VALUES = 100_000
+"""Largest number of values in a YAML file, those of aliases counted at each use."""
+
+
 def parse_yaml(content: bytes) -> Any:
     """Return the plain values of a YAML file. Raises ValueError with the reason, in one line, for what is no YAML."""
     import yaml
 
     try:
         # PyYAML's own parser takes seconds for a few thousand open brackets; libyaml refuses them at once.
-        return getattr(yaml, "CSafeLoader", yaml.SafeLoader)(content.decode("utf-8")).get_single_data()
+        values = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(content.decode("utf-8")).get_single_data()
     # No YAML, no UTF-8; a date that is none, an integer of thousands of digits; brackets nested without end; and values
     # with a tag that they do not fit (`!!timestamp x`, `!!bool x`), which PyYAML does not expect.
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+    left, stack = MAX_YAML_VALUES, [values]
+    while stack and left:  # Aliases (*name) make of a few lines more values than memory holds, or one inside of itself.
+        value, left = stack.pop(), left - 1
+        stack += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if stack:
+        raise ValueError(f"it holds more than {MAX_YAML_VALUES:,} values, or one that holds itself by an alias")
+    return values
 
 
 def as_mapping(config: Config) -> dict[str, Any]:

@@ -178,6 +178,7 @@ def rewritten(source: Path, target: Path, *, drop: str = "", add: str = "", **me
             "has llama.attention.value_length=32, but transformers' config has head_dim=64",
         ),
         ({"tokenizer.ggml.pre": "poro-chat"}, "tokenizer.ggml.pre='poro-chat' is not one that transformers splits"),
+        ({"llama.block_count": 2**31}, r"llama.block_count=2147483648 is more than its \d+ tensors; download it again"),
         ({"split.count": 3}, "is one of 3 parts; merge them with `llama-gguf-split --merge FIRST_PART OUT.gguf`"),
     ],
 )

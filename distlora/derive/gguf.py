@@ -96,6 +96,12 @@ def settings_of(file: Path, header: GgufHeader) -> tuple[dict[str, Any], Mapping
         f"{file} is one of {parts} parts; merge them with `llama-gguf-split --merge FIRST_PART OUT.gguf`, and set "
         "{model.path}=OUT.gguf",
     )
+    blocks = header.metadata.get(f"{architecture}.block_count")
+    require(  # gguf makes a dozen names for each.
+        not isinstance(blocks, int) or blocks <= len(header.tensors),
+        f"{file} is damaged: {architecture}.block_count={blocks} is more than its {len(header.tensors)} tensors; "
+        "download it again",
+    )
     try:
         settings: dict[str, Any] = load_gguf_checkpoint(str(file))["config"]
         settings.pop("_model_name_or_path", None)

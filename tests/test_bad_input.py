@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from distlora.config import Config, DataConfig, ModelConfig
 from distlora_launcher.cli.main import main
+from distlora_launcher.launch.local import create_run
 from distlora_launcher.launch import local
 from launcher_fakes import MODEL_CONFIG, every_nth, write_data, write_model
+from small_disks import fill, small_disk
 
 DISTLORA = str(Path(sys.executable).parent / "distlora")
 
@@ -203,6 +206,21 @@ def test_a_bad_command_is_refused(words: list[str], expected: str, place: Path, 
     (place / "run" / "adapter" / "adapter_config.json").touch()
     assert main(words) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_part_of_a_run(tmp_path: Path):
+    config = Config(model=ModelConfig(path="m"), data=DataConfig(path="d"))
+    with small_disk(tmp_path / "disk", 16) as disk:
+        (disk / "run").mkdir()
+        filler = fill(disk)
+        with pytest.raises(OSError, match="No space left on device"):
+            create_run(disk / "run", config)
+        assert [*(disk / "run").iterdir()] == []
+        filler.unlink()
+        create_run(disk / "run", config)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with pytest.raises(OSError, match="Read-only file system"):
+            create_run(disk / "other", config)
 
 
 def test_the_installed_command_refuses_and_leaves_nothing(place: Path):

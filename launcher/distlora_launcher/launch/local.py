@@ -181,16 +181,16 @@ def write_new(path: Path, values: Mapping[str, Any], what: str) -> None:
     """Write a YAML file atomically. Raises UserError if it exists: its folder already holds a `what`."""
     atomic_io.private_folder(path.parent)
     temporary = path.parent / f".{path.name}-{secrets.token_hex(8)}"  # Not the pid: two containers have equal ones.
-    with temporary.open("w", encoding="utf-8") as file:
-        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)
+            file.flush()
+            os.fsync(file.fileno())
         os.link(temporary, path)
     except FileExistsError as error:
         raise UserError(f"run_dir={path.parent} already holds a {what}; set another run_dir") from error
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def forget_run(run_dir: Path) -> None:

@@ -4,12 +4,14 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 
 import pytest
 
 from data_folders import write_lines
-from distlora.config import UserError
+from distlora.config import SourceConfig, UserError
 from distlora.data.files import read_file
+from distlora.data.sources import find_source
 
 ROWS = [{"text": 'a [1] {} \u00e9\n"b"', "n": 1.5}, {"text": "", "n": None, "deep": {"x": [1, {}]}}, {"text": "c"}]
 
@@ -160,6 +162,17 @@ def test_parquet_rows_lose_the_nulls_that_arrow_fills_in(tmp_path):
     assert [r.place for r in records(path)] == [f"{path} row 1", f"{path} row 2"]
     with pytest.raises(UserError, match="is not a parquet file that can be read"):
         records(write(tmp_path / "broken.parquet", b"PAR1 and more"))
+
+
+def test_numbers_of_parquet_that_are_not_finite_stay_and_are_refused_where_they_are_read(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [math.nan, 1.0], "n": [math.inf, None]}), path)
+    assert str(values(path)[0]) == "{'text': nan, 'n': inf}"
+    with pytest.raises(UserError, match=r"data.parquet row 1: 'text' is a number, not a string"):
+        list(find_source(SourceConfig(path=str(path))).open(has_template=True)[1])
 
 
 @pytest.mark.parametrize(

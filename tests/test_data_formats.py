@@ -1,6 +1,7 @@
 """Formats of documents: the canonical form of each, and a message that names every broken record."""
 
 import json
+import math
 
 import pytest
 
@@ -68,6 +69,8 @@ BROKEN = [
     ("chat", message(reasoning_content=["a"]), "'reasoning_content' is a list, not a string"),
     ("chat", message(weight=0.5), "'weight' is 0.5; a turn is trained (1) or not (0)"),
     ("chat", message(loss_weight=0.5), "'loss_weight' is 0.5; a turn is trained (1) or not (0)"),
+    ("chat", message("assistant", weight=math.nan), "'weight' is nan; a turn is trained (1) or not (0)"),
+    ("text", {"text": math.nan}, "'text' is a number, not a string"),
     ("chat", message(loss="no"), "'loss' is 'no'; a turn is trained (1) or not (0)"),
     ("chat", message(train_detail=[{"begin_offset": 0}]), "'train_detail' masks or weights a loss"),
     ("chat", message() | {"loss_mask": [0, 1]}, "'loss_mask' masks or weights a loss"),

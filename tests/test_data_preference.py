@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,7 @@ def test_of_a_judged_chat_only_the_answer_is_trained() -> None:
     [
         ({"prompt": "a", "completion": "b"}, r"no 'label' \(or 'kto_tag'\) says whether its answer is good"),
         ({"prompt": "a", "completion": "b", "label": 0.7}, r"'label' is 0\.7, where true \(a good answer\) or false"),
+        ({"prompt": "a", "completion": "b", "label": math.nan}, r"'label' is NaN, where true"),
         ({"prompt": "a", "completion": "b", "label": True, "kto_tag": False}, "'label' is true and 'kto_tag' is false"),
         ({"messages": [ASKED], "label": True}, "the last message is the user's, so there is no answer to judge"),
         ({"prompt": "a", "completion": "b", "label": True, "score": 1}, "'score' rates it"),

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split, prepare_and_print, prepare_run, summary
 from distlora.data.rows import STARTS, read_meta
 from distlora.system.exit_codes import run_to_exit_code
+from small_disks import fill, small_disk
 
 TEXTS = [{"text": f"{number} foxes sleep. " * (1 + number % 7)} for number in range(60)]
 
@@ -175,6 +177,22 @@ def test_a_run_says_where_its_data_lies_now_even_if_the_entry_was_made_from_else
     again = prepare_run(config.run_dir)
     assert (again["reused"], again["cache"]) == (True, first["cache"])
     assert {source["path"] for counts in again["splits"].values() for source in counts["sources"]} == {str(moved)}
+
+
+def test_a_full_disk_leaves_no_part_of_an_entry_and_the_next_preparation_succeeds(make_config, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        config = make_config(TEXTS, cache_dir=str(disk / "cache"))
+        filler = fill(disk)
+        assert run_to_exit_code(lambda: prepare_and_print(config.run_dir)) == 1
+        assert re.fullmatch(r"error: .*No space left on device; .*\n", capsys.readouterr().err)
+        assert [*disk.glob("cache/.*")] == []
+        assert not (tmp_path / "run" / "data.json").exists()
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert run_to_exit_code(lambda: prepare_and_print(config.run_dir)) == 2
+        assert "Read-only file system; name a place that you may read and write" in capsys.readouterr().err
+        subprocess.run(["mount", "-o", "remount,rw,size=4m", str(disk)], check=True)
+        assert prepare_run(config.run_dir)["reused"] is False
 
 
 def test_a_second_preparation_reuses_the_entry_without_tokenizing(make_config, monkeypatch):

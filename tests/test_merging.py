@@ -33,6 +33,7 @@ from distlora_kernels.formats import nf4
 from distlora_launcher.cli.main import main
 from family_models import SINGLE, config_for, hf_model, load_ours, our_logits, tokens, write_family_folder
 from large_models import QWEN25_1_5B, write_large_adapter, write_large_model
+from small_disks import small_disk
 from small_models import NEW_TOKENS, make_run, write_model_folder
 from test_prequantized import quantize
 from tiers import ci, diagonal
@@ -226,6 +227,17 @@ def test_a_number_beyond_fp16_and_a_full_disk_leave_nothing(tmp_path: Path, monk
     with pytest.raises(UserError, match=r"fp16 ends at 65,504, and model.norm.weight has 1,048,576"):
         merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float16, say=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_disk_that_fills_while_a_model_is_written_is_left_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, trained = adapted(tmp_path, "llama3-tied")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 0, 10**9))  # Filled since.
+    with small_disk(tmp_path / "disk", 64) as disk:
+        with pytest.raises(OSError, match="No space left on device"):
+            merge_to(trained, disk / "merged", onto="trained", dtype=torch.float32, say=quiet)
+        assert [*disk.iterdir()] == []
 
 
 def test_one_process_writes_a_folder_and_none_takes_anothers_place(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from distlora.config import Config, DataConfig, ModelConfig
 from distlora_launcher.cli.main import main
-from distlora_launcher.launch.local import create_run
 from distlora_launcher.launch import local
+from distlora_launcher.launch.local import create_run
 from launcher_fakes import MODEL_CONFIG, every_nth, write_data, write_model
 from small_disks import fill, small_disk
 
@@ -209,7 +209,7 @@ def test_a_bad_command_is_refused(words: list[str], expected: str, place: Path, 
 
 
 def test_a_full_disk_leaves_no_part_of_a_run(tmp_path: Path):
-    config = Config(model=ModelConfig(path="m"), data=DataConfig(path="d"))
+    config = Config(model=ModelConfig(path="m"), data=DataConfig(path="d"), run_dir="run")
     with small_disk(tmp_path / "disk", 16) as disk:
         (disk / "run").mkdir()
         filler = fill(disk)

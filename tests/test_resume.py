@@ -19,7 +19,6 @@ from closeness import adapter_of, assert_adapters_close, assert_losses_close, as
 from distlora.config import UserError
 from distlora.data.prepare import prepare_run
 from distlora.parallel import Ranks
-from distlora.data.prepare import prepare_run
 from distlora.run_folder.layout import compiled_before, step_of, steps
 from distlora.training import open_run, worker
 from distlora.training.trial import Trial
@@ -265,9 +264,10 @@ def test_a_result_that_a_full_disk_refuses_is_published_by_a_resume(
 
     with small_disk(tmp_path / "disk", 8192) as disk:
         make_run(disk / "run", folders, train=SETTINGS)
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device"):
-            patch.setattr(open_run, "finish", without_space)
+        monkeypatch.setattr(open_run, "finish", without_space)
+        with pytest.raises(OSError, match="No space left on device"):
             worker.run(disk / "run", SINGLE)
+        monkeypatch.undo()
         assert [path.name for path in (disk / "run").glob("*adapter*")] == []
         (disk / "filler").unlink()
         assert run_until(SINGLE, run_dir=disk / "run", stop_before=None) == {}, "no step is repeated"

@@ -151,7 +151,7 @@ def write_run(folder: Path) -> None:
     run = folder / "run"
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump(as_mapping(config_of(folder)), sort_keys=False))
-    (run / "mine.yaml").write_text("model: {path: m}\ndata: {path: [a.jsonl]}\noptim: {lr: 3e-4}\nadapter: {r: 8}\n")
+    (run / "mine.yaml").write_text("model: {path: m}\ndata: {path: a.jsonl}\noptim: {lr: 3e-4}\nadapter: {r: 8}\n")
     lines = [{"step": step, "loss": 2.5, "eval_loss": 2.0 if step == 2 else None} for step in range(4)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     figures = {"best_step": 2, "train_seconds": 1.5, "tokens_per_second": 100.0, "peak_memory_bytes": 2**30}

@@ -59,7 +59,7 @@ EXPERTS = 12
 NAMES = [name for name in (*CAUSAL, *COMPOSITES, *VARIANTS) if name not in UNBUILDABLE]
 SEAMS = {"mixtral", "qwen3_moe", "lara_mini", "sarvam_moe", "hrm_text", "inkling2_text", "zamba", "youtu", "kimi_k25"}
 """Types of which transformers merges, cuts, interleaves, shares or zeroes something on load; one with images."""
-CUT = {"lara_mini", "sarvam_moe", "hrm_text", "inkling2_text", "kimi_k25"}
+CUT = {"lara_mini", "sarvam_moe", "hrm_text", "inkling2_text", "kimi_k25", "mistral_large4"}
 PERMUTED = {"kimi_k25", "mistral_large4"} & {*COMPOSITES}
 """Types of which transformers permutes rows of the vision tower on load; the others' towers are not read."""
 NOT_READ = {"inkling2_loop_text": "Inkling2LoopDequantizeExperts does more than move whole rows"}

@@ -23,7 +23,7 @@ from distlora.post.merge.merge import merge_to
 from distlora.post.merge.request import MergeRequest, Receipt
 from distlora.post.trained import Name, Trained
 from distlora.post.weights import open_base, read_factors
-from distlora.run_folder.layout import sha256
+from distlora.system.atomic_io import sha256
 from distlora.system.command_worker import to_json
 from distlora.training import worker
 from distlora.training.publish import publish_result

@@ -18,8 +18,8 @@ import torch
 from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
+from distlora.system.atomic_io import sha256
 from distlora.training import worker
 from distlora_launcher.cli.verify import main
 from small_models import make_run

@@ -385,6 +385,10 @@ def _architecture_of(content: str, place: str) -> Architecture:
     return Architecture.from_json(kept_text(cached_path(content), lambda: derive(content, place)))
 
 
+_DIGEST = ".sha256"
+"""Suffix of the file beside a kept text with the SHA-256 of that text."""
+
+
 def kept_text(path: Path, make: Callable[[], str]) -> str:
     """Return the text of a file of the cache, made if it is missing or damaged, while other processes wait for it."""
     text = _whole_text(path)
@@ -408,10 +412,6 @@ def kept_text(path: Path, make: Callable[[], str]) -> str:
             write_text(path.with_suffix(_DIGEST), hashlib.sha256(text.encode()).hexdigest())
             write_text(path, text)
     return text
-
-
-_DIGEST = ".sha256"
-"""Suffix of the file beside a kept text with the SHA-256 of that text."""
 
 
 def _whole_text(path: Path) -> str | None:

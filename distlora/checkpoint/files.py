@@ -17,8 +17,9 @@ from distlora.config import UserError
 from distlora.loading.tensor_files import DeferredTensor, write_tensors
 from distlora.parallel import Backend
 from distlora.parallel.shards import HostRows
-from distlora.run_folder.layout import replaced_folder, sha256, temporary_folder
+from distlora.run_folder.layout import replaced_folder, temporary_folder
 from distlora.system import atomic_io
+from distlora.system.atomic_io import sha256
 
 Files = Mapping[str, Mapping[str, Tensor | HostRows | DeferredTensor] | dict[str, Any]]
 """Tensors (*.safetensors) or JSON (*.json) by file name."""

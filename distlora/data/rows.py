@@ -24,7 +24,7 @@ import numpy as np
 from distlora.config import UserError
 from distlora.config.json_files import Shape, check_shape, read_object
 from distlora.config.objectives import OBJECTIVES
-from distlora.system.atomic_io import private_folder, sync
+from distlora.system.atomic_io import private_folder, sha256, sync
 
 FORMAT_VERSION = 6
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
@@ -251,7 +251,7 @@ def cache_key(sources: list[dict[str, Any]], model_dir: Path, settings: dict[str
         "settings": settings,
         "sources": sources,
         "tokenizer": {
-            str(path.relative_to(model_dir)): file_digest(path)
+            str(path.relative_to(model_dir)): sha256(path)
             for pattern in TOKENIZER_FILES
             for path in sorted(model_dir.glob(pattern))
             if path.is_file()
@@ -261,21 +261,15 @@ def cache_key(sources: list[dict[str, Any]], model_dir: Path, settings: dict[str
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def content_digest(folder: Path, splits: Sequence[str]) -> str:
     """SHA-256, in hex, over the arrays of an entry: equal where every row of every split is.
 
     The key of an entry says what it was made from; this says what came of it.
     """
     files = {f"{split}/{name}": split_file(folder, split, name) for split in splits for name in (*ARRAYS, MARGINS)}
-    arrays = {name: file_digest(file) for name, file in files.items() if file.is_file()}
+    arrays = {name: sha256(file) for name, file in files.items() if file.is_file()}
     records = {split: split_file(folder, split, RECORDS, ".jsonl") for split in splits}
-    arrays |= {f"{split}/{RECORDS}": file_digest(path) for split, path in records.items() if path.is_file()}
+    arrays |= {f"{split}/{RECORDS}": sha256(path) for split, path in records.items() if path.is_file()}
     return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
 
 

@@ -28,6 +28,7 @@ from distlora.config.json_files import read_object
 from distlora.config.objectives import DataForm
 from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
 from distlora.data.formats import Document, Reading, Record, good, head_with_key, resolve_format, to_document
+from distlora.system.atomic_io import sha256
 from distlora.system.hub_errors import DATASET, causes, explain_gate, explained, unreachable
 
 _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
@@ -349,8 +350,7 @@ class Source:
         if self.streaming:
             with path.open("rb") as file:
                 return [*_stamp(path), hashlib.sha256(file.read(_STREAM_HEAD)).hexdigest()]
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
 
 
 def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> dict[str, list[Source]]:

@@ -3,8 +3,8 @@
 On CUDA they are Triton kernels or liger-kernel's (train.fused_kernels), on the CPU those of elementwise.cpp
 (train.compile). Norms and MLPs are replaced module by module, with the same Parameters and linears under the same
 names, so loading, sharding and checkpoints are not affected. Attention looks up the rotary embedding, a function, among
-the globals of its forward: each attention module gets a forward with globals of its own, so no other model of the
-process is affected.
+the globals of its forward: the model's attention modules get a forward with globals of their own, so no other model of
+the process is affected.
 
 liger-kernel's linear cross-entropy is not used: it reads the number of targets on the host (README.md).
 """
@@ -102,12 +102,14 @@ def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs
         for path, mlp in mlps:
             decoder.set_submodule(path, GatedMLP(mlp, multiply).train(mlp.training))
         used.append(f"{product} ({len(mlps)})")
-    forwards: dict[Any, Any] = {}
+    forwards: dict[types.FunctionType, Any] = {}
     for module in decoder.modules():
         forward: Any = inspect.unwrap(type(module).forward)  # Decorators rename arguments of older callers.
-        if _ROTARY in forward.__code__.co_names:
-            own = forwards.setdefault(forward, _with_global(forward, _ROTARY, fused.rotate))
-            module.forward = types.MethodType(own, module)
+        if _ROTARY not in forward.__code__.co_names:
+            continue
+        if forward not in forwards:
+            forwards[forward] = _with_global(forward, _ROTARY, fused.rotate)
+        module.forward = types.MethodType(forwards[forward], module)
     used.append("rotary embedding")
     return f"{fused.name}: {', '.join(used)}"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import os
 import sys
@@ -17,6 +16,7 @@ from distlora.config.rewards import BUILT_IN
 from distlora.rewards import sandbox
 from distlora.rewards.built_in import PACKAGES
 from distlora.rewards.pool import RewardPool
+from distlora.system.atomic_io import sha256
 from distlora.system.exit_codes import require_package
 
 
@@ -45,8 +45,7 @@ def source_digests(names: Iterable[str], folder: str) -> dict[str, str]:
     """Return the SHA-256 of the file of each module with functions of the user; modules without one are left out."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in BUILT_IN)
     files = {module: spec.origin or "" for module in modules if (spec := _found(module, folder)) is not None}
-    contents = {module: Path(file).read_bytes() for module, file in files.items() if os.path.isfile(file)}
-    return {module: hashlib.sha256(content).hexdigest() for module, content in contents.items()}
+    return {module: sha256(Path(file)) for module, file in files.items() if os.path.isfile(file)}
 
 
 def _found(module: str, folder: str) -> ModuleSpec | None:

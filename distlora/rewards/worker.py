@@ -9,7 +9,6 @@ the set-up (the settings as plain values), then requests {"number": n, "reward":
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import importlib
 import inspect
 import json
@@ -31,6 +30,7 @@ from distlora.config.file import build
 from distlora.config.rewards import BUILT_IN
 from distlora.rewards import sandbox
 from distlora.rewards.built_in import reward_function
+from distlora.system.atomic_io import sha256
 
 _LONGEST, _LONGEST_TRACE = 400, 1200
 _FAULTS = (Exception, SystemExit, KeyboardInterrupt)
@@ -94,7 +94,7 @@ def load(name: str, data: DataConfig) -> Callable[..., Any]:
     module, _, attribute = name.rpartition(".")
     imported = importlib.import_module(module)
     if (began := data.reward_digests.get(module)) is not None:
-        now = hashlib.sha256(Path(imported.__file__ or os.devnull).read_bytes()).hexdigest()
+        now = sha256(Path(imported.__file__ or os.devnull))
         require(
             now == began,
             f"{imported.__file__} has changed since the run began (SHA-256 {began[:12]} then, {now[:12]} now); restore "

@@ -10,7 +10,6 @@ A checkpoint is written to a temporary folder, synced and renamed, so a name `st
 The manifest reveals later damage.
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -25,6 +24,7 @@ from distlora.config.errors import in_one_line
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
 from distlora.system import atomic_io
+from distlora.system.atomic_io import sha256
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora_kernels import processor
 
@@ -159,12 +159,6 @@ def tidy(parent: Path, name: str) -> None:
     for pattern in (f".{name}{_REPLACED}", f".{name}{_TEMPORARY}"):
         for path in parent.glob(pattern):
             shutil.rmtree(path)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 PUBLISHED = {"lora": "adapter", "full": "model"}

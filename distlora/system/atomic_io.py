@@ -1,5 +1,9 @@
-"""Write files atomically and durably: readers see the old content or the new, and a power cut loses neither."""
+"""Write files atomically and durably: readers see the old content or the new, and a power cut loses neither.
 
+Also make folders that others cannot enter, and identify a file by its content.
+"""
+
+import hashlib
 import json
 import os
 import secrets
@@ -7,6 +11,12 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -6,7 +6,6 @@ header. The worker checks again and loads (`peft_format.load_peft_adapter`).
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from array import array
@@ -24,6 +23,7 @@ from distlora.config import AdapterConfig, UserError, nearest, require
 from distlora.config.base import is_hub_name
 from distlora.config.errors import named_settings
 from distlora.config.json_files import Shape, check_shape, read_object
+from distlora.system.atomic_io import sha256
 from distlora.weights.peft_modules import (
     MODULE,
     ROWS,
@@ -203,8 +203,7 @@ def with_layout(adapter: PeftAdapter, architecture: Architecture) -> PeftAdapter
 
 def weights_digest(folder: str | Path) -> str:
     """Return the SHA-256 of the adapter's weights file. Raises UserError as `read_peft_adapter`."""
-    with (read_peft_adapter(folder, labels=None).folder / WEIGHTS_NAME).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(read_peft_adapter(folder, labels=None).folder / WEIGHTS_NAME)
 
 
 def check_quantization(initial: PeftAdapter, method: str) -> None:

@@ -28,8 +28,8 @@ from distlora.post.combine.request import RECORD_NAME, CombineRequest, needs_bas
 from distlora.post.merge.merge import DTYPES, merge_to
 from distlora.post.trained import Name, base_spec
 from distlora.post.weights import Base, Factors, open_base, read_factors
-from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
+from distlora.system.atomic_io import sha256
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME, read_peft_adapter

@@ -23,8 +23,8 @@ from distlora.config import UserError
 from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
 from distlora.post.load_trained import weights_in
 from distlora.post.trained import Trained, versions
-from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
+from distlora.system.atomic_io import sha256
 from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, run_to_exit_code
 from distlora.system.progress import Progress, quieten, say, still

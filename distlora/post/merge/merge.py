@@ -47,8 +47,8 @@ from distlora.post.merge.request import (
 from distlora.post.merge.shipped import Outputs
 from distlora.post.trained import Trained, versions
 from distlora.post.weights import open_base
-from distlora.run_folder.layout import sha256
 from distlora.system import atomic_io
+from distlora.system.atomic_io import sha256
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME

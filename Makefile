@@ -28,7 +28,7 @@ test-all: $(READY)
 # Every command of docs/tutorial.md, with its output: about ten minutes. Set DISTLORA_CACHE=~/.cache/distlora after a demo to use its
 # model. Not in CI.
 test-documents: $(READY)
-	$(BIN)/python -m pytest -m slow tests/test_tutorial.py
+	$(BIN)/python -m pytest -m slow tests/docs/test_tutorial.py
 
 # GGUF files loaded by llama.cpp, which is built from source (three minutes the first time). Not in CI.
 test-llama-cpp: $(READY)
@@ -37,11 +37,11 @@ test-llama-cpp: $(READY)
 
 # 50 kills of two-rank runs and merges at random moments, each resumed and compared with the uninterrupted run (30 minutes).
 chaos: $(READY)
-	$(BIN)/python tests/chaos.py --kills 50
+	PYTHONPATH=tests $(BIN)/python tests/tools/chaos.py --kills 50
 
 # A shell with a real SLURM of two nodes on this machine. Needs root.
 slurm-shell: $(READY)
-	$(BIN)/python tests/slurm_cluster.py
+	$(BIN)/python tests/support/slurm_cluster.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -49,15 +49,15 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
-# The packages that a GPU machine without a network lacks, into .gpu (tests/first_gpu.py says what to run there).
+# The packages that a GPU machine without a network lacks, into .gpu (tests/tools/first_gpu.py says what to run there).
 gpu-wheels: $(READY)
-	$(BIN)/python tests/gpu_packages.py .gpu
+	$(BIN)/python tests/tools/gpu_packages.py .gpu
 
-# tests/first_gpu.py with tiny shapes on the CPU, in an environment with the oldest supported versions and no optional package.
+# tests/tools/first_gpu.py with tiny shapes on the CPU, in an environment with the oldest supported versions and no optional package.
 BARE ?= .bare
 gpu-dry-run: $(BARE)/.ready
 	for command in check train compare; do \
-	    $(BARE)/bin/python tests/first_gpu.py $$command --dry --work $(BARE)/work --seconds 3600 || exit; done
+	    $(BARE)/bin/python tests/tools/first_gpu.py $$command --dry --work $(BARE)/work --seconds 3600 || exit; done
 
 $(BARE)/.ready:
 	$(PYTHON) -m venv $(BARE)
@@ -67,15 +67,15 @@ $(BARE)/.ready:
 
 # Damaged inputs with new seeds, ten times as many as in `make test` (ten minutes).
 fuzz: $(READY)
-	DISTLORA_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) $(BIN)/python -m pytest -m '' -n 2 --dist load tests/test_fuzz*.py
+	DISTLORA_FUZZ_EXAMPLES=$(or $(EXAMPLES),10) $(BIN)/python -m pytest -m '' -n 2 --dist load tests/*/test_fuzz*.py
 
 # All of SECURITY.md with a new seed: 60 combinations beside transformers and PEFT, 2,000 damaged inputs and more, what commands
 # reach, and 50 kills. An hour and a half; `make audit SEED=1` repeats one.
 SEED ?= $(shell date +%Y%m%d)
 audit: $(READY)
-	DISTLORA_AUDIT_SEED=$(SEED) $(BIN)/python -m pytest -m '' -sq tests/test_audit.py tests/test_confined.py tests/test_network.py
-	DISTLORA_FUZZ_EXAMPLES=2 $(BIN)/python -m pytest -m '' -q --hypothesis-seed=$(SEED) tests/test_fuzz*.py
-	$(BIN)/python tests/chaos.py --kills 50 --seed $(SEED)
+	DISTLORA_AUDIT_SEED=$(SEED) $(BIN)/python -m pytest -m '' -sq $(addprefix tests/,training/test_audit.py launcher/test_confined.py parallel/test_network.py)
+	DISTLORA_FUZZ_EXAMPLES=2 $(BIN)/python -m pytest -m '' -q --hypothesis-seed=$(SEED) tests/*/test_fuzz*.py
+	PYTHONPATH=tests $(BIN)/python tests/tools/chaos.py --kills 50 --seed $(SEED)
 
 format: $(READY)
 	$(BIN)/ruff format .

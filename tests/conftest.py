@@ -14,14 +14,14 @@ import torch
 import transformers
 
 if not torch.cuda.is_available():
-    import triton_interpreter  # noqa: F401  (before anything imports triton)
+    from support import triton_interpreter  # noqa: F401  (before anything imports triton)
 
-import cpu_paths
 from distlora import derive
 from distlora.architecture import spec
 from distlora_kernels import dispatch, native, nf4_cpu, products
-from small_models import write_model_folder, write_text_file
-from worlds import World, start_world
+from support import cpu_paths
+from support.small_models import write_model_folder, write_text_file
+from support.worlds import World, start_world
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,6 +1,6 @@
 """Map a checkpoint's tensor names to a model's parameter names by transformers' rules, without torch and transformers.
 
-weights/conversion.py makes the rules from a model. They equal transformers' rename_source_key (tests/test_conversion.py
+weights/conversion.py makes the rules from a model. They equal transformers' rename_source_key (test_conversion.py
 compares them for every model type).
 """
 

@@ -325,7 +325,7 @@ class _Attend(torch.autograd.Function):
     backward q.k - l with l the logarithm of the sum, which is near 0 wherever the weight is not. Two more columns make
     the difference within the product, in fp32: -l and its bf16 rounding error, beside ones. dO.v - D likewise, with D =
     dO.O; the rest of D is subtracted exactly (`_softmax_backward_data`), because the weights of a query that sees one
-    token cancel to the last bit only so. tests/test_attention_cpu.py measures it against fp64.
+    token cancel to the last bit only so. tests/kernels/test_attention_cpu.py measures it against fp64.
 
     Letters: T tokens of all documents, L of one, N keys of a tile, n queries of a tile, G = H / K, M = G n rows of a
     product, W = E + 2. `scale` is in units of powers of 2.

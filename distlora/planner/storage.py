@@ -244,7 +244,7 @@ LAUNCHER_BYTES = 180_000_000
 """The launcher and torchrun on each machine (179 MB in the same runs)."""
 LOADING_BYTES = 64_000_000
 """The bound of what loading takes beside the slice of a tensor: chunks that are read ahead, fp32 work, absmax
-(tests/test_loading_memory.py)."""
+(tests/model/test_loading_memory.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ Two measures, each of one rank and one optimizer step:
   (W-1)/W S each, an all-reduce 2 (W-1)/W S.
 
 Both backends shard dim 0, ceil(rows / ranks) rows for each rank, so a gather carries ranks x ceil(rows / ranks) rows.
-tests/test_wire.py compares these numbers with the collectives that torch issues.
+tests/parallel/test_wire.py compares these numbers with the collectives that torch issues.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """List the operations of a decoder layer: the activations that each keeps and the memory that its backward takes.
 
 Numbers are bytes per token unless a name says otherwise, read off the code that allocates, which the docstrings name;
-tests/test_activations.py measures them. In the dtype of the run, of b bytes:
+tests/planner/test_activations.py measures them. In the dtype of the run, of b bytes:
 
     attention   norm, linears (X, X A^T), [norms of queries and keys], rotary embedding, attention proper, linear,
                 [norm after it]

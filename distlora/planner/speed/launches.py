@@ -2,7 +2,7 @@
 
 Each launch reads its operands and writes its result once. The launches of linears are those of
 kernels/distlora_kernels/lora_gpu.py; other operations are those that transformers' code calls (a norm: eight in fp32),
-or a fused kernel (one). tests/test_plan_work.py compares both.
+or a fused kernel (one). tests/planner/test_plan_work.py compares both.
 
 Letters: M rows (tokens), S rows of experts (M x experts that a token chooses), I in features, O out features, R rank,
 E bytes of an element, V vocabulary, H hidden size.

@@ -1,0 +1,165 @@
+"""Mixtures: shares of the trained tokens, what is left out or repeated, and that choices depend on the data alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
+from distlora.data.packing import copies, shares, volume
+from distlora.data.prepare import summary
+from distlora.data.rows import PackedRows, read_meta
+from support.data_folders import CHATML, chat, prepare, write_lines, write_model
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+@st.composite
+def mixtures(draw):
+    """(targets (P,), sources (P,), weights): every source has a piece."""
+    num_sources = draw(st.integers(1, 4))
+    sizes = [draw(st.lists(st.integers(1, 50), min_size=1, max_size=40)) for _ in range(num_sources)]
+    weights = draw(st.lists(st.floats(0.05, 20), min_size=num_sources, max_size=num_sources))
+    sources = np.repeat(np.arange(num_sources), [len(size) for size in sizes])
+    return np.concatenate(sizes).astype(np.int64), sources, weights
+
+
+@settings(deadline=None, max_examples=200)
+@given(mixtures(), st.booleans())
+def test_every_source_misses_its_share_by_less_than_a_piece(mixture, until_all):
+    targets, sources, weights = mixture
+    wanted = shares(weights)
+    sizes = np.bincount(sources, weights=targets)
+    whole = volume(sizes, wanted, np.ones(len(sizes), bool), until_all=until_all)
+    used = copies(targets, sources, wanted, whole, seed=3)
+    got = np.bincount(sources, weights=targets * used)
+    for source, share in enumerate(wanted):
+        assert abs(got[source] - share * whole) <= targets[sources == source].max()
+    if until_all:
+        assert used.min() >= 1, "every document at least once"
+    else:
+        assert used.max() == 1, "no document twice"
+        limiting = int(np.argmin(sizes / wanted))
+        assert got[limiting] == sizes[limiting], "the first source to end is used up"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"), CHATML)
+
+
+@pytest.fixture
+def prepared(tmp_path, model):
+    """Return a function that prepares sources: meta.json and the cache entry."""
+
+    def run(sources, *, model_path=model, max_steps=None, sequence_length=64, **data):
+        config = Config(
+            model=ModelConfig(path=str(model_path)),
+            data=DataConfig(
+                sources=tuple(SourceConfig(**source) for source in sources),
+                sequence_length=sequence_length,
+                cache_dir=str(tmp_path / "cache"),
+                **data,
+            ),
+            train=TrainConfig(max_steps=max_steps, global_batch=4),
+            run_dir=str(tmp_path / "run"),
+        )
+        entry = prepare(config)
+        return read_meta(entry), entry
+
+    return run
+
+
+@pytest.fixture
+def two_sources(tmp_path):
+    """Return a chat file of some 600 trained tokens and a text file of some 6,000."""
+    chats = write_lines(tmp_path / "chats.jsonl", [chat(f"Why {n}?", f"Foxes sleep {n} times.") for n in range(40)])
+    texts = write_lines(tmp_path / "texts.jsonl", [{"text": f"{n} birds sit in the old tree. " * 3} for n in range(80)])
+    return chats, texts
+
+
+def mixed(two_sources, *weights):
+    return [{"path": str(path), "weight": weight} for path, weight in zip(two_sources, weights, strict=True)]
+
+
+def test_first_exhausted_uses_the_largest_part_that_has_the_shares(prepared, two_sources):
+    meta, entry = prepared(mixed(two_sources, 3, 1), eval_fraction=0.2)
+    for split, counts in meta["splits"].items():
+        chats, texts = counts["sources"]
+        assert chats["share_wanted"] == 0.75
+        assert abs(chats["share"] - 0.75) < (0.02 if split == "train" else 0.1)
+        assert chats["targets"] + texts["targets"] == counts["targets"]
+        assert PackedRows.open(entry, split).targets.sum() == counts["targets"]
+        assert chats["documents"] + texts["documents"] == counts["documents"]
+        assert counts["unused"] > 0, "texts that the shares leave out"
+    documents = [meta["splits"][split]["sources"][0]["documents"] for split in ("train", "eval")]
+    assert sum(documents) == 40, "the smaller source is used up, in both splits"
+
+
+def test_all_exhausted_repeats_the_smaller_source_and_leaves_nothing_out(prepared, two_sources):
+    meta, _ = prepared(mixed(two_sources, 1, 1), eval_fraction=0, stopping_strategy="all_exhausted")
+    counts = meta["splits"]["train"]
+    chats, texts = counts["sources"]
+    assert (chats["documents"], texts["documents"], counts["unused"]) == (40, 80, 0)
+    assert chats["most_copies"] > 1
+    assert texts["most_copies"] == 1
+    assert abs(chats["share"] - 0.5) < 0.01
+
+
+def test_without_weights_every_source_is_taken_whole(prepared, two_sources):
+    meta, entry = prepared([{"path": str(path)} for path in two_sources], eval_fraction=0)
+    counts = meta["splits"]["train"]
+    assert [source["documents"] for source in counts["sources"]] == [40, 80]
+    assert counts["sources"][0]["share_wanted"] is None
+    record = {**meta, "cache": str(entry), "reused": False}
+    assert "40 documents" in summary(record)
+    assert "chats.jsonl" in summary(record)
+
+
+def test_a_streamed_mixture_reads_both_sources_as_far_as_their_shares_need(prepared, two_sources, tmp_path):
+    many = write_lines(tmp_path / "many.jsonl", [{"text": f"{n} birds sit in the tree. " * 3} for n in range(5000)])
+    sources = mixed((two_sources[0], many), 1, 3)
+    meta, _ = prepared(sources, streaming=True, max_steps=5, eval_fraction=0.1)
+    counts = meta["splits"]["train"]
+    assert counts["rows"] >= 20
+    assert counts["sources"][1]["documents"] < 300
+    assert abs(counts["sources"][0]["share"] - 0.25) < 0.05
+    assert meta["ended"] == [False, False]
+
+    meta, _ = prepared(sources, streaming=True, max_steps=100, eval_fraction=0, stopping_strategy="all_exhausted")
+    counts = meta["splits"]["train"]
+    assert counts["rows"] >= 400
+    assert meta["ended"] == [True, False]
+    assert counts["sources"][0]["most_copies"] > 1
+    assert counts["sources"][1]["most_copies"] == 1
+    assert abs(counts["sources"][0]["share"] - 0.25) < 0.02
+
+    meta, _ = prepared(sources, streaming=True, max_steps=100, eval_fraction=0)
+    counts = meta["splits"]["train"]
+    assert meta["ended"] == [True, False], "reading on would not help: the first source ends the mixture"
+    assert counts["sources"][0]["documents"] == 40
+    assert counts["sources"][1]["documents"] < 300
+
+
+def test_a_bounded_reading_gives_up_a_source_in_which_nothing_is_trained(prepared, two_sources, tmp_path, monkeypatch):
+    monkeypatch.setattr("distlora.data.encoding.PATIENCE", 100)
+    silent = write_lines(tmp_path / "silent.jsonl", [chat("Hi?")] * 1000)
+    with pytest.raises(UserError, match=r"silent\.jsonl: none of its first 128 documents has a token to train"):
+        prepared(mixed((two_sources[0], silent), 1, 1), streaming=True, max_steps=5)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the sample data of {SHARED} is not on this machine")
+def test_alpaca_and_wikipedia_are_mixed_by_trained_tokens_within_two_percent(tmp_path, folders, prepared):
+    """Seven to three, in both strategies, on the tokenizer of the small models (which has a chat template)."""
+    sources = [
+        {"path": str(SHARED / "alpaca_en_demo.json"), "weight": 0.7},
+        {"path": str(SHARED / "wiki_demo.txt"), "weight": 0.3},
+    ]
+    for strategy in ("first_exhausted", "all_exhausted"):
+        meta, entry = prepared(sources, model_path=folders / "llama", sequence_length=512, stopping_strategy=strategy)
+        shares_got = [source["share"] for source in meta["splits"]["train"]["sources"]]
+        assert shares_got == pytest.approx([0.7, 0.3], abs=0.02)
+        assert PackedRows.open(entry, "train").targets.sum() == meta["splits"]["train"]["targets"]
+        assert meta["splits"]["train"]["documents"] > 500

@@ -1,0 +1,290 @@
+"""The skinny products agree with fp64 from the same rounded inputs, in torch and in Triton."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, dropped
+from distlora_kernels.operands import RowChoice
+from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
+from support.closeness import assert_close
+from support.tiers import diagonal
+
+KEY = (0x01234567, 0x89ABCDEF)
+SHAPES = [(1, 66, 100, 3), (37, 100, 66, 16), (300, 256, 256, 48)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+RANKS = (3, 8, 4)
+CHOSEN = [1, -1, 0, 2, 1]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return the CPU for torch operations, then the device of the Triton kernels."""
+    return torch.device("cpu") if request.param == "torch" else request.getfixturevalue("triton_device")
+
+
+def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def operands(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Return x (M, I), a (R, I), b (O, R), dy (M, O), xa (M, R), bias (O,)."""
+    m, i, o, r = shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (m, i),
+        "a": (r, i),
+        "b": (o, r),
+        "dy": (m, o),
+        "xa": (m, r),
+        "bias": (o,),
+    }
+    return {name: normal(*s, dtype=dtype, device=device, seed=n) for n, (name, s) in enumerate(shapes.items())}
+
+
+def choice_of(device: torch.device) -> RowChoice:
+    return RowChoice(torch.tensor(CHOSEN, device=device), (0.5, 2.0, 1.25), RANKS)
+
+
+def dropout_of(device: torch.device, rows: list[int]) -> Dropout:
+    return Dropout(KEY, 20_000, 7, torch.tensor(rows, device=device))
+
+
+def seen(x: Tensor, dropout: Dropout | ChosenDropout | None) -> Tensor:
+    return x.double() if dropout is None else x.double().masked_fill(dropped(dropout, *x.shape), 0)
+
+
+def poisoned(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Run the op with NaN in every tensor that it allocates empty."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert torch.empty(1).isnan()
+            return op(*args, **options)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return call
+
+
+def expand(compact: Tensor, choice: RowChoice) -> Tensor:
+    """Expand (M, max(ranks)) to (M, R): each row's values in its adapter's columns, zeros elsewhere."""
+    wide = compact.new_zeros(compact.shape[0], sum(choice.ranks))
+    tokens = compact.shape[0] // len(CHOSEN)
+    for row, adapter in enumerate(CHOSEN):
+        if adapter >= 0:
+            first, rank = sum(RANKS[:adapter]), RANKS[adapter]
+            part = slice(row * tokens, (row + 1) * tokens)
+            wide[part, first : first + rank] = compact[part, :rank]
+    return wide
+
+
+def assert_sum_close(actual: Tensor, expected: Tensor) -> None:
+    """Assert one rounding (0.3 ulps) and up to sqrt(n) / 2 ulps for n <= 300 sequential fp32 additions."""
+    assert_close(actual, expected, ulps=8 if actual.dtype == torch.float32 else 0.5)
+    assert torch.isfinite(actual).all()
+
+
+@pytest.mark.parametrize("shape", [(37, 100, 66, 16), (300, 256, 256, 48), (20, 2100, 2100, 3)], ids=str)
+def test_a_product_and_a_copy_of_its_rows_fill_columns_of_a_wider_matrix(
+    shape: tuple[int, int, int, int], device: torch.device
+) -> None:
+    """Both have the bits of products into memory of their own; the columns around them stay as they are."""
+    x, a, b, dy, xa, _ = operands(shape, torch.bfloat16, device).values()
+    for rows, run in (
+        (x, lambda **places: skinny_down(x, a, **places)),
+        (dy, lambda **places: skinny_dy(dy, b, xa, scale=0.3, **places)),
+    ):
+        columns, rank = rows.shape[1], a.shape[0]
+        wide = torch.full((rows.shape[0], columns + 2 * rank + 5), 7.0, dtype=rows.dtype, device=device)
+        places = {"copy": wide[:, :columns], "out": wide[:, columns + rank : columns + 2 * rank]}
+        alone, beside = run(), run(**places)
+        pairs = [(alone, beside)] if isinstance(alone, Tensor) else zip(alone, beside, strict=True)
+        assert all(torch.equal(expected, actual) for expected, actual in pairs)
+        assert torch.equal(places["copy"], rows)
+        assert torch.equal(places["out"], alone if isinstance(alone, Tensor) else alone[0])
+        assert (wide[:, columns : columns + rank] == 7).all()
+        assert (wide[:, columns + 2 * rank :] == 7).all()
+
+
+@pytest.mark.parametrize(("shape", "dtype"), diagonal(SHAPES, DTYPES), ids=str)
+def test_products_equal_fp64(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+    t = operands(shape, dtype, device)
+    x, a, b, dy, xa, bias = t.values()
+    down, up, both, grad = (poisoned(op) for op in (skinny_down, skinny_up, skinny_dy, skinny_grad))
+    dxa, db = both(dy, b, xa, scale=0.3)
+    for actual, expected, wanted in (
+        (down(x, a), x.double() @ a.double().T, dtype),
+        (up(xa, b), xa.double() @ b.double().T, dtype),
+        (up(xa, b, bias=bias), xa.double() @ b.double().T + bias.double(), dtype),
+        (up(xa, a.T), xa.double() @ a.double(), dtype),
+        (dxa, dy.double() @ b.double(), dtype),
+        (db, 0.3 * (dy.double().T @ xa.double()), torch.float32),
+        (grad(xa, x), xa.double().T @ x.double(), torch.float32),
+    ):
+        assert actual.dtype == wanted
+        assert actual.is_contiguous()
+        assert_sum_close(actual, expected)
+
+
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.bfloat16, 1), (torch.float32, 21)], ids=str)
+def test_rows_choose_adapters(dtype: torch.dtype, tokens: int, device: torch.device) -> None:
+    m, choice = tokens * len(CHOSEN), choice_of(device)
+    x, a, b, dy, _, bias = operands((m, 100, 66, sum(RANKS)), dtype, device).values()
+    compact = normal(m, max(RANKS), dtype=dtype, device=device, seed=9)
+    wide, double = expand(compact, choice).double(), [t.double() for t in (x, a, b, dy)]
+    uses = expand(torch.ones_like(compact), choice).double()
+    down, up, both, grad = (poisoned(op) for op in (skinny_down, skinny_up, skinny_dy, skinny_grad))
+    xa = down(x, a, choice=choice)
+    dxa, db = both(dy, b, compact, scale=0.3, choice=choice)
+    owners = torch.tensor([n for n, rank in enumerate(RANKS) for _ in range(rank)], device=device)
+    assert xa.shape == dxa.shape == compact.shape
+    for actual, expected in (
+        (expand(xa, choice), uses * (double[0] @ double[1].T)),
+        (up(compact, b, choice=choice), wide @ double[2].T),
+        (up(compact, b, bias=bias, choice=choice), wide @ double[2].T + bias.double()),
+        (up(compact, a.T, choice=choice), wide @ double[1]),
+        (expand(dxa, choice), uses * (double[3] @ double[2])),
+        (db, 0.3 * torch.tensor(choice.scales, device=device)[owners].double() * (double[3].T @ wide)),
+        (grad(compact, x, choice=choice), wide.T @ double[0]),
+    ):
+        assert_sum_close(actual, expected)
+    unused = torch.arange(max(RANKS), device=device) >= torch.tensor([*RANKS, 0], device=device)[choice.rows][:, None]
+    for columns in (xa, dxa):
+        assert not columns[unused.repeat_interleave(tokens, dim=0)].any(), "columns beyond an adapter's rank are not 0"
+
+
+def own_dropout_of(choice: RowChoice) -> ChosenDropout:
+    """Return another key and probability for each adapter, one of them 0, over two steps."""
+    streams = tuple(Stream((KEY[0] + n, KEY[1] ^ n << 31), bound) for n, bound in enumerate((20_000, 0, 65_535)))
+    steps = torch.arange(len(CHOSEN), device=choice.rows.device) % 2 + 2**32 - 1
+    rows = torch.tensor([5, 5, 2**33 + 1, -1, 5], device=choice.rows.device)
+    return ChosenDropout(streams, choice.rows, steps, rows, first=70_001)
+
+
+def test_each_rows_mask_is_that_of_its_adapter_alone(device: torch.device) -> None:
+    choice = choice_of(device)
+    dropout = own_dropout_of(choice)
+    masks = dropped(dropout, 21 * len(CHOSEN), 100).view(len(CHOSEN), 21, 100)
+    for row, adapter in enumerate(CHOSEN):
+        if adapter < 0 or dropout.streams[adapter].threshold == 0:
+            assert not masks[row].any()
+            assert adapter < 0 or dropout.of(adapter, slice(row, row + 1)) is None
+            continue
+        alone = Dropout(*dropout.streams[adapter], int(dropout.steps[row]), dropout.rows[row : row + 1], 70_001)
+        assert torch.equal(masks[row], dropped(alone, 21, 100))
+        assert masks[row].any()
+
+
+@pytest.mark.parametrize("kind", ["alone", "chosen", "own"])
+def test_dropout_is_that_of_its_definition(kind: str, device: torch.device) -> None:
+    """Rows of the dropout differ from those of the choice; tiles span them; columns end within 8; parts of rows run."""
+    dtype, m, i = torch.bfloat16, 105, 100
+    choice, rank = (None, 8) if kind == "alone" else (choice_of(device), sum(RANKS))
+    dropout: Dropout | ChosenDropout = dropout_of(device, [5, 2**33 + 1, -1])._replace(first=70_001)
+    if kind == "own":
+        assert choice is not None
+        dropout = own_dropout_of(choice)
+    x, a, *_ = operands((m, i, 8, rank), dtype, device).values()
+    compact = normal(m, 8, dtype=dtype, device=device, seed=9)
+    wide = compact if choice is None else expand(compact, choice)
+    down, up, grad = (poisoned(op) for op in (skinny_down, skinny_up, skinny_grad))
+    mask = dropped(dropout, m, i)
+    dx = up(compact, a.T, choice=choice, dropout=dropout)
+    whole = up(compact, a.T, choice=choice)
+    assert torch.equal(dx, whole.masked_fill(mask, 0))
+    # An input that only the mask can hide: a single wrong element would show.
+    loud = torch.where(mask, 1e4, x.float()).to(dtype)
+    for op in (
+        functools.partial(down, a=a, choice=choice, dropout=dropout),
+        functools.partial(grad, compact, choice=choice, dropout=dropout),
+    ):
+        assert torch.equal(op(x=x), op(x=loud))
+    xa = down(x, a, choice=choice, dropout=dropout)
+    exact = seen(x, dropout) @ a.double().T
+    if choice is None:
+        assert_sum_close(xa, exact)
+    else:
+        assert_sum_close(expand(xa, choice), expand(torch.ones_like(compact), choice).double() * exact)
+    assert_sum_close(grad(compact, x, choice=choice, dropout=dropout), wide.double().T @ seen(x, dropout))
+
+
+def test_ranks_beyond_a_tile(device: torch.device) -> None:
+    rank = 130
+    x, a, b, dy, xa, bias = operands((40, 96, 80, rank), torch.bfloat16, device).values()
+    dxa, db = poisoned(skinny_dy)(dy, b, xa, scale=2.0)
+    assert_sum_close(poisoned(skinny_down)(x, a), x.double() @ a.double().T)
+    assert_sum_close(skinny_up(xa, b, bias=bias), xa.double() @ b.double().T + bias.double())
+    assert_sum_close(dxa, dy.double() @ b.double())
+    assert_sum_close(db, 2 * dy.double().T @ xa.double())
+    assert_sum_close(skinny_grad(xa, x), xa.double().T @ x.double())
+
+
+def test_large_ranks_that_rows_choose(device: torch.device) -> None:
+    """Above 32 dy is read twice, by the kernels of down and grad."""
+    ranks = (40, 24)
+    choice = RowChoice(torch.tensor([1, 0, -1], device=device), (0.5, 2.0), ranks)
+    _, _, b, dy, *_ = operands((60, 64, 80, 64), torch.bfloat16, device).values()
+    xa = normal(60, 40, dtype=torch.bfloat16, device=device, seed=9)
+    dxa, db = skinny_dy(dy, b, xa, scale=1.0, choice=choice)
+    first, second = dy[:20].double(), dy[20:40].double()
+    expected = torch.cat([0.5 * second.T @ xa[20:40].double(), 2 * first.T @ xa[:20, :24].double()], dim=1)
+    assert_sum_close(db, expected)
+    assert_sum_close(dxa[:20, :24], first @ b[:, 40:].double())
+    assert_sum_close(dxa[20:40], second @ b[:, :40].double())
+    assert not dxa[:20, 24:].any()
+    assert not dxa[40:].any()
+
+
+def test_operands_may_be_slices(device: torch.device) -> None:
+    """A group's xa is split into the columns of each linear; a batch's rows into micro-batches."""
+    x, a, b, dy, xa, _ = operands((40, 96, 80, 48), torch.bfloat16, device).values()
+    part = slice(16, 32)
+    for sliced, copied in (
+        (skinny_up(xa[:, part], b[:, part]), skinny_up(xa[:, part].contiguous(), b[:, part].contiguous())),
+        (skinny_grad(xa[:, part], x), skinny_grad(xa[:, part].contiguous(), x)),
+        (skinny_down(x[3:, 5:70], a[:, 5:70]), skinny_down(x[3:, 5:70].contiguous(), a[:, 5:70].contiguous())),
+        (skinny_dy(dy.T.contiguous().T, b, xa, scale=1.0)[1], skinny_dy(dy, b, xa, scale=1.0)[1]),
+    ):
+        assert torch.equal(sliced, copied)
+
+
+def test_the_same_inputs_give_the_same_bits(triton_device: torch.device) -> None:
+    """Also where the sums are split: 16 rows of 1,024 columns, 300 rows of 64."""
+    x, a, b, dy, xa, _ = operands((16, 1024, 1024, 16), torch.bfloat16, triton_device).values()
+    tall, left = (
+        operands((300, 64, 64, 16), torch.bfloat16, triton_device)["x"],
+        normal(300, 16, dtype=torch.bfloat16, device=triton_device, seed=9),
+    )
+
+    def results() -> list[Tensor]:
+        return [skinny_down(x, a), skinny_up(xa, b), *skinny_dy(dy, b, xa, scale=0.3), skinny_grad(left, tall)]
+
+    for first, second in zip(results(), results(), strict=True):
+        assert torch.equal(first, second)
+    assert_sum_close(skinny_down(x, a), x.double() @ a.double().T)
+    assert_sum_close(skinny_dy(dy, b, xa, scale=0.3)[0], dy.double() @ b.double())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, a, c: skinny_down(x, a[:, 1:]),
+        lambda x, a, c: skinny_down(x, a[1:], choice=c),
+        lambda x, a, c: skinny_up(x[:, :4], a.T, choice=c),
+        lambda x, a, c: skinny_up(x[:, :5], a.T, bias=x[0, :3]),
+        lambda x, a, c: skinny_dy(x, a.T, x[:3, :5], scale=1.0),
+        lambda x, a, c: skinny_grad(x, x, dropout=dropout_of(x.device, [1, 2, 3, 4])),
+        lambda x, a, c: skinny_down(x[:0], a),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(call: Callable[..., Any]) -> None:
+    choice = RowChoice(torch.tensor([1, -1, 0]), (0.5, 2.0), (2, 3))
+    with pytest.raises(AssertionError):
+        call(torch.ones(6, 8), torch.ones(5, 8), choice)

@@ -1,0 +1,302 @@
+"""`distlora report` of a run: the page shows what the records hold, in every state, in one file that loads nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from markupsafe import Markup
+
+from distlora.config import UserError
+from distlora.run_folder.layout import REPORT_NAME
+from distlora_launcher.cli.main import main
+from distlora_launcher.launch.local import write_final_report
+from distlora_launcher.report.charts import Chart, Line, draw
+from distlora_launcher.report.records import PageStatus, Series, read_run, smoothed, thinned, window_of
+from distlora_launcher.report.run_page import run_report
+from support.damage import Reader, any_json, any_lines, any_yaml, holds, holds_without
+from support.report_folders import PLAN, STATE, SUMMARY, Page, make_folder, metrics, write, write_lines
+from support.reported_runs import reported
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)> $x^2$"
+DONE = PageStatus(state="done", headline="is done")
+
+
+def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = reported(make_folder(tmp_path / "run"))
+    assert re.search(r"report \S+report.html \(\d+ kB\)", capsys.readouterr().out)
+    assert "went from 3.0000 before training to 2.1000 after step 40" in page.text
+    assert len(page.charts) == 4
+    assert "training, each step: 2.975 at step 1, 2 at step 40, lowest 2 at step 40" in page.charts[0]
+    assert "held out: 3 at step 0, 2.1 at step 40" in page.charts[0]
+    # The plan has 6.8 MB of logits; the measurement has 7.0 MB of logits and other working memory together.
+    assert page.row("working memory: activations, logits, scratch")[1:4] == ["6.8 MB", "7 MB", "+2.9 %"]
+    assert page.row("total")[1:4] == ["7 MB", "7.2 MB", "+2.9 %"]
+    assert page.row("gradients all-reduced per step and rank")[1:4] == ["300 kB", "330 kB", "+10.0 %"]
+    assert page.row("the result")[1:4] == ["300 kB", "330 kB", "+10.0 %"]
+    assert page.row("optim.lr") == ["optim.lr", "0.00123", "null"]
+    assert page.row("model.path") == ["model.path", "/models/base", "no default"]
+    assert page.row("fingerprint of the base")[1] == STATE["identity"]["base_fingerprint"]
+    assert page.row("checkpoints/step_00000040")[1:4] == ["checkpoint", "40", "2.1000"]
+    for words in ("Hello", "world", "AVX512", f"distlora generate {tmp_path / 'run'}", "4.127", "/d/chats.jsonl"):
+        assert words in page.text, words
+    (changed,) = [table for table in page.tables if table[0] == ["setting", "value", "default"]]
+    assert [row[0] for row in changed[1:4]] == ["model.path", "data.path", "optim.lr"]
+    first_cells = {row[0] for table in page.tables for row in table if row}
+    assert {"adapter.r", "quant.method", "sweep.method"} & first_cells == {"adapter.r", "quant.method"}
+
+
+def test_the_page_of_a_run_has_its_folder_as_title_and_all_that_can_be_typed(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "first", name="distlora")
+    page = reported(run)
+    assert "first - Training run" in page.text
+    for command in ("generate", "merge", "verify"):
+        assert f"distlora {command} {run}" in page.text, command
+    assert f"distlora eval {run} --text FILE" in page.text, "this run holds nothing out"
+    assert f"distlora export {run} --format gguf" in page.text
+    assert f"distlora push {run} ORG/NAME" in page.text
+    assert f"adapter.init_from={run}/adapter" in page.text
+    write(run / "data.json", {"splits": {"train": {}, "eval": {}}})
+    write(run / "plan.json", PLAN | {"model": {"model_type": "gpt_oss"}})
+    page = reported(run)
+    assert f"distlora eval {run} " in page.text
+    assert "--text" not in page.text
+    assert "--format gguf" not in page.text, "no GGUF is written of this model"
+    stopped = reported(make_folder(tmp_path / "second", steps=13, done=False)).text
+    assert f"distlora resume {tmp_path / 'second'}" in stopped
+    assert "chat with the newest checkpoint" in stopped
+    assert "distlora merge" not in stopped
+
+
+def test_a_small_last_batch_bends_neither_the_curve_nor_the_tile(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    lines = [{"step": step, "time": 1.0, "loss": 2.0, "target_tokens": 99.0} for step in range(1, 40)]
+    write_lines(run / "metrics.jsonl", [*lines, {"step": 40, "time": 1.0, "loss": 9.0, "target_tokens": 1.0}])
+    page = reported(run)
+    mean = (4 * 99 * 2.0 + 9.0) / (4 * 99 + 1)
+    assert f"training loss {mean:.4f} mean over the tokens of the last 5 steps" in re.sub(r"\s+", " ", page.text)
+    assert "training, mean over the tokens of 5 steps: 2 at step 2, 2.0" in page.charts[0]
+    assert "training, each step: 2 at step 1, 9 at step 40" in page.charts[0]
+
+
+def test_planned_and_measured_memory_count_the_same(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    lines = [line | {"peak_memory_bytes": 7_200_000} if "loss" in line else line for line in metrics(40)]
+    write_lines(run / "metrics.jsonl", lines)
+    write(run / "summary.json", SUMMARY | {"peak_memory_bytes": 7_200_000, "resident_memory_bytes": 573_000_000})
+    page = reported(run)
+    assert "peak memory 7.2 MB per rank, planned 7 MB" in re.sub(r"\s+", " ", page.text)
+    assert page.row("total")[1:4] == ["7 MB", "7.2 MB", "+2.9 %"]
+    resident = "resident host memory per process, with Python, torch and its compiled kernels"
+    assert page.row(resident)[1:] == ["not planned", "573 MB", ""]
+    assert not any("Peak memory" in chart for chart in page.charts), "one value is no curve"
+    lines[-2] |= {"peak_memory_bytes": 7_300_000}
+    write_lines(run / "metrics.jsonl", lines)
+    (chart,) = (chart for chart in reported(run).charts if "Peak memory" in chart)
+    assert "7.2 MB at step 1" in chart
+
+
+def test_a_trial_is_not_compared_with_the_plan_of_all_trials(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    write(run / "plan.json", PLAN | {"trials": 4})
+    page = reported(run)
+    assert "with 4 trials on one base" in page.text
+    assert page.row("gathered per step and rank")[3] == "+0.0 %"
+    assert not any(row[:1] == ["the result"] for table in page.tables for row in table)
+
+
+def test_the_page_is_one_file_that_loads_and_runs_nothing(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    page = reported(run)
+    source = (run / REPORT_NAME).read_text(encoding="utf-8")
+    assert not re.search(r"https?:|@import|url\((?!#)|<link|<iframe|<script", source)
+    assert all(not {"src", "srcset", "action"} & attributes.keys() for _, attributes in page.elements)
+    assert len(page.ids) == len(set(page.ids))
+    policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_a_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run", name=HOSTILE, done=False, model={"path": HOSTILE}, data={"path": HOSTILE})
+    odd = "\0\u202e\ud800\x1b[31m"
+    write_lines(run / "samples.jsonl", [{"step": 1, "prompt": HOSTILE + odd, "text": HOSTILE + odd}])
+    lines = metrics(30) + [{"step": step, "time": 1.0, HOSTILE: step / 7} for step in range(31, 34)]
+    write_lines(run / "metrics.jsonl", lines)
+    write(run / "data.json", {"splits": {"train": {"sources": [{"path": HOSTILE}]}}})
+    write(run / "checkpoints/step_00000040/state.json", {"environment": {HOSTILE: HOSTILE}})
+    error = {"type": "E", "message": HOSTILE, "bad_input": False, "time": time.time(), "traceback": ""}
+    write(run / "logs/rank_0.error.json", error)
+    page = reported(run)
+    assert page.text.count(HOSTILE) >= 8
+    names = {name for name, _ in page.elements}
+    assert not names & {"img", "script"}
+    assert not any(key.startswith("on") for _, keys in page.elements for key in keys)
+    assert r"\x00\u202e\ud800\x1b[31m" in page.text
+
+
+def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
+    page = reported(make_folder(tmp_path / "run", steps=0, done=False))
+    assert "is prepared and was never started" in page.text
+    assert "Nothing has been trained yet" in page.text
+    assert page.charts == []
+    assert "No step has been measured yet" in page.text
+    run = make_folder(tmp_path / "unmeasured")
+    write(run / "summary.json", {"train_seconds": 1.0})
+    assert "The memory of a step was not measured" in reported(run).text
+
+
+def test_a_run_that_was_killed_shows_how_to_resume(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run", steps=13, done=False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 14, "loss"')  # A kill cut it off, which is no damage.
+    page = reported(run)
+    assert f"distlora resume {run}" in page.text
+    assert "skipped" not in page.text
+    assert "13 of 40" in re.sub(r"\s+", " ", page.text)
+
+
+def test_a_run_that_diverged_shows_its_error(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run", steps=13, done=False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 14, "time": 1.0, "loss": None, "lr": 1e-3, "grad_norm": None}) + "\n")
+    message = "step 14: the loss of rows 1, 2 is not finite"
+    error = {"type": "NonFiniteError", "message": message, "bad_input": False, "time": time.time(), "traceback": ""}
+    write(run / "logs/rank_1.error.json", error)
+    page = reported(run)
+    assert message in page.text
+    assert "Not drawn because not finite: loss of step 14, and 1 more" in page.text
+    assert "at step 13" in page.charts[0]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "plan.json", "data.json"])
+def test_a_damaged_record_is_named_and_the_rest_is_shown(name: str, tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    (run / name).write_bytes(b'{"step": ')
+    (run / "metrics.jsonl").write_text("nonsense\n" + (run / "metrics.jsonl").read_text() + '[1]\n{"step": "x"}\n')
+    page = reported(run)
+    assert f"{name} is damaged" in page.text
+    assert "metrics.jsonl: 3 lines are not a record of a step, and skipped" in page.text
+    assert len(page.charts) == 4
+
+
+def test_a_long_run_makes_a_small_page_with_its_spike(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run", steps=20_000, train={"max_steps": 20_000})
+    lines = metrics(20_000, every=100)
+    spike = next(line for line in lines if line["step"] == 7777 and "loss" in line)
+    spike |= {"loss": 9.5, "grad_norm": 4000.0}
+    write_lines(run / "metrics.jsonl", lines)
+    write_lines(run / "samples.jsonl", [{"step": s, "prompt": "p", "text": "x" * 5000} for s in range(1, 2000)])
+    page = reported(run)
+    assert (run / REPORT_NAME).stat().st_size < 1_000_000
+    assert "log scale" in page.text, "a spike of 4,000 leaves norms of 1 their room"
+
+
+def test_a_thinned_curve_keeps_ends_and_extremes_and_a_mean_follows_a_line() -> None:
+    values = [float((step * 7919) % 1013) for step in range(3001)]
+    thin = thinned(Series(range(3001), values), 100)
+    assert len(thin) <= 100
+    assert (thin.steps[0], thin.steps[-1]) == (0, 3000)
+    assert (min(thin.values), max(thin.values)) == (min(values), max(values))
+    straight = Series(range(200), [3 - step / 100 for step in range(200)])
+    mean = smoothed(straight, window_of(straight))
+    assert list(mean.values) == pytest.approx([3 - step / 100 for step in mean.steps], abs=1e-12)
+
+
+def test_a_curve_is_drawn_at_its_values() -> None:
+    series = Series([0, 5, 10], [1.0, 3.0, 2.0])
+    levels = [("near", 2.5), ("far", 1e6)]
+    (figure,) = draw([Chart(title="Loss", unit="nats", lines=[Line(name="a", series=series)], levels=levels)])
+    assert "near 2.5" in figure.svg
+    assert "far" not in figure.svg, "a level far away would flatten the curve"
+    paths = [re.findall(r"[ML] ([\d.]+) ([\d.]+)", path) for path in re.findall(r'<path d="([^"]*)"', figure.svg)]
+    curve = next(points for points in paths if len(points) == 3)
+    (x0, y0), (x1, y1), (x2, y2) = [(float(x), float(y)) for x, y in curve]
+    assert x1 - x0 == pytest.approx(x2 - x1)
+    assert (y0 - y1) == pytest.approx(2 * (y0 - y2), rel=1e-4), "up is smaller in SVG"
+    assert draw([Chart(title="Loss", lines=[Line(name="a", series=Series([], []))])]) == []
+    widest = Series([0, 1, 2**53 - 1], [-1e199, 0.0, 1e199])
+    assert len(draw([Chart(title="Loss", lines=[Line(name="a", series=widest)])])) == 1
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "required"),
+    (["nowhere"], "does not exist"),
+    (["empty"], "holds neither a run"),
+    (["run", "--out", "empty"], "is a folder"),
+    (["run", "--out", "none/x.html"], "cannot be written"),
+    (["run", "--ot", "x"], "there is no option --ot"),
+])  # fmt: skip
+def test_a_folder_without_a_run_or_a_bad_place_is_refused(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    assert main(["report", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run" / REPORT_NAME).exists()
+
+
+def test_out_names_the_place(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    assert main(["report", str(run), "--out", str(tmp_path / "x.html")]) == 0
+    assert "small" in Page((tmp_path / "x.html").read_text()).text
+    assert not (run / REPORT_NAME).exists()
+
+
+def test_the_end_of_a_run_writes_its_report_and_a_failure_costs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_folder(tmp_path / "run")
+    write_final_report(run)
+    assert "report.html" in capsys.readouterr().out
+    assert "chat with the result" in Page((run / REPORT_NAME).read_text()).text
+    (run / REPORT_NAME).unlink()
+    (run / REPORT_NAME).mkdir()
+    write_final_report(run)
+    assert "no report was written (IsADirectoryError" in capsys.readouterr().err
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(" " * 5_000_000)
+    write_final_report(run)
+    assert f"distlora report {run}" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("damaged")
+    make_folder(folder / "run")
+    return folder
+
+
+def read_page(folder: Path) -> Page:
+    try:
+        return Page(run_report(read_run(folder / "run"), DONE))
+    except UserError as error:
+        raise AssertionError(f"damage stopped the report: {error}") from error
+
+
+READERS: dict[str, Any] = {
+    "run/config.yaml": any_yaml,
+    "run/metrics.jsonl": any_lines,
+    "run/samples.jsonl": any_lines,
+    "run/summary.json": any_json,
+    "run/plan.json": any_json,
+    "run/data.json": any_json,
+    "run/checkpoints/step_00000040/state.json": any_json,
+}
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_damage_does_not_stop_the_report(file: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distlora_launcher.report.charts._svg", lambda *_: Markup(""))  # 0.1 to 2 s for each page.
+    reader = Reader(file=file, damages=READERS[file], read=read_page, examples=6)
+    holds(reader, place)
+    holds_without(reader, place)

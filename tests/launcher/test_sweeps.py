@@ -1,0 +1,650 @@
+"""Test sweeps: which worker gets which trial, the records, and what continues after a kill.
+
+Trials are fake (sweep_fake_trial.py), except in the tests of real runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from distlora.config import UserError
+from distlora.config.sweep import SweepConfig
+from distlora.run_folder.sweep import (
+    COMPLETE,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    WAITING,
+    TrialRecord,
+    ranked,
+    read_importance,
+    read_results,
+)
+from distlora_launcher.cli.main import main
+from distlora_launcher.launch.lock import holders, lock_run, worker_place
+from distlora_launcher.launch.processes import Forwarder
+from distlora_launcher.sweeps import runner, start, study
+from distlora_launcher.sweeps.results import best_of
+from distlora_launcher.sweeps.runner import Outcome, SingleTrialRunner, Trial
+from distlora_launcher.sweeps.start import parse_sweep, pinned
+from distlora_launcher.sweeps.study import Study, check_sampler
+from distlora_launcher.sweeps.sweep import Dimension, Due, Interval, Sweep, Values, load_sweep, make_search, make_sweep
+from distlora_launcher.sweeps.worker import Follower, Worker
+from support.launcher_fakes import wait_until
+
+HERE = Path(__file__).parents[1]
+RATES = Values("optim.lr", (1e-3, 1e-2))
+RANKS = Values("adapter.r", (8, 16))
+
+
+def sweep_at(folder: Path, *space: Dimension, overrides: tuple[str, ...] = (), **settings: Any) -> Sweep:
+    """Return a sweep whose folder is made."""
+    sweep = Sweep(
+        folder=folder,
+        settings=SweepConfig(**settings),
+        overrides=overrides,
+        space=space or (RATES, RANKS),
+        config_dir=None,
+        cwd=str(folder.parent),
+    )
+    make_sweep(sweep)
+    return sweep
+
+
+def study_of(sweep: Sweep) -> Study:
+    """Return the study as another worker opens it."""
+    return Study(sweep, make_search(sweep))
+
+
+def asked(study: Study) -> Trial:
+    trial = study.ask()
+    assert isinstance(trial, Trial)
+    return trial
+
+
+def complete(study: Study, trial: Trial, value: float) -> None:
+    study.tell(Outcome(number=trial.number, state=COMPLETE, seconds=1.0, step=3), value, {})
+
+
+@pytest.fixture
+def fake_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "MODULE", "support.sweep_fake_trial")
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+
+
+def test_a_sweep_is_read_as_it_was_written(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", RATES, Interval("optim.eps", 1e-9, 1e-6, log=True), overrides=("a=b",), trials=3)
+    assert load_sweep(tmp_path / "s") == sweep
+    with pytest.raises(UserError, match="already holds a sweep"):
+        make_sweep(sweep)
+
+
+def test_workers_share_the_cells_of_a_grid_in_their_order(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s")
+    first, second = study_of(sweep), study_of(sweep)
+    with worker_place(sweep.folder, "worker_0"):
+        trials = [asked(study) for study in (first, second, first, second)]
+        assert [first.ask(), second.ask()] == [Due.END, Due.END]
+    assert [trial.values for trial in trials] == [
+        {"optim.lr": 1e-3, "adapter.r": 8},
+        {"optim.lr": 1e-3, "adapter.r": 16},
+        {"optim.lr": 1e-2, "adapter.r": 8},
+        {"optim.lr": 1e-2, "adapter.r": 16},
+    ]
+    assert [trial.number for trial in trials] == [0, 1, 2, 3]
+    assert trials[2].overrides[-3:] == ("optim.lr=0.01", "adapter.r=8", f"run_dir={sweep.folder / 'trials/0002'}")
+
+
+def test_draws_are_the_same_for_any_number_of_workers_and_after_a_restart(tmp_path: Path):
+    space = (Interval("optim.lr", 1e-5, 1e-3, log=True), RANKS)
+    drawn = []
+    for name, workers in (("one", 1), ("three", 3), ("restarted", 0)):
+        sweep = sweep_at(tmp_path / name, *space, method="random", trials=5, seed=7)
+        studies = [study_of(sweep) for _ in range(workers)]
+        with worker_place(sweep.folder, "worker_0"):
+            values = [asked(studies[n % workers] if workers else study_of(sweep)).values for n in range(5)]
+            assert study_of(sweep).ask() is Due.END
+        drawn.append(values)
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len({entry["optim.lr"] for entry in drawn[0]}) == 5
+    assert all(1e-5 <= entry["optim.lr"] <= 1e-3 for entry in drawn[0])
+    other = sweep_at(tmp_path / "other", *space, method="random", trials=5, seed=8)
+    assert asked(study_of(other)).values != drawn[0][0]
+
+
+def test_optuna_tries_no_combination_of_a_finite_space_twice(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", RATES, RANKS, Values("train.seed", (0, 1)), method="optuna", trials=20)
+    study, seen = study_of(sweep), []
+    while not study.is_over():
+        trial = asked(study)
+        seen.append(trial.values)
+        complete(study, trial, 1.0 + (trial.values["optim.lr"] != 1e-3))
+    assert len(seen) == 8
+    assert all(values not in seen[:number] for number, values in enumerate(seen))
+
+
+def test_a_trial_whose_worker_is_gone_is_taken_over_and_one_that_is_trained_is_not(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s")
+    with worker_place(sweep.folder, "worker_0"):
+        trial = asked(study_of(sweep))
+        assert not trial.begun
+        assert asked(study_of(sweep)).number == 1
+    taken = asked(study_of(sweep))
+    assert taken == dataclasses.replace(trial, begun=True)
+
+
+def test_a_journal_whose_last_line_is_cut_off_is_mended(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s")
+    study_of(sweep).enqueue()
+    journal = sweep.folder / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"worker_id')
+    study = study_of(sweep)
+    assert journal.read_bytes() == whole
+    assert asked(study).number == 0
+
+
+@pytest.mark.parametrize("damage", [b"}{", b'{"op_code": 5}', b"\xff\xfe"])
+def test_a_damaged_journal_is_refused_by_name(tmp_path: Path, damage: bytes):
+    sweep = sweep_at(tmp_path / "s")
+    study_of(sweep).enqueue()
+    journal = sweep.folder / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[3:]]))
+    with pytest.raises(UserError, match=r"journal.log is damaged"):
+        study_of(sweep)
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.place,)
+
+
+class FakeCma:
+    """The part of the package cmaes that Optuna calls: draws near the mean of the last generation."""
+
+    population_size, generation, dim = 3, 0, 1
+
+    def __init__(self, mean: Any, **_: Any) -> None:
+        self.mean, self._rng = mean, random.Random()
+
+    def ask(self) -> Any:
+        return self.mean + self._rng.uniform(0.01, 0.02)
+
+    def tell(self, solutions: list[tuple[Any, float]]) -> None:
+        self.mean, self.generation = sum(x for x, _ in solutions) / len(solutions), self.generation + 1
+
+
+def test_cma_es_reads_no_pickle_from_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "cmaes", SimpleNamespace(CMA=FakeCma, CMAwM=type("CMAwM", (), {})))
+    monkeypatch.setattr(study, "check_sampler", lambda _: None)
+    sweep = sweep_at(tmp_path / "s", Interval("optim.lr", 0.0, 1.0), method="optuna", sampler="cmaes", trials=10)
+    drawn = []
+    with worker_place(sweep.folder, "worker_0"):
+        for _ in range(10):
+            opened = study_of(sweep)
+            trial = asked(opened)
+            assert not (tmp_path / "ran").exists()
+            drawn.append(trial.values["optim.lr"])
+            code = pickle.dumps(Touch(tmp_path / "ran")).hex()
+            number = opened._trial(trial.number)._trial_id
+            opened._study._storage.set_trial_system_attr(number, "cma:optimizer:0", code)
+            complete(opened, trial, 1.0)
+    # The first is random; then each generation of three is near the mean of the one before.
+    means = [0.5, *(sum(drawn[first : first + 3]) / 3 for first in (1, 4))]
+    assert all(0.01 <= drawn[1 + at] - means[at // 3] <= 0.02 for at in range(9))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff",
+        b"{settings: {}, words: [1], space: [], config_dir: null, cwd: x, name: null}",
+        b"{settings: {method: x}, words: [], space: [], config_dir: null, cwd: x, name: null}",
+        b"{settings: {}, words: [], space: [{setting: a}], config_dir: null, cwd: x, name: null}",
+    ],
+)
+def test_a_damaged_sweep_yaml_is_refused_by_name(tmp_path: Path, content: bytes):
+    sweep_at(tmp_path / "s")
+    (tmp_path / "s" / "sweep.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=r"sweep.yaml is damaged"):
+        load_sweep(tmp_path / "s")
+
+
+def test_a_draw_that_a_kill_interrupts_leaves_no_trial_without_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for method in ("random", "optuna"):
+        sweep = sweep_at(tmp_path / method, Interval("optim.lr", 1e-5, 1e-3), method=method, trials=2)
+        with monkeypatch.context() as killed:
+            killed.setattr(Study, "_claim", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+            with pytest.raises(OSError, match="no space left"):
+                study_of(sweep).ask()
+        trial = asked(study_of(sweep))
+        assert trial.number == 0
+        assert 1e-5 <= trial.values["optim.lr"] <= 1e-3
+
+
+def test_a_record_that_another_machine_does_not_see_yet_means_no_dead_worker(tmp_path: Path):
+    """Check an empty lock file: NFS shows an open file as empty to others for a while."""
+    sweep = sweep_at(tmp_path / "s")
+    with worker_place(sweep.folder, "worker_0"):
+        first = Study(sweep, make_search(sweep), place="worker_0")
+        assert asked(first).number == 0
+        os.truncate(sweep.folder / "machines" / "worker_0.json", 0)
+        assert asked(study_of(sweep)).number == 1
+    assert asked(study_of(sweep)).number == 0
+
+
+def test_a_trial_that_somebody_goes_on_with_by_hand_is_left_to_him(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", Values("optim.lr", (1e-3, 1e-2)))
+    trial = asked(Study(sweep, make_search(sweep), place="worker_9"))
+    trial.run_dir.mkdir(parents=True)
+    (trial.run_dir / "config.yaml").write_text("")
+    study = Study(sweep, make_search(sweep), place="worker_0")
+    with worker_place(sweep.folder, "worker_0"):
+        with lock_run(trial.run_dir):
+            assert asked(study).number == 1
+            assert study.ask() is Due.WAIT
+        assert asked(study).number == 0
+
+
+def test_a_worker_whose_trial_another_took_over_says_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Check a trial taken over by another node, as on NFS after lost locks."""
+    sweep = sweep_at(tmp_path / "s")
+    first, second = study_of(sweep), study_of(sweep)
+    trial = asked(first)
+    there = dataclasses.replace(study.this_process(), host="other", boot="other")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(study, "this_process", lambda: there)
+        assert asked(second) == dataclasses.replace(trial, begun=True)
+    first.report(0, 1, 5.0)
+    first.tell(Outcome(number=0, state=FAILED, seconds=1.0, reason="it is running in another process"), None, {})
+    assert "trial 0 was taken over by another worker" in capsys.readouterr().err
+    assert [(record.state, record.evaluations) for record in second.records()][:1] == [(RUNNING, {})]
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(study, "this_process", lambda: there)
+        second.report(0, 2, 4.0)
+        complete(second, trial, 4.0)
+    first.report(0, 3, 5.0)
+    assert [(record.state, record.evaluations) for record in first.records()][:1] == [(COMPLETE, {2: 4.0})]
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("optuna", "scipy") else object())
+    with pytest.raises(UserError, match="needs scipy"):
+        check_sampler(SweepConfig(method="optuna", sampler="gp"))
+    check_sampler(SweepConfig(method="optuna"))
+    assert main(["sweep", "optim.lr=1e-4,2e-4"]) == 2
+    assert "pip install 'distlora[sweep]'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_a_machine_on_which_nothing_starts_does_not_use_up_the_trials(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", Values("train.seed", tuple(range(4))))
+    let_go(sweep)
+    (tmp_path / "broken_machine").touch()
+    assert work(sweep) == 1
+    states = [trial.state for trial in read_results(sweep.folder)]
+    assert states == [FAILED, FAILED, RUNNING, WAITING]
+    (tmp_path / "broken_machine").unlink()
+    assert work(sweep) == 0
+    assert [trial.state for trial in read_results(sweep.folder)] == [FAILED, FAILED, *[COMPLETE] * 2]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("cancels", [True, False])
+def test_a_trial_that_is_cancelled_alone_is_pruned_and_one_whose_machine_is_taken_away_goes_on(
+    tmp_path: Path, cancels: bool
+):
+    sweep = sweep_at(tmp_path / "s", Values("name", ("waits", "fine")))
+    worker = start_worker(sweep)
+    run_dir = sweep.run_dir(0)
+    wait_until(lambda: (run_dir / "metrics.jsonl").is_file() and "2," in (run_dir / "metrics.jsonl").read_text())
+    if cancels:
+        (run_dir / "cancelled").touch()  # As `distlora cancel` does before its signal.
+    (pid,) = Path(f"/proc/{worker.pid}/task/{worker.pid}/children").read_text().split()
+    os.kill(int(pid), signal.SIGTERM)
+    assert worker.wait(60) == (0 if cancels else 75)
+    first, second = read_results(sweep.folder)
+    assert (first.state, second.state) == ((PRUNED, COMPLETE) if cancels else (RUNNING, WAITING))
+    assert first.reason == ("it was cancelled (`distlora cancel`)" if cancels else None)
+
+
+def test_cancel_marks_a_trial_of_a_sweep_and_refuses_one_of_a_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = sweep_at(tmp_path / "s")
+    run_dir = sweep.run_dir(0)
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text("")
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with lock_run(run_dir):
+            assert main(["cancel", str(run_dir)]) == 0
+            assert (run_dir / "cancelled").exists()
+            (run_dir / "cancelled").unlink()
+            with worker_place(sweep.folder, "worker_0"):
+                assert main(["cancel", str(run_dir)]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert "is trained in a pack with other trials" in capsys.readouterr().err
+    assert not (run_dir / "cancelled").exists()
+
+
+def test_the_folder_of_the_command_that_is_gone_is_named(tmp_path: Path):
+    sweep = dataclasses.replace(sweep_at(tmp_path / "s"), cwd=str(tmp_path / "gone"))
+    with pytest.raises(UserError, match=r"gone no longer exists: .* was started there"):
+        sweep.compose(0, {})
+
+
+def test_the_best_is_the_lowest_or_where_more_is_better_the_highest_that_ran_to_its_end(tmp_path: Path):
+    trials = [
+        TrialRecord(number=0, state=COMPLETE, values={}, value=2.0),
+        TrialRecord(number=1, state=PRUNED, values={}, value=1.0),
+        TrialRecord(number=2, state=COMPLETE, values={}, value=3.0),
+        TrialRecord(number=3, state=FAILED, values={}, reason="diverged"),
+        TrialRecord(number=4, state=COMPLETE, values={}, value=2.0),
+    ]
+    sweep = sweep_at(tmp_path / "low")
+    assert best_of(sweep, trials) == trials[0]
+    assert [trial.number for trial in ranked(trials, "minimize")] == [0, 4, 2, 1, 3]
+    assert best_of(sweep_at(tmp_path / "high", direction="maximize"), trials) == trials[2]
+    assert best_of(sweep, []) is None
+
+
+def test_a_follower_reads_whole_lines_once_and_again_what_a_resume_cut_off(tmp_path: Path):
+    metrics = tmp_path / "metrics.jsonl"
+    follower = Follower(tmp_path, "eval_loss")
+    assert list(follower.read()) == []
+    metrics.write_text(
+        '{"step": 0, "eval_loss": 9.0}\n{"step": 2, "eval_loss": 5.0}\n{"step": 3, "loss": 1}\n{"step": 4, '
+    )
+    assert list(follower.read()) == [(2, 5.0)]
+    with metrics.open("a") as file:
+        file.write('"eval_loss": null}\n')
+    assert list(follower.read()) == [(4, None)]
+    metrics.write_text('{"step": 2, "eval_loss": 5.0}\n')
+    assert list(follower.read()) == [(2, 5.0)]
+    # Cut off, and written on beyond where it was.
+    metrics.write_text('{"step": 2, "eval_loss": 6.0}\n{"step": 4, "eval_loss": 4.0}\n')
+    assert list(follower.read()) == [(2, 6.0), (4, 4.0)]
+
+
+def let_go(sweep: Sweep) -> None:
+    """Let no trial wait between its steps from now on."""
+    go = sweep.run_dir(0).parent / "go"
+    go.parent.mkdir(exist_ok=True)
+    go.touch()
+
+
+def work(sweep: Sweep) -> int:
+    with worker_place(sweep.folder, "worker_0"):
+        study = study_of(sweep)
+        study.enqueue()
+        return Worker(sweep, study, SingleTrialRunner(sweep)).work(Forwarder())
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_trials_that_fail_are_recorded_with_their_reason_and_the_others_run(tmp_path: Path):
+    names = ("fine", "takes_too_much", "diverges", "refused", "is_killed", "diverges_at_the_end", "again")
+    sweep = sweep_at(tmp_path / "s", Values("name", names))
+    let_go(sweep)
+    assert work(sweep) == 0
+    trials = {str(trial.values["name"]): trial for trial in read_results(sweep.folder)}
+    assert {name: trial.state for name, trial in trials.items()} == {
+        "fine": COMPLETE,
+        "takes_too_much": FAILED,
+        "diverges": FAILED,
+        "refused": FAILED,
+        "is_killed": FAILED,
+        "diverges_at_the_end": FAILED,
+        "again": COMPLETE,
+    }
+    fine = trials["fine"]
+    assert fine.value == 1.0
+    assert fine.evaluations == pytest.approx({1: 1.3, 2: 1.2, 3: 1.1, 4: 1.0})
+    assert (fine.step, fine.trainable_parameters, fine.peak_memory_bytes) == (4, 12, 34)
+    assert "the loss is nan in step 2" in str(trials["diverges"].reason)
+    assert "CUDA out of memory" in str(trials["takes_too_much"].reason)
+    assert trials["refused"].reason == "adapter.r=0 is not a valid rank; set adapter.r=1"
+    assert trials["is_killed"].reason == "its launcher was killed by SIGKILL"
+    assert trials["diverges_at_the_end"].reason == "its last eval_loss is not finite"
+    assert trials["diverges_at_the_end"].value is None
+
+
+@pytest.mark.usefixtures("fake_trials")
+def test_a_trial_that_falls_behind_is_pruned_and_one_that_leads_is_not(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", Values("optim.lr", (1e-3, 1e-1, 2e-3)), pruner="median", pruner_warmup=1, trials=3)
+    assert work(sweep) == 0
+    good, bad, second = read_results(sweep.folder)
+    assert (good.state, bad.state) == (COMPLETE, PRUNED)
+    assert bad.step is not None
+    assert bad.step < 4
+    assert second.state == PRUNED  # Behind the median of one.
+
+
+def start_worker(sweep: Sweep) -> subprocess.Popen[bytes]:
+    code = (
+        "import sys; from pathlib import Path; from distlora_launcher.sweeps import runner, worker; "
+        "runner.MODULE = 'support.sweep_fake_trial'; sys.exit(worker.run(Path(sys.argv[1]), 0))"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=os.environ | {"PYTHONPATH": str(HERE)})
+
+
+@pytest.mark.parametrize("signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.ci), signal.SIGKILL])
+def test_a_worker_that_ends_leaves_its_trial_to_go_on_with(
+    tmp_path: Path, signum: signal.Signals, capsys: pytest.CaptureFixture[str]
+):
+    sweep = sweep_at(tmp_path / "s", Values("name", ("waits", "fine")))
+    run_dir = sweep.run_dir(0)
+    worker = start_worker(sweep)
+    wait_until(lambda: (run_dir / "metrics.jsonl").is_file() and "2," in (run_dir / "metrics.jsonl").read_text())
+    assert [process.pid for process in holders(sweep.folder)] == [worker.pid]
+    assert main(["status", str(sweep.folder)]) == 0
+    assert f"(pid {worker.pid})" in capsys.readouterr().out
+    assert main(["resume", str(sweep.folder)]) == 2
+    worker.send_signal(signum)
+    assert worker.wait(60) == (75 if signum == signal.SIGTERM else -signal.SIGKILL)
+    assert [trial.state for trial in read_results(sweep.folder)] == [RUNNING, WAITING]
+    assert main(["status", str(sweep.folder), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["state"] == "stopped"
+    assert [trial["state"] for trial in status["trials"]] == ["saved", "waiting"]
+    assert status["next"].startswith("distlora resume ")
+
+    assert start_worker(sweep).wait(60) == 0
+    first, second = read_results(sweep.folder)
+    assert (first.state, second.state) == (COMPLETE, COMPLETE)
+    assert (run_dir / "starts").read_text().split() == ["train", "resume"]
+    # What it measured before its end is not measured again.
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4]
+    assert (sweep.folder / "results.md").read_text().count("complete") >= 2
+
+
+def start_sweep(sweep: Sweep, tmp_path: Path) -> subprocess.Popen[bytes]:
+    """Start the workers of a sweep as `distlora sweep` does."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "from distlora_launcher.sweeps import runner\nrunner.MODULE = 'support.sweep_fake_trial'\n"
+    )
+    code = (
+        "import sys; from pathlib import Path; "
+        "from distlora_launcher.sweeps import start, sweep; here = sweep.load_sweep(Path(sys.argv[1])); "
+        "sys.exit(start.run_workers_here(here, 1))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)]), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=environment, start_new_session=True)
+
+
+@pytest.mark.ci
+def test_workers_of_a_sweep_end_together_and_continue_their_trials(tmp_path: Path):
+    sweep = sweep_at(tmp_path / "s", RATES, Values("train.seed", (0, 1)), overrides=("name=waits",), workers=2)
+    run_dirs = [sweep.run_dir(number) for number in range(4)]
+    command = start_sweep(sweep, tmp_path)
+    wait_until(lambda: all((run_dir / "starts").is_file() for run_dir in run_dirs[:2]))
+    command.kill()
+    assert command.wait(60) == -signal.SIGKILL
+    wait_until(lambda: not holders(sweep.folder))
+    assert [trial.state for trial in read_results(sweep.folder)] == [RUNNING, RUNNING, WAITING, WAITING]
+    let_go(sweep)
+    assert start_sweep(sweep, tmp_path).wait(60) == 0
+    assert [trial.state for trial in read_results(sweep.folder)] == [COMPLETE] * 4
+    assert [(run_dir / "starts").read_text().split() for run_dir in run_dirs] == [
+        *[["train", "resume"]] * 2,
+        *[["train"]] * 2,
+    ]
+
+
+def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", f"run_dir={tmp_path / 's 1'}"]
+    sweep, _ = parse_sweep([*paths, "name=try", "optim.lr=1e-4,2e-4", "tracker.tags=[a]"])
+    config = sweep.compose(3, {"optim.lr": 2e-4}).config
+    assert (config.name, config.tracker.group, config.tracker.tags) == ("try-0003", "s 1", ("a",))
+    assert config.run_dir == str(tmp_path / "s 1" / "trials" / "0003")
+    sweep, _ = parse_sweep([*paths, "tracker.group=mine", "name=a,b"])
+    config = sweep.compose(0, {"name": "b"}).config
+    assert (config.name, config.tracker.group) == ("b", "mine")
+    sweep, _ = parse_sweep([*paths, "optim.lr=1e-4,2e-4", "tracker=none"])
+    assert sweep.compose(0, {}).config.tracker.group is None
+    sweep, _ = parse_sweep([*paths, "adapter.r=4,64", "sweep=optuna", "sweep.trials=2", "train.epochs=2"])
+    assert {"optim.lr=0.0002", "train.evals_per_epoch=3"} <= set(sweep.overrides), "alike for every rank; not auto"
+    sweep, _ = parse_sweep([*paths, "adapter=lora,dora", "sweep.pruner=median", "train.max_steps=20"])
+    assert [word for word in sweep.overrides if "optim" in word or "eval" in word] == ["train.eval_every=4"]
+    monkeypatch.setenv("WANDB_RUN_ID", "of-the-agent")
+    assert "WANDB_RUN_ID" not in runner.environment()
+
+
+def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "distlora_launcher.sweeps.start.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}")
+    )
+    words = ["model.path=org/base", "model.revision=main", "data.path=d.jsonl", f"run_dir={tmp_path / 's'}"]
+    sweep, first = parse_sweep([*words, "optim.lr=1e-4,2e-4"])
+    config = pinned(sweep, first.config.model).compose(1, {"optim.lr": 2e-4}).config
+    assert (config.model.path, config.model.revision) == ("org/base", "org/base@main")
+    sweep, first = parse_sweep([*words, "model.revision=main,v2"])
+    assert pinned(sweep, first.config.model) == sweep
+
+
+def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,2")
+    assert start.visible_devices(2, 2) == ["4,5", "6,7"]
+    with pytest.raises(UserError, match=r"need 6 GPUs, and this node has 5; set sweep.workers=2"):
+        start.visible_devices(3, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert start.visible_devices(2, 1) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["optim.lr=1e-4"], "sweep=grid has nothing to search"),
+        (
+            ["cluster=torchrun", "cluster.nodes=2", "cluster.rdzv_endpoint=localhost:29500", "optim.lr=1,2"],
+            "would not keep trials in step",
+        ),
+        (["sweep.sampler=gp", "optim.lr=1,2"], "sweep.sampler=gp is a setting of sweep=optuna"),
+        (["sweep.seed=3", "optim.lr=1,2"], "sweep.seed has no effect with sweep=grid"),
+        (["sweep=grid,random", "optim.lr=1,2"], "a sweep has one value of it"),
+        (["-m", "optim.lr=1,2"], "distlora sweep runs several without it"),
+        (["data.sequence_length=64", "adapter.r=8,0"], "adapter.r=0 is not a valid rank"),
+        (["optim.lr=1e-4,2e-4", "data.eval_fraction=0"], "needs held-out documents"),
+    ],
+)
+def test_what_cannot_be_a_sweep_is_refused_before_anything_is_made(
+    words: list[str], expected: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    paths = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", f"run_dir={tmp_path / 's'}"]
+    assert main(["sweep", *paths, *words]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_that_is_taken_is_refused(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = sweep_at(tmp_path / "s")
+    words = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", f"run_dir={sweep.folder}"]
+    assert main(["sweep", *words, "optim.lr=1,2"]) == 2
+    assert f"continue it with `distlora resume {sweep.folder}`" in capsys.readouterr().err
+
+
+def sweep_command(folders: Path, folder: Path, cache: Path, *words: str) -> list[str]:
+    """Return the command of a sweep with short runs of a small model."""
+    words = (
+        f"model.path={folders / 'llama'}",
+        f"data.path={folders / 'text.jsonl'}",
+        f"run_dir={folder}",
+        "data.sequence_length=64",
+        "data.eval_fraction=0.1",
+        f"data.cache_dir={cache}",
+        "train.global_batch=4",
+        "train.dtype=fp32",
+        "quant.cache=false",
+        "plan.measure=false",
+        "tracker=none",
+        *words,
+    )
+    return [sys.executable, "-m", "distlora_launcher.cli.main", "sweep", *words]
+
+
+@pytest.mark.ci
+def test_a_grid_of_real_runs_with_one_that_diverges(folders: Path, tmp_path: Path):
+    folder = tmp_path / "s"
+    command = sweep_command(folders, folder, tmp_path / "cache", "optim.lr=1e-3,1e30", "train.max_steps=3")
+    finished = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert finished.returncode == 0, finished.stderr
+    good, bad = read_results(folder)
+    assert (good.state, bad.state) == (COMPLETE, FAILED)
+    assert "finite" in str(bad.reason)
+    summary = json.loads((good.folder(folder) / "summary.json").read_text())
+    assert good.value == summary["eval_loss"]
+    assert good.trainable_parameters == summary["trainable_parameters"]
+    assert f"best: trial 0, {folder / 'trials/0000'}" in finished.stdout
+    assert (good.folder(folder) / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_grid_of_real_runs_packed_has_the_losses_of_the_same_grid_one_after_the_other(folders: Path, tmp_path: Path):
+    words = ("optim.lr=1e-3,2e-3", "adapter.r=4,8", "train.max_steps=4")
+    found = {}
+    for name, packed in (("alone", "1"), ("packed", "4")):
+        command = sweep_command(folders, tmp_path / name, tmp_path / "cache", *words, f"sweep.packed={packed}")
+        assert subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
+        found[name] = read_results(tmp_path / name)
+    alone, packed_ones = found["alone"], found["packed"]
+    assert [trial.values for trial in packed_ones] == [trial.values for trial in alone]
+    assert [trial.value for trial in packed_ones] == pytest.approx([trial.value for trial in alone], rel=1e-6)
+    assert len({trial.value for trial in alone}) == 4
+
+
+@pytest.mark.ci
+def test_optunas_importance_finds_the_setting_that_matters(tmp_path: Path):
+    space = (Interval("optim.lr", 1e-6, 1.0, log=True), RANKS)
+    sweep = sweep_at(tmp_path / "s", *space, method="random", trials=16)
+    study = study_of(sweep)
+    for _ in range(16):
+        trial = asked(study)
+        complete(study, trial, abs(math.log10(trial.values["optim.lr"]) + 3) + trial.values["adapter.r"] / 1000)
+    study.write_plots()
+    shares, _ = read_importance(sweep.folder)
+    assert shares["optim.lr"] > 0.8
+    for name in ("parallel_coordinates.png", "importance.png"):
+        assert (sweep.folder / name).read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,227 @@
+"""Architectures that are built in have the parameters that the hub counts, and their files in conf/."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distlora.architecture.config_checks import check_config
+from distlora.architecture.shapes import ARCHITECTURES, architecture_named, nearest_architecture, shapes_of
+from distlora_launcher.compose.compose import compose_config
+from support.plan_inputs import by_type
+from support.tiers import ci
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+SHIPPED: list[dict[str, Any]] = json.loads(
+    resources.files("distlora.architecture").joinpath("known_models.json").read_text("utf-8")
+)
+
+COUNTED = {
+    "huggyllama/llama-7b": 6_738_415_616,
+    "huggyllama/llama-13b": 13_015_864_320,
+    "huggyllama/llama-30b": 32_528_943_616,
+    "huggyllama/llama-65b": 65_285_660_672,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "mistralai/Mistral-Small-24B-Base-2501": 23_572_403_200,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "mistralai/Mixtral-8x22B-v0.1": 140_620_634_112,
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
+    "google/gemma-3-1b-it": 999_885_952,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+}
+"""Parameters in the safetensors of each, as its page on the hub shows them."""
+UNTIED_ON_DISK = {"Qwen/Qwen3-0.6B": 751_632_384, "Qwen/Qwen3-1.7B": 2_031_739_904}
+"""The same of those whose weights hold the head beside the embedding that it is tied to."""
+WITH_VISION = {
+    "google/gemma-3-4b-it": 4_300_079_472,
+    "google/gemma-3-12b-it": 12_187_325_040,
+    "google/gemma-3-27b-it": 27_432_406_640,
+}
+"""The same of those that have a vision tower beside the text model."""
+UNPACKED = {"openai/gpt-oss-20b": 20_914_757_184, "openai/gpt-oss-120b": 116_829_156_672}
+"""What is in MXFP4 on disk, where the hub counts bytes, by the index's total_parameters; 20.91e9 and 116.83e9 in the
+model card (arXiv 2508.10925, table 1)."""
+QUANTIZED = {name: entry["names"][0] for entry in SHIPPED for name in entry.get("quantized", ())}
+"""First names of the 16-bit models of the same sizes, by the names of those that are shipped in low bits."""
+
+PUBLISHED: dict[str, tuple[float, float | None]] = {
+    "Qwen/Qwen3.5-4B": (4_659_865_088, None),
+    "Qwen/Qwen3.5-9B": (9_653_104_368, None),
+    "Qwen/Qwen3.5-27B": (27_781_427_952, None),
+    "Qwen/Qwen3.5-35B-A3B": (35_951_822_704, 3),
+    "Qwen/Qwen3.5-122B-A10B": (125_086_497_008, 10),
+    "google/gemma-4-E2B-it": (5_123_178_051, None),
+    "google/gemma-4-E4B-it": (7_996_156_490, None),
+    "google/gemma-4-26B-A4B-it": (25_805_936_206, 3.8),
+    "google/gemma-4-31B-it": (31_273_088_876, None),
+    "zai-org/GLM-4.7-Flash": (31_221_488_576, 3),
+    "zai-org/GLM-4.5-Air": (110_468_824_832, 12),
+    "mistralai/Ministral-3-3B-Instruct-2512-BF16": (3_849_090_048, None),
+    "mistralai/Ministral-3-8B-Instruct-2512-BF16": (8_918_026_716, None),
+    "mistralai/Ministral-3-14B-Instruct-2512-BF16": (13_945_032_240, None),
+    "mistralai/Mistral-Small-4-119B-2603": (119.4e9, 6.5),
+    "allenai/Olmo-3-7B-Instruct": (7_298_011_136, None),
+    "allenai/Olmo-3.1-32B-Instruct": (32_233_522_176, None),
+    "ibm-granite/granite-4.0-h-tiny": (6_939_037_248, 1),
+    "ibm-granite/granite-4.0-h-small": (32_207_337_984, 9),
+    "LiquidAI/LFM2-1.2B": (1_170_340_608, None),
+    "LiquidAI/LFM2-2.6B": (2_569_272_320, None),
+    "LiquidAI/LFM2-8B-A1B": (8_339_930_560, 1.5),
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": (31_577_937_344, 3.2),
+    "nvidia/NVIDIA-Nemotron-Nano-9B-v2": (8_888_227_328, None),
+    "nvidia/Nemotron-H-56B-Base-8K": (56e9, None),
+    "Qwen/Qwen3-Next-80B-A3B-Instruct": (81_324_862_720, 3),
+    "unsloth/Llama-4-Scout-17B-16E-Instruct": (108_641_793_536, 17),
+    "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, None),
+    "unsloth/DeepSeek-V3-bf16": (671e9, 37),
+}
+"""Elements in the safetensors of each, as the hub's API counts them, and billions of active parameters by its card.
+Cards alone have the round numbers. Of Ministral 8B and 14B the FP8 files are counted, with 476 and 560 scales."""
+BY_DEFAULT = ("Qwen/Qwen3.5-4B", "google/gemma-4-E4B-it", "ibm-granite/granite-4.0-h-tiny", "zai-org/GLM-4.7-Flash")
+
+
+def numel(name: str) -> int:
+    settings = architecture_named(name)
+    assert settings is not None, name
+    return shapes_of(settings, name).numel
+
+
+@pytest.mark.parametrize("name", by_type([*COUNTED, *UNTIED_ON_DISK, *UNPACKED]))
+def test_parameters_are_as_many_as_the_hub_counts(name: str) -> None:
+    settings = ARCHITECTURES[name]
+    head = settings["vocab_size"] * settings["hidden_size"] if name in UNTIED_ON_DISK else 0
+    assert numel(name) + head == (COUNTED | UNTIED_ON_DISK | UNPACKED)[name]
+
+
+@pytest.mark.parametrize("name", by_type(WITH_VISION))
+def test_a_vision_tower_is_what_else_a_gemma_holds(name: str) -> None:
+    """SigLIP so400m, patches of 14 in 896 x 896 pixels, and its norm and projection into the text model."""
+    hidden, inner, layers, patches = 1152, 4304, 27, (896 // 14) ** 2
+    layer = 4 * (hidden + 1) * hidden + (hidden + 1) * inner + (inner + 1) * hidden + 2 * 2 * hidden
+    tower = (3 * 14 * 14 + 1) * hidden + patches * hidden + layers * layer + 2 * hidden
+    text = ARCHITECTURES[name]["text_config"]["hidden_size"]
+    assert numel(name) + tower + hidden + hidden * text == WITH_VISION[name]
+
+
+@pytest.mark.parametrize("name", by_type(ARCHITECTURES))
+def test_all_of_them_are_of_a_family_that_can_be_trained(name: str) -> None:
+    check_config(ARCHITECTURES[name], name, sequence_length=2048)
+
+
+def test_all_of_them_are_counted() -> None:
+    names = (*COUNTED, *UNTIED_ON_DISK, *WITH_VISION, *UNPACKED, *PUBLISHED)
+    counted = {id(architecture_named(QUANTIZED.get(name, name))) for name in names}
+    dense = {id(settings) for name, settings in ARCHITECTURES.items() if name not in QUANTIZED}
+    assert counted == dense, "no sizes without a count"
+
+
+def stored(module: Any) -> int:
+    """Return the elements of a module's file, tied weights once, scalars not, as the hub counts them."""
+    return sum(
+        tensor.numel()
+        for tensor in {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
+        if tensor.dim()
+    )
+
+
+def not_built(decoder: Any, text: dict[str, Any]) -> int:
+    """Return the elements of a checkpoint that transformers does not build: multi-token prediction, unused keys."""
+    hidden, kind = text["hidden_size"], text["model_type"]
+    if kind in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "glm4_moe", "glm4_moe_lite"):
+        own = 2 * text["vocab_size"] * hidden if kind.startswith("glm") else 0
+        return stored(decoder.layers[-1]) + 2 * hidden * hidden + 3 * hidden + own
+    if not (shared := text.get("num_kv_shared_layers")):
+        return 0
+    kinds = decoder.config.layer_types[-shared:]
+    sizes = [text["global_head_dim" if each == "full_attention" else "head_dim"] for each in kinds]
+    return sum((2 * hidden * text["num_key_value_heads"] + 1) * size for size in sizes)
+
+
+@pytest.mark.parametrize("name", [name if name in BY_DEFAULT else ci(name) for name in PUBLISHED])
+def test_a_config_that_ships_builds_as_many_parameters_as_are_published(name: str) -> None:
+    """Compare totals to 1e-6, or to 1 % of a round number, and active parameters to the card's last digit.
+
+    Cards count the embedding and the LM head among the active parameters, or do not.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    settings = next(entry["config"] for entry in SHIPPED if entry["names"][0] == name)
+    auto = AutoModelForImageTextToText if "text_config" in settings else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(AutoConfig.for_model(**settings))
+    text, (total, active) = settings.get("text_config", settings), PUBLISHED[name]
+    found = stored(model) + (not_built(model.get_decoder(), text) if isinstance(total, int) else 0)
+    assert found == pytest.approx(total, rel=1e-6 if isinstance(total, int) else 0.01)
+    if active is not None:
+        head, embedding = (m.weight for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+        parameters = {p: p.numel() for p in (*model.get_decoder().parameters(), head)}
+        count = next(text[key] for key in ("num_experts", "n_routed_experts", "num_local_experts") if key in text)
+        chosen = text["top_k_experts" if "top_k_experts" in text else "num_experts_per_tok"]
+        experts = sum(numel for p, numel in parameters.items() if p.dim() == 3 and len(p) == count)
+        most = sum(parameters.values()) - experts * (count - chosen) / count
+        least = most - sum(parameters[each] for each in {head, embedding})
+        unit = 1e9 if isinstance(active, int) else 1e8
+        assert math.floor(least / unit) * unit <= active * 1e9 <= math.ceil(most / unit) * unit
+
+
+def test_all_that_ships_is_counted_and_says_where_it_was_seen() -> None:
+    assert {entry["names"][0] for entry in SHIPPED if "source" in entry} == PUBLISHED.keys()
+    names = [name.lower() for entry in SHIPPED for name in (*entry["names"], *entry.get("quantized", ()))]
+    assert len(names) == len(set(names))
+
+
+def test_names_know_no_upper_case_and_mistyped_ones_have_a_nearest() -> None:
+    assert architecture_named("qwen/qwen2.5-7b") is ARCHITECTURES["Qwen/Qwen2.5-7B"]
+    assert architecture_named("Qwen/Qwen2.5-8B") is None
+    assert nearest_architecture("Qwen/Qwen2.5-8B") == " (did you mean 'Qwen/Qwen2.5-7B'?)"
+    assert nearest_architecture("google/gemma-2-9b") == "", "another model, whose name is right"
+    assert nearest_architecture("somebody/something") == ""
+
+
+def test_every_file_of_conf_names_a_model_that_is_built_in() -> None:
+    files = {path.stem: yaml.safe_load(path.read_text()) for path in CONF.glob("*.yaml")}
+    del files["local"]
+    paths = {values["path"] for values in files.values()}
+    assert paths >= QUANTIZED.keys()
+    named = {id(architecture_named(QUANTIZED.get(path, path))) for path in paths}
+    assert all(values["defaults"] == ["local"] for values in files.values())
+    for settings in (architecture_named(entry["names"][0]) for entry in SHIPPED):
+        names = [name for name, own in ARCHITECTURES.items() if own is settings]
+        # Of sizes that differ in nothing that is calculated, the newest has the option; one in FP8 alone has none.
+        unnamed = any(old in names[0] for old in ("Llama-3-", "Mistral-7B-v0.1", "8x22B-v0.1", "Mistral-Small-4"))
+        assert (id(settings) in named) != unnamed, names
+    config = compose_config(["model=llama3_70b"], may_lack_paths=True)
+    assert config.model.path == "unsloth/Llama-3.3-70B-Instruct"

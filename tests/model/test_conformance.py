@@ -1,0 +1,43 @@
+"""Every text decoder of the installed transformers, at the settings of its class: all checks of `distlora check`.
+
+docs/models.md, which `tests/tools/conformance_page.py` writes, has a row for each.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distlora.architecture.config_checks import CheckRequest
+from distlora.derive.check import run
+from support.model_types import config_of
+from support.tiers import ci
+from tools import conformance_page
+
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+SEAMS = ["afmoe", "cohere2", "granitemoehybrid"]
+"""Types for `make test`: experts and masks; a scaled head; two kinds of layers that run documents alone."""
+IN_CI = [
+    *("apertus", "bloom", "deepseek_v3", "glm4_moe", "gptj", "lfm2", "llama4_text", "mistral3", "nemotron_h"),
+    "qwen3_5_text",
+]
+"""Popular types and the other seams, for `make test-ci`."""
+TYPES = [
+    *SEAMS,
+    *map(ci, IN_CI),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in conformance_page.NAMES if name not in SEAMS + IN_CI),
+]
+
+
+def test_the_page_has_a_row_for_every_type() -> None:
+    assert not [name for name in conformance_page.NAMES if f"| `{name}` |" not in PAGE], conformance_page.__doc__
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_type_passes_all_checks_and_is_on_the_page(name: str) -> None:
+    """With PEFT, and where all types run on two ranks. A type that is refused has its reason on the page."""
+    row = conformance_page.row(name)
+    assert row in PAGE, conformance_page.__doc__
+    if row.count("|") > 3:
+        slow = name not in SEAMS + IN_CI
+        run(CheckRequest(config=json.dumps(config_of(name)), place=name, ranks=2 if slow else 1))

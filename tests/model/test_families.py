@@ -1,0 +1,276 @@
+"""Every family and variant: our model is transformers', trains as PEFT would, packs, shards, and saves what PEFT loads.
+
+distlora/model/README.md lists the families.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+
+from distlora.architecture.config_checks import check_config, read_config
+from distlora.architecture.targets import select_adapted
+from distlora.config import UserError
+from distlora.loading.peft_format import adapter_tensors
+from distlora.model.adapters import adapter_parameters
+from distlora.model.build import DTYPES
+from distlora_launcher.compose.checks import check_model
+from support.closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
+from support.family_models import (
+    SINGLE,
+    VARIANTS,
+    architecture,
+    config_for,
+    dequantized,
+    edit_config,
+    load_ours,
+    our_logits,
+    positions_of,
+    tokens,
+    write_family_folder,
+)
+from support.family_steps import save_adapter, shifted, three_steps
+from support.run_models import build_run_model
+from support.tiers import ci
+from support.worlds import World
+
+LENGTHS = (23, 1, 40)
+"""Packed documents; two are longer than the windows of 16."""
+
+
+@pytest.fixture(scope="module")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a variant's folder, written at the first use."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp("families") / name
+        write_family_folder(path, name)
+        return path
+
+    return folder
+
+
+FIRST_OF_CLASS = {stem: name for name, (stem, _) in reversed(VARIANTS.items())}.values()
+
+
+@pytest.mark.usefixtures("torch_products")
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        *(("fp32", name) for name in VARIANTS),
+        *(("bf16", name) if name in FIRST_OF_CLASS else ci("bf16", name) for name in VARIANTS),
+    ],
+)
+def test_forward_is_transformers_own_on_the_dequantized_weights(
+    family_folder: Callable[[str], Path], dtype: str, name: str
+) -> None:
+    """Compare the base alone (no row chooses the adapter): hidden states bit for bit.
+
+    The loss differs by the order of its sum and, in bf16, by our fp32 logits.
+    """
+    ours, _ = load_ours(family_folder(name), train={"dtype": dtype})
+    theirs = dequantized(family_folder(name), ours, DTYPES[dtype])
+    input_ids = tokens(2, 48)
+    none = torch.full((2,), -1)
+    with torch.no_grad():
+        expected = theirs(input_ids=input_ids, labels=input_ids)
+        decoder = theirs.get_submodule(ours.architecture.decoder)
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        loss = ours(input_ids, positions_of(input_ids), shifted(input_ids), none).sum() / (2 * 47)
+        own = ours.hidden_states(input_ids, positions_of(input_ids), none)
+        if name == "gpt-oss":  # torch computes the last elements of a sigmoid without vectors: an expert's, or all's.
+            assert_close(own, hidden, ulps=4)
+        else:
+            assert torch.equal(own, hidden)
+        assert abs(loss / expected.loss - 1) <= (1e-6 if dtype == "fp32" else 2e-3)
+
+
+FELT = [
+    ("mistral-window", {"sliding_window": None}),
+    ("gemma2", {"attn_logit_softcapping": None}),
+    ("gemma2", {"query_pre_attn_scalar": 24}),
+    ("gemma3-text", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
+    ("qwen3-moe", {"norm_topk_prob": False}),
+    ("gpt-oss", {"sliding_window": 512}),
+    ("gpt-oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    ("phi3-longrope-tied", {"original_max_position_embeddings": 300}),
+    ("llama-yarn", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), FELT, ids=str)
+def test_the_settings_that_make_a_variant_are_felt(
+    family_folder: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, Any]
+) -> None:
+    """Without its window, cap or rope a variant gives other logits, so the equalities here say something about them."""
+    plain = tmp_path / "plain"
+    shutil.copytree(family_folder(name), plain)
+    edit_config(plain, **change)
+    input_ids = tokens(1, 48)
+    settings = {"attn_implementation": architecture(name).attention, "experts_implementation": "eager"}
+    load = transformers.AutoModelForCausalLM.from_pretrained  # Which our model equals, above.
+    with torch.no_grad():
+        logits = [load(folder, **settings)(input_ids).logits for folder in (family_folder(name), plain)]
+    assert relative_error(*logits) > 1e-3
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "gemma4 with its tower"])
+def test_peft_loads_the_saved_adapter_and_has_our_logits_and_gradients(
+    family_folder: Callable[[str], Path], tmp_path: Path, recwarn: pytest.WarningsRecorder, name: str
+) -> None:
+    """On AutoModelForCausalLM of the same folder: every tensor has its place, no other linear is adapted."""
+    ours, _ = load_ours(family_folder(name))
+    save_adapter(tmp_path / "adapter", ours, family_folder(name))
+    base = dequantized(family_folder(name), ours)
+    input_ids = tokens(2, 48)
+    with torch.no_grad():
+        base_logits = base(input_ids).logits
+    tuned = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+    assert not [str(warning.message) for warning in recwarn if "adapter keys" in str(warning.message)]
+    parameters = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
+    own = adapter_tensors(ours)
+    assert parameters.keys() == own.keys(), "PEFT adapts other linears than we did"
+    assert all(torch.equal(parameters[n], own[n]) for n in own)
+
+    with torch.no_grad():
+        logits = tuned(input_ids).logits
+        assert (logits - our_logits(ours, input_ids)).abs().max() <= 1e-4
+        assert (logits - base_logits).abs().max() > 1e-2, "the adapter does nothing, so this says nothing"
+
+    loss = ours(input_ids, positions_of(input_ids), shifted(input_ids)).sum() / (2 * 47)
+    gradients = torch.autograd.grad(loss, list(own.values()))
+    expected = tuned(input_ids=input_ids, labels=input_ids).loss
+    references = torch.autograd.grad(expected, [parameters[n] for n in own])
+    assert abs(loss / expected - 1) <= 1e-6
+    errors = {n: relative_error(a, b) for n, a, b in zip(own, gradients, references, strict=True)}
+    worst = max(errors, key=lambda n: errors[n])
+    assert errors[worst] <= 1e-5, f"the gradient of {worst} is {errors[worst]:.1e} apart"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_documents_equal_documents_alone(family_folder: Callable[[str], Path], name: str) -> None:
+    ours, _ = load_ours(family_folder(name))
+    documents = [tokens(1, length, seed) for seed, length in enumerate(LENGTHS)]
+    parameters = list(adapter_parameters(ours).values())
+
+    positions = torch.cat([positions_of(document) for document in documents], dim=1)
+    labels = torch.cat([document.flip(1) for document in documents], dim=1)
+    packed = ours(torch.cat(documents, dim=1), positions, labels).sum()
+    together = torch.autograd.grad(packed, parameters)
+    alone = sum(ours(document, positions_of(document), document.flip(1)).sum() for document in documents)
+    assert isinstance(alone, Tensor)
+    apart = torch.autograd.grad(alone, parameters)
+
+    assert abs(packed / alone - 1) <= 1e-6
+    assert relative_error(*(torch.cat([g.flatten() for g in gradients]) for gradients in (together, apart))) <= 2e-6
+
+
+def test_a_batch_of_packed_rows_keeps_each_row_to_itself(family_folder: Callable[[str], Path]) -> None:
+    """Rows with different boundaries in one batch: the mask is one a row, not the first row's for all."""
+    model, _ = load_ours(family_folder("llama"))
+    ids = tokens(3, 40)
+    positions = torch.stack([torch.cat([torch.arange(cut), torch.arange(40 - cut)]) for cut in (40, 13, 27)])
+    with torch.no_grad():
+        together = model(ids, positions, ids)
+        alone = torch.cat([model(ids[i : i + 1], positions[i : i + 1], ids[i : i + 1]) for i in range(3)])
+    assert relative_error(together, alone) <= 1e-6
+
+
+BY_DEFAULT = {"gemma2": 2, "phi3-longrope-tied": 3, "mixtral": 2}
+IN_CI = {"llama": 3, "gemma3-untied": 3, "qwen3-moe": 3, "mistral-window": 2, "qwen2-tied-window": 2, "qwen3": 2}
+IN_CI["gpt-oss"] = 2
+SHARDED = [
+    *BY_DEFAULT.items(),
+    *(ci(name, size) for name, size in IN_CI.items()),
+    *(pytest.param(name, 2, marks=pytest.mark.slow) for name in VARIANTS if name not in BY_DEFAULT | IN_CI),
+]
+"""(variant, ranks): three families in `make test`, each family in `make test-ci`, each variant in `make test-all`."""
+
+
+@pytest.mark.parametrize(("name", "size"), SHARDED)
+def test_sharded_ranks_train_like_one(world: World, family_folder: Callable[[str], Path], name: str, size: int) -> None:
+    results = world.run(size, three_steps, folder=family_folder(name))
+    expected_losses, expected = three_steps(SINGLE, folder=family_folder(name))
+    for losses, adapter in results:
+        assert_losses_close(losses, expected_losses)
+        assert_adapters_close(adapter, expected)
+        assert all(torch.equal(adapter[n], results[0][1][n]) for n in adapter), "ranks differ"
+    assert expected_losses[-1] < expected_losses[0] - 0.02, "the run learned nothing, so the comparison says nothing"
+
+
+REFUSED = [
+    ("llama", {"model_type": "lama"}, r"'lama' is not a model of transformers .*did you mean 'llama'"),
+    ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}}, r"code that comes with the weights"),
+    ("llama", {"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4}}, r"transformers refuses .*yarm"),
+    ("phi3-longrope-tied", {"original_max_position_embeddings": 32}, r"beyond 32 tokens.*set data.sequence_length=32"),
+    ("gemma3-text", {"use_bidirectional_attention": True}, r"is not causal with this config.json"),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, r"chunked_attention"),
+    ("qwen3", {"max_position_embeddings": 63}, r"beyond the model's 63 positions"),
+    ("qwen3", {"num_attention_heads": "four"}, r"num_attention_heads.*four"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "reason"), REFUSED, ids=str)
+def test_unsupported_config_is_refused_with_the_reason(
+    family_folder: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, Any], reason: str
+) -> None:
+    shutil.copytree(family_folder(name), tmp_path / "bad")
+    edit_config(tmp_path / "bad", **change)
+    with pytest.raises(UserError, match=reason):
+        build_run_model(config_for(tmp_path / "bad"))
+
+
+def test_full_fine_tuning_of_a_text_model_inside_another_is_refused(family_folder: Callable[[str], Path]) -> None:
+    sections: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
+    with pytest.raises(UserError, match="without its vision tower; set adapter=lora"):
+        build_run_model(config_for(family_folder("gemma3"), **sections))
+
+
+def test_a_preset_that_names_a_part_of_a_fused_linear_is_refused(family_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match=r"qv \(q_proj, v_proj\) names a part of this model's qkv_proj.*\[qkv_proj\]"):
+        build_run_model(config_for(family_folder("phi3"), adapter={"target_modules": "qv"}))
+    with pytest.raises(UserError, match=r"no module is named 'k_proj' \(it is a part of qkv_proj\)"):
+        build_run_model(config_for(family_folder("phi3"), adapter={"target_modules": ["k_proj"]}))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_launcher_finds_what_the_worker_finds(
+    family_folder: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    """From config.json and the headers alone: a model that can be trained, and the same paths for target_modules."""
+    folder = tmp_path / "model"
+    shutil.copytree(family_folder(name), folder)
+    (folder / "tokenizer.json").write_text("{}")  # Its presence is all that is asked.
+    check_model(config_for(folder))
+    architecture = check_config(read_config(folder), folder / "config.json", sequence_length=64)
+    model = build_run_model(config_for(folder))
+    adapted = select_adapted(config_for(folder).adapter, architecture)
+    assert sorted(adapted) == sorted(path for path, _ in model.adapted_weights())
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(folder)).__name__ == architecture.model_class
+
+
+def test_the_launcher_names_a_missing_tensor_as_transformers_does(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(family_folder("gemma3-untied"), folder)
+    (folder / "tokenizer.json").write_text("{}")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    del tensors["language_model.model.layers.1.mlp.up_proj.weight"], tensors["language_model.lm_head.weight"]
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"no tensor lm_head.weight .*\(2 tensors are missing in all\)"):
+        check_model(config_for(folder))
+    edit_config(folder, tie_word_embeddings=True)
+    with pytest.raises(UserError, match=r"no tensor model\.language_model\.layers\.1\.mlp\.up_proj\.weight"):
+        check_model(config_for(folder))

@@ -1,0 +1,157 @@
+"""Fused modules of a GPU in our decoders: the numbers of transformers' own, the same parameters under the same names.
+
+liger-kernel comes with the extra `cuda`. Without a GPU its kernels and the elementwise ones of distlora run in Triton's
+interpreter (conftest.py), the adapted linears on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distlora.config import UserError
+from distlora.model import fused_modules
+from distlora.model.build import CausalLM
+from distlora.model.fused_modules import require_liger, use_liger, use_own, why_not_fused
+from distlora.model.mlp import place_mlps
+from distlora.training import setup
+from distlora_kernels import elementwise
+from support.accounting import Kept
+from support.closeness import relative_error
+from support.family_models import load_ours, tokens, write_family_folder
+from support.fused_model import ONE_EACH, PARTIAL_ROTARY, RANKS, check_kept, run
+from support.tiers import ci
+
+needs_liger = pytest.mark.skipif(
+    importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed (the extra `cuda`)"
+)
+LIGER = pytest.param("liger", marks=needs_liger)
+
+
+@pytest.fixture
+def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add what Triton's interpreter lacks for these kernels without a GPU.
+
+    It passes floats as they are, where the compiler makes fp32 scalars with methods of them, and it has none of
+    libdevice's functions.
+    """
+    if torch.cuda.is_available():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def with_floats(argument: Any) -> Any:
+        if not isinstance(argument, float):
+            return convert(argument)
+        handle = interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32)
+        return tl.tensor(handle, tl.float32)
+
+    def elementwise(function: Any) -> Any:
+        return lambda x: tl.tensor(interpreter.TensorHandle(function(x.handle.data), x.handle.dtype), x.type)
+
+    if importlib.util.find_spec("liger_kernel") is None:
+        return
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+    monkeypatch.setattr("liger_kernel.ops.rms_norm.rsqrt", elementwise(lambda x: np.float32(1) / np.sqrt(x)))
+    monkeypatch.setattr("liger_kernel.ops.geglu.tanh", elementwise(np.tanh))
+
+
+def fuse(kernels: str, model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(elementwise, "uses_triton", lambda tensor: True)
+    if kernels == "liger":
+        return use_liger(model.decoder, model.architecture, model.head)
+    return use_own(model.decoder, model.architecture, model.head, is_gpu=True)
+
+
+def test_unsupported_cases_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "trains the norms" in str(why_not_fused(full=True, fusible=True))
+    assert "do not compute" in str(why_not_fused(full=False, fusible=False))
+    assert why_not_fused(full=False, fusible=True) is None
+    monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"not installed; .*train.fused_kernels=own"):
+        require_liger()
+    monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: object())
+    for version, old in (("0.8.0", True), ("0.8.5", False), ("0.10.0.dev1", False)):
+        monkeypatch.setattr(fused_modules.importlib.metadata, "version", lambda name, version=version: version)
+        with pytest.raises(UserError, match=r"0\.8\.0, older than 0\.8\.5") if old else contextlib.nullcontext():
+            require_liger()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "name"),
+    [
+        ("own", "llama-biases"),
+        ("own", "gemma2"),
+        *(ci("own", name) for name in (*ONE_EACH, PARTIAL_ROTARY) if name not in ("llama-biases", "gemma2")),
+        *(ci("liger", name, marks=[needs_liger]) for name in (*ONE_EACH, PARTIAL_ROTARY)),
+    ],
+)
+def test_a_decoder_with_fused_kernels_computes_what_it_did(
+    kernels: str, name: str, tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_family_folder(tmp_path, name)
+    # With and without recomputation: the rotary embedding and the MLP's backward overwrite what they are given.
+    checkpointing = "block" if name in ("llama-biases", "gemma2") else "none"
+    train = {"dtype": "fp32", "checkpointing": checkpointing, "fused_kernels": "none"}
+    model, _ = load_ours(tmp_path, RANKS, train=train)
+    input_ids = tokens(2, 4).to(RANKS.device)
+    expected_losses, expected = run(model, input_ids)
+    before = dict(model.named_parameters())
+    said = fuse(kernels, model, monkeypatch)
+
+    home = "liger_kernel" if kernels == "liger" else "distlora_kernels"
+    attention = model.blocks[0].inner.self_attn.forward
+    assert attention.__globals__["apply_rotary_pos_emb"].__module__.startswith(home)
+    gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
+    norms = {"gemma2": 13, "gemma3": 19, "gemma3-text": 19, "qwen3": 13}.get(name, 7)
+    assert f"RMSNorm ({norms}), {gated} (3), rotary embedding" in said
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(before[path] is after[path] for path in before)
+    losses, gradients = run(model, input_ids)
+    assert relative_error(losses, expected_losses) <= 1e-6
+    for actual, gradient in zip(gradients, expected, strict=True):
+        assert relative_error(actual, gradient) <= 5e-6  # Of all together it is below 1e-6.
+    if name in ("gemma2", "phi3"):
+        # Norms and MLPs are fused where their half of a block is run in tiles: backward writes over what the tile made
+        # anew.
+        place_mlps(model.blocks, model.architecture, tile=3)
+        losses, gradients = run(model, input_ids)
+        assert relative_error(losses, expected_losses) <= 1e-6
+        for actual, gradient in zip(gradients, expected, strict=True):
+            assert relative_error(actual, gradient) <= 5e-6
+
+
+@pytest.mark.parametrize("kernels", ["own", ci("liger", marks=[needs_liger])])
+def test_saved_bytes_of_a_fused_layer_are_those_planned(
+    kernels: str, tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_family_folder(tmp_path, "qwen3")
+    model, _ = load_ours(tmp_path, RANKS, train={"dtype": "fp32", "checkpointing": "none", "fused_kernels": "none"})
+    fuse(kernels, model, monkeypatch)
+    check_kept(model, tmp_path, Kept(), remakes=False)
+
+
+@pytest.mark.parametrize("kernels", ["own", LIGER])
+def test_a_model_is_built_sharded_and_loaded_with_it(
+    kernels: str, tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a start does it: exchanged on meta, before the weights are there."""
+    write_family_folder(tmp_path, "gemma3")
+    train = {"dtype": "fp32", "fused_kernels": "none"}
+    input_ids = tokens(2, 4).to(RANKS.device)
+    model, _ = load_ours(tmp_path, RANKS, train=train)
+    expected, _ = run(model, input_ids)
+    monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: fuse(kernels, model, monkeypatch))
+    model, _ = load_ours(tmp_path, RANKS, train=train)
+    assert type(model.decoder.norm).__name__ == ("LigerRMSNorm" if kernels == "liger" else "FusedRMSNorm")
+    losses, _ = run(model, input_ids)
+    assert relative_error(losses, expected) <= 1e-6

@@ -1,0 +1,463 @@
+"""Read checkpoints that are shipped in low bits: values by the libraries that define the formats, blocks, refusals."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.safetensors_headers import read_headers
+from distlora.config import UserError
+from distlora.model.adapters import BlockContext, adapter_parameters
+from distlora.model.build import formats_of
+from distlora.model.experts import replace_experts
+from distlora.post.merge.merge import merge_to
+from distlora.post.merge.output_folder import merged_config
+from distlora.post.trained import Name, base_spec
+from distlora.training.publish import publish_result
+from distlora.weights.low_bit import CODECS
+from distlora.weights.reader import Reader
+from distlora_kernels import reference
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
+from distlora_launcher.compose.checks import check_model
+from support.closeness import relative_error
+from support.damage import Reader as Damage
+from support.damage import any_json, any_tensors, holds
+from support.family_models import SINGLE, VARIANTS, hf_model, load_ours, our_logits, tokens, write_family_folder
+from support.family_models import config_for as family_config
+from support.family_steps import three_steps
+from support.loaded_shards import config_for, own_rows
+from support.low_bit_checkpoints import CHECKPOINTS, NAME, Checkpoint, checkpoint, convert_folder
+from support.low_bit_models import write
+from support.merged_models import their_logits
+from support.small_models import tokenizer
+from support.tiers import ci
+from support.worlds import World
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_values_are_the_reference_librarys_on_any_range(tmp_path: Path, monkeypatch: Any, name: str) -> None:
+    """Rounded once to the library's dtype they are equal bit for bit, whatever band of rows is decoded at once."""
+    made = checkpoint(name)
+    headers = write(tmp_path, made).headers
+    assert set(headers) == set(made[2]), "companions disappear"
+    for weight, expected in made[2].items():
+        segment = headers[weight]
+        assert isinstance(segment, LowBitSegment)
+        assert (segment.shape, segment.numel) == (tuple(expected.shape), expected.numel())
+        assert segment.tensor.format == CHECKPOINTS[name][2], segment.tensor.reason
+        assert bool(segment.tensor.format) != bool(segment.tensor.reason)
+        codec, draw = CODECS[segment.tensor.codec], random.Random(0)
+        for band in (codec.band, 5 * expected.shape[-1]):
+            monkeypatch.setattr(codec, "band", band)
+            with Reader() as reader:
+                whole = reader.read([segment], 0, segment.numel)
+                assert torch.equal(whole.to(expected.dtype).view(expected.shape), expected)
+                for _ in range(20):
+                    start, stop = sorted(draw.choices(range(segment.numel), k=2))
+                    assert torch.equal(reader.read([segment], start, stop), whole[start:stop])
+
+
+def decoded(format: str, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return the weights (n, block) fp32 of stored blocks, by the definition of their format."""
+    codes, scales, *more = parts
+    if format == "fp8_block":
+        return codes.view(torch.float8_e4m3fn).float() * scales
+    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+    if format.startswith("nf4"):
+        values = torch.tensor(reference.NF4_LEVELS)[nibbles.view(-1, 32, 2).flip(2).flatten(1).long()]
+        return values * (reference.dynamic_map()[scales.long()] * more[0] + more[1] if more else scales)
+    if format.startswith("int4"):
+        return (nibbles.float() - (more[0].float() if more else 8)) * scales.float()
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat([levels, -levels])[nibbles.long()]
+    if format == "mxfp4":
+        return values * torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
+    return values * (scales.view(torch.float8_e4m3fn).float() / more[0])
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, format) in CHECKPOINTS.items() if format])
+def test_stored_blocks_hold_the_same_values(tmp_path: Path, name: str) -> None:
+    """In the flat order of the stored shape, or as tiles of 128 x 128; from any block on, over several matrices."""
+    made = checkpoint(name)
+    ((weight, expected),) = made[2].items()
+    tensor = write(tmp_path, made).headers[weight].tensor
+    stored = expected.float().mT if tensor.transposed else expected.float()
+    assert tuple(stored.shape) == tensor.stored_shape
+    if tensor.format == "fp8_block":
+        matrix = stored.flatten(0, -2)
+        down, across = (-(-size // 128) for size in matrix.shape)
+        padded = torch.nn.functional.pad(matrix, (0, across * 128 - matrix.shape[1], 0, down * 128 - len(matrix)))
+        stored = padded.view(down, 128, across, 128).transpose(1, 2)
+        size = 128 * 128
+    else:
+        size = FORMAT_LAYOUTS[tensor.format].block
+    blocks, draw = stored.reshape(-1, size), random.Random(0)
+    with Reader() as reader:
+        for _ in range(10):
+            first, stop = sorted(draw.sample(range(len(blocks) + 1), k=2))
+            parts = CODECS[tensor.codec].blocks(tensor, reader, first, stop - first)
+            assert {len(part) for part in parts} == {stop - first}
+            values = decoded(tensor.format, (*parts, *CODECS[tensor.codec].replicated(tensor, reader)))
+            if name == "modelopt-nvfp4":  # Its scale multiplies, the format's divides.
+                torch.testing.assert_close(values, blocks[first:stop], rtol=5 * 2**-24, atol=0)
+            else:
+                assert torch.equal(values.to(expected.dtype), blocks[first:stop].to(expected.dtype))
+
+
+MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "gpt-oss": ("mxfp4", {"hidden_size": 96, "intermediate_size": 64}, ("gate_up_proj", "down_proj")),
+    "qwen3-moe": ("fp8", {}, ("_proj",)),
+    "mixtral": ("ct-int4", {"intermediate_size": 64}, ("w2",)),
+    "llama": ("gptq-ragged", {}, ("_proj",)),
+    "qwen2": ("awq-32", {"hidden_size": 128, "intermediate_size": 192}, ("_proj",)),
+    "qwen3": ("bnb-int8", {}, ("_proj",)),
+    "gemma2": ("modelopt-nvfp4", {"intermediate_size": 192}, ("_proj",)),
+}
+"""By variant: the format, sizes that it fits, and the endings of the modules in it."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Return a function from a variant to its folder in low bits and one with the same values in fp32."""
+
+    @functools.cache
+    def folders(variant: str) -> tuple[Path, Path]:
+        place = tmp_path_factory.mktemp(variant)
+        format, sizes, endings = MODELS[variant]
+        with pytest.MonkeyPatch.context() as patch:
+            stem, settings = VARIANTS[variant]
+            patch.setitem(VARIANTS, variant, (stem, settings | sizes))
+            write_family_folder(place / "source", variant)
+        tokenizer().save_pretrained(place / "source")
+        convert_folder(place / "source", place / "low", CHECKPOINTS[format][1], only=endings)
+        shutil.copytree(place / "source", place / "dense")
+        with Reader() as reader:
+            values = {
+                name: reader.read([segment], 0, segment.numel).view(segment.shape).float()
+                for name, segment in CheckpointFiles(place / "low").headers.items()
+            }
+        safetensors.torch.save_file(values, place / "dense" / "model.safetensors", metadata={"format": "pt"})
+        return place / "low", place / "dense"
+
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("variant", "quant", "size"),
+    [
+        *(("gpt-oss", "nf4", 3), ("llama", "none", 1)),
+        *(ci(variant, "nf4", 3) for variant in MODELS if variant != "gpt-oss"),
+    ],
+)
+def test_ranks_load_what_a_dense_checkpoint_of_these_values_gives(
+    world: World, models: Callable[[str], tuple[Path, Path]], variant: str, quant: str, size: int
+) -> None:
+    low, dense = models(variant)
+    settings = {"quant": {"method": quant, "cache": False}, "adapter": {"target_modules": "all-linear"}}
+    check_model(config_for(low, **settings))
+    expected = world.run(1, own_rows, folder=dense, **settings)[0]
+    by_rank = world.run(size, own_rows, folder=low, **settings)
+    for name, (rows, _) in expected.items():
+        found = [ranks_rows[name] for ranks_rows in by_rank]
+        assert torch.equal(torch.cat([local for local, _ in found]) if rows.dim() else found[0][0], rows), name
+
+
+def test_gpt_oss_in_mxfp4_trains_and_merges_as_transformers_reads_it(
+    models: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """Its values by transformers' own loader; three steps with NF4 as from the dense copy; a dense merge of the run."""
+    from transformers import GptOssForCausalLM, Mxfp4Config
+
+    low, dense = models("gpt-oss")
+    theirs = GptOssForCausalLM.from_pretrained(
+        low, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32, experts_implementation="eager"
+    )
+    ids = tokens(2, 24)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    for folder in (low, dense):
+        model, _ = load_ours(folder, quant={"method": "none"}, adapter={"init": "kaiming", "r": 4})
+        for pair in adapter_parameters(model).values():
+            torch.nn.init.zeros_(pair)
+        assert (our_logits(model, ids) - expected).abs().max() <= 1e-4
+        assert not hasattr(model.hf_config, "quantization_config")
+    (losses, adapter), (dense_losses, dense_adapter) = (three_steps(SINGLE, folder=folder) for folder in (low, dense))
+    assert losses == dense_losses
+    assert all(torch.equal(tensor, dense_adapter[name]) for name, tensor in adapter.items())
+
+
+FUZZED = ("mxfp4", "gptq-64-order", "ct-int4-zeros", "fp8-ragged", "fp8-tensor", "ct-fp8-block", "ct-nvfp4")
+FUZZED += ("modelopt-nvfp4", "awq-32", "bnb-int8", "bnb-nf4")
+
+
+def read_all(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Read every weight and every stored block; return the shapes of the weights."""
+    headers = CheckpointFiles(folder).headers
+    with Reader() as reader:
+        for segment in headers.values():
+            if isinstance(segment, LowBitSegment):
+                assert reader.read([segment], 0, segment.numel).shape == (segment.numel,)
+                if segment.tensor.format:
+                    CODECS[segment.tensor.codec].blocks(segment.tensor, reader, 0, 1)
+    return {name: segment.shape for name, segment in headers.items() if isinstance(segment, LowBitSegment)}
+
+
+@pytest.mark.parametrize("name", FUZZED)
+def test_damaged_checkpoints_are_refused_by_the_name_of_file_or_tensor(tmp_path: Path, name: str) -> None:
+    """300 cases: damaged headers, shapes and dtypes, truncated data, missing parts, other and unknown settings."""
+    write(tmp_path, checkpoint(name))
+    names = (
+        "model.safetensors",
+        "config.json",
+        "quantization_config",
+        "quant_state",
+        "quant_map",
+        "in the checkpoint, which",
+    )
+    for file, damages in (("model.safetensors", any_tensors), ("config.json", any_json)):
+        holds(Damage(file, damages, read_all, names=names, examples=15), tmp_path)
+
+
+def without(part: str) -> Callable[[Checkpoint], None]:
+    return lambda made: made[0].pop(f"{NAME}.{part}")
+
+
+def changed(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Checkpoint], None]:
+    return lambda made: made[0].update({f"{NAME}.{part}": change(made[0][f"{NAME}.{part}"]).contiguous()})
+
+
+def setting(**values: Any) -> Callable[[Checkpoint], None]:
+    return lambda made: made[1].update(values)
+
+
+REFUSED: list[tuple[str, Callable[[Checkpoint], None], str]] = [
+    ("fp8-ragged", without("weight_scale_inv"), r"no tensor .*down_proj.weight_scale_inv in the checkpoint"),
+    (
+        "fp8-ragged",
+        changed("weight_scale_inv", lambda s: s[1:]),
+        r"weight_scale_inv has shape \[4, 3\].*needs \[5, 3\]",
+    ),
+    ("fp8-ragged", without("weight"), r"no weight in .* is quantized"),
+    ("fp8-ragged", setting(weight_block_size=[128]), r"weight_block_size=\[128\] is not a pair"),
+    ("fp8-ragged", setting(rotation="hadamard"), r"quantization_config.rotation='hadamard' is unknown"),
+    ("fp8-ragged", setting(fmt="e5m2"), r"fmt='e5m2' is not supported, only 'e4m3'"),
+    ("fp8-tensor", changed("weight_scale_inv", lambda s: s.expand(1, 130)), r"weight_scale_inv has shape \[1, 130\]"),
+    ("ct-int4", setting(transform_config={"R1": {}}), r"transform_config=.* is not supported"),
+    ("ct-int4", changed("weight_shape", lambda s: s + 1), r"weight_shape of .* is \[68, 193\]"),
+    (
+        "ct-int4",
+        changed("weight_scale", lambda s: s[:, :-1]),
+        r"weight_packed of shape \[67, 24\] .* fits no config group",
+    ),
+    ("ct-int4-zeros", without("weight_zero_point"), r"no tensor .*weight_zero_point"),
+    ("ct-fp8-channel", changed("weight_scale", lambda s: s[:-1]), r"weight_scale has shape \[32, 1\]"),
+    ("ct-nvfp4", changed("weight_scale", lambda s: s.float()), r"weight_scale is stored as F32, not F8_E4M3"),
+    ("modelopt-nvfp4", setting(quant_algo="NVFP4_AWQ"), r"quant_algo='NVFP4_AWQ' is not supported"),
+    ("awq-32", setting(group_size=64), r"down_proj.scales has shape \[3, 40\]; .* needs \[2, 40\]"),
+    ("awq-32", changed("qweight", lambda q: q[None]), r"qweight has shape \[1, 96, 5\], not that of one matrix"),
+    ("gptq-128", changed("qweight", lambda q: q[None]), r"qweight has shape \[1, 32, 40\], not that of one matrix"),
+    ("awq-32", setting(version="gemv"), r"version='gemv' is not supported"),
+    ("gptq-128", without("qzeros"), r"no tensor .*down_proj.qzeros"),
+    ("gptq-128", setting(bits=3), r"bits=3 is not supported, only 4 or 8"),
+    ("gptq-128", changed("g_idx", lambda g: g + 1), r"\(g_idx\) names groups 1 to 2 of 2"),
+    (
+        "gptq-128",
+        changed("g_idx", lambda g: g.roll(1)),
+        r"activation order \(g_idx\), but config.json has desc_act=false",
+    ),
+    ("gptq-128", changed("qzeros", lambda z: z | 15), r"zero point stored as 15"),
+    ("bnb-int8", changed("weight_format", lambda f: f + 1), r"layout for old GPUs"),
+    ("bnb-int8", setting(load_in_4bit=True), r"load_in_4bit=True is not supported"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "reason"), REFUSED, ids=[f"{n}-{r[:24]}" for n, _, r in REFUSED])
+def test_what_is_not_certain_is_refused_by_name(
+    tmp_path: Path, name: str, damage: Callable[[Checkpoint], None], reason: str
+) -> None:
+    made = checkpoint(name)
+    damage(made)
+    write(tmp_path, made)
+    with pytest.raises(UserError, match=reason):
+        read_all(tmp_path)
+
+
+def test_the_fingerprint_covers_how_bytes_are_decoded(tmp_path: Path, monkeypatch: Any) -> None:
+    """It names the base of a run and of the cache's NF4 shards. That of dense checkpoints stays what it was."""
+    tensors, config, _ = checkpoint("gptq-v2-32")
+    found = {write(tmp_path, (tensors, config | {"desc_act": each}, {})).fingerprint for each in (False, True)}
+    assert len(found) == 1, "quant=keep alone asks for it"
+    found.add(write(tmp_path, (tensors, config | {"checkpoint_format": "gptq"}, {})).fingerprint)
+    assert len(found) == 2
+    monkeypatch.setattr("distlora.architecture.low_bit_headers.READER_VERSION", 0)
+    found.add(CheckpointFiles(tmp_path).fingerprint)
+    assert len(found) == 3
+    safetensors.torch.save_file({"w": torch.arange(6.0).view(2, 3)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    before = hashlib.sha256(b"w F32 (2, 3)\n" + torch.arange(6.0).numpy().tobytes()).hexdigest()
+    assert CheckpointFiles(tmp_path).fingerprint == before
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_scales_may_lack_only_ones_at_the_end(tmp_path: Path, rows: bool) -> None:
+    """A square matrix with scales (1, O) is not one with a scale per row."""
+    scale = torch.rand(64) + 1
+    tensors = {
+        f"{NAME}.weight": torch.randn(64, 64).to(torch.float8_e4m3fn),
+        f"{NAME}.weight_scale_inv": scale if rows else scale[None],
+    }
+    files = write(tmp_path, (tensors, {"quant_method": "fp8", "fmt": "float8_e4m3fn"}, {}))
+    if not rows:
+        with pytest.raises(UserError, match=r"weight_scale_inv has shape \[1, 64\]"):
+            read_all(tmp_path)
+        return
+    segment = files.headers[f"{NAME}.weight"]
+    with Reader() as reader:
+        expected = tensors[f"{NAME}.weight"].float() * scale[:, None]
+        assert torch.equal(reader.read([segment], 0, segment.numel).view(64, 64), expected)
+
+
+def zero_points(made: Checkpoint) -> None:
+    made[0][f"{NAME}.weight_zero_point"] = torch.zeros(33, 1, dtype=torch.int8)
+
+
+def scaled_inputs(made: Checkpoint) -> None:
+    made[0][f"{NAME}.pre_quant_scale"] = torch.ones(50)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("ct-int8", zero_points, "weight has zero points, which only packed"),
+        ("ct-int8", lambda made: group(made).update(symmetric=False), "weight has zero points, which only packed"),
+        ("ct-int8", lambda made: group(made).update(num_bits=4), "stored as I8, and no config group has ints of 8"),
+        ("ct-fp8-tensor", lambda made: group(made).update(symmetric=False), "symmetric=False is not supported"),
+        ("modelopt-fp8", scaled_inputs, "pre_quant_scale belongs to no quantized weight of a supported kind"),
+    ],
+    ids=["zeros", "asymmetric", "unpacked-4-bits", "asymmetric-float", "scaled-inputs"],
+)
+def test_valid_kinds_that_are_not_read_are_not_called_damaged(
+    tmp_path: Path, name: str, damage: Callable[[Checkpoint], None], reason: str
+) -> None:
+    made = checkpoint(name)
+    damage(made)
+    write(tmp_path, made)
+    with pytest.raises(UserError, match=rf"{reason}.*set model.path to the 16-bit checkpoint"):
+        read_all(tmp_path)
+
+
+def group(made: Checkpoint) -> dict[str, Any]:
+    """Return the settings of the weights of a compressed-tensors checkpoint."""
+    weights: dict[str, Any] = made[1]["config_groups"]["group_0"]["weights"]
+    return weights
+
+
+@pytest.mark.parametrize("name", ["ct-int4-channel", "ct-int8-packed", "ct-int4", "ct-int4-zeros"])
+def test_groups_of_4_and_8_bits_that_both_fit_are_told_apart(tmp_path: Path, name: str) -> None:
+    """By zero points and by the stored shape: codes and scales alone fit twice as many weights of half the bits."""
+    tensors, config, values = checkpoint(name)
+    own = config["config_groups"]["group_0"]
+    twice = {"num_bits": 12 - own["weights"]["num_bits"], "symmetric": True}
+    if (size := own["weights"].get("group_size")) is not None:
+        twice["group_size"] = size * own["weights"]["num_bits"] // twice["num_bits"]
+    other = own | {"weights": own["weights"] | twice}
+    for groups in ({"a": other, "b": own}, {"a": own, "b": other}):
+        made = (tensors, config | {"config_groups": groups}, values)
+        segment = write(tmp_path, made).headers[f"{NAME}.weight"]
+        with Reader() as reader:
+            expected = values[f"{NAME}.weight"]
+            assert segment.shape == expected.shape
+            assert torch.equal(reader.read([segment], 0, segment.numel).to(expected.dtype), expected.flatten())
+
+
+def test_a_composite_models_settings_may_lie_in_its_text_config(tmp_path: Path) -> None:
+    made = checkpoint("ct-int4")
+    write(tmp_path, made)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"quantization_config": made[1]}}))
+    assert read_all(tmp_path).keys() == made[2].keys()
+
+
+def test_a_merge_drops_settings_in_text_config_and_a_build_reads_them(tmp_path: Path) -> None:
+    four = {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}
+    files = write(tmp_path, ({f"{NAME}.weight": torch.zeros(4, 4)}, {}, {}))
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": four}))
+    nothing: Any = None
+    with pytest.raises(UserError, match=r"no weight in .* is quantized"):
+        formats_of(base_spec(str(tmp_path), "nf4"), files, nothing)
+    vocabulary, architecture = SimpleNamespace(has_grown=False), SimpleNamespace(text_config="text_config")
+    model = SimpleNamespace(vocabulary=vocabulary, architecture=architecture, tied_in_base=False)
+    base: Any = SimpleNamespace(model=model)
+    assert merged_config(tmp_path, base, "bfloat16") == {"dtype": "bfloat16", "text_config": {}}
+
+
+def test_an_adapter_without_a_run_on_a_base_in_low_bits_is_bf16(tmp_path: Path) -> None:
+    """Norms in fp32 beside weights in low bits, which no number of BF16 stands for, do not make the run fp32."""
+    tensors, config, _ = checkpoint("gptq-128")
+    write(tmp_path / "base", (tensors | {"model.norm.weight": torch.ones(40)}, config, {}))
+    path = f"base_model.model.{NAME}"
+    pair = {f"{path}.lora_A.weight": torch.zeros(2, 256), f"{path}.lora_B.weight": torch.zeros(40, 2)}
+    (tmp_path / "adapter").mkdir()
+    safetensors.torch.save_file(pair, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["down_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    trained = Name(place=str(tmp_path / "adapter"), base=str(tmp_path / "base"), quant="nf4").read()
+    assert trained.spec.dtype == "bf16"
+
+
+def test_modelopts_own_file_describes_a_checkpoint_whose_config_does_not(tmp_path: Path) -> None:
+    tensors, config, values = checkpoint("modelopt-nvfp4")
+    write(tmp_path, (tensors, config, values))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    assert read_all(tmp_path) == {name: tuple(value.shape) for name, value in values.items()}
+
+
+def test_experts_in_the_stored_order_compute_what_the_transposed_ones_do() -> None:
+    layer, hidden = hf_model("gpt-oss").model.layers[0], torch.randn(7, 96)
+    choices, weights = torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
+    outputs = []
+    for as_stored in ((), ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")):
+        copy = deepcopy(layer)
+        formats = dict.fromkeys(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
+        made = replace_experts(copy, formats, dtype=torch.float32, context=BlockContext(), as_stored=as_stored)
+        for path, weight in made.items():
+            dense = layer.get_parameter(path).data
+            weight.weight = nn.Parameter(dense.mT.contiguous() if path in as_stored else dense)
+            assert weight.transposed == (not as_stored)
+            assert (weight.shape, weight.out_features) == (tuple(weight.weight.shape), dense.shape[2])
+        outputs.append(copy.mlp.experts(hidden, choices, weights))
+    assert relative_error(outputs[1], outputs[0]) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["gpt-oss", ci("qwen3-moe"), ci("gemma2")])
+def test_a_merge_is_dense_and_computes_what_the_adapted_model_does(
+    models: Callable[[str], tuple[Path, Path]], tmp_path: Path, variant: str
+) -> None:
+    low, _ = models(variant)
+    model, backend = load_ours(low)
+    publish_result(tmp_path / "adapter", model, family_config(low).spec, None, backend)
+    trained = Name(place=str(tmp_path / "adapter"), base=str(low), quant="nf4").read()
+    trained = replace(trained, spec=replace(trained.spec, dtype="fp32"))  # As `model`; by its weights it may be bf16.
+    ids, out = tokens(2, 24), tmp_path / "merged"
+    merge_to(trained, out, onto="trained", dtype=torch.float32, say=lambda text: None)
+    assert (our_logits(model, ids) - their_logits(out, ids, model.architecture)).abs().max() <= 1e-4
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert {name: segment.shape for name, segment in read_headers(out).items()} == {
+        name: segment.shape for name, segment in CheckpointFiles(low).headers.items()
+    }

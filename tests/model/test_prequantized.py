@@ -1,0 +1,472 @@
+"""Load checkpoints quantized by bitsandbytes byte for byte on any number of ranks, or refuse them by field."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.config import Config, UserError
+from distlora.config.file import build
+from distlora.loading.load_base import Loaded, load_base
+from distlora.model.adapters import reset_adapters
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM
+from distlora.model.frozen_linear import FrozenLinear
+from distlora.parallel import Backend, Ranks
+from distlora.planner import plan_of
+from distlora.planner.choose import Search, resolve_auto
+from distlora.planner.machine import machine_of
+from distlora.planner.model import find_model
+from distlora.planner.report import lines
+from distlora.training import worker
+from distlora_kernels import nf4_cpu, reference
+from distlora_kernels.formats import nf4
+from distlora_launcher.compose.checks import check_model
+from support.closeness import assert_adapters_close
+from support.family_models import our_logits
+from support.nf4_weights import DTYPES, SHAPES, bitsandbytes_dequantize, random_weight
+from support.peft_models import our_trained_model
+from support.prequantized_models import ODD, quantize
+from support.run_models import build_run_model, parallelize_run
+from support.small_models import make_run, write_model_folder, write_text_file
+from support.worlds import World
+
+SINGLE = Ranks(0, 1, torch.device("cpu"), None)
+SKIPPED = ["lm_head", "model.layers.1.mlp", "k_proj"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "nested": {"bnb_4bit_use_double_quant": True},
+    "plain": {"bnb_4bit_use_double_quant": False},
+    "storage-bf16": {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": torch.bfloat16},
+    "skipping": {"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": SKIPPED},
+    "odd-nested": {"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_storage": torch.float16},
+    "odd-plain": {"bnb_4bit_use_double_quant": False, "bnb_4bit_quant_storage": torch.float32},
+    "packed-head": {"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": []},
+}
+LOADABLE = [name for name in VARIANTS if name != "packed-head"]
+ONE_AND_CI = [name if name == "nested" else pytest.param(name, marks=pytest.mark.ci) for name in LOADABLE]
+# Rows are whole blocks: for rows of 96 bitsandbytes' own CPU kernel is wrong (tests/kernels/test_nf4.py).
+EVEN = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}
+WEIGHT = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with text.jsonl and a checkpoint for each of VARIANTS."""
+    root = tmp_path_factory.mktemp("prequantized")
+    write_model_folder(root / "even", "llama", **EVEN)
+    write_model_folder(root / "odd", "llama", **ODD)
+    for name, settings in VARIANTS.items():
+        quantize(root / ("odd" if name.startswith("odd") else "even"), root / name, **settings)
+    write_text_file(root / "text.jsonl")
+    return root
+
+
+def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
+    base: dict[str, Any] = {
+        "model": {"path": str(folder)},
+        "data": {"path": str(folder.parent / "text.jsonl"), "sequence_length": 64},
+        "adapter": {"target_modules": "all-linear"},
+        "train": {"dtype": "fp32"},
+        "run_dir": "none",
+    }
+    return build(Config, base | sections)
+
+
+def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend, Loaded]:
+    config = config_for(folder, **sections)
+    model = build_run_model(config)
+    backend = parallelize_run(model, ranks, config)
+    figures = load_base(model, CheckpointFiles(folder), backend)
+    materialize_buffers(model, ranks.device)
+    reset_adapters(model.adapted_linears(), config.adapter, seed=0)
+    return model, backend, figures
+
+
+def frozen_linears(model: CausalLM) -> dict[str, FrozenLinear]:
+    return {
+        model.hf_name(f"{path}.weight"): module
+        for path, module in model.named_modules()
+        if isinstance(module, FrozenLinear)
+    }
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+    return tensors
+
+
+def packed_names(tensors: dict[str, Tensor]) -> list[str]:
+    suffix = ".quant_state.bitsandbytes__nf4"
+    return sorted(name.removesuffix(suffix) for name in tensors if name.endswith(suffix))
+
+
+def copy_with(source: Path, target: Path, changes: dict[str, Tensor | None]) -> Path:
+    """Copy the checkpoint into one file with some tensors replaced or removed (None)."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("model*"))
+    tensors = stored_tensors(source) | {name: tensor for name, tensor in changes.items() if tensor is not None}
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+    safetensors.torch.save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def with_state(source: Path, **fields: Any) -> dict[str, Tensor | None]:
+    """Set some fields of WEIGHT's quant_state."""
+    name = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(stored_tensors(source)[name].tolist())) | fields
+    return {name: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize("name", ONE_AND_CI)
+def test_plan_counts_prequantized_bytes(quantized: Path, name: str) -> None:
+    """Check exact bytes, with fp32 absmax without double quantization and linears left dense."""
+    config = config_for(quantized / name)
+    plan = plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))
+    model, _, _ = loaded(quantized / name)
+    kept = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
+    kinds = ("codes", "scales", "weights", "embeddings", "norms")
+    assert sum(plan.device.held.get(kind, 0) for kind in kinds) == sum(tensor.nbytes for tensor in kept)
+    keys, mlp = {"self_attn.k_proj.weight"}, {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    dense = [keys, keys | mlp, keys] if name == "skipping" else [set(), set(), set()]
+    for index, formats in plan.model.shapes.formats.items():
+        assert {path for path, format in formats.items() if format is None} == dense[index]
+        assert {*formats.values()} - {None} == {"nf4_absmax" if name.endswith("plain") else "nf4"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] % 2 == 0], ids=str)
+@pytest.mark.parametrize("path", ["reference", "bitsandbytes", "table"])
+def test_plain_absmax_dequantizes_like_bitsandbytes(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], path: str
+) -> None:
+    if path == "table":
+        monkeypatch.setattr(nf4_cpu, "has_bitsandbytes", lambda: False)
+    packed, state = bnb.quantize_4bit(random_weight(shape, dtype), blocksize=64, quant_type="nf4")
+    groups = nf4.num_groups(torch.Size(shape).numel())
+    codes = torch.full((groups * nf4.GROUP_BYTES,), 0x77, dtype=torch.uint8)
+    codes[: packed.numel()] = packed.view(-1)
+    absmax = torch.zeros(groups * nf4.BLOCKS_PER_GROUP)
+    absmax[: state.absmax.numel()] = state.absmax
+    parts = (codes.view(groups, -1), absmax.view(groups, -1))
+    if path == "reference":
+        actual = reference.dequantize_blocks(*parts, shape=shape, dtype=dtype)
+    else:
+        actual = nf4.NF4_ABSMAX.dequantize(parts, shape=shape, dtype=dtype)
+    assert torch.equal(actual, bitsandbytes_dequantize(packed, state, shape))
+
+
+@pytest.mark.ci
+def test_dynamic_map_is_equal_without_vector_instructions() -> None:
+    """Check that the map does not depend on torch.linspace, whose last bits do."""
+    code = "from distlora_kernels.reference import dynamic_map; print(dynamic_map().numpy().tobytes().hex())"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
+    assert finished.stdout.strip() == reference.dynamic_map().numpy().tobytes().hex(), finished.stderr
+
+
+def own_rows(ranks: Ranks, *, folder: Path) -> tuple[dict[str, Tensor], int]:
+    """Return this rank's rows of every quantized part and dense linear by name, and the bytes that it read."""
+    model, backend, figures = loaded(folder, ranks)
+    rows: dict[str, Tensor] = {}
+    for name, linear in frozen_linears(model).items():
+        for part, parameter in linear.named_parameters(recurse=False):
+            rows[f"{name}.{part}"] = backend.local_rows(parameter)[0].clone()
+        if linear.format is nf4.NF4:
+            rows[f"{name}.offset"] = linear.offset.clone()  # type: ignore[operator]
+    return rows, figures.bytes_read
+
+
+@pytest.mark.parametrize("size", [*(pytest.param(size, marks=pytest.mark.slow) for size in (1, 2)), 3])
+@pytest.mark.parametrize("variant", ONE_AND_CI)
+def test_ranks_hold_and_read_slices_of_the_stored_bytes(world: World, quantized: Path, variant: str, size: int) -> None:
+    tensors = stored_tensors(quantized / variant)
+    by_rank = world.run(size, own_rows, folder=quantized / variant)
+    expected_reads = 0
+    for name in packed_names(tensors):
+        nested = f"{name}.nested_absmax" in tensors
+        parts = {"codes": (name, 0x77), "scales" if nested else "absmax": (f"{name}.absmax", 127 if nested else 0)}
+        parts |= {"group_scale": (f"{name}.nested_absmax", 0)} if nested else {}
+        for part, (on_disk, padding) in parts.items():
+            whole = torch.cat([rows[f"{name}.{part}"] for rows, _ in by_rank]).view(-1)
+            expected = tensors[on_disk].view(-1).view(torch.uint8 if part == "codes" else tensors[on_disk].dtype)
+            assert torch.equal(whole[: len(expected)], expected), f"{name}.{part}"
+            assert (whole[len(expected) :] == padding).all(), f"the padding of {name}.{part}"
+            expected_reads += expected.nbytes
+        if nested:
+            state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+            assert all(float(rows[f"{name}.offset"]) == state["nested_offset"] for rows, _ in by_rank)
+        expected_reads += size * 4 * (16 + 256 * nested)  # Each rank checks the maps.
+    dense = [name for name, tensor in tensors.items() if name.endswith("weight") and name not in packed_names(tensors)]
+    expected_reads += sum(tensors[name].nbytes for name in dense)
+    assert sum(read for _, read in by_rank) == expected_reads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", ONE_AND_CI)
+def test_weights_equal_bitsandbytes_bit_for_bit(quantized: Path, variant: str, dtype: torch.dtype) -> None:
+    tensors = stored_tensors(quantized / variant)
+    linears = frozen_linears(loaded(quantized / variant)[0])
+    assert set(packed_names(tensors)) == {name for name, linear in linears.items() if linear.quantized}
+    for name in packed_names(tensors):
+        parts = {key.removeprefix("weight."): t for key, t in own_parts(tensors, name).items()}
+        state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
+        state.dtype = dtype
+        expected = bitsandbytes_dequantize(tensors[name].view(torch.uint8), state, tuple(state.shape))
+        assert torch.equal(linears[name].frozen_weight.dense(dtype), expected), name
+
+
+def own_parts(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the tensors that accompany a quantized weight, as bitsandbytes' QuantState takes them."""
+    return {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+
+
+def dequantized_by_transformers(folder: Path) -> transformers.PreTrainedModel:
+    """Return transformers' bitsandbytes model of the folder, dequantized by bitsandbytes."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    assert any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    return model.dequantize()
+
+
+def row_losses(ranks: Ranks, *, folder: Path, tokens: Tensor) -> Tensor:
+    model, _, _ = loaded(folder, ranks)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        return model(tokens, positions, tokens.roll(-1, 1))
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["nested", *(pytest.param(v, marks=pytest.mark.ci) for v in LOADABLE if v != "nested" and not v.startswith("odd"))],
+)
+def test_losses_equal_transformers_with_bitsandbytes(world: World, quantized: Path, variant: str) -> None:
+    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
+    theirs = dequantized_by_transformers(quantized / variant)
+    with torch.no_grad():
+        logits = theirs(tokens).logits
+    ours, _, _ = loaded(quantized / variant)
+    with torch.no_grad():
+        difference = (our_logits(ours, tokens) - logits).abs().max()
+    assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none"
+    ).view_as(tokens)
+    for size in (2, 3):
+        for rows in world.run(size, row_losses, folder=quantized / variant, tokens=tokens):
+            torch.testing.assert_close(rows, losses.sum(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes"), [("skipping", (1, 2)), pytest.param("plain", (1, 3), marks=pytest.mark.slow)]
+)
+def test_run_trains_on_any_world_size_and_peft_gives_its_logits(
+    world: World,
+    quantized: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    variant: str,
+    sizes: tuple[int, ...],
+) -> None:
+    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
+    adapters = {}
+    for size in sizes:
+        run_dir = tmp_path / f"run{size}"
+        make_run(run_dir, quantized, variant, train={"max_steps": 5})
+        if size == 1:
+            worker.run(run_dir, SINGLE)
+            assert "MiB on rank 0 as stored in" in capsys.readouterr().out
+        else:
+            world.run(size, run_worker, run_dir=run_dir)
+        adapters[size] = safetensors.torch.load_file(run_dir / "adapter" / "adapter_model.safetensors")
+        assert_adapters_close(adapters[size], adapters[1])
+    assert {name.split(".")[6] for name in adapters[1]} >= {"q_proj", "k_proj", "up_proj"}
+    assert all(bool(tensor.any()) for tensor in adapters[1].values()), "an adapter was not trained"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["eval_loss"] < summary["base_eval_loss"]
+    assert summary["gathered_bytes_per_step"] < summary["gathered_bytes_per_step_bf16"]
+
+    ours = our_trained_model(run_dir)
+    tuned = peft.PeftModel.from_pretrained(dequantized_by_transformers(quantized / variant), run_dir / "adapter")
+    with torch.no_grad():
+        difference = (tuned(tokens).logits - our_logits(ours, tokens)).abs().max()
+    assert difference <= 1e-4, f"logits are {difference:.1e} apart"
+
+
+def run_worker(ranks: Ranks, *, run_dir: Path) -> None:
+    worker.run(run_dir, ranks)
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_dense_linears_of_the_checkpoint_stay_dense(quantized: Path, dtype: str, torch_dtype: torch.dtype) -> None:
+    tensors = stored_tensors(quantized / "skipping")
+    model, _, figures = loaded(quantized / "skipping", train={"dtype": dtype})
+    dense = {name: linear for name, linear in frozen_linears(model).items() if not linear.quantized}
+    expected = {f"model.layers.{layer}.self_attn.k_proj.weight" for layer in range(3)}
+    expected |= {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert set(dense) == expected
+    for name, linear in dense.items():
+        assert torch.equal(linear.weight, tensors[name].to(torch_dtype))
+    kept = {name: linear for name, linear in frozen_linears(model).items() if linear.quantized}
+    assert figures.quantized_weights == sum(linear.in_features * linear.out_features for linear in kept.values())
+    assert figures.prequantized
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"quant_method": "hqq"}, r"quant_method='hqq'.*16-bit checkpoint"),
+        ({"quant_method": None}, "quant_method=None"),
+        ({"load_in_8bit": True}, "load_in_4bit=True is not supported, only False"),
+        ({"load_in_4bit": False}, "load_in_4bit=False"),
+        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type='fp4'"),
+    ],
+    ids=str,
+)
+def test_other_quantization_is_refused_by_field(
+    quantized: Path, tmp_path: Path, settings: dict[str, Any], says: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(quantized / "nested", folder)
+    model = json.loads((folder / "config.json").read_text())
+    model["quantization_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(model))
+    for refuse in (check_model, build_run_model):
+        with pytest.raises(UserError, match=says):
+            refuse(config_for(folder))
+
+
+STATES = [
+    ({"blocksize": 128}, r"q_proj\.weight\.quant_state\.blocksize=128.*only 64"),
+    ({"nested_blocksize": 128}, "nested_blocksize=128.*only 256"),
+    ({"nested_dtype": "float16"}, "nested_dtype='float16'"),
+    ({"nested_offset": float("nan")}, "nested_offset=nan"),
+    ({"quant_type": "fp4"}, "quant_type='fp4'"),
+    ({"shape": [128]}, r"shape=\[128\]"),
+    ({"shape": [128, 64]}, r"has 8,192 bytes of codes; a weight of shape \[128, 64\] has 4,096"),
+]
+
+
+def test_missing_or_unsupported_parts_are_refused(quantized: Path, tmp_path: Path) -> None:
+    changes: list[tuple[dict[str, Tensor | None], str]] = [
+        *((with_state(quantized / "nested", **fields), says) for fields, says in STATES),
+        ({f"{WEIGHT}.absmax": None}, r"no tensor model\.layers\.1.*absmax"),
+        ({f"{WEIGHT}.nested_quant_map": None}, "no tensor .*nested_quant_map"),
+        ({f"{WEIGHT}.absmax": torch.zeros(256)}, "absmax is stored as F32, not U8"),
+        ({f"{WEIGHT}.nested_absmax": torch.zeros(3)}, r"nested_absmax has shape \[3\]; .* needs \[1\]"),
+        ({"model.norm.weight.absmax": torch.zeros(3)}, r"norm\.weight\.absmax belongs to no quantized weight"),
+        ({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.tensor(list(b"{"), dtype=torch.uint8)}, "is not JSON"),
+        ({f"{WEIGHT}.quant_state.bitsandbytes__nf4": torch.tensor(list(b"[]"), dtype=torch.uint8)}, "not a JSON obj"),
+    ]
+    for number, (change, says) in enumerate(changes):
+        folder = copy_with(quantized / "nested", tmp_path / str(number), change)
+        with pytest.raises(UserError, match=says):
+            _ = CheckpointFiles(folder).headers
+
+
+def test_other_maps_and_non_finite_numbers_are_refused(quantized: Path, tmp_path: Path) -> None:
+    nested, plain = quantized / "nested", quantized / "plain"
+    linear_map = torch.linspace(-1, 1, 256)
+    with_nan = stored_tensors(nested)[f"{WEIGHT}.nested_quant_map"].clone()
+    with_nan[7] = torch.nan
+    absmax = stored_tensors(plain)[f"{WEIGHT}.absmax"].clone()
+    absmax[200] = torch.inf
+    changes: list[tuple[Path, dict[str, Tensor | None], str]] = [
+        (nested, {f"{WEIGHT}.quant_map": bnb.get_4bit_type("fp4", device="cpu")}, r"quant_map holds .* NF4's levels"),
+        (nested, {f"{WEIGHT}.nested_quant_map": linear_map}, r"nested_quant_map is not .* dynamic map \(entry"),
+        (nested, {f"{WEIGHT}.nested_quant_map": with_nan}, r"nested_quant_map is not .* \(entry 7 is nan"),
+        (nested, {f"{WEIGHT}.nested_absmax": torch.tensor([torch.nan])}, r"q_proj\.weight holds NaN or Inf"),
+        (plain, {f"{WEIGHT}.absmax": absmax}, r"q_proj\.weight holds NaN or Inf"),
+    ]
+    for number, (source, change, says) in enumerate(changes):
+        folder = copy_with(source, tmp_path / str(number), change)
+        with pytest.raises(UserError, match=says):
+            loaded(folder)
+
+
+def test_map_with_other_last_bits_is_accepted(quantized: Path, tmp_path: Path) -> None:
+    """Check the map of a CPU without fused multiply-add: up to 2 ulps from distlora's."""
+    entries = stored_tensors(quantized / "nested")[f"{WEIGHT}.nested_quant_map"]
+    other = torch.where(entries == 0, entries, entries * (1 + 2 * torch.finfo(torch.float32).eps))
+    assert not torch.equal(other, entries)
+    folder = copy_with(quantized / "nested", tmp_path / "model", {f"{WEIGHT}.nested_quant_map": other})
+    assert loaded(folder)[2].prequantized
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        (
+            {"quant": {"method": "none"}},
+            r"quant=none keeps weights in 16 bits, but model\.path=.* is quantized already; set quant=nf4",
+        ),
+        ({"quant": {"method": "none"}, "adapter": {"method": "full"}}, "adapter=full trains every weight, but"),
+        (
+            {"adapter": {"init": "pissa_niter_4"}},
+            r"init=pissa_niter_4 decomposes 16-bit weights, but .* set adapter.init",
+        ),
+        ({"adapter": {"init": "loftq"}}, "init=loftq decomposes 16-bit weights, but .* is quantized already"),
+    ],
+    ids=["none", "full", "pissa", "loftq"],
+)
+def test_settings_that_need_16_bit_weights_are_refused(quantized: Path, sections: dict[str, Any], says: str) -> None:
+    for refuse in (check_model, build_run_model):
+        with pytest.raises(UserError, match=says):
+            refuse(config_for(quantized / "nested", **sections))
+
+
+@pytest.mark.parametrize("variant", ["skipping", "odd-plain"])
+def test_keep_is_nf4_and_auto_is_keep(quantized: Path, variant: str) -> None:
+    folder = quantized / variant
+    kept, _, figures = loaded(folder, quant={"method": "keep"})
+    assert figures.prequantized
+    in_nf4, (config, auto) = (
+        loaded(folder)[0],
+        (config_for(folder, quant={"method": each}) for each in ("keep", "auto")),
+    )
+    expected = in_nf4.state_dict()
+    assert kept.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in kept.state_dict().items())
+    check_model(config)
+    plans = [
+        plan_of(each, find_model(each), machine_of(each.gpu, each.cluster)) for each in (config_for(folder), config)
+    ]
+    assert plans[0].device == plans[1].device
+    assert not any("rounds it again" in line for line in lines(plans[0]))
+    found = resolve_auto(Search(config=auto, model=find_model(auto), machine=machine_of(auto.gpu, auto.cluster)))
+    assert found.config.quant.method == "keep"
+
+
+def test_quantized_head_is_refused(quantized: Path) -> None:
+    says = "lm_head.weight is stored in NF4.*lm_head in llm_int8_skip_modules"
+    with pytest.raises(UserError, match=says):
+        check_model(config_for(quantized / "packed-head"))
+    with pytest.raises(UserError, match=says):
+        loaded(quantized / "packed-head")
+
+
+def test_config_that_contradicts_weights_is_refused(quantized: Path, tmp_path: Path) -> None:
+    """Check dense weights with a quantization_config, which would silently train in 16 bits."""
+    shutil.copytree(quantized / "even", tmp_path / "dense")
+    shutil.copytree(quantized / "nested", tmp_path / "packed")
+    for source, target, says in (("nested", "dense", "no weight in"), ("even", "packed", "no quantization_config")):
+        shutil.copy(quantized / source / "config.json", tmp_path / target / "config.json")
+        with pytest.raises(UserError, match=says):
+            check_model(config_for(tmp_path / target))
+        with pytest.raises(UserError, match=says):
+            loaded(tmp_path / target)

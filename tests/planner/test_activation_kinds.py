@@ -1,0 +1,236 @@
+"""Check the calculated activation bytes per row for every family and kind of adapter, within 5 %.
+
+The modes of plain LoRA are in tests/planner/test_activations.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distlora.derive.shrink import build, shrink
+from distlora.model import experts
+from distlora.parallel import integrity
+from distlora.planner.memory import layer, step
+from distlora.planner.memory.activations import Mode
+from distlora.planner.memory.device import device_bytes
+from distlora.planner.memory.step import blocks_of
+from distlora.planner.model import model_in
+from distlora.planner.workload import Workload
+from distlora_kernels import dropout, skinny_launch
+from support import activation_steps
+from support.accounting import Kept, Made
+from support.activation_steps import NARROW, TOKENS, WIDE, check_steps, load, loss, positions, small_chunks
+from support.family_models import config_for
+from support.model_types import config_of
+from support.plan_inputs import cpu_machine
+from support.tiers import ci
+
+pytestmark = pytest.mark.usefixtures("torch_products")  # What their blocks take is in test_products.py.
+
+__all__ = ["small_chunks"]
+
+FEW: list[tuple[Mode, int | None, int]] = [("none", None, 1), ("block", None, 3)]
+ALL: list[tuple[Mode, int | None, int]] = [
+    *FEW,
+    ("selective", None, 1),
+    ("block", None, 1),
+    ("offload", None, 1),
+    ("offload", None, 3),
+]
+SCORES = {"hidden_size": 96, "intermediate_size": 96, "num_attention_heads": 6, "head_dim": 24}
+"""Scores are most of what attention makes."""
+SHALLOW = {"num_hidden_layers": 2}
+QWEN3_MOE = {"moe_intermediate_size": 160}
+MASKS, EAGER = {"attention": "sdpa"}, {"attention": "eager"}
+DORA, DROPOUT = {"use_dora": True}, {"lora_dropout": 0.1}
+BOTH = DORA | DROPOUT
+
+CASES: list[tuple[str, str, dict[str, int], dict[str, Any]]] = [
+    ("mixtral, narrow", "mixtral", NARROW, {}),
+    ("mixtral in NF4", "mixtral", WIDE, {"quant": "nf4"}),
+    ("qwen3_moe, narrow", "qwen3_moe", NARROW | QWEN3_MOE | SHALLOW, {}),
+    ("qwen3_moe, adapters in attention", "qwen3_moe", WIDE | QWEN3_MOE, {"target_modules": ["q_proj", "v_proj"]}),
+    ("gpt_oss, narrow", "gpt_oss", NARROW, EAGER),
+    ("gpt_oss, scores", "gpt_oss", SCORES, EAGER),
+    ("gemma2, narrow", "gemma2", NARROW, EAGER),
+    ("gemma2, scores", "gemma2", SCORES, EAGER),
+    ("gemma2 in fp32", "gemma2", SCORES, EAGER | {"dtype": "fp32"}),
+    ("phi3, narrow", "phi3", NARROW, {}),
+    ("qwen2", "qwen2", NARROW, {}),
+    ("llama with masks", "llama", WIDE, MASKS),
+    ("qwen3 with masks in NF4 and fp32", "qwen3", WIDE, MASKS | {"quant": "nf4", "dtype": "fp32"}),
+    ("gemma3 with masks", "gemma3", WIDE, MASKS),
+    ("llama, DoRA, wide", "llama", WIDE, DORA),
+    ("llama, dropout", "llama", WIDE, DROPOUT),
+    ("llama, DoRA and dropout", "llama", NARROW | SHALLOW, BOTH),
+    ("qwen3, DoRA and dropout", "qwen3", WIDE, BOTH),
+    ("qwen2, DoRA beside biases", "qwen2", NARROW, DORA),
+    ("phi3, DoRA", "phi3", NARROW, DORA),
+    ("llama with masks, DoRA in NF4", "llama", NARROW, MASKS | DORA | {"quant": "nf4"}),
+]
+DEFAULT = ("gpt_oss, scores", "llama, DoRA and dropout")
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("name", "family", "sizes", "settings"),
+    [pytest.param(*case, id=case[0], marks=[] if case[0] in DEFAULT else pytest.mark.slow) for case in CASES],
+)
+def test_what_is_kept_and_the_peak_of_a_step_are_calculated_within_5_percent(
+    name: str,
+    family: str,
+    sizes: dict[str, int],
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What an operation makes within itself, nothing sees that looks at operations (test_plan_memory.py does).
+    monkeypatch.setattr(layer, "STRIPE_BYTES", 0)
+    check_steps(load(tmp_path, family, sizes, **settings), FEW if name in DEFAULT else ALL)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("family", "sizes", "document", "settings"),
+    [
+        ("llama", WIDE, 512, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("llama", NARROW, 512, {"quant": "nf4"}),
+                ("llama", WIDE, 64, {}),
+                ("qwen3", WIDE, 256, DORA),
+                ("gemma3", WIDE, 512, {}),
+                ("phi3", NARROW, 512, {}),
+            )
+        ),
+    ],
+)
+def test_tiles_of_attention_are_calculated_within_5_percent(
+    family: str,
+    sizes: dict[str, int],
+    document: int,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layer, "STRIPE_BYTES", 0)
+    monkeypatch.setattr(activation_steps, "POSITIONS", positions(document))
+    loaded = load(tmp_path, family, sizes, attention="tiles", document=document, **settings)
+    check_steps(loaded, FEW if family == "llama" and sizes is WIDE else ALL)
+
+
+FULL = {"method": "full"}
+ROWS = {"trainable_token_indices": list(range(5, 45))}
+TIED = {"tie_word_embeddings": True}
+BLOCKS: list[tuple[Mode, int | None, int]] = [("block", None, 1), ("block", None, 3)]
+BASE_CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], list[tuple[Mode, int | None, int]]]] = [
+    ("full in fp32", "llama", WIDE, FULL | {"dtype": "fp32"}, ALL),
+    ("full in fp32, Gemma 3", "gemma3", NARROW, FULL | {"dtype": "fp32"}, ALL),
+    ("full, nothing again", "llama", NARROW, FULL | {"checkpointing": "none"}, [("none", None, 1)]),
+    ("full", "llama", WIDE, FULL, BLOCKS),
+    ("full, norms of heads", "qwen3", NARROW, FULL, BLOCKS),
+    ("head and embedding whole", "llama", NARROW, {"modules_to_save": ["embed_tokens", "lm_head"]}, FEW),
+    ("embedding whole", "llama", NARROW, {"modules_to_save": ["embed_tokens"]}, FEW),
+    ("rows of the embedding", "llama", NARROW, ROWS, FEW),
+    ("rows of both", "llama", NARROW | TIED, ROWS, FEW),
+]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("name", "family", "sizes", "settings", "modes"),
+    [pytest.param(*case, id=case[0], marks=pytest.mark.slow) for case in BASE_CASES],
+)
+def test_the_peak_of_a_step_that_trains_more_than_adapters_is_calculated_within_5_percent(
+    name: str,
+    family: str,
+    sizes: dict[str, Any],
+    settings: dict[str, Any],
+    modes: list[tuple[Mode, int | None, int]],
+    tmp_path: Path,
+) -> None:
+    check_steps(load(tmp_path, family, sizes, **settings), modes)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("qwen3_moe", NARROW | QWEN3_MOE), ("qwen3_moe", WIDE | QWEN3_MOE), ("mixtral", WIDE)]
+)
+def test_the_peak_with_experts_in_one_grouped_product_is_calculated_within_5_percent(
+    family: str, sizes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16 the CPU has it too."""
+    monkeypatch.setattr(experts, "runs_grouped", lambda *arguments: True)
+    loaded = load(tmp_path, family, sizes)
+    check_steps(loaded._replace(costs=replace(loaded.costs, groups_experts=True)), ALL)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_chunks")
+def test_the_peak_of_a_step_with_a_reference_is_calculated_within_5_percent(tmp_path: Path) -> None:
+    loaded = load(tmp_path, "llama", NARROW)
+    loaded = loaded._replace(costs=replace(loaded.costs, has_reference=True))
+    check_steps(loaded, FEW, with_reference=True)
+
+
+def test_planner_and_kernels_have_the_same_bounds() -> None:
+    assert layer._COUNTERS == {"cpu": dropout._CPU_COUNTERS, "cuda": dropout._GPU_COUNTERS}
+    assert layer._PARTS_BYTES == skinny_launch.MOST_PARTS_BYTES
+    assert layer._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
+    assert 8 * integrity._LINES_AT_ONCE["cuda"] * integrity.LINE == step._CHECKED
+
+
+MIXERS: dict[str, dict[str, int]] = {
+    "lfm2": {"intermediate_size": 768, "block_ff_dim": 768},
+    "qwen3_next": {
+        "intermediate_size": 512,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96,
+        "linear_num_value_heads": 8,
+        "linear_num_key_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+}
+"""Settings of a model with hidden size 256, where the measured one has 64."""
+
+
+@pytest.mark.parametrize(("name", "within", "peak_within"), [("lfm2", 0.1, 0.2), ci("qwen3_next", 0.3, 0.3)])
+def test_layers_without_formulas_are_scaled_from_a_measured_small_model(
+    name: str, within: float, peak_within: float, tmp_path: Path
+) -> None:
+    """Compare what layers keep, and a step's peak in a layer, with a model of four times the columns and one document.
+
+    The plan's backward of a layer is too large rather than too small.
+    """
+    sizes = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32} | MIXERS[name]
+    settings = shrink(config_of(name)) | sizes | {"vocab_size": 1001}
+    build(settings).save_pretrained(tmp_path)
+    model, _, _ = load(tmp_path, name, {}, attention="tiles", document=TOKENS)
+    config = config_for(
+        tmp_path,
+        data={"path": "none.jsonl", "sequence_length": TOKENS},
+        quant={"method": "none"},
+        train={"dtype": "bf16"},
+    )
+    work, planned = Workload.of(config), model_in(tmp_path)
+    groups = blocks_of(work, planned, cpu_machine(1), at_once=TOKENS, tokens=TOKENS)
+    kept = sum(blocks.count * blocks.costs.kept("none", TOKENS) for blocks in groups)
+    saved = Kept()
+    for block in model.blocks:
+        block.checkpointing = False
+    with saved.within(list(model.blocks)):
+        loss(model, document=TOKENS)
+    assert kept == pytest.approx(saved.nbytes / TOKENS, rel=within)
+    for block in model.blocks:
+        block.checkpointing = True
+    with Made(model) as made:
+        loss(model, document=TOKENS).backward()
+    moments = device_bytes(work, planned, cpu_machine(1)).moments
+    assert max(sum(kinds.values()) for kinds in moments.values()) == pytest.approx(made.peak, rel=peak_within)

@@ -1,0 +1,43 @@
+"""A model with fused modules, run beside transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from distlora.model.attention import Documents
+from distlora.model.build import CausalLM
+from distlora.parallel import Ranks
+from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.memory.activations import Costs
+from support.accounting import Kept, flash_like
+from support.family_models import tokens
+
+ONE_EACH = ("llama-biases", "mistral-window", "qwen2-tied-window", "qwen3", "gemma2", "gemma3-text", "gemma3", "phi3")
+PARTIAL_ROTARY = "phi3-longrope-tied"
+RANKS = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
+
+
+def run(model: CausalLM, input_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    losses = model(input_ids, positions, input_ids.roll(-1, dims=1))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return losses.detach(), list(torch.autograd.grad(losses.sum() / input_ids.numel(), parameters))
+
+
+def check_kept(model: CausalLM, folder: Path, kept: Kept, *, remakes: bool) -> None:
+    model.attend_by_documents(flash_like)
+    model.embedding.register_forward_hook(lambda module, arguments, output: output.requires_grad_())
+    ids, positions = tokens(1, 16).to(RANKS.device), torch.arange(16)[None]
+    with kept.within(list(model.blocks)):
+        model(ids, positions.to(RANKS.device), ids, documents=Documents.of(positions).to(RANKS.device))
+    linears = (each for each in model.adapted_linears() if ".layers.0." in each[0])
+    ranks = {path.rpartition(".")[2]: linear.pairs[0].rank for path, linear in linears}
+    decoder = Decoder.of(model.architecture)
+    sizes = AdaptedRanks(by_name=ranks)
+    costs = Costs(decoder=decoder, ranks=sizes, itemsize=4, fused=True, remakes=remakes, is_gpu=not remakes)
+    # The rotary tables are the blocks' together.
+    assert costs.kept("none") == pytest.approx(kept.nbytes / 16 / 3, rel=0.03)

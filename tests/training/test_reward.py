@@ -1,0 +1,403 @@
+"""Reward models: a score in place of the LM head. TRL's loss and gradients are compared in test_objectives_trl.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from distlora.checkpoint.verify import verify
+from distlora.config import Config, UserError
+from distlora.config.file import load_config
+from distlora.data.prepare import open_split
+from distlora.data.rows import PackedRows
+from distlora.loading.peft_format import adapter_tensors
+from distlora.model.reward_head import RewardHead
+from distlora.planner.flops import active_weights
+from distlora.planner.model import model_in
+from distlora.planner.storage import trained_tensors
+from distlora.planner.workload import Workload
+from distlora.post.combine.request import find_member
+from distlora.post.trained import Name
+from distlora.run_folder.layout import read_result
+from distlora.training import worker as training_worker
+from distlora.training.model_card import model_card
+from distlora.training.objectives import RewardModel
+from distlora.training.open_run import open_data
+from distlora.training.setup import start_adapters, start_run_model
+from distlora.training.trial import active_weights as active_weights_of
+from distlora_launcher.cli import generate
+from distlora_launcher.compose.checks import check_model
+from distlora_launcher.compose.compose import with_initial_adapter
+from support.closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run
+from support.family_models import SINGLE, edit_config
+from support.parity_runs import run_once
+from support.planned import assert_disk_as_planned, traffic_of
+from support.preference_data import (
+    documents_of,
+    preferences,  # noqa: F401 - a fixture
+)
+from support.resumed_runs import run_until
+from support.small_models import config_with, make_run, read_metrics
+from support.tiers import ci
+from support.worlds import World, start_world
+
+
+def prepare(
+    run_dir: Path,
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    model: str = "llama",
+    **sections: dict[str, Any],
+) -> Config:
+    """Prepare a run of six steps of six rows, with one to several pairs in each."""
+    sections["data"] = {"path": str(preferences), "sequence_length": 160, "eval_fraction": 0.2}
+    sections["train"] = {"objective": "reward", "max_steps": 6, "global_batch": 6} | sections.get("train", {})
+    return make_run(run_dir, folders, model, **sections)
+
+
+@pytest.fixture(scope="module")
+def alone(
+    world: World,
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Return a run of one rank with all rows of a step at once and nothing recomputed."""
+    run_dir = tmp_path_factory.mktemp("alone") / "run"
+    prepare(run_dir, folders, preferences, train={"micro_batch": 6, "checkpointing": "none", "save_every": 6})
+    world.run(1, run_once, run_dir=run_dir)
+    return run_dir
+
+
+def test_a_run_learns_which_answer_is_better_and_its_folder_is_whole(alone: Path) -> None:
+    lines = [line for line in read_metrics(alone) if "eval_loss" in line]
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.05
+    assert lines[-1]["eval_rewards/accuracies"] > 0.8
+    assert lines[-1]["eval_rewards/margins"] > lines[0]["eval_rewards/margins"] + 0.1
+    assert [item for item in verify(alone) if item.state == "damaged"] == []
+    assert_disk_as_planned(alone)
+    card = model_card(read_result(alone), repository="me/it", base=None, license_of_base={})
+    assert "AutoModelForSequenceClassification.from_pretrained(" in card
+    assert "num_labels=1" in card
+    assert "pipeline_tag: text-classification" in card
+
+
+@pytest.mark.parametrize(
+    ("size", "settings"),
+    [
+        (2, {"micro_batch": 3, "accumulate": "block"}),
+        ci(3, {"micro_batch": 1, "accumulate": "block", "checkpointing": "offload"}),
+    ],
+    ids=str,
+)
+def test_ranks_change_nothing_and_no_head_is_gathered(
+    world: World,
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+    alone: Path,
+    size: int,
+    settings: dict[str, Any],
+) -> None:
+    config = prepare(tmp_path / "run", folders, preferences, train=settings)
+    metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
+    for name in ("loss", "eval_loss"):
+        assert_losses_close(*([line[name] for line in each if name in line] for each in (metrics, read_metrics(alone))))
+    assert_adapters_close(adapter_of(tmp_path / "run"), adapter_of(alone))
+    planned = traffic_of(config, world=size)
+    assert metrics[-2]["gathered_bytes"] == planned.gathered
+    assert metrics[-2]["reduced_bytes"] == planned.reduced
+    sft = config.with_settings({"train.objective": "sft"})
+    head = 1001 * 96 * 4  # The LM head in fp32, padded to the ranks.
+    assert traffic_of(sft, world=size).gathered - planned.gathered >= head
+
+
+@pytest.mark.ci
+def test_zero3_is_one_rank(folders: Path, preferences: Path, tmp_path: Path, alone: Path) -> None:  # noqa: F811
+    prepare(tmp_path / "run", folders, preferences, train={"micro_batch": 3}, parallel={"backend": "zero3"})
+    with start_world(2, regroups=True) as two:
+        two.run(2, run_once, run_dir=tmp_path / "run")
+    assert_adapters_close(adapter_of(tmp_path / "run"), adapter_of(alone))
+
+
+def test_a_stopped_run_resumes_bit_for_bit(folders: Path, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
+    for name in ("whole", "stopped"):
+        settings = {"save_every": 2, "max_steps": 3, "micro_batch": 6}
+        prepare(tmp_path / name, folders, preferences, train=settings, adapter={"lora_dropout": 0.1})
+    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
+    for stop_before in (3, None):
+        run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def in_peft(run_dir: Path, base: Path) -> Any:
+    """Return the run's reward model as a user loads it."""
+    settings = {"num_labels": 1, "dtype": torch.float32, "experts_implementation": "eager"}
+    model = AutoModelForSequenceClassification.from_pretrained(base, **settings)
+    return peft.PeftModel.from_pretrained(model, run_dir / "adapter").eval()
+
+
+def our_scores(model: Any, ids: Tensor) -> Tensor:
+    """Return the score of each token of one document (T,)."""
+    return model(ids[None], torch.arange(len(ids))[None], torch.full_like(ids, -100)[None], by_token=True)[0]
+
+
+@pytest.mark.parametrize("base", ["llama", ci("gemma2"), ci("qwen3-moe")])
+def test_peft_and_transformers_load_the_result_with_equal_rewards(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+    base: str,
+) -> None:
+    """Also with padding, which transformers leaves out of its rewards by config.pad_token_id."""
+    from support.family_models import write_family_folder
+    from support.small_models import tokenizer
+
+    if not (folders / base).exists():
+        write_family_folder(folders / base, base)
+        tokenizer().save_pretrained(folders / base)
+    run_dir = tmp_path / "run"
+    prepare(run_dir, folders, preferences, base, train={"max_steps": 2, "micro_batch": 6}, quant={"method": "none"})
+    training_worker.run(run_dir, SINGLE)
+    config = load_config(run_dir)
+    ours, backend, _ = start_run_model(config, SINGLE, training=False)
+    start = config.with_settings({"adapter.init_from": str(run_dir / "adapter")})
+    start_adapters(ours, start.spec, backend, start.train, restores=False)
+    theirs = in_peft(run_dir, folders / base)
+    theirs.config.get_text_config().pad_token_id = 0
+    ids = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(0))
+    ids[1, 30:] = 0
+    with torch.no_grad():
+        rewards = theirs(ids, attention_mask=(ids != 0).long()).logits[:, 0]
+        expected = torch.stack([our_scores(ours, ids[0])[39], our_scores(ours, ids[1, :30])[29]])
+    assert rewards.abs().min() > 1e-3
+    assert (rewards - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pad", ["eos", None])
+def test_the_reward_is_read_where_transformers_reads_it(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+    pad: str | None,
+) -> None:
+    """Where the end-of-text token is the padding too, that is before it."""
+    from support.small_models import tokenizer
+
+    shutil.copytree(folders / "llama", tmp_path / "llama")
+    eos = tokenizer().eos_token_id
+    edit_config(tmp_path / "llama", pad_token_id=eos if pad else None)
+    config = prepare(tmp_path / "run", tmp_path, preferences, quant={"method": "none"})
+    ours, _, _ = start_run_model(config, SINGLE)
+    batch = open_data(tmp_path / "run", config.train, SINGLE)[0].batch(0)
+    losses = sum(
+        RewardModel(config.train, config.rollout).losses(ours, part, SINGLE.device, 0).rows.sum()
+        for part in batch.micro_batches
+    )
+    theirs: Any = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "llama", num_labels=1, dtype=torch.float32
+    )
+    with torch.no_grad():
+        theirs.score.weight.copy_(ours.head.weight)
+        documents = [ids for part in batch.micro_batches for ids, _ in documents_of(part)]
+        assert all(ids[-1] == eos for ids in documents)
+        rewards = torch.stack([theirs(ids[None]).logits[0, 0] for ids in documents])
+        expected = -torch.nn.functional.logsigmoid(rewards[::2] - rewards[1::2]).sum()
+    assert_losses_close([float(losses)], [float(expected)], relative=1e-5)
+
+
+def test_a_run_starts_from_an_adapter_of_a_language_model_and_from_peft_s_reward_model(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(folders / "llama", num_labels=1, dtype=torch.float32)
+    lora = {"r": 8, "target_modules": ["q_proj", "down_proj"], "lora_alpha": 16}
+    peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", **lora)).save_pretrained(tmp_path / "reward")
+    score = safetensors.torch.load_file(tmp_path / "reward" / "adapter_model.safetensors")[
+        "base_model.model.score.weight"
+    ]
+    causal = json.loads((tmp_path / "reward" / "adapter_config.json").read_text())
+    causal |= {"task_type": "CAUSAL_LM", "modules_to_save": None}
+    tensors = safetensors.torch.load_file(tmp_path / "reward" / "adapter_model.safetensors")
+    del tensors["base_model.model.score.weight"]
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "adapter_config.json").write_text(json.dumps(causal))
+    safetensors.torch.save_file(tensors, tmp_path / "sft" / "adapter_model.safetensors")
+    starts = {}
+    for name in ("reward", "sft"):
+        config = prepare(tmp_path / f"run_{name}", folders, preferences)
+        config = with_initial_adapter(config.with_settings({"adapter.init_from": str(tmp_path / name)}), [])
+        check_model(config)
+        model, backend, _ = start_run_model(config, SINGLE)
+        start_adapters(model, config.spec, backend, config.train, restores=False)
+        starts[name] = model.head.weight.detach()
+        values = adapter_tensors(model)
+        assert all(torch.equal(values[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(starts["reward"], score)
+    assert not torch.equal(starts["sft"], score)
+    assert 0.8 < starts["sft"].std() / model.hf_config.initializer_range < 1.2
+    sft = config.with_settings({"train.objective": "sft", "adapter.init_from": str(tmp_path / "reward")})
+    with pytest.raises(UserError, match=r"is a model of rewards: .* replaces its LM head, .*train.objective=reward"):
+        with_initial_adapter(sft, [])
+    with pytest.raises(UserError, match="it predicts no tokens"):
+        Name(place=str(tmp_path / "reward"), base=str(folders / "llama")).read()
+
+
+def test_commands_for_language_models_name_the_reward_model(alone: Path) -> None:
+    with pytest.raises(UserError, match=r"trained a reward model \(train.objective=reward\).*eval_rewards/accuracies"):
+        Name(place=str(alone)).read()
+    with pytest.raises(UserError, match=r"trained a reward model"):
+        generate.main([str(alone)])
+    with pytest.raises(UserError, match=r"is a model of rewards"):
+        find_member(str(alone), 1.0)
+
+
+@pytest.mark.parametrize("objective", ["reward", "process_reward"])
+def test_the_plan_has_the_score_and_no_head(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+    objective: str,
+) -> None:
+    config = prepare(tmp_path / "run", folders, preferences, "llama-tied")
+    if objective != "reward":
+        config = config.with_settings({"train.objective": objective, "train.center_rewards": None})
+    model, _, _ = start_run_model(config, SINGLE)
+    work, planned = Workload.of(config), model_in(folders / "llama-tied")
+    shapes = {tensor.name: tensor.shape for tensor in trained_tensors(work, planned.shapes)}
+    assert shapes == {name: tuple(p.shape) for name, p in adapter_tensors(model).items()}
+    assert active_weights(work, planned) == active_weights_of(model)
+    assert isinstance(model.head, RewardHead)
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+def margins_of(rows: PackedRows) -> list[float]:
+    assert rows.margins is not None
+    return sorted(rows.margins[np.arange(rows.margins.shape[1])[None] < rows.pairs[:, None]].tolist())
+
+
+def test_margins_go_with_their_pairs(folders: Path, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": f"Question {number}:", "chosen": " yes", "rejected": " no" * (1 + number % 5), "margin": number / 4}
+        for number in range(20)
+    ]
+    lines[7]["margin"] = None
+    del lines[8]["margin"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"path": str(tmp_path / "pairs.jsonl"), "sequence_length": 64, "eval_fraction": 0.0}
+    for objective in ("reward", "dpo"):
+        make_run(tmp_path / objective, folders, data=data, train={"objective": objective})
+    rows, without = (open_split(tmp_path / objective, "train") for objective in ("reward", "dpo"))
+    assert rows is not None
+    assert without is not None
+    assert without.margins is None
+    assert margins_of(rows) == sorted(number / 4 if number not in (7, 8) else 0.0 for number in range(20))
+    order = np.arange(len(rows))[::-1]
+    assert np.array_equal(rows.take(order).margins, rows.margins[order])  # type: ignore[index]
+    for bad in ("0.5", True, math.nan, [1]):
+        lines[3]["margin"] = bad
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(UserError, match=r"pairs.jsonl:4: 'margin' is"):
+            make_run(tmp_path / f"bad {bad}", folders, data=data, train={"objective": "reward"})
+
+
+def write_steps(path: Path, **changes: Any) -> dict[str, Any]:
+    """Write 60 answers of one to three steps, of which those in capitals are wrong. Return settings of the data."""
+    lines = []
+    for number in range(60):
+        labels = [(number + place) % 2 == 0 for place in range(1 + number % 3)]
+        steps = [f"step {place} is fine" if right else f"STEP {place} IS NOT" for place, right in enumerate(labels)]
+        lines.append({"prompt": f"Question {number}:", "completions": steps, "labels": labels})
+    lines[1] |= changes
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"path": str(path), "sequence_length": 96, "eval_fraction": 0.2}
+
+
+def test_steps_are_labelled_at_the_last_token_of_their_separator(folders: Path, tmp_path: Path) -> None:
+    data = write_steps(tmp_path / "steps.jsonl") | {"eval_fraction": 0.0}
+    found = {}
+    for train_on in ("assistant", "last"):
+        settings = {"objective": "process_reward", "global_batch": 60}
+        config = make_run(tmp_path / train_on, folders, data=data | {"train_on": train_on}, train=settings)
+        batch = open_data(tmp_path / train_on, config.train, SINGLE)[0].batch(0)
+        labels = torch.cat([part.labels for part in batch.micro_batches])
+        before = torch.cat([part.input_ids for part in batch.micro_batches])[labels >= 0]
+        assert len(set(before.tolist())) == 1, "each is the line break behind a step"
+        assert batch.global_targets == int((labels >= 0).sum())
+        found[train_on] = (int((labels == 1).sum()), int((labels == 0).sum()))
+    every = [[(number + place) % 2 == 0 for place in range(1 + number % 3)] for number in range(60)]
+    assert found["assistant"] == (sum(map(sum, every)), sum(map(len, every)) - sum(map(sum, every)))
+    assert found["last"] == (sum(labels[-1] for labels in every), 60 - sum(labels[-1] for labels in every))
+    for change in ({"labels": [True]}, {"labels": [True, 2]}, {"completions": ["a", ""]}, {"completions": "a"}):
+        write_steps(tmp_path / "bad.jsonl", **change)
+        with pytest.raises(UserError, match=r"bad.jsonl:2: .*a good line: "):
+            make_run(
+                tmp_path / f"bad{change}", folders, data=data | {"path": str(tmp_path / "bad.jsonl")}, train=settings
+            )
+
+
+def test_a_process_reward_model_on_two_ranks_learns_and_loads_in_peft(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    run_dir, settings = tmp_path / "run", {"objective": "process_reward", "micro_batch": 3, "accumulate": "block"}
+    data, none = write_steps(tmp_path / "steps.jsonl"), {"method": "none"}
+    config = make_run(run_dir, folders, data=data, train=settings, quant=none)
+    metrics = world.run(2, run_once, run_dir=run_dir)[0]
+    first, last = (line for line in metrics if "eval_loss" in line)
+    assert last["eval_loss"] < first["eval_loss"] - 0.1
+    assert last["eval_labels/accuracies"] > 0.8
+    assert metrics[-2]["reduced_bytes"] == traffic_of(config, world=2).reduced
+    assert_disk_as_planned(run_dir, 2)
+    start = config.with_settings({"adapter.init_from": str(run_dir / "adapter")})
+    ours, backend, _ = start_run_model(start, SINGLE, training=False)
+    start_adapters(ours, start.spec, backend, start.train, restores=False)
+    base = AutoModelForTokenClassification.from_pretrained(folders / "llama", num_labels=2, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, run_dir / "adapter").eval()
+    ids = torch.randint(5, 1000, (30,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (theirs(ids[None]).logits[0] - our_scores(ours, ids)).abs().max() < 1e-4
+    assert ours.head.bias is not None
+    assert ours.head.bias.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"adapter": {"method": "full"}, "quant": {"method": "none"}}, "adapter=full: train.objective=reward trains"),
+        ({"model": {"new_tokens": ("<x>",)}}, "model.new_tokens: train.objective=reward trains adapters and the score"),
+        ({"adapter": {"modules_to_save": ("lm_head",)}}, "modules_to_save: train.objective=reward"),
+        ({"train": {"sample_every": 2, "sample_prompts": ("Hi",)}}, "train.sample_every=2 writes answers"),
+        ({"train": {"beta": 0.1}}, "train.beta=0.1 has no effect with train.objective=reward"),
+        ({"train": {"objective": "dpo", "center_rewards": 0.1}}, "train.center_rewards=0.1 has no effect"),
+        ({"data": {"format": "chat"}}, "data.format=chat is data for train.objective=sft"),
+        ({"data": {"format": "steps"}}, "data.format=steps is data for train.objective=process_reward"),
+        ({"data": {"step_separator": "|"}}, r"data.step_separator='|' has no effect"),
+        ({"train": {"objective": "process_reward"}, "data": {"train_on": "all"}}, "data.train_on=all has no effect"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_are_refused(sections: dict[str, Any], message: str) -> None:
+    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"objective": "reward"}}
+    with pytest.raises(UserError, match=message):
+        config_with(base, sections)
+
+
+def test_a_model_without_transformers_class_of_rewards_is_refused(
+    folders: Path,
+    preferences: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UserError, match=r"granite has none that computes it from model's output"):
+        check_model(prepare(tmp_path / "run", folders, preferences, "granite"))

@@ -23,7 +23,7 @@ distlora_launcher.api
 
 HOMES = {
     "triton": "distlora_kernels",
-    "deepspeed": "distlora.parallel.zero3",
+    "deepspeed": "distlora.parallel.zero3 distlora.parallel.deepspeed_schema",
     "wandb": "distlora.training.trackers.wandb_run",
     "tensorboard": "distlora.training.trackers.tensorboard_run",
     "mlflow": "distlora.training.trackers.mlflow_run",

@@ -7,10 +7,14 @@ checked in distlora.config.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
+import json
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -40,7 +44,7 @@ from distlora.config import (
 )
 from distlora.config.base import is_hub_name
 from distlora.config.cluster import check_torch
-from distlora.config.deepspeed_file import check_deepspeed, read_gathering
+from distlora.config.deepspeed_file import check_deepspeed, read_gathering, read_sections
 from distlora.config.errors import FILES
 from distlora.config.objectives import OBJECTIVES
 from distlora.rewards.find import check_functions, import_functions
@@ -210,6 +214,9 @@ def check_gpu_count(cluster: ClusterConfig) -> None:
 def check_parallel(parallel: ParallelConfig, ranks: int) -> None:
     """Refuse a wrong DeepSpeed file, and settings that have no effect with a single rank."""
     read_gathering(parallel)
+    if parallel.deepspeed_config is not None:
+        error = _schema_error(json.dumps(read_sections(parallel.deepspeed_config)[0]))
+        require(not error, f"parallel.deepspeed_config={parallel.deepspeed_config}: DeepSpeed refuses {error}")
     for setting in ("offload_base", "deepspeed_config", "resident_blocks"):
         value = getattr(parallel, setting)
         if value and ranks == 1:
@@ -219,6 +226,15 @@ def check_parallel(parallel: ParallelConfig, ranks: int) -> None:
                 reason="has no effect with one process, which does not shard the base",
                 cure="leave it out, or start more processes with cluster.gpus_per_node=2",
             )
+
+
+@functools.cache
+def _schema_error(section: str) -> str:
+    """Return what DeepSpeed's schema refuses in a zero_optimization in JSON; empty if nothing. Takes seconds."""
+    check_deepspeed()
+    command = [sys.executable, "-P", "-m", "distlora.parallel.deepspeed_schema", section]
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    return "" if finished.returncode == 0 else finished.stderr.splitlines()[-1]
 
 
 def check_model(config: Config, *, training: bool = True) -> None:

@@ -29,7 +29,7 @@ from distlora.config.objectives import DataForm
 from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
 from distlora.data.formats import Document, Reading, Record, good, head_with_key, resolve_format, to_document
 from distlora.system.atomic_io import sha256
-from distlora.system.hub_errors import DATASET, causes, explain_gate, explained, unreachable
+from distlora.system.hub_errors import DATASET, explained, unreachable
 
 _MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
 """Features that datasets would decode with libraries of their own."""
@@ -208,9 +208,6 @@ def _explained(source: SourceConfig) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # datasets drops the cause when it looks into its cache after a refusal, and leaves its sentence alone.
-        if any("is a gated dataset" in str(link) for link in causes(error)):
-            raise UserError(explain_gate(source.path, DATASET)) from error
         is_theirs = isinstance(error, (raised.DatasetsError, ValueError, FileNotFoundError, RuntimeError))
         if not is_theirs:
             raise

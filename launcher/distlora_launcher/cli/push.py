@@ -86,11 +86,11 @@ def dry_run(files: Files, folder: str) -> None:
 
 def upload(options: PushRequest, files: Files, message: str) -> None:
     """Make the repository and the branch where they are missing, and commit the files. Prints the address."""
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars
 
-    from distlora.system.hub_errors import endpoint, unreachable
+    from distlora.system.hub_errors import unreachable
 
     if get_token() is None:
         raise UserError("uploading needs a token with write access: run `hf auth login`, or set HF_TOKEN")
@@ -103,8 +103,8 @@ def upload(options: PushRequest, files: Files, message: str) -> None:
         api.create_repo(options.name, private=options.private or None, exist_ok=True)
         if options.private and not api.model_info(options.name).private:
             raise UserError(
-                f"{options.name} exists and is public; make it private at {endpoint()}/{options.name}/settings, "
-                "or leave --private out"
+                f"{options.name} exists and is public; make it private at "
+                f"{constants.ENDPOINT}/{options.name}/settings, or leave --private out"
             )
         if options.revision is not None:
             api.create_branch(options.name, branch=options.revision, exist_ok=True)
@@ -117,10 +117,10 @@ def upload(options: PushRequest, files: Files, message: str) -> None:
     except Exception as error:
         if not unreachable(error):
             raise
-        raise UserError(f"{endpoint()} cannot be reached ({error}); connect, and push again") from error
+        raise UserError(f"{constants.ENDPOINT} cannot be reached ({error}); connect, and push again") from error
     branch = f"/tree/{options.revision}" if options.revision else ""
     print(f"pushed {len(files)} files ({sum(map(_size, files.values())) / 1e6:,.1f} MB) in commit {commit.oid[:12]}")
-    print(f"{endpoint()}/{options.name}{branch}")
+    print(f"{constants.ENDPOINT}/{options.name}{branch}")
 
 
 def _explain(error: HfHubHTTPError, name: str) -> str:

@@ -348,7 +348,7 @@ def pinned(sweep: Sweep, model: ModelConfig) -> Sweep:
     searched = {section_of(dimension.setting) for dimension in sweep.space}
     if not is_hub_name(model.path) or "model" in searched or "recipe" in searched:
         return sweep
-    commit = locate(model.path, model.revision).commit
+    commit = locate(model.path, model.revision).folder.name
     return dataclasses.replace(sweep, overrides=(*sweep.overrides, *words_of({"model.revision": commit})))
 
 

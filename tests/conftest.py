@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import re
 import signal
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,10 @@ from distlora import derive
 from distlora.architecture import spec
 from distlora_kernels import dispatch, native, nf4_cpu, products
 from support import cpu_paths
+from support.family_models import write_family_folder
+from support.preference_data import write_preferences
 from support.small_models import write_model_folder, write_text_file
-from support.worlds import World, start_world
+from support.worlds import Alone, World, start_world
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,3 +160,30 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_model_folder(root / name, name)
     write_text_file(root / "text.jsonl")
     return root
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Alone]:
+    """Start ranks that DeepSpeed has for itself, at the first use."""
+    with contextlib.ExitStack() as stack:
+        yield Alone(stack)
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write preference pairs."""
+    return write_preferences(tmp_path_factory.mktemp("preferences") / "pairs.jsonl")
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that writes a variant of family_models.py at its first use, and returns its folder."""
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp("families") / name
+        write_family_folder(path, name)
+        (path / "tokenizer.json").write_text("{}")  # Its presence is all that is asked.
+        return path
+
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,7 +17,6 @@ from distlora_kernels import attention as compiled_attention
 from distlora_kernels import native, processor
 from support import cpu_paths
 from support.closeness import assert_close, relative_error
-from support.family_models import architecture
 from support.tiers import diagonal
 
 LENGTHS = [[300], [0, 1, 1, 37, 0, 261, 0], [128, 129, 43], [2, 298]]
@@ -93,16 +91,6 @@ def test_it_is_its_contract_to_three_roundings(attend: Attend, heads: tuple[int,
                 assert ours.abs().max() < 1e-2
             else:
                 assert_close(ours, wanted, ulps=1.5)
-
-
-def test_tiles_of_one_document_may_be_many_and_of_few_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    heads, bounds = (6, 3, 32), bounds_of([211])
-    inputs = inputs_of(211, heads)
-    expected = results(attention.attend_on_cpu, inputs, bounds)
-    monkeypatch.setattr(shapes, "_LONGEST", 17)
-    monkeypatch.setattr(shapes, "_SCORES", 2 * 2 * 17 * 150)
-    for ours, wanted in zip(results(attention.attend_on_cpu, inputs, bounds), expected, strict=True):
-        assert_close(ours, wanted, ulps=2)
 
 
 def test_large_scores_are_rounded_less_than_products_round_them(attend: Attend) -> None:
@@ -182,42 +170,6 @@ def test_threads_and_rows_apart_change_nothing(attend: Attend) -> None:
     exact = attend is compiled_attention.attend or not processor.widens()
     errors = [relative_error(first, second) for first, second in zip(actual, expected, strict=True)]
     assert max(errors) <= (0 if exact else 2**-8)
-
-
-def test_no_memory_for_scores_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Library:
-        attention_forward_bf16 = staticmethod(lambda *arguments: 0)
-
-    monkeypatch.setattr(native, "library", Library)
-    with pytest.raises(MemoryError, match="a document of 40 tokens"):
-        compiled_attention.attend(*inputs_of(60, (2, 1, 32))[:3], bounds_of([40, 20]), 40, 1.0, None)
-
-
-def test_it_is_compiled_where_processor_heads_and_threads_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    llama = architecture("llama")
-
-    def chosen(heads: tuple[int, int, int] = (4, 2, 32)) -> attention.Choice:
-        (kind,) = llama.kinds
-        return attention.choose(
-            dataclasses.replace(llama, kinds=(dataclasses.replace(kind, heads=heads),)),
-            wanted="auto",
-            device=torch.device("cpu"),
-            dtype=torch.bfloat16,
-            deterministic=True,
-            compiled=True,
-        )
-
-    class Library:
-        attends = staticmethod(lambda: True)
-
-    monkeypatch.setattr(native, "library", Library)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert chosen().op is compiled_attention.attend
-    assert "by matrix products; it is not compiled: a head size of 24" in chosen((4, 2, 24)).note
-    assert "1 key heads are fewer than 2 threads" in chosen((4, 1, 32)).note
-    Library.attends = staticmethod(lambda: False)
-    assert "has no compiled attention" in chosen().note
-    assert chosen().op is attention.attend_on_cpu
 
 
 def test_tiles_cover_what_is_seen_and_little_more() -> None:

@@ -31,17 +31,16 @@ from distlora.post.trained import of_run
 from distlora.training.compile_choice import decide_compile, record
 from distlora.training.setup import start_run_model
 from distlora_kernels import attention as compiled_attention
-from distlora_kernels import elementwise, lora_native, native, products
+from distlora_kernels import lora_native, native, products
 from distlora_kernels.dropout import Dropout
 from distlora_kernels.formats import nf4
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, lora_linears
 from distlora_kernels.operands import Needs, SavedLinear
-from distlora_launcher.compose.checks import check_compiled_before, check_machine, check_model_sizes
+from distlora_launcher.compose.checks import check_compiled_before, check_machine
 from support import cpu_paths, family_models, model_types
-from support.accounting import Kept
 from support.closeness import relative_error
 from support.family_models import config_for, load_ours, tokens, write_family_folder
-from support.fused_model import ONE_EACH, PARTIAL_ROTARY, check_kept, run
+from support.fused_model import ONE_EACH, PARTIAL_ROTARY, run
 from support.tiers import ci
 from support.worlds import World
 
@@ -146,21 +145,6 @@ def test_an_adapter_at_its_start_is_its_reference_to_the_bit(tmp_path: Path, mon
 
 
 @needs_compiler
-def test_saved_bytes_of_a_compiled_layer_are_those_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_family_folder(tmp_path, "qwen3")
-    model, _ = load_ours(tmp_path, ALONE, train={"dtype": "fp32", "checkpointing": "none", "compile": True})
-    kept, packed = Kept(), elementwise._packed
-
-    def watched(tensor: Tensor) -> Any:
-        """Fail for a kept tensor that backward recomputes."""
-        result = packed(tensor)
-        return kept.keep(result) if isinstance(result, Tensor) else result
-
-    monkeypatch.setattr(elementwise, "_packed", watched)
-    check_kept(model, tmp_path, kept, remakes=True)
-
-
-@needs_compiler
 def test_saved_inputs_of_linears_are_not_overwritten(tmp_path: Path) -> None:
     write_family_folder(tmp_path, "llama")
     train = {"dtype": "fp32", "checkpointing": "none"}
@@ -219,21 +203,17 @@ def config_of(**settings: object) -> Config:
     return build(Config, {"model": {"path": "m"}, "data": {"path": "d"}, "run_dir": "r"} | settings)
 
 
-def test_unsupported_compilation_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="adapter=full trains"):
-        config_of(train={"compile": True}, adapter={"method": "full"}, quant={"method": "none"})
+def test_a_node_that_cannot_compile_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = config_of(train={"compile": True})
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(UserError, match=r"no C\+\+ compiler .* set train.compile=false"):
-        check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(UserError, match="is for the CPU, and this node has a GPU"):
-        check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
-    write_family_folder(tmp_path, "mixtral")
-    architecture = architecture_of(read_config(tmp_path), tmp_path)
-    with pytest.raises(UserError, match="is not what mixtral computes"):
-        check_model_sizes(config.parallel, config.train, architecture)
+    for gpus, reason in (
+        ("", r"no C\+\+ compiler .* set train.compile=false"),
+        ("0", "is for the CPU, and this node has"),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        with pytest.raises(UserError, match=reason):
+            check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
 
 
 @pytest.fixture(params=cpu_paths.each_path())
@@ -266,7 +246,6 @@ def test_compiled_products_use_the_bits_of_the_weight(native_linears: None, kind
     assert torch.equal(y.T, expected)
     needs = Needs(True, (False,), (False,), (False,))
     gradients = lora_native.backward(None, [linear], [SavedLinear()], [ones[1]], needs)
-    assert gradients.x is not None
     assert torch.equal(gradients.x, expected)
 
 
@@ -286,10 +265,8 @@ def test_compiled_linears_round_once(native_linears: None) -> None:
     ys = lora_linears(x, linears)
     dys = [torch.randn_like(y) for y in ys]
     torch.autograd.backward(ys, dys)
-    assert x.grad is not None
     total = torch.zeros(133, 128, dtype=torch.float64)
     for (weight, adapter, bias), y, dy in zip(linears, ys, dys, strict=True):
-        assert adapter is not None
         dense, a, b = weight.dense(torch.bfloat16).double(), adapter.a.detach(), adapter.b.detach()
         gated = (x.detach() @ a.bfloat16().T) * 0.5
         expected = (
@@ -298,8 +275,6 @@ def test_compiled_linears_round_once(native_linears: None) -> None:
         assert relative_error(y.detach(), expected) <= 0.5 * 2**-8
         dxa = (dy @ b.bfloat16()) * 0.5
         total += dy.double() @ dense + dxa.double() @ a.double()
-        assert adapter.a.grad is not None
-        assert adapter.b.grad is not None
         assert relative_error(adapter.a.grad, dxa.double().T @ x.detach().double()) <= 0.5 * 2**-8
         assert relative_error(adapter.b.grad, dy.double().T @ gated.double()) <= 0.5 * 2**-8
     assert relative_error(x.grad, total) <= 0.5 * 2**-8
@@ -401,8 +376,6 @@ def test_auto_is_decided_once_and_a_resume_keeps_it(
         check_compiled_before(off)
     assert outcome(off) == (False, "train.compile=auto is off, as at this run's first start")
     check_compiled_before(on)
-    with pytest.raises(UserError, match=r"train.compile='yes' is not one of auto, true, false"):
-        config_of(train={"compile": "yes"})
 
 
 def test_the_plan_has_the_compiler_of_this_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

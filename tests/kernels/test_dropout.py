@@ -11,23 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distlora.config import AdapterConfig
-from distlora.model.adapters import AdaptedLinear, BlockContext, Rows, StepRows
+from distlora.model.adapters import AdaptedLinear, StepRows
 from distlora.model.build import CausalLM
-from distlora.model.frozen_linear import link_shared_inputs
+from distlora.system import randomness
 from distlora.training.open_run import open_data
 from distlora_kernels import dropout as dropout_module
-from distlora_kernels.dropout import Dropout, Stream, dropped, philox, threshold_of
-from distlora_kernels.formats import nf4
-from distlora_kernels.lora_linear import Adapter, FrozenWeight, RowChoice, lora_linear
-from support.adapted_linears import adapted
-from support.closeness import adapter_of, assert_adapters_close, assert_close, assert_losses_close, figures_of
+from distlora_kernels.dropout import Dropout, dropped, philox, threshold_of
+from support.closeness import assert_adapters_close, assert_close, assert_losses_close, assert_same_run
 from support.family_models import dequantized
-from support.gates import gate_of
-from support.lora_tensors import tensors
-from support.parity_runs import outcome
 from support.peft_models import our_trained_model
-from support.resumed_runs import SINGLE, run_until
+from support.runs import SINGLE, outcome, run_until
 from support.small_models import make_run
 from support.tiers import ci
 from support.worlds import World
@@ -97,81 +90,6 @@ def test_a_probability_is_a_number_of_65536ths_and_never_none_or_all() -> None:
     assert quarter.scale == 1 / 0.75
 
 
-@pytest.mark.parametrize(
-    ("dtype", "packed", "per_row"), [(torch.float32, False, True), (torch.bfloat16, True, False)], ids=str
-)
-def test_output_and_gradients_are_those_of_the_formula_with_the_same_mask(
-    dtype: torch.dtype, packed: bool, per_row: bool
-) -> None:
-    """Y = x W^T + bias + s (x * kept / (1 - p)) A^T B^T, as torch differentiates it in fp64."""
-    shape = (36, 256, 320, 16)
-    x, weight, a, b, bias = tensors(shape, dtype)
-    frozen = FrozenWeight(
-        tuple(nf4.nf4_quantize(weight)) if packed else (weight,), (shape[2], shape[1]), nf4.NF4 if packed else None
-    )
-    dropout = Dropout(KEY, threshold_of(0.25), 3, torch.tensor([8, 2, 5]))
-    scale: RowChoice | float = RowChoice(torch.tensor([0, -1, 1]), (2.0, 1.0), (10, 6)) if per_row else 2.0
-    gate = scale if isinstance(scale, float) else gate_of(scale, 36)
-    kept = (~dropped(dropout, 36, 256)).double() / 0.75
-    dy = torch.randn(36, 320, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-    wide = [leaf.double() for leaf in leaves]
-    expected = wide[0] @ frozen.dense(dtype).double().T + bias.double()
-    expected = expected + ((wide[0] * kept) @ wide[1].T * gate) @ wide[2].T
-    references = [expected, *torch.autograd.grad(expected, leaves, dy.double())]
-
-    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-    y = lora_linear(leaves[0].view(3, 12, 256), frozen, Adapter(leaves[1], leaves[2], scale, dropout), bias=bias)
-    results = [y.flatten(0, 1), *torch.autograd.grad(y.flatten(0, 1), leaves, dy)]
-    for actual, reference in zip(results, references, strict=True):
-        # As in tests/kernels/test_lora_linear.py: sums of up to 330 products in fp32; two roundings to bf16.
-        assert_close(actual.to(dtype), reference.float().to(dtype), ulps=4 if dtype == torch.float32 else 2)
-
-
-def test_no_mask_and_no_dropped_input_is_kept_for_backward() -> None:
-    x, weight, a, b, _ = tensors((36, 256, 320, 16), torch.float32)
-    dropout = Dropout(KEY, threshold_of(0.25), 3, torch.tensor([8, 2, 5]))
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lora_linear(
-            x.requires_grad_(),
-            FrozenWeight((weight,), (320, 256)),
-            Adapter(a.requires_grad_(), b.requires_grad_(), 2.0, dropout),
-        )
-    assert [t.data_ptr() for t in saved if t.shape == x.shape] == [x.data_ptr()]
-
-
-def test_a_linear_drops_in_training_alone_and_siblings_drop_each_their_own() -> None:
-    context = BlockContext()
-    q, k = adapted(context, seed=1, dropout=0.5), adapted(context, seed=1, dropout=0.5)
-    key = q.pairs[0].dropout.key
-    k.pairs[0].dropout = Stream((key[0], key[1] ^ 1), 2**15)  # As another path gives.
-    plain_q = adapted(context, seed=1)
-    link_shared_inputs({"q_proj": q, "k_proj": k})
-    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(q(x), plain_q(x))
-    context.rows = Rows(places=StepRows(4, torch.tensor([6, 2])))
-    outputs = []
-    for linear in (q, k):
-        kept = ~dropped(Dropout(linear.pairs[0].dropout.key, 2**15, 4, torch.tensor([6, 2])), 10, 32).view(2, 5, 32)
-        pair = linear.pairs[0]
-        expected = x @ linear.weight.T + pair.scaling * (x * kept * 2 @ pair.A.T) @ pair.B.T
-        outputs.append(linear(x))
-        assert_close(outputs[-1], expected, ulps=4)
-    assert not torch.equal(outputs[0], outputs[1])
-
-
-def test_the_key_is_the_seed_and_the_path() -> None:
-    keys = set()
-    for path, seed in (("model.layers.0.a", 0), ("model.layers.1.a", 0), ("model.layers.0.a", 1)):
-        linear = adapted()
-        linear.adapters = nn.ModuleDict()
-        linear.add_adapter("default", AdapterConfig(lora_dropout=0.1), path=path, seed=seed)
-        keys.add(linear.pairs[0].dropout.key)
-    assert len(keys) == 3
-
-
 ADAPTER = {"target_modules": "all-linear", "r": 8, "lora_dropout": 0.3}
 NOISE = {"neftune_alpha": 2.0}
 """NEFTune's noise on the embeddings, which has the same streams (test_neftune.py)."""
@@ -228,9 +146,7 @@ def test_a_resumed_run_with_dropout_and_noise_is_the_uninterrupted_one_bit_for_b
         make_run(tmp_path / name, folders, adapter=ADAPTER, train=settings)
         for stop in stops:
             run_until(SINGLE, run_dir=tmp_path / name, stop_before=stop)
-    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "stopped")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert figures_of(tmp_path / "stopped") == figures_of(tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 class OurDropout(nn.Module):
@@ -241,7 +157,6 @@ class OurDropout(nn.Module):
         self.linear, self.at = linear, at
 
     def forward(self, x: Tensor) -> Tensor:
-        assert isinstance(self.at.step, int)
         ours = Dropout(*self.linear.pairs[0].dropout, self.at.step, self.at.rows)
         lost = dropped(ours, x.shape[0] * x.shape[1], x.shape[2]).view(x.shape)
         return x.masked_fill(lost, 0) / (1 - ours.threshold / 2**16)
@@ -281,7 +196,41 @@ def test_with_the_same_masks_peft_gives_our_loss_and_our_gradients(folders: Path
         layer = tuned.get_submodule(f"base_model.model.{path}")
         pair, peers = linear.pairs[0], [layer.lora_A, layer.lora_B, *([layer.lora_magnitude_vector] if dora else [])]
         for actual, peer in zip((pair.A, pair.B, pair.magnitude), peers, strict=False):
-            assert actual is not None
-            assert actual.grad is not None
             # fp32 sums of a few hundred products through three blocks, in another order.
             assert_close(actual.grad, peer["default"].weight.grad, ulps=100)
+
+
+# Known answers of Random123's kat_vectors for philox4x32-10: counter, key -> words.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN)
+def test_philox_gives_the_published_words(counter: tuple, key: tuple, words: tuple) -> None:
+    words_of_one = philox(key, tuple(torch.tensor([word]) for word in counter))  # type: ignore[arg-type]
+    assert [int(word) for word in words_of_one] == list(words)
+
+
+def test_an_element_depends_on_its_position_alone() -> None:
+    long = randomness.uniform((1000,), seed=3, name="a")
+    assert torch.equal(randomness.uniform((7, 11), seed=3, name="a").view(-1), long[:77])
+    assert not torch.equal(randomness.uniform((1000,), seed=3, name="b"), long)
+    assert not torch.equal(randomness.uniform((1000,), seed=4, name="a"), long)
+
+
+def test_distributions_have_their_moments() -> None:
+    uniform = randomness.uniform((200_000,), seed=0, name="u")
+    assert uniform.min() > 0
+    assert uniform.max() < 1
+    # Four standard errors of the mean and of the variance of 200,000 draws.
+    assert abs(uniform.mean() - 0.5) < 4 * (1 / 12 / 200_000) ** 0.5
+    normal = randomness.normal((200_000,), seed=0, name="n")
+    assert abs(normal.mean()) < 4 / 200_000**0.5
+    assert abs(normal.var() - 1) < 4 * (2 / 200_000) ** 0.5

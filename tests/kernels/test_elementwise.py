@@ -6,7 +6,6 @@ The kernels run on a GPU, or in Triton's interpreter.
 from __future__ import annotations
 
 import _ctypes
-import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,7 +131,6 @@ def test_losses_and_their_gradient_are_torchs(dtype: torch.dtype, columns: int, 
     leaf = logits.double().requires_grad_()
     expected = F.cross_entropy(leaf, labels, ignore_index=-100, reduction="none")
     expected.sum().backward()
-    assert leaf.grad is not None
     own = logits.clone()
     assert_close(cross_entropy_(own, labels), expected.detach(), ulps=2.0)
     # With AVX2 a lane sums 1,126 of 9,001 exponentials in fp32, whose rounding is in every number of the row.
@@ -177,10 +175,6 @@ def test_what_is_not_finite_is_not_lost(dtype: torch.dtype, bad: float, device: 
     assert losses.isfinite().tolist() == [bad < 0 and bad == bad, True]
 
 
-def no_room(**options: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 @needs_compiler
 def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "kept_in", None)
@@ -203,15 +197,6 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch: pytest.MonkeyPatch, 
         assert native.unavailable_reason() is None
         with pytest.raises(error, match=message):
             native._library.__wrapped__(processor.path())
-    made = tmp_path / "makes_no_library"
-    made.write_text('#!/bin/sh\nfor last; do :; done\n: > "$last"\n')
-    made.chmod(0o755)
-    monkeypatch.setenv("CXX", str(made))
-    with pytest.raises(native.NotCompiledError, match=r"cannot be loaded: .*; set TMPDIR"):
-        native._library.__wrapped__(processor.path())
-    monkeypatch.setattr(native.tempfile, "TemporaryDirectory", no_room)
-    with pytest.raises(native.NotCompiledError, match=r"No space left on device.*; set TMPDIR"):
-        native._library.__wrapped__(processor.path())
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "apt-get install g++" in str(native.unavailable_reason())

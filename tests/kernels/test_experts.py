@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from distlora_kernels import experts_grouped, experts_torch, reference
-from distlora_kernels.experts import combine, dispatch, expert_linear
+from distlora_kernels.experts import expert_linear
 from distlora_kernels.formats import nf4
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertLinear, FrozenWeight, Routing
 from support.closeness import assert_close
@@ -37,23 +37,6 @@ def no_bounds(tokens: int) -> Routing:
 
 def packed(weight: Tensor) -> FrozenWeight:
     return FrozenWeight(nf4.nf4_quantize(weight), tuple(weight.shape), nf4.NF4)
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (5, 7, 9),  # No expert begins with a block.
-        (5, 24, 40),  # Blocks, not groups.
-        (5, 128, 128),  # A group each.
-        (3, 130, 160),  # Across the border of a group.
-    ],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_experts_slice_is_the_whole_weights(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    weight = packed(random(*shape, seed=1))
-    weight_of = experts_torch.dense_experts(ExpertLinear(weight, False, None, None), dtype)
-    whole = weight.dense(dtype)
-    assert all(torch.equal(weight_of(expert), whole[expert]) for expert in range(shape[0]))
 
 
 SHARED = [("none", ""), ("scale", ""), ("rows", ""), ("scale", "a"), ("scale", "b"), ("rows", "a"), ("rows", "b")]
@@ -177,17 +160,3 @@ def test_each_chosen_expert_is_dequantized_once_per_pass_and_no_other_ever(
     y = checkpoint(run, x, use_reentrant=False) if recomputes else run(x)
     y.sum().backward()
     assert sorted(experts) == sorted((3 if recomputes else 2) * [0, 1, 2, 4])
-
-
-def test_tokens_go_to_their_experts_and_come_back() -> None:
-    """dispatch, then combine, gives every token as often as it chose; so do their gradients."""
-    routing = routing_of(13)
-    x = random(13, 6, seed=8).requires_grad_()
-    rows = dispatch(x, routing)
-    assert torch.equal(rows, x[routing.tokens])
-    assert torch.equal(routing.experts, routing.experts.sort().values)
-    back = combine(rows, routing)
-    assert_close(back, CHOICES * x, ulps=1)
-    dy = random(13, 6, seed=9)
-    (dx,) = torch.autograd.grad(back, x, dy)
-    assert_close(dx, CHOICES * dy, ulps=1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import gguf
@@ -19,13 +18,12 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from distlora_kernels import dispatch
-from distlora_kernels.format_layouts import FORMAT_LAYOUTS, is_nf4
-from distlora_kernels.formats import FORMATS, flat
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
+from distlora_kernels.formats import FORMATS
 from distlora_kernels.formats.base import Format, dtype_of
 from distlora_kernels.formats.codes import E2M1
 from distlora_kernels.formats.flat import BlockFormat
@@ -259,26 +257,6 @@ def test_parts_of_a_weight_are_those_of_the_whole(name: str) -> None:
         assert_same(format.dequantize(groups, shape=(1, 1), dtype=torch.bfloat16), whole[GROUP:])
 
 
-def test_rows_are_decoded_in_pieces_to_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, which holds the fp32 values of so many rows at once."""
-    format, shape = FORMATS["q6_K"], (50, 300)
-    parts, rows = random_parts(format, format.num_groups(shape)), torch.arange(50).flip(0)
-    whole = format.dequantize(parts, shape=shape, dtype=torch.bfloat16)
-    monkeypatch.setattr(flat, "uses_triton", lambda _: True)
-    for pieces in (1, 7, 50):
-        monkeypatch.setattr(flat, "GPU_PIECE", -(-50 // pieces) * 300)
-        assert_same(format.dequantize_rows(parts, shape, rows, torch.bfloat16), whole[rows])
-
-
-def test_every_flat_format_but_nf4_decodes_rows() -> None:
-    """As kept_tokens takes it."""
-    for name, format in FORMATS.items():
-        is_ours = type(format).__module__.startswith("distlora_kernels")  # Other tests register formats of their own.
-        if is_ours and format.tile is None and not is_nf4(name):
-            assert type(format).dequantize_rows is not Format.dequantize_rows, name
-            assert not format.replicated, name
-
-
 @given(st.data())
 @pytest.mark.parametrize("name", ["nvfp4", "int8", "q4_1", "q6_K"])
 def test_rows_of_any_shape(name: str, data: st.DataObject) -> None:
@@ -288,47 +266,6 @@ def test_rows_of_any_shape(name: str, data: st.DataObject) -> None:
     parts = random_parts(format, format.num_groups(shape))
     whole = format.dequantize(parts, shape=shape, dtype=torch.float32)
     assert_same(format.dequantize_rows(parts, shape, rows, torch.float32), whole[rows])
-
-
-@pytest.mark.parametrize("name", ["mxfp4", "q4_K", "fp8_block"])
-def test_threads_write_the_same_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    format, shape = FORMATS[name], (5 * 128 - 3, 130)
-    parts = random_parts(format, format.num_groups(shape))
-    alone = format.dequantize(parts, shape=shape, dtype=torch.bfloat16)
-    monkeypatch.setattr(flat, "PIECE", GROUP)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with torch.inference_mode():
-            assert_same(format.dequantize(parts, shape=shape, dtype=torch.bfloat16), alone)
-    finally:
-        torch.set_num_threads(threads)
-
-
-class Largest(TorchDispatchMode):
-    """Record the bytes of the largest result of an operation."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        result = function(*arguments, **(options or {}))
-        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in self.known:
-            self.nbytes = max(self.nbytes, result.untyped_storage().nbytes())
-        return result
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-
-
-@pytest.mark.parametrize("name", DEFAULT)
-def test_memory_besides_the_weight_is_that_of_a_piece(name: str) -> None:
-    format, shape = FORMATS[name], (2048, 1024)
-    parts = random_parts(format, format.num_groups(shape))
-    out = torch.empty(shape, dtype=torch.bfloat16)
-    with Largest([*parts, out]) as largest:
-        format.dequantize(parts, shape=shape, dtype=torch.bfloat16, out=out)
-    assert 0 < largest.nbytes <= 4 * flat.PIECE
 
 
 @pytest.mark.parametrize("magnitude", [1.0, 1e-30, 1e-41, 1e37], ids=str)
@@ -377,11 +314,3 @@ def test_every_layout_has_a_format_and_the_bytes_of_its_tensors() -> None:
     for format in FORMATS.values():
         for part in (*format.parts, *format.replicated):
             assert part.nbytes == torch.empty(part.shape, dtype=dtype_of(part)).nbytes
-
-
-def test_bits_per_weight() -> None:
-    bits = {name: 8 * format.group_bytes / GROUP for name, format in FORMATS.items()}
-    expected = {"mxfp4": 4.25, "nvfp4": 4.501953125, "int4_g32": 4.5, "int4_g64_zeros": 4.375, "int4_g128_fp16": 4.125}
-    expected |= {"fp8_block": 8.001953125, "int8": 8.25, "q4_0": 4.5, "q4_1": 5, "q5_0": 5.5, "q5_1": 6, "q8_0": 8.5}
-    expected |= {"q2_K": 2.625, "q3_K": 3.4375, "q4_K": 4.5, "q5_K": 5.5, "q6_K": 6.5625}
-    assert {name: bits[name] for name in expected} == expected

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora_kernels import dispatch, fused
+from distlora_kernels import fused
 from distlora_kernels.formats import nf4
 from distlora_kernels.operands import FrozenWeight
 from support.closeness import assert_close
@@ -101,50 +101,3 @@ def test_a_split_sum_counts_every_term_once(triton_device: torch.device, num_par
     p = Operands((3, 330, 64, 16), torch.bfloat16, triton_device)
     dx = fused_triton.dx(p.dy, list(p.weight.parts), 64, dxa=p.dxa, a=p.a, num_parts=num_parts)
     assert_rounded_once(dx, p.dy.double() @ p.exact + p.dxa.double() @ p.a.double())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_without_triton_torch_computes_the_same(dtype: torch.dtype) -> None:
-    assert not dispatch.uses_triton(torch.zeros(1))
-    p = Operands((37, 66, 192, 16), dtype, torch.device("cpu"))
-    y = fused.fused_linear(p.x, p.weight, addend=p.addend, xa=p.xa, b=p.b, bias=p.bias)
-    exact = p.x.double() @ p.exact.T + p.xa.double() @ p.b.double().T + p.addend.double() + p.bias.double()
-    assert_close(y, exact, ulps=4 if dtype == torch.float32 else 1)  # Four terms, each rounded.
-    dx = fused.fused_linear_dx(p.dy, p.weight, dxa=p.dxa, a=p.a)
-    assert_close(dx, p.dy.double() @ p.exact + p.dxa.double() @ p.a.double(), ulps=4 if dtype == torch.float32 else 1)
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    p = Operands((3, 48, 64, 4), torch.bfloat16, torch.device("cpu"))
-    for rows, weight, options in (
-        (p.x, p.weight._replace(shape=(48, 100)), {}),
-        (p.dy, p.weight, {}),
-        (p.x, p.weight, {"xa": p.xa}),
-        (p.x, p.weight, {"bias": p.addend}),
-        (p.x.double(), p.weight, {}),
-        (p.x, p.weight._replace(parts=p.weight.parts[:1]), {}),
-    ):
-        with pytest.raises(AssertionError):
-            fused.fused_linear(rows, weight, **options)
-    with pytest.raises(AssertionError):
-        fused.fused_linear_dx(p.dy, p.weight, dxa=p.dxa, a=p.a.float())
-
-
-def test_few_rows_are_fused_and_many_go_to_the_library() -> None:
-    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
-        assert fused.variant_by_rows(capability, 16, 8192, 8192) == "fused"
-        assert fused.variant_by_rows(capability, 2048, 8192, 8192) == "scratch"
-    assert fused.variant_by_rows((9, 0), 16, 48, 100) == "scratch", "blocks that run over the end of a row"
-
-
-def test_a_variant_can_be_forced_for_packed_weights_alone() -> None:
-    p = Operands((3, 48, 64, 4), torch.bfloat16, torch.device("cpu"))
-    dense = FrozenWeight((p.weight.dense(torch.bfloat16),), (48, 64))
-    assert fused.choose_variant(p.x, p.weight) == "fused"
-    assert fused.choose_variant(p.x.float(), p.weight) == "scratch"
-    with fused.force_variant("scratch"):
-        assert fused.choose_variant(p.x, p.weight) == "scratch"
-    with fused.force_variant("fused"):
-        assert fused.choose_variant(p.x.float(), p.weight) == "fused"
-        assert fused.choose_variant(p.x, dense) == "scratch"
-    assert fused.choose_variant(p.x, p.weight) == "fused"

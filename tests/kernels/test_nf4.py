@@ -11,7 +11,7 @@ import torch
 
 from distlora_kernels import nf4_cpu, reference
 from distlora_kernels.formats import nf4
-from support.nf4_weights import DTYPES, SHAPES, bitsandbytes_dequantize, random_weight, with_zero_block
+from support.bitsandbytes_weights import DTYPES, SHAPES, bitsandbytes_dequantize, random_weight, with_zero_block
 
 
 def test_levels_and_dynamic_map_are_bitsandbytes_own() -> None:
@@ -147,17 +147,3 @@ def test_non_finite_weights_are_refused(value: float) -> None:
     weight[200, 7] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
         nf4.nf4_quantize(weight)
-
-
-def test_misfitting_parts_are_refused() -> None:
-    packed = nf4.nf4_quantize(random_weight((256, 128), torch.float32))
-    with pytest.raises(AssertionError, match="a weight \\(256, 512\\) in nf4 has 8 groups"):
-        nf4.NF4.dequantize(packed, shape=(256, 512), dtype=torch.float32)
-    with pytest.raises(AssertionError, match="int8"):
-        nf4.quantize_blocks(torch.zeros(64, dtype=torch.int8))
-
-
-def test_bits_per_weight_are_those_of_the_paper() -> None:
-    assert round(8 * nf4.NF4.num_bytes((4096, 4096)) / 4096**2, 3) == 4.127
-    packed = nf4.nf4_quantize(random_weight((256, 128), torch.float32))
-    assert nf4.NF4.num_bytes((256, 128)) == sum(part.nbytes for part in packed)

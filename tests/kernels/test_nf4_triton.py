@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora_kernels import nf4_cpu, nf4_triton, reference
+from distlora_kernels import reference
 from distlora_kernels.formats import nf4
-from support.nf4_weights import random_weight, with_zero_block
+from support.bitsandbytes_weights import random_weight, with_zero_block
 from support.tiers import diagonal
 
 GROUP, BLOCK = nf4.GROUP, nf4.BLOCK
@@ -161,16 +161,6 @@ def test_second_level_around_the_midpoints_equals_the_reference(
     assert torch.equal(actual[1].cpu(), expected[1])
 
 
-def test_thresholds_in_fp32_decide_as_midpoints_in_fp64_do() -> None:
-    entries = reference.dynamic_map().double()
-    exact = (entries[1:] + entries[:-1]) / 2
-    threshold = nf4_triton.dynamic_midpoints(torch.device("cpu"))
-    assert threshold[255] == math.inf
-    next_number = torch.nextafter(threshold[:255], torch.tensor(math.inf))
-    assert (threshold[:255].double() <= exact).all(), "not above it: so x > midpoint implies x > threshold"
-    assert (next_number.double() > exact).all(), "the next number is above it: so x > threshold implies x > midpoint"
-
-
 @pytest.mark.filterwarnings("ignore:invalid value encountered in divide")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -182,32 +172,3 @@ def test_non_finite_weights_show_in_the_absmax(triton_device: torch.device, valu
     assert absmax.isfinite().logical_not().nonzero().tolist() == [[1, 200 * 2 - 256]]
     with pytest.raises(ValueError, match="NaN or Inf"):
         nf4.nf4_quantize(weight.to(triton_device))
-
-
-def test_no_groups_are_quantized_and_dequantized_to_nothing(triton_device: torch.device) -> None:
-    """A rank may hold no group of a small weight."""
-    codes, absmax = nf4.quantize_blocks(torch.empty(0, device=triton_device))
-    offset = torch.zeros((), device=triton_device)
-    scales, group_scale = nf4.quantize_absmax(absmax, offset, 0)
-    assert (codes.shape, scales.shape, group_scale.shape) == ((0, 8192), (0, 256), (0,))
-    weight = nf4.NF4.dequantize((codes, scales, group_scale, offset), shape=(0, 64), dtype=torch.bfloat16)
-    assert weight.shape == (0, 64)
-
-
-def test_dequantizing_into_a_given_tensor_without_triton_equals_the_reference() -> None:
-    codes, scales, group_scale, offset = random_parts(2, torch.device("cpu"))
-    out = poisoned((300, 64), torch.bfloat16, torch.device("cpu"))
-    expected = reference.nf4_dequantize(codes, scales, group_scale, offset, shape=(300, 64), dtype=torch.bfloat16)
-    nf4.NF4.dequantize((codes, scales, group_scale, offset), shape=(300, 64), dtype=torch.bfloat16, out=out)
-    assert torch.equal(out, expected)
-    absmax = scales.float()
-    nf4.NF4_ABSMAX.dequantize((codes, absmax), shape=(300, 64), dtype=torch.bfloat16, out=out.view(-1))
-    assert torch.equal(out, nf4_cpu.dequantize_blocks(codes, absmax, shape=(300, 64), dtype=torch.bfloat16))
-
-
-def test_parts_that_cannot_be_read_by_words_are_refused(triton_device: torch.device) -> None:
-    codes, *rest = random_parts(2, triton_device)
-    shifted = torch.zeros(2 * nf4.GROUP_BYTES + 1, dtype=torch.uint8, device=triton_device)[1:].view(2, -1)
-    for wrong in (codes.T.contiguous().T, shifted):
-        with pytest.raises(AssertionError):
-            nf4.NF4.dequantize((wrong, *rest), shape=(2, GROUP), dtype=torch.float32)

@@ -168,20 +168,6 @@ def own_dropout_of(choice: RowChoice) -> ChosenDropout:
     return ChosenDropout(streams, choice.rows, steps, rows, first=70_001)
 
 
-def test_each_rows_mask_is_that_of_its_adapter_alone(device: torch.device) -> None:
-    choice = choice_of(device)
-    dropout = own_dropout_of(choice)
-    masks = dropped(dropout, 21 * len(CHOSEN), 100).view(len(CHOSEN), 21, 100)
-    for row, adapter in enumerate(CHOSEN):
-        if adapter < 0 or dropout.streams[adapter].threshold == 0:
-            assert not masks[row].any()
-            assert adapter < 0 or dropout.of(adapter, slice(row, row + 1)) is None
-            continue
-        alone = Dropout(*dropout.streams[adapter], int(dropout.steps[row]), dropout.rows[row : row + 1], 70_001)
-        assert torch.equal(masks[row], dropped(alone, 21, 100))
-        assert masks[row].any()
-
-
 @pytest.mark.parametrize("kind", ["alone", "chosen", "own"])
 def test_dropout_is_that_of_its_definition(kind: str, device: torch.device) -> None:
     """Rows of the dropout differ from those of the choice; tiles span them; columns end within 8; parts of rows run."""
@@ -189,7 +175,6 @@ def test_dropout_is_that_of_its_definition(kind: str, device: torch.device) -> N
     choice, rank = (None, 8) if kind == "alone" else (choice_of(device), sum(RANKS))
     dropout: Dropout | ChosenDropout = dropout_of(device, [5, 2**33 + 1, -1])._replace(first=70_001)
     if kind == "own":
-        assert choice is not None
         dropout = own_dropout_of(choice)
     x, a, *_ = operands((m, i, 8, rank), dtype, device).values()
     compact = normal(m, 8, dtype=dtype, device=device, seed=9)
@@ -226,22 +211,6 @@ def test_ranks_beyond_a_tile(device: torch.device) -> None:
     assert_sum_close(skinny_grad(xa, x), xa.double().T @ x.double())
 
 
-def test_large_ranks_that_rows_choose(device: torch.device) -> None:
-    """Above 32 dy is read twice, by the kernels of down and grad."""
-    ranks = (40, 24)
-    choice = RowChoice(torch.tensor([1, 0, -1], device=device), (0.5, 2.0), ranks)
-    _, _, b, dy, *_ = operands((60, 64, 80, 64), torch.bfloat16, device).values()
-    xa = normal(60, 40, dtype=torch.bfloat16, device=device, seed=9)
-    dxa, db = skinny_dy(dy, b, xa, scale=1.0, choice=choice)
-    first, second = dy[:20].double(), dy[20:40].double()
-    expected = torch.cat([0.5 * second.T @ xa[20:40].double(), 2 * first.T @ xa[:20, :24].double()], dim=1)
-    assert_sum_close(db, expected)
-    assert_sum_close(dxa[:20, :24], first @ b[:, 40:].double())
-    assert_sum_close(dxa[20:40], second @ b[:, :40].double())
-    assert not dxa[:20, 24:].any()
-    assert not dxa[40:].any()
-
-
 def test_operands_may_be_slices(device: torch.device) -> None:
     """A group's xa is split into the columns of each linear; a batch's rows into micro-batches."""
     x, a, b, dy, xa, _ = operands((40, 96, 80, 48), torch.bfloat16, device).values()
@@ -270,21 +239,3 @@ def test_the_same_inputs_give_the_same_bits(triton_device: torch.device) -> None
         assert torch.equal(first, second)
     assert_sum_close(skinny_down(x, a), x.double() @ a.double().T)
     assert_sum_close(skinny_dy(dy, b, xa, scale=0.3)[0], dy.double() @ b.double())
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x, a, c: skinny_down(x, a[:, 1:]),
-        lambda x, a, c: skinny_down(x, a[1:], choice=c),
-        lambda x, a, c: skinny_up(x[:, :4], a.T, choice=c),
-        lambda x, a, c: skinny_up(x[:, :5], a.T, bias=x[0, :3]),
-        lambda x, a, c: skinny_dy(x, a.T, x[:3, :5], scale=1.0),
-        lambda x, a, c: skinny_grad(x, x, dropout=dropout_of(x.device, [1, 2, 3, 4])),
-        lambda x, a, c: skinny_down(x[:0], a),
-    ],
-)
-def test_operands_that_do_not_fit_are_refused(call: Callable[..., Any]) -> None:
-    choice = RowChoice(torch.tensor([1, -1, 0]), (0.5, 2.0), (2, 3))
-    with pytest.raises(AssertionError):
-        call(torch.ones(6, 8), torch.ones(5, 8), choice)

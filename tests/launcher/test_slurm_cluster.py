@@ -20,7 +20,7 @@ import yaml
 from distlora.config.file import as_mapping, load_config
 from support import slurm_cluster
 from support.closeness import assert_same_run
-from support.parity_runs import run_once
+from support.runs import run_once
 from support.slurm_cluster import SlurmCluster, running_cluster
 from support.slurm_commands import ENDED, distlora, job_of, steps_done
 from support.worlds import World

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,19 +15,45 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from distlora.config import AdapterConfig
-from distlora.model.adapters import AdaptedLinear, BlockContext, Rows, reset_adapters
-from distlora.model.frozen_linear import link_shared_inputs
-from support.adapted_linears import adapted, empty, filled
+from distlora.model.adapters import AdaptedLinear, AdapterCopies, BlockContext, reset_adapters
+from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
+from distlora.planner.memory.device import copied_adapters
+from distlora.planner.model import model_in
+from distlora.planner.workload import Workload
+from distlora.training.setup import start_run_model
+from distlora_kernels import fused
 from support.closeness import assert_close
+from support.family_models import SINGLE, config_for, load_ours, positions_of, tokens
+from support.plan_inputs import machine_of
+from support.small_models import write_model_folder
 
 
-def plain(linear: AdaptedLinear, x: Tensor, index: int) -> Tensor:
-    """Compute the textbook formula with one of the adapters, or none for -1."""
-    y = x @ linear.weight.T
-    if index < 0:
-        return y
-    pair = linear.pairs[index]
-    return y + pair.scaling * (x @ pair.A.T) @ pair.B.T
+def filled(linear: FrozenLinear, seed: int) -> FrozenLinear:
+    """Give a dense linear on the meta device random weights; adapters too, B included."""
+    linear.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return linear
+
+
+def empty(in_features: int, out_features: int) -> AdaptedLinear:
+    options: dict[str, Any] = {"bias": False, "format": None, "dtype": torch.float32}
+    return AdaptedLinear(in_features, out_features, context=BlockContext(), **options)
+
+
+def adapted(seed: int = 0, out: int = 40) -> AdaptedLinear:
+    linear = empty(32, out)
+    linear.add_adapter("default", AdapterConfig(r=4, lora_alpha=8.0), path=f"model.layers.0.linear_{seed}", seed=0)
+    filled(linear, seed)
+    return linear
+
+
+def plain(linear: AdaptedLinear, x: Tensor) -> Tensor:
+    """Compute the textbook formula."""
+    (pair,) = linear.pairs
+    return x @ linear.weight.T + pair.scaling * (x @ pair.A.T) @ pair.B.T
 
 
 PATHS = [f"model.layers.{layer}.{name}" for layer in (1, 11) for name in ("self_attn.q_proj", "mlp.gate_proj")]
@@ -73,7 +104,7 @@ def test_siblings_of_different_ranks_share_one_projection() -> None:
     x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(1))
     assert [linear.pairs[0].A.shape[0] for linear in linears.values()] == [5, 2, 5]
     for linear in linears.values():
-        assert_close(linear(x), plain(linear, x, 0), ulps=4)
+        assert_close(linear(x), plain(linear, x), ulps=4)
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
@@ -95,21 +126,6 @@ def test_a_starts_like_peft_and_b_at_zero_whatever_else_exists(init: str) -> Non
     assert not torch.equal(linear.pairs[0].A, a)
 
 
-def test_rows_choose_their_adapter_and_minus_one_is_the_base() -> None:
-    context = BlockContext()
-    linear = adapted(context, names=("first", "second"))
-    x = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    context.rows = Rows(torch.tensor([1, -1, 0, 1]))
-    y = linear(x)
-    expected = torch.stack([plain(linear, x[i], int(choice)) for i, choice in enumerate([1, -1, 0, 1])])
-    assert_close(y, expected, ulps=4)
-
-    gradients = torch.autograd.grad(y.square().sum(), [x, *linear.adapters.parameters()])
-    references = torch.autograd.grad(expected.square().sum(), [x, *linear.adapters.parameters()])
-    for actual, reference in zip(gradients, references, strict=True):
-        assert_close(actual, reference, ulps=8)
-
-
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -122,11 +138,9 @@ def attention() -> tuple[Attention, list[int]]:
     module = Attention()
     link_shared_inputs({name: linear for name, linear in module.named_children() if isinstance(linear, AdaptedLinear)})
     shared = module.q_proj.shared_input
-    assert shared is not None
     assert module.v_proj.shared_input is shared
     calls: list[int] = []
     for linear in module.children():
-        assert isinstance(linear, AdaptedLinear)
         original = linear.stacked_down
 
         def counted(original=original):
@@ -143,10 +157,9 @@ def test_members_of_a_group_share_one_projection_of_the_same_input(attention: tu
     outputs = [linear(x) for linear in module.children()]
     assert len(calls) == 3, "each took part in the first call alone"
     for output, linear in zip(outputs, module.children(), strict=True):
-        assert isinstance(linear, AdaptedLinear)
-        assert_close(output, plain(linear, x, 0), ulps=4)
+        assert_close(output, plain(linear, x), ulps=4)
     loss = sum(output.square().sum() for output in outputs)
-    expected = sum(plain(linear, x, 0).square().sum() for linear in module.children())  # type: ignore[arg-type]
+    expected = sum(plain(linear, x).square().sum() for linear in module.children())  # type: ignore[arg-type]
     parameters = [x, *(p for n, p in module.named_parameters() if "adapters" in n)]
     for actual, reference in zip(
         torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True
@@ -161,17 +174,68 @@ def test_an_input_changed_in_place_or_another_one_is_not_taken_for_the_same(
     x = torch.randn(2, 3, 32)
     module.q_proj(x)
     x.mul_(2)
-    assert_close(module.k_proj(x), plain(module.k_proj, x, 0), ulps=4)
+    assert_close(module.k_proj(x), plain(module.k_proj, x), ulps=4)
     other = torch.randn(2, 3, 32)
-    assert_close(module.v_proj(other), plain(module.v_proj, other, 0), ulps=4)
+    assert_close(module.v_proj(other), plain(module.v_proj, other), ulps=4)
     # Called twice in a row with one input: the second call must not find its own result gone.
     assert torch.equal(module.q_proj(other), module.q_proj(other))
 
 
-def test_a_group_leaves_no_activation_behind(attention: tuple[Attention, list[int]]) -> None:
-    module, _ = attention
-    x = torch.randn(2, 3, 32)
-    for linear in module.children():
-        linear(x)
-    assert module.q_proj.shared_input is not None
-    assert module.q_proj.shared_input._input is None
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_fresh_adapter_changes_no_bit(folders: Path, dtype: str) -> None:
+    model, _, _ = start_run_model(config_for(folders / "qwen3", train={"dtype": dtype}), SINGLE)
+    rows = tokens(2, 40)
+    with_adapter = model.hidden_states(rows, positions_of(rows))
+    for _, linear in model.adapted_linears():
+        linear.forward = functools.partial(FrozenLinear.forward, linear)  # type: ignore[method-assign]
+    assert torch.equal(with_adapter, model.hidden_states(rows, positions_of(rows)))
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 32}
+SECTIONS: dict[str, Any] = {
+    "adapter": {"target_modules": "all-linear", "r": 4, "lora_dropout": 0.25},
+    "train": {"dtype": "bf16", "checkpointing": "block", "global_batch": 1},
+}
+
+
+def test_copies_are_rounded_once_and_neighbours_and_as_large_as_planned(tmp_path: Path) -> None:
+    write_model_folder(tmp_path, "llama", **SIZES)
+    model, _ = load_ours(tmp_path, **SECTIONS)
+    linears = [linear for _, linear in model.adapted_linears()]
+
+    def copies_of(linear: AdaptedLinear) -> Any:
+        adapter = linear.operand().adapter
+        return adapter.copies
+
+    copies = AdapterCopies(linears)
+    assert copies_of(linears[0]) is None
+    with copies.fresh():
+        ends = []
+        for linear in linears:
+            (pair,), made = linear.pairs, copies_of(linear)
+            assert made.factor == pair.scaling * pair.dropout.scale != pair.scaling
+            assert torch.equal(made.a, pair.A.bfloat16())
+            assert torch.equal(made.b, (pair.B * made.factor).bfloat16())
+            ends.append((made.a.data_ptr(), made.a.data_ptr() + made.a.nbytes))
+        assert all(end == start for (_, end), (start, _) in itertools.pairwise(ends))
+        linears[0].context.uses_start = True
+        assert copies_of(linears[0]) is None, "DPO's reference has other adapters"
+        linears[0].context.uses_start = False
+        storage = copies_of(linears[1]).a.untyped_storage()
+    work = Workload.of(config_for(tmp_path, **SECTIONS))
+    assert copied_adapters(work, model_in(tmp_path), machine_of()) == (len(linears), storage.nbytes())
+    assert copied_adapters(work, model_in(tmp_path), machine_of(is_gpu=False)) == (0, 0)
+    assert copies_of(linears[1]) is None
+
+
+@pytest.mark.ci
+def test_copies_have_the_bits_of_a_cast_per_use(triton_device: torch.device, tmp_path: Path) -> None:
+    write_model_folder(tmp_path, "llama", **SIZES)
+    model, _ = load_ours(tmp_path, **SECTIONS)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    results = []
+    for context in (contextlib.nullcontext(), AdapterCopies([each for _, each in model.adapted_linears()]).fresh()):
+        with context, fused.force_variant("scratch"):
+            states = model.hidden_states(tokens(1, 16), positions_of(tokens(1, 16)))
+            results.append([states, *torch.autograd.grad(states.sum(), parameters)])
+    assert all(map(torch.equal, *results))

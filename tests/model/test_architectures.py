@@ -22,91 +22,20 @@ SHIPPED: list[dict[str, Any]] = json.loads(
     resources.files("distlora.architecture").joinpath("known_models.json").read_text("utf-8")
 )
 
-COUNTED = {
-    "huggyllama/llama-7b": 6_738_415_616,
-    "huggyllama/llama-13b": 13_015_864_320,
-    "huggyllama/llama-30b": 32_528_943_616,
-    "huggyllama/llama-65b": 65_285_660_672,
-    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
-    "meta-llama/Llama-2-13b-hf": 13_015_864_320,
-    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
-    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
-    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
-    "meta-llama/Llama-3.1-8B": 8_030_261_248,
-    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
-    "meta-llama/Llama-3.1-405B": 405_853_388_800,
-    "meta-llama/Llama-3.2-1B": 1_235_814_400,
-    "meta-llama/Llama-3.2-3B": 3_212_749_824,
-    "Qwen/Qwen2.5-0.5B": 494_032_768,
-    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
-    "Qwen/Qwen2.5-3B": 3_085_938_688,
-    "Qwen/Qwen2.5-7B": 7_615_616_512,
-    "Qwen/Qwen2.5-14B": 14_770_033_664,
-    "Qwen/Qwen2.5-32B": 32_763_876_352,
-    "Qwen/Qwen2.5-72B": 72_706_203_648,
-    "Qwen/Qwen3-4B": 4_022_468_096,
-    "Qwen/Qwen3-8B": 8_190_735_360,
-    "Qwen/Qwen3-14B": 14_768_307_200,
-    "Qwen/Qwen3-32B": 32_762_123_264,
-    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
-    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
-    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
-    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
-    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
-    "mistralai/Mistral-Small-24B-Base-2501": 23_572_403_200,
-    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
-    "mistralai/Mixtral-8x22B-v0.1": 140_620_634_112,
-    "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
-    "google/gemma-3-1b-it": 999_885_952,
-    "microsoft/phi-4": 14_659_507_200,
-    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
-}
+HUB: dict[str, dict[str, Any]] = json.loads((Path(__file__).parents[1] / "golden" / "parameters.json").read_text())
+COUNTED = HUB["counted"]
 """Parameters in the safetensors of each, as its page on the hub shows them."""
-UNTIED_ON_DISK = {"Qwen/Qwen3-0.6B": 751_632_384, "Qwen/Qwen3-1.7B": 2_031_739_904}
+UNTIED_ON_DISK = HUB["untied_on_disk"]
 """The same of those whose weights hold the head beside the embedding that it is tied to."""
-WITH_VISION = {
-    "google/gemma-3-4b-it": 4_300_079_472,
-    "google/gemma-3-12b-it": 12_187_325_040,
-    "google/gemma-3-27b-it": 27_432_406_640,
-}
+WITH_VISION = HUB["with_vision"]
 """The same of those that have a vision tower beside the text model."""
-UNPACKED = {"openai/gpt-oss-20b": 20_914_757_184, "openai/gpt-oss-120b": 116_829_156_672}
+UNPACKED = HUB["unpacked"]
 """What is in MXFP4 on disk, where the hub counts bytes, by the index's total_parameters; 20.91e9 and 116.83e9 in the
 model card (arXiv 2508.10925, table 1)."""
 QUANTIZED = {name: entry["names"][0] for entry in SHIPPED for name in entry.get("quantized", ())}
 """First names of the 16-bit models of the same sizes, by the names of those that are shipped in low bits."""
 
-PUBLISHED: dict[str, tuple[float, float | None]] = {
-    "Qwen/Qwen3.5-4B": (4_659_865_088, None),
-    "Qwen/Qwen3.5-9B": (9_653_104_368, None),
-    "Qwen/Qwen3.5-27B": (27_781_427_952, None),
-    "Qwen/Qwen3.5-35B-A3B": (35_951_822_704, 3),
-    "Qwen/Qwen3.5-122B-A10B": (125_086_497_008, 10),
-    "google/gemma-4-E2B-it": (5_123_178_051, None),
-    "google/gemma-4-E4B-it": (7_996_156_490, None),
-    "google/gemma-4-26B-A4B-it": (25_805_936_206, 3.8),
-    "google/gemma-4-31B-it": (31_273_088_876, None),
-    "zai-org/GLM-4.7-Flash": (31_221_488_576, 3),
-    "zai-org/GLM-4.5-Air": (110_468_824_832, 12),
-    "mistralai/Ministral-3-3B-Instruct-2512-BF16": (3_849_090_048, None),
-    "mistralai/Ministral-3-8B-Instruct-2512-BF16": (8_918_026_716, None),
-    "mistralai/Ministral-3-14B-Instruct-2512-BF16": (13_945_032_240, None),
-    "mistralai/Mistral-Small-4-119B-2603": (119.4e9, 6.5),
-    "allenai/Olmo-3-7B-Instruct": (7_298_011_136, None),
-    "allenai/Olmo-3.1-32B-Instruct": (32_233_522_176, None),
-    "ibm-granite/granite-4.0-h-tiny": (6_939_037_248, 1),
-    "ibm-granite/granite-4.0-h-small": (32_207_337_984, 9),
-    "LiquidAI/LFM2-1.2B": (1_170_340_608, None),
-    "LiquidAI/LFM2-2.6B": (2_569_272_320, None),
-    "LiquidAI/LFM2-8B-A1B": (8_339_930_560, 1.5),
-    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": (31_577_937_344, 3.2),
-    "nvidia/NVIDIA-Nemotron-Nano-9B-v2": (8_888_227_328, None),
-    "nvidia/Nemotron-H-56B-Base-8K": (56e9, None),
-    "Qwen/Qwen3-Next-80B-A3B-Instruct": (81_324_862_720, 3),
-    "unsloth/Llama-4-Scout-17B-16E-Instruct": (108_641_793_536, 17),
-    "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, None),
-    "unsloth/DeepSeek-V3-bf16": (671e9, 37),
-}
+PUBLISHED: dict[str, tuple[float, float | None]] = HUB["published"]
 """Elements in the safetensors of each, as the hub's API counts them, and billions of active parameters by its card.
 Cards alone have the round numbers. Of Ministral 8B and 14B the FP8 files are counted, with 476 and 560 scales."""
 BY_DEFAULT = ("Qwen/Qwen3.5-4B", "google/gemma-4-E4B-it", "ibm-granite/granite-4.0-h-tiny", "zai-org/GLM-4.7-Flash")

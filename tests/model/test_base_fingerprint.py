@@ -15,7 +15,7 @@ from distlora.loading import base_fingerprint
 from distlora.loading.base_fingerprint import content_of
 from distlora.parallel import Ranks
 from distlora.system.stop_signals import Stopped
-from support.run_models import build_run_model, parallelize_run
+from support.runs import build_run_model, parallelize_run
 from support.worlds import World
 
 CONTENT = bytes(range(256)) * 40

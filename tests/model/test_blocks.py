@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from distlora.derive.shrink import build, decoder_layers, shrink
 from distlora.model.adapters import BlockContext, Rows, StepRows
 from distlora.model.by_document import ByDocument, PackedRows
 from distlora.model.layer_wrapper import Block, Reference, argument_names, batch_dims
+from support.model_types import config_of
 
 
 class Layer(nn.Module):
@@ -44,19 +45,6 @@ def block_and_inputs(num_micro: int, checkpointing: bool) -> tuple[Block, Tensor
         "scale": 2.0,
     }
     return block, torch.randn(6, 5, 8, requires_grad=True), kwargs
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("num_micro", [2, 3, 6])
-def test_slices_give_the_whole_batch_and_its_gradients(num_micro: int, checkpointing: bool) -> None:
-    whole, x, kwargs = block_and_inputs(1, False)
-    expected = whole(x, **kwargs)
-    expected_dx = torch.autograd.grad(expected.square().sum(), x)[0]
-    block, x, kwargs = block_and_inputs(num_micro, checkpointing)
-    actual = block(x, **kwargs)
-    # A CPU's matrix products may sum in another order for another number of rows (Intel with AMX does for one row).
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(torch.autograd.grad(actual.square().sum(), x)[0], expected_dx, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -94,77 +82,25 @@ def test_a_batch_that_slices_do_not_divide_is_refused() -> None:
         block(x, **kwargs)
 
 
-def test_plain_attributes_of_the_layer_are_reachable_through_the_wrapper() -> None:
-    block, _, _ = block_and_inputs(1, False)
-    assert block.attention_type == "full_attention"
-    with pytest.raises(AttributeError):
-        _ = block.no_such_thing
-
-
-TINY: dict[str, dict[str, Any]] = {
-    "gemma3n_text": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "intermediate_size": [48] * 4,
-        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
-        "num_hidden_layers": 4,
-        "vocab_size_per_layer_input": 96,
-        "hidden_size_per_layer_input": 8,
-        "laurel_rank": 8,
-    },
-    "gemma4_text": {
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "num_kv_shared_layers": 2,
-        "num_hidden_layers": 4,
-        "vocab_size_per_layer_input": 96,
-        "hidden_size_per_layer_input": 8,
-        "global_head_dim": 16,
-    },
-    "bloom": {"n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0},
-    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4},
-    "zaya": {"num_experts": 4, "num_experts_per_tok": 1},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8},
-    "qwen3_next": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    },
-}
-"""Settings of small models: what layers hand on, calls by position, batch dimensions other than 0, tuples, mixers."""
+TYPES = ("gemma3n_text", "gemma4_text@shared", "bloom", "gpt_neo", "zaya", "lfm2", "falcon_h1", "qwen3_next")
+"""What layers hand on, calls by position, batch dimensions other than 0, tuples, mixers."""
 BY_DOCUMENT = {"lfm2": "conv", "falcon_h1": "mamba", "qwen3_next": "linear_attn", "zaya": "self_attn.qkv_proj"}
 """Modules that carry state along a row."""
 LENGTH = 24
 DOCUMENTS = ((0, 5), (5, 6), (6, 17), (17, LENGTH))
 
 
-def tiny_model(model_type: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96, "head_dim": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8, "pad_token_id": 0}
-    config = AutoConfig.for_model(model_type, **{**sizes, **heads, **TINY[model_type]})
+def tiny_model(name: str) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = build(shrink(config_of(name))).eval()
     with torch.no_grad():  # Off their start, where gates are closed and scales are 1.
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 
 
-def layers_of(model: Any) -> nn.ModuleList:
-    decoder = model.base_model
-    return decoder.h if hasattr(decoder, "h") else decoder.layers
-
-
 def wrapped(model: Any, dims: list[dict[str, int | None]], *, num_micro: int, by_document: str = "") -> list[Block]:
-    layers, blocks = layers_of(model), []
+    layers, blocks = decoder_layers(model), []
     for index, layer in enumerate(list(layers)):
         context = BlockContext()
         if by_document and any(name == by_document for name, _ in layer.named_modules()):
@@ -178,7 +114,7 @@ def wrapped(model: Any, dims: list[dict[str, int | None]], *, num_micro: int, by
 
 def probed(model: Any) -> list[dict[str, int | None]]:
     """Return Block.batch_dims of each layer, from calls of the model."""
-    layers = list(layers_of(model))
+    layers = list(decoder_layers(model))
     calls: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in layers]
     for rows in (2, 3):
 
@@ -187,7 +123,7 @@ def probed(model: Any) -> list[dict[str, int | None]]:
             calls[layers.index(layer)].append((rows, arguments))
 
         hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
-        model(torch.randint(1, 90, (rows, 11)), use_cache=False)
+        model(torch.randint(8, 90, (rows, 11)), use_cache=False)
         for hook in hooks:
             hook.remove()
     return [batch_dims(of_layer) for of_layer in calls]
@@ -212,22 +148,22 @@ def assert_same(
         assert difference <= gradients * one.norm() + 1e-6, f"{name}: {float(difference)} of {float(one.norm())}"
 
 
-@pytest.mark.parametrize("model_type", list(TINY))
+@pytest.mark.parametrize("model_type", TYPES)
 def test_slices_of_any_decoder_give_the_whole_batch_and_its_gradients(model_type: str) -> None:
-    model, ids = tiny_model(model_type), torch.randint(1, 90, (4, LENGTH))
+    model, ids = tiny_model(model_type), torch.randint(8, 90, (4, LENGTH))
     expected, dims = outcome(model, ids), probed(model)
     assert dims[0] == {"bloom": {"alibi": 0}, "gemma3n_text": {"hidden_states": 1}}.get(model_type, {})
     wrapped(model, dims, num_micro=2)
-    # The sums over rows that make a weight's gradient are made in another order; qwen3_next's router divides by little.
-    assert_same(outcome(model, ids), expected, 1e-5 if model_type == "qwen3_next" else 2e-6)
+    # Sums over rows are made in another order, which gates that nearly close magnify in qwen3_next.
+    assert_same(outcome(model, ids), expected, 1e-4 if model_type == "qwen3_next" else 2e-6)
 
 
 @pytest.mark.parametrize("model_type", list(BY_DOCUMENT))
 def test_packed_documents_are_as_alone_where_a_mixer_carries_state(model_type: str) -> None:
-    model, ids = tiny_model(model_type), torch.randint(1, 90, (2, LENGTH))
+    model, ids = tiny_model(model_type), torch.randint(8, 90, (2, LENGTH))
     # One row of four documents, one of a single document.
     positions = torch.stack([torch.cat([torch.arange(end - start) for start, end in DOCUMENTS]), torch.arange(LENGTH)])
-    scale, outputs = torch.randn(2, LENGTH, 96), []
+    scale, outputs = torch.randn(2, LENGTH, model.config.get_text_config().vocab_size), []
     for row, documents in enumerate((DOCUMENTS, ((0, LENGTH),))):
         for start, end in documents:
             logits = model(ids[row : row + 1, start:end], use_cache=False).logits
@@ -246,7 +182,7 @@ def test_packed_documents_are_as_alone_where_a_mixer_carries_state(model_type: s
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             one = expected[re.sub(r"(\.inner)+\.", ".", name)]
-            limit = 1e-5 if model_type == "qwen3_next" else 2e-6
+            limit = 1e-4 if model_type == "qwen3_next" else 2e-6
             assert (parameter.grad - one).norm() <= limit * one.norm() + 1e-6, name
 
 
@@ -261,30 +197,6 @@ class Sharing(nn.Module):
         if self.writes:  # Every writer under the same name: recomputation must not see a later one.
             shared["key"] = hidden_states.sin() * scale
         return hidden_states * shared["key"], hidden_states[:, :, 0]
-
-
-@pytest.mark.parametrize("reference", [False, True])
-def test_a_slice_reads_what_the_same_slice_handed_on(reference: bool) -> None:
-    from transformers.cache_utils import KVSharingDict
-
-    def run(num_micro: int) -> tuple[Tensor, Tensor, Any]:
-        x = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        mapping, hidden = KVSharingDict(), x
-        for writes in (True, False, True, False):
-            block = Block(Sharing(writes), BlockContext())
-            block.num_micro, block.checkpointing = num_micro, num_micro > 1
-            hidden, first = block(hidden, mapping, scale=2.0)
-            assert first.shape == (4, 3)
-        return hidden, torch.autograd.grad(hidden.square().sum(), x)[0], mapping
-
-    expected, actual = run(1), run(2)
-    torch.testing.assert_close(actual[0], expected[0])
-    torch.testing.assert_close(actual[1], expected[1])
-    if reference:
-        block = Block(Sharing(True), BlockContext())
-        block.reference = Reference(None)
-        with pytest.raises(TypeError, match="no reference pass"):
-            block(torch.randn(4, 3, 2), KVSharingDict())
 
 
 def test_a_reference_reads_what_its_own_pass_handed_on() -> None:
@@ -313,38 +225,6 @@ def test_a_reference_reads_what_its_own_pass_handed_on() -> None:
     torch.testing.assert_close(run(3.0, start=2.0), run(2.0, start=None), rtol=0, atol=0)
 
 
-def test_what_layers_hand_on_is_freed_after_the_forward() -> None:
-    from transformers.cache_utils import KVSharingDict
-
-    block, mapping = Block(Sharing(True), BlockContext()), KVSharingDict()
-    block.num_micro = 2
-    with torch.no_grad():
-        block(torch.randn(4, 3, 2), mapping)
-    (first, second) = vars(mapping)["_slices_of_the_batch"].values()
-    assert [entry.shape for entry in (first["key"], second["key"])] == [(2, 3, 2)] * 2
-    kept = weakref.ref(first["key"])
-    del first, second, mapping
-    assert kept() is None
-
-
-def test_batch_dimensions_are_found_from_the_sizes_of_calls() -> None:
-    def call(rows: int) -> tuple[int, dict[str, Any]]:
-        return rows, {
-            "hidden_states": torch.zeros(4, rows, 5, 8),
-            "alibi": torch.zeros(rows * 4, 1, 5),
-            "positions": (torch.zeros(rows, 5), torch.zeros(1, 5), None),
-            "distance": torch.zeros(5, 5),
-            "empty": torch.zeros(rows, 5, 0),
-            "cache": None,
-        }
-
-    assert batch_dims([call(2), call(3)]) == {"hidden_states": 1, "alibi": 0, "distance": None}
-    with pytest.raises(TypeError, match=r"'x'.*batch dimensions"):
-        batch_dims([(rows, {"x": torch.zeros(rows, rows)}) for rows in (2, 3)])
-    with pytest.raises(TypeError, match="'x' differ"):
-        batch_dims([(rows, {"x": (torch.zeros(rows, 5), torch.zeros(5, rows))}) for rows in (2, 3)])
-
-
 def test_written_copies_and_outputs_without_rows_are_refused() -> None:
     class Writes(nn.Module):
         def forward(self, hidden_states: Tensor, states: dict[str, Tensor]) -> Tensor:
@@ -364,57 +244,3 @@ def test_written_copies_and_outputs_without_rows_are_refused() -> None:
     block.num_micro = 2
     with pytest.raises(TypeError, match=r"an output, a tensor of shape \(7,\)"):
         block(torch.zeros(4, 3, 2))
-
-
-class Mixer(nn.Module):
-    """A module that sums along the row, and shows what it was given."""
-
-    size = 3
-
-    def __init__(self, context: BlockContext) -> None:
-        super().__init__()
-        self.context = context
-        self.seen: list[dict[str, Any]] = []
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        context = self.context
-        self.seen.append({"mask": attention_mask, "rows": context.rows, "first": context.first_token, **kwargs})
-        if context.rows.balanced is not None:
-            context.leave_balance(context.rows.balanced.sum(dim=1)[:, None, None].expand(1, 2, 3).float())
-        context.count_expert_tokens(torch.zeros(hidden_states.shape[1], 1, dtype=torch.int64))
-        return hidden_states.cumsum(dim=1), None, (hidden_states[..., 0],)
-
-
-def test_a_mixer_runs_each_document_with_its_arguments_and_its_rows() -> None:
-    context = BlockContext()
-    module = ByDocument(Mixer(context), context)
-    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])
-    x = torch.arange(20.0).view(2, 5, 2)
-    expected = torch.cat([torch.cat([x[:1, :3].cumsum(1), x[:1, 3:].cumsum(1)], dim=1), x[1:].cumsum(1)])
-    balanced = torch.tensor([[True, True, False, True, True], [True] * 5])
-    rows = Rows(torch.tensor([7, 8]), StepRows(3, torch.tensor([10, 11])), balanced, PackedRows.of(positions), balanced)
-    context.rows, context.expert_tokens = rows, torch.zeros(2, dtype=torch.int64)
-    mask = torch.arange(25.0).view(1, 1, 5, 5).expand(2, 1, 5, 5)
-    output, none, (plain,) = module(x, attention_mask=mask, position_embeddings=(positions, positions[:1]))
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(plain, x[..., 0])
-    assert none is None
-    assert context.rows is rows
-    assert context.first_token == 0
-    balance = context.take_balance()
-    assert balance is not None
-    assert balance[:, 0, 0].tolist() == [4, 5]
-    assert context.expert_tokens.tolist() == [9, 0], "the load of a document counts its own positions"
-    seen = module.inner.seen  # type: ignore[union-attr]
-    assert [one["first"] for one in seen] == [0, 3, 0]  # type: ignore[union-attr, index]
-    second = seen[1]  # type: ignore[index]
-    assert second["mask"].flatten().tolist() == [18, 19, 23, 24]
-    assert (second["rows"].adapters.tolist(), second["rows"].places.rows.tolist()) == ([7], [10])
-    assert [tensor.tolist() for tensor in second["position_embeddings"]] == [[[0, 1]]] * 2
-    assert module.size == 3, "plain attributes of the module are reachable"
-    context.rows = Rows(packed=PackedRows.of(positions[1:].expand(2, 5)))
-    module(x)
-    assert len(seen) == 4, "rows of one document each take one call"  # type: ignore[arg-type]
-    context.rows = rows
-    with pytest.raises(TypeError, match="no known token dimension"):
-        module(x, attention_mask=torch.zeros(2, 3, 5))

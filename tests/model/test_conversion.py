@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from transformers.core_model_loading import (
     GroupWeightRename,
     Interleave,
     MergeModulelist,
-    Split,
     Transpose,
     WeightConverter,
     dot_natural_key,
@@ -194,69 +192,6 @@ def test_unsupported_conversions_are_refused(
     with pytest.raises(UserError, match=reason):
         find_sources(layout(converter, names=["x.weight", "x.b"]), headers, ["x.weight"])
     assert find_sources(layout(converter, names=["x.weight", "other"]), headers, ["other"]) == {}, "nobody asked for it"
-
-
-MOVED = [
-    (WeightConverter("x.w", ["x.weight", "x.b"], operations=[Chunk(0)]), {"x.w": (6, 3)}),
-    (WeightConverter("x.w", ["x.weight", "x.b"], operations=[Chunk(0)]), {"x.w": (6,)}),
-    (WeightConverter("x.w", ["x.weight", "x.b"], operations=[Split(0)]), {"x.w": (4, 3)}),
-    (WeightConverter("x.w", ["x.weight", "x.b"], operations=[Interleave(1), Chunk(1)]), {"x.w": (2, 8, 3)}),
-    (WeightConverter("x.w", "x.weight", operations=[Interleave(1)]), {"x.w": (3, 8, 5)}),
-    (WeightConverter("x.*.w", "x.weight", operations=[MergeModulelist(1)]), {"x.0.w": (4, 3), "x.1.w": (4, 3)}),
-    (
-        WeightConverter(["x.*.a", "x.*.b"], "x.weight", operations=[MergeModulelist(0), Concatenate(1)]),
-        {"x.0.a": (4, 3), "x.1.a": (4, 3), "x.0.b": (6, 3), "x.1.b": (6, 3)},
-    ),
-]
-
-
-@pytest.mark.parametrize(("converter", "tensors"), MOVED, ids=lambda value: str(value)[:60])
-def test_moved_rows_are_those_of_transformers(
-    tmp_path: Path, converter: WeightConverter, tensors: dict[str, tuple[int, ...]]
-) -> None:
-    values = {name: torch.randn(shape) for name, shape in tensors.items()}
-    headers, known = stored(tmp_path, values), layout(converter, names=["x.weight", "x.b"])
-    theirs = copy.deepcopy(converter)
-    for name, value in values.items():
-        pattern = theirs.rename_source_key(name)[1]
-        assert pattern is not None
-        theirs.add_tensor("x.weight", name, pattern, value)
-    expected = theirs.convert("x.weight", model=conversion._Shapes(known.shapes))
-    sources = find_sources(known, headers, list(expected))
-    assert sources.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(read(sources[name]), value), name
-
-
-def test_first_of_two_names_is_taken(tmp_path: Path) -> None:
-    """Check a parameter that is on disk with and without the base model's prefix."""
-    write_family_folder(tmp_path, "llama3-tied")
-    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    tensors["norm.weight"] = tensors["model.norm.weight"] + 1
-    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    (source,) = find_sources(layout_of(theirs), read_headers(tmp_path), ["model.norm.weight"]).values()
-    assert torch.equal(read(source), theirs.model.norm.weight)
-    assert source.names == ("model.norm.weight",)
-
-
-def test_weights_that_transformers_drops_on_purpose_are_left_alone(tmp_path: Path) -> None:
-    """Check layers that predict further tokens, which GLM and DeepSeek store behind the others."""
-    headers = stored(tmp_path, {f"model.layers.{index}.w.weight": torch.ones(2) for index in (0, 1, 46)})
-    known = dataclasses.replace(layout(names=["model.layers.0.w.weight"]), dropped=r"(model\.layers\.46.*)")
-    assert conversion.names_without_a_place(known, headers, "model") == ["model.layers.1.w.weight"]
-
-
-def test_row_that_transformers_zeroes_is_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the embedding and the head tied to it, as youtu's padding row."""
-    write_family_folder(tmp_path, "llama3-tied")
-    before, _ = load_ours(tmp_path)
-    monkeypatch.setattr(conversion, "_zeroed_row", lambda *_: 3)
-    model, _ = load_ours(tmp_path)
-    expected = before.head.weight.clone()
-    expected[3] = 0
-    assert torch.equal(model.head.weight, expected)
-    assert before.head.weight[3].any()
 
 
 def rename_on_disk(folder: Path, rename: Callable[[str], str | None]) -> None:

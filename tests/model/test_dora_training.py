@@ -12,14 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora.config import AdapterConfig, Config, DataConfig, ModelConfig, OptimConfig, QuantConfig, UserError
-from distlora.model.adapters import AdaptedLinear, BlockContext, StepRows, reset_adapters
-from distlora.model.buffers import materialize_buffers
+from distlora.model.adapters import StepRows
 from distlora.parallel import Ranks
-from distlora.training.optimizers import parameter_groups
+from support.bitsandbytes_weights import ODD, quantize
 from support.loaded_shards import loaded
-from support.prequantized_models import ODD, quantize
-from support.resumed_runs import SINGLE
+from support.runs import SINGLE
 from support.small_models import write_model_folder
 from support.tiers import ci
 from support.worlds import World
@@ -33,7 +30,6 @@ def norms_of(ranks: Ranks, *, folder: Path, sections: dict[str, Any]) -> dict[st
     norms = {}
     for path, linear in model.adapted_linears():
         squares = linear.row_norms_squared
-        assert squares is not None
         dense = linear.frozen_weight.dense(linear.compute_dtype) if ranks.world == 1 else None
         norms[path] = (squares.clone(), None if dense is None else dense.double().square().sum(dim=1))
     return norms
@@ -65,7 +61,6 @@ def test_row_norms_are_those_of_the_weight_in_use_and_the_same_bits_on_any_ranks
     folder, sections = bases[base]
     single = norms_of(SINGLE, folder=folder, sections=sections)
     for squares, expected in single.values():
-        assert expected is not None
         # Summed in fp64 and rounded once.
         assert bool(((squares.double() - expected).abs() <= 0.51 * torch.finfo(torch.float32).eps * expected).all())
     for norms in world.run(3, norms_of, folder=folder, sections=sections):
@@ -80,9 +75,7 @@ def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: 
     positions = torch.arange(40).expand_as(tokens)
     states = []
     for adapter in ({"target_modules": "qv", "r": 4}, DORA):
-        model, backend = loaded(folders / "qwen3", adapter=adapter, **sections)
-        materialize_buffers(model, backend.ranks.device)
-        reset_adapters(model.adapted_linears(), AdapterConfig(**adapter), seed=0)  # type: ignore[arg-type]
+        model, _ = loaded(folders / "qwen3", adapter=adapter, **sections)
         states.append(model.hidden_states(tokens, positions))
     assert torch.equal(states[0], states[1])
     assert torch.equal(states[0], model.hidden_states(tokens, positions, adapter_rows=torch.tensor([0, -1])))
@@ -90,8 +83,6 @@ def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: 
     assert torch.equal(states[0], model.hidden_states(tokens, positions, step_rows=at))
     for _, linear in model.adapted_linears():
         magnitude = linear.pairs[0].magnitude
-        assert magnitude is not None
-        assert linear.row_norms_squared is not None
         assert torch.equal(magnitude.detach(), linear.row_norms_squared.double().sqrt().float())
         with torch.no_grad():
             linear.pairs[0].B.normal_(generator=torch.Generator().manual_seed(0))
@@ -99,27 +90,3 @@ def test_a_fresh_dora_is_the_base_bit_for_bit(folders: Path, quant: str, dtype: 
     # Trained, it is another model, but for rows that use none: DPO's reference.
     assert not torch.equal(states[0], model.hidden_states(tokens, positions))
     assert torch.equal(states[0], model.hidden_states(tokens, positions, adapter_rows=torch.tensor([-1, -1])))
-
-
-def adapted() -> AdaptedLinear:
-    linear = AdaptedLinear(32, 40, bias=False, format=None, dtype=torch.float32, context=BlockContext())
-    linear.add_adapter("default", AdapterConfig(use_dora=True), path="model.layers.0.q_proj", seed=0)
-    return linear
-
-
-def test_dora_and_lora_do_not_share_a_linear() -> None:
-    with pytest.raises(AssertionError, match="do not mix"):
-        adapted().add_adapter("second", AdapterConfig(), path="model.layers.0.q_proj", seed=0)
-
-
-def test_magnitudes_have_the_rate_of_b() -> None:
-    parameters = dict(adapted().adapters.named_parameters())
-    slow, fast = parameter_groups(parameters, OptimConfig(loraplus_lr_ratio=16.0))
-    assert (len(slow["params"]), len(fast["params"])) == (1, 2)
-    assert (slow["lr_ratio"], fast["lr_ratio"]) == (1.0, 16.0)
-
-
-def test_dora_is_refused_where_everything_is_trained() -> None:
-    sections = {"model": ModelConfig(path="m"), "data": DataConfig(path="d.jsonl"), "quant": QuantConfig(method="none")}
-    with pytest.raises(UserError, match=r"adapter.use_dora has no effect with adapter=full; leave it out"):
-        Config(adapter=AdapterConfig(method="full", use_dora=True), run_dir="-", **sections)  # type: ignore[arg-type]

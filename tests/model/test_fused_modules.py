@@ -6,7 +6,6 @@ interpreter (conftest.py), the adapted linears on the CPU.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from distlora.config import UserError
-from distlora.model import fused_modules
 from distlora.model.build import CausalLM
-from distlora.model.fused_modules import require_liger, use_liger, use_own, why_not_fused
+from distlora.model.fused_modules import use_liger, use_own
 from distlora.model.mlp import place_mlps
-from distlora.training import setup
 from distlora_kernels import elementwise
 from support.accounting import Kept
 from support.closeness import relative_error
@@ -31,7 +27,6 @@ from support.tiers import ci
 needs_liger = pytest.mark.skipif(
     importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed (the extra `cuda`)"
 )
-LIGER = pytest.param("liger", marks=needs_liger)
 
 
 @pytest.fixture
@@ -69,20 +64,6 @@ def fuse(kernels: str, model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> str:
     if kernels == "liger":
         return use_liger(model.decoder, model.architecture, model.head)
     return use_own(model.decoder, model.architecture, model.head, is_gpu=True)
-
-
-def test_unsupported_cases_have_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "trains the norms" in str(why_not_fused(full=True, fusible=True))
-    assert "do not compute" in str(why_not_fused(full=False, fusible=False))
-    assert why_not_fused(full=False, fusible=True) is None
-    monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"not installed; .*train.fused_kernels=own"):
-        require_liger()
-    monkeypatch.setattr(fused_modules.importlib.util, "find_spec", lambda name: object())
-    for version, old in (("0.8.0", True), ("0.8.5", False), ("0.10.0.dev1", False)):
-        monkeypatch.setattr(fused_modules.importlib.metadata, "version", lambda name, version=version: version)
-        with pytest.raises(UserError, match=r"0\.8\.0, older than 0\.8\.5") if old else contextlib.nullcontext():
-            require_liger()
 
 
 @pytest.mark.parametrize(
@@ -138,20 +119,3 @@ def test_saved_bytes_of_a_fused_layer_are_those_planned(
     model, _ = load_ours(tmp_path, RANKS, train={"dtype": "fp32", "checkpointing": "none", "fused_kernels": "none"})
     fuse(kernels, model, monkeypatch)
     check_kept(model, tmp_path, Kept(), remakes=False)
-
-
-@pytest.mark.parametrize("kernels", ["own", LIGER])
-def test_a_model_is_built_sharded_and_loaded_with_it(
-    kernels: str, tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a start does it: exchanged on meta, before the weights are there."""
-    write_family_folder(tmp_path, "gemma3")
-    train = {"dtype": "fp32", "fused_kernels": "none"}
-    input_ids = tokens(2, 4).to(RANKS.device)
-    model, _ = load_ours(tmp_path, RANKS, train=train)
-    expected, _ = run(model, input_ids)
-    monkeypatch.setattr(setup, "use_device_kernels", lambda model, *_: fuse(kernels, model, monkeypatch))
-    model, _ = load_ours(tmp_path, RANKS, train=train)
-    assert type(model.decoder.norm).__name__ == ("LigerRMSNorm" if kernels == "liger" else "FusedRMSNorm")
-    losses, _ = run(model, input_ids)
-    assert relative_error(losses, expected) <= 1e-6

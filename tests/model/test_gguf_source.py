@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 import struct
@@ -20,41 +21,32 @@ from torch import Tensor
 from distlora.architecture import gguf_folder
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.gguf_folder import gguf_file
-from distlora.architecture.gguf_note import GgufTensor, stored_parts
+from distlora.architecture.gguf_note import stored_parts
 from distlora.architecture.kept_weights import KeptTokens, kept_tokens
-from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.config import ModelConfig, UserError
 from distlora.derive.gguf import describe
 from distlora.derive.gguf_header import read_gguf_header
-from distlora.loading.load_base import load_base
-from distlora.model.adapters import adapter_parameters, reset_adapters
-from distlora.model.buffers import materialize_buffers
+from distlora.model.adapters import adapter_parameters
 from distlora.model.token_matrix import TokenEmbedding
 from distlora.parallel import Ranks
 from distlora.planner.model import model_in
 from distlora.planner.traffic import step_traffic
 from distlora.planner.workload import Workload
-from distlora.post.export import bnb_folder
 from distlora.post.export.client_check import our_logits
 from distlora.post.trained import Name
-from distlora.post.weights import open_base
 from distlora.run_folder.layout import Result
 from distlora.training import worker
 from distlora.training.model_card import model_card
-from distlora.weights.low_bit import CODECS
-from distlora.weights.low_bit.gguf import decode
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.demo import model as demo_model
 from support import gguf_files
 from support.closeness import assert_adapters_close, assert_close, assert_losses_close, assert_same_run
-from support.counted_traffic import our_traffic
-from support.family_models import SINGLE, architecture, config_for, move_adapters_off_start
+from support.counted_step import our_traffic
+from support.family_models import SINGLE, architecture, config_for, load_ours
 from support.gguf_files import MODELS, dense_by_transformers, described_here, write_random
-from support.parity_runs import outcome
-from support.plan_memory_runs import both, check
-from support.resumed_runs import run_until
-from support.run_models import build_run_model, parallelize_run
+from support.planned import both, check
+from support.runs import build_run_model, outcome, run_until
 from support.small_models import make_run, write_text_file
 from support.tiers import ci
 from support.worlds import World, start_world
@@ -87,36 +79,6 @@ def test_every_parameter_equals_transformers(name: str, tmp_path: Path) -> None:
             assert torch.equal(torch.cat(parts).float(), value.flatten()[start:stop]), parameter
 
 
-def test_blocks_are_those_of_the_model_s_rows(llama: Path, tmp_path: Path) -> None:
-    """Blocks of q_proj, whose rows llama.cpp has moved, decode to what is read."""
-    headers = CheckpointFiles(described_here(llama, tmp_path / "described")).headers
-    kept = dict[str, GgufTensor]()
-    for segment in headers.values():
-        if isinstance(segment, LowBitSegment) and segment.tensor.format:
-            assert isinstance(segment.tensor, GgufTensor)
-            kept[segment.tensor.name] = segment.tensor
-    assert any(len(tensor.runs) > 1 for tensor in kept.values())
-    assert {tensor.format for tensor in kept.values()} >= {"q8_0", "q6_K", "q4_1", "q5_K", "q4_0", "q5_0"}
-    with Reader() as reader:
-        for tensor in kept.values():
-            kind, block, _ = tensor.types[0]
-            number = int(np.prod(tensor.shape)) // block
-            for first, count in ((0, number), (number // 3, number // 2), (number - 1, 1)):
-                (blocks,) = CODECS["gguf"].blocks(tensor, reader, first, count)
-                values = decode(kind, blocks.flatten())
-                start = first * block
-                assert torch.equal(values, reader.read([tensor.segment], start, start + count * block)), tensor.name
-
-
-def test_the_fingerprint_covers_the_order_of_rows(llama: Path, tmp_path: Path) -> None:
-    folder = described_here(llama, tmp_path / "described")
-    before, note = CheckpointFiles(folder).fingerprint, json.loads((folder / "gguf.json").read_text())
-    assert CheckpointFiles(folder).fingerprint == before
-    note["orders"][0].reverse()
-    (folder / "gguf.json").write_text(json.dumps(note))
-    assert CheckpointFiles(folder).fingerprint != before
-
-
 def test_two_files_and_safetensors_beside_one(tmp_path: Path) -> None:
     assert gguf_file(tmp_path / "absent") is None
     (tmp_path / "a.gguf").touch()
@@ -145,7 +107,7 @@ def test_a_file_that_changes_is_not_read(llama: Path, tmp_path: Path) -> None:
 def rewritten(source: Path, target: Path, *, drop: str = "", add: str = "", **metadata: Any) -> Path:
     """Copy a file without a tensor, with one more, or with more metadata of llama."""
     read = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(target, metadata.pop("general.architecture", "llama"))
     for name, field in read.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture" and name not in metadata:
             kinds = [*field.types, None]
@@ -168,6 +130,7 @@ def rewritten(source: Path, target: Path, *, drop: str = "", add: str = "", **me
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"general.architecture": "clima"}, r"does not read general.architecture='clima'"),
         ({"drop": "blk.1.attn_k.weight"}, "no tensor of it is .*model.layers.1.self_attn.k_proj.weight"),
         ({"add": "blk.0.attn_rot.weight"}, "no parameter for the tensor blk.0.attn_rot.weight"),
         ({"add": "rope_freqs.weight"}, "rope_freqs.weight is not what Llama 3.1 and later have"),
@@ -189,31 +152,16 @@ def test_what_cannot_be_read_exactly_is_refused(
         described_here(rewritten(llama, tmp_path / "m.gguf", **changes), tmp_path / "described")
 
 
-def test_an_unknown_architecture_is_refused(llama: Path, tmp_path: Path) -> None:
-    content = llama.read_bytes().replace(b"llama", b"clima")
-    (tmp_path / "m.gguf").write_bytes(content)
-    with pytest.raises(UserError, match=r"does not read general.architecture='clima'"):
-        described_here(tmp_path / "m.gguf", tmp_path / "described")
-
-
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("seed", [0, ci(1)])
 def test_damaged_headers_are_refused_by_name(seed: int, llama: Path, tmp_path: Path) -> None:
     """A changed byte of the table of tensors is refused or seen; one of the metadata leaves the table as it is.
 
     A cut file is refused by its tensor.
     """
-    whole, content = read_gguf_header(llama), llama.read_bytes()
-    file, generator = tmp_path / "m.gguf", np.random.default_rng(seed)
-    names = list(whole.tensors)
+    whole, content, file = read_gguf_header(llama), llama.read_bytes(), tmp_path / "m.gguf"
+    generator, names = np.random.default_rng(seed), list(whole.tensors)
     table = content.rindex(names[0].encode(), 0, whole.size) - 8
-    end = (
-        content.rindex(names[-1].encode(), 0, whole.size)
-        + len(names[-1])
-        + 16
-        + 8 * len(whole.tensors[names[-1]].shape)
-    )
-    assert 24 < table < end <= whole.size < end + 32
-    for first, stop in ((24, table), (table, end)):
+    for first, stop in ((24, table), (table, content.rindex(names[-1].encode(), 0, whole.size))):
         refused = accepted = 0
         for _ in range(100):
             damaged = bytearray(content)
@@ -224,35 +172,26 @@ def test_damaged_headers_are_refused_by_name(seed: int, llama: Path, tmp_path: P
             except UserError as error:
                 refused += str(file) in str(error)
             else:
-                assert (tensors == whole.tensors) == (first == 24)
                 accepted += 1
+                assert (tensors == whole.tensors) == (first == 24)
         assert refused + accepted == 100, "the file is named"
         assert min(refused, accepted) >= 5, "both happen"
-    for cut in generator.integers(whole.size, len(content), 30).tolist():
+    for cut in generator.integers(0, len(content), 50).tolist():
         file.write_bytes(content[:cut])
-        first = next(name for name in names if whole.tensors[name].offset + whole.tensors[name].num_bytes > cut)
-        with pytest.raises(UserError, match=f"truncated: {first} ends at byte"):
+        ends = {name: tensor.offset + tensor.num_bytes for name, tensor in whole.tensors.items()}
+        missing = next(name for name, end in ends.items() if end > cut)
+        reason = f"truncated: {missing} ends at byte" if cut >= whole.size else "truncated|damaged"
+        with pytest.raises(UserError, match=reason):
             read_gguf_header(file)
-    for cut in generator.integers(0, whole.size, 20).tolist():
-        file.write_bytes(content[:cut])
-        with pytest.raises(UserError, match=r"truncated|damaged"):
+    for value, place in itertools.product((2**63, 2**31, 10**6), (8, 16, 24)):  # Counts and lengths that fill no file.
+        file.write_bytes(content[:place] + struct.pack("<Q", value) + content[place + 8 :])
+        with pytest.raises(UserError, match="damaged"):
             read_gguf_header(file)
-    for value in (2**63, 2**31, 10**6):  # Counts and lengths that fill no file.
-        for place in (8, 16, 24):
-            file.write_bytes(content[:place] + struct.pack("<Q", value) + content[place + 8 :])
-            with pytest.raises(UserError, match="damaged"):
-                read_gguf_header(file)
 
 
 def losses(ranks: Ranks, *, folder: Path, keep: bool, backend: str = "fsdp2") -> dict[str, Tensor]:
     """Return the losses of two sequences, and the gradients of the adapters."""
-    config = config_for(folder, quant=KEEP if keep else NONE, parallel={"backend": backend})
-    model = build_run_model(config)
-    shards = parallelize_run(model, ranks, config)
-    load_base(model, CheckpointFiles(folder), shards)
-    materialize_buffers(model, ranks.device)
-    reset_adapters(model.adapted_linears(), config.adapter, seed=0)
-    move_adapters_off_start(model)
+    model, _ = load_ours(folder, ranks, quant=KEEP if keep else NONE, parallel={"backend": backend})
     assert (model.head.kept is not None) == isinstance(model.embedding, TokenEmbedding) == keep
     ids = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(1))
     sums = model(ids, torch.arange(40).expand_as(ids), ids.roll(-1, 1))
@@ -328,7 +267,6 @@ def test_which_embeddings_and_heads_are_kept(in_low_bits: Path, tmp_path: Path) 
 
     def as_it_is(**changes: Any) -> KeptTokens:
         head = headers["lm_head.weight"]
-        assert isinstance(head, LowBitSegment)
         return kept_tokens(llama, headers | {"lm_head.weight": dataclasses.replace(head.tensor, **changes).segment})
 
     for changes, reason in (
@@ -413,7 +351,6 @@ def test_the_demo_s_file_is_read_and_trained_as_it_is(tmp_path: Path, monkeypatc
         file = gguf_file(demo_model.smollm2(print))
     except UserError as error:
         pytest.skip(str(error))
-    assert file is not None
     folder = described_here(file, tmp_path / "described")
     texts_are_those_of_the_file(file, folder)
     headers, model = CheckpointFiles(folder).headers, dense_by_transformers(file, folder)
@@ -427,7 +364,6 @@ def test_the_demo_s_file_is_read_and_trained_as_it_is(tmp_path: Path, monkeypatc
     worker.run(tmp_path / "run", SINGLE)
     ours = our_logits(Name(place=str(tmp_path / "run")).read())
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "run" / "adapter").eval()
-    assert ours.moved is not None
     assert (adapted(ours.tokens).logits - ours.logits).abs().max() < 1e-4 < ours.moved
 
 
@@ -494,12 +430,3 @@ def test_a_model_card_names_the_gguf_file(kept_run: ModelConfig, tmp_path: Path,
     assert card.count('("FOLDER_OF_THE_GGUF_FILE", gguf_file="m.gguf"') == 2
     assert "BitsAndBytesConfig" not in card
     assert ("training had its values in NF4" in card) == (method == "nf4")
-
-
-def test_an_export_for_bitsandbytes_is_one_safetensors_file(tmp_path: Path) -> None:
-    write_random(tmp_path / "m.gguf", "llama-untied", ("F16",))
-    folder = described_here(tmp_path / "m.gguf", tmp_path / "described")
-    base = open_base(config_for(folder, quant={"method": "nf4"}).spec)
-    plan = bnb_folder.plan_files(base, [weight for weight in base.weights.values() if weight.is_nf4])
-    assert list(plan.headers) == ["model.safetensors"]
-    assert {segment.file.name for segment in plan.places.values()} == {"model.safetensors"}

@@ -17,10 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from distlora.architecture.config_checks import check_train
-from distlora.architecture.shapes import logit_bytes, tokens_per_chunk
 from distlora.config import TrainConfig, UserError
 from distlora.model.adapters import TokenRows
-from distlora.model.distillation import Divergence
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
 from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
 from distlora.model.token_matrix import keep_token_matrices
@@ -78,106 +76,6 @@ def test_row_sums_and_gradients_equal_the_plain_loss(
     for actual, expected in zip(*results, strict=True):
         assert_close(actual, expected, ulps=8)
     assert results[0][0][2] == 0, "a row without labels has no loss"
-
-
-@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (30.0, 1.0), (None, 0.25)])
-@pytest.mark.parametrize("divergence", [Divergence(0.0, 1.0, 0.7), Divergence(1.0, 2.0, 0.7), Divergence(0.3, 2.0, 1)])
-def test_losses_by_a_divergence_and_their_gradients_equal_those_of_whole_logits(
-    monkeypatch: pytest.MonkeyPatch, softcap: float | None, scale: float, divergence: Divergence
-) -> None:
-    use_chunks_of(monkeypatch, 16)
-    hidden, labels, weight = inputs()
-    teacher, (beta, temperature, ratio) = hidden.roll(1, dims=1), divergence
-    head = LossHead(nn.Parameter(weight, requires_grad=False), logit_softcap=softcap, logit_scale=scale)
-
-    def whole(states: Tensor) -> Tensor:
-        q, p = (torch.softmax(head.logits(each) / temperature, dim=-1) for each in (states, teacher))
-        m = beta * p + (1 - beta) * q
-        forward, reverse = F.kl_div(m.log(), p, reduction="none"), F.kl_div(m.log(), q, reduction="none")
-        found = F.kl_div(q.log(), p, reduction="none") if beta == 0 else beta * forward + (1 - beta) * reverse
-        found = F.kl_div(p.log(), q, reduction="none") if beta == 1 else found
-        tokens = F.cross_entropy(head.logits(states).flatten(0, 1), labels.flatten(), reduction="none")
-        losses = (1 - ratio) * tokens.view(labels.shape) + ratio * temperature**2 * found.sum(dim=-1)
-        return torch.where(labels >= 0, losses, 0)
-
-    results = []
-    for loss in (lambda states: head(states, labels, teacher, divergence=divergence)[0], whole):
-        leaf = hidden.clone().requires_grad_()
-        losses = loss(leaf)
-        results.append([losses, *torch.autograd.grad((losses.sum(1) * torch.tensor([0.5, -2.0, 3.0])).sum(), leaf)])
-    for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, ulps=16)
-    with torch.no_grad():
-        assert torch.equal(head(hidden, labels, teacher, divergence=divergence)[0], results[0][0])
-
-
-def test_no_gradient_mode_gives_the_same_sums() -> None:
-    hidden, labels, weight = inputs()
-    module = LossHead(nn.Parameter(weight, requires_grad=False))
-    with torch.no_grad():
-        sums = module(hidden, labels)
-    assert torch.equal(sums, module(hidden.requires_grad_(), labels).detach())
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_losses_and_gradients_in_place_are_those_of_autograd_bit_for_bit(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, biased: bool
-) -> None:
-    use_chunks_of(monkeypatch, 24)
-    hidden, labels, weight = inputs()
-    head = LossHead(nn.Parameter(weight.to(dtype), requires_grad=False))
-    if biased:
-        head.bias = nn.Parameter(weight[:, 0].to(dtype), requires_grad=False)
-    leaf = hidden.to(dtype).requires_grad_()
-    losses = head(leaf, labels, by_token=True)
-    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-    parts = zip(leaf.flatten(0, 1).split(24), labels.flatten().split(24), strict=True)
-    expected = torch.cat([head.token_losses(part, targets) for part, targets in parts])
-    assert torch.equal(losses.flatten(), expected)
-    assert torch.equal(gradient, *torch.autograd.grad(expected.sum(), leaf))
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "on_cpu", "kind", "tokens"),
-    [
-        (128_256, False, {"plain": True}, 512),
-        (128_256, False, {"plain": True, "compiled": True}, 1024),
-        (128_256, False, {"plain": False}, 256),
-        (256_000, False, {"plain": False, "capped": True}, 128),
-        (4096, False, {"plain": True}, 4096),
-        (49_152, True, {"plain": True, "compiled": True}, 512),
-        (49_152, True, {"plain": True}, 256),
-        (128_256, True, {"plain": True, "compiled": True}, 384),
-        (256_000, True, {"plain": False, "capped": True}, 128),
-        (1001, True, {"plain": True}, 1024),
-    ],
-)
-def test_a_chunk_is_as_large_as_products_need_and_memory_allows(
-    vocabulary: int, on_cpu: bool, kind: dict[str, bool], tokens: int
-) -> None:
-    nbytes = logit_bytes(2, **({"compiled": False, "capped": False} | kind))
-    assert tokens_per_chunk(vocabulary, nbytes, on_cpu=on_cpu) == tokens
-
-
-def test_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_chunks_of(monkeypatch, 16)
-    hidden, labels, weight = inputs()
-    module = LossHead(nn.Parameter(weight, requires_grad=False))
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            largest = max(
-                [largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor))]
-            )
-            return result
-
-    with Watch():
-        module(hidden.requires_grad_(), labels).sum().backward()
-    assert largest <= max(16 * VOCABULARY, weight.numel())
 
 
 _SIZES = {"vocab_size": 300, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -295,14 +193,6 @@ def test_a_trained_weight_works_through_the_models_own_forward_and_more_than_a_w
     for name, more in (("Phi", "a bias"), ("ModernBertDecoder", "bias")):
         with pytest.raises(UserError, match=f"more than a weight .*{more}.*training it whole"):
             loss_head(hf_model(name), "model", FORMS[name][2], trained=True)
-
-
-def test_only_modules_that_run_beside_the_head_stay_in_it() -> None:
-    model = hf_model("ModernBertDecoder")
-    names = {name for name, _ in loss_head(model, "model", FORMS["ModernBertDecoder"][2]).named_parameters()}
-    beside = ("dense.weight", "dense.bias", "norm.weight", "norm.bias")
-    assert names == {"weight", "bias", *(f"own.model.lm_head.{name}" for name in beside)}
-    assert isinstance(model.decoder, nn.Linear), "the model itself is unchanged"
 
 
 class _MixingHead(transformers.LlamaForCausalLM):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +16,9 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.kept_weights import is_transposed, kept_weights
+from distlora.architecture.kept_weights import is_transposed
 from distlora.architecture.low_bit_headers import LowBitSegment
-from distlora.architecture.low_bit_methods import is_converted
-from distlora.architecture.spec import Weight
 from distlora.config import Config, UserError
-from distlora.config.file import build
 from distlora.config.plan import CHOSEN
 from distlora.loading.load_base import find_base
 from distlora.model.build import CausalLM
@@ -41,31 +37,20 @@ from distlora_kernels.format_layouts import labels
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.planning import check_planned
 from support.closeness import assert_adapters_close, assert_losses_close, assert_same_run
-from support.counted_traffic import our_traffic
+from support.counted_step import our_traffic
 from support.exports import (
     exported,
     in_process,  # noqa: F401  (a fixture)
 )
 from support.family_models import config_for
 from support.kept_models import MODELS, edited, write_kept_model
-from support.low_bit_checkpoints import checkpoint
-from support.low_bit_models import write
-from support.pack_runs import run_pack
-from support.packs import make_pack
-from support.parity_runs import adapters_after, outcome, result_of
+from support.packs import make_pack, run_pack
 from support.plan_inputs import cpu_machine, machine_of
-from support.preference_data import (
-    preferences,  # noqa: F401  (a fixture)
-    prepare,
-)
-from support.resumed_runs import run_until
+from support.preference_data import prepare
+from support.runs import adapters_after, outcome, result_of, run_until
 from support.small_models import make_run, write_model_folder, write_text_file
 from support.tiers import ci
-from support.worlds import World
-from support.zero3_worlds import (
-    Alone,
-    alone,  # noqa: F401  (a fixture)
-)
+from support.worlds import Alone, World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 KEEP, NONE = {"method": "keep"}, {"method": "none"}
@@ -189,7 +174,7 @@ def test_a_run_in_bf16_is_that_of_the_dequantized_base_bit_for_bit(
 
 @pytest.mark.ci
 @pytest.mark.parametrize("name", ["fp8", "nvfp4-experts"])
-def test_zero3_trains_the_same(alone: Alone, place: Any, tmp_path: Path, dense_run: Any, name: str) -> None:  # noqa: F811
+def test_zero3_trains_the_same(alone: Alone, place: Any, tmp_path: Path, dense_run: Any, name: str) -> None:
     parallel = {"backend": "zero3", "offload_base": name == "fp8"}
     make_run(tmp_path / "run", place(name), name, quant=KEEP, parallel=parallel, train={"micro_batch": 2})
     losses, adapter = outcome(alone, 3, tmp_path / "run")  # type: ignore[arg-type]
@@ -209,7 +194,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(world: World, place: Any, tmp
 
 
 @pytest.mark.ci
-def test_dpo_is_that_of_the_dequantized_base(world: World, place: Any, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_dpo_is_that_of_the_dequantized_base(world: World, place: Any, preferences: Path, tmp_path: Path) -> None:
     for method in ("keep", "none"):
         prepare(tmp_path / method, place("int4"), preferences, "int4", quant={"method": method})
     losses, adapter = outcome(world, 2, tmp_path / "keep")
@@ -269,9 +254,7 @@ def test_bytes_on_the_network_and_in_memory_are_those_of_the_plan(world: World, 
 
 
 def config_in(folder: Path, **sections: dict[str, Any]) -> Config:
-    data = {"path": "none.jsonl", "sequence_length": 64}
-    base = {"model": {"path": str(folder)}, "data": data, "run_dir": "none", "quant": KEEP}
-    return build(Config, base | sections)
+    return config_for(folder, **{"quant": KEEP} | sections)
 
 
 def scale_of(name: str, value: float) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
@@ -334,25 +317,6 @@ def test_experts_of_parts_that_are_no_whole_blocks_are_refused(tmp_path: Path) -
         check_model(config_in(tmp_path / "model"))
 
 
-def test_a_tensor_that_is_cut_inside_a_tile_is_refused_from_headers(tmp_path: Path) -> None:
-    tensors, config, values = checkpoint("fp8")
-    headers = write(tmp_path, (tensors, config, values)).headers
-    ((stored, value),) = values.items()
-    for heights, message in (((128, 128), None), ((96, 160), r"0\.a: a part of a tensor is not whole blocks of FP8")):
-        weights = [Weight(path, (rows, value.shape[1]), "linear") for path, rows in zip("ab", heights, strict=True)]
-        model: Any = SimpleNamespace(
-            num_layers=1,
-            layer_prefix="",
-            layer=lambda _, weights=weights: SimpleNamespace(weights=weights),
-            on_disk=lambda _: {"0.a": (stored,), "0.b": (stored,)},
-        )
-        if message is None:
-            assert set(kept_weights(model, headers)) == {"0.a", "0.b"}
-        else:
-            with pytest.raises(UserError, match=message):
-                kept_weights(model, headers)
-
-
 def test_a_base_in_16_bits_is_refused_in_a_second_without_torch(place: Any, tmp_path: Path) -> None:
     write_model_folder(tmp_path / "model", "llama")
     with pytest.raises(UserError, match=r"quant=keep keeps .*; set quant=nf4"):
@@ -367,30 +331,6 @@ def test_a_base_in_16_bits_is_refused_in_a_second_without_torch(place: Any, tmp_
     assert done.returncode == 2, done.stderr
     assert b"set quant=nf4" in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("adapter", "message"),
-    [
-        ({"init": "pissa"}, "adapter.init=pissa changes the base's weights"),
-        ({"init": "loftq"}, "adapter.init=loftq changes the base's weights"),
-        ({"method": "full"}, "adapter=full trains every parameter, which quant=keep cannot store"),
-    ],
-)
-def test_settings_that_change_the_base_are_refused(place: Any, adapter: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        config_in(place("fp8") / "fp8", adapter=adapter)
-
-
-def test_auto_keeps_what_can_be_kept(place: Any) -> None:
-    for name, adapter, method in (("fp8", {}, "keep"), ("fp8", {"init": "pissa"}, "nf4")):
-        folder = place(name) / name
-        search = Search(
-            config=config_in(folder, quant={"method": "auto"}, adapter=adapter),
-            model=model_in(folder),
-            machine=cpu_machine(1),
-        )
-        assert resolve_auto(search).config.quant.method in {method, "none" if method == "nf4" else method}
 
 
 @pytest.mark.parametrize("find", [choose, resolve_auto])
@@ -452,22 +392,3 @@ def test_a_plan_without_weights_has_the_formats_of_their_headers(place: Any, tmp
 def test_a_plan_without_weights_says_which_formats_it_cannot_tell(place: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((place("nvfp4-experts") / "nvfp4-experts" / "config.json").read_text())
     assert re.search(r"the formats of modelopt are read from the weights", str(model_in(tmp_path).cannot_keep))
-
-
-@pytest.mark.parametrize(
-    ("listed", "module", "expected"),
-    [
-        ("model.layers.*.self_attn", "model.layers.11.self_attn.q_proj", False),
-        ("model.layers.*.mlp.router", "model.layers.0.mlp.experts.gate_up_proj", True),
-        ("model.layers.1", "model.layers.11.mlp.up_proj", True),
-        ("model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj", True),
-        ("gate_proj", "model.layers.0.mlp.gate_proj", False),
-        (r"re:.*mlp\.(gate|up)_proj.*", "model.layers.1.mlp.experts.0.up_proj", True),
-        (r"re:.*mlp\.(gate|up)_proj.*", "model.layers.1.mlp.up_proj", False),
-    ],
-)
-def test_lists_of_modules_that_are_not_converted(listed: str, module: str, expected: bool) -> None:
-    config = {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", listed]}}
-    assert is_converted(config, "here")(module) is expected
-    with pytest.raises(UserError, match=r"here: quantization_config.ignore has '\(': missing \)"):
-        is_converted({"quantization_config": {"ignore": ["("]}}, "here")

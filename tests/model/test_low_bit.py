@@ -8,43 +8,38 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
-from distlora.model.adapters import BlockContext, adapter_parameters
-from distlora.model.build import formats_of
-from distlora.model.experts import replace_experts
 from distlora.post.merge.merge import merge_to
-from distlora.post.merge.output_folder import merged_config
-from distlora.post.trained import Name, base_spec
+from distlora.post.trained import Name
 from distlora.training.publish import publish_result
 from distlora.weights.low_bit import CODECS
 from distlora.weights.reader import Reader
 from distlora_kernels import reference
-from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_launcher.compose.checks import check_model
-from support.closeness import relative_error
 from support.damage import Reader as Damage
 from support.damage import any_json, any_tensors, holds
-from support.family_models import SINGLE, VARIANTS, hf_model, load_ours, our_logits, tokens, write_family_folder
-from support.family_models import config_for as family_config
-from support.family_steps import three_steps
-from support.loaded_shards import config_for, own_rows
-from support.low_bit_checkpoints import CHECKPOINTS, NAME, Checkpoint, checkpoint, convert_folder
-from support.low_bit_models import write
-from support.merged_models import their_logits
+from support.family_models import (
+    VARIANTS,
+    config_for,
+    load_ours,
+    our_logits,
+    tokens,
+    write_family_folder,
+)
+from support.loaded_shards import own_rows
+from support.low_bit_checkpoints import CHECKPOINTS, NAME, Checkpoint, checkpoint, convert_folder, write
+from support.peft_models import their_logits
 from support.small_models import tokenizer
 from support.tiers import ci
 from support.worlds import World
@@ -58,7 +53,6 @@ def test_values_are_the_reference_librarys_on_any_range(tmp_path: Path, monkeypa
     assert set(headers) == set(made[2]), "companions disappear"
     for weight, expected in made[2].items():
         segment = headers[weight]
-        assert isinstance(segment, LowBitSegment)
         assert (segment.shape, segment.numel) == (tuple(expected.shape), expected.numel())
         assert segment.tensor.format == CHECKPOINTS[name][2], segment.tensor.reason
         assert bool(segment.tensor.format) != bool(segment.tensor.reason)
@@ -89,35 +83,6 @@ def decoded(format: str, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     if format == "mxfp4":
         return values * torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
     return values * (scales.view(torch.float8_e4m3fn).float() / more[0])
-
-
-@pytest.mark.parametrize("name", [name for name, (_, _, format) in CHECKPOINTS.items() if format])
-def test_stored_blocks_hold_the_same_values(tmp_path: Path, name: str) -> None:
-    """In the flat order of the stored shape, or as tiles of 128 x 128; from any block on, over several matrices."""
-    made = checkpoint(name)
-    ((weight, expected),) = made[2].items()
-    tensor = write(tmp_path, made).headers[weight].tensor
-    stored = expected.float().mT if tensor.transposed else expected.float()
-    assert tuple(stored.shape) == tensor.stored_shape
-    if tensor.format == "fp8_block":
-        matrix = stored.flatten(0, -2)
-        down, across = (-(-size // 128) for size in matrix.shape)
-        padded = torch.nn.functional.pad(matrix, (0, across * 128 - matrix.shape[1], 0, down * 128 - len(matrix)))
-        stored = padded.view(down, 128, across, 128).transpose(1, 2)
-        size = 128 * 128
-    else:
-        size = FORMAT_LAYOUTS[tensor.format].block
-    blocks, draw = stored.reshape(-1, size), random.Random(0)
-    with Reader() as reader:
-        for _ in range(10):
-            first, stop = sorted(draw.sample(range(len(blocks) + 1), k=2))
-            parts = CODECS[tensor.codec].blocks(tensor, reader, first, stop - first)
-            assert {len(part) for part in parts} == {stop - first}
-            values = decoded(tensor.format, (*parts, *CODECS[tensor.codec].replicated(tensor, reader)))
-            if name == "modelopt-nvfp4":  # Its scale multiplies, the format's divides.
-                torch.testing.assert_close(values, blocks[first:stop], rtol=5 * 2**-24, atol=0)
-            else:
-                assert torch.equal(values.to(expected.dtype), blocks[first:stop].to(expected.dtype))
 
 
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -176,30 +141,6 @@ def test_ranks_load_what_a_dense_checkpoint_of_these_values_gives(
     for name, (rows, _) in expected.items():
         found = [ranks_rows[name] for ranks_rows in by_rank]
         assert torch.equal(torch.cat([local for local, _ in found]) if rows.dim() else found[0][0], rows), name
-
-
-def test_gpt_oss_in_mxfp4_trains_and_merges_as_transformers_reads_it(
-    models: Callable[[str], tuple[Path, Path]], tmp_path: Path
-) -> None:
-    """Its values by transformers' own loader; three steps with NF4 as from the dense copy; a dense merge of the run."""
-    from transformers import GptOssForCausalLM, Mxfp4Config
-
-    low, dense = models("gpt-oss")
-    theirs = GptOssForCausalLM.from_pretrained(
-        low, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32, experts_implementation="eager"
-    )
-    ids = tokens(2, 24)
-    with torch.no_grad():
-        expected = theirs(ids).logits
-    for folder in (low, dense):
-        model, _ = load_ours(folder, quant={"method": "none"}, adapter={"init": "kaiming", "r": 4})
-        for pair in adapter_parameters(model).values():
-            torch.nn.init.zeros_(pair)
-        assert (our_logits(model, ids) - expected).abs().max() <= 1e-4
-        assert not hasattr(model.hf_config, "quantization_config")
-    (losses, adapter), (dense_losses, dense_adapter) = (three_steps(SINGLE, folder=folder) for folder in (low, dense))
-    assert losses == dense_losses
-    assert all(torch.equal(tensor, dense_adapter[name]) for name, tensor in adapter.items())
 
 
 FUZZED = ("mxfp4", "gptq-64-order", "ct-int4-zeros", "fp8-ragged", "fp8-tensor", "ct-fp8-block", "ct-nvfp4")
@@ -314,25 +255,6 @@ def test_the_fingerprint_covers_how_bytes_are_decoded(tmp_path: Path, monkeypatc
     assert CheckpointFiles(tmp_path).fingerprint == before
 
 
-@pytest.mark.parametrize("rows", [True, False])
-def test_scales_may_lack_only_ones_at_the_end(tmp_path: Path, rows: bool) -> None:
-    """A square matrix with scales (1, O) is not one with a scale per row."""
-    scale = torch.rand(64) + 1
-    tensors = {
-        f"{NAME}.weight": torch.randn(64, 64).to(torch.float8_e4m3fn),
-        f"{NAME}.weight_scale_inv": scale if rows else scale[None],
-    }
-    files = write(tmp_path, (tensors, {"quant_method": "fp8", "fmt": "float8_e4m3fn"}, {}))
-    if not rows:
-        with pytest.raises(UserError, match=r"weight_scale_inv has shape \[1, 64\]"):
-            read_all(tmp_path)
-        return
-    segment = files.headers[f"{NAME}.weight"]
-    with Reader() as reader:
-        expected = tensors[f"{NAME}.weight"].float() * scale[:, None]
-        assert torch.equal(reader.read([segment], 0, segment.numel).view(64, 64), expected)
-
-
 def zero_points(made: Checkpoint) -> None:
     made[0][f"{NAME}.weight_zero_point"] = torch.zeros(33, 1, dtype=torch.int8)
 
@@ -393,33 +315,6 @@ def test_a_composite_models_settings_may_lie_in_its_text_config(tmp_path: Path) 
     assert read_all(tmp_path).keys() == made[2].keys()
 
 
-def test_a_merge_drops_settings_in_text_config_and_a_build_reads_them(tmp_path: Path) -> None:
-    four = {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}
-    files = write(tmp_path, ({f"{NAME}.weight": torch.zeros(4, 4)}, {}, {}))
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": four}))
-    nothing: Any = None
-    with pytest.raises(UserError, match=r"no weight in .* is quantized"):
-        formats_of(base_spec(str(tmp_path), "nf4"), files, nothing)
-    vocabulary, architecture = SimpleNamespace(has_grown=False), SimpleNamespace(text_config="text_config")
-    model = SimpleNamespace(vocabulary=vocabulary, architecture=architecture, tied_in_base=False)
-    base: Any = SimpleNamespace(model=model)
-    assert merged_config(tmp_path, base, "bfloat16") == {"dtype": "bfloat16", "text_config": {}}
-
-
-def test_an_adapter_without_a_run_on_a_base_in_low_bits_is_bf16(tmp_path: Path) -> None:
-    """Norms in fp32 beside weights in low bits, which no number of BF16 stands for, do not make the run fp32."""
-    tensors, config, _ = checkpoint("gptq-128")
-    write(tmp_path / "base", (tensors | {"model.norm.weight": torch.ones(40)}, config, {}))
-    path = f"base_model.model.{NAME}"
-    pair = {f"{path}.lora_A.weight": torch.zeros(2, 256), f"{path}.lora_B.weight": torch.zeros(40, 2)}
-    (tmp_path / "adapter").mkdir()
-    safetensors.torch.save_file(pair, tmp_path / "adapter" / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["down_proj"]}
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
-    trained = Name(place=str(tmp_path / "adapter"), base=str(tmp_path / "base"), quant="nf4").read()
-    assert trained.spec.dtype == "bf16"
-
-
 def test_modelopts_own_file_describes_a_checkpoint_whose_config_does_not(tmp_path: Path) -> None:
     tensors, config, values = checkpoint("modelopt-nvfp4")
     write(tmp_path, (tensors, config, values))
@@ -428,30 +323,13 @@ def test_modelopts_own_file_describes_a_checkpoint_whose_config_does_not(tmp_pat
     assert read_all(tmp_path) == {name: tuple(value.shape) for name, value in values.items()}
 
 
-def test_experts_in_the_stored_order_compute_what_the_transposed_ones_do() -> None:
-    layer, hidden = hf_model("gpt-oss").model.layers[0], torch.randn(7, 96)
-    choices, weights = torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
-    outputs = []
-    for as_stored in ((), ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")):
-        copy = deepcopy(layer)
-        formats = dict.fromkeys(("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
-        made = replace_experts(copy, formats, dtype=torch.float32, context=BlockContext(), as_stored=as_stored)
-        for path, weight in made.items():
-            dense = layer.get_parameter(path).data
-            weight.weight = nn.Parameter(dense.mT.contiguous() if path in as_stored else dense)
-            assert weight.transposed == (not as_stored)
-            assert (weight.shape, weight.out_features) == (tuple(weight.weight.shape), dense.shape[2])
-        outputs.append(copy.mlp.experts(hidden, choices, weights))
-    assert relative_error(outputs[1], outputs[0]) < 1e-6
-
-
 @pytest.mark.parametrize("variant", ["gpt-oss", ci("qwen3-moe"), ci("gemma2")])
 def test_a_merge_is_dense_and_computes_what_the_adapted_model_does(
     models: Callable[[str], tuple[Path, Path]], tmp_path: Path, variant: str
 ) -> None:
     low, _ = models(variant)
     model, backend = load_ours(low)
-    publish_result(tmp_path / "adapter", model, family_config(low).spec, None, backend)
+    publish_result(tmp_path / "adapter", model, config_for(low).spec, None, backend)
     trained = Name(place=str(tmp_path / "adapter"), base=str(low), quant="nf4").read()
     trained = replace(trained, spec=replace(trained.spec, dtype="fp32"))  # As `model`; by its weights it may be bf16.
     ids, out = tokens(2, 24), tmp_path / "merged"

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distlora.config import UserError
 from distlora.model.adapters import StepRows
 from distlora.model.build import CausalLM
 from distlora.model.experts import place_routers
-from distlora.model.mlp import MLP, place_mlps
+from distlora.model.mlp import place_mlps
 from support.closeness import relative_error
-from support.family_models import config_for, load_ours, tokens, write_family_folder
-from support.run_models import build_run_model
+from support.family_models import load_ours, tokens, write_family_folder
 
 TILE = 24
 """Of 64 tokens: 24, 24 and 16."""
@@ -49,7 +47,6 @@ def losses_and_gradients(
 
 def set_tile(model: CausalLM, tile: int | None) -> None:
     for block in model.blocks:
-        assert isinstance(block.inner.mlp, MLP)
         block.inner.mlp.tile = tile
 
 
@@ -91,47 +88,3 @@ def test_selective_and_block_and_none_are_equal_bit_for_bit_and_tiles_within_rou
         whole = model(ids, POSITIONS, ids.roll(-1, dims=1))
         set_tile(model, TILE)
         assert relative_error(model(ids, POSITIONS, ids.roll(-1, dims=1)), whole) <= 1e-6
-
-
-def test_a_tile_runs_once_forward_and_once_backward_whatever_is_around_it(tmp_path: Path) -> None:
-    """Check that no linear of an MLP sees more than a tile, nor anything between them."""
-    model = load(tmp_path, "gemma2")
-    place_mlps(model.blocks, model.architecture, tile=TILE)
-    seen: list[int] = []
-    for block in model.blocks:
-        inner = block.inner.mlp.inner  # type: ignore[union-attr]
-        assert isinstance(inner, nn.Module)
-        inner.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape[1]))
-    for checkpointing in (True, False):
-        seen.clear()
-        losses_and_gradients(model, checkpointing=checkpointing, num_micro=1)
-        assert sorted(seen) == sorted([24, 24, 16] * 3 * 2)
-
-
-def test_tiles_without_gradients_compute_every_product(tmp_path: Path) -> None:
-    """Check layers before the only adapters, whose MLPs have no graph."""
-    model = load(tmp_path, "phi3", target_modules=r".*layers\.1\..*o_proj")
-    expected = losses_and_gradients(model)
-    place_mlps(model.blocks, model.architecture, tile=TILE)
-    assert "mlp.down_proj" in model.architecture.kinds[0].unread
-    for checkpointing in (False, True):
-        for actual, one in zip(losses_and_gradients(model, checkpointing=checkpointing), expected, strict=True):
-            assert relative_error(actual, one) <= 1e-5
-
-
-@pytest.mark.parametrize(
-    ("name", "sections", "message"),
-    [
-        ("llama", {"train": {"mlp_tile": 0}}, "mlp_tile=0"),
-        ("llama", {"train": {"mlp_tile": 64}}, r"mlp_tile=64 cuts no row of .*64 tokens; .* set train.mlp_tile=16"),
-        ("llama", {"train": {"mlp_tile": 8, "checkpointing": "none"}}, "set train.checkpointing=selective"),
-        ("llama", {"train": {"mlp_tile": 8}, "adapter": {"method": "full"}}, "mlp_tile=8 recomputes part"),
-        ("llama", {"train": {"checkpointing": "selective"}, "adapter": {"method": "full"}}, "selective recomputes"),
-        ("mixtral", {"train": {"mlp_tile": 8}}, "mlp_tile=8 .* mixtral sorts"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(
-    name: str, sections: dict[str, dict], message: str, folders: Path
-) -> None:
-    with pytest.raises(UserError, match=message):
-        build_run_model(config_for(folders / name, **{"quant": {"method": "none"}, **sections}))

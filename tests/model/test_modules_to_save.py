@@ -14,17 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distlora.config import UserError, check_ranks
 from distlora.config.file import load_config
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.run_folder.layout import steps
 from support.closeness import assert_adapters_close, assert_losses_close
-from support.family_models import SINGLE, config_for, dequantized, our_logits, tokens
-from support.full_runs import losses_of
-from support.parity_runs import run_once
+from support.family_models import SINGLE, dequantized, our_logits, tokens
 from support.planned import assert_disk_as_planned
-from support.resumed_runs import run_until
+from support.runs import losses_of, run_once, run_until
 from support.small_models import make_run, read_metrics
 from support.worlds import World
 
@@ -99,19 +96,3 @@ def test_another_run_starts_from_them_and_generation_has_pefts_logits(
     with torch.no_grad():
         theirs = peft.PeftModel.from_pretrained(base, whole / "adapter")(input_ids=ids).logits
         assert (theirs - our_logits(ours, ids)).abs().max() <= 1e-4
-
-
-def test_8_bit_moments_and_muon_are_refused_on_several_ranks_by_the_config_and_by_the_worker(tmp_path: Path) -> None:
-    refusal = r"adamw_8bit .*blocks of 256.*\(adapter.modules_to_save=\[embed_tokens,lm_head\] is sharded\)"
-    sections: dict[str, Any] = {"adapter": BOTH, "optim": {"name": "adamw_8bit"}}
-    with pytest.raises(UserError, match=refusal):
-        config_for(tmp_path, cluster={"gpus_per_node": 2}, **sections)
-    config = config_for(tmp_path, **sections)
-    check_ranks(config, 1)
-    with pytest.raises(UserError, match=refusal):
-        check_ranks(config, 2)
-    full: dict[str, Any] = {"adapter": {"method": "full"}, "quant": {"method": "none"}, "optim": {"name": "muon"}}
-    config = config_for(tmp_path, **full)
-    check_ranks(config, 1)
-    with pytest.raises(UserError, match=r"muon orthogonalizes whole matrices, which 2 shards split"):
-        check_ranks(config, 2)

@@ -6,9 +6,7 @@ Their forward, gradients and files are columns of tests/model/test_families.py.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +31,11 @@ from distlora.loading.peft_format import (
     transposed_factors,
 )
 from distlora.loading.tensor_files import DeferredTensor
-from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
-from distlora.model.experts import ExpertPair, ExpertWeight
+from distlora.model.experts import ExpertPair
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Ranks
-from distlora.planner.model import find_model, model_in
+from distlora.planner.model import model_in
 from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
 from distlora.post.export import worker as export_worker
@@ -51,10 +48,9 @@ from distlora.training.metrics import describe_experts
 from distlora.training.setup import start_run_model
 from distlora.weights.peft_folder import read_peft_adapter, with_layout
 from distlora.weights.reader import Reader
-from distlora_kernels.formats import nf4
 from distlora_launcher.compose.checks import check_initial_adapter, check_model
 from distlora_launcher.compose.compose import compose_config
-from distlora_launcher.compose.planning import check_planned
+from support.bitsandbytes_weights import quantize
 from support.closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
 from support.family_models import (
     SINGLE,
@@ -63,31 +59,19 @@ from support.family_models import (
     edit_config,
     load_ours,
     positions_of,
+    save_adapter,
+    shifted,
+    three_steps,
     tokens,
-    write_family_folder,
 )
-from support.family_steps import save_adapter, shifted, three_steps
-from support.prequantized_models import quantize
+from support.peft_models import write_adapter
 from support.reported_runs import reported
-from support.run_models import build_run_model, parallelize_run
-from support.saved_adapters import write_adapter
+from support.runs import build_run_model, parallelize_run
 from support.small_models import make_run, read_metrics, write_model_folder, write_text_file
 from support.tiers import ci
 from support.worlds import World
 
 MODELS = ("mixtral", "qwen3-moe", "gpt-oss")
-
-
-@pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    @functools.cache
-    def folder(name: str) -> Path:
-        path = tmp_path_factory.mktemp("moe") / name
-        write_family_folder(path, name)
-        (path / "tokenizer.json").write_text("{}")
-        return path
-
-    return folder
 
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -104,88 +88,18 @@ SELECTED: list[tuple[dict[str, Any], set[str]]] = [
 
 @pytest.mark.parametrize("name", MODELS)
 def test_presets_and_target_parameters_choose_experts_and_never_a_router(
-    folder_of: Callable[[str], Path], name: str
+    family_folder: Callable[[str], Path], name: str
 ) -> None:
     for adapter, expected in SELECTED:
-        model = build_run_model(config_for(folder_of(name), adapter={"r": 4, **adapter}))
+        model = build_run_model(config_for(family_folder(name), adapter={"r": 4, **adapter}))
         assert {path.rpartition(".")[2] for path, _ in model.adapted_weights()} == expected
         assert "routers have none and are frozen" in next(describe_experts(model))
 
 
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("mixtral", {"target_modules": ["gate"]}, r"no module is named 'gate'.* Routers are not trained"),
-    ("gpt-oss", {"target_modules": r".*\.router"}, r"matches nothing .* Routers are not trained"),
-    ("mixtral", {"target_parameters": ["experts.gate_proj"]}, r"no weight of the experts is named 'experts.gate_proj'"),
-    ("mixtral", {"target_modules": ["q_proj", "w1"]}, r"experts are fused weights: set adapter.target_par"),
-    ("qwen3-moe", {"lora_dropout": 0.1}, r"lora_dropout=0.1 is not supported for adapters"),
-    ("qwen3-moe", {"use_dora": True}, r"use_dora=true is not supported for adapters of experts"),
-    ("llama", {"target_parameters": ["mlp.experts.down_proj"]}, r"names weights of experts, and llama has none"),
-    (
-        "mixtral",
-        {"target_modules": "attention", "expert_sharing": "shared_a"},
-        r"no effect, because no experts get adap",
-    ),
-    (
-        "llama",
-        {"expert_sharing": "shared_b"},
-        r"expert_sharing=shared_b has no effect, because no experts get adapters",
-    ),
-]
-
-
-@pytest.mark.parametrize(("name", "adapter", "reason"), REFUSED, ids=str)
-def test_settings_that_experts_do_not_support_are_refused_by_the_launcher_and_the_worker(
-    folder_of: Callable[[str], Path], name: str, adapter: dict[str, Any], reason: str
-) -> None:
-    config = config_for(folder_of(name), adapter={"r": 4, "target_modules": "all-linear", **adapter})
-    for check in (check_model, build_run_model):
-        with pytest.raises(UserError, match=reason):
-            check(config)
-
-
-def test_a_router_loss_without_routers_and_full_fine_tuning_are_refused(folder_of: Callable[[str], Path]) -> None:
-    for check in (check_model, build_run_model):
-        with pytest.raises(UserError, match=r"router_aux_loss=0.1 balances routers, and llama has none"):
-            check(config_for(folder_of("llama"), train={"router_aux_loss": 0.1}))
-        with pytest.raises(UserError, match=r"adapter=full on a mixture of experts \(mixtral\)"):
-            check(config_for(folder_of("mixtral"), adapter={"method": "full"}, quant={"method": "none"}))
-    with pytest.raises(UserError, match=r"is not a valid weight; set it to 0\.001"):
-        config_for(folder_of("mixtral"), train={"router_aux_loss": -1.0})
-    experts = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
-    config = config_for(folder_of("mixtral"), adapter=experts, optim={"name": "muon"})
-    with pytest.raises(UserError, match=r"^optim=muon updates the adapters of linears, and only experts"):
-        check_planned(config, find_model(config))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_planned_bits_a_parameter_are_the_stored_ones(folder_of: Callable[[str], Path], name: str) -> None:
-    """Every weight of two or more dimensions of a block but the router, from the shapes alone."""
-    model = build_run_model(config := config_for(folder_of(name)))
-    backend = parallelize_run(model, SINGLE, config)
-    loaded = load_base(model, CheckpointFiles(config.model.path), backend)
-    experts = [(m.num_experts, m.out_features, m.in_features) for m in model.modules() if isinstance(m, ExpertWeight)]
-    assert len(experts) == 2 * 3
-    shapes = {module.shape for module in model.modules() if hasattr(module, "frozen_weight")}
-    planned = weights = 0
-    for module in (module for module in model.modules() if hasattr(module, "frozen_weight")):
-        planned += 8 * nf4.NF4.num_bytes(module.shape)
-        weights += module.numel
-    stored = sum(
-        tensor.nbytes
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
-        if name.rpartition(".")[2] in ("codes", "scales", "group_scale", "offset")
-    )
-    assert shapes
-    assert loaded.quantized_weights == weights
-    assert 8 * stored == 8 * loaded.quantized_bytes == planned
-    shape = (128, 1536, 2048)  # Qwen3-30B-A3B's gate_up_proj
-    assert 8 * nf4.NF4.num_bytes(shape) / math.prod(shape) == pytest.approx(4.127, abs=5e-4)
-
-
-def test_experts_start_as_pefts_do(folder_of: Callable[[str], Path]) -> None:
+def test_experts_start_as_pefts_do(family_folder: Callable[[str], Path]) -> None:
     """A uniform on +-1/sqrt(in) or normal with std 1/r of one expert, B zero, the scale of one expert's rank."""
     adapter = {"target_modules": "mlp", "r": 8, "rank_pattern": {"down_proj": 2}}
-    model, _, _ = start_run_model(config_for(folder_of("mixtral"), adapter=adapter), SINGLE)
+    model, _, _ = start_run_model(config_for(family_folder("mixtral"), adapter=adapter), SINGLE)
     pairs = dict(model.adapted_experts())
     up, down = (pairs[f"model.layers.0.mlp.experts.{name}"].pairs[0] for name in ("gate_up_proj", "down_proj"))
     assert (up.rank, down.rank) == (8, 2)
@@ -199,38 +113,19 @@ def test_experts_start_as_pefts_do(folder_of: Callable[[str], Path]) -> None:
     assert not any(pair.B.any() for pair in (up, down, gaussian))
 
 
-def test_a_row_may_choose_the_experts_adapter_or_none(folder_of: Callable[[str], Path]) -> None:
-    """Rows with -1 are the base, in one batch with rows that use the adapter; their gradients are of these alone."""
-    ours, _ = load_ours(folder_of("mixtral"), adapter={"target_modules": "mlp", "r": 4})
-    rows = tokens(3, 24)
-    choice = torch.tensor([0, -1, 0])
-    positions = positions_of(rows)
-    parameters = list(adapter_parameters(ours).values())
-    mixed = ours(rows, positions, shifted(rows), choice)
-    used = ours(rows[::2], positions[::2], shifted(rows)[::2])
-    base = ours(rows[1:2], positions[1:2], shifted(rows)[1:2], torch.tensor([-1]))
-    assert_close(mixed[::2], used, ulps=8)
-    assert_close(mixed[1:2], base, ulps=8)
-    assert relative_error(mixed[1:2], ours(rows[1:2], positions[1:2], shifted(rows)[1:2])) > 1e-3
-    for one, other in zip(
-        torch.autograd.grad(mixed.sum(), parameters), torch.autograd.grad(used.sum(), parameters), strict=True
-    ):
-        assert_close(one, other, ulps=64)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_the_routers_loss_is_transformers_own_and_so_are_its_gradients(
-    folder_of: Callable[[str], Path], tmp_path: Path, name: str
+    family_folder: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     """Compare two rows in one micro-batch with the mean of transformers' and PEFT's results for each alone.
 
     The router loss has a large weight, and counts in the gradients of every adapter before a router.
     """
     rows, weight = tokens(2, 32), 0.5
-    ours, _ = load_ours(folder_of(name), train={"dtype": "fp32", "router_aux_loss": weight})
+    ours, _ = load_ours(family_folder(name), train={"dtype": "fp32", "router_aux_loss": weight})
     assert f"include {weight:g} x the routers" in list(describe_experts(ours))[-1]
-    save_adapter(tmp_path / "adapter", ours, folder_of(name))
-    base = dequantized(folder_of(name), ours)
+    save_adapter(tmp_path / "adapter", ours, family_folder(name))
+    base = dequantized(family_folder(name), ours)
     base.router_aux_loss_coef = weight
     tuned = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
     theirs = [tuned(input_ids=row[None], labels=row[None], output_router_logits=True) for row in rows]
@@ -254,18 +149,20 @@ def test_the_routers_loss_is_transformers_own_and_so_are_its_gradients(
 
 
 @pytest.mark.ci
-def test_the_routers_loss_does_not_depend_on_ranks_or_slices(world: World, folder_of: Callable[[str], Path]) -> None:
+def test_the_routers_loss_does_not_depend_on_ranks_or_slices(
+    world: World, family_folder: Callable[[str], Path]
+) -> None:
     """FSDP2 gathers a block before the first of its two gradients, that of its output and that of its router's loss."""
-    settings: dict[str, Any] = {"folder": folder_of("mixtral"), "router_aux_loss": 0.5}
+    settings: dict[str, Any] = {"folder": family_folder("mixtral"), "router_aux_loss": 0.5}
     expected_losses, expected = three_steps(SINGLE, **settings)
     for losses, adapter in world.run(2, three_steps, **settings):
         assert_losses_close(losses, expected_losses)
         assert_adapters_close(adapter, expected)
 
 
-def test_padding_and_empty_rows_do_not_count_in_the_routers_loss(folder_of: Callable[[str], Path]) -> None:
+def test_padding_and_empty_rows_do_not_count_in_the_routers_loss(family_folder: Callable[[str], Path]) -> None:
     """A row of 20 tokens is what it is alone when 12 of padding follow and an empty row is in the batch."""
-    ours, _ = load_ours(folder_of("mixtral"), train={"dtype": "fp32", "router_aux_loss": 0.5})
+    ours, _ = load_ours(family_folder("mixtral"), train={"dtype": "fp32", "router_aux_loss": 0.5})
     short = tokens(1, 20)
     alone = ours(short, positions_of(short), shifted(short))
     padded = torch.cat([short, torch.zeros(1, 12, dtype=torch.int64)], dim=1)
@@ -281,9 +178,9 @@ def test_padding_and_empty_rows_do_not_count_in_the_routers_loss(folder_of: Call
 
 @pytest.mark.parametrize(("config", "weight"), [({}, 0.0), ({"output_router_logits": True}, 0.001)])
 def test_the_default_router_loss_is_that_of_config_json(
-    folder_of: Callable[[str], Path], tmp_path: Path, config: dict[str, Any], weight: float
+    family_folder: Callable[[str], Path], tmp_path: Path, config: dict[str, Any], weight: float
 ) -> None:
-    shutil.copytree(folder_of("qwen3-moe"), tmp_path / "model")
+    shutil.copytree(family_folder("qwen3-moe"), tmp_path / "model")
     edit_config(tmp_path / "model", **config)
     assert build_run_model(config_for(tmp_path / "model")).router_aux_loss == weight
     off = config_for(tmp_path / "model", train={"router_aux_loss": 0.0})
@@ -392,10 +289,10 @@ def test_an_adapter_of_experts_that_is_not_the_models_is_refused(folders: Path, 
 
 
 def test_the_load_of_experts_is_the_routers_choice_without_padding_and_recomputation(
-    folder_of: Callable[[str], Path],
+    family_folder: Callable[[str], Path],
 ) -> None:
     """Two slices with activation checkpointing; 12 of 32 tokens are padding in one row, all of them in another."""
-    ours, backend = load_ours(folder_of("mixtral"), train={"dtype": "fp32", "checkpointing": "block"})
+    ours, backend = load_ours(family_folder("mixtral"), train={"dtype": "fp32", "checkpointing": "block"})
     rows, positions = tokens(4, 32), torch.arange(32).expand(4, 32)
     labels = shifted(rows)
     labels[1, 20:], labels[3] = -100, -100
@@ -449,10 +346,10 @@ def load_of_rank(ranks: Ranks, *, folder: Path) -> dict[int, list[int]]:
     return load.tokens
 
 
-def test_the_load_is_summed_over_ranks(world: World, folder_of: Callable[[str], Path]) -> None:
-    expected = load_of_rank(SINGLE, folder=folder_of("qwen3-moe"))
+def test_the_load_is_summed_over_ranks(world: World, family_folder: Callable[[str], Path]) -> None:
+    expected = load_of_rank(SINGLE, folder=family_folder("qwen3-moe"))
     assert {sum(counts) for counts in expected.values()} == {6 * 48 * 2}
-    assert world.run(2, load_of_rank, folder=folder_of("qwen3-moe")) == [expected] * 2
+    assert world.run(2, load_of_rank, folder=family_folder("qwen3-moe")) == [expected] * 2
 
 
 def test_a_run_records_the_load_of_its_experts_and_a_resume_continues_it(
@@ -502,11 +399,11 @@ SHARINGS = [("mixtral", "shared_a"), ("gpt-oss", "shared_outer"), ci("qwen3-moe"
 
 @pytest.mark.parametrize(("name", "sharing"), SHARINGS)
 def test_experts_that_share_a_factor_train_as_pefts_whose_copies_stay_equal(
-    folder_of: Callable[[str], Path], tmp_path: Path, name: str, sharing: str
+    family_folder: Callable[[str], Path], tmp_path: Path, name: str, sharing: str
 ) -> None:
     """PEFT reads a copy per expert: our logits, and the sum of its gradients over the copies is ours."""
-    ours, _ = load_ours(folder_of(name), adapter={"target_modules": "mlp", "r": 3, "expert_sharing": sharing})
-    spec = config_for(folder_of(name), adapter={"target_modules": "mlp", "r": 3, "expert_sharing": sharing}).spec
+    ours, _ = load_ours(family_folder(name), adapter={"target_modules": "mlp", "r": 3, "expert_sharing": sharing})
+    spec = config_for(family_folder(name), adapter={"target_modules": "mlp", "r": 3, "expert_sharing": sharing}).spec
     shared, own = shared_factors(ours), adapter_tensors(ours)
     assert len(shared) == 2 * 3
     factors = {"shared_a": "A of down_proj and A of gate_up_proj", "shared_b": "B of down_proj and B of gate_up_proj"}
@@ -521,7 +418,9 @@ def test_experts_that_share_a_factor_train_as_pefts_whose_copies_stay_equal(
     safetensors.torch.save_file(
         {n: t.contiguous() for n, t in whole.items()}, tmp_path / "adapter" / "adapter_model.safetensors"
     )
-    tuned = peft.PeftModel.from_pretrained(dequantized(folder_of(name), ours), tmp_path / "adapter", is_trainable=True)
+    tuned = peft.PeftModel.from_pretrained(
+        dequantized(family_folder(name), ours), tmp_path / "adapter", is_trainable=True
+    )
     rows = tokens(2, 32)
     loss = ours(rows, positions_of(rows), shifted(rows)).sum() / (2 * 31)
     expected = tuned(input_ids=rows, labels=rows).loss
@@ -599,16 +498,9 @@ def test_a_run_with_shared_factors_is_planned_saved_as_peft_reads_it_and_resumed
         spoiled = stored[f"{place}.{name}"].clone()
         spoiled[-1, -1] += 1
         safetensors.torch.save_file(stored | {f"{place}.{name}": spoiled}, result)
-        message = rf"{name} differs between the experts, .* set adapter.expert_sharing=none"
-        with pytest.raises(UserError, match=message):
-            load_peft_adapter(ours, started.adapter, started.quant.method, backend)
-        with pytest.raises(UserError, match=message):
-            check_initial_adapter(started.spec, ours.architecture)
-    places = [path for path in read_peft_adapter(result.parent).paths if path.endswith("down_proj")]
-    turned = dict(stored)
-    for at in (path.removesuffix(".down_proj") for path in places):
-        for inner in ("", ".base_layer"):
-            names = [f"base_model.model.{at}{inner}.lora_{part}.weight" for part in "AB"]
-            turned |= dict(zip(names, transposed_factors(*(stored[name] for name in names), 4), strict=True))
-    safetensors.torch.save_file(turned, result)
-    check_initial_adapter(started.spec, ours.architecture)
+        for check in (
+            lambda: load_peft_adapter(ours, started.adapter, started.quant.method, backend),
+            lambda: check_initial_adapter(started.spec, ours.architecture),
+        ):
+            with pytest.raises(UserError, match=rf"{name} differs between the experts, .*adapter.expert_sharing=none"):
+                check()

@@ -11,14 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distlora.config import TrainConfig, UserError
 from distlora.model.adapters import StepRows
 from distlora.model.embedding_noise import EmbeddingNoise, document_lengths
-from distlora.training.multi_trial.protocol import check_trial
 from distlora.training.setup import start_run_model
 from distlora_kernels.dropout import philox
-from support.plan_inputs import composed
-from support.resumed_runs import SINGLE
+from support.runs import SINGLE
 from support.small_models import make_run
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5], [0, 0, 1, 0, 1, 2]])
@@ -71,12 +68,3 @@ def test_only_training_rows_have_noise(folders: Path, tmp_path: Path, new_tokens
     assert torch.equal(losses(None), evaluated)
     assert torch.equal(losses(3), evaluated)
     assert not torch.equal(noisy, evaluated)
-
-
-def test_noise_is_refused_for_other_objectives_and_several_seeds() -> None:
-    for objective in ("dpo", "orpo"):
-        with pytest.raises(UserError, match=rf"neftune_alpha=5\.0 is for train\.objective=sft, not {objective}"):
-            TrainConfig(objective=objective, neftune_alpha=5.0)
-    trial = composed("train.neftune_alpha=5", model={"path": "/m"}, data={"path": "/d"})
-    with pytest.raises(UserError, match=r"neftune_alpha=5\.0, which is not supported where trials train together"):
-        check_trial(trial)

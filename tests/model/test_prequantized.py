@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,8 @@ import transformers
 from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.config import Config, UserError
-from distlora.config.file import build
-from distlora.loading.load_base import Loaded, load_base
-from distlora.model.adapters import reset_adapters
-from distlora.model.buffers import materialize_buffers
+from distlora.config import UserError
+from distlora.loading.load_base import Loaded
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.parallel import Backend, Ranks
@@ -33,15 +27,14 @@ from distlora.planner.machine import machine_of
 from distlora.planner.model import find_model
 from distlora.planner.report import lines
 from distlora.training import worker
-from distlora_kernels import nf4_cpu, reference
+from distlora.training.setup import start_run_model
 from distlora_kernels.formats import nf4
 from distlora_launcher.compose.checks import check_model
+from support.bitsandbytes_weights import DTYPES, ODD, bitsandbytes_dequantize, quantize
 from support.closeness import assert_adapters_close
-from support.family_models import our_logits
-from support.nf4_weights import DTYPES, SHAPES, bitsandbytes_dequantize, random_weight
+from support.family_models import config_for, our_logits
 from support.peft_models import our_trained_model
-from support.prequantized_models import ODD, quantize
-from support.run_models import build_run_model, parallelize_run
+from support.runs import FULL, build_run_model
 from support.small_models import make_run, write_model_folder, write_text_file
 from support.worlds import World
 
@@ -75,25 +68,8 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
-    base: dict[str, Any] = {
-        "model": {"path": str(folder)},
-        "data": {"path": str(folder.parent / "text.jsonl"), "sequence_length": 64},
-        "adapter": {"target_modules": "all-linear"},
-        "train": {"dtype": "fp32"},
-        "run_dir": "none",
-    }
-    return build(Config, base | sections)
-
-
 def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend, Loaded]:
-    config = config_for(folder, **sections)
-    model = build_run_model(config)
-    backend = parallelize_run(model, ranks, config)
-    figures = load_base(model, CheckpointFiles(folder), backend)
-    materialize_buffers(model, ranks.device)
-    reset_adapters(model.adapted_linears(), config.adapter, seed=0)
-    return model, backend, figures
+    return start_run_model(config_for(folder, **sections), ranks)
 
 
 def frozen_linears(model: CausalLM) -> dict[str, FrozenLinear]:
@@ -148,37 +124,6 @@ def test_plan_counts_prequantized_bytes(quantized: Path, name: str) -> None:
     for index, formats in plan.model.shapes.formats.items():
         assert {path for path, format in formats.items() if format is None} == dense[index]
         assert {*formats.values()} - {None} == {"nf4_absmax" if name.endswith("plain") else "nf4"}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[1] % 2 == 0], ids=str)
-@pytest.mark.parametrize("path", ["reference", "bitsandbytes", "table"])
-def test_plain_absmax_dequantizes_like_bitsandbytes(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, shape: tuple[int, ...], path: str
-) -> None:
-    if path == "table":
-        monkeypatch.setattr(nf4_cpu, "has_bitsandbytes", lambda: False)
-    packed, state = bnb.quantize_4bit(random_weight(shape, dtype), blocksize=64, quant_type="nf4")
-    groups = nf4.num_groups(torch.Size(shape).numel())
-    codes = torch.full((groups * nf4.GROUP_BYTES,), 0x77, dtype=torch.uint8)
-    codes[: packed.numel()] = packed.view(-1)
-    absmax = torch.zeros(groups * nf4.BLOCKS_PER_GROUP)
-    absmax[: state.absmax.numel()] = state.absmax
-    parts = (codes.view(groups, -1), absmax.view(groups, -1))
-    if path == "reference":
-        actual = reference.dequantize_blocks(*parts, shape=shape, dtype=dtype)
-    else:
-        actual = nf4.NF4_ABSMAX.dequantize(parts, shape=shape, dtype=dtype)
-    assert torch.equal(actual, bitsandbytes_dequantize(packed, state, shape))
-
-
-@pytest.mark.ci
-def test_dynamic_map_is_equal_without_vector_instructions() -> None:
-    """Check that the map does not depend on torch.linspace, whose last bits do."""
-    code = "from distlora_kernels.reference import dynamic_map; print(dynamic_map().numpy().tobytes().hex())"
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd="/")
-    assert finished.stdout.strip() == reference.dynamic_map().numpy().tobytes().hex(), finished.stderr
 
 
 def own_rows(ranks: Ranks, *, folder: Path) -> tuple[dict[str, Tensor], int]:
@@ -312,45 +257,6 @@ def run_worker(ranks: Ranks, *, run_dir: Path) -> None:
     worker.run(run_dir, ranks)
 
 
-@pytest.mark.parametrize(("dtype", "torch_dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_dense_linears_of_the_checkpoint_stay_dense(quantized: Path, dtype: str, torch_dtype: torch.dtype) -> None:
-    tensors = stored_tensors(quantized / "skipping")
-    model, _, figures = loaded(quantized / "skipping", train={"dtype": dtype})
-    dense = {name: linear for name, linear in frozen_linears(model).items() if not linear.quantized}
-    expected = {f"model.layers.{layer}.self_attn.k_proj.weight" for layer in range(3)}
-    expected |= {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-    assert set(dense) == expected
-    for name, linear in dense.items():
-        assert torch.equal(linear.weight, tensors[name].to(torch_dtype))
-    kept = {name: linear for name, linear in frozen_linears(model).items() if linear.quantized}
-    assert figures.quantized_weights == sum(linear.in_features * linear.out_features for linear in kept.values())
-    assert figures.prequantized
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"quant_method": "hqq"}, r"quant_method='hqq'.*16-bit checkpoint"),
-        ({"quant_method": None}, "quant_method=None"),
-        ({"load_in_8bit": True}, "load_in_4bit=True is not supported, only False"),
-        ({"load_in_4bit": False}, "load_in_4bit=False"),
-        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type='fp4'"),
-    ],
-    ids=str,
-)
-def test_other_quantization_is_refused_by_field(
-    quantized: Path, tmp_path: Path, settings: dict[str, Any], says: str
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(quantized / "nested", folder)
-    model = json.loads((folder / "config.json").read_text())
-    model["quantization_config"] |= settings
-    (folder / "config.json").write_text(json.dumps(model))
-    for refuse in (check_model, build_run_model):
-        with pytest.raises(UserError, match=says):
-            refuse(config_for(folder))
-
-
 STATES = [
     ({"blocksize": 128}, r"q_proj\.weight\.quant_state\.blocksize=128.*only 64"),
     ({"nested_blocksize": 128}, "nested_blocksize=128.*only 256"),
@@ -408,28 +314,6 @@ def test_map_with_other_last_bits_is_accepted(quantized: Path, tmp_path: Path) -
     assert loaded(folder)[2].prequantized
 
 
-@pytest.mark.parametrize(
-    ("sections", "says"),
-    [
-        (
-            {"quant": {"method": "none"}},
-            r"quant=none keeps weights in 16 bits, but model\.path=.* is quantized already; set quant=nf4",
-        ),
-        ({"quant": {"method": "none"}, "adapter": {"method": "full"}}, "adapter=full trains every weight, but"),
-        (
-            {"adapter": {"init": "pissa_niter_4"}},
-            r"init=pissa_niter_4 decomposes 16-bit weights, but .* set adapter.init",
-        ),
-        ({"adapter": {"init": "loftq"}}, "init=loftq decomposes 16-bit weights, but .* is quantized already"),
-    ],
-    ids=["none", "full", "pissa", "loftq"],
-)
-def test_settings_that_need_16_bit_weights_are_refused(quantized: Path, sections: dict[str, Any], says: str) -> None:
-    for refuse in (check_model, build_run_model):
-        with pytest.raises(UserError, match=says):
-            refuse(config_for(quantized / "nested", **sections))
-
-
 @pytest.mark.parametrize("variant", ["skipping", "odd-plain"])
 def test_keep_is_nf4_and_auto_is_keep(quantized: Path, variant: str) -> None:
     folder = quantized / variant
@@ -452,21 +336,47 @@ def test_keep_is_nf4_and_auto_is_keep(quantized: Path, variant: str) -> None:
     assert found.config.quant.method == "keep"
 
 
-def test_quantized_head_is_refused(quantized: Path) -> None:
-    says = "lm_head.weight is stored in NF4.*lm_head in llm_int8_skip_modules"
-    with pytest.raises(UserError, match=says):
-        check_model(config_for(quantized / "packed-head"))
-    with pytest.raises(UserError, match=says):
-        loaded(quantized / "packed-head")
+REFUSED: list[tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = [
+    # (other quantization_config, settings of the run, what is said)
+    ({"quant_method": "hqq"}, {}, r"quant_method='hqq'.*16-bit checkpoint"),
+    ({"quant_method": None}, {}, "quant_method=None"),
+    ({"load_in_8bit": True}, {}, "load_in_4bit=True is not supported, only False"),
+    ({"load_in_4bit": False}, {}, "load_in_4bit=False"),
+    ({"bnb_4bit_quant_type": "fp4"}, {}, "bnb_4bit_quant_type='fp4'"),
+    ({}, {"quant": {"method": "none"}}, r"quant=none keeps weights in 16 bits, but model\.path=.* set quant=nf4"),
+    ({}, FULL, "adapter=full trains every weight, but"),
+    ({}, {"adapter": {"init": "pissa_niter_4"}}, r"init=pissa_niter_4 decomposes 16-bit .* set adapter.init"),
+    ({}, {"adapter": {"init": "loftq"}}, "init=loftq decomposes 16-bit weights, but .* is quantized already"),
+]
 
 
-def test_config_that_contradicts_weights_is_refused(quantized: Path, tmp_path: Path) -> None:
-    """Check dense weights with a quantization_config, which would silently train in 16 bits."""
-    shutil.copytree(quantized / "even", tmp_path / "dense")
-    shutil.copytree(quantized / "nested", tmp_path / "packed")
-    for source, target, says in (("nested", "dense", "no weight in"), ("even", "packed", "no quantization_config")):
-        shutil.copy(quantized / source / "config.json", tmp_path / target / "config.json")
+@pytest.mark.parametrize(("changed", "sections", "says"), REFUSED, ids=[says[:40] for *_, says in REFUSED])
+def test_what_such_a_base_does_not_support_is_refused_by_field(
+    quantized: Path, tmp_path: Path, changed: dict[str, Any], sections: dict[str, Any], says: str
+) -> None:
+    folder = Path(shutil.copytree(quantized / "nested", tmp_path / "model"))
+    model = json.loads((folder / "config.json").read_text())
+    model["quantization_config"] |= changed
+    (folder / "config.json").write_text(json.dumps(model))
+    for refuse in (check_model, build_run_model):
         with pytest.raises(UserError, match=says):
-            check_model(config_for(tmp_path / target))
+            refuse(config_for(folder, **sections))
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "says"),
+    [
+        ("packed-head", "packed-head", "lm_head.weight is stored in NF4.*lm_head in llm_int8_skip_modules"),
+        # Dense weights with a quantization_config would silently train in 16 bits.
+        ("even", "nested", "no weight in"),
+        ("nested", "even", "no quantization_config"),
+    ],
+)
+def test_weights_that_contradict_the_config_are_refused(
+    quantized: Path, tmp_path: Path, weights: str, config: str, says: str
+) -> None:
+    folder = Path(shutil.copytree(quantized / weights, tmp_path / "model"))
+    shutil.copy(quantized / config / "config.json", folder)
+    for refuse in (lambda: check_model(config_for(folder)), lambda: loaded(folder)):
         with pytest.raises(UserError, match=says):
-            loaded(tmp_path / target)
+            refuse()

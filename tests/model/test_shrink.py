@@ -54,37 +54,6 @@ def test_the_known_models_shrink(name: str) -> None:
     assert set(layer_kinds(build_on_meta(small))) == set(layer_kinds(build_on_meta(read_settings(config))))
 
 
-def test_windows_are_felt_in_short_sequences_and_scales_stay() -> None:
-    gemma, granite = shrink(config_of("gemma2")), shrink(config_of("granite@scaled"))
-    assert (gemma["sliding_window"], gemma["layer_types"]) == (8, ["sliding_attention", "full_attention"])
-    assert (gemma["final_logit_softcapping"], gemma["query_pre_attn_scalar"]) == (30.0, 256)
-    assert (granite["logits_scaling"], granite["attention_multiplier"]) == (8.0, 0.2)
-    assert shrink({"model_type": "gpt2", "resid_pdrop": 0.1})["resid_pdrop"] == 0, "no dropout"
-    tokens = torch.randint(8, 150, (1, 24), generator=torch.Generator().manual_seed(0))
-    logits = []
-    for window in (8, 64):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            logits.append(build(gemma | {"sliding_window": window}).eval()(input_ids=tokens).logits)
-    assert torch.equal(logits[0][:, :8], logits[1][:, :8])
-    assert not torch.allclose(logits[0][:, 8:], logits[1][:, 8:], atol=1e-4)
-
-
-def test_what_makes_a_kind() -> None:
-    """Layers differ by windows, experts, positions and shared keys; never by their place or their sizes."""
-    for name, pattern in {
-        "llama": "0000",
-        "gemma2": "0101",
-        "deepseek_v3": "0003",
-        "smollm3": "0003",
-        "zamba": "0020",
-        "jamba": "0101",
-        "qwen3_5_text@raw": "0003",
-    }.items():
-        kinds = layer_kinds(build_on_meta(read_settings(config_of(name))))
-        assert "".join(str(kinds.index(kind)) for kind in kinds[:4]) == pattern, name
-
-
 def test_a_kind_that_no_small_model_has_is_refused() -> None:
     """Its only mixer stands beyond eight layers, by a period that the small model keeps too."""
     with pytest.raises(UserError, match=r"small jamba have no layer like layer 20 .*cannot be checked before training"):

@@ -13,19 +13,16 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from distlora.architecture.config_checks import check_train, read_config
 from distlora.architecture.spec import Architecture, architecture_of
 from distlora.architecture.tokens import check_rows_of_tokens, load_tokenizer, tokenizer_files, vocabulary_of
-from distlora.config import Config, UserError
-from distlora.config.file import build, load_config
+from distlora.config import UserError
+from distlora.config.file import load_config
 from distlora.generation.prompts import PromptEncoder
 from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
-from distlora.model.adapters import TokenRows
-from distlora.model.lm_head import LossHead
 from distlora.parallel import Ranks
 from distlora.planner.model import find_model
 from distlora.post.merge.output_folder import write_stops
@@ -38,10 +35,10 @@ from distlora_launcher.cli.push import collect
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
 from support.chat_tokenizers import chat_tokenizer
-from support.closeness import assert_adapters_close, assert_close
+from support.closeness import assert_adapters_close
 from support.family_models import SINGLE, architecture, config_for, edit_config, our_logits, tokens
-from support.parity_runs import run_once
-from support.small_models import NEW_TOKENS, VOCABULARY, make_run, tokenizer, use_chunks_of, write_model_folder
+from support.runs import run_once
+from support.small_models import NEW_TOKENS, VOCABULARY, make_run, tokenizer, write_model_folder
 from support.worlds import World
 
 NEW_IDS = tuple(range(VOCABULARY, VOCABULARY + len(NEW_TOKENS)))
@@ -80,31 +77,22 @@ def test_the_template_of_a_processor_is_the_tokenizers(folders: Path, tmp_path: 
     assert load_tokenizer(tmp_path).chat_template == template == tokenizer().chat_template
 
 
-@pytest.mark.parametrize(
-    ("name", "sections", "reason"),
-    [
-        (
-            "gpt_neox",
-            {"adapter": {"modules_to_save": ["lm_head"]}},
-            r"modules_to_save .* names them embed_in and",
-        ),
-        ("gpt_neox", {"adapter": {"trainable_token_indices": [3]}}, r"token_indices trains embed_tokens and lm_head"),
-        ("a second table", {"model": {"new_tokens": ["kettle"]}}, r"model\.new_tokens .* second table that reads"),
-        (
-            "a second table",
-            {"train": {"neftune_alpha": 5.0}},
-            r"train\.neftune_alpha=5\.0 .* second table that reads",
-        ),
-        ("qwen3_5", {"model": {"new_tokens": ["kettle"]}, "train": {"neftune_alpha": 5.0}}, None),
-    ],
-)
+SECOND = "a second table"
+ROWS: list[tuple[str, dict[str, Any], str | None]] = [
+    ("gpt_neox", {"adapter": {"modules_to_save": ["lm_head"]}}, r"modules_to_save .* names them embed_in and"),
+    ("gpt_neox", {"adapter": {"trainable_token_indices": [3]}}, r"token_indices trains embed_tokens and lm_head"),
+    (SECOND, {"model": {"path": "m", "new_tokens": ["a"]}}, r"model\.new_tokens .* second table that reads"),
+    (SECOND, {"train": {"neftune_alpha": 5.0}}, r"train\.neftune_alpha=5\.0 .* second table that reads"),
+    ("qwen3_5", {"model": {"path": "m", "new_tokens": ["a"]}, "train": {"neftune_alpha": 5.0}}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "sections", "reason"), ROWS)
 def test_rows_of_matrices_with_other_names_or_beside_a_second_table_are_refused(
     name: str, sections: dict[str, Any], reason: str | None
 ) -> None:
-    settings = {"model": {"path": "none"}, "data": {"path": "none"}, "run_dir": "none", **sections}
-    settings["model"] = {"path": "none", **sections.get("model", {})}
-    config, second = build(Config, settings), name == "a second table"
-    found = dataclasses.replace(architecture("llama" if second else name), takes_embeddings=not second)
+    config = config_for(Path("m"), **sections)
+    found = dataclasses.replace(architecture("llama" if name == SECOND else name), takes_embeddings=name != SECOND)
     with contextlib.nullcontext() if reason is None else pytest.raises(UserError, match=reason):
         check_rows_of_tokens(config.spec, found)
         check_train(config.train, found)
@@ -215,50 +203,6 @@ def test_new_rows_are_the_mean_on_any_number_of_ranks(world: World, tmp_path: Pa
             assert all(torch.equal(part[f"trained {name}"][0], expected[ids].float()) for part in parts)
 
 
-def replaced(matrix: Tensor, rows: TokenRows) -> Tensor:
-    return matrix.index_copy(0, torch.tensor(rows.ids), rows.rows)
-
-
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_loss_and_gradients_are_those_of_the_whole_matrix(
-    softcap: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against autograd through index_copy, token losses weighted unevenly; tied, so that both uses add up."""
-    use_chunks_of(monkeypatch, 20)  # The last one is shorter.
-    monkeypatch.setattr("distlora.model.adapters.TOKENS_PER_PRODUCT", 16)
-    torch.manual_seed(0)
-    embedding = nn.Embedding(37, 12, padding_idx=4)
-    embedding.weight.requires_grad_(False)
-    rows = TokenRows((3, 4, 30, 36), 12).to_empty(device="cpu")
-    rows.rows.data.normal_()
-    head = LossHead(embedding.weight, logit_softcap=softcap)
-    head.train_rows(rows)
-    ids = torch.randint(0, 37, (3, 19), generator=torch.Generator().manual_seed(1))
-    ids[:, ::4] = torch.tensor([3, 4, 30, 36, 3])
-    labels = ids.roll(-1, dims=1)
-    labels[:, -1] = -100
-    weights = torch.tensor([0.3, 1.0, 2.0])
-
-    def mixed(hidden: Tensor) -> Tensor:
-        return torch.tanh(hidden.cumsum(dim=1)) + hidden
-
-    loss = (head(mixed(rows.embed(embedding, ids)), labels) * weights).sum()
-    (gradient,) = torch.autograd.grad(loss, rows.rows)
-
-    logits = F.linear(
-        mixed(F.embedding(ids, replaced(embedding.weight, rows), padding_idx=4)), replaced(head.weight, rows)
-    )
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
-    expected = (losses.view(3, 19).sum(dim=1) * weights).sum()
-    (expected_gradient,) = torch.autograd.grad(expected, rows.rows)
-    assert_close(loss, expected, ulps=8)
-    assert_close(gradient, expected_gradient, ulps=16)  # Sums of 57 tokens in another order.
-    with torch.no_grad():
-        assert_close((head(mixed(rows.embed(embedding, ids)), labels) * weights).sum(), expected, ulps=8)
-
-
 @pytest.fixture(scope="module")
 def run(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of six steps with new tokens."""
@@ -300,7 +244,6 @@ def test_the_pushed_repository_has_the_tokenizer_and_says_how_to_load_it(run: Pa
         files = collect(read_result(run, checkpoint), repository="me/it", base="org/base")
         assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files.keys()
         card = files["README.md"]
-        assert isinstance(card, bytes)
         new = b"| model.new_tokens | statement, of the, method |"
         for words in (new, b"resize_token_embeddings(rows", b'AutoTokenizer.from_pretrained("me/it")'):
             assert words in card

@@ -12,31 +12,24 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from distlora.bench.collectives import Collectives
-from distlora.config import AdapterConfig, Config, UserError
+from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.config.plan import CHOSEN
-from distlora.model.adapters import StepRows
-from distlora.model.build import put_trial
 from distlora.model.experts import ExpertWeight
 from distlora.parallel import Ranks, Shards
 from distlora.parallel.expert_parallel import divide_experts
 from distlora.parallel.ranks import Traffic
 from distlora.planner.choose import Search, choose
 from distlora.training import setup, worker
-from distlora_launcher.compose.planning import check_planned, planned, planned_model
-from support.closeness import assert_adapters_close, assert_close, assert_losses_close
+from distlora_launcher.compose.planning import planned
+from support.closeness import assert_adapters_close, assert_losses_close
 from support.counted_step import only_collectives, our_step
-from support.family_models import config_for, positions_of, tokens
-from support.parity_runs import adapters_after, result_of
+from support.family_models import config_for
 from support.plan_inputs import composed, machine_of, model_of
-from support.plan_memory_runs import both
-from support.planned import traffic_of
-from support.resumed_runs import run_until
-from support.run_models import build_run_model
-from support.slot_models import filled, labels_of
+from support.planned import both, traffic_of
+from support.runs import adapters_after, build_run_model, result_of, run_until
 from support.small_models import make_run, read_metrics, write_model_folder
 from support.tiers import ci
 from support.worlds import World
@@ -214,68 +207,6 @@ def test_a_step_exchanges_the_bytes_that_are_calculated(world: World, models: Pa
         assert set(shapes.values()) == {(4, 128, 128), (4, 128, 64)}
 
 
-def choosing(ranks: Ranks, *, config: Config, sharing: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the losses of rows that use a trial's adapter or none, and the gradients of all ranks."""
-    model, backend, _ = setup.start_run_model(config, ranks, for_slots=True)
-    trained = {}
-    for slot, shared in enumerate(sharing):
-        adapter = AdapterConfig(r=3 + slot, target_modules="all-linear", expert_sharing=shared)
-        parameters = put_trial(model, slot, adapter, seed=slot, device=ranks.device)
-        filled(parameters, slot)
-        trained |= {f"{slot} {name}": parameter for name, parameter in parameters.items()}
-    batch = tokens(4, 40, seed=ranks.rank)
-    chosen = torch.tensor([0, len(sharing) - 1, -1, 1 - ranks.rank])
-    at = StepRows(torch.zeros(4, dtype=torch.int64), torch.arange(4))
-    losses = model(batch, positions_of(batch), labels_of(batch), chosen, step_rows=at)
-    gradients = torch.autograd.grad(losses.sum(), list(trained.values()))
-    summed = {name: backend.sum_over_ranks(each) for name, each in zip(trained, gradients, strict=True)}
-    return losses.detach(), summed
-
-
-@pytest.mark.parametrize("sharing", [("none", "shared_a"), ("shared_b",)], ids=str)
-def test_rows_that_choose_adapters_do_so_on_the_ranks_of_their_experts(
-    world: World, models: Path, sharing: tuple[Any, ...]
-) -> None:
-    results = []
-    for degree in (1, 2):
-        config = config_for(models / QWEN, parallel={"expert_degree": degree}, cluster={"gpus_per_node": 2})
-        results.append(world.run(2, choosing, config=config, sharing=sharing))
-    for (losses, gradients), (expected, theirs) in zip(results[1], results[0], strict=True):
-        assert_close(losses, expected, ulps=16)
-        assert gradients.keys() == theirs.keys()
-        for name, gradient in gradients.items():
-            assert_close(gradient, theirs[name], ulps=64)
-        assert sum(".experts." in name for name in gradients) == len(sharing) * 3 * 4
-
-
-@pytest.mark.parametrize(
-    ("ranks", "parallel", "model", "message"),
-    [
-        (4, {"expert_degree": 3}, QWEN, r"expert_degree=3 is not the number of ranks .* which is 4 \("),
-        (4, {"expert_degree": 4, "shard_degree": 2}, QWEN, r"set parallel.expert_degree=replica, or 1"),
-        (1, {"expert_degree": 2}, QWEN, r"which is 1 .* 1 process\); set parallel.expert_degree=1"),
-        (2, {"expert_degree": 0}, QWEN, r"parallel.expert_degree=0 is not a valid number"),
-        (2, {"expert_degree": 2, "backend": "zero3"}, QWEN, r"expert_degree=2 is FSDP2's"),
-        (2, {"experts": "on_demand"}, QWEN, r"experts=on_demand needs parallel=zero3: FSDP2 gathers whole layers"),
-        (2, {"experts": "on_demand", "backend": "zero3"}, "llama", r"experts=on_demand has no effect on llama"),
-        (2, {"experts": "on_demand", "backend": "zero3", "shard_degree": 1}, QWEN, r"parallel=zero3 has no effect"),
-        (1, {"expert_degree": "replica"}, "llama", r"expert_degree=replica has no effect on llama"),
-        (2, {"expert_degree": 2}, "llama", r"expert_degree=2 has no effect on llama"),
-        (2, {"expert_degree": 2}, "mixtral", r"expert_degree=2 does not divide the experts of mixtral"),
-        (3, {"expert_degree": 3}, QWEN, r"expert_degree=3 does not divide the experts"),
-    ],
-)
-def test_degrees_that_cannot_be_are_refused(
-    models: Path, ranks: int, parallel: dict[str, Any], model: str, message: str
-) -> None:
-    def plan() -> None:
-        config = config_for(models / model, parallel=parallel, cluster={"gpus_per_node": ranks})
-        check_planned(config, planned_model(config))
-
-    with pytest.raises(UserError, match=message):
-        plan()
-
-
 @pytest.mark.ci
 def test_the_memory_of_a_step_is_planned(world: World, models: Path) -> None:
     """With an even load within a tenth; experts of all ranks are in no rank's memory."""
@@ -295,9 +226,7 @@ def test_plan_auto_divides_experts_where_that_moves_fewer_bytes() -> None:
         choice = choose(Search(config=config, model=model, machine=machine, fixed=fixed))
         divided = choice.plan.replan({"parallel.expert_degree": 8})
         gathers = choice.plan.replan({"parallel.expert_degree": 1})
-        assert divided is not None
         assert divided.traffic == choice.plan.replan({"parallel.expert_degree": "replica"}).traffic
-        assert gathers is not None
         fewer = divided.traffic.received < gathers.traffic.received
         chosen[length] = (choice.config.parallel.expert_degree, fewer)
         assert divided.device.moments["forward"]["gathered"] < gathers.device.moments["forward"]["gathered"]

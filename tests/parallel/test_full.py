@@ -17,12 +17,10 @@ from distlora.parallel import Ranks
 from distlora.run_folder.layout import COMPILED_NAME, steps
 from distlora.training import setup, worker
 from distlora.training.publish import trainer_tensors
-from support.closeness import assert_adapters_close, assert_losses_close
-from support.full_runs import losses_of, prepare
-from support.parity_runs import run_once
+from support.closeness import assert_adapters_close, assert_losses_close, relative_error
 from support.planned import assert_disk_as_planned, traffic_of
-from support.resumed_runs import run_until
-from support.small_models import make_run, read_metrics
+from support.runs import losses_of, make_full_run, run_once, run_until
+from support.small_models import VOCABULARY, make_run, read_metrics
 from support.tiers import ci
 from support.worlds import World
 
@@ -47,9 +45,9 @@ CELLS = [
 def test_the_sharded_run_is_the_single_one_and_each_gradient_is_sent_once_a_step(
     world: World, folders: Path, tmp_path: Path, model: str, size: int, settings: dict
 ) -> None:
-    config = prepare(tmp_path / "run", folders, model, **settings)
+    config = make_full_run(tmp_path / "run", folders, model, **settings)
     metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
-    prepare(tmp_path / "one", folders, model, micro_batch=12, checkpointing="none")
+    make_full_run(tmp_path / "one", folders, model, micro_batch=12, checkpointing="none")
     expected = world.run(1, run_once, run_dir=tmp_path / "one")[0]
     assert_losses_close(losses_of(metrics), losses_of(expected))
     assert_adapters_close(published(tmp_path / "run"), published(tmp_path / "one"))
@@ -71,7 +69,7 @@ def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World,
     keep_torch_products(tmp_path / "lora")
     metrics = {"lora": world.run(1, run_once, run_dir=tmp_path / "lora")[0]}
     for size in (1, 2):
-        config = prepare(tmp_path / str(size), folders, dtype="bf16", micro_batch=3, max_steps=4)
+        config = make_full_run(tmp_path / str(size), folders, dtype="bf16", micro_batch=3, max_steps=4)
         keep_torch_products(tmp_path / str(size))
         metrics[str(size)] = world.run(size, run_once, run_dir=tmp_path / str(size))[0]
     losses = {name: losses_of(lines) for name, lines in metrics.items()}
@@ -94,7 +92,7 @@ def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
     for name in ("whole", "same", "moved"):
-        prepare(tmp_path / name, folders, "llama-tied", **SETTINGS)
+        make_full_run(tmp_path / name, folders, "llama-tied", **SETTINGS)
     world.run(2, run_until, run_dir=tmp_path / "whole", stop_before=None)
     for run, sizes in (("same", (2, 2)), ("moved", (3, 1))):
         for size, stop in zip(sizes, (2, None), strict=True):
@@ -128,7 +126,7 @@ def test_what_is_saved_has_the_same_bytes_from_any_number_of_ranks_and_loads_in_
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    prepare(tmp_path / "run", folders, max_steps=1)
+    make_full_run(tmp_path / "run", folders, max_steps=1)
     world.run(2, run_once, run_dir=tmp_path / "run")
     saved = {}
     for size, piece_bytes in ((1, 2**26), (2, 2**26), (3, 10_000)):
@@ -150,3 +148,62 @@ def test_what_is_saved_has_the_same_bytes_from_any_number_of_ranks_and_loads_in_
     whole = published(tmp_path / "run")
     assert loaded.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name].bfloat16()) for name, tensor in loaded.items())
+
+
+ROWS, LENGTH = 12, 64
+
+
+def batch(ranks: Ranks, *, start: int = 0, rows: int = ROWS) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (inputs, positions, labels): this rank's part of `rows` rows from `start`, mostly of few tokens."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = (torch.rand(ROWS, LENGTH + 1, generator=generator) ** 4 * VOCABULARY).long()[start : start + rows]
+    own = tokens.chunk(ranks.world)[ranks.rank]
+    return own[:, :-1], torch.arange(LENGTH).expand(len(own), LENGTH), own[:, 1:]
+
+
+def step_gradients(ranks: Ranks, *, run_dir: Path, passes: int, num_micro: int) -> dict[str, Tensor]:
+    """Every gradient of a step of ROWS rows in `passes` backwards; flat, on the rank that writes."""
+    config = load_config(run_dir)
+    model, backend, _ = setup.start_run_model(config, ranks)
+    model.set_num_micro(num_micro)
+    trained = worker.trained_parameters(model)
+    backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+    rows = backend.updated(trained)
+    backend.zero_gradients()
+    for number in range(passes):
+        part = batch(ranks, start=number * ROWS // passes, rows=ROWS // passes)
+        backend.backward(model(*part).sum() / (ROWS * LENGTH), last=number == passes - 1)
+    backend.finish_gradients()
+    whole: dict[str, Tensor] = {}
+    for name, parameter in trained.items():
+        gradient = rows[name].grad
+        pieces: list[Tensor] = []
+        backend.stream(backend.spread(gradient, parameter), pieces.append)
+        if backend.writes:
+            whole[name] = torch.cat(pieces)
+    return whole
+
+
+def test_gradients_in_bf16_are_those_of_one_process_but_for_sums_in_bf16(
+    world: World, folders: Path, tmp_path: Path
+) -> None:
+    """A tied weight's two gradients on several ranks, and slices: parallel/README.md, Limits."""
+    for dtype in ("fp32", "bf16"):
+        make_full_run(tmp_path / dtype, folders, "llama-tied", dtype=dtype)
+
+    def gradients(size: int, dtype: str = "bf16", passes: int = 1, num_micro: int = 1) -> dict[str, Tensor]:
+        arguments = {"run_dir": tmp_path / dtype, "passes": passes, "num_micro": num_micro}
+        return world.run(size, step_gradients, **arguments)[0]
+
+    exact, one = gradients(1, "fp32"), gradients(1)
+    eps = torch.finfo(torch.bfloat16).eps
+    # Each gradient is rounded to nearest: eps / 2 at most for an element, less for a tensor. Sums of slices are, too.
+    for actual, ulps in (
+        (gradients(2, passes=3), 0.5),
+        (gradients(3), 0.5),
+        (gradients(2, num_micro=6), 1.0),
+    ):
+        for name, gradient in one.items():
+            assert relative_error(actual[name], gradient) <= ulps * eps, name
+            # 10 %: a CPU's products in bf16 sum in another order for another number of rows.
+            assert relative_error(actual[name], exact[name]) <= 1.1 * relative_error(gradient, exact[name]), name

@@ -18,8 +18,8 @@ import yaml
 from torch import Tensor
 
 from distlora.bench.collectives import Collectives
-from distlora.config import Config, UserError, check_ranks
-from distlora.config.file import as_mapping, load_config
+from distlora.config import Config
+from distlora.config.file import load_config
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.parallel.integrity import DamagedWeightsError
@@ -31,10 +31,8 @@ from distlora.training.open_run import open_data
 from support.closeness import assert_adapters_close, assert_losses_close
 from support.counted_step import only_collectives, our_step
 from support.family_models import config_for
-from support.full_runs import losses_of
-from support.parity_runs import adapters_after, run_once
 from support.planned import traffic_of
-from support.resumed_runs import run_until
+from support.runs import adapters_after, losses_of, run_once, run_until
 from support.small_models import make_run, read_metrics
 from support.worlds import World
 
@@ -121,33 +119,6 @@ def test_each_copy_is_the_whole_quantization_bit_for_bit(
             rows = -(-len(expected) // of_a_copy)
             assert [first for _, first, _ in parts] == [min(rows * part, len(expected)) for part in range(of_a_copy)]
     assert (cut > 50) == (of_a_copy > 1)
-
-
-KINDS = ("codes", "scales", "group_scale")
-
-
-@pytest.mark.parametrize(("size", "degree", "of_a_copy"), CUTS)
-def test_a_ranks_memory_of_the_base_is_its_part_of_a_copy_to_within_one_group_a_tensor(
-    cuts: dict[Any, list[dict[str, Any]]], size: int, degree: int | None, of_a_copy: int
-) -> None:
-    (whole,) = cuts[1, None]
-    for kind in (*KINDS, "dense"):
-        of_kind = [name for name, (*_, frozen) in whole.items() if frozen and kind == (_kind(name))]
-        assert of_kind
-        rows = {name: len(whole[name][0]) for name in of_kind}
-        row_bytes = {name: whole[name][0].nbytes // rows[name] for name in of_kind}  # Of a group, or of a dense row.
-        whole_bytes = sum(whole[name][0].nbytes for name in of_kind)
-        for rank, tensors in enumerate(cuts[size, degree]):
-            own = sum(tensors[name][0].nbytes for name in of_kind)
-            assert abs(own - whole_bytes / of_a_copy) <= sum(row_bytes.values()), f"rank {rank}: {own} bytes of {kind}"
-            part, per_rank = rank % of_a_copy, {name: -(-rows[name] // of_a_copy) for name in of_kind}
-            parts = {name: min(per_rank[name], max(rows[name] - per_rank[name] * part, 0)) for name in of_kind}
-            assert own == sum(parts[name] * row_bytes[name] for name in of_kind)
-
-
-def _kind(name: str) -> str:
-    own = name.rpartition(".")[2]
-    return own if own in KINDS else "dense"
 
 
 def step_by_group(ranks: Ranks, *, config: Config) -> tuple[dict[tuple[str, tuple[int, ...]], int], Traffic]:
@@ -345,57 +316,3 @@ def test_ranks_that_start_from_different_adapters_do_not_begin(
     assert f"{name}, which is trained, differs between rank 0 and rank 1 before the first step" in messages[0]
     assert "in adapter.init_from where it is set, and in the run's folder the same on every node?" in messages[0]
     assert read_metrics(tmp_path / "run") == []
-
-
-# --- refusals ---
-
-
-@pytest.mark.parametrize(
-    ("cluster", "degree", "said"),
-    [
-        (
-            {"gpus_per_node": 6},
-            4,
-            r"shard_degree=4 does not divide the 6 processes .*shard_degree=3 \(of 1, 2, 3, 6\)",
-        ),
-        ({"gpus_per_node": 4}, 8, r"shard_degree=8 does not divide the 4 processes .*shard_degree=4 \(of 1, 2, 4\)"),
-        ({}, 2, r"shard_degree=2 does not divide the 1 process of this run"),
-        ({"gpus_per_node": 2}, 0, r"shard_degree=0 is not a valid number of ranks"),
-        ({"gpus_per_node": 2}, "nodes", r"shard_degree=nodes is not a valid number of ranks; .* to node"),
-        ({"gpus_per_node": 2}, 1.5, r"shard_degree=1.5 must be of type int"),
-    ],
-)
-def test_a_degree_that_does_not_fit_is_refused_with_those_that_do(
-    tmp_path: Path, cluster: dict[str, Any], degree: Any, said: str
-) -> None:
-    with pytest.raises(UserError, match=said):
-        config_for(tmp_path, cluster=cluster, parallel={"shard_degree": degree})
-
-
-def test_a_machines_ranks_are_a_copy_and_a_resume_on_others_is_refused_by_the_worker(tmp_path: Path) -> None:
-    cluster = {"launcher": "torchrun", "nodes": 2, "gpus_per_node": 2, "rdzv_endpoint": "here:29500"}
-    config = config_for(tmp_path, cluster=cluster, parallel={"shard_degree": "node"})
-    assert config.shard_degree(4) == config.shard_degree(6) == 2
-    assert as_mapping(config)["parallel"]["shard_degree"] == "node"
-    check_ranks(config, 6)
-    with pytest.raises(
-        UserError, match=r"shard_degree=node \(cluster.gpus_per_node=2\) does not divide the 3 processes"
-    ):
-        check_ranks(config, 3)
-
-
-@pytest.mark.parametrize(
-    "setting", [{"backend": "zero3"}, {"resident_blocks": 2}, {"resident_blocks": "auto"}], ids=str
-)
-def test_what_gathers_is_refused_where_every_rank_has_the_base_whole(tmp_path: Path, setting: dict[str, Any]) -> None:
-    with pytest.raises(
-        UserError,
-        match=r"has no effect with parallel.shard_degree=1, where every rank holds the "
-        r"full base",
-    ):
-        config_for(tmp_path, cluster={"gpus_per_node": 2}, parallel=setting | {"shard_degree": 1})
-    machines = {"launcher": "torchrun", "nodes": 2, "gpus_per_node": 1, "rdzv_endpoint": "here:29500"}
-    with pytest.raises(
-        UserError, match=r"has no effect with parallel.shard_degree=node \(cluster.gpus_per_node=1\), wh"
-    ):
-        config_for(tmp_path, cluster=machines, parallel=setting | {"shard_degree": "node"})

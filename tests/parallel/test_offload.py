@@ -5,7 +5,6 @@ The numbers are the same; inputs leave and return in order, in the same memory f
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from distlora.parallel import Ranks
 from distlora.system import host_memory
 from distlora.training import setup, worker
 from support.dequantized_layers import Layer
-from support.parity_runs import outcome
+from support.runs import outcome
 from support.small_models import make_run, read_metrics
 from support.tiers import ci
 from support.worlds import World
@@ -62,38 +61,6 @@ def blocks_and_input(num_micro: int = 1, inputs: HostInputs | None = None) -> tu
     return nn.Sequential(*blocks), x
 
 
-def output_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    y = model(x)
-    adapters = [p for p in model.parameters() if p.requires_grad]
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *adapters])]
-
-
-@pytest.mark.parametrize("num_micro", [1, 2])
-def test_each_input_leaves_once_and_comes_back_one_ahead_of_its_recomputation(num_micro: int) -> None:
-    model, x = blocks_and_input(num_micro)
-    expected = output_and_gradients(model, x)
-    kept = BLOCKS * num_micro
-    inputs = Recorded(kept, x.nbytes // num_micro)
-    memory = inputs.taken_bytes
-    model, x = blocks_and_input(num_micro, inputs)
-    recomputed: list[int] = []
-    for block in model:
-        block.inner.register_forward_pre_hook(lambda *_: recomputed.append(len(inputs.copies)))  # type: ignore[union-attr]
-    for _ in range(2):
-        inputs.copies.clear()
-        recomputed.clear()
-        actual = output_and_gradients(model, x)
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
-        out, back = inputs.copies[:kept], inputs.copies[kept:]
-        assert {place for _, place in out} == set(inputs.places), "the same memory in every step"
-        # The newest is still on the device when backward begins; the others come in the order of backward.
-        assert back == [("back", place) for _, place in reversed(out[:-1])]
-        # How many copies were asked for when a layer ran: its own input's, and in backward the one before it.
-        assert recomputed[:kept] == list(range(1, kept + 1))
-        assert recomputed[kept:] == [kept + min(index + 1, kept - 1) for index in range(kept)]
-        assert (num_free(inputs), inputs.taken_bytes) == (kept, memory)
-
-
 def test_of_the_inputs_the_device_holds_the_newest_and_in_backward_two() -> None:
     inputs = Recorded(BLOCKS, 4 * 5 * 64 * 4)
     model, x = blocks_and_input(1, inputs)
@@ -117,85 +84,6 @@ def test_of_the_inputs_the_device_holds_the_newest_and_in_backward_two() -> None
     assert all(storage.expired() for storage in [*storages[1:], *back])
 
 
-class Late(HostInputs):
-    """Delay each copy as long as a stream beside the device's may: until something waits for it, in order.
-
-    The memory that it reads and writes must still be there by then.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
-        self.queue: list[tuple[Tensor, ...]] = []
-        self.done = 0
-
-    def copy(self, to: Tensor, source: Tensor) -> int:  # type: ignore[override]
-        sides = [(side.data_ptr(), StorageWeakRef(side.untyped_storage())) for side in (to, source)]
-        self.queue.append((*sides, to.nbytes))  # type: ignore[arg-type]
-        return len(self.queue)
-
-    def wait(self, copied: int | None) -> None:  # type: ignore[override]
-        while copied is not None and self.done < copied:
-            (to, written), (source, read), nbytes = self.queue[self.done]
-            assert not written.expired()  # type: ignore[attr-defined]
-            assert not read.expired(), "memory is used again before it was copied"  # type: ignore[attr-defined]
-            ctypes.memmove(to, source, nbytes)  # type: ignore[arg-type]
-            self.done += 1
-
-
-@pytest.mark.parametrize("num_micro", [1, 2])
-def test_copies_that_run_as_late_as_they_may_change_nothing(num_micro: int) -> None:
-    model, x = blocks_and_input(num_micro)
-    expected = output_and_gradients(model, x)
-    inputs = Late()
-    model, x = blocks_and_input(num_micro, inputs)
-    for _ in range(3):
-        actual = output_and_gradients(model, x)
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
-    fails = model[2].register_forward_hook(lambda _, args, output: _FailsInBackward.apply(output))
-    with pytest.raises(ArithmeticError):
-        output_and_gradients(model, x)
-    fails.remove()
-    actual = output_and_gradients(model, x)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
-    assert num_free(inputs) == BLOCKS * num_micro
-    assert inputs.done == len(inputs.queue), "each is waited for, before what it touches is let go"
-
-
-class _FailsInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise ArithmeticError("no gradient")
-
-
-@pytest.mark.parametrize("where", ["forward", "backward", "evaluation", "no backward"])
-def test_all_memory_is_free_again_after_whatever_a_forward_ended_in(where: str) -> None:
-    inputs = Recorded(BLOCKS, 4 * 5 * 64 * 4)
-    model, x = blocks_and_input(1, inputs)
-    expected = output_and_gradients(model, x)
-    if where == "evaluation":
-        inputs.copies.clear()
-        with torch.no_grad():
-            model(x)
-        assert not inputs.copies, "nothing is kept without a backward"
-    elif where == "no backward":
-        model(x)
-    else:
-        fails = model[2].register_forward_hook(
-            lambda _, args, output: _FailsInBackward.apply(output) if where == "backward" else 1 / 0
-        )
-        with pytest.raises(ArithmeticError):
-            output_and_gradients(model, x)
-        fails.remove()
-    assert num_free(inputs) == BLOCKS
-    actual = output_and_gradients(model, x)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
-    assert (num_free(inputs), len(inputs.places)) == (BLOCKS, BLOCKS)
-
-
 def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """Return metrics and memory of the inputs: (places reserved, places at the end, bytes of growth)."""
     figures: list[int] = []
@@ -205,7 +93,6 @@ def run_and_memory(ranks: Ranks, *, run_dir: Path) -> tuple[list[dict[str, Any]]
     def reserve(model: CausalLM, count: int, nbytes: int, device: torch.device) -> None:
         original(model, count, nbytes, device)
         inputs = model.blocks[0].host_inputs
-        assert inputs is not None
         reserved.append(inputs)
         figures.extend((num_free(inputs), inputs.taken_bytes))
 

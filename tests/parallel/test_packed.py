@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,7 @@ from distlora.training.objectives import Losses, NextToken
 from distlora.training.open_run import OpenRun
 from distlora.training.trial import Trial
 from support.closeness import assert_adapters_close, assert_losses_close
-from support.pack_runs import run_pack
-from support.packs import make_pack, outcomes, say_verdict
+from support.packs import make_pack, outcomes, run_pack, say_verdict
 from support.small_models import config_with, make_run, read_metrics
 from support.tiers import ci
 from support.worlds import World
@@ -120,28 +117,6 @@ def test_trials_in_a_pack_are_the_trials_alone(
     for other in others:
         assert first.keys() == other.keys()
         assert all(torch.equal(first[name], other[name]) for name in first)
-
-
-def train_alone(ranks: Ranks, *, run_dir: Path) -> None:
-    training_worker.run(run_dir, ranks)
-
-
-@pytest.mark.parametrize("accumulate", [ci("step"), "block"])
-def test_a_pack_gathers_what_one_trial_does_and_sums_every_trials_gradients(
-    world: World, folders: Path, tmp_path: Path, accumulate: str
-) -> None:
-    settings = {"train": STEPS | {"max_steps": 2, "accumulate": accumulate}}
-    make_run(tmp_path / "alone", folders, **settings)
-    world.run(2, train_alone, run_dir=tmp_path / "alone")
-    runs = make_pack(tmp_path / "pack", folders, [settings] * 4)
-    world.run(2, run_pack, pack=tmp_path / "pack")
-    single, packed = (
-        [line for line in read_metrics(folder) if "loss" in line] for folder in (tmp_path / "alone", runs[2])
-    )
-    assert [line["gathered_bytes"] for line in packed] == [line["gathered_bytes"] for line in single]
-    assert [line["reduced_bytes"] for line in packed] == [4 * line["reduced_bytes"] for line in single]
-    losses = [[line["loss"] for line in read_metrics(run_dir) if "loss" in line] for run_dir in runs]
-    assert losses[0] == losses[1] == losses[2] == losses[3], "equal settings have equal losses"
 
 
 def run_spoilt(ranks: Ranks, *, pack: Path, slot: int, step: int) -> None:
@@ -243,43 +218,6 @@ def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
         assert outcome(run_dir)[0] == outcome(other)[0]
 
 
-def kill_at(pack: Path, run_dir: Path, step: int) -> None:
-    """Child process: a pack that dies by SIGKILL at the beginning of a step of the trial in `run_dir`."""
-
-    def die(self: Trainer, trials: Sequence[Trial], original: Any = Trainer._train_step) -> None:
-        if any(trial.done == step and trial.reporter._run_dir == run_dir for trial in trials):
-            os.kill(os.getpid(), signal.SIGKILL)
-        original(self, trials)
-
-    torch.set_num_threads(1)
-    Trainer._train_step = die  # type: ignore[method-assign]
-    trainer.run_group(pack, SINGLE)
-
-
-@pytest.mark.ci
-def test_a_pack_killed_with_9_goes_on_with_what_has_no_outcome(
-    folders: Path, tmp_path: Path, alone: list[Path]
-) -> None:
-    """When one trial has ended, and another has entered in its place."""
-    order = [2, 0, 1]
-    trials = [TRIALS[number] | {"train": TRIALS[number]["train"] | {"save_every": 3}} for number in order]
-    runs = make_pack(tmp_path / "pack", folders, trials, slots=2)
-    killed = (tmp_path / "pack", runs[2], 4)
-    child = torch.multiprocessing.get_context("spawn").Process(target=kill_at, args=killed)
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    ended = sorted(path.name for path in (tmp_path / "pack" / "outcomes").iterdir())
-    assert ended == ["0000.json", "0001.json"]
-    assert json.loads((tmp_path / "pack" / "slots.json").read_text()) == {"numbers": [2]}
-    trainer.run_group(tmp_path / "pack", SINGLE)
-    for run_dir, number in zip(runs, order, strict=True):
-        losses, adapter = outcome(run_dir)
-        expected_losses, expected_adapter = outcome(alone[number])
-        assert_losses_close(losses, expected_losses)
-        assert_adapters_close(adapter, expected_adapter)
-
-
 @pytest.mark.ci
 def test_a_verdict_prunes_a_trial_and_the_next_takes_its_slot(folders: Path, tmp_path: Path) -> None:
     short = {"train": STEPS | {"max_steps": 4, "eval_every": 2}, "optim": OPTIM}
@@ -316,6 +254,7 @@ REFUSED = [
     ({"model": {"path": "m", "new_tokens": ["<a>"]}}, "model.new_tokens"),
     ({"train": {"objective": "dpo"}, "data": {"path": "d", "format": "preference"}}, "train.objective=dpo"),
     ({"parallel": {"resident_blocks": "auto"}}, "parallel.resident_blocks=auto"),
+    ({"train": {"neftune_alpha": 5.0}}, "train.neftune_alpha=5.0"),
     ({"train": {"sample_every": 2, "sample_prompts": ["a"]}}, "train.sample_every=2"),
 ]
 

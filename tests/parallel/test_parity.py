@@ -1,4 +1,4 @@
-"""The same run on 1 to 4 ranks, however it is checkpointed and accumulated, is the same run."""
+"""The same run on 1 to 4 ranks, however it is sharded, checkpointed and accumulated, is the same run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from distlora.parallel import Ranks
 from distlora_kernels import native
 from support.closeness import assert_adapters_close, assert_losses_close
-from support.parity_runs import adapters_after, outcome, result_of
+from support.runs import adapters_after, outcome, result_of
 from support.small_models import TYPES, make_run
 from support.tiers import ci
 from support.worlds import World
@@ -46,6 +46,28 @@ MORE_CELLS = [
     ("llama-tied", 3, {"micro_batch": 2, "accumulate": "block"}, {}),
     ("llama-tied", 4, {"micro_batch": 3, "checkpointing": "none"}, {}),
 ]
+ZERO3, OFFLOADED = {"backend": "zero3"}, {"backend": "zero3", "offload_base": True}
+CELLS += [
+    ("llama", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "none"}, OFFLOADED),
+    ci("llama", 2, {"micro_batch": 2}, ZERO3),
+    ci("qwen3_next", 2, {"micro_batch": 2, "accumulate": "block"}, ZERO3),
+    ci("glm4_moe", 3, {"micro_batch": 2, "checkpointing": "none"}, OFFLOADED),
+    ci("qwen3_5", 3, {"micro_batch": 2}, ZERO3),
+]
+MORE_CELLS += [
+    ("llama", size, {"micro_batch": 12 // size // parts, "checkpointing": kept, "accumulate": accumulate}, parallel)
+    for size in (2, 3)
+    for parts, accumulate in ((1, "step"), (3 if size == 2 else 4, "step"), (3 if size == 2 else 4, "block"))
+    for kept in ("block", "none")
+    for parallel in (ZERO3, OFFLOADED)
+]
+MORE_CELLS += [
+    ("llama-tied", 2, {"micro_batch": 2, "accumulate": "block"}, ZERO3),
+    ("llama-tied", 3, {"micro_batch": 4, "checkpointing": "none"}, ZERO3 | {"prefetch": False}),
+    ("qwen3", 3, {"micro_batch": 2}, ZERO3 | {"prefetch": False}),
+    ("llama", 2, {"micro_batch": 2, "checkpointing": "offload", "accumulate": "block"}, ZERO3),
+    ("llama", 3, {"micro_batch": 2, "checkpointing": "selective", "mlp_tile": 24}, ZERO3),
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +88,8 @@ def reference(world: World, folders: Path, tmp_path_factory: pytest.TempPathFact
     [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE_CELLS)],
     ids=str,
 )
-def test_losses_and_adapters_do_not_depend_on_ranks_checkpointing_or_accumulation(
-    world: World,
+def test_losses_and_adapters_do_not_depend_on_ranks_backend_checkpointing_or_accumulation(
+    request: pytest.FixtureRequest,
     folders: Path,
     tmp_path: Path,
     reference: Callable[[str], Any],
@@ -77,7 +99,8 @@ def test_losses_and_adapters_do_not_depend_on_ranks_checkpointing_or_accumulatio
     parallel: dict,
 ) -> None:
     make_run(tmp_path / "run", folders, model, train=settings, parallel=parallel, cluster={"gpus_per_node": size})
-    first, *others = world.run(size, adapters_after, run_dir=tmp_path / "run")
+    ranks = request.getfixturevalue("alone" if "backend" in parallel else "world")
+    first, *others = ranks.run(size, adapters_after, run_dir=tmp_path / "run")
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first), "adapters differ between ranks"
     losses, adapter = result_of(tmp_path / "run")

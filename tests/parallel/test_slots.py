@@ -10,15 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distlora.config import AdapterConfig, UserError
+from distlora.config import AdapterConfig
 from distlora.loading.peft_format import adapter_config, adapter_tensors
-from distlora.model.adapters import StepRows, adapter_parameters, slot_name
-from distlora.model.build import CausalLM, put_trial, remove_trial, trial_parameters
+from distlora.model.adapters import StepRows, adapter_parameters
+from distlora.model.build import CausalLM, put_trial, trial_parameters
+from distlora.parallel import Ranks
+from distlora.parallel.gradients import GradientReducer, Launches
+from distlora.parallel.ranks import Traffic
 from distlora.training.setup import start_run_model
 from support.closeness import assert_close
 from support.family_models import config_for, positions_of, tokens, write_family_folder
-from support.resumed_runs import SINGLE
-from support.slot_models import filled, labels_of
+from support.packs import filled, labels_of
+from support.runs import SINGLE
+from support.worlds import World
 
 CPU = torch.device("cpu")
 
@@ -111,66 +115,6 @@ def test_trials_of_other_ranks_targets_and_dropout_are_what_they_are_alone(
             assert_close(gradients[slot][name], gradient, ulps=84)
 
 
-def test_a_slot_is_free_again_and_takes_another_trial(tmp_path: Path) -> None:
-    """Replace a trial by one of another rank and targets; in between the rows are the base's."""
-    write_family_folder(tmp_path, "qwen3")
-    model = pack_model(tmp_path)
-    first, second, beside = TRIALS
-    batches = {slot: tokens(len(trial.rows), 40, seed=slot) for slot, trial in ((1, second), (3, beside))}
-    put(model, 3, beside)
-    put(model, 1, first)
-    remove_trial(model, 1)
-    rows = batches[1]
-    base = model(rows, positions_of(rows), labels_of(rows), torch.full((len(rows),), -1))
-    assert torch.equal(model(rows, positions_of(rows), labels_of(rows), torch.full((len(rows),), 1)), base)
-    assert not trial_parameters(model, 1)
-    put(model, 1, second)
-    losses, gradients = together(model, {1: second, 3: beside}, batches)
-    for slot, trial in ((1, second), (3, beside)):
-        own_losses, own_gradients, (own_config, own_tensors) = alone(tmp_path, trial, batches[slot])
-        assert_close(losses[slot], own_losses, ulps=8)
-        for name, gradient in own_gradients.items():
-            assert_close(gradients[slot][name], gradient, ulps=84)
-        config = config_for(tmp_path, adapter=trial.adapter, train={"seed": trial.seed, "dtype": "fp32"})
-        assert adapter_config(config.spec, model, slot_name(slot)) == own_config
-        saved = adapter_tensors(model, slot_name(slot))
-        assert saved.keys() == own_tensors.keys()
-        assert all(torch.equal(saved[name], tensor) for name, tensor in own_tensors.items())
-    with pytest.raises(UserError, match="no module is named"):
-        put_trial(model, 2, AdapterConfig(target_modules=("nothing",)), seed=0, device=CPU)
-    assert not trial_parameters(model, 2)
-
-
-@pytest.mark.parametrize(
-    ("family", "settings"), [("qwen3", {}), ("qwen3", {"use_dora": True}), ("mixtral", {})], ids=str
-)
-def test_what_is_not_finite_in_one_trial_reaches_no_other(family: str, settings: dict, tmp_path: Path) -> None:
-    write_family_folder(tmp_path, family)
-    model = pack_model(tmp_path, **settings)
-    dropout = {} if family == "mixtral" else {"lora_dropout": 0.2}
-    trials = {
-        slot: Trial({"target_modules": "all-linear", "r": 2 + slot, **dropout, **settings}, slot, slot, (slot, 4))
-        for slot in range(3)
-    }
-    batches = {slot: tokens(2, 24, seed=slot) for slot in trials}
-    for slot, trial in trials.items():
-        put(model, slot, trial)
-    losses, gradients = together(model, trials, batches)
-    with torch.no_grad():
-        for name, parameter in trial_parameters(model, 1).items():
-            if ".layers.1." in name and name.endswith(".B"):
-                parameter[0] = float("nan")
-                parameter[1] = float("inf")
-    spoiled_losses, spoiled = together(model, trials, batches)
-    assert not spoiled_losses[1].isfinite().any()
-    assert not all(gradient.isfinite().all() for gradient in spoiled[1].values())
-    for slot in (0, 2):
-        assert torch.equal(spoiled_losses[slot], losses[slot])
-        for name, gradient in gradients[slot].items():
-            assert gradient.isfinite().all()
-            assert torch.equal(spoiled[slot][name], gradient), name
-
-
 @pytest.mark.parametrize(
     ("family", "settings"),
     [("qwen3", {"use_dora": True}), ("qwen3", {"use_dora": True, "lora_dropout": 0.2}), ("mixtral", {})],
@@ -190,3 +134,30 @@ def test_magnitudes_and_experts_are_each_trials_own(family: str, settings: dict,
         assert_close(losses[slot], own_losses, ulps=8)
         for name, gradient in own_gradients.items():
             assert_close(gradients[slot][name], gradient, ulps=84)
+
+
+def sums_of_two_runs(ranks: Ranks) -> list[list[float]]:
+    """Two runs' gradients over the ranks, whose backward passes come in another order on each; then one alone."""
+    traffic = Traffic()
+    launches = Launches(ranks.group, traffic)
+    runs = [[nn.Parameter(torch.zeros(4)) for _ in range(number)] for number in (5, 2)]
+    # A bucket for each parameter.
+    reducers = [GradientReducer(parameters, bucket_bytes=1, launches=launches) for parameters in runs]
+    found = []
+    for present in ([0, 1], [1]):
+        if present == [1]:
+            reducers[0].release()
+        for number in present:
+            reducers[number].zero()
+            reducers[number].expect(torch.zeros(()), last=True)
+        for number in present if ranks.rank == 0 else reversed(present):
+            own = runs[number]
+            sum((parameter * (ranks.rank + 1 + number)).sum() for parameter in own).backward()  # type: ignore[union-attr]
+        launches.finish()
+        found += [[float(p.grad[0]) for p in runs[number] if p.grad is not None] for number in present]
+    return [*found, [float(traffic.reduced_bytes)]]
+
+
+def test_sums_are_right_whatever_the_order_in_which_ranks_finish_them(world: World) -> None:
+    for result in world.run(2, sums_of_two_runs):
+        assert result == [[3.0] * 5, [5.0] * 2, [5.0] * 2, [16.0 * (5 + 2 + 2)]]

@@ -20,11 +20,10 @@ from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_kernels.formats.nf4 import NF4
-from support.counted_step import Counts, measure_ours, only_collectives
-from support.counted_traffic import our_traffic
+from support.counted_step import Counts, measure_ours, only_collectives, our_traffic
 from support.family_models import VARIANTS, config_for, hf_config
 from support.planned import held_bytes
-from support.run_models import build_run_model
+from support.runs import build_run_model
 from support.small_models import config_with
 from support.tiers import ci
 from support.worlds import World

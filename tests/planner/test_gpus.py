@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,32 +14,8 @@ from distlora.config.file import as_mapping, load_config
 from distlora.config.plan import GPUS, PCIE_4, PCIE_5, find_gpu
 from distlora_launcher.compose.compose import compose_config
 
-DEVICES = {
-    "NVIDIA B200": "b200",
-    "NVIDIA H200": "h200",
-    "NVIDIA H200 NVL": "h200_nvl",
-    "NVIDIA GH200 480GB": "gh200",
-    "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H100 PCIe": "h100_pcie",
-    "NVIDIA H100 NVL": "h100_nvl",
-    "NVIDIA H800": "h800",
-    "NVIDIA A100-SXM4-40GB": "a100_40gb",
-    "A100-SXM4-80GB": "a100_80gb",
-    "NVIDIA A100-PCIE-40GB": "a100_pcie_40gb",
-    "NVIDIA A100 80GB PCIe": "a100_pcie_80gb",
-    "NVIDIA A800-SXM4-80GB": "a800",
-    "NVIDIA L40S": "l40s",
-    "NVIDIA L40": "l40",
-    "NVIDIA RTX 6000 Ada Generation": "rtx6000_ada",
-    "NVIDIA RTX A6000": "a6000",
-    "NVIDIA A40": "a40",
-    "NVIDIA A10": "a10",
-    "NVIDIA A10G": "a10g",
-    "NVIDIA L4": "l4",
-    "NVIDIA GeForce RTX 5090": "rtx5090",
-    "NVIDIA GeForce RTX 4090": "rtx4090",
-    "NVIDIA GeForce RTX 3090": "rtx3090",
-}
+DEVICES: dict[str, str] = json.loads((Path(__file__).parents[1] / "golden" / "gpus.json").read_text())
+"""Names of the table by those that drivers say."""
 OTHERS = (
     *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti"),
     *("NVIDIA RTX A1000", "NVIDIA RTX A4000", "Tesla T4", "NVIDIA A10-24Q", "GRID A100-10C", "NVIDIA A100-SXM-64GB"),

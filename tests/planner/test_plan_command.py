@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 import re
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 
 from distlora.architecture.shapes import ARCHITECTURES
 from distlora.config import Config
-from distlora.planner import plan_of, plan_tables, report
+from distlora.planner import plan_of, report
 from distlora.planner.machine import machine_of
 from distlora.planner.model import built_in
 from distlora_launcher.cli import main
@@ -104,37 +103,6 @@ def test_a_page_of_any_model_is_one_screen(name: str) -> None:
     assert max(map(len, lines)) <= 100
 
 
-def test_what_is_not_counted_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("model=qwen3_8b", "gpu=h100", "quant=none", "train.dtype=fp32")
-    text = printed(capsys, *words)
-    assert "not counted what a GPU's attention with dense masks makes" in text
-    assert "not counted" not in printed(capsys, *words[:2])
-    assert "machine     1 GPU of 24 GiB\n" in printed(capsys, "model=llama3_8b", "gpu.memory_gib=24")
-    assert len(calculated(capsys, *words)["uncounted"]) == 1
-
-
-def test_parts_of_a_page_add_up() -> None:
-    """Check 1,000 splits, of which parts rounded one by one would miss most."""
-    numbers = random.Random(0)
-    for _ in range(1000):
-        parts = {name: numbers.random() * 10 ** numbers.randrange(4) for name in "abcdefgh"}
-        percents = dict(plan_tables.shares(parts))
-        assert sum(percents.values()) == 100
-        assert all(abs(percents.get(name, 0) - 100 * value / sum(parts.values())) < 1 for name, value in parts.items())
-        hundredths = plan_tables.rounded(parts, 0.01)
-        assert sum(hundredths.values()) == round(sum(parts.values()) / 0.01)
-
-
-def test_rows_that_nobody_fills_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    run = ["model=llama3_8b", "gpu=h100", "cluster=slurm", "cluster.nodes=128", "cluster.gpus_per_node=8"]
-    page = " ".join(printed(capsys, *run).split())
-    assert "leaves 1,016 of 1,024 sequences per step empty on 1,024 GPUs" in page
-    assert "train.global_batch=1024" in page
-    full = (*run, "train.global_batch=1024")
-    assert "sequences per step empty" not in printed(capsys, *full)
-    assert calculated(capsys, *run)["time"]["seconds"] == calculated(capsys, *full)["time"]["seconds"], "as long"
-
-
 def test_what_a_program_reads_is_what_a_person_does(capsys: pytest.CaptureFixture[str]) -> None:
     plan = calculated(capsys, *SEVENTY_ON_TWO)
     assert plan["model"]["parameters"] == 70_553_706_496
@@ -196,14 +164,6 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_machine(
     assert (plan["model"]["name"], plan["gpus"]) == ("NousResearch/Meta-Llama-3.1-8B-Instruct", "h100x16")
     assert plan["machine"]["ranks"] == 16
     assert plan["settings"]["quant"]["method"] == "none", "chosen"
-
-
-def test_a_table_says_where_settings_cannot_be(capsys: pytest.CaptureFixture[str], place: Path) -> None:
-    words = ["--table", "--models", "llama3_8b,llama3_1b", "--gpus", "a10,h100x2", "parallel.resident_blocks=20"]
-    cells = [[cell.strip() for cell in row.split("|")[2:4]] for row in printed(capsys, *words).splitlines()[2:4]]
-    assert [[cell == "not possible" for cell in row] for row in cells] == [[True, False], [True, True]]
-    found = json.loads(printed(capsys, *words, "--json"))
-    assert [row["fits"] for row in found] == [False, True, False, False]
 
 
 def test_a_run_scales_by_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The operations that are planned are those that a model of every family counts itself, and what is beside them."""
+"""The operations that are planned are those that a model of every family counts itself, and those that torch counts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from distlora import derive
+from distlora.config import AdapterConfig, Config
+from distlora.config.file import build
 from distlora.derive.shrink import shrink
+from distlora.model.buffers import materialize_buffers
+from distlora.model.build import CausalLM, put_trial
 from distlora.planner import plan_of
 from distlora.planner.flops import StepFlops, active_weights, cut, pairs, step_flops
 from distlora.planner.model import model_in
 from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
 from distlora.training.trial import active_weights as of_model
-from support.family_models import VARIANTS, edit_config, hf_config
+from support.family_models import VARIANTS, hf_config
 from support.model_types import config_of
-from support.plan_inputs import cpu_machine
-from support.plan_runs import GLOBAL_BATCH, LENGTH, LORA, run_of
-from support.run_models import build_run_model
+from support.plan_inputs import GLOBAL_BATCH, LENGTH, LORA, cpu_machine, run_of
+from support.runs import build_run_model
 from support.tiers import ci
 
 NONE = {"quant": {"method": "none"}}
@@ -84,35 +88,6 @@ def test_rows_of_the_head_that_are_trained_count(name: str, tmp_path: Path) -> N
         assert (built.head_rows > 0) == (name == "llama3-tied" or isinstance(indices, dict))
 
 
-@pytest.mark.parametrize(
-    ("name", "removed"),
-    [
-        ("mistral-window", {"sliding_window": None}),
-        ("gemma2", {"layer_types": None, "sliding_window": None}),
-        ("gemma3-text", {"layer_types": None}),
-        ("gpt-oss", {"layer_types": None, "num_experts_per_tok": None}),
-        ("qwen2-tied-window", {"layer_types": None}),
-        ("qwen2", {"use_sliding_window": None, "sliding_window": None, "layer_types": None}),
-        ("mixtral", {"num_experts_per_tok": None}),
-    ],
-)
-def test_what_a_config_leaves_out_is_what_transformers_takes(
-    name: str, removed: dict[str, None], tmp_path: Path
-) -> None:
-    hf_config(name).save_pretrained(tmp_path)
-    edit_config(tmp_path, **removed)
-    config = run_of(tmp_path, **LORA)
-    assert active_weights(Workload.of(config), model_in(tmp_path)) == of_model(build_run_model(config))
-
-
-def test_a_window_of_null_is_none(tmp_path: Path) -> None:
-    hf_config("mistral-window").save_pretrained(tmp_path)
-    assert [kind.window for kind in model_in(tmp_path).shapes.architecture.kinds] == [16]
-    settings = json.loads((tmp_path / "config.json").read_text()) | {"sliding_window": None}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    assert [kind.window for kind in model_in(tmp_path).shapes.architecture.kinds] == [None]
-
-
 def steps(folder: Path, *, document: int | None = None, is_gpu: bool = True, **train: Any) -> StepFlops:
     settings = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "dtype": "bf16", **train}
     return step_flops(
@@ -140,14 +115,60 @@ def test_what_mfu_counts_of_a_step_is_what_the_trainer_adds_up(name: str, tmp_pa
     assert on_cpu.by_kind["masked"] > 0, "a dense mask hides pairs that are computed"
 
 
-def test_a_tile_of_the_mlp_computes_nothing_twice(tmp_path: Path) -> None:
-    hf_config("llama").save_pretrained(tmp_path)
-    for mode in ("selective", "block"):
-        assert steps(tmp_path, checkpointing=mode, mlp_tile=16) == steps(tmp_path, checkpointing=mode)
-
-
 def test_pairs_of_a_document_and_a_window() -> None:
     for length in range(1, 9):
         for window in (None, 1, 3, 8, 20):
             seen = sum(min(at + 1, window or length) for at in range(length))
             assert pairs(length, window) == seen
+
+
+TOKENS, ROWS = 48, 2
+
+
+def make_model(folder: Path, *, for_slots: bool = False) -> CausalLM:
+    sections = {
+        "model": {"path": str(folder)},
+        "data": {"path": "unused", "sequence_length": TOKENS},
+        "adapter": {"target_modules": "all-linear", "r": 8},
+        "quant": {"method": "none"},
+        "train": {"dtype": "fp32", "checkpointing": "none"},
+    }
+    model = build_run_model(build(Config, {**sections, "run_dir": "unused"}), for_slots=for_slots)
+    model.to_empty(device="cpu")
+    materialize_buffers(model, torch.device("cpu"))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.tie()
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
+def test_counted_operations_are_those_that_run(folders: Path, name: str) -> None:
+    model = make_model(folders / name)
+    # Its products are plain GEMMs, over all pairs of positions, which torch's counter knows.
+    model.decoder.config._attn_implementation = "eager"
+    ids = torch.randint(0, 1001, (ROWS, TOKENS))
+    positions = torch.arange(TOKENS).repeat(ROWS, 1)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, positions, ids).sum().backward()
+    flops = of_model(model).model_flops()
+    config = model.hf_config
+    with FlopCounterMode(display=False) as angles:  # transformers multiplied matrices for them until 5.2x.
+        model.decoder.rotary_emb(torch.empty(ROWS, TOKENS, 0), positions)
+    # The first block's input needs no gradient: neither through q, k, v nor through their adapters.
+    projected = sum(
+        linear.out_features for path, linear in model.adapted_linears() if ".layers.0." in path and path[-6] in "qkv"
+    )
+    unneeded = 2 * config.hidden_size * (projected + 3 * 8) * ROWS * TOKENS
+    pairs = sum(operations for operations, _ in flops.per_pair) * ROWS * TOKENS**2
+    assert counter.get_total_flops() - angles.get_total_flops() == flops.per_token * ROWS * TOKENS - unneeded + pairs
+
+
+def test_the_operations_of_a_trial_in_a_pack_are_its_own(folders: Path) -> None:
+    model = make_model(folders / "llama", for_slots=True)
+    for slot, rank in enumerate((8, 32)):
+        config = AdapterConfig(target_modules="all-linear", r=rank)
+        put_trial(model, slot, config, seed=0, device=torch.device("cpu"))
+    alone = of_model(make_model(folders / "llama")).model_flops().per_token
+    assert of_model(model, 0).model_flops().per_token == alone
+    assert of_model(model, 1).model_flops().per_token > alone

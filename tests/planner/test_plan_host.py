@@ -5,7 +5,6 @@ Folders of whole runs are compared where the runs are: tests/support/planned.py.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +18,12 @@ from distlora.loading.peft_format import adapter_tensors
 from distlora.parallel import Shards, zero3
 from distlora.planner import plan_of
 from distlora.planner.model import model_in
-from distlora.planner.storage import Tensor, file_bytes, trained_tensors
+from distlora.planner.storage import trained_tensors
 from distlora.planner.workload import Workload
 from distlora.system import host_memory
 from distlora.training.setup import require_offload_memory
 from support.plan_inputs import cpu_machine, model_of
-from support.run_models import build_run_model
+from support.runs import build_run_model
 from support.small_models import config_with
 
 ALL: dict[str, Any] = {"target_modules": "all-linear", "r": 4}
@@ -97,29 +96,6 @@ def test_copies_of_a_save_take_what_a_snapshot_takes(folders: Path, adapter: dic
     moments = [tensor for p in own for tensor in (torch.empty((), device="meta"), p, p)]
     plan = plan_of(config, model_in(folders / "llama"), cpu_machine(1))
     assert plan.host.copies == host_memory.bytes_like([*own, *moments]) > 2 * host_memory.CHUNK_BYTES
-
-
-def test_a_machine_has_its_processes_and_one_that_saves(folders: Path) -> None:
-    config = config_of(folders / "llama", adapter=ALL | {"r": 4096})
-    plan = plan_of(config, model_in(folders / "llama"), cpu_machine(4))
-    host, trained = plan.host, trained_tensors(Workload.of(config), plan.model.shapes)
-    assert host.device_most == plan.device.total
-    state = 12 * sum(tensor.numel for tensor in trained)
-    assert state < host.copies < 1.3 * state, "parameters and two moments, in chunks"
-    assert host.machine == host.launcher + 4 * (host.while_training - host.copies) + host.copies
-    on_gpu = plan_of(config, plan.model, dataclasses.replace(plan.machine, is_gpu=True)).host
-    assert (on_gpu.device_held, on_gpu.device_most, on_gpu.copies) == (0, 0, host.copies)
-    alone = dataclasses.replace(config, train=dataclasses.replace(config.train, save_in_background=False))
-    assert plan_of(alone, plan.model, plan.machine).host.copies == 0
-
-
-def test_a_file_is_as_long_as_safetensors_own(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    tensors = {"a": torch.zeros(3, 5), "b.c": torch.zeros(7, dtype=torch.uint8), "d": torch.zeros(())}
-    save_file(tensors, tmp_path / "file.safetensors", metadata={"format": "pt"})
-    planned = [Tensor("a", (3, 5)), Tensor("b.c", (7,), "U8"), Tensor("d", ())]
-    assert file_bytes(planned) == (tmp_path / "file.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(("init", "measured"), [("pissa", 562), ("pissa_niter_4", 84), ("kaiming", 0)])

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from distlora.architecture.shapes import ARCHITECTURES, shapes_of
+from distlora.architecture.shapes import shapes_of
 from distlora.config import Config, UserError
 from distlora.config.plan import CONTEXT_BYTES, GPUS
 from distlora.planner.machine import LocalHardware, Machine, machine_of
 from distlora.planner.model import cached_snapshot, find_model
 from distlora.system import host_memory
-from distlora_launcher.compose import checks, planning
-from distlora_launcher.compose.planning import choices
+from distlora_launcher.compose import planning
 from support.launcher_fakes import write_model
 from support.plan_inputs import composed
 
@@ -76,20 +75,6 @@ def test_an_unnamed_gpu_is_what_this_machine_has() -> None:
     assert (part.usable_bytes, part.name) == (40_000 * MIB - CONTEXT_BYTES, "A100 SXM, 39.1 GiB")
 
 
-@pytest.mark.parametrize(
-    ("device", "mib", "usable", "name"),
-    [
-        ("NVIDIA H100 80GB HBM3", 81_559, GPUS["h100"].usable_bytes, "H100 SXM 80 GB"),
-        ("NVIDIA H100 96GB HBM3", 97_871, int(0.98 * 97_871 * MIB) - CONTEXT_BYTES, "H100 SXM, 93.7 GiB"),
-        ("NVIDIA GeForce RTX 4090", 49_140, int(0.98 * 49_140 * MIB) - CONTEXT_BYTES, "RTX 4090, 47 GiB"),
-    ],
-)
-def test_a_gpu_of_more_memory_than_others_of_its_name_has_it(device: str, mib: int, usable: int, name: str) -> None:
-    found = machine(LocalHardware(devices=((device, mib * MIB),)))
-    assert (found.usable_bytes, found.name) == (usable, name)
-    assert found.flops is not None
-
-
 def test_a_machine_without_a_gpu_has_its_memory_for_its_processes() -> None:
     cpu = machine(LocalHardware(host_bytes=12 * GIB), "cluster.gpus_per_node=3")
     assert (cpu.name, cpu.is_gpu, cpu.usable_bytes, cpu.host_bytes) == ("CPU", False, 4 * GIB, 12 * GIB)
@@ -114,31 +99,6 @@ QUERY = "--query-gpu=name,memory.total,uuid,mig.mode.current --format=csv,nohead
 H100 = "NVIDIA H100 80GB HBM3, 81559, GPU-1c, Disabled"
 GEFORCE = "NVIDIA GeForce RTX 4090, 24564, GPU-8f, [N/A]"
 SMALL = "NVIDIA T400 4GB, 4096, GPU-8e, [N/A]"
-
-
-def test_gpus_are_counted_that_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / name).touch()
-    monkeypatch.setattr(checks, "DEVICES", tmp_path)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert checks.gpu_count() == 2
-    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name == "nvidia1")  # As in a container of one GPU.
-    assert checks.gpu_count() == 1
-    for variable, count in {"": 0, "-1": 0, "0": 1, "GPU-8f,1": 2, "0,-1,1": 1}.items():
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-        assert checks.gpu_count() == count
-
-
-def test_an_old_torch_shards_no_4_bit_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(checks.importlib.metadata, "version", lambda _: "2.11.0+cu130")
-    base = {"model": {"path": "m"}, "data": {"path": "d"}}
-    config = composed("cluster.gpus_per_node=2", **base)
-    with pytest.raises(UserError, match=r"torch 2.11.0\+cu130 cannot shard .* parallel.shard_degree=1"):
-        checks.check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
-    for words in ("cluster.gpus_per_node=1", "parallel.shard_degree=1", "quant.method=none"):
-        config = composed("cluster.gpus_per_node=2", words, **base)
-        checks.check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
 
 
 class Driver:
@@ -262,33 +222,3 @@ def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkey
     assert (
         planning.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source == "built in"
     )
-
-
-def test_what_is_quantized_otherwise_than_is_read_is_planned_alike_wherever_it_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A GPT-OSS as in 16 bits, whether or not it is cached; other methods are refused, as by a run."""
-    name = "openai/gpt-oss-20b"
-    asked = config_of(f"model.path={name}")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    built = planning.planned_model(asked)
-    snapshot = tmp_path / "models--openai--gpt-oss-20b" / "snapshots" / "0a1b"
-    snapshot.mkdir(parents=True)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("0a1b")
-    settings = dict(ARCHITECTURES[name])
-    (snapshot / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "mxfp4"}}))
-    assert planning.planned_model(asked).shapes == built.shapes
-    (snapshot / "config.json").write_text(json.dumps(settings))
-    assert planning.planned_model(asked).source == "hub cache", "somebody's own, in 16 bits"
-    folder = tmp_path / "packed"
-    folder.mkdir()
-    settings = dict(ARCHITECTURES["Qwen/Qwen2.5-7B"])
-    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": {"quant_method": "hqq"}}))
-    with pytest.raises(UserError, match="quant_method='hqq' is not supported"):
-        planning.planned_model(config_of(f"model.path={folder}"))
-    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    (folder / "config.json").write_text(json.dumps({**settings, "quantization_config": nf4}))
-    config = config_of(f"model.path={folder}", "quant.method=none")
-    with pytest.raises(UserError, match=r"quant=none keeps weights in 16 bits, but .* is quantized already"):
-        choices(config, ())

@@ -1,34 +1,36 @@
 """Compare the memory calculated from config.json and settings with that of ranks.
 
-What stays is exact to the byte, the peak of a step within 5 %, on 1 to 4 ranks of either backend.
+What stays is exact to the byte, the peak of a step within 5 %, on 1 to 4 ranks of either backend, also of trials that
+train together.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from distlora.bench import memory
 from distlora.bench.memory import measure_step
+from distlora.config import Config
 from distlora.config.plan import GPUS
 from distlora.parallel import Ranks
 from distlora.planner import plan_of
 from distlora.planner.machine import LocalHardware, machine_of
 from distlora.planner.memory.device import DeviceBytes, device_bytes
 from distlora.planner.model import find_model, model_in
-from distlora.planner.workload import Workload
-from distlora.training.memory_meter import MemoryMeter
+from distlora.planner.workload import Workload, trained_together
+from distlora.training.memory_meter import MemoryMeter, StepMemory
 from distlora_launcher.compose.compose import compose_config
 from support.family_models import write_family_folder
 from support.plan_inputs import cpu_machine
-from support.plan_memory_runs import Settings, both, check, config_of
+from support.planned import Settings, both, check, measured_config
 from support.small_models import write_model_folder
 from support.tiers import ci
 from support.worlds import World, start_world
@@ -171,20 +173,6 @@ TWO = ("cluster.gpus_per_node=2", "gpu=rtx4090", "data.sequence_length=1024")
 ZERO = ("parallel=zero3", "parallel.offload_base=true")
 
 
-def test_a_base_in_host_memory_leaves_only_its_gathered_layers_on_the_gpu() -> None:
-    here, there = of_gpus(*TWO, "parallel=zero3"), of_gpus(*TWO, *ZERO)
-    base = ("codes", "scales", "embeddings", "norms")
-    gone = sum(here.held[kind] for kind in base) - sum(there.held.get(kind, 0) for kind in base)
-    assert gone == pytest.approx(20e9, rel=0.02)
-    assert here.persistent - there.persistent == gone
-    block, matrix = 0.441e9, 2.10e9
-    # parallel/README.md: three buffers of a block, or two and the head; one of them let go, and not passed yet. And the
-    # rows that are sent.
-    assert there.moments["block"]["gathered"] == pytest.approx(2.5 * block, rel=0.02)
-    assert there.moments["head"]["gathered"] == pytest.approx(matrix + 1.5 * block, rel=0.02)
-    assert there.beside["slack"] - of_gpus(*TWO).beside["slack"] == pytest.approx(block, rel=0.02)
-
-
 def deepspeed_file(folder: Path, **zero: object) -> Path:
     file = folder / "deepspeed.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 3, **zero}}))
@@ -232,33 +220,6 @@ def test_blocks_that_stay_by_themselves_are_as_many_as_the_first_step_leaves_roo
     assert fixed == some
 
 
-def test_decomposition_counts_where_it_takes_more_than_training() -> None:
-    few = (*TWO, "adapter.r=1", "adapter.target_modules=[down_proj]")
-    exact, sketched = (of_gpus(*few, f"adapter.init={init}") for init in ("pissa", "pissa_niter_4"))
-    # Five matrices of 8,192 columns in fp64, and the weight in 16 bits; bases of one column are nothing to 96 MiB.
-    later = sum(exact.held[kind] for kind in ("gradients", "optimizer"))
-    assert exact.moments["loading"]["working"] == 5 * 8 * 8192**2 + 2 * 8192 * 28_672 - later
-    sketch = sketched.moments["loading"]["working"] - 2 * 8192 * 28_672 + later
-    assert sketch == pytest.approx(96 * 2**20, rel=0.01)
-
-
-def test_only_gpus_have_libraries_and_an_allocator_of_their_own() -> None:
-    alone, together = of_gpus("cluster.gpus_per_node=1", "gpu=h100"), of_gpus("cluster.gpus_per_node=8", "gpu=h100")
-    assert alone.beside["communication"] == 0
-    assert together.beside["communication"] == 32 * 3 * 12 * 2**20
-    assert together.total == together.peak + sum(together.beside.values())
-    # cuBLAS' by capability, for two threads.
-    mib = 2**20
-    for gpu, nbytes in (
-        ("h100", 2 * 32 * mib),
-        ("rtx4090", 2 * (8 * mib + 128 * 2**10)),
-        ("a100_80gb", 2 * (8 * mib + 2**17)),
-    ):
-        assert of_gpus("cluster.gpus_per_node=1", f"gpu={gpu}").beside["working"] == nbytes
-    # At least each tensor's end, at most a hole for the head's matrix and the largest of a step, and a segment a pool.
-    assert 2.1e9 < together.beside["slack"] < 2.5e9
-
-
 class Counted(MemoryMeter):
     """With what torch.cuda counts of the step that it measures."""
 
@@ -283,10 +244,54 @@ def test_on_a_gpu_a_step_has_what_is_calculated_by_torchs_counters(
 ) -> None:
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "head_dim": 64, "num_attention_heads": 16}
     write_model_folder(tmp_path, "llama", **sizes, num_key_value_heads=4, num_hidden_layers=6, vocab_size=32_000)
-    config = config_of(tmp_path, 1, {"data": {"sequence_length": 2048}, "train": {"checkpointing": checkpointing}})
+    config = measured_config(
+        tmp_path, 1, {"data": {"sequence_length": 2048}, "train": {"checkpointing": checkpointing}}
+    )
     monkeypatch.setattr(memory, "MemoryMeter", Counted)
     found = measure_step([config], Ranks(0, 1, torch.device("cuda", 0), None))
     beside, most = Counted.counters
     assert most == pytest.approx(found.peak + beside, rel=0.01)
     plan = device_bytes(Workload.of(config), model_in(tmp_path), replace(cpu_machine(1), is_gpu=True))
     assert plan.peak == pytest.approx(most - beside, rel=0.05), (plan.by_kind, found.by_kind)
+
+
+DIFFERENT: list[Settings] = [
+    {"adapter": {"r": 4}},
+    {"adapter": {"r": 24, "target_modules": "mlp", "lora_dropout": 0.1}, "optim": {"lr": 1e-3}},
+    {"adapter": {"r": 9, "target_modules": r".*layers\.[12]\..*_proj"}},
+]
+PACKS: list[Any] = [
+    # (ranks, micro-batches, trials)
+    (1, 1, [{}] * 2),
+    ci(2, 2, [{"quant": NONE, "train": {"accumulate": "block"}}] * 4),
+    ci(3, 1, DIFFERENT),
+    (1, 1, [{"train": {"checkpointing": "none"}, "adapter": {"r": 64}}] * 2),
+]
+MORE_PACKS: list[tuple[int, int, list[Settings]]] = [
+    (1, 1, [{}]),
+    (1, 1, [{}] * 4),
+    (4, 1, [{"parallel": {"shard_degree": 2}}] * 4),
+    (2, 1, [{"adapter": {"use_dora": True}}] * 2),
+    (2, 1, [{"optim": {"name": "adamw_8bit"}, "adapter": {"r": 64}}] * 3),
+    (2, 3, [{"train": {"checkpointing": "selective"}}] * 2),
+    (2, 1, [{"train": {"checkpointing": "offload"}}] * 2),
+    (2, 1, [{"parallel": {"resident_blocks": 2}}] * 2),
+]
+
+
+def measured_together(ranks: Ranks, *, trials: Sequence[Config]) -> StepMemory:
+    return measure_step(trials, ranks, in_slots=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "settings"),
+    [*PACKS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in MORE_PACKS)],
+)
+def test_trials_together_have_the_planned_memory(
+    world: World, folders: Path, size: int, accumulation: int, settings: list[Settings]
+) -> None:
+    folder = folders / "llama"
+    trials = [measured_config(folder, size, own, accumulation) for own in settings]
+    most, *_ = world.run(size, measured_together, trials=trials)
+    together = trained_together([Workload.of(trial) for trial in trials])
+    check(device_bytes(together, model_in(folder), cpu_machine(size)), most)

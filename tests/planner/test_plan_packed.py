@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from distlora.config import Config, UserError
+from distlora.config import Config
 from distlora.planner import Machine, Plan, PlannedModel, plan_of
 from distlora.planner.suggest import multi_trial_plan
-from distlora.planner.workload import Workload, trained_together
+from distlora.planner.workload import Workload
 from distlora_launcher.cli import main
-from support.plan_inputs import composed, cpu_machine, machine_of, model_of
+from support.plan_inputs import composed, machine_of, model_of
 
 BASE = ("model.path=none", "data.path=none", "data.sequence_length=512", "train.micro_batch=1", "train.global_batch=4")
 WITHOUT_COPIES = 2 / 3
@@ -44,40 +44,9 @@ def test_one_trial_is_a_run_alone_and_each_of_several_has_its_own_of_what_is_tra
     assert (pack.disk.run, pack.disk.cache) == (4 * alone.disk.run, alone.disk.cache)
     # As one token goes through one adapter, as many operations a token are counted.
     assert pack.compute.counted == 4 * alone.compute.counted
-    assert pack.time is not None
-    assert alone.time is not None
     assert alone.time.seconds < pack.time.seconds < 4 * alone.time.seconds
     assert pack.config == trial
     assert [each.adapters for each in pack.work.alone()] == [(trial.adapter,)] * 4
-
-
-def test_ranks_and_targets_of_trials_that_differ_add_up() -> None:
-    words = [("adapter.r=8",), ("adapter.r=24", "adapter.target_modules=mlp"), ("adapter.r=3", "optim.lr=0.001")]
-    trials = [composed(*BASE, *own) for own in words]
-    alone, pack = [plan(each) for each in trials], plan(*trials)
-    for kind, share in (("adapters", WITHOUT_COPIES), ("gradients", 1), ("optimizer", 1)):
-        assert pack.device.held[kind] == sum(each.device.held[kind] for each in alone) * share
-    assert pack.disk.result == sum(each.disk.result for each in alone)
-    assert pack.host.copies >= max(each.host.copies for each in alone)
-    same = plan(trials[0], trials[2], trials[1])
-    assert same.device.total == pack.device.total
-
-
-def test_rows_of_steps_of_several_sizes_are_those_of_the_largest() -> None:
-    trials = [composed(*BASE), composed(*BASE[:-1], "train.global_batch=8")]
-    works = [Workload.of(trial) for trial in trials]
-    assert trained_together(works).train.accumulation(2) == trials[1].train.accumulation(2) == 4
-    with pytest.raises(UserError, match=r"train\.micro_batch is the same for all"):
-        trained_together([works[0], Workload.of(composed(*BASE[:3], "train.micro_batch=2", "train.global_batch=4"))])
-
-
-def test_dropout_of_one_trial_is_the_packs() -> None:
-    """On the CPU masks are tensors."""
-    words = (*BASE, "adapter.target_modules=all-linear")
-    plain, drops = composed(*words), composed(*words, "adapter.lora_dropout=0.1")
-    plans = [together(pack, model_of("8b"), cpu_machine(1)) for pack in ([plain] * 2, [plain, drops])]
-    working = [plan.device.moments["block"]["working"] for plan in plans]
-    assert working[0] < working[1]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +60,6 @@ def test_as_many_fit_as_one_more_does_not(gpu: str, ranks: int, length: int, ran
     brute = [n for n in range(1, 40) if together([trial] * n, model, machine).fits]
     assert brute == list(range(1, len(brute) + 1)), "what fits is followed by nothing that does not"
     assert found.most == len(brute) > 1
-    assert found.beyond is not None
     assert (found.beyond.fits, found.binds) == (False, binds)
     usable = machine.usable_bytes or 0
     assert (

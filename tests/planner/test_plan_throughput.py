@@ -16,8 +16,7 @@ from distlora.planner.flops import step_flops
 from distlora.planner.model import built_in
 from distlora.planner.speed.timing import StepTime, step_time
 from distlora.planner.workload import Workload
-from support.plan_configs import config_of
-from support.plan_inputs import machine_of, model_of
+from support.plan_inputs import machine_of, model_of, timed_config
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 QWEN_72B = {
@@ -109,7 +108,7 @@ def planned(run: Published) -> tuple[StepTime, float]:
     """(its time, what its GPUs must compute, as a share of all that they can in the time that was published)."""
     model = built_in("72B", QWEN_72B) if run.model == "72b" else model_of(run.model)
     batch = run.ranks * run.rows * run.accumulation
-    config = config_of(
+    config = timed_config(
         run.ranks,
         data={"path": "none.jsonl", "sequence_length": run.length},
         train={
@@ -124,8 +123,6 @@ def planned(run: Published) -> tuple[StepTime, float]:
     )
     machine = machine_of(run.gpu, ranks=run.ranks)
     time = step_time(Workload.of(config), model, machine)
-    assert time is not None
-    assert machine.flops is not None
     flops = step_flops(Workload.of(config), model, ranks=run.ranks, is_gpu=True).total
     return time, flops / (batch * run.length / run.published) / machine.flops
 

@@ -39,10 +39,10 @@ from distlora_kernels import reference
 from distlora_kernels.formats import nf4
 from distlora_launcher.cli.main import main
 from support import quantization_requests
+from support.bitsandbytes_weights import quantize
 from support.closeness import assert_losses_close, relative_error
 from support.family_models import write_family_folder
 from support.launcher_fakes import MODEL_CONFIG, write_model
-from support.prequantized_models import quantize
 from support.small_models import tokenizer
 
 ONE = Ranks(0, 1, torch.device("cpu"), None)

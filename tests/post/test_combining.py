@@ -35,7 +35,7 @@ from distlora_launcher.cli.main import main
 from distlora_launcher.terminal.arguments import read
 from support.closeness import relative_error
 from support.family_models import write_family_folder
-from support.saved_adapters import write_adapter
+from support.peft_models import write_adapter
 from support.small_models import make_run
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)

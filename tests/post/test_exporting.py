@@ -30,9 +30,9 @@ from distlora.weights.peft_folder import read_peft_adapter, with_layout
 from distlora.weights.reader import Reader
 from distlora_launcher.cli.export import ExportArguments, checked
 from distlora_launcher.cli.main import main
+from support.bitsandbytes_weights import quantize
 from support.exports import EVEN, FULL, RUNS, export, exported, run
 from support.family_models import hf_config, write_family_folder
-from support.prequantized_models import quantize
 from support.small_models import make_run, tokenizer, write_model_folder, write_text_file
 from support.tiers import ci
 

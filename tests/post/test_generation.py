@@ -51,7 +51,7 @@ from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora_kernels import decode, native
 from distlora_launcher.cli.main import main as command
 from support.family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
-from support.parity_runs import run_once
+from support.runs import run_once
 from support.small_models import SHAPES, make_run, tokenizer, write_model_folder
 from support.tiers import ci
 from support.worlds import World

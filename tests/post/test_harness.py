@@ -24,7 +24,7 @@ from distlora.system.command_worker import from_json, to_json
 from distlora_launcher.cli.evaluate import EvaluateArguments, checked
 from distlora_launcher.terminal.arguments import read
 from support.family_models import SINGLE, dequantized, load_ours
-from support.saved_adapters import write_adapter
+from support.peft_models import write_adapter
 from support.small_models import tokenizer, write_model_folder
 from support.worlds import World
 

@@ -29,10 +29,10 @@ from distlora.weights.peft_folder import read_peft_adapter
 from distlora.weights.reader import Reader
 from distlora_kernels.formats import nf4
 from distlora_launcher.cli.main import main
+from support.bitsandbytes_weights import quantize
 from support.family_models import SINGLE, config_for, hf_model, load_ours, our_logits, tokens
 from support.large_models import QWEN25_1_5B, write_large_adapter, write_large_model
-from support.merged_models import adapted, their_logits
-from support.prequantized_models import quantize
+from support.peft_models import adapted, their_logits
 from support.small_disks import small_disk
 from support.small_models import NEW_TOKENS, make_run, write_model_folder
 from support.tiers import ci, diagonal

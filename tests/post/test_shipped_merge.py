@@ -24,8 +24,7 @@ from distlora.weights.low_bit.requantize import GRIDS, requantize
 from distlora.weights.reader import Reader
 from distlora_launcher.cli.main import main
 from support.family_models import SINGLE, VARIANTS, config_for, load_ours, our_logits, tokens, write_family_folder
-from support.low_bit_checkpoints import CHECKPOINTS, Checkpoint, checkpoint, convert_folder
-from support.low_bit_models import write
+from support.low_bit_checkpoints import CHECKPOINTS, Checkpoint, checkpoint, convert_folder, write
 from support.small_models import make_run, tokenizer, write_text_file
 from support.tiers import ci
 

@@ -25,7 +25,7 @@ from distlora_launcher.cli.main import main
 from distlora_launcher.terminal.arguments import read
 from support.closeness import relative_error
 from support.family_models import SINGLE
-from support.merged_models import adapted
+from support.peft_models import adapted
 from support.small_models import make_run, write_model_folder
 
 TIGHT = 1e-5

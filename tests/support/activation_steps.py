@@ -28,7 +28,7 @@ from distlora.planner.workload import Workload
 from support.accounting import Kept, Made, flash_like
 from support.family_models import config_for, load_ours, tokens
 from support.plan_inputs import cpu_machine
-from support.small_models import use_chunks_of, write_model_folder
+from support.small_models import write_model_folder
 
 TOKENS = 512
 
@@ -163,9 +163,3 @@ def check_steps(loaded: Loaded, modes: Sequence[tuple[Mode, int | None, int]], *
         head = max(step.head_forward, step.head_backward) + copied.head
         peak = step.kept + copied.kept + max(head, step.working + copied.block)
         assert peak == pytest.approx(made.peak, rel=0.05), cell
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few logits at once that a block can be a step's peak."""
-    use_chunks_of(monkeypatch, 16)

@@ -84,3 +84,8 @@ def our_step(model: CausalLM, backend: Backend, config: Config, accumulation: in
     backend.finish_gradients()
     for gradients in backend.gradients:
         gradients.clip(config.optim.max_grad_norm)
+
+
+def our_traffic(ranks: Ranks, *, config: Config, accumulation: int) -> tuple[Counts, Traffic]:
+    with only_collectives():
+        return measure_ours(config, ranks, accumulation=accumulation)

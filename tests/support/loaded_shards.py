@@ -9,28 +9,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.config import Config
-from distlora.config.file import build
-from distlora.loading.load_base import load_base
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
+from distlora.training.setup import start_run_model
 from distlora_kernels.formats import nf4
-from support.run_models import build_run_model, parallelize_run
-
-SINGLE = Ranks(0, 1, torch.device("cpu"), None)
-
-
-def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
-    base = {"model": {"path": str(folder)}, "data": {"path": "none.jsonl", "sequence_length": 64}, "run_dir": "none"}
-    return build(Config, base | {"train": {"dtype": "fp32"}} | sections)
+from support.family_models import SINGLE, config_for
 
 
 def loaded(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend]:
-    config = config_for(folder, **sections)
-    model = build_run_model(config)
-    backend = parallelize_run(model, ranks, config)
-    load_base(model, CheckpointFiles(folder), backend)
+    model, backend, _ = start_run_model(config_for(folder, **sections), ranks)
     return model, backend
 
 

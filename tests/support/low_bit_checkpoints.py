@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
+
 Tensors = dict[str, Tensor]
 Checkpoint = tuple[Tensors, dict[str, Any], Tensors]
 """(Tensors on disk, quantization_config, values of the weights by the reference library)."""
@@ -326,3 +328,10 @@ def convert_folder(
     safetensors.torch.save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((source / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
+
+
+def write(folder: Path, made: Checkpoint) -> CheckpointFiles:
+    folder.mkdir(exist_ok=True)
+    safetensors.torch.save_file(made[0], folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": made[1]}))
+    return CheckpointFiles(folder)

@@ -8,9 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import Tensor, nn
 
 from distlora.config.file import as_mapping
+from distlora.parallel import Ranks
+from distlora.training.multi_trial import trainer
 from distlora.training.multi_trial.protocol import (
     CLOSED_NAME,
     INBOX,
@@ -60,3 +64,34 @@ def outcomes(pack: Path, number: int) -> dict[str, Any]:
 
 def say_verdict(pack: Path, number: int, step: int, *, prune: bool) -> None:
     verdict_file(pack, number, step).write_text(json.dumps({"prune": prune}))
+
+
+def run_pack(ranks: Ranks, *, pack: Path) -> dict[str, Tensor]:
+    """Run a pack on this rank. Return the rank's bits of every adapter as its trial left its slot."""
+    kept: dict[str, Tensor] = {}
+    end = trainer.MultiTrialTrainer._end
+
+    def keep(self: trainer.MultiTrialTrainer, entry: trainer.SlotTrial) -> None:
+        kept.update({f"{entry.number}/{name}": p.detach().clone() for name, p in entry.trained.items()})
+        end(self, entry)
+
+    trainer.MultiTrialTrainer._end = keep  # type: ignore[method-assign]
+    try:
+        trainer.run_group(pack, ranks)
+    finally:
+        trainer.MultiTrialTrainer._end = end  # type: ignore[method-assign]
+    return kept
+
+
+def filled(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
+    """B as after some steps."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in parameters.items():
+        if name.endswith(".B"):
+            parameter.data.normal_(0, 0.05, generator=generator)
+        elif name.endswith("magnitude"):
+            parameter.data.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def labels_of(rows: Tensor) -> Tensor:
+    return rows.roll(-1, dims=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from distlora.config import Config
 from distlora.config.plan import GPUS
 from distlora.planner import Machine
 from distlora.planner.model import PlannedModel, built_in
+from support.family_models import config_for
 from support.small_models import config_with
 from support.tiers import ci
 
@@ -104,3 +106,27 @@ def composed(*words: str, **base: dict[str, Any]) -> Config:
         section, field = name.split(".")
         sections.setdefault(section, {})[field] = yaml.safe_load(value)
     return config_with(base, sections, run_dir="/run")
+
+
+def timed_config(ranks: int, **sections: dict[str, Any]) -> Config:
+    """Return a run whose step the planner times."""
+    base: dict[str, dict[str, Any]] = {
+        "model": {"path": "unset"},
+        "data": {"path": "none.jsonl", "sequence_length": 2048},
+        "adapter": {"target_modules": "all-linear"},
+        "train": {"global_batch": 64},
+        "cluster": {"gpus_per_node": ranks},
+    }
+    return config_with(base, sections)
+
+
+LENGTH, GLOBAL_BATCH = 40, 6
+
+
+def run_of(folder: Path, **sections: dict[str, Any]) -> Config:
+    """Return a run of the model in a folder, whose operations the planner counts."""
+    data = {"path": "none.jsonl", "sequence_length": LENGTH}
+    return config_for(folder, data=data, **sections)
+
+
+LORA: dict[str, Any] = {"adapter": {"target_modules": "all-linear", "r": 4, "rank_pattern": {"o_proj": 3}}}

@@ -7,7 +7,6 @@ import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
-import pytest
 from torch import Tensor
 
 from distlora.config import Config
@@ -15,8 +14,7 @@ from distlora.data.loader import MicroBatch
 from support.small_models import make_run
 
 
-@pytest.fixture(scope="module")
-def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_preferences(path: Path) -> Path:
     """Write 60 pairs of uneven length: a text as it continues, and in capitals.
 
     Even a model without knowledge can tell these apart in texts that it has not seen.
@@ -27,7 +25,6 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
         answer = " " + " ".join(words[5 : 8 + number % 6])
         pair = {"prompt": " ".join(words[:5]), "chosen": answer.lower(), "rejected": answer.upper()}
         lines.append(json.dumps(pair) + "\n")
-    path = tmp_path_factory.mktemp("preferences") / "pairs.jsonl"
     path.write_text("".join(lines))
     return path
 

@@ -141,3 +141,21 @@ def _regrouped(rank: int, store: TCPStore) -> Callable[[int, int], Any]:
         return Ranks(rank, size, torch.device("cpu"), group, control=control)
 
     return ranks_of
+
+
+class Alone:
+    """Start worlds of two and three ranks when needed; each piece of work has its own default process group.
+
+    DeepSpeed broadcasts within that group. It numbers parameters and units as long as a process lives, and compares the
+    numbers: a rank that sat out a run of two would have others than these two.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self._worlds: dict[int, World] = {}
+
+    def run(self, size: int, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        world = 2 if size == 2 else 3
+        if world not in self._worlds:
+            self._worlds[world] = self._stack.enter_context(start_world(world, regroups=True))
+        return self._worlds[world].run(size, function, **arguments)

@@ -38,7 +38,7 @@ from support import independent
 from support.closeness import relative_error
 from support.family_models import SINGLE
 from support.low_bit_checkpoints import CHECKPOINTS, convert_folder
-from support.parity_runs import run_once
+from support.runs import run_once
 from support.small_models import make_run, read_metrics, write_model_folder
 from support.trl_models import documents_of
 from support.worlds import World, start_world

@@ -31,10 +31,9 @@ from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME
 from distlora_launcher.compose.checks import check, check_model
 from support.closeness import adapter_of, assert_adapters_close, assert_close, assert_losses_close, figures_of
 from support.family_models import SINGLE, config_for, dequantized, load_ours, tokens, write_family_folder
-from support.parity_runs import run_once
 from support.planned import traffic_of
 from support.preference_data import documents_of, prepare
-from support.resumed_runs import run_until
+from support.runs import run_once, run_until
 from support.small_models import config_with, make_run, read_metrics
 from support.tiers import ci
 from support.worlds import World

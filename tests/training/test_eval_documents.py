@@ -22,8 +22,7 @@ from distlora.run_folder.eval_documents import (
     read_documents,
 )
 from distlora.training.objectives.documents import DocumentLosses
-from support.parity_runs import run_once
-from support.preference_data import preferences  # noqa: F401 - a fixture
+from support.runs import run_once
 from support.small_models import config_with, make_run, read_metrics, tokenizer
 from support.worlds import World
 
@@ -133,7 +132,7 @@ def test_three_ranks_have_the_document_losses_of_one(world: World, folders: Path
 def test_preference_pair_is_one_document(
     world: World,
     folders: Path,
-    preferences: Path,  # noqa: F811
+    preferences: Path,
     tmp_path: Path,
 ) -> None:
     data = {"path": str(preferences), "sequence_length": 160, "eval_fraction": 0.2}

@@ -25,9 +25,8 @@ from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import compose_config
 from support.closeness import adapter_of
 from support.family_models import SINGLE, dequantized, our_logits
-from support.resumed_runs import run_until
-from support.run_models import build_run_model, parallelize_run
-from support.saved_adapters import write_adapter
+from support.peft_models import write_adapter
+from support.runs import build_run_model, parallelize_run, run_until
 from support.small_models import make_run
 
 WEIGHTS = "adapter_model.safetensors"

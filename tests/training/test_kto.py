@@ -14,9 +14,8 @@ from distlora.config import Config
 from distlora.config.objectives import OBJECTIVES, means_of
 from support.closeness import adapter_of, assert_adapters_close, assert_losses_close, figures_of
 from support.family_models import SINGLE
-from support.parity_runs import run_once
 from support.planned import traffic_of
-from support.resumed_runs import run_until
+from support.runs import run_once, run_until
 from support.small_models import make_run, read_metrics
 from support.tiers import ci
 from support.trl_models import pairs

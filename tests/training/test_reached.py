@@ -15,8 +15,7 @@ import safetensors.torch
 
 from distlora.training import worker
 from support.family_models import SINGLE
-from support.full_runs import FULL
-from support.parity_runs import run_once
+from support.runs import FULL, run_once
 from support.small_models import make_run
 from support.worlds import World
 

@@ -24,7 +24,7 @@ from distlora.training.trial import Trial
 from distlora_kernels import native
 from distlora_launcher.launch.local import is_prepared
 from support.closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run, figures_of
-from support.resumed_runs import SINGLE, run_until
+from support.runs import SINGLE, run_until
 from support.small_disks import fill, small_disk
 from support.small_models import make_run, read_metrics, write_model_folder, write_text_file
 from support.worlds import World

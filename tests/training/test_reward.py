@@ -41,13 +41,9 @@ from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import with_initial_adapter
 from support.closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run
 from support.family_models import SINGLE, edit_config
-from support.parity_runs import run_once
 from support.planned import assert_disk_as_planned, traffic_of
-from support.preference_data import (
-    documents_of,
-    preferences,  # noqa: F401 - a fixture
-)
-from support.resumed_runs import run_until
+from support.preference_data import documents_of
+from support.runs import run_once, run_until
 from support.small_models import config_with, make_run, read_metrics
 from support.tiers import ci
 from support.worlds import World, start_world
@@ -56,7 +52,7 @@ from support.worlds import World, start_world
 def prepare(
     run_dir: Path,
     folders: Path,
-    preferences: Path,  # noqa: F811
+    preferences: Path,
     model: str = "llama",
     **sections: dict[str, Any],
 ) -> Config:
@@ -70,7 +66,7 @@ def prepare(
 def alone(
     world: World,
     folders: Path,
-    preferences: Path,  # noqa: F811
+    preferences: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Return a run of one rank with all rows of a step at once and nothing recomputed."""
@@ -104,7 +100,7 @@ def test_a_run_learns_which_answer_is_better_and_its_folder_is_whole(alone: Path
 def test_ranks_change_nothing_and_no_head_is_gathered(
     world: World,
     folders: Path,
-    preferences: Path,  # noqa: F811
+    preferences: Path,
     tmp_path: Path,
     alone: Path,
     size: int,
@@ -124,14 +120,14 @@ def test_ranks_change_nothing_and_no_head_is_gathered(
 
 
 @pytest.mark.ci
-def test_zero3_is_one_rank(folders: Path, preferences: Path, tmp_path: Path, alone: Path) -> None:  # noqa: F811
+def test_zero3_is_one_rank(folders: Path, preferences: Path, tmp_path: Path, alone: Path) -> None:
     prepare(tmp_path / "run", folders, preferences, train={"micro_batch": 3}, parallel={"backend": "zero3"})
     with start_world(2, regroups=True) as two:
         two.run(2, run_once, run_dir=tmp_path / "run")
     assert_adapters_close(adapter_of(tmp_path / "run"), adapter_of(alone))
 
 
-def test_a_stopped_run_resumes_bit_for_bit(folders: Path, preferences: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_stopped_run_resumes_bit_for_bit(folders: Path, preferences: Path, tmp_path: Path) -> None:
     for name in ("whole", "stopped"):
         settings = {"save_every": 2, "max_steps": 3, "micro_batch": 6}
         prepare(tmp_path / name, folders, preferences, train=settings, adapter={"lora_dropout": 0.1})
@@ -156,7 +152,7 @@ def our_scores(model: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("base", ["llama", ci("gemma2"), ci("qwen3-moe")])
 def test_peft_and_transformers_load_the_result_with_equal_rewards(
     folders: Path,
-    preferences: Path,  # noqa: F811
+    preferences: Path,
     tmp_path: Path,
     base: str,
 ) -> None:
@@ -188,7 +184,7 @@ def test_peft_and_transformers_load_the_result_with_equal_rewards(
 @pytest.mark.parametrize("pad", ["eos", None])
 def test_the_reward_is_read_where_transformers_reads_it(
     folders: Path,
-    preferences: Path,  # noqa: F811
+    preferences: Path,
     tmp_path: Path,
     pad: str | None,
 ) -> None:
@@ -219,7 +215,7 @@ def test_the_reward_is_read_where_transformers_reads_it(
 
 def test_a_run_starts_from_an_adapter_of_a_language_model_and_from_peft_s_reward_model(
     folders: Path,
-    preferences: Path,  # noqa: F811
+    preferences: Path,
     tmp_path: Path,
 ) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(folders / "llama", num_labels=1, dtype=torch.float32)
@@ -267,7 +263,7 @@ def test_commands_for_language_models_name_the_reward_model(alone: Path) -> None
 @pytest.mark.parametrize("objective", ["reward", "process_reward"])
 def test_the_plan_has_the_score_and_no_head(
     folders: Path,
-    preferences: Path,  # noqa: F811
+    preferences: Path,
     tmp_path: Path,
     objective: str,
 ) -> None:
@@ -396,7 +392,7 @@ def test_settings_that_mean_nothing_are_refused(sections: dict[str, Any], messag
 
 def test_a_model_without_transformers_class_of_rewards_is_refused(
     folders: Path,
-    preferences: Path,  # noqa: F811
+    preferences: Path,
     tmp_path: Path,
 ) -> None:
     with pytest.raises(UserError, match=r"granite has none that computes it from model's output"):

@@ -80,6 +80,8 @@ CALLERS_COMPILER, NO_COMPILER = os.environ.get("CXX"), "none-in-tests"
 CALLERS_CACHE = os.environ.get("DISTLORA_CACHE")
 _CACHES = tempfile.TemporaryDirectory(prefix="distlora-tests-")
 os.environ["DISTLORA_CACHE"] = _CACHES.name
+# Trackio reads it once, when a test imports TRL: two test processes would share the database in the user's home.
+os.environ["TRACKIO_DIR"] = f"{_CACHES.name}/trackio"
 SHARED = ROOT / ".pytest_cache" / "architectures"
 SHARED.mkdir(parents=True, exist_ok=True)
 Path(_CACHES.name, "architectures").symlink_to(SHARED)

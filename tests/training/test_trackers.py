@@ -45,9 +45,9 @@ def run_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp("trackers")
     with pytest.MonkeyPatch.context() as environment:
         for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_", "SWANLAB_"))]:
-            environment.delenv(name)
+            if name != "TRACKIO_DIR":  # Of conftest.py.
+                environment.delenv(name)
         environment.setenv("WANDB_MODE", "offline")
-        environment.setenv("TRACKIO_DIR", str(root / "trackio"))
         environment.setenv("SWANLAB_SAVE_DIR", str(root / "no-key"))
         # MLflow's database takes ten seconds to create; `test_mlflow_makes_a_database` does.
         environment.setenv("MLFLOW_TRACKING_URI", (root / "mlruns").as_uri())
@@ -194,7 +194,6 @@ def test_a_server_that_is_not_there_is_reported_once_and_the_run_goes_on(tmp_pat
 
 @pytest.mark.parametrize(("name", "variable"), [("mlflow", "MLFLOW_TRACKING_URI"), ("trackio", "TRACKIO_SERVER_URL")])
 def test_a_server_that_never_answers_delays_neither_a_start_nor_a_step(tmp_path, monkeypatch, capsys, name, variable):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("TRACKIO_WRITE_TOKEN", "token")
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 2.0)
     importlib.import_module(name)

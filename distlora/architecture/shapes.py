@@ -77,7 +77,7 @@ class Adapter:
 KEEP = "keep"
 """Workload.format of quant=keep, which stands for each weight's own."""
 Formats = tuple[str | None, ...]
-"""Formats of the weights of one decoder layer (distlora.architecture.low_bit), None for a dense one."""
+"""Formats of the weights of one decoder layer (distlora_kernels.formats), None for a dense one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ EMPTY = -1
 
 
 _VERDICTS = np.zeros(1 + (JUDGED | BAD), np.int64)
-_VERDICTS[[JUDGED, JUDGED | BAD]] = 1, -1
+_VERDICTS[JUDGED], _VERDICTS[JUDGED | BAD] = 1, -1
 """Values of MicroBatch.judged by the bits of a flag."""
 
 
@@ -220,10 +220,9 @@ class StepLoader:
         bounds = np.append(np.flatnonzero(flags & STARTS), len(flags))
         ends = bounds[np.searchsorted(bounds, starts, side="right")]
         answers = targets[np.searchsorted(targets, starts)] + 1  # A label stands one position before its token.
-        parts = [
-            np.r_[start:answer, other:end][:length]
-            for start, answer, other, end in zip(starts, answers, np.roll(answers, 1), np.roll(ends, 1), strict=True)
-        ]
+        prompts = map(np.arange, starts, answers)
+        others = map(np.arange, np.roll(answers, 1), np.roll(ends, 1))  # The answer before.
+        parts = [np.concatenate(pair)[:length] for pair in zip(prompts, others, strict=True)]
         lengths, places = np.array([len(part) for part in parts]), np.concatenate(parts)
         marks = np.append(0, flags[:-1] & TRAINED).astype(np.uint8)[places]
         if len(starts) == 1:  # Its own answer says nothing of KL: without a label it adds 0.

@@ -16,7 +16,7 @@ from distlora.config import UserError, require
 from distlora.config.errors import short
 
 _AGAIN = "download it again"
-_FORMATS = {n: c for n, c in enumerate("BbHhIif?  Qqd") if c != " "}
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """struct's format of each type of a number."""
 _STRING, _ARRAY = 8, 9
 

@@ -1,8 +1,7 @@
 """Build the model from a Hugging Face config on the meta device, from transformers' classes, without ranks or weights.
 
 The decoder is the family's module with three changes: linears of its layers are frozen (and adapted), each layer sits
-in a `Block`, and the head is a `LossHead`. `distlora.architecture.families` refuses, by name, what a family does beyond
-that.
+in a `Block`, and the head is a `LossHead`. `distlora.derive` refuses what a model type does beyond that.
 """
 
 from __future__ import annotations
@@ -22,15 +21,18 @@ from distlora.architecture.kept_weights import KeptTokens, KeptWeight, kept_by, 
 from distlora.architecture.spec import Architecture, WeightKind
 from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
-from distlora.config import ModelSpec, QuantConfig, TrainConfig, require
+from distlora.config import AdapterConfig, ModelSpec, QuantConfig, TrainConfig, require
 from distlora.model.adapters import (
     DEFAULT_ADAPTER,
     AdaptedLinear,
     BlockContext,
+    LoRAPair,
     Rows,
     StepRows,
     TokenRows,
     adapter_parameters,
+    slot_name,
+    start_pair,
 )
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
 from distlora.model.batch_invariant import attend
@@ -59,8 +61,6 @@ from distlora.weights.conversion import CheckpointLayout, layout_of
 
 if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
-from distlora.config import AdapterConfig
-from distlora.model.adapters import LoRAPair, slot_name, start_pair
 
 Weight = TypeVar("Weight", AdaptedLinear, ExpertWeight)
 

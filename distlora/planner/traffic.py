@@ -197,7 +197,8 @@ def exchanged_bytes(work: Workload, shapes: ModelShapes, accumulation: int) -> i
     forwards, total = 1 if train.checkpointing == "none" else 2, 0
     mismatched = int(train.needs.mismatched)
     reference = int(train.needs.reference) + mismatched
-    slots = forwards * int(len(work.adapters) > 1) + reference * int(all(each.starts_as_base for each in work.adapters))
+    slots = forwards if len(work.adapters) > 1 else 0  # Passes whose rows choose an adapter.
+    slots += reference if all(adapter.starts_as_base for adapter in work.adapters) else 0
     forwards += mismatched
     for kind, count in shapes.architecture.counted() if work.expert_degree > 1 else ():
         if kind.experts is not None:

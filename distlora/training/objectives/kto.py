@@ -46,16 +46,13 @@ class KTO(Objective):
         verdicts = sums_of(sent.judged, documents)
         policy, reference = run(model, batch, sent, step, with_reference=True)
         ratios = sums_of(reference - policy, documents)
-        beta, weights = self.train.of_objective("beta"), map(self.train.of_objective, _WEIGHTS)
-        good, bad = verdicts > 0, verdicts < 0
-        losses = torch.sigmoid(beta * verdicts * (self._kl - ratios))
-        losses = losses * sum(weight * side for weight, side in zip(weights, (good, bad), strict=True))
+        beta, good, bad = self.train.of_objective("beta"), verdicts > 0, verdicts < 0
+        weights = self.train.of_objective("desirable_weight") * good
+        weights = weights + self.train.of_objective("undesirable_weight") * bad
+        losses = torch.sigmoid(beta * verdicts * (self._kl - ratios)) * weights
         with torch.no_grad():
             rewards, logps = beta * ratios, -sums_of(policy, documents)
-            figures = [torch.where(side, each, 0.0).sum() for each in (rewards, logps) for side in (good, bad)]
+            figures = [torch.where(side, values, 0.0).sum() for values in (rewards, logps) for side in (good, bad)]
             counts = good.sum(), bad.sum()
             sums = torch.stack([*figures, *counts, self._kl * sum(counts)])
         return Losses(losses.sum(dim=1), sums, losses if step is None else None)
-
-
-_WEIGHTS = ("desirable_weight", "undesirable_weight")

@@ -108,7 +108,7 @@ def tokenize_alone() -> None:
 def _import_transformers() -> Any:
     """Import transformers, which takes seconds that a reused cache does not pay."""
     if _tokenizes_alone and "transformers" not in sys.modules:
-        # It looks for torch once, while it is imported. datasets looks again, and is not to find this None.
+        # Python's documented way to hide a module: transformers has no setting. datasets is to find torch again.
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # To install torch.
         try:

@@ -5,14 +5,13 @@ The model is a small one with random weights on the CPU, moved off values at whi
 
 from __future__ import annotations
 
-import dis
+import ast
 import functools
 import inspect
-import itertools
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -55,65 +54,66 @@ class LinearUse:
 
 def linear_calls(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, LinearUse]:
     """Return the use of every nn.Linear of `model`, subclasses included, by path. `run` returns a loss of the model."""
-    uses: dict[str, LinearUse] = {}
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    classes = {path: type(linear) for path, linear in linears.items()}
-    owners: dict[str, Any] = {path: type(module) for path, module in model.named_modules()}
+    uses = {}
     try:
         for path, linear in linears.items():
             owner, _, name = path.rpartition(".")
-            uses[path] = LinearUse(read=name in _read_weights(owners[owner]))
-            linear.__class__ = _spy(type(linear), uses[path])
-            linear.requires_grad_()
+            uses[path] = LinearUse(read=name in _read_weights(type(model.get_submodule(owner))))
+            model.set_submodule(path, _Spy(linear.requires_grad_(), uses[path]))
         with torch.enable_grad():
             run().backward()
     finally:
         for path, linear in linears.items():
-            linear.__class__ = classes[path]
+            model.set_submodule(path, linear)
     for path, linear in linears.items():
         uses[path].has_gradient = linear.weight.grad is not None and bool(linear.weight.grad.any())
     model.zero_grad(set_to_none=True)
     return uses
 
 
-@functools.cache
-def _read_weights(module: Any) -> set[str]:
+def _read_weights(module: type[nn.Module]) -> set[str]:
     """Return the names of which a line of a module's class, or of one it inherits from, reads `self.NAME.weight`."""
-    classes = [of for of in module.__mro__ if not of.__module__.startswith(("torch.", "builtins"))]
-    functions = [inspect.unwrap(getattr(each, "fget", each)) for of in classes for each in vars(of).values()]
-    left, found = [function.__code__ for function in functions if hasattr(function, "__code__")], set[str]()
-    while left:
-        code = left.pop()
-        left += [each for each in code.co_consts if isinstance(each, CodeType)]
-        if "weight" in code.co_names:
-            codes = [each for each in dis.get_instructions(code) if each.opname != "EXTENDED_ARG"]
-            loads = [each.argval if each.opname == "LOAD_ATTR" else "" for each in codes]
-            found |= {name for name, attribute in itertools.pairwise(loads) if attribute == "weight"}
+    classes = [of for of in module.__mro__ if of.__module__.startswith("transformers.models.")]
+    return set().union(*(_weights_read_in(of.__module__).get(of.__name__, ()) for of in classes))
+
+
+@functools.cache
+def _weights_read_in(file: str) -> dict[str, set[str]]:
+    """Return these names for each class of a Python module. Its code is read because CUDA's is not run here."""
+    tree, found = ast.parse(inspect.getsource(sys.modules[file])), dict[str, set[str]]()
+    for owner in [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]:
+        for node in ast.walk(owner):
+            match node:
+                case ast.Attribute(attr="weight", value=ast.Attribute(attr=name), ctx=ast.Load()):
+                    found.setdefault(owner.name, set()).add(name)
     return found
 
 
-def _spy(of: type[nn.Linear], use: LinearUse) -> type[nn.Linear]:
-    """Return a subclass of one linear's class that fills in `use`."""
-    inside = False
+class _Spy(nn.Module):
+    """Stands in a model for one of its linears, and notes what the model does with it."""
 
-    def weight(module: nn.Linear) -> Tensor | None:
-        use.read |= not inside
-        return module._parameters["weight"]
+    def __init__(self, linear: nn.Linear, use: LinearUse) -> None:
+        super().__init__()
+        self.linear, self.use = linear, use
 
-    def forward(module: nn.Linear, *args: Any, **kwargs: Any) -> Any:
-        nonlocal inside
-        inside = True
-        output = of.forward(module, *args, **kwargs)
-        inside = False
+    @property
+    def weight(self) -> Tensor:
+        """The linear's weight, which its own forward does not read here."""
+        self.use.read = True
+        return self.linear.weight
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name == "linear" else getattr(self.linear, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        linear, use = self.linear, self.use
+        use.called, output = True, linear(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        use.called = True
-        use.plain &= isinstance(output, Tensor) and output.shape == (*x.shape[:-1], module.out_features)
-        if use.plain and of.forward is not nn.Linear.forward:
-            product = F.linear(x, module._parameters["weight"], module.bias)  # type: ignore[arg-type]
-            use.plain = torch.allclose(output, product, rtol=1e-5, atol=1e-6)
+        use.plain &= isinstance(output, Tensor) and output.shape == (*x.shape[:-1], linear.out_features)
+        if use.plain and type(linear).forward is not nn.Linear.forward:
+            use.plain = torch.allclose(output, F.linear(x, linear.weight, linear.bias), rtol=1e-5, atol=1e-6)
         return output
-
-    return type(of.__name__, (of,), {"__module__": of.__module__, "weight": property(weight), "forward": forward})
 
 
 def token_mixers(layers: Sequence[nn.Module], run: Callable[[], Any], tokens: int) -> list[dict[str, Mixing]]:

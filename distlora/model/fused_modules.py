@@ -104,6 +104,7 @@ def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs
         used.append(f"{product} ({len(mlps)})")
     forwards: dict[types.FunctionType, Any] = {}
     for module in decoder.modules():
+        # transformers replaces such a function for some model types only, by the package of the hub's kernels.
         forward: Any = inspect.unwrap(type(module).forward)  # Decorators rename arguments of older callers.
         if _ROTARY not in forward.__code__.co_names:
             continue

@@ -246,10 +246,11 @@ class _HandedOn:
     """
 
     def __init__(self, mapping: UserDict[Any, Any], key: tuple[Any, ...], cut: Callable[[Any], Any]) -> None:
-        slices = vars(mapping).setdefault("_slices_of_the_batch", {})
+        slices = mapping.setdefault(_HandedOn, {})  # An entry that no layer has.
         self._kind = type(mapping)
         self._entries: dict[Any, Any] | None = slices.setdefault(key, {})
-        self._before = {entry: map_leaves(cut, value) for entry, value in mapping.items()} | self._entries
+        before = {entry: map_leaves(cut, value) for entry, value in mapping.items() if entry is not _HandedOn}
+        self._before = before | self._entries
 
     def as_before(self) -> UserDict[Any, Any]:
         """Return the mapping as the layer finds it."""

@@ -95,8 +95,7 @@ class _DecoderOutput(tuple[Tensor]):
 def _replaced(module: nn.Module, path: str, stub: _Stub) -> nn.Module:
     """Return a copy of a module, sharing its parameters, with a stub at `path`."""
     first, _, rest = path.partition(".")
-    copied: Any = object.__new__(type(module))
-    copied.__dict__.update(module.__dict__)
+    copied: Any = copy.copy(module)
     copied._modules = dict(module._modules)
     child = copied._modules.pop(first)
     setattr(copied, first, _replaced(child, rest, stub) if rest else stub)

@@ -73,6 +73,7 @@ def freeze_parameters(
         weights[path] = ReadWeight(tuple(module.get_parameter(name).shape), format=format, dtype=dtype)
         del module._parameters[name]
         of: Any = type(module)
+        # torch.nn.utils.parametrize does the same, but moves the weight to another path than transformers'.
         module.__class__ = _reading(of, name)
         module._modules[name] = weights[path]  # add_module refuses the name of a property.
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 
 from support.modules import MODULES, ROOT
 
@@ -131,3 +132,47 @@ def test_files_and_functions_are_short_and_docstrings_in_plain_english() -> None
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 doc = str(ast.get_docstring(node))
                 assert not re.match(r"(Of|And|What|Whether|Where|How|Those|That)\b", doc), module
+
+
+PATCHES = {
+    "distlora.architecture.tokens": "sys.modules['torch']",
+    "distlora.bench.peer_models": "PartialState().distributed_type",
+    "distlora.config.field_docs": "inspect.getsource",
+    "distlora.data.sources": "datasets.config.HF_HUB_OFFLINE",
+    "distlora.derive.linears": "inspect.getsource",
+    "distlora.derive.probes": "inspect.getsource",
+    "distlora.model.fused_modules": "module.forward forward.__code__ function.__code__ function.__closure__ "
+    "function.__globals__ copy.__kwdefaults__",
+    "distlora.model.quantized_parameters": "module.__class__",
+    "distlora.parallel.zero3": "deepspeed.ops.__compatible_ops__",
+    "distlora_launcher.api": "GlobalHydra.instance().hydra HydraConfig.instance().cfg",
+}
+"""What a module sets in the code of others, or reads of the code of functions. The reason stands beside it."""
+SET = re.compile(r"sys\.modules|vars\(|.*\.(__\w+__|forward)$")
+"""Targets that are a patch whoever they belong to: of classes, forwards and tables of names."""
+READ = {"__code__", "__globals__", "__closure__", "__dict__", "getsource"}
+SETTINGS = ("torch.backends.", "knobs.")
+"""Documented settings of torch and triton."""
+
+
+def patches(module: str) -> Iterator[str]:
+    """Yield what a module sets in imports from elsewhere, and what it sets or reads as in SET and READ."""
+    ours, foreign = sys.stdlib_module_names | {name.partition(".")[0] for name in MODULES}, set()
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                origin = (getattr(node, "module", None) or alias.name).partition(".")[0]
+                foreign |= {(alias.asname or alias.name).partition(".")[0]} if origin not in ours else set()
+    for node in ast.walk(parsed(module)):
+        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store):
+            text = ast.unparse(node)
+            if re.split(r"\W", text)[0] in foreign or SET.match(text):
+                yield text
+        elif isinstance(node, ast.Attribute) and node.attr in READ:
+            yield ast.unparse(node)
+
+
+def test_no_module_patches_the_code_of_others() -> None:
+    for module in MODULES:
+        found = {text for text in patches(module) if not text.startswith(SETTINGS)}
+        assert found == set(PATCHES.get(module, "").split()), f"{module}: another way, or a line of justification"

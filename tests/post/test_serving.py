@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +23,6 @@ from distlora.loading.peft_format import transposed_factors
 from distlora.model.hf_model import auto_class_of, transformers_model
 from distlora.post.export import served_folder
 from distlora.post.export.consumers import CONSUMERS, PREFIX, bind, served, targets, unserved
-from distlora.post.export.formats import ARCHITECTURES, check_model
-from distlora.post.export.gguf import adapter_format
-from distlora.post.export.gguf.tensors import Names
 from distlora.post.weights import Factors, read_factors
 from distlora.weights.peft_folder import read_peft_adapter, with_layout
 from distlora.weights.reader import Reader
@@ -303,49 +299,6 @@ def test_pefts_layouts_of_experts_bind_and_mean_what_was_trained(tmp_path: Path,
         for path, weight in weights.items():
             ours = read_factors(read, path, reader, experts=weight.shape[0])
             assert torch.equal(ours.delta(), factors[path].delta()), path
-
-
-@pytest.mark.parametrize("model_type", [*DENSE, *EXPERTS])
-def test_llama_cpp_has_a_tensor_for_each_weight_or_the_type_is_refused(model_type: str) -> None:
-    architecture, config = model_of(model_type)
-    if model_type not in ARCHITECTURES:
-        with pytest.raises(UserError, match=rf"model_type='{model_type}' is not written as GGUF here"):
-            check_model(config, "config.json")
-        return
-    check_model(config, "config.json")
-    names = Names.of(hf_config(model_type))
-    found = [names.gguf_name(f"{path}.weight") for path in adapted(architecture)]
-    assert len(set(found)) == len(adapted(architecture))
-
-
-@pytest.mark.parametrize(("change", "says"), [
-    (lambda tensors: tensors | {"blk.0.attn_q.weight.lora_a": (96, 4)}, r"attn_q.weight.lora_a: it has .*transposed"),
-    (lambda tensors: tensors | {"blk.0.attn.weight.lora_a": (4, 96)}, r"blk.0.attn.weight does not exist in .* llama"),
-    (lambda tensors: tensors | {"blk.1.attn_k.weight.lora_a": (4, 96)}, r"attn_k.weight.lora_a: .* one half"),
-    (lambda tensors: tensors | {"blk.0.attn_q.weight": (96, 96)}, r"attn_q.weight: llama.cpp reads \*.lora_a"),
-])  # fmt: skip
-def test_a_damaged_gguf_adapter_is_refused_by_name(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], dict[str, Any]], says: str
-) -> None:
-    """Stand in for the file: rows and columns of its tensors."""
-    fields = {
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        "general.architecture": "llama",
-        "adapter.lora.alpha": 8,
-    }
-    tensors = change({"blk.0.attn_q.weight.lora_a": (4, 96), "blk.0.attn_q.weight.lora_b": (96, 4)})
-    file = SimpleNamespace(
-        fields={key: SimpleNamespace(contents=lambda value=value: value) for key, value in fields.items()},
-        tensors=[SimpleNamespace(name=name, shape=shape[::-1]) for name, shape in tensors.items()],
-    )
-    monkeypatch.setattr(adapter_format.gguf, "GGUFReader", lambda _: file)
-    shapes = {
-        f"model.layers.{i}.self_attn.{x}_proj.weight": SimpleNamespace(shape=(96, 96)) for i in (0, 1) for x in "qk"
-    }
-    base: Any = SimpleNamespace(model=SimpleNamespace(hf_config=hf_config("llama")), weights=shapes)
-    with pytest.raises(UserError, match=says):
-        adapter_format.bind(Path("adapter.gguf"), base)
 
 
 @pytest.mark.parametrize(("name", "changes", "says"), [

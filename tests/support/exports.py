@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distlora.parallel import Ranks
-from distlora.post.export import client_check, worker
+from distlora.post.export import client_check, gguf_model, worker
 from distlora.post.export.formats import FORMATS, ExportRequest, refuse
 from distlora.post.trained import Name
 from distlora.training import worker as training_worker
@@ -29,8 +29,8 @@ RUNS: dict[str, dict[str, Any]] = {
 FULL = {"adapter": {"method": "full"}, "quant": {"method": "none"}}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", name="place")
+def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a base, and a run of each kind."""
     root = tmp_path_factory.mktemp("exporting")
     write_model_folder(root / "llama", "llama", **EVEN)
@@ -55,18 +55,29 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return 0, f"of a library\n{json.dumps(client_check.run(request))}\n"
 
     monkeypatch.setattr(worker, "in_own_process", run)
-    for module in ("model_format", "adapter_format"):
-        monkeypatch.setattr(f"distlora.post.export.gguf.{module}.has_llama_cpp", lambda: False)
+    monkeypatch.setattr(gguf_model, "has_llama_cpp", lambda: False)
 
 
 def export(
-    place: Path, run: str, form: str, out: Path, dtype: str | None = None, onto: Any = "trained", **name: Any
+    place: Path,
+    run: str,
+    form: str,
+    out: Path,
+    dtype: str | None = None,
+    onto: Any = "trained",
+    converter: Path | None = None,
+    **name: Any,
 ) -> int:
-    """Export as the command does; returns the exit code."""
+    """Export as the command does, with llama.cpp's converter for GGUF; returns the exit code."""
     named = Name(place=str(place / run), **name)
     trained = named.read()
     request = ExportRequest(
-        name=named, format=form, out=str(out), dtype=FORMATS[form].dtype_for(trained, dtype), onto=onto
+        name=named,
+        format=form,
+        out=str(out),
+        dtype=FORMATS[form].dtype_for(trained, dtype),
+        onto=onto,
+        converter=None if converter is None else str(converter),
     )
     refuse(trained, request)
     return worker.run(request)

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from distlora.architecture import spec
 from distlora.architecture.spec import Architecture, LayerKind, architecture_of
 from distlora.config import UserError
-from distlora.post.export.formats import ARCHITECTURES
 from support.model_types import CAUSAL, COMPOSITES, VARIANTS, config_of
 
 HEAD = """# Supported models
@@ -125,7 +124,6 @@ def cells_of(architecture: Architecture) -> list[str]:
     weights = [weight for kind in kinds for weight in kind.weights]
     own = any(weight.kind == "fused" for weight in weights)
     formats = ["hf", "peft", *([] if architecture.has_experts else ["bnb"])]
-    formats += ["gguf"] if architecture.model_type in ARCHITECTURES else []
     full = not architecture.composite and not architecture.has_experts
     measured = any(half is not None for kind in kinds for half in kind.memory)
     return [

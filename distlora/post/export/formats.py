@@ -9,65 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.spec import architecture_of
 from distlora.architecture.targets import select_adapted
-from distlora.config import UserError, require
+from distlora.config import require
 from distlora.post.export.consumers import CONSUMERS, served, targets, unserved
 from distlora.post.merge.request import check_mergeable
 from distlora.post.trained import Name, Trained
-
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""GGUF architecture by model_type."""
-
-CONVERTER = "llama.cpp's convert_hf_to_gguf.py takes many more: write --format hf, and run that script on the folder"
-
-ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
-"""Supported rope types. `dynamic` differs from `default` only beyond max_position_embeddings, the file's context
-length."""
-
-
-def check_model(model: Mapping[str, Any], place: object) -> None:
-    """Raise UserError for a config.json that GGUF cannot express. `place` names it in the message."""
-    model_type = str(model.get("model_type"))
-    if model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{place}: model_type={model_type!r} is not written as GGUF here, as no test compares its layers "
-            f"with llama.cpp's; the families are {', '.join(ARCHITECTURES)}. {CONVERTER}"
-        )
-    activation = model.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(
-            f"{place}: hidden_act={activation!r}, and llama.cpp computes silu for every {model_type}, whatever is "
-            "requested; write --format hf"
-        )
-    for rope in (model.get("rope_scaling"), model.get("rope_parameters")):
-        _check_rope(rope if isinstance(rope, Mapping) else {}, model_type, place)
-    if model_type == "qwen3" and model.get("attention_bias"):
-        raise UserError(f"{place}: attention_bias=true, and llama.cpp's qwen3 has no bias on o_proj; write --format hf")
-
-
-def _check_rope(rope: Mapping[str, Any], model_type: str, place: object) -> None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPES:
-        raise UserError(
-            f"{place}: rope_type={kind!r}, which GGUF has no word for on {model_type}; it has {', '.join(ROPES)}. "
-            f"{CONVERTER}"
-        )
-    if kind == "yarn" and rope.get("truncate") is False:
-        raise UserError(f"{place}: yarn with truncate=false, and llama.cpp always truncates; write --format hf")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise UserError(
-            f"{place}: partial_rotary_factor={rope['partial_rotary_factor']}, and llama.cpp turns whole heads of "
-            f"{model_type}; write --format hf"
-        )
-
 
 DTYPES = ("fp32", "bf16", "fp16")
 PEFT_OLDEST = "0.17"
@@ -90,6 +44,8 @@ class ExportRequest:
     version: str | None = None
     """Release of the consumer that the adapter is for; None for the one that the format was written from."""
     check: bool = True
+    converter: str | None = None
+    """Folder of llama.cpp's converter, for GGUF (llama_cpp.py)."""
     place: str | None = None
     """Temporary place of the export, for the check."""
 
@@ -208,8 +164,6 @@ def refuse(trained: Trained, request: ExportRequest) -> None:
         _refuse_bnb(trained, request)
     elif spec.adapter.method == "lora":
         check_mergeable(trained, request.onto)
-    if name in ("gguf", "llama.cpp"):
-        check_model(read_config(trained.base), trained.base / "config.json")
     _check_version(request)
     if form.adapter and name != "peft":
         _refuse_beyond_lora(trained, option)
@@ -316,8 +270,8 @@ FORMATS: dict[str, Format] = {
         default=lambda trained: None if is_packed(trained) else trained.spec.dtype,
     ),
     "gguf": Format(
-        summary="one file for llama.cpp: Llama, Mistral, Qwen 2 and 3, merged; also q8_0",
-        module="distlora.post.export.gguf.model_format",
+        summary="one file for llama.cpp, merged, by its own converter; also q8_0",
+        module="distlora.post.export.gguf_model",
         clients=("gguf",),
         packages=("gguf",),
         dtypes=(*DTYPES, "q8_0"),
@@ -344,9 +298,9 @@ FORMATS: dict[str, Format] = {
         adapter=True,
     ),
     "llama.cpp": Format(
-        summary="llama.cpp: one file beside a GGUF file of the base",
-        module="distlora.post.export.gguf.adapter_format",
-        clients=("gguf",),
+        summary="llama.cpp: one file beside a GGUF file of the base, by its own converter",
+        module="distlora.post.export.gguf_adapter",
+        clients=(),
         packages=("gguf",),
         dtypes=DTYPES,
         suffix=".gguf",

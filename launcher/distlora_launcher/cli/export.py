@@ -1,12 +1,13 @@
 """`distlora export RUN`: what a run trained, as a whole model (--format) or an adapter for its consumer (--for)."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from distlora.config import UserError, nearest, require
 from distlora.post.export.formats import FORMATS, RENAMED, ExportRequest, refuse
+from distlora.post.export.llama_cpp import converter
 from distlora.post.trained import Trained
 from distlora.system.exit_codes import require_package
 from distlora.system.host_memory import available_bytes
@@ -41,6 +42,8 @@ class ExportArguments(Named):
     RUN/exports/RUN-DTYPE.gguf)."""
     dtype: str | None = None
     """DTYPE: dtype of the weights, or the tool's compute dtype: fp32, bf16, fp16, q8_0 (default: that of the base)."""
+    llama_cpp: str | None = None
+    """FOLDER: a checkout of llama.cpp whose converter writes GGUF (default: one that pip downloads once, 77 MB)."""
     onto: Literal["trained", "original"] = "trained"
     """Base of a merged format: as in training, dequantized (trained), or as on disk (original)."""
     no_check: bool = False
@@ -69,6 +72,8 @@ def main(arguments: list[str]) -> int:
         )
     request, trained = checked(options)
     require_client(request, trained)
+    if FORMATS[request.format].suffix:  # GGUF.
+        request = replace(request, converter=str(converter(options.llama_cpp)))
     place = shown(Path(trained.place))
     print(
         f"exporting {place} {'for' if options.for_ else 'as'} {request.format} (importing torch takes a few seconds)",
@@ -90,6 +95,10 @@ def checked(options: ExportArguments) -> tuple[ExportRequest, Trained]:
     out = default_place(trained, options, stem, inside="exports", suffix=suffix)
     if options.out is not None:
         out = Path(options.out).expanduser().absolute()
+    require(
+        options.llama_cpp is None or bool(suffix),
+        f"--llama-cpp={options.llama_cpp}: {format} is no GGUF file; leave --llama-cpp out",
+    )
     if out.exists():
         raise UserError(f"--out={shown(out)} exists already; remove it, or name another place with --out")
     if suffix and out.suffix != suffix:

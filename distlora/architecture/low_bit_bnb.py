@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,6 @@ from distlora.architecture.low_bit_headers import (
     Nf4Tensor,
     Parts,
     check_value,
-    is_block,
     weight_shape,
 )
 from distlora.config import require
@@ -28,6 +28,64 @@ BNB_NF4 = "nf4"
 QUANT_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(\w+)")
 """Name of the settings of a weight in 4 bits: the weight's name, nf4 or fp4."""
 _NF4 = FORMAT_LAYOUTS["nf4"]
+_STATE = "quant_state.bitsandbytes__nf4"
+_STATE_BYTES = 256
+"""Bytes of quant_state, padded with spaces: its text depends on the offset, which is unknown when files are laid
+out."""
+
+
+def nf4_config(dtype: str, skip: Sequence[str]) -> dict[str, Any]:
+    """Return quantization_config of config.json as transformers writes it; the modules in `skip` stay dense.
+
+    `dtype` is torch's name of the dtype in which bitsandbytes computes.
+    """
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(skip),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def nf4_tensors(name: str, shape: Sequence[int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype (safetensors' name) and shape of the tensors of a double-quantized weight, of 2 or 3 dimensions.
+
+    bitsandbytes has matrices alone; fused experts are the same tensors with another shape in their quant_state.
+    """
+    numel = math.prod(shape)
+    return {
+        name: ("U8", (-(-numel // 2), 1)),
+        f"{name}.absmax": ("U8", (-(-numel // _NF4.block),)),
+        f"{name}.quant_map": ("F32", (16,)),
+        f"{name}.nested_absmax": ("F32", (_NF4.num_groups(tuple(shape)),)),
+        f"{name}.nested_quant_map": ("F32", (256,)),
+        f"{name}.{_STATE}": ("U8", (_STATE_BYTES,)),
+    }
+
+
+def nf4_state(name: str, shape: Sequence[int], offset: float, dtype: str) -> tuple[str, bytes]:
+    """Return the name and the content of a weight's quant_state; its offset is kept bit for bit."""
+    state = {
+        "quant_type": "nf4",
+        "blocksize": _NF4.block,
+        "dtype": dtype,
+        "shape": list(shape),
+        "nested_blocksize": _NF4.blocks_per_group,
+        "nested_dtype": "float32",
+        "nested_offset": offset,
+    }
+    text = json.dumps(state).encode().ljust(_STATE_BYTES)
+    assert len(text) == _STATE_BYTES
+    return f"{name}.{_STATE}", text
 
 
 def check_bnb(settings: Mapping[str, Any], where: str) -> None:
@@ -67,7 +125,8 @@ def _nf4(parts: Parts, name: str, state_name: str, kind: str) -> Nf4Tensor:
         check_value(state, where, "nested_dtype", "float32")
     shape: Any = state.get("shape")
     offset = state.get("nested_offset") if nested else None
-    require(is_block(shape), f"{where}.shape={short(shape)} is not that of a linear; {USE_16_BIT}")
+    is_shape = isinstance(shape, list) and len(shape) in (2, 3) and all(type(n) is int and n > 0 for n in shape)
+    require(is_shape, f"{where}.shape={short(shape)} is not that of a linear; {USE_16_BIT}")
     is_finite = isinstance(offset, float) and math.isfinite(offset)
     require(is_finite or not nested, f"{where}.nested_offset={short(offset)} is not a finite number; {DOWNLOAD_AGAIN}")
     blocks, num_bytes = -(-math.prod(shape) // _NF4.block), -(-math.prod(shape) // 2)

@@ -96,7 +96,7 @@ def ours(
         sum(held.values()),
         base_bytes=sum(held.values()) - adapters,
         read_bytes=loaded.bytes_read,
-        from_cache=loaded.cached_weights == loaded.quantized_weights,
+        from_cache=loaded.from_cache,
     )
     results.put((rank, figures))
     dist.barrier()

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.kept_weights import kept_weight
-from distlora.architecture.low_bit_headers import LowBitSegment
+from distlora.architecture.low_bit_headers import LowBitSegment, Nf4Tensor
 from distlora.architecture.safetensors_headers import Segment, check_stored_shape, overlaps
 from distlora.config import UserError
 from distlora.loading.quantize import CHUNK_GROUPS
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend
 from distlora.weights.low_bit import CODECS
+from distlora.weights.low_bit.nf4 import read_groups
 from distlora.weights.reader import Reader, check_finite
 from distlora_kernels.formats import Format
 from distlora_kernels.reference import GROUP
@@ -44,6 +45,9 @@ def fill_kept(weight: FrozenTensor, segments: Sequence[Segment], reader: Reader,
     replicated = [weight.get_buffer(part.name) for part in format.replicated]
     for buffer, value in zip(replicated, codec.replicated(tensor, reader), strict=True):
         buffer.copy_(value)
+    if isinstance(tensor, Nf4Tensor):
+        _fill_nf4(weight, tensor, reader, backend, name)
+        return
     parts, first_group = backend.local_groups(weight)
     for local, part in zip(parts, format.parts, strict=True):
         local.fill_(codec.padding.get(part.name, 0))
@@ -63,6 +67,17 @@ def fill_kept(weight: FrozenTensor, segments: Sequence[Segment], reader: Reader,
             _place(local, values.to(local.device), per_group, name)
         on_device = [local.to(backend.ranks.device) for local in rank_parts] + replicated
         check_finite(name, *rank_parts, format.dequantize_groups(on_device, torch.float32))
+
+
+def _fill_nf4(weight: FrozenTensor, tensor: Nf4Tensor, reader: Reader, backend: Backend, name: str) -> None:
+    """Fill the rank's groups of a weight in NF4, whose parts lie group after group on disk as in memory."""
+    parts, first = backend.local_groups(weight)
+    stop = min(first + len(parts[0]), weight.num_groups)
+    for start, chunk in reader.ahead(functools.partial(read_groups, tensor, reader), first, stop, CHUNK_GROUPS):
+        for local, values in zip(parts, chunk, strict=True):
+            local[start - first :][: len(values)] = values
+    # No weight of a block exceeds this sum: any code is finite.
+    check_finite(name, parts[-1] + abs(tensor.offset or 0.0))
 
 
 def read_blocks(

@@ -14,7 +14,7 @@ from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
 from distlora.loading.fill_kept import fill_kept
 from distlora.loading.quantize import copy_into, fill_row_norms, load_matrix, quantize_into
-from distlora.loading.quantized_cache import QuantizedCacheSettings, open_quantized_cache
+from distlora.loading.quantized_cache import QuantizedCache, QuantizedCacheSettings
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
 from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM
@@ -37,8 +37,8 @@ class Loaded:
     """Their bytes over all ranks, without FSDP2's padding."""
     prequantized: bool
     """True if the checkpoint has them in low bits, which are kept as they are."""
-    cached_weights: int = 0
-    """Weights among them that came from the quantized-weights cache."""
+    from_cache: bool = False
+    """True if they came from the quantized-weights cache."""
     cache_bytes_written: int = 0
     """Bytes that this rank wrote into the cache."""
 
@@ -47,12 +47,9 @@ class Loaded:
         """Return the origin of the quantized weights for a log line."""
         if self.prequantized:
             return "as stored"
-        if self.cached_weights == self.quantized_weights:
+        if self.from_cache:
             return "from the quantized-weights cache"
-        how = "and quantized"
-        if self.cached_weights:
-            how += f" in part ({self.cached_weights / self.quantized_weights:.0%} from the quantized-weights cache)"
-        return f"{how} and cached" if self.cache_bytes_written else how
+        return "and quantized and cached" if self.cache_bytes_written else "and quantized"
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -80,10 +77,9 @@ def load_base(
     adapters = set(adapter_parameters(model))
     token_matrices = {f"decoder.{model.architecture.embedding}.weight": EMBEDDING, "head.weight": HEAD}
     quantized_weights = quantized_bytes = kept = 0
-    if any(in_nf4(source.segments[0]) for source in sources.values()):
-        cache = None
-    shards = open_quantized_cache(cache, model, base.stored, sources, backend, boundary)
-    with Reader() as reader, shards:
+    with Reader() as reader, QuantizedCache(model, base.stored, sources, backend) as cached:
+        if cache is not None and not any(in_nf4(source.segments[0]) for source in sources.values()):
+            cached.open(cache, boundary)
         for path, module in model.named_modules():
             boundary(None, f"loading {path}", long=True)
             residual = None
@@ -95,10 +91,10 @@ def load_base(
                 if is_kept(module.format.name, source_of(sources, name).segments):
                     fill_kept(module, sources[name].segments, reader, backend, name)
                     kept += module.numel
-                elif not shards.has(path):
+                elif not cached.has(name):
                     segments = segments_of(sources, name, module.shape)
                     quantize_into(module, segments, reader, backend, name, residual=residual)
-                    shards.quantized(path)
+                    cached.quantized(name)
                 quantized_weights += module.numel
                 quantized_bytes += module.packed_bytes
             for local_name, parameter in module.named_parameters(recurse=False):
@@ -122,7 +118,7 @@ def load_base(
             if isinstance(module, AdaptedLinear) and module.row_norms_squared is not None:
                 fill_row_norms(module, backend)
         _load_buffers(model, sources, reader, backend)
-        bytes_read = reader.bytes_read + shards.bytes_read
+        bytes_read = reader.bytes_read + cached.bytes_read
         boundary(None, "writing the quantized-weights cache", long=True)
     return Loaded(
         seconds=time.monotonic() - began,
@@ -130,8 +126,8 @@ def load_base(
         quantized_weights=quantized_weights,
         quantized_bytes=quantized_bytes,
         prequantized=kept > 0,
-        cached_weights=shards.filled_weights,
-        cache_bytes_written=shards.bytes_written,
+        from_cache=cached.filled,
+        cache_bytes_written=cached.bytes_written,
     )
 
 

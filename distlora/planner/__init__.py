@@ -51,7 +51,7 @@ class Plan:
     @property
     def disk(self) -> DiskBytes:
         """Disk space of the run."""
-        return disk_bytes(self.work, self.model, self.machine)
+        return disk_bytes(self.work, self.model)
 
     @property
     def uncounted(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Calculate the files of a run and the host memory of its processes. Imports no torch.
 
-File headers are made by the code that writes the files (distlora/loading/tensor_files.py, quantized_cache.py). Host
+File headers are made by the code that writes the files (distlora/loading/tensor_files.py, weights/writer.py). Host
 memory is anonymous memory, which a job's limit counts; file pages come and go.
 """
 
@@ -10,9 +10,10 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from distlora.architecture.low_bit_bnb import nf4_tensors
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, header_bytes, lay_out
 from distlora.architecture.shapes import Asked, ModelShapes
@@ -28,8 +29,6 @@ from distlora.planner.memory.device import DeviceBytes, decomposition_bytes
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
 from distlora.system import host_memory
-from distlora.weights.quantized_cache_folder import GROUP_BYTES, Extent, cut, header_of
-from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 
 JSON_BYTES = 2300
 """adapter_config.json, state.json and manifest.json of a checkpoint together, one or two evaluations in (measured,
@@ -90,13 +89,13 @@ class DiskBytes:
         return dataclasses.asdict(self) | kept
 
 
-def disk_bytes(work: Workload, model: PlannedModel, machine: Machine) -> DiskBytes:
+def disk_bytes(work: Workload, model: PlannedModel) -> DiskBytes:
     """Return the disk space of a training run."""
     trained = [list(trained_tensors(trial, model.shapes)) for trial in work.alone()]
     stored = [list(trained_tensors(trial, model.shapes, stored=True)) for trial in work.alone()]
     return DiskBytes(
         base=base_bytes(model),
-        cache=cache_bytes(work, model, machine),
+        cache=cache_bytes(work, model),
         checkpoint=sum(
             file_bytes(files) + file_bytes(list(optimizer_tensors(work, own))) + JSON_BYTES
             for files, own in zip(stored, trained, strict=True)
@@ -208,31 +207,18 @@ def _result_bytes(work: Workload, model: PlannedModel, trained: Sequence[Tensor]
     return file_bytes(trained) + CONFIG_BYTES
 
 
-def cache_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
-    """Return the bytes of cached quantized shards with headers per layer and rank; 0 for an NF4 checkpoint."""
+def cache_bytes(work: Workload, model: PlannedModel) -> int:
+    """Return the bytes of the cached quantized weights, in a file per layer; 0 for an NF4 checkpoint."""
     if not work.keeps_shards or quantization_method(model.settings, model.name) == BNB_NF4:
         return 0
-    shapes = model.shapes
-    shards, total = work.shard_degree(machine.ranks), 0
+    shapes, total = model.shapes, 0
+    prefix = f"{shapes.architecture.layer_prefix}{shapes.num_layers - 1}"
     for (kind, formats), count in Counter(shapes.layer_formats(work.format)).items():
         weights = zip(shapes.architecture.kinds[kind].weights, formats, strict=True)
-        packs = {
-            each.path: FORMAT_LAYOUTS[format].num_groups(each.shape) for each, format in weights if format == "nf4"
-        }
-        headers = sum(_header_bytes(shapes, packs, index, shards) for index in {0, shards - 1}) / len({0, shards - 1})
-        pieces = sum(any(cut(groups, index, shards) for groups in packs.values()) for index in range(shards))
-        total += count * (GROUP_BYTES * sum(packs.values()) + round(pieces * headers))
+        names = {f"{prefix}.{each.path}": each.shape for each, format in weights if format == "nf4"}
+        parts = [Tensor(n, s, d) for path, shape in names.items() for n, (d, s) in nf4_tensors(path, shape).items()]
+        total += count * file_bytes(parts) if parts else 0
     return total
-
-
-def _header_bytes(shapes: ModelShapes, packs: Mapping[str, int], index: int, shards: int) -> int:
-    """Return the bytes of the header of one rank's piece of the last layer."""
-    extents = {}
-    for path, groups in packs.items():
-        if own := cut(groups, index, shards):
-            name = f"{shapes.architecture.layer_prefix}{shapes.num_layers - 1}.{path}"
-            extents[name] = Extent(own.start, own.stop, 1 / 3, {})
-    return len(header_of("0" * 64, extents)) if extents else 0
 
 
 PROCESS_BYTES = 390_000_000

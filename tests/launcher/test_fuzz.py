@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +12,6 @@ from typing import Any
 import pytest
 import safetensors
 import yaml
-from hypothesis import strategies as st
 
 from distlora import derive
 from distlora.architecture.safetensors_headers import read_header
@@ -26,19 +23,9 @@ from distlora.planner.model import model_in
 from distlora.planner.report import page
 from distlora.run_folder.layout import read_result
 from distlora.training.model_card import model_card, read_metadata
-from distlora.weights import quantized_cache_folder
 from distlora.weights.initial_adapter_file import InitialAdapterRecord, digest_of, require_initial_adapter
 from distlora.weights.peft_folder import PeftAdapter, read_peft_adapter
-from distlora.weights.quantized_cache_folder import (
-    GROUP_BYTES,
-    DamagedPieceError,
-    Entry,
-    EntryFigures,
-    Extent,
-    figures_of,
-    header_of,
-    read_piece,
-)
+from distlora.weights.quantized_cache_folder import entries
 from distlora_launcher.cli.cache import line_of
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.importing.settings_file import with_file
@@ -53,8 +40,6 @@ from support.damage import (
     damaged,
     holds,
     holds_without,
-    other_header,
-    other_value,
     split_tensors,
     state_of,
     with_header,
@@ -221,36 +206,14 @@ def read_initial_record(folder: Path) -> InitialAdapterRecord:
 
 
 def write_cache(folder: Path) -> None:
-    """Write a quantized-weights cache with an entry of one piece, half of the base, and a recorded fingerprint."""
-    entry = Entry(folder / CACHE_KEY)
-    entry.begin({"base": "org/name", "format": 1, "weights": {"w": 4, "v": 2}})
-    extents = {"w": Extent(0, 2, 0.5, {}), "v": Extent(1, 2, 0.25, {})}
-    path = entry.path_of(0, 0, 1, {name: range(of.first, of.stop) for name, of in extents.items()})
-    path.write_bytes(header_of(CACHE_KEY, extents) + bytes(3 * GROUP_BYTES))
-    path.rename(folder / CACHE_KEY / CACHE_PIECE)
+    """Write the record of an entry of the quantized-weights cache."""
+    (folder / CACHE_KEY).mkdir(parents=True)
+    (folder / CACHE_KEY / "entry.json").write_text(json.dumps({"base": "org/name", "format": 3, "checksums": {"w": 4}}))
 
 
-@st.composite
-def any_signed_piece(draw: st.DrawFn, content: bytes) -> bytes:
-    """Draw a piece with other content and a matching digest, as another version would write it."""
-    header, data = split_tensors(draw(other_header(content) | st.just(content)))
-    description = json.loads(split_tensors(content)[0]["__metadata__"]["distlora_piece"])
-    odd = st.sampled_from(["[" * 100_000, "NaN", json.dumps(description | {"weights": {"w": [0, "0x1p99999"]}})])
-    text = draw(other_value(description).map(json.dumps) | odd | st.just(json.dumps(description)))
-    places = {n: [e.get("dtype"), e.get("shape"), e.get("data_offsets")] for n, e in header.items() if n[:2] != "__"}
-    header["__metadata__"] = {"distlora_piece": text, "digest": quantized_cache_folder._digest(text, places)}
-    return with_header(header, data)
-
-
-def read_shards(folder: Path) -> EntryFigures:
-    """Read the cache as a start and `distlora cache list` do."""
-    with contextlib.suppress(DamagedPieceError):
-        for extent in read_piece(folder / "cache" / CACHE_KEY / CACHE_PIECE, CACHE_KEY)[0].extents.values():
-            assert range(extent.first, extent.stop) is not None
-            assert math.isfinite(extent.offset)
-    figures = figures_of(Entry(folder / "cache" / CACHE_KEY))
-    line_of(figures)
-    return figures
+def read_cache(folder: Path) -> list[str]:
+    """Read the cache as `distlora cache list` does."""
+    return [line_of(entry) for entry in entries(folder / "cache")]
 
 
 def read_planned(folder: Path) -> None:
@@ -261,9 +224,8 @@ def read_planned(folder: Path) -> None:
     plan.as_json()
 
 
-CACHE_KEY, CACHE_PIECE = "5" * 64, "00000-0of1-0123456789abcdef.safetensors"
+CACHE_KEY = "5" * 64
 STEP = "run/checkpoints/step_00000002"
-SHARDS = f"cache/{CACHE_KEY}/{CACHE_PIECE}"
 PACKED = ("packed", "model.layers.0.mlp.up_proj.weight")
 READERS = {
     "settings": Reader("run/config.yaml", any_yaml, lambda at: load_config(at / "run"), check=is_config, examples=60),
@@ -284,11 +246,7 @@ READERS = {
         "adapter/adapter_model.safetensors", any_tensors, read_adapter, ("adapter",), has_settings, examples=40
     ),
     "start": Reader("run/initial_adapter.safetensors", any_tensors, read_initial_record, examples=30),
-    "shards": Reader(SHARDS, any_tensors, read_shards, check=lambda found: found.share in (0.0, 0.5), examples=40),
-    "signed shards": Reader(
-        SHARDS, any_signed_piece, read_shards, check=lambda found: 0.0 <= found.share <= 1.0, examples=60
-    ),
-    "entry": Reader(f"cache/{CACHE_KEY}/entry.json", any_json, read_shards),
+    "entry": Reader(f"cache/{CACHE_KEY}/entry.json", any_json, read_cache),
     "a settings file": Reader(
         "run/mine.yaml", any_yaml, lambda at: with_file([str(at / "run/mine.yaml")], "distlora train"), examples=40
     ),

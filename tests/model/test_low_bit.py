@@ -24,8 +24,8 @@ from distlora.post.merge.merge import merge_to
 from distlora.post.trained import Name
 from distlora.training.publish import publish_result
 from distlora.weights.low_bit import CODECS
+from distlora.weights.low_bit.nf4 import read_groups
 from distlora.weights.reader import Reader
-from distlora_kernels import reference
 from distlora_launcher.compose.checks import check_model
 from support.damage import Reader as Damage
 from support.damage import any_json, any_tensors, holds
@@ -65,24 +65,6 @@ def test_values_are_the_reference_librarys_on_any_range(tmp_path: Path, monkeypa
                 for _ in range(20):
                     start, stop = sorted(draw.choices(range(segment.numel), k=2))
                     assert torch.equal(reader.read([segment], start, stop), whole[start:stop])
-
-
-def decoded(format: str, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Return the weights (n, block) fp32 of stored blocks, by the definition of their format."""
-    codes, scales, *more = parts
-    if format == "fp8_block":
-        return codes.view(torch.float8_e4m3fn).float() * scales
-    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
-    if format.startswith("nf4"):
-        values = torch.tensor(reference.NF4_LEVELS)[nibbles.view(-1, 32, 2).flip(2).flatten(1).long()]
-        return values * (reference.dynamic_map()[scales.long()] * more[0] + more[1] if more else scales)
-    if format.startswith("int4"):
-        return (nibbles.float() - (more[0].float() if more else 8)) * scales.float()
-    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    values = torch.cat([levels, -levels])[nibbles.long()]
-    if format == "mxfp4":
-        return values * torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
-    return values * (scales.view(torch.float8_e4m3fn).float() / more[0])
 
 
 MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -154,7 +136,9 @@ def read_all(folder: Path) -> dict[str, tuple[int, ...]]:
         for segment in headers.values():
             if isinstance(segment, LowBitSegment):
                 assert reader.read([segment], 0, segment.numel).shape == (segment.numel,)
-                if segment.tensor.format:
+                if segment.tensor.codec == "bnb_nf4":
+                    read_groups(segment.tensor, reader, 0, 1)
+                elif segment.tensor.format:
                     CODECS[segment.tensor.codec].blocks(segment.tensor, reader, 0, 1)
     return {name: segment.shape for name, segment in headers.items() if isinstance(segment, LowBitSegment)}
 

@@ -21,10 +21,12 @@ from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_headers import in_nf4
 from distlora.architecture.spec import architecture_of
 from distlora.config import AdapterConfig, UserError
+from distlora.config.file import load_config
 from distlora.post.export import bnb_folder, client_check, gguf_model, hf_folder, worker
 from distlora.post.export.formats import FORMATS, ExportRequest, refuse
 from distlora.post.trained import Name
 from distlora.post.weights import open_base, read_factors
+from distlora.training.setup import start_run_model
 from distlora.weights.peft_folder import read_peft_adapter, with_layout
 from distlora.weights.reader import Reader
 from distlora_launcher.cli.export import ExportArguments, checked
@@ -35,6 +37,7 @@ from support.exports import (
     EVEN,
     FULL,
     RUNS,
+    SINGLE,
     export,
     exported,
     in_process,  # noqa: F401  (a fixture)
@@ -119,6 +122,15 @@ def test_a_weight_in_bitsandbytes_form_is_ours_byte_for_byte(place: Path, tmp_pa
     stored = safetensors.torch.load_file(place / "llama" / "model.safetensors")
     assert dense
     assert all(torch.equal(tensors[key], stored[key]) and tensors[key].dtype == stored[key].dtype for key in dense)
+    # The quantized-weights cache has the same tensors but the dense ones.
+    config = load_config(place / "lora")
+    config = replace(config, quant=replace(config.quant, cache=True, cache_dir=str(tmp_path / "cache")))
+    start_run_model(config, SINGLE)
+    cached: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "cache").glob("*/*.safetensors"):
+        cached |= safetensors.torch.load_file(file)
+    assert tensors.keys() - cached.keys() == set(dense)
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in cached.items())
 
 
 @pytest.mark.ci

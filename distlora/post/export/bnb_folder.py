@@ -2,8 +2,7 @@
 
 transformers and bitsandbytes load the folder, PEFT the adapter; our own loader gets the trained-on weights back bit for
 bit. Only this format keeps PiSSA exactly: W minus the initial adapter in NF4, A and B of the run's rank. A base that is
-stored in NF4 is copied. The layout is described in `distlora.architecture.low_bit_bnb`; codes and scales are the
-bytes of ours without the padding of the last group.
+stored in NF4 is copied. The cache of quantized weights has the same files, without the dense tensors.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.low_bit_bnb import nf4_config, nf4_tensors
 from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.config import UserError, require
 from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, trained_config, trained_part
@@ -27,26 +27,16 @@ from distlora.post.export.client_check import Ours
 from distlora.post.export.formats import Export, Reading
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge.merge import DTYPES
-from distlora.post.merge.output_folder import (
-    Clock,
-    Files,
-    Plan,
-    check_space,
-    copy_companions,
-    each,
-    file_of,
-    lay_out_files,
-    write_index,
-)
+from distlora.post.merge.output_folder import Clock, check_space, copy_companions, each, file_of
 from distlora.post.trained import Trained
 from distlora.post.weights import Base, BaseWeight, open_base, require_whole_tensors
 from distlora.run_folder.layout import STATE_NAME
 from distlora.system import atomic_io
 from distlora.training.publish import header_marks
+from distlora.weights.low_bit.nf4 import write_groups, write_statistics
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
-from distlora_kernels import reference
-from distlora_kernels.formats import nf4
+from distlora.weights.writer import Files, Plan, lay_out_files, write_index
 
 ADAPTER = "adapter"
 """Folder of the adapter inside the export."""
@@ -75,11 +65,11 @@ def write(export: Export) -> None:
         each(lambda weight: write_weight(weight, files, dtype, clock), quantized, clock)
         for name in plan.copied.keys() - write_rounded(base, files):
             files.copy(name)
-    write_index(place, plan, source)
+    write_index(place, plan)
     copy_companions(place, trained)
     config = read_config(source)
     if quantized:
-        config["quantization_config"] = quantization(dtype, skipped(base, quantized))
+        config["quantization_config"] = nf4_config(dtype, skipped(base, quantized))
     atomic_io.write_json(place / "config.json", config)
     (place / ADAPTER).mkdir()
     write_adapter(trained, place / ADAPTER, base_name=Path(export.request.out).name)
@@ -111,7 +101,7 @@ def write_rounded(base: Base, files: Files) -> set[str]:
 def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
     """Lay out the base's files with the parts of each quantized weight in its place."""
     require_whole_tensors(base)
-    replaced = {name_of(weight): parts_of(weight) for weight in quantized}
+    replaced = {name_of(weight): nf4_tensors(name_of(weight), weight.shape) for weight in quantized}
     is_nf4 = any(map(in_nf4, base.files.headers.values()))
     on_disk = base.files.stored if is_nf4 else base.files.headers
     copied = {name: segment for name, segment in on_disk.items() if name not in replaced}
@@ -125,25 +115,6 @@ def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
     for name, segment in on_disk.items():
         tables[file_of(segment)] |= replaced.get(name, {name: (segment.dtype, segment.shape)})
     return lay_out_files(tables, copied)
-
-
-def quantization(dtype: str, skip: Sequence[str]) -> dict[str, Any]:
-    """Return quantization_config of config.json as transformers writes it."""
-    return {
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": list(skip),
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "quant_method": "bitsandbytes",
-    }
 
 
 def skipped(base: Base, quantized: Sequence[BaseWeight]) -> list[str]:
@@ -252,31 +223,8 @@ def _logits(place: Path, ours: Ours, dtype: Any, rows: int | None, auto: str, *,
     return logits
 
 
-STATE = "quant_state.bitsandbytes__nf4"
-STATE_BYTES = 256
-"""Bytes of quant_state, padded with spaces: its text depends on the offset, which is unknown when files are laid
-out."""
-
-
-def parts_of(weight: BaseWeight) -> dict[str, tuple[str, Sequence[int]]]:
-    """Return dtype (safetensors' name) and shape of one weight's tensors.
-
-    Raises UserError for a weight made of several stored tensors.
-    """
-    name = name_of(weight)
-    blocks = -(-weight.numel // nf4.BLOCK)
-    return {
-        name: ("U8", (-(-weight.numel // 2), 1)),
-        f"{name}.absmax": ("U8", (blocks,)),
-        f"{name}.quant_map": ("F32", (len(reference.NF4_LEVELS),)),
-        f"{name}.nested_absmax": ("F32", (nf4.num_groups(weight.numel),)),
-        f"{name}.nested_quant_map": ("F32", (256,)),
-        f"{name}.{STATE}": ("U8", (STATE_BYTES,)),
-    }
-
-
 def name_of(weight: BaseWeight) -> str:
-    """Return the stored name."""
+    """Return the stored name. Raises UserError for a weight that is not one matrix on disk."""
     names = weight.source.names
     if len(names) > 1 or len(weight.shape) != 2:
         raise UserError(
@@ -287,27 +235,13 @@ def name_of(weight: BaseWeight) -> str:
 
 
 def write_weight(weight: BaseWeight, files: Files, dtype: str, clock: Clock) -> None:
-    """Write all tensors of `parts_of`. `dtype` is torch's name of the dequantized dtype."""
-    name, done = name_of(weight), 0
+    """Write all tensors of a quantized weight. `dtype` is torch's name of the dequantized dtype."""
+    name, group = name_of(weight), 0
     with Reader() as reader:
         second = weight.second_level(reader)
         for size, codes in weight.codes(reader):
-            files.write(name, done // 2, codes.view(-1)[: -(-size // 2)])
-            done += size
+            scales, group_scale, _ = second.groups(group, len(codes))
+            write_groups(files, name, weight.shape, group, (codes, scales, group_scale))
+            group += len(codes)
             clock.passed(4 * size, weight.name)
-    files.write(f"{name}.absmax", 0, second.scales.view(-1)[: -(-weight.numel // nf4.BLOCK)])
-    files.write(f"{name}.nested_absmax", 0, second.group_scale)
-    files.write(f"{name}.quant_map", 0, torch.tensor(reference.NF4_LEVELS, dtype=torch.float32))
-    files.write(f"{name}.nested_quant_map", 0, reference.dynamic_map())
-    state = {
-        "quant_type": "nf4",
-        "blocksize": nf4.BLOCK,
-        "dtype": dtype,
-        "shape": list(weight.shape),
-        "nested_blocksize": nf4.BLOCKS_PER_GROUP,
-        "nested_dtype": "float32",
-        "nested_offset": float(second.offset),
-    }
-    text = json.dumps(state).encode().ljust(STATE_BYTES)
-    assert len(text) == STATE_BYTES
-    files.write(f"{name}.{STATE}", 0, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    write_statistics(files, name, weight.shape, second.offset, dtype)

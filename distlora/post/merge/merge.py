@@ -24,14 +24,12 @@ from distlora.output.results import Table
 from distlora.post.merge.output_folder import (
     Clock,
     Cursor,
-    Files,
     Say,
     check_space,
     copy_companions,
     each,
     merged_config,
     plan_files,
-    write_index,
 )
 from distlora.post.merge.parameters import Parameter, is_changed, open_adapter, parameters_of, pieces
 from distlora.post.merge.request import (
@@ -53,6 +51,7 @@ from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
+from distlora.weights.writer import Files, write_index
 from distlora_kernels import reference
 from distlora_kernels.formats import nf4
 
@@ -211,7 +210,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype | No
             with Files(temporary, plan) as files:
                 changes = each(lambda parameter: fill(parameter, files), parameters, clock)
                 each(lambda name: files.copy(name, clock.passed), list(plan.copied), clock)
-            write_index(temporary, plan, folder)
+            write_index(temporary, plan)
             copy_companions(temporary, trained, shipped=dtype is None)
             config = merged_config(folder, base, None if dtype is None else str(dtype).removeprefix("torch."))
             atomic_io.write_json(temporary / "config.json", config)

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +21,7 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.config_checks import MODELOPT_CONFIG, read_config
-from distlora.architecture.safetensors_headers import (
-    DTYPE_BYTES,
-    INDEX_NAME,
-    SINGLE_NAME,
-    Segment,
-    header_bytes,
-    lay_out,
-)
+from distlora.architecture.safetensors_headers import SINGLE_NAME, Segment
 from distlora.architecture.tokens import load_tokenizer, tokenizer_files
 from distlora.config import UserError
 from distlora.config.json_files import object_or_empty, read_object
@@ -40,12 +32,11 @@ from distlora.post.weights import Base
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, read_record
 from distlora.system import atomic_io, numbers
 from distlora.training.publish import companions_of
+from distlora.weights.writer import READ_BYTES, Files, Plan, Tensors, lay_out_files
 from distlora_kernels.dispatch import threads_of_one
 
 Say = Callable[[str], None]
 """Takes a progress line; prints one now and then."""
-READ_BYTES = 2**22
-"""Bytes per read of a file that is copied or hashed."""
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -103,30 +94,6 @@ def each(work: Callable[[Item], Found], items: Sequence[Item], clock: Clock) -> 
         return list(pool.map(work, items))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """The layout of the files to write."""
-
-    headers: Mapping[str, bytes]
-    """Header bytes of each file."""
-    places: Mapping[str, Segment]
-    """Position of each tensor; files are named without their folder."""
-    copied: Mapping[str, Segment]
-    """Source segments of the tensors that are copied."""
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Return the bytes of each file."""
-        sizes = {file: len(header) for file, header in self.headers.items()}
-        for segment in self.places.values():
-            sizes[segment.file.name] += segment.num_bytes
-        return sizes
-
-
-Tensors = Mapping[str, tuple[str, Sequence[int]]]
-"""Dtype (safetensors' name) and shape of tensors by name."""
-
-
 def plan_files(
     parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], tensors: Callable[[Parameter], Tensors]
 ) -> Plan:
@@ -149,66 +116,6 @@ def plan_files(
 def file_of(segment: Segment) -> str:
     """Return the name of the file that a tensor's goes into; one for all of a GGUF file."""
     return SINGLE_NAME if segment.file.suffix == ".gguf" else segment.file.name
-
-
-def lay_out_files(tables: Mapping[str, Tensors], copied: Mapping[str, Segment]) -> Plan:
-    """Lay out files from dtype (safetensors' name) and shape of their tensors."""
-    headers, places = {}, {}
-    for file, tensors in tables.items():
-        table = lay_out(tensors)
-        headers[file] = header_bytes(table, {"format": "pt"})
-        for name, entry in table.items():
-            start, end = entry["data_offsets"]
-            places[name] = Segment(
-                file=Path(file),
-                offset=len(headers[file]) + start,
-                num_bytes=end - start,
-                dtype=entry["dtype"],
-                shape=tuple(entry["shape"]),
-            )
-    return Plan(headers=headers, places=places, copied=copied)
-
-
-class Files:
-    """The open files while they are filled."""
-
-    def __init__(self, folder: Path, plan: Plan) -> None:
-        self._plan = plan
-        self._open: dict[str, int] = {}
-        for file, size in plan.sizes.items():
-            descriptor = os.open(folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            self._open[file] = descriptor
-            os.truncate(descriptor, size)
-            _write_all(descriptor, plan.headers[file], 0)
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-
-    def write(self, name: str, first: int, values: Tensor) -> None:
-        """Write elements of a tensor from index `first` on, in its dtype."""
-        place = self._plan.places[name]
-        content = values.contiguous().view(-1).view(torch.uint8).numpy().data
-        _write_all(self._open[place.file.name], content, place.offset + first * DTYPE_BYTES[place.dtype])
-
-    def copy(self, name: str, passed: Callable[[int, str], None] | None = None) -> None:
-        """Copy a tensor of the base; call `passed` with each part's bytes."""
-        source, place = self._plan.copied[name], self._plan.places[name]
-        with source.file.open("rb") as stream:
-            stream.seek(source.offset)
-            for done in range(0, source.num_bytes, READ_BYTES):
-                content = stream.read(min(READ_BYTES, source.num_bytes - done))
-                if not content:
-                    raise OSError(
-                        f"{source.file} ended while it was read, so it was changed since the start; start again once "
-                        "nobody writes it"
-                    )
-                _write_all(self._open[place.file.name], content, place.offset + done)
-                if passed is not None:
-                    passed(len(content), name)
 
 
 class Cursor:
@@ -245,21 +152,6 @@ class Cursor:
         assert not self._left, f"{self._name} ended early"
 
 
-def write_index(folder: Path, plan: Plan, base: Path) -> None:
-    """Write model.safetensors.index.json if the base has one."""
-    if not (base / INDEX_NAME).is_file():
-        return
-    sizes = {name: segment.num_bytes for name, segment in plan.places.items()}
-    total = sum(segment.numel for segment in plan.places.values())
-    atomic_io.write_json(
-        folder / INDEX_NAME,
-        {
-            "metadata": {"total_parameters": total, "total_size": sum(sizes.values())},
-            "weight_map": {name: plan.places[name].file.name for name in sorted(plan.places)},
-        },
-    )
-
-
 def check_space(folder: Path, num_bytes: int) -> None:
     """Raise UserError if the disk under `folder` has less free space than `num_bytes`."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
@@ -269,13 +161,6 @@ def check_space(folder: Path, num_bytes: int) -> None:
             f"{folder}: the merged model takes {num_bytes / 1e9:,.1f} GB, and the disk there has {free / 1e9:,.1f} GB "
             "free; name another folder with --out, write --dtype bf16, or free some space"
         )
-
-
-def _write_all(descriptor: int, content: bytes | memoryview, offset: int) -> None:
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def copy_companions(folder: Path, trained: Trained, *, shipped: bool = False) -> None:

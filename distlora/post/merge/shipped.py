@@ -15,12 +15,13 @@ from torch import Tensor
 from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor
 from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
-from distlora.post.merge.output_folder import Cursor, Files, Tensors
+from distlora.post.merge.output_folder import Cursor
 from distlora.post.merge.parameters import Parameter
 from distlora.post.weights import Base
 from distlora.weights.low_bit.codecs import MatrixRows
 from distlora.weights.low_bit.requantize import requantize
 from distlora.weights.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
+from distlora.weights.writer import Files, Tensors
 
 BAND = 2**20
 """Weights that are quantized at once, about: 4 MiB in fp32. A block and a transposed matrix are never divided."""

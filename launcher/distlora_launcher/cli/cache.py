@@ -1,6 +1,7 @@
 """`distlora cache list|clear`: the quantized weights that are kept for the next start."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,7 @@ from distlora.config.base import cache_root
 from distlora.config.errors import in_one_line
 from distlora.system.exit_codes import DONE
 from distlora.system.numbers import size
-from distlora.weights import quantized_cache_folder as cache_folder
-from distlora.weights.quantized_cache_folder import Entry, EntryFigures, entries, figures_of
+from distlora.weights.quantized_cache_folder import ABANDONED_SECONDS, Entry, entries, remove, remove_leftovers
 from distlora_launcher.terminal.arguments import read, subject
 
 SHOWN_DIGITS = 12
@@ -23,14 +23,14 @@ FEWEST_DIGITS = 4
 DAY_SECONDS = 86_400.0
 
 ACTIONS = {
-    "list": "list the cached quantized bases: name, size, fraction of the base, last use",
+    "list": "list the cached quantized bases: name, size, last use",
     "clear": "remove entries by their names, by their base, by age, or all",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListRequest:
-    """List the cached quantized bases: name, size, fraction of the base, last use.
+    """List the cached quantized bases: name, size, last use.
 
     example: distlora cache list
     """
@@ -38,8 +38,8 @@ class ListRequest:
     dir: str | None = None
     """FOLDER: cache folder (default: that of quant.cache_dir, which DISTLORA_CACHE moves)."""
     json: bool = False
-    """Print one JSON object: {"folder", "bytes", "entries": [{"entry", "base", "bytes", "share", "last_use": seconds
-    since 1970}]}."""
+    """Print one JSON object: {"folder", "bytes", "entries": [{"entry", "base", "bytes", "last_use": seconds since
+    1970}]}."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ class ClearRequest:
     older_than: float | None = None
     """DAYS: remove only entries that no run has used for this many days."""
     all: bool = False
-    """Remove every entry, incomplete entries and the fingerprints of source files."""
+    """Remove every entry, and incomplete ones."""
 
 
 def main(arguments: list[str]) -> int:
@@ -85,60 +85,51 @@ def _folder(place: str | None) -> Path:
 
 def show(folder: Path, *, as_json: bool) -> None:
     """Print the entries, the most recently used first."""
-    found = [figures_of(entry) for entry in entries(folder)]
-    total = sum(figures.num_bytes for figures in found)
+    found = entries(folder)
+    total = sum(entry.num_bytes for entry in found)
     if as_json:
         values = [
-            {"entry": f.key, "base": f.base, "bytes": f.num_bytes, "share": round(f.share, 4), "last_use": f.last_use}
-            for f in found
+            {"entry": each.key, "base": each.base, "bytes": each.num_bytes, "last_use": each.last_use} for each in found
         ]
         print(json.dumps({"folder": str(folder), "bytes": total, "entries": values}, indent=2))
         return
     if not found:
         print(f"no quantized shards are cached in {folder}")
         return
-    print(f"{'entry':{SHOWN_DIGITS}}  {'size':>10}  {'holds':>5}  {'last use':16}  base")
-    for figures in found:
-        print(line_of(figures))
+    print(f"{'entry':{SHOWN_DIGITS}}  {'size':>10}  {'last use':16}  base")
+    for entry in found:
+        print(line_of(entry))
     entry_word = "entry" if len(found) == 1 else "entries"
     print(f"{len(found)} {entry_word}, {size(total)} in {folder}")
 
 
-def line_of(figures: EntryFigures) -> str:
+def line_of(entry: Entry) -> str:
     """Return an entry's line in the table."""
-    used = datetime.fromtimestamp(figures.last_use).strftime("%Y-%m-%d %H:%M")
-    # Rounded down: what is not whole is never called so.
-    share = f"{int(100 * figures.share)}%"
-    return (
-        f"{figures.key[:SHOWN_DIGITS]}  {size(figures.num_bytes):>10}  {share:>5}  {used}  {in_one_line(figures.base)}"
-    )
+    used = datetime.fromtimestamp(entry.last_use).strftime("%Y-%m-%d %H:%M")
+    return f"{entry.key[:SHOWN_DIGITS]}  {size(entry.num_bytes):>10}  {used}  {in_one_line(entry.base)}"
 
 
 def clear(folder: Path, names: Sequence[str], *, older_than: float | None, everything: bool) -> None:
     """Remove the named entries and print what that freed. Raises UserError for a name without an entry."""
-    kept = {entry: figures_of(entry) for entry in entries(folder)}
+    kept = entries(folder)
     chosen = {entry for name in names for entry in find(name, kept, folder)} if names else set(kept)
-    if older_than is not None:
-        limit = time.time() - older_than * DAY_SECONDS
-        chosen = {entry for entry in chosen if kept[entry].last_use <= limit}
+    limit = math.inf if older_than is None else time.time() - older_than * DAY_SECONDS
     freed = 0
     for entry in kept:
-        if entry in chosen:
+        if entry in chosen and entry.last_use <= limit:
             try:
-                freed += entry.remove()
+                freed += remove(entry.path)
             except OSError as error:
                 print(f"{entry.path} cannot be removed ({error.strerror})")
             else:
-                print(f"removed {line_of(kept[entry])}")
-    freed += cache_folder.remove_leftovers(folder, older_than=0.0 if everything else cache_folder.ABANDONED_SECONDS)
-    if everything:
-        cache_folder.forget_sources(folder)
+                print(f"removed {line_of(entry)}")
+    freed += remove_leftovers(folder, older_than=0.0 if everything else ABANDONED_SECONDS)
     print(f"{size(freed)} freed in {folder}")
 
 
-def find(name: str, kept: dict[Entry, EntryFigures], folder: Path) -> list[Entry]:
+def find(name: str, kept: Sequence[Entry], folder: Path) -> list[Entry]:
     """Return the entries that a word names. Raises UserError if there is none or several, or digits are too few."""
-    by_base = [entry for entry, figures in kept.items() if figures.base == name]
+    by_base = [entry for entry in kept if entry.base == name]
     if by_base:
         return by_base
     if len(name) < FEWEST_DIGITS:
@@ -150,7 +141,7 @@ def find(name: str, kept: dict[Entry, EntryFigures], folder: Path) -> list[Entry
     if len(by_key) > 1:
         raise UserError(f"{name} begins the names of {len(by_key)} entries; write more of the one you mean")
     if not by_key:
-        known = [entry.key[:SHOWN_DIGITS] for entry in kept] + [figures.base for figures in kept.values()]
+        known = [entry.key[:SHOWN_DIGITS] for entry in kept] + [entry.base for entry in kept]
         raise UserError(
             f"no entry in {folder} is named {name}{nearest(name, known)}; `distlora cache list` lists the entries"
         )

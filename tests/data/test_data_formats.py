@@ -76,6 +76,12 @@ BROKEN = [
     ("chat", message() | {"loss_mask": [0, 1]}, "'loss_mask' masks or weights a loss"),
     ("text", {"text": "a", "weight": 0.5}, "data.ignore_columns=[weight]"),
     ("chat", message(train="no"), "'train' is a string; write true or false"),
+    ("chat", message(images=["a.png"]), "messages[0]: 'images' holds pictures"),
+    (
+        "alpaca",
+        {"instruction": "a", "output": "b", "tools": [TOOL]},
+        "'tools' belongs to a chat, and data.format=alpaca",
+    ),
     ("chat", message() | {"tools": [{"parameters": {}}]}, "tools[0] has no function with a 'name'"),
     ("chat", message() | {"tools": "{"}, "'tools' is a string that is not JSON"),
     ("sharegpt", {"conversations": []}, "'conversations' is empty"),
@@ -210,6 +216,8 @@ def test_alpaca_is_its_own_prompt_where_there_is_none():
 def test_auto_refuses_what_fits_two_formats_or_none():
     with pytest.raises(UserError, match=r"fits the formats chat and text; choose one with data\.format=chat"):
         resolve_format(record(chat("Hi", "a") | {"text": "a"}), "auto")
+    with pytest.raises(UserError, match="tokenized data is not supported"):
+        resolve_format(record({"input_ids": [1], "labels": [1]}), "auto")
     with pytest.raises(UserError, match="it has 'question', 'answer', which fits no format; name the columns") as error:
         resolve_format(record({"question": "a", "answer": "b"}), "auto")
     assert "data.columns={prompt: question, completion: answer}" in str(error.value)
@@ -235,27 +243,6 @@ def test_columns_rename_the_keys_of_the_data_and_decide_the_format():
         canonical({"question": "a"}, "prompt_completion", columns=columns)
 
 
-HALF = json.dumps({"city": "\ud83d"})
-TOOL_IN_STRING = json.dumps([{"type": "function", "function": {"name": "w", "description": "\ud83d"}}])
-HALF_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": HALF}}]}
-
-
-@pytest.mark.parametrize(
-    ("format", "value"),
-    [
-        ("chat", {"messages": [{"role": "user", "content": "Hi"}, HALF_CALL]}),
-        ("chat", {**chat("Hi", "Hello"), "tools": TOOL_IN_STRING}),
-        (
-            "sharegpt",
-            {"conversations": [{"from": "function_call", "value": '{"name": "w", "arguments": ' + HALF + "}"}]},
-        ),
-    ],
-)
-def test_half_a_surrogate_pair_is_refused_in_json_inside_of_a_string(format, value):
-    with pytest.raises(UserError, match=r"^data\.jsonl:3.*: half a surrogate pair \(\\ud83d\) is not a character"):
-        canonical(value, format)
-
-
 OTHER_TRAINING = [
     ("chat", chat("Hi", "Hello"), {"label": False}, "train.objective=kto"),
     ("prompt_completion", {"prompt": "a", "completion": "b"}, {"label": 0}, "train.objective=kto"),
@@ -275,15 +262,6 @@ def test_a_key_that_means_other_training_is_refused_until_it_is_ignored(format, 
     assert to_document(record(value | more), format, True, ignoring).value == canonical(value, format)
     for nothing in (None, "", [], {}, {"bytes": None, "path": None}):
         assert canonical(value | {key: nothing}, format) == canonical(value, format)
-
-
-def test_keys_of_messages_and_tools_where_none_are_written_are_refused_too():
-    with pytest.raises(UserError, match=r"messages\[0\]: 'images' holds pictures"):
-        canonical(message(images=["a.png"]), "chat")
-    with pytest.raises(UserError, match=r"'tools' belongs to a chat, and data.format=alpaca has none"):
-        canonical({"instruction": "a", "output": "b", "tools": [TOOL]}, "alpaca")
-    with pytest.raises(UserError, match="tokenized data is not supported"):
-        resolve_format(record({"input_ids": [1], "labels": [1]}), "auto")
 
 
 def test_content_may_be_parts_of_text():

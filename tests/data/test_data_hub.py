@@ -11,7 +11,7 @@ import yaml
 
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.config.file import as_mapping
-from distlora.data.sources import find_source, hub_records
+from distlora.data.sources import find_source
 from support.data_folders import CHATML, chat, write_model
 from support.hub_server import start_hub
 
@@ -174,23 +174,6 @@ def test_without_a_network_the_message_says_so(hub, home, tmp_path):
     assert "HF_HUB_OFFLINE is set, and the data set org/answers is not in the cache" in message
 
 
-def test_a_connection_that_breaks_while_rows_are_read_is_one_sentence(monkeypatch):
-    import datasets
-
-    def rows():
-        yield {"text": "a"}
-        try:
-            raise ConnectionResetError("peer closed the connection")
-        except ConnectionResetError as error:
-            raise ValueError("datasets could not read a row") from error
-
-    broken = datasets.IterableDataset.from_generator(rows)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: broken)
-    monkeypatch.setattr("distlora.data.sources._check_hub", lambda *_, **__: None)
-    with pytest.raises(UserError, match=r"data\.path=org/x .* cannot be reached \(peer closed"):
-        list(hub_records(SourceConfig(path="org/x"), "0" * 40, streaming=True))
-
-
 def test_columns_of_media_are_refused_until_they_are_ignored(tmp_path):
     import datasets
 
@@ -217,11 +200,7 @@ def test_a_preview_streams_a_hub_data_set_and_downloads_no_more_than_its_head(hu
     def shards_after(*flags):
         before = len(hub.requests)
         finished = subprocess.run(
-            [*command, *flags],
-            env=hub.environment(home),
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
+            [*command, *flags], env=hub.environment(home), capture_output=True, text=True, cwd=tmp_path
         )
         assert finished.returncode == 0, finished.stderr
         asked = {r.path for r in hub.requests[before:] if r.method == "GET" and r.path.endswith(".parquet")}

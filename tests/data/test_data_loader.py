@@ -53,17 +53,6 @@ def test_a_step_has_the_same_rows_and_targets_on_any_layout(world, micro_batch):
             assert all(part.input_ids.shape == (micro_batch, LENGTH) for part in batch.micro_batches)
 
 
-def test_rows_taken_by_number_are_those_rows_with_their_targets_and_pairs():
-    rows, numbers = make_rows(17), np.array([16, 3, 8])
-    taken = make_loader(rows.take(numbers), global_batch=3, micro_batch=3, shuffle=False).batch(0)
-    batches = [make_loader(rows, global_batch=1, shuffle=False).batch(int(number)) for number in numbers]
-    assert taken.global_pairs == sum(batch.global_pairs for batch in batches) == 16 % 3 + 0 + 8 % 3
-    assert taken.global_targets == sum(batch.global_targets for batch in batches)
-    for name in ("input_ids", "labels", "position_ids"):
-        of_rows = torch.cat([getattr(batch.micro_batches[0], name) for batch in batches])
-        assert torch.equal(getattr(taken.micro_batches[0], name), of_rows)
-
-
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_an_epoch_visits_every_row_once_and_its_last_step_has_what_is_left(shuffle):
     rows = make_rows(17)

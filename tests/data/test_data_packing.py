@@ -6,7 +6,6 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distlora.data import packing as packing_module
 from distlora.data.packing import assign_rows, build_rows, pack
 from distlora.data.rows import STARTS, TRAINED
 
@@ -71,30 +70,3 @@ def test_rows_equal_the_definition_written_out_token_by_token(corpus):
     length, documents = corpus
     tokens, flags = packed(length, documents)
     assert [read_row(*row) for row in zip(tokens, flags, strict=True)] == naive_rows(length, documents)
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.lists(st.integers(1, 16), max_size=60))
-def test_no_two_rows_would_fit_into_one(lengths):
-    """Best fit opens a row only for a piece that fits nowhere else."""
-    rows = assign_rows(np.array(lengths, np.int64), 16)
-    used = np.sort(np.bincount(rows, weights=lengths)) if lengths else np.array([])
-    assert (used <= 16).all()
-    if len(used) > 1:
-        assert used[0] + used[1] > 16
-
-
-def test_building_rows_a_few_at_a_time_gives_the_same_rows(monkeypatch):
-    rng = np.random.default_rng(0)
-    documents = [[(int(token), True) for token in rng.integers(100, 200, size)] for size in rng.integers(1, 9, 100)]
-    at_once = packed(8, documents)
-    monkeypatch.setattr(packing_module, "_TOKENS_AT_ONCE", 24)
-    for one, other in zip(at_once, packed(8, documents), strict=True):
-        assert np.array_equal(one, other)
-
-
-def test_natural_lengths_waste_little_and_time_grows_linearly_enough():
-    """100,000 documents of log-normal lengths: under 1 % padding."""
-    lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.0, 100_000), 2, 2048).astype(np.int64)
-    rows = assign_rows(lengths, 2048)
-    assert lengths.sum() / ((rows.max() + 1) * 2048) > 0.99

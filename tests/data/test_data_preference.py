@@ -6,7 +6,6 @@ Judged data: every form of TRL, LLaMA-Factory and Axolotl becomes one document a
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,11 +20,9 @@ from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.data.formats import Reading, Record, check_objective, resolve_format, to_document
 from distlora.data.loader import MicroBatch, StepLoader
-from distlora.data.prepare import open_split
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, read_meta
 from distlora.data.turns import Encoded
-from support.data_folders import MARKED, prepare, show_preview, show_row, write_lines, write_model
-from support.small_models import make_run
+from support.data_folders import MARKED, prepare, write_lines, write_model
 
 
 def said(role: str, content: str) -> dict[str, str]:
@@ -117,10 +114,7 @@ def test_texts_keep_their_prompt_or_get_what_both_begin_with() -> None:
         ({"chosen": "Yes.", "rejected": "No."}, "do not begin with the same words and there is no 'prompt'"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "no message in common and there is no 'prompt'"),
         ({"messages": [ASKED, GOOD], "chosen": "It is I.", "rejected": "It is you."}, "'messages' ends with an answer"),
-        (
-            {"history": [["a", "b"]], "instruction": "Who?", "chosen": [GOOD], "rejected": [BAD]},
-            "'history' needs a",
-        ),
+        ({"history": [["a", "b"]], "instruction": "Who?", "chosen": [GOOD], "rejected": [BAD]}, "'history' needs a"),
         ({"history": [["a", "b"]], "chosen": "It is I.", "rejected": "It is you."}, "'history' needs a"),
         ({"prompt": 3, "chosen": [GOOD], "rejected": [BAD]}, "'prompt' is a number"),
         ({"prompt": [ASKED], "chosen": 3, "rejected": [BAD]}, "'chosen' is a number, neither a string nor a list"),
@@ -141,6 +135,8 @@ def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> 
         check_objective("preference", "sft", "a.jsonl")
     with pytest.raises(UserError, match=r"a\.jsonl is chat, and train\.objective=dpo compares"):
         check_objective("chat", "dpo", "a.jsonl")
+    with pytest.raises(UserError, match=r"a\.txt is text, and train\.objective=kto learns from single answers"):
+        check_objective("text", "kto", "a.txt")
     both = {"messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
     with pytest.raises(UserError, match=r"fits the formats chat and preference; .*=chat or data\.format=preference"):
         resolve_format(Record("a.jsonl:1", 10, both), "auto")
@@ -204,13 +200,6 @@ def test_a_record_without_a_verdict_is_refused(value: dict[str, Any], message: s
         judged(value)
 
 
-def test_text_holds_no_answer_to_judge() -> None:
-    with pytest.raises(UserError, match=r"a\.txt is text, and train\.objective=kto learns from single answers"):
-        check_objective("text", "kto", "a.txt")
-    for format in ("chat", "preference", "prompt_completion"):
-        check_objective(format, "kto", "a.jsonl")
-
-
 def test_mismatched_rows_have_each_prompt_with_the_answer_before_it_on_any_number_of_ranks(tmp_path: Path) -> None:
     """Packed, cut to the length of a row, and the two answers of a pair apart."""
     lines = [
@@ -249,22 +238,6 @@ def test_mismatched_rows_have_each_prompt_with_the_answer_before_it_on_any_numbe
         assert len({len(parts) for parts in batches}) == 1, "every rank runs as many"
         found = [prompt + answer for prompt, answer in documents_in(itertools.chain(*batches))]
         assert sorted(found) == sorted(expected), world
-
-
-def test_a_single_answer_is_never_paired_with_itself(tmp_path: Path) -> None:
-    """The last step of an epoch of 6n + 1 rows has one."""
-    lines = [{"prompt": "It is" + " so" * 9, "completion": " day" * 9, "label": True} for _ in range(7)]
-    rows = prepared(tmp_path, lines, objective="kto", sequence_length=24)
-    assert len(rows) == 7
-    for world in (1, 2):
-        for rank in range(world):
-            loader = StepLoader(
-                rows, global_batch=6, micro_batch=2, rank=rank, world=world, seed=0, shuffle=True, mismatched=True
-            )
-            first, last = loader.batch(0), loader.batch(1)
-            assert any((part.labels >= 0).any() for part in first.mismatched)
-            assert last.global_pairs == len(last.mismatched) == 1
-            assert not (last.mismatched[0].labels >= 0).any()
 
 
 def documents_in(batches: Iterable[MicroBatch]) -> list[tuple[list[int], list[int]]]:
@@ -358,23 +331,3 @@ def test_pairs_are_held_out_mixed_and_streamed_whole(tmp_path: Path) -> None:
     assert 0 < held_out.pairs.sum() < 20
     assert rows.pairs.sum() + held_out.pairs.sum() == 40
     assert len(sides_of(held_out)) == 2 * held_out.pairs.sum()
-
-
-def test_preview_and_row_show_both_sides(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_lines(tmp_path / "pairs.jsonl", [CONVERSATIONS["explicit"]] * 3)
-    data = {"path": str(path), "eval_fraction": 0.0}
-    make_run(tmp_path / "run", folders, data=data, train={"objective": "dpo"})
-    assert show_preview(tmp_path / "run", documents=1) == 0
-    shown = capsys.readouterr().out
-    assert f"--- {path}:1, chosen: " in shown
-    assert f"--- {path}:1, rejected: " in shown
-    assert "<|assistant|>[[Me.<eos>]]" in shown
-    assert "<|assistant|>[[You.<eos>]]" in shown
-    assert "(preference), all 3 pairs" in shown
-    rows = open_split(tmp_path / "run", "train")
-    assert rows is not None
-    assert show_row(tmp_path / "run", 0) == 0
-    shown = capsys.readouterr().out
-    assert shown.count(", chosen\n") == shown.count(", rejected\n") == rows.pairs[0]
-    record = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert record["splits"]["train"]["pairs"] == 3

@@ -4,11 +4,8 @@ import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +13,6 @@ import yaml
 
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.config.file import as_mapping
-from distlora.data import prepare as prepare_module
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split, prepare_and_print, prepare_run, summary
 from distlora.data.rows import STARTS, read_meta
@@ -147,27 +143,6 @@ def summary_of(record) -> str:
     return summary(record)
 
 
-def test_a_template_that_writes_the_date_has_an_entry_a_day_and_a_resume_keeps_its_own(
-    make_config, tmp_path, monkeypatch
-):
-    from distlora.data import prepare as module
-
-    template = CHATML.replace("{% for m", "{{ strftime_now('%d %B %Y') }}{% for m", 1)
-    model_path = write_model(tmp_path / "dated", template)
-    config = make_config([chat("Hi", f"Hello {n}") for n in range(6)], model_path=model_path)
-    days = iter(["2026-11-24", "2026-11-25", "2026-11-25", "2026-11-26", "2026-11-26"])
-    monkeypatch.setattr(module, "time", SimpleNamespace(strftime=lambda form: next(days), time=time.time))
-    first = prepare_run(config.run_dir)
-    resumed = prepare_run(config.run_dir)
-    assert (resumed["cache"], resumed["reused"], resumed["content"]) == (first["cache"], True, first["content"])
-    another = prepare(config)
-    assert str(another) != first["cache"]
-    shutil.rmtree(first["cache"])
-    assert prepare_run(config.run_dir)["settings"]["date"] == "2026-11-26", "what is gone cannot be made again"
-    plain = make_config([chat("Hi", f"Hello {n}") for n in range(6)])
-    assert prepare(plain) == prepare(plain), "no date in the template: no day in the name"
-
-
 def test_a_run_says_where_its_data_lies_now_even_if_the_entry_was_made_from_elsewhere(make_config, tmp_path):
     config = make_config(TEXTS)
     first = prepare_run(config.run_dir)
@@ -193,23 +168,6 @@ def test_a_full_disk_leaves_no_part_of_an_entry_and_the_next_preparation_succeed
         assert "Read-only file system; name a place that you may read and write" in capsys.readouterr().err
         subprocess.run(["mount", "-o", "remount,rw,size=4m", str(disk)], check=True)
         assert prepare_run(config.run_dir)["reused"] is False
-
-
-def test_a_second_preparation_reuses_the_entry_without_tokenizing(make_config, monkeypatch):
-    config = make_config(TEXTS)
-    first = prepare_run(config.run_dir)
-
-    def refuse(*_):
-        raise AssertionError("tokenized again")
-
-    monkeypatch.setattr(prepare_module, "load_tokenizer", refuse)
-    again = prepare_run(config.run_dir)
-    assert (first["reused"], again["reused"], again["cache"]) == (False, True, first["cache"])
-    assert prepare(make_config(TEXTS, format="text")) == prepare(config)  # `auto` resolved to the same format.
-    with pytest.raises(AssertionError, match="tokenized again"):
-        prepare(make_config(TEXTS, seed=1))
-    with pytest.raises(AssertionError, match="tokenized again"):
-        prepare(make_config(TEXTS[1:]))
 
 
 @pytest.mark.parametrize(
@@ -249,20 +207,6 @@ def test_a_model_folder_without_a_tokenizer_is_refused(make_config, tmp_path):
         prepare(make_config(TEXTS, model_path=tmp_path / "empty"))
     with pytest.raises(UserError, match="is not a folder"):
         prepare(make_config(TEXTS, model_path=tmp_path / "absent"))
-
-
-def test_data_that_changes_while_it_is_read_is_not_cached(make_config, monkeypatch, tmp_path):
-    build = prepare_module._build
-
-    def build_while_editing(*arguments):
-        build(*arguments)
-        with (tmp_path / "data.jsonl").open("a") as file:
-            file.write('{"text": "late"}\n')
-
-    monkeypatch.setattr(prepare_module, "_build", build_while_editing)
-    with pytest.raises(UserError, match="changed while it was read"):
-        prepare(make_config(TEXTS))
-    assert os.listdir(tmp_path / "cache") == []
 
 
 def test_the_command_prepares_a_run_and_sums_it_up_and_says_when_it_reuses(make_config, tmp_path):

@@ -1,7 +1,6 @@
 """`distlora data preview`: what it shows is what a run trains on."""
 
 import json
-import re
 import sys
 
 import numpy as np
@@ -10,7 +9,6 @@ import yaml
 
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build
-from distlora.data import chat_template
 from distlora.data.prepare import open_split, prepare_run, summary
 from distlora_launcher.cli import data as command
 from support.chat_tokenizers import chat_tokenizer
@@ -125,29 +123,6 @@ def test_documents_that_a_run_refuses_are_counted_and_the_first_is_named(setting
         prepare_run(folder)
 
 
-def test_the_first_document_that_a_template_never_ends_at_ends_a_preview(settings, tmp_path, capsys, monkeypatch):
-    path = write_lines(tmp_path / "chats.jsonl", [SHORT] * 999)
-    loops = "{% for i in range(99999) %}" * 2 + "{% endfor %}" * 2
-    (tmp_path / "endless.jinja").write_text(loops + "{{ messages[0]['content'] }}")
-    folder = settings(path=str(path), template=str(tmp_path / "endless.jinja"))
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
-    refused = r"chats\.jsonl:1: data\.template=.*endless\.jinja .*0\.2 s of CPU time"
-    assert show_preview(folder) == 2
-    assert re.search(refused, capsys.readouterr().err)
-    with pytest.raises(UserError, match=refused):
-        prepare_run(folder)
-
-
-def test_only_the_head_of_a_large_file_is_read_unless_all_is_asked_for(settings, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("distlora.data.preview.SAMPLE", 5)
-    path = write_lines(tmp_path / "chats.jsonl", [SHORT] * 7)
-    folder = settings(path=str(path))
-    assert show_preview(folder, documents=0) == 0
-    assert "(chat), the first 5 documents; --all reads the rest\n" in capsys.readouterr().out
-    assert show_preview(folder, documents=0, read_all=True) == 0
-    assert "(chat), all 7 documents\n" in capsys.readouterr().out
-
-
 def test_colours_are_for_terminals_and_control_characters_for_nobody(settings, tmp_path, capsys, monkeypatch):
     path = write_lines(tmp_path / "chats.jsonl", [chat("\x1b[31mred", "Hello")])
     folder = str(settings(path=str(path)))
@@ -176,20 +151,6 @@ def test_the_command_takes_the_settings_of_a_run_and_starts_none(model, tmp_path
     assert "[[See you.<|im_end|>]]" in shown
     assert [entry.name for entry in tmp_path.iterdir()] == ["chats.jsonl"]
     assert json.loads(path.read_text().splitlines()[0]) == SHORT
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["preveiw"], r"preveiw is not known \(did you mean 'preview'\?\)"),
-        (["preview", "--row", "3"], r"no option --row \(did you mean '--rows'\?\)"),
-        (["preview", "--rows", "-1"], r"--rows=-1 is not a valid number of documents"),
-        (["preview", "data.path=x.jsonl"], r"model\.path is not set"),
-    ],
-)
-def test_a_mistyped_command_is_refused_with_what_was_meant(words, message):
-    with pytest.raises(UserError, match=message):
-        command.main(words)
 
 
 def test_a_row_is_shown_document_by_document_with_what_is_trained(folders, tmp_path, capsys):

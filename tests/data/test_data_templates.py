@@ -204,17 +204,6 @@ def test_a_turns_ends_are_where_the_text_up_to_them_tokenized_by_itself_ends(kin
             list(turns.encode([conversation]))
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_by_place_and_turn(load):
-    tokenizer = load(FORGETFUL)
-    ((tokens, trained),) = encode(tokenizer, "chat", chat("Hello!", "It is Paris."))
-    assert trained_text(tokenizer, tokens, trained) == ["Thought. It is Paris.<|im_end|>"]
-    with pytest.raises(
-        UserError,
-        match=r"data\.jsonl:2: messages\[1\]: the chat template in MODEL rewrites this turn.*set data\.train_on=last",
-    ):
-        encode(tokenizer, "chat", chat("Hello!", "It is Paris."), CONVERSATION)
-
-
 def test_the_last_turn_can_be_trained_with_a_template_that_rewrites_earlier_ones(load):
     """The prompt is the conversation as the template writes it at inference: earlier turns without their thoughts."""
     tokenizer = load(FORGETFUL)
@@ -226,13 +215,6 @@ def test_the_last_turn_can_be_trained_with_a_template_that_rewrites_earlier_ones
         ["Thought. There are seven.<|im_end|>", True],
         ["\n", False],
     ]
-
-
-@pytest.mark.parametrize(("train_on", "flag"), [("assistant", True), ("all", False)])
-def test_a_mask_that_cannot_be_followed_is_refused(load, train_on, flag):
-    value = {"messages": [{"role": "user", "content": "Hi", "train": flag}, *chat("x", "Hello")["messages"][1:]]}
-    with pytest.raises(UserError, match=rf"data\.jsonl:1: messages\[0\]: train={flag} on a message of the user"):
-        encode(load(CHATML), "chat", value, train_on=train_on)
 
 
 @pytest.mark.parametrize("mask", [{"weight": 0}, {"loss": False}, {"loss_weight": 0.0}, {"training": False}])
@@ -279,113 +261,90 @@ def test_marks_that_take_in_the_header_or_the_line_break_after_the_turn_are_cut(
         assert trained_text(tokenizer, tokens, trained) == answers
 
 
-def test_a_template_that_marks_too_little_is_refused(load):
-    template = MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
-    with pytest.raises(UserError, match=r"data\.jsonl:1: .* marks 1 parts with {% generation %} for 2 turns"):
-        encode(load(template), "chat", CONVERSATION)
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 
 
-@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["by prefix", "by the template's mask"])
-def test_a_template_that_leaves_out_what_a_turn_holds_is_refused(load, template):
-    tokenizer = load(template.replace("m['content']", "(m['content'] or '')[:12]"))
-    with pytest.raises(UserError, match=r"data\.jsonl:2: messages\[3\]: .* does not write its content as the data has"):
-        encode(tokenizer, "chat", chat("Hi", "Short."), CONVERSATION)
-    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
-    value = {
-        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    }
-    with pytest.raises(UserError, match=r"messages\[1\]: .* does not write its call of weather"):
-        encode(load(template), "chat", value)
-    value = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A", "thinking": "B"}]}
-    with pytest.raises(UserError, match=r"messages\[1\]: .* does not write its reasoning"):
-        encode(load(template), "chat", value)
-    left_out = r"leaves out the tool 'weather'; remove 'tools', or set data\.template to one"
-    for answer in ("Hello", "Its name is weather."):
-        with pytest.raises(UserError, match=left_out):
-            encode(load(template), "chat", chat("Hi", answer) | {"tools": [call]})
-    prompt = {"prompt": chat("Use weather.", "")["messages"][:1], "columns": {}, "tools": [call]}
-    with pytest.raises(UserError, match=left_out):
-        list(PromptOnlyEncoder(load(template), "none").encode([Document("data.jsonl:1", 1, prompt)]))
+def answered(content, **more):
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content, **more}]}
 
 
-def test_a_turn_whose_first_token_reaches_into_the_prompt_is_refused(load):
-    r"""The tokenizer has a token for the first two newlines of 'assistant\n' + '\n\nHello'."""
-    for template in (CHATML, MARKED):
-        tokenizer = load(template)
-        assert len(tokenizer("\n\n").input_ids) == 1
-        with pytest.raises(UserError, match=r"data\.jsonl:1: messages\[1\]: the tokenizer merges .* white space"):
-            encode(tokenizer, "chat", chat("Hi", "\n\nHello"))
+def masked(flag):
+    return {"messages": [{"role": "user", "content": "Hi", "train": flag}, *chat("x", "Hello")["messages"][1:]]}
 
 
-def test_a_conversation_that_the_template_refuses_is_named_with_its_reason(load):
-    values = [chat("Hi", "Hello"), {"messages": [{"role": "system", "content": "x"}]}]
-    with pytest.raises(UserError, match=r"data\.jsonl:2: the chat template .* refuses .*: only user and assistant"):
-        encode(load(LLAMA2), "chat", *values)
+ONE_MARK = MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last")
+LEFT_OUT = r"leaves out the tool 'weather'; remove 'tools', or set data\.template to one"
+SHORTENED = "(m['content'] or '')[:12]"
+REFUSED = [
+    # (the tokenizer's template, options, documents, what the message says)
+    (FORGETFUL, {}, [chat("Hi", "A."), CONVERSATION], r"l:2: messages\[1\]: .* rewrites this turn.*train_on=last"),
+    (CHATML, {"train_on": "assistant"}, [masked(True)], r"l:1: messages\[0\]: train=True on a message of the user"),
+    (CHATML, {"train_on": "all"}, [masked(False)], r"l:1: messages\[0\]: train=False on a message of the user"),
+    (ONE_MARK, {}, [CONVERSATION], r"l:1: .* marks 1 parts with {% generation %} for 2 turns"),
+    (LLAMA2, {}, [{"messages": [{"role": "system", "content": "x"}]}], r"l:1: .* only user and assistant"),
+    (CHATML, {}, [chat("A.", "Hi", "B", first="assistant")], r"l:1: the conversation begins with the assistant"),
+    (None, {}, [CONVERSATION], r"MODEL has no chat template.*set data.template to chatml, zephyr, vicuna, alpaca"),
+    (CHATML, {"template": "llama3"}, [CONVERSATION], r"<\|eot_id\|>, .* lacks; set .* to chatml, .* or null"),
+    (CHATML, {"template": "llama2"}, [CONVERSATION], r"data\.template=llama2 needs a beginning-of-text token"),
+    (CHATML, {"template": "chatlm"}, [CONVERSATION], r"='chatlm' is not a known template \(did you mean 'chatml'\?\)"),
+    (CHATML, {"template": "absent.jinja"}, [CONVERSATION], r"absent\.jinja is not a file"),
+    *[
+        (template, {}, documents, message)
+        for template in (CHATML, MARKED)
+        for documents, message in (
+            ([answered("", tool_calls=[CALL])], r"messages\[1\]: .* does not write its call of weather"),
+            ([answered("A", thinking="B")], r"messages\[1\]: .* does not write its reasoning"),
+            ([answered("Hello") | {"tools": [CALL]}], LEFT_OUT),
+            ([answered("It is weather.") | {"tools": [CALL]}], LEFT_OUT),
+            # The tokenizer has a token for the first two newlines of 'assistant\n' + '\n\nHello'.
+            ([answered("\n\nHello")], r"l:1: messages\[1\]: the tokenizer merges .* white space"),
+        )
+    ],
+    *[
+        (shortened, {}, [chat("Hi", "Short."), CONVERSATION], r"l:2: messages\[3\]: .* does not write its content as")
+        for shortened in (CHATML.replace("m['content']", SHORTENED), MARKED.replace("m['content']", SHORTENED))
+    ],
+    *[
+        (None, {"template": template}, [answered("A") | {"tools": TOOLS}], r"knows no tools; .* to .*chatml, llama3")
+        for template in ("zephyr", "vicuna", "alpaca")
+    ],
+    *[
+        (
+            CHATML.replace("m['content']", f"({expression}) | string"),
+            {},
+            [answered("Hello")],
+            rf"^data\.jsonl:1: .*({reason})",
+        )
+        for expression, reason in (
+            ("m['content'][99].x", "UndefinedError|has no element|no attribute"),
+            ("1 / (m['content'] | length - 2)", "ZeroDivisionError"),
+            ("m['content'] | round", "TypeError"),
+            ("m['content'].index('?')", "ValueError: substring not found"),
+        )
+    ],
+]
 
 
-def test_an_assistant_that_speaks_first_needs_a_template_that_marks_it(load):
-    value = chat("Welcome.", "Hi", "Hello", first="assistant")
-    with pytest.raises(UserError, match=r"data\.jsonl:1: the conversation begins with the assistant"):
-        encode(load(CHATML), "chat", value)
-    tokenizer = load(MARKED)
-    ((tokens, trained),) = encode(tokenizer, "chat", value)
-    assert trained_text(tokenizer, tokens, trained) == ["Welcome.<|im_end|>", "Hello<|im_end|>"]
+@pytest.mark.parametrize(("template", "options", "documents", "message"), REFUSED, ids=[case[3] for case in REFUSED])
+def test_what_a_template_cannot_write_is_refused_by_place(load, template, options, documents, message):
+    with pytest.raises(UserError, match=message):
+        encode(load(template), "chat", *documents, **options)
 
 
-def test_chat_without_a_template_is_refused_with_the_named_ones_that_fit(load):
-    with pytest.raises(
-        UserError, match=r"MODEL has no chat template.*set data.template to chatml, zephyr, vicuna, alpaca, qwen25"
-    ):
-        encode(load(None), "chat", CONVERSATION)
-
-
-def test_a_named_template_whose_tokens_are_missing_is_refused_with_those_that_fit(load):
-    with pytest.raises(
-        UserError,
-        match=r"template=llama3 needs <\|start_header_id\|>, .*<\|eot_id\|>, which the tokenizer in MODEL lacks; set "
-        r"data.template to chatml, zephyr, vicuna, alpaca, .* or null",
-    ):
-        encode(load(CHATML), "chat", CONVERSATION, template="llama3")
-    with pytest.raises(UserError, match=r"data\.template=llama2 needs a beginning-of-text token"):
-        encode(load(CHATML), "chat", CONVERSATION, template="llama2")
+def test_a_prompt_whose_template_leaves_out_its_tools_is_refused(load):
+    prompt = {"prompt": chat("Use weather.", "")["messages"][:1], "columns": {}, "tools": [CALL]}
+    with pytest.raises(UserError, match=LEFT_OUT):
+        list(PromptOnlyEncoder(load(CHATML), "none").encode([Document("data.jsonl:1", 1, prompt)]))
 
 
 def test_tools_are_refused_where_the_tokenizer_lacks_the_markers_for_them(load):
     tokenizer = load(None)
     tokenizer.add_tokens(["[INST]", "[/INST]"], special_tokens=True)
     assert encode(tokenizer, "chat", CONVERSATION, template="mistral")
-    value = chat("Hi", "Hello") | {"tools": [{"type": "function", "function": {"name": "weather"}}]}
+    value = answered("Hello") | {"tools": TOOLS}
     with pytest.raises(UserError, match=r"data\.jsonl:1: data\.template=mistral writes tools with \[AVAILABLE_TOOLS\]"):
         encode(tokenizer, "chat", value, template="mistral")
-
-
-TOOLS = [{"type": "function", "function": {"name": "weather"}}]
-
-
-@pytest.mark.parametrize("template", ["zephyr", "vicuna", "alpaca"])
-def test_a_named_template_without_tools_refuses_them_with_one_that_fits(load, template):
-    value = chat("Hi", "Hello") | {"tools": TOOLS}
-    with pytest.raises(UserError, match=r"data\.jsonl:1: .* knows no tools; .*set data\.template to .*chatml, llama3"):
-        encode(load(None), "chat", value, template=template)
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("chatlm", r"data\.template='chatlm' is not a known template \(did you mean 'chatml'\?\)"),
-        ("absent.jinja", r"absent\.jinja is not a file"),
-    ],
-)
-def test_an_unknown_template_is_refused(template, message):
-    with pytest.raises(UserError, match=message):
-        template_source(template)
-
-
-def test_a_template_file_that_is_no_template_is_refused_by_its_line(load, tmp_path):
-    path = tmp_path / "broken.jinja"
-    path.write_text("{{ bos_token }}\n{% for m in messages %}")
-    with pytest.raises(UserError, match=r"broken\.jinja is not valid: line 2"):
-        encode(load(None), "chat", CONVERSATION, template=str(path))
 
 
 def test_eot_tokens_end_a_trained_turn_although_they_are_not_special(load):
@@ -479,21 +438,6 @@ def test_a_turn_that_ends_in_a_marker_is_trained_up_to_its_end_of_turn_token(loa
     value = chat("Hi", "a tool</tool_call>", "So?", "Yes.</tool_call>")
     (encoded,) = encode(tokenizer, "chat", value)
     assert trained_text(tokenizer, *encoded) == ["a tool</tool_call><|im_end|>", "Yes.</tool_call><|im_end|>"]
-
-
-@pytest.mark.parametrize(
-    ("expression", "reason"),
-    [
-        ("m['content'][99].x", "UndefinedError|has no element|no attribute"),
-        ("1 / (m['content'] | length - 2)", "ZeroDivisionError"),
-        ("m['content'] | round", "TypeError"),
-        ("m['content'].index('?')", "ValueError: substring not found"),
-    ],
-)
-def test_whatever_a_template_trips_over_is_said_of_the_document(load, expression, reason):
-    tokenizer = load(CHATML.replace("m['content']", f"({expression}) | string"))
-    with pytest.raises(UserError, match=rf"^data\.jsonl:1: the chat template in MODEL .*({reason})"):
-        encode(tokenizer, "chat", chat("Hi", "Hello"))
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,16 @@ def are_of_the_model(largest: int) -> None:
 
 
 def of_data(file: str, damages: Any, examples: int = 15) -> Reader:
-    return Reader(file=file, damages=damages, read=documents(file), check=can_be_encoded, examples=examples)
+    return Reader(file, damages, documents(file), check=can_be_encoded, examples=examples)
+
+
+def of_tokenizer(file: str, examples: int) -> Reader:
+    names = ("model.path=", "tokenizer")
+    return Reader(f"model/{file}", any_json, read_tokenizer, names, are_tokens, examples=examples)
+
+
+def of_entry(file: str, damages: Any, examples: int) -> Reader:
+    return Reader(f"entry/{file}", damages, batches, ("entry",), are_of_the_model, examples=examples)
 
 
 READERS = {
@@ -168,34 +177,11 @@ READERS = {
     "bzip2": of_data("chats.jsonl.bz2", any_bytes),
     "xz": of_data("chats.jsonl.xz", any_bytes),
     "zstandard": of_data("chats.jsonl.zst", any_bytes, 20),
-    "tokenizer": Reader(
-        file="model/tokenizer.json",
-        damages=any_json,
-        read=read_tokenizer,
-        names=("model.path=", "tokenizer"),
-        check=are_tokens,
-        examples=20,
-    ),
-    "tokenizer's settings": Reader(
-        file="model/tokenizer_config.json",
-        damages=any_json,
-        read=read_tokenizer,
-        names=("model.path=", "tokenizer"),
-        check=are_tokens,
-        examples=15,
-    ),
-    "meta": Reader(
-        file="entry/meta.json", damages=any_json, read=batches, names=("entry",), check=are_of_the_model, examples=40
-    ),
+    "tokenizer": of_tokenizer("tokenizer.json", 20),
+    "tokenizer's settings": of_tokenizer("tokenizer_config.json", 15),
+    "meta": of_entry("meta.json", any_json, 40),
     **{
-        f"entry's {name}": Reader(
-            file=f"entry/train_{name}.npy",
-            damages=any_bytes,
-            read=batches,
-            names=("entry",),
-            check=are_of_the_model,
-            examples=20,
-        )
+        f"entry's {name}": of_entry(f"train_{name}.npy", any_bytes, 20)
         for name in ("tokens", "flags", "targets", "pairs", "documents")
     },
 }

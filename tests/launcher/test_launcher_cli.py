@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -17,13 +16,12 @@ import yaml
 
 from distlora.config.field_docs import sections
 from distlora.config.file import load_config
-from distlora.system import host_memory
 from distlora_launcher.cli.analyze import ANALYSES
 from distlora_launcher.cli.bench import BENCHES
 from distlora_launcher.cli.cache import ACTIONS as CACHE_ACTIONS
 from distlora_launcher.cli.data import ACTIONS as DATA_ACTIONS
 from distlora_launcher.cli.main import COMMANDS, EXAMPLES, GROUPS, main
-from distlora_launcher.launch import local, lock
+from distlora_launcher.launch import local
 from support.launcher_fakes import write_data, write_model, write_tokenizer
 
 DISTLORA = str(Path(sys.executable).parent / "distlora")
@@ -166,23 +164,6 @@ def test_each_command_shows_an_example_and_names_the_nearest_option(capsys: pyte
         assert re.match(r"error: .*--hepl.* \(did you mean '--help'\?\)", captured.err), line
 
 
-def test_checking_and_planning_import_neither_torch_nor_transformers(place: Path):
-    code = (
-        "import sys; from distlora_launcher.cli import train as a; "
-        "(run,) = a.composed(a.read_flags(sys.argv[1:])); a.check(run.config, new_run=True); "
-        "a.decide(run.config, run.fixed); print({'torch', 'transformers'} & set(sys.modules))"
-    )
-    words = ["model.path=model", "data.path=data.jsonl", "data.sequence_length=64"]
-    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=place)
-    assert ended.stdout == "set()\n", ended.stderr
-
-
-def test_train_is_a_hydra_application(capsys: pytest.CaptureFixture[str], place: Path):
-    assert main(["train", "--cfg", "job", "adapter.r=5"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["adapter"]["r"] == 5
-    assert sorted(path.name for path in place.iterdir()) == ["data.jsonl", "model"]
-
-
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -225,15 +206,6 @@ def test_jobs_of_a_sweep_run_in_turn_until_a_signal_and_a_failure_ends_none(plac
     seeds = [yaml.safe_load((run / "config.yaml").read_text())["train"]["seed"] for run in steps.trained]
     assert seeds == [0, 1]
     assert not (place / "multirun").exists()
-
-
-def test_a_failed_preparation_leaves_no_run_folder(place: Path, steps: Steps):
-    steps.prepare_code = 2
-    assert train("name=trial") == 2
-    (run_dir,) = steps.prepared
-    assert run_dir.name.endswith("-trial")
-    assert steps.trained == []
-    assert not run_dir.exists()
 
 
 @pytest.mark.ci
@@ -299,37 +271,3 @@ def test_resume_prepares_lost_data_and_checks_the_model_again(
     assert main(["resume", str(stopped_run)]) == 0
     assert capsys.readouterr().out == "run is complete: run/adapter\n"
     assert len(steps.trained) == 5
-
-
-def test_a_run_that_no_longer_fits_is_resumed_only_when_its_settings_allow_it(
-    stopped_run: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    run_dir = stopped_run
-    monkeypatch.setattr(host_memory, "available_bytes", lambda: 100_000_000)
-    assert main(["resume", "run"]) == 2
-    message = capsys.readouterr().err
-    assert re.search(r"this run does not fit CPU by calculation: needs \d+ MB per node, 100 MB available", message)
-    assert f"refuse: false under plan in {run_dir / 'config.yaml'} starts it all the same" in message
-    settings = (run_dir / "config.yaml").read_text()
-    (run_dir / "config.yaml").write_text(settings.replace("refuse: true", "refuse: false"))
-    assert main(["resume", "run"]) == 0
-    assert "it does NOT fit" in capsys.readouterr().out
-    assert steps.trained == [run_dir] * 2
-
-
-def test_a_run_that_is_going_on_is_not_started_twice(
-    stopped_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(lock, "RELEASE_SECONDS", 0.2)
-    with (stopped_run / "config.yaml").open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert main(["resume", "run"]) == 2
-    assert "is already running in another process" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("place")
-def test_a_path_that_the_system_refuses_is_bad_input(capsys: pytest.CaptureFixture[str]):
-    assert train(f"data.path={'x' * 300}.jsonl") == 2
-    message = capsys.readouterr().err
-    assert "File name too long" in message
-    assert f"{'x' * 300}.jsonl" in message

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distlora.config import Config, DataConfig, ModelConfig, QuantConfig, UserError, peer_names
+from distlora.config import Config, DataConfig, ModelConfig, QuantConfig, UserError
 from distlora.config.base import cache_root
 from distlora.config.cluster import ParallelConfig
 from distlora.config.field_docs import sections
@@ -19,7 +19,7 @@ from distlora.config.file import as_mapping
 from distlora.config.plan import CHOSEN
 from distlora.post.evaluate.request import Text
 from distlora_launcher.cli.main import main
-from distlora_launcher.compose.compose import compose_config, compose_run, compose_sweep, expand_home
+from distlora_launcher.compose.compose import compose_config, compose_run
 from support.launcher_fakes import every_nth
 
 PATHS = ["model.path=/model", "data.path=/data.jsonl"]
@@ -63,15 +63,6 @@ def test_every_option_of_parallel_has_all_settings_of_its_group():
         compose_config([*PATHS, "parallel=hsdp", "parallel.offload_base=true"])
 
 
-def test_overrides_reach_the_config(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("DISTLORA_CACHE", "/fast")
-    overrides = ["adapter.r=8", "optim.lr=1", "optim.betas=[0.8,0.95]", "train.max_steps=3", "name=trial"]
-    config = compose_config([*PATHS, *overrides, "hydra.run.dir=x-${name}"])
-    assert (config.adapter.r, config.optim.lr, config.optim.betas, config.train.max_steps) == (8, 1.0, (0.8, 0.95), 3)
-    assert config.run_dir == str(Path("x-trial").absolute())
-    assert config.data.cache_dir == "/fast/data"
-
-
 @pytest.mark.parametrize(
     ("own", "xdg", "root"),
     [("/fast", "/xdg", "/fast"), ("", "/xdg", "/xdg/distlora"), ("", "", str(Path.home() / ".cache" / "distlora"))],
@@ -95,12 +86,6 @@ def test_overrides_win_over_a_recipe_and_paths_become_absolute():
     assert config.data.path == str(Path.home() / "data.jsonl")
 
 
-def test_home_is_expanded_as_a_shell_would():
-    assert expand_home("data.path=~/data.jsonl") == f"data.path={Path.home()}/data.jsonl"
-    assert expand_home("data.path=~user/x") == "data.path=~user/x"
-    assert expand_home("~adapter.r") == "~adapter.r"
-
-
 @pytest.mark.parametrize(
     ("words", "fixed"),
     [
@@ -115,11 +100,6 @@ def test_home_is_expanded_as_a_shell_would():
 def test_what_the_command_line_and_recipes_say_is_fixed_and_nothing_else(words: list[str], fixed: set[str]):
     assert compose_run([*PATHS, "plan=auto", *words]).fixed == fixed
     assert compose_run([*PATHS, *words, "plan=given"]).fixed == set(CHOSEN)
-
-
-def test_sweep_has_one_config_for_each_combination():
-    configs = [run.config for run in compose_sweep([*PATHS, "train.seed=0,1", "adapter.r=4,8"])]
-    assert [(config.train.seed, config.adapter.r) for config in configs] == [(0, 4), (0, 8), (1, 4), (1, 8)]
 
 
 MISTYPED = [
@@ -199,13 +179,6 @@ def test_a_recipe_without_its_first_line_is_named(tmp_path: Path):
         compose_config(["recipe=mine", "data.path=x.jsonl"], config_dir=str(tmp_path))
 
 
-def test_what_stands_for_a_setting_of_another_trainer_exists():
-    known = {"tracker", *(item.name for _, _, settings in sections() for item in settings)}
-    assert not {*peer_names._SETTINGS, *peer_names._SAME_VALUE} - known
-    names = [name for names in (*peer_names._SETTINGS.values(), *peer_names._SENTENCES) for name in names.split()]
-    assert len(names) == len(set(names))
-
-
 def test_every_setting_documents_itself():
     found = {item.name: item for _, _, settings in sections() for item in settings}
     assert all(item.doc for item in found.values())
@@ -227,11 +200,3 @@ _OVERRIDES = _TEXT | st.builds("{}{}{}{}".format, _SIGNS, _KEYS | _TEXT, _EQUALS
 @given(st.lists(_OVERRIDES, max_size=2))
 def test_random_overrides_compose_or_are_explained(overrides: list[str]):
     assert main(["train", "--cfg", "job", "--", *overrides]) in (0, 2)
-
-
-def test_settings_that_a_recipe_completes_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "recipe").mkdir()
-    recipe = "# @package _global_\nmodel:\n  path: org/model\ndata:\n  sources: [{path: a.json}, {path: b.txt}]\n"
-    (tmp_path / "recipe" / "mine.yaml").write_text(recipe)
-    assert main(["train", "--config-dir", str(tmp_path), "recipe=mine", "--cfg", "job"]) == 0
-    assert "path: a.json" in capsys.readouterr().out

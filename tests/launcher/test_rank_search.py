@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import subprocess
@@ -19,26 +18,9 @@ from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
 from distlora.run_folder.eval_documents import DocumentRecord, read_documents, write_documents
 from distlora.run_folder.sweep import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
-from distlora_launcher.launch.lock import worker_place
-from distlora_launcher.launch.processes import this_process
-from distlora_launcher.sweeps import rank_search
-from distlora_launcher.sweeps import study as study_module
-from distlora_launcher.sweeps.multi_trial import plan_first_run
-from distlora_launcher.sweeps.rank_search import (
-    FULL,
-    Comparison,
-    Gain,
-    RankSearch,
-    Size,
-    Tried,
-    gain,
-    ladder,
-    resampled,
-)
+from distlora_launcher.sweeps.rank_search import FULL, Comparison, Gain, RankSearch, Size, Tried, gain, ladder
 from distlora_launcher.sweeps.results import CONCLUSION_NAME
-from distlora_launcher.sweeps.runner import Outcome, Trial
-from distlora_launcher.sweeps.study import Study
-from distlora_launcher.sweeps.sweep import Due, Sweep, Values, make_search, make_sweep
+from distlora_launcher.sweeps.sweep import Due, Sweep
 
 SETTINGS = SweepConfig(method="rank_search", rank_start=8, rank_most=128, bootstrap=500)
 DOCUMENTS = 80
@@ -91,13 +73,6 @@ def test_ranks_are_doubled_while_that_gains_more_than_noise(
     assert (found.ranks_due(), found.recommended()) == (due, best)
 
 
-def test_no_rank_is_tried_that_no_linear_has_use_for() -> None:
-    assert ladder(16, 256, 500) == (16, 32, 64, 128, 256)
-    assert ladder(16, 256, 96) == (16, 32, 64, 128)
-    assert ladder(16, 256, 64) == (16, 32, 64)
-    assert ladder(16, 100, 500) == (16, 32, 64)
-
-
 def said(losses: dict[Size, float | None], count: int = DOCUMENTS) -> str:
     return " ".join(compare(losses, count).sentences())
 
@@ -117,10 +92,7 @@ def said(losses: dict[Size, float | None], count: int = DOCUMENTS) -> str:
         ({8: 0.0, 16: 0.1}, ["Recommended: adapter.r=8. From 8 to 16 it rises by 0.", "sweep.rank_start=4"]),
         ({8: 0.0, 16: -0.1, 32: None}, ["the gain of 32 is unknown", "The run with r=32 failed: out of memory"]),
         ({8: None, 16: None}, ["No rank can be recommended", "r=8 failed: out of memory"]),
-        (
-            {8: 0.0, 16: -0.1, 32: -0.2, 64: -0.3, 128: -0.4},
-            ["Recommended: adapter.r=128.", "set it to 256"],
-        ),
+        ({8: 0.0, 16: -0.1, 32: -0.2, 64: -0.3, 128: -0.4}, ["Recommended: adapter.r=128.", "set it to 256"]),
         ({8: 0.0, 16: 0.0, FULL: 0.3}, ["Full fine-tuning ends higher than r=8 by 0."]),
         ({8: 0.0, 16: 0.0, FULL: 0.0}, ["ends as r=8 within noise"]),
         ({8: 0.0, 16: 0.0, FULL: None}, ["Full fine-tuning failed: out of memory"]),
@@ -131,29 +103,6 @@ def test_the_recommendation_says_its_reason(losses: dict[Size, float | None], pa
     text = said(losses)
     for part in parts:
         assert part in text, text
-
-
-def test_few_documents_are_told_of() -> None:
-    assert "held out" not in said({8: 0.0, 16: -0.1})
-    assert "Only 12 documents are held out" in said({8: 0.0, 16: -0.1}, count=12)
-    text = said({8: 0.0, 16: -0.1}, count=1)
-    assert "Recommended: adapter.r=8" in text, "the interval of one document is infinite"
-    assert "Only 1 document is held out" in text
-
-
-def test_the_table_has_each_run_and_what_it_gained() -> None:
-    rows = compare({**FALLING, 64: None}).table().rows
-    assert [row[0] for row in rows] == ["rank", "8", "16", "32", "64", "full"]
-    assert rows[0][-2:] == ["95 % interval", "verdict"]
-    assert [row[-1] for row in rows[1:]] == [
-        "first rank",
-        "lower than 8",
-        "lower than 16",
-        "failed",
-        "lower than 32",
-    ]
-    assert all(len(row) == len(rows[0]) for row in rows)
-    assert float(rows[2][7]) == pytest.approx(0.1, abs=0.01)
 
 
 def sweep_of(folder: Path, folders: Path, *words: str, **settings: Any) -> Sweep:
@@ -210,9 +159,6 @@ def test_the_search_is_a_function_of_what_has_ended(searched: Sweep) -> None:
     assert answer(trials) == [{"adapter.r": 32}]
     assert answer(ended(searched, {8: 0.0, 16: -0.1, 32: -0.1})) is Due.END
     assert answer(ended(searched, {8: 0.0, 16: None})) is Due.END
-    # Hidden size 96, MLP 256: the largest possible rank is 96, so 128 would be the last rank.
-    assert RankSearch(searched)._setup.widest == 96
-    assert answer([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
 
 
 def test_full_fine_tuning_is_due_when_no_rank_is(tmp_path: Path, folders: Path) -> None:
@@ -233,31 +179,6 @@ def _numbered(number: int, records: list[TrialRecord]) -> list[TrialRecord]:
     return [dataclasses.replace(record, number=number + index) for index, record in enumerate(records)]
 
 
-def has_memory(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
-    """Set the memory of this machine."""
-    found = dataclasses.replace(rank_search.planning.found_here(), host_bytes=nbytes)
-    monkeypatch.setattr(rank_search.planning, "found_here", lambda **_: found)
-
-
-@pytest.mark.parametrize(("at_first", "later"), [(2**20, 2**36), (2**36, 2**20)])
-def test_what_memory_there_is_decides_when_the_search_is_made_and_never_again(
-    tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch, at_first: int, later: int
-) -> None:
-    """Check the decision at another time and on another machine, as by a worker, `status` and `report`."""
-    sweep, is_run = sweep_of(tmp_path, folders), at_first > 2**30
-    trials = ended(sweep, {8: 0.0, 16: 0.0})
-    has_memory(monkeypatch, at_first)
-    assert RankSearch(sweep).next([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
-    has_memory(monkeypatch, later)
-    monkeypatch.setattr(rank_search.planning, "planned_model", None)  # The model is not needed any more either.
-    search = RankSearch(sweep)
-    assert (search.next(trials) is Due.END) == (not is_run)
-    text = "\n".join(search.conclusion(trials))
-    assert ("Full fine-tuning was not run: it is predicted not to fit CPU" in text) == (not is_run)
-    assert ("Recommended" in text) == (not is_run)
-    assert search.figures(trials)["recommended"] == (None if is_run else 8)
-
-
 def test_the_conclusion_is_a_table_and_a_recommendation(searched: Sweep) -> None:
     trials = ended(searched, {8: 0.0, 16: -0.1, 32: -0.1})
     text = "\n".join(RankSearch(searched).conclusion(trials))
@@ -274,12 +195,6 @@ def test_the_conclusion_is_a_table_and_a_recommendation(searched: Sweep) -> None
     assert [row["size"] for row in kept["rows"]] == [8, 16, 32]
     assert kept["rows"][1]["low"] < kept["rows"][1]["gain"] < kept["rows"][1]["high"]
     assert any("Recommended" in sentence for sentence in kept["sentences"])
-
-
-def test_without_rank_stabilized_scaling_the_conclusion_warns(tmp_path: Path, folders: Path) -> None:
-    sweep = sweep_of(tmp_path, folders, "adapter.use_rslora=false", full="never")
-    text = "\n".join(RankSearch(sweep).conclusion(ended(sweep, {8: 0.0, 16: 0.0})))
-    assert "adapter.use_rslora=false scales updates by alpha/r" in text
 
 
 @pytest.mark.parametrize(
@@ -313,11 +228,7 @@ def test_a_run_without_figures_to_compare_counts_as_failed(
     [
         (["adapter.r=8"], {}, r"adapter\.r=8 is what sweep=rank_search searches; .* sweep\.rank_start"),
         (["train.eval_documents=false"], {}, r"train\.eval_documents=false writes no losses by document"),
-        (
-            ["train.load_best_at_end=true", "train.eval_every=1"],
-            {},
-            r"train\.load_best_at_end=True makes a run's",
-        ),
+        (["train.load_best_at_end=true", "train.eval_every=1"], {}, r"train\.load_best_at_end=True makes a run's"),
         (
             ["adapter.target_modules=qv", "adapter.rank_pattern={q_proj:4,v_proj:4}"],
             {},
@@ -338,59 +249,6 @@ def test_settings_that_leave_nothing_to_search_are_refused(
         RankSearch(sweep_of(tmp_path, folders, *words, **settings))
 
 
-def test_a_space_beside_the_ranks_is_refused(searched: Sweep) -> None:
-    space = (Values(setting="optim.lr", values=(1e-3, 2e-3)),)
-    with pytest.raises(UserError, match=r"searches adapter\.r only, and optim\.lr has several values"):
-        RankSearch(dataclasses.replace(searched, space=space))
-
-
-def test_a_search_that_was_killed_goes_on_where_it_was(
-    tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Check that the abandoned trial is resumed, and the decisions are those of an uninterrupted search."""
-    losses: dict[Size, float | None] = {8: 0.0, 16: -0.1, 32: -0.1, FULL: -0.2}
-    sweep = sweep_of(tmp_path / "sweep", folders, full="always")
-    make_sweep(sweep)
-
-    def asked_by(study: Study) -> Trial:
-        trial = study.ask()
-        assert isinstance(trial, Trial)
-        return trial
-
-    def end(study: Study, trial: Trial) -> None:
-        loss = losses[FULL if "adapter" in trial.values else trial.values["adapter.r"]]
-        assert loss is not None
-        trial.run_dir.mkdir(parents=True)
-        write_documents(trial.run_dir, documents(loss, trial.number))
-        study.tell(Outcome(number=trial.number, state=COMPLETE, seconds=1.0, step=5), loss, {})
-
-    with monkeypatch.context() as patch:
-        patch.setattr(study_module, "this_process", lambda: dataclasses.replace(this_process(), pid=1, started=0))
-        killed = Study(sweep, make_search(sweep))
-        end(killed, asked_by(killed))
-        left = asked_by(killed)
-    with worker_place(sweep.folder, "worker_1"):
-        study = Study(sweep, make_search(sweep))
-        trial = asked_by(study)
-        assert (trial.number, trial.overrides, trial.begun) == (left.number, left.overrides, True)
-        values = []
-        while isinstance(trial, Trial):
-            values.append(dict(trial.values))
-            end(study, trial)
-            trial = study.ask()  # type: ignore[assignment]
-        assert trial is Due.END
-        assert values[:2] == [{"adapter.r": 16}, {"adapter.r": 32}]
-        assert [value.get("adapter") for value in values] == [None, None, "full"]
-        assert study.is_over()
-    assert RankSearch(sweep).figures(study.records())["recommended"] == 16
-
-
-def test_a_pack_of_a_rank_search_has_room_for_the_first_two_ranks(tmp_path: Path, folders: Path) -> None:
-    found = plan_first_run(sweep_of(tmp_path, folders, packed=4))
-    assert found.trials == 2
-    assert found.plan.config.adapter.r == 16
-
-
 def of(first: list[float], second: list[float], units: list[int], **settings: float) -> Gain:
     values = {"resamples": 4000, "confidence": 0.95, "seed": 0} | settings
     return gain(first, second, units, **values)  # type: ignore[arg-type]
@@ -405,32 +263,6 @@ def drawn_documents(count: int, true_gain: float, seed: int) -> tuple[list[float
     return first.tolist(), second.tolist(), units.tolist()
 
 
-def test_resamples_are_those_of_every_possible_draw() -> None:
-    """Compare with all 27 draws of three documents: each is as likely as another."""
-    sums, units = np.array([1.0, 5.0, -2.0]), np.array([1.0, 2.0, 4.0])
-    every = [sums[list(draw)].sum() / units[list(draw)].sum() for draw in itertools.product(range(3), repeat=3)]
-    found = resampled(sums, units, 100_000, seed=3)
-    assert found.mean() == pytest.approx(np.mean(every), abs=5 * np.std(every) / math.sqrt(100_000))
-    assert found.std() == pytest.approx(np.std(every), rel=0.01)
-    for value in set(every):
-        share = every.count(value) / 27
-        assert np.isclose(found, value).mean() == pytest.approx(share, abs=5 * math.sqrt(share / 100_000))
-
-
-def test_the_gain_is_a_ratio_of_sums_and_not_a_mean_of_ratios() -> None:
-    assert of([10.0, 2.0], [4.0, 1.0], [100, 1]).gain == pytest.approx(7 / 101)
-
-
-def test_what_documents_have_in_common_is_no_noise() -> None:
-    """Check a gain far below the variation of documents' losses, which pairing removes."""
-    first, second, units = drawn_documents(200, 0.02, seed=1)
-    found = of(first, second, units)
-    assert found.is_more_than_noise
-    assert found.low < 0.02 < found.high
-    shuffled = np.random.default_rng(0).permutation(np.array(second) / units) * units
-    assert not of(first, shuffled.tolist(), units).is_more_than_noise
-
-
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     """Check the coverage of 200 experiments with 60 documents.
 
@@ -443,17 +275,6 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         false_gains += of(*drawn_documents(60, 0.0, seed), resamples=1000, seed=seed).is_more_than_noise
     assert 0.95 - 3 * math.sqrt(0.95 * 0.05 / 200) - 0.02 < hits / 200 < 1
     assert false_gains <= 12, "2.5 % of 200, and a margin for chance"
-
-
-def test_a_seed_names_its_bits_however_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = drawn_documents(50, 0.01, seed=3)
-    found = of(*documents, seed=5)
-    assert of(*documents, seed=5) == found != of(*documents, seed=6)
-    monkeypatch.setattr(rank_search, "_DRAWN_AT_ONCE", 130)
-    assert of(*documents, seed=5) == found
-    # Written down, since another version of numpy, or of this, must not draw others.
-    drawn = resampled(np.array([1.0, 2.0, 4.0]), np.ones(3), 4, seed=7) * 3
-    assert drawn.tolist() == [6.0, 4.0, 9.0, 4.0]
 
 
 @pytest.mark.slow

@@ -125,17 +125,6 @@ def test_llama3_70b_does_not_fit_two_24_gb_gpus_and_fits_two_of_32() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["guanaco_65b", "guanaco_70b"])
-def test_guanaco_has_the_settings_of_the_qlora_paper(name: str) -> None:
-    config = planned(name, gpu_of(name)).config
-    adapter, optim, train = config.adapter, config.optim, config.train
-    assert (adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.scaling_of("q_proj")) == (64, 16.0, 0.05, 0.25)
-    assert (optim.name, optim.lr, optim.schedule, optim.warmup_ratio) == ("paged_adamw", 1e-4, "constant", 0.0)
-    assert (optim.max_grad_norm, optim.betas, optim.weight_decay) == (0.3, (0.9, 0.999), 0.0)
-    assert (train.max_steps, train.global_batch, config.data.sequence_length) == (1875, 16, 512)
-    assert (config.quant.method, adapter.target_modules) == ("nf4", "all-linear")
-
-
 NODES = {"24 GB": "rtx4090", "48 GB": "l40s", "80 GB": "h100"}
 """GPU of each kind in the README's table."""
 OFFLOADED = ("parallel=zero3", "parallel.offload_base=true")

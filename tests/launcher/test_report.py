@@ -15,12 +15,10 @@ from distlora.config import UserError
 from distlora.run_folder.layout import REPORT_NAME
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch.local import write_final_report
-from distlora_launcher.report.charts import Chart, Line, draw
-from distlora_launcher.report.records import PageStatus, Series, read_run, smoothed, thinned, window_of
+from distlora_launcher.report.records import PageStatus, read_run
 from distlora_launcher.report.run_page import run_report
 from support.damage import Reader, any_json, any_lines, any_yaml, holds, holds_without
-from support.report_folders import PLAN, STATE, SUMMARY, Page, make_folder, metrics, write, write_lines
-from support.reported_runs import reported
+from support.report_folders import STATE, SUMMARY, Page, make_folder, metrics, reported, write, write_lines
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)> $x^2$"
 DONE = PageStatus(state="done", headline="is done")
@@ -70,17 +68,6 @@ def test_the_page_of_a_run_has_its_folder_as_title_and_all_that_can_be_typed(tmp
     assert "distlora merge" not in stopped
 
 
-def test_a_small_last_batch_bends_neither_the_curve_nor_the_tile(tmp_path: Path) -> None:
-    run = make_folder(tmp_path / "run")
-    lines = [{"step": step, "time": 1.0, "loss": 2.0, "target_tokens": 99.0} for step in range(1, 40)]
-    write_lines(run / "metrics.jsonl", [*lines, {"step": 40, "time": 1.0, "loss": 9.0, "target_tokens": 1.0}])
-    page = reported(run)
-    mean = (4 * 99 * 2.0 + 9.0) / (4 * 99 + 1)
-    assert f"training loss {mean:.4f} mean over the tokens of the last 5 steps" in re.sub(r"\s+", " ", page.text)
-    assert "training, mean over the tokens of 5 steps: 2 at step 2, 2.0" in page.charts[0]
-    assert "training, each step: 2 at step 1, 9 at step 40" in page.charts[0]
-
-
 def test_planned_and_measured_memory_count_the_same(tmp_path: Path) -> None:
     run = make_folder(tmp_path / "run")
     lines = [line | {"peak_memory_bytes": 7_200_000} if "loss" in line else line for line in metrics(40)]
@@ -96,15 +83,6 @@ def test_planned_and_measured_memory_count_the_same(tmp_path: Path) -> None:
     write_lines(run / "metrics.jsonl", lines)
     (chart,) = (chart for chart in reported(run).charts if "Peak memory" in chart)
     assert "7.2 MB at step 1" in chart
-
-
-def test_a_trial_is_not_compared_with_the_plan_of_all_trials(tmp_path: Path) -> None:
-    run = make_folder(tmp_path / "run")
-    write(run / "plan.json", PLAN | {"trials": 4})
-    page = reported(run)
-    assert "with 4 trials on one base" in page.text
-    assert page.row("gathered per step and rank")[3] == "+0.0 %"
-    assert not any(row[:1] == ["the result"] for table in page.tables for row in table)
 
 
 def test_the_page_is_one_file_that_loads_and_runs_nothing(tmp_path: Path) -> None:
@@ -136,27 +114,6 @@ def test_a_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:
     assert r"\x00\u202e\ud800\x1b[31m" in page.text
 
 
-def test_a_run_with_nothing_yet(tmp_path: Path) -> None:
-    page = reported(make_folder(tmp_path / "run", steps=0, done=False))
-    assert "is prepared and was never started" in page.text
-    assert "Nothing has been trained yet" in page.text
-    assert page.charts == []
-    assert "No step has been measured yet" in page.text
-    run = make_folder(tmp_path / "unmeasured")
-    write(run / "summary.json", {"train_seconds": 1.0})
-    assert "The memory of a step was not measured" in reported(run).text
-
-
-def test_a_run_that_was_killed_shows_how_to_resume(tmp_path: Path) -> None:
-    run = make_folder(tmp_path / "run", steps=13, done=False)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 14, "loss"')  # A kill cut it off, which is no damage.
-    page = reported(run)
-    assert f"distlora resume {run}" in page.text
-    assert "skipped" not in page.text
-    assert "13 of 40" in re.sub(r"\s+", " ", page.text)
-
-
 def test_a_run_that_diverged_shows_its_error(tmp_path: Path) -> None:
     run = make_folder(tmp_path / "run", steps=13, done=False)
     with (run / "metrics.jsonl").open("a") as file:
@@ -181,45 +138,6 @@ def test_a_damaged_record_is_named_and_the_rest_is_shown(name: str, tmp_path: Pa
     assert len(page.charts) == 4
 
 
-def test_a_long_run_makes_a_small_page_with_its_spike(tmp_path: Path) -> None:
-    run = make_folder(tmp_path / "run", steps=20_000, train={"max_steps": 20_000})
-    lines = metrics(20_000, every=100)
-    spike = next(line for line in lines if line["step"] == 7777 and "loss" in line)
-    spike |= {"loss": 9.5, "grad_norm": 4000.0}
-    write_lines(run / "metrics.jsonl", lines)
-    write_lines(run / "samples.jsonl", [{"step": s, "prompt": "p", "text": "x" * 5000} for s in range(1, 2000)])
-    page = reported(run)
-    assert (run / REPORT_NAME).stat().st_size < 1_000_000
-    assert "log scale" in page.text, "a spike of 4,000 leaves norms of 1 their room"
-
-
-def test_a_thinned_curve_keeps_ends_and_extremes_and_a_mean_follows_a_line() -> None:
-    values = [float((step * 7919) % 1013) for step in range(3001)]
-    thin = thinned(Series(range(3001), values), 100)
-    assert len(thin) <= 100
-    assert (thin.steps[0], thin.steps[-1]) == (0, 3000)
-    assert (min(thin.values), max(thin.values)) == (min(values), max(values))
-    straight = Series(range(200), [3 - step / 100 for step in range(200)])
-    mean = smoothed(straight, window_of(straight))
-    assert list(mean.values) == pytest.approx([3 - step / 100 for step in mean.steps], abs=1e-12)
-
-
-def test_a_curve_is_drawn_at_its_values() -> None:
-    series = Series([0, 5, 10], [1.0, 3.0, 2.0])
-    levels = [("near", 2.5), ("far", 1e6)]
-    (figure,) = draw([Chart(title="Loss", unit="nats", lines=[Line(name="a", series=series)], levels=levels)])
-    assert "near 2.5" in figure.svg
-    assert "far" not in figure.svg, "a level far away would flatten the curve"
-    paths = [re.findall(r"[ML] ([\d.]+) ([\d.]+)", path) for path in re.findall(r'<path d="([^"]*)"', figure.svg)]
-    curve = next(points for points in paths if len(points) == 3)
-    (x0, y0), (x1, y1), (x2, y2) = [(float(x), float(y)) for x, y in curve]
-    assert x1 - x0 == pytest.approx(x2 - x1)
-    assert (y0 - y1) == pytest.approx(2 * (y0 - y2), rel=1e-4), "up is smaller in SVG"
-    assert draw([Chart(title="Loss", lines=[Line(name="a", series=Series([], []))])]) == []
-    widest = Series([0, 1, 2**53 - 1], [-1e199, 0.0, 1e199])
-    assert len(draw([Chart(title="Loss", lines=[Line(name="a", series=widest)])])) == 1
-
-
 @pytest.mark.parametrize(("arguments", "words"), [
     ([], "required"),
     (["nowhere"], "does not exist"),
@@ -229,11 +147,7 @@ def test_a_curve_is_drawn_at_its_values() -> None:
     (["run", "--ot", "x"], "there is no option --ot"),
 ])  # fmt: skip
 def test_a_folder_without_a_run_or_a_bad_place_is_refused(
-    arguments: list[str],
-    words: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "run")
@@ -241,13 +155,6 @@ def test_a_folder_without_a_run_or_a_bad_place_is_refused(
     assert main(["report", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run" / REPORT_NAME).exists()
-
-
-def test_out_names_the_place(tmp_path: Path) -> None:
-    run = make_folder(tmp_path / "run")
-    assert main(["report", str(run), "--out", str(tmp_path / "x.html")]) == 0
-    assert "small" in Page((tmp_path / "x.html").read_text()).text
-    assert not (run / REPORT_NAME).exists()
 
 
 def test_the_end_of_a_run_writes_its_report_and_a_failure_costs_nothing(

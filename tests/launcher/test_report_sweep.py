@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,18 @@ from distlora.run_folder.sweep import (
     COMPLETE,
     FAILED,
     PRUNED,
-    RUNNING,
     WAITING,
     TrialRecord,
     trial_folder,
     write_importance,
     write_results,
 )
-from distlora_launcher.cli.main import main
-from distlora_launcher.launch.lock import worker_place
-from distlora_launcher.report.charts import parallel_coordinates
 from distlora_launcher.report.records import PageStatus
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report
 from distlora_launcher.sweeps.results import page_of_sweep, write_at_end
 from distlora_launcher.sweeps.sweep import Sweep, Values, make_sweep
 from support.damage import Reader, any_json, any_yaml, holds, holds_without
-from support.report_folders import Page, make_folder
+from support.report_folders import Page, make_folder, reported
 
 HOSTILE = "</script><script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 REASON = "rank 0 failed first: NonFiniteError: step 3: the loss is not finite"
@@ -73,11 +68,6 @@ def make(folder: Path, trials: Sequence[TrialRecord] = TRIALS, **settings: Any) 
     return folder
 
 
-def reported(folder: Path) -> Page:
-    assert main(["report", str(folder)]) == 0
-    return Page((folder / REPORT_NAME).read_text(encoding="utf-8"))
-
-
 def table_of(page: Page) -> list[list[str]]:
     return next(table for table in page.tables if table[0][0] == "trial" and "optim.lr" in table[0])
 
@@ -103,32 +93,6 @@ def test_a_finished_sweep(tmp_path: Path) -> None:
     assert all(f"{trial}: " in training for trial in range(4))
     links = [attributes["href"] for name, attributes in page.elements if name == "a" and "trials" in str(attributes)]
     assert links == ["trials/0001/report.html"]
-
-
-def test_the_states_of_a_sweep(tmp_path: Path) -> None:
-    begun = [TRIALS[0], record(1, RUNNING, 2e-3, 8, None), record(2, WAITING, 1e-3, 16, None)]
-    folder = make(tmp_path / "sweep", begun)
-    page = reported(folder)
-    assert "has stopped before its end" in page.text
-    assert f"distlora resume {folder}" in page.text
-    with worker_place(folder, "worker_0"):
-        assert "is running on" in reported(folder).text
-        assert "is running on" not in page_of_sweep(folder, has_ended=True), "the worker that asks is the last"
-    write_results(folder, [record(n, FAILED, 1e-3, 8, None, reason="no") for n in range(4)])
-    assert "no trial of it was trained to its end" in reported(folder).text
-    empty = reported(make(tmp_path / "empty", []))
-    assert "No trial has started" in empty.text
-    assert "There are no results yet" in empty.text
-    assert empty.charts == []
-
-
-@pytest.mark.parametrize("name", ["sweep.yaml", "results.json"])
-def test_a_damaged_record_is_named_and_the_rest_is_shown(name: str, tmp_path: Path) -> None:
-    folder = make(tmp_path / "sweep")
-    (folder / name).write_text("{")
-    page = reported(folder)
-    assert f"{name} is damaged" in page.text
-    assert bool(page.charts) == (name == "sweep.yaml")
 
 
 def test_a_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:
@@ -158,38 +122,6 @@ def test_a_rank_search_shows_the_value_by_rank_beside_full_fine_tuning(tmp_path:
     page = Page(sweep_report(records, PageStatus(state="done", headline="is done")))
     assert page.charts[0] == "eval_loss by rank. eval_loss: 2.5 at r 16, 2.125 at r 64, lowest 2.125 at r 64"
     assert "full fine-tuning 2" in page.text
-
-
-def test_many_trials_make_a_small_page_whose_best_stands_out(tmp_path: Path) -> None:
-    trials = [
-        TrialRecord(
-            number=number,
-            state=COMPLETE,
-            values={"optim.lr": 1e-5 * 1.02**number, "adapter.target_modules": ["all-linear", "qv"][number % 2]},
-            value=2 + abs(number - 77) / 100,
-            evaluations={step: 3 - step / 1000 for step in range(0, 1000, 50)},
-        )
-        for number in range(300)
-    ]
-    records = SweepRecords(folder=tmp_path, settings=SweepConfig(), trials=trials)
-    source = sweep_report(records, PageStatus(state="done", headline="is done"))
-    assert len(source) < 1_000_000
-    assert re.search(r"77: lr=\S+, target_modules=qv \(best\)", Page(source).text)
-
-
-def test_parallel_coordinates_are_at_their_values() -> None:
-    trials = [([1e-4, "a", 2.0], False), ([1e-3, "b", 1.0], True), ([1e-2, "a", None], False)]
-    figure = parallel_coordinates(["optim.lr", "adapter", "eval_loss"], trials)
-    assert figure is not None
-    paths = [path for path in re.findall(r'<path d="([^"]*)"', figure.svg) if "z" not in path]
-    lines = [[float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)] for path in paths[:3]]
-    top, bottom = min(map(min, lines)), max(map(max, lines))
-    # By the logarithm; words at the ends; a trial without a value ends before; the best is drawn last.
-    places = [[round((bottom - y) / (bottom - top), 3) for y in line] for line in lines]
-    assert places == [[0, 0, 1], [1, 0], [0.5, 1, 0]]
-    assert all(f">{word}</text>" in figure.svg for word in ("optim.lr", "adapter", "eval_loss", "0.001", "a", "b"))
-    assert parallel_coordinates(["eval_loss"], trials) is None
-    assert parallel_coordinates(["optim.lr", "eval_loss"], trials[:1]) is None
 
 
 def test_the_end_of_a_sweep_writes_it_and_cannot_fail_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,15 +161,6 @@ def test_resume_submits_a_task_of_an_array_as_a_job_and_cancel_takes_it_out_of_t
         cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
 
 
-def test_more_gpus_than_a_machine_has_are_refused_before_anything_is_made(
-    cluster: SlurmCluster, folders: Path, tmp_path: Path
-) -> None:
-    said = train(cluster, folders, f"run_dir={tmp_path / 'run'}", "cluster.gpus_per_node=3", expect=2)
-    assert "SLURM refuses the job: Requested node configuration is not available" in said
-    assert "cluster.gpus_per_node" in said
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("lost", "others"), [("n2", "n[1,3]"), ("n1", "n[2-3]")], ids=["a node", "the node where they meet"]

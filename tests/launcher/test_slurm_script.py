@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,11 @@ import pytest
 import yaml
 
 from distlora.config import Config, UserError
-from distlora.config.cluster import sbatch_seconds
 from distlora.config.file import build
 from distlora_launcher.cli.main import main
 from distlora_launcher.jobs import submit
 from distlora_launcher.jobs.script import mounts, render, render_workers
-from distlora_launcher.launch import local, node
+from distlora_launcher.launch import local
 from support.fake_slurm import FakeSlurm, job_record
 from support.launcher_fakes import write_data, write_model
 
@@ -175,25 +173,6 @@ def test_without_slurm_the_script_is_written_all_the_same(
     assert not (place / "runs/one/slurm.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("said", "advice"),
-    [
-        ("sbatch: error: invalid partition specified: gpus", "the partitions are gpu, cpu; set cluster.partition"),
-        ("sbatch: error: Batch job submission failed: Invalid qos specification", "set cluster.qos"),
-        ("allocation failure: Requested node configuration is not available", "cluster.gpus_per_node"),
-        ("allocation failure: Something new", "SLURM refuses the job: Something new; change the settings"),
-    ],
-)
-def test_what_slurm_refuses_is_said_before_anything_is_made(
-    said: str, advice: str, place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
-):
-    slurm.refuses("sbatch", said)
-    slurm.answers("sinfo", "gpu\ncpu\ncpu")
-    assert train("run_dir=runs/one") == 2
-    assert advice in capsys.readouterr().err
-    assert not (place / "runs").exists()
-
-
 def test_a_sweep_is_one_array_of_runs_that_are_all_prepared(
     place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ):
@@ -216,66 +195,43 @@ def test_a_sweep_is_one_array_of_runs_that_are_all_prepared(
     assert "submitted 2 runs in runs/sweep as SLURM job array 41" in capsys.readouterr().out
 
 
-def test_a_sweep_of_which_one_cannot_be_prepared_is_taken_back(
-    place: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+REFUSED: list[tuple[str | None, list[str], str]] = [
+    # (what SLURM says of the job, words behind `distlora train`, what the message says)
+    ("sbatch: error: invalid partition specified: gpus", [], "the partitions are gpu, cpu; set cluster.partition"),
+    ("sbatch: error: Batch job submission failed: Invalid qos specification", [], "set cluster.qos"),
+    ("allocation failure: Requested node configuration is not available", [], "cluster.gpus_per_node"),
+    ("allocation failure: Something new", [], "SLURM refuses the job: Something new; change the settings"),
+    (None, ["-m", "cluster.nodes=1,2"], "cluster.nodes is 1 and 2 in this sweep"),
+    (None, ["cluster.max_parallel=2"], "for the jobs of a sweep; add -m"),
+    (None, ["cluster.time_limit=0:03:00"], "set a longer cluster.time_limit"),
+    (None, ['cluster.sbatch=["--nodes=4"]'], "written from cluster.nodes"),
+    (None, ['cluster.setup=["source it\'s/activate"]'], "is not valid bash (line"),
+    (None, ['cluster.sbatch=["--output=here"]'], "the script must set itself"),
+    (None, ["cluster.environment={a-b: c}"], "not a valid name of an environment variable"),
+    (None, ["cluster=local", "cluster.partition=gpu"], "cluster.partition is a setting of cluster=slurm; add that"),
+    (None, ["cluster.environment={WANDB_API_KEY: s3cret}"], "run `export WANDB_API_KEY=...` before the command"),
+    (None, ["cluster.environment={DATABASE_PASSWD: s3cret}"], "DATABASE_PASSWD is a credential by its name or value"),
+    (None, ['cluster.environment={https_proxy: "http://me:s3cret@proxy:80"}'], "https_proxy is a credential by its"),
+]
+
+
+@pytest.mark.parametrize(("said", "words", "reason"), REFUSED)
+def test_what_slurm_cannot_have_or_refuses_is_said_before_anything_is_made(
+    said: str | None, words: list[str], reason: str, place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(local, "prepare", lambda run_dir: 2 if run_dir.name == "1" else 0)
-    assert train("-m", "train.seed=0,1", "run_dir=runs/sweep") == 2
-    assert "not every run could be prepared, so nothing is submitted" in capsys.readouterr().err
-    assert not any("--parsable" in line for line in slurm.asked)
-    assert list((place / "runs").rglob("config.yaml")) == []
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["-m", "cluster.nodes=1,2"], "cluster.nodes is 1 and 2 in this sweep"),
-        (["cluster.max_parallel=2"], "for the jobs of a sweep; add -m"),
-        (["cluster.time_limit=0:03:00"], "set a longer cluster.time_limit"),
-        (['cluster.sbatch=["--nodes=4"]'], "written from cluster.nodes"),
-        (['cluster.setup=["source it\'s/activate"]'], "is not valid bash (line"),
-        (['cluster.sbatch=["--output=here"]'], "the script must set itself"),
-        (["cluster.environment={a-b: c}"], "not a valid name of an environment variable"),
-        (
-            ["cluster=local", "cluster.partition=gpu"],
-            "cluster.partition is a setting of cluster=slurm; add that",
-        ),
-    ],
-)
-def test_settings_that_slurm_cannot_have_are_refused(
-    words: list[str], reason: str, place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
-):
-    assert train(*words) == 2
-    assert reason in capsys.readouterr().err
-    assert not (place / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    "variable", ["WANDB_API_KEY: hunter2", "DATABASE_PASSWD: hunter2", 'https_proxy: "http://me:hunter2@proxy:80"']
-)
-def test_credentials_in_the_jobs_environment_are_refused_unshown(
-    variable: str, place: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
-):
-    assert train(f"cluster.environment={{{variable}}}") == 2
-    said = "".join(capsys.readouterr())
-    name = variable.partition(":")[0]
-    assert f"cluster.environment.{name} is a credential by its name or value" in said
-    assert f"run `export {name}=...` before the command" in said
-    assert "hunter2" not in said
+    slurm.answers("sinfo", "gpu\ncpu\ncpu")
+    if said is not None:
+        slurm.refuses("sbatch", said)
+    assert train(*words, "run_dir=runs/one") == 2
+    shown = "".join(capsys.readouterr())
+    assert reason in shown
+    assert "s3cret" not in shown
     assert not (place / "runs").exists()
 
 
 def test_variables_that_only_sound_like_credentials_are_taken():
     variables = {"NCCL_IB_PKEY": "1", "TOKENIZERS_PARALLELISM": "false", "HF_TOKEN_PATH": "/home/me/token"}
     assert run_config("/runs/one", environment=variables).cluster.environment == variables
-
-
-@pytest.mark.parametrize(
-    ("limit", "seconds"),
-    [("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-12", 216000), ("2-12:30", 217800), ("1-0:0:5", 86405)],
-)
-def test_time_limits_are_read_as_sbatch_reads_them(limit: str, seconds: int):
-    assert sbatch_seconds(limit) == seconds
 
 
 def test_a_line_break_in_a_name_cannot_add_an_option():
@@ -319,25 +275,6 @@ def test_a_job_of_the_same_number_on_another_cluster_is_not_the_runs(
     assert "is SLURM job 41, which is running" in capsys.readouterr().err
     slurm.has_job("41", "RUNNING", script="/home/another/a b/job.sbatch")
     assert main(["resume", "runs/one"]) == 0
-
-
-def test_a_job_is_noted_once_it_has_the_run_and_not_where_it_is_refused(
-    place: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
-):
-    """A script that is submitted twice by hand: the second job must not hide the first from `distlora cancel`."""
-    assert train("run_dir=runs/one") == 0
-    run_dir, holds = place / "runs" / "one", True
-
-    def run_node(*_: Any, lead: Callable[[], int]) -> int:
-        return lead() if holds else 2
-
-    monkeypatch.setattr(node, "run_node", run_node)
-    words = [str(run_dir), "--rdzv-endpoint", "n1:29500", "--rdzv-id", "1.0", "--slurm-job"]
-    assert node.main([*words, "42"]) == 0
-    assert json.loads((run_dir / "slurm.json").read_text())["job_id"] == "42"
-    holds = False
-    assert node.main([*words, "43"]) == 2
-    assert json.loads((run_dir / "slurm.json").read_text())["job_id"] == "42"
 
 
 def test_defaults_of_sbatch_in_the_environment_do_not_win_over_the_settings(

@@ -111,12 +111,6 @@ def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_run_that_was_never_started(run: Path, capsys: pytest.CaptureFixture[str]):
-    found = status(run, capsys)
-    assert (found["state"], found["step"], found["total_steps"], found["saved"]) == ("new", 0, 12, None)
-    assert found["next"] == "distlora resume run"
-
-
 def test_a_local_run_is_found_by_who_holds_it_and_asked_to_stop(
     run: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ):
@@ -213,13 +207,6 @@ def test_damaged_records_are_unknown_and_nothing_else_suffers(run: Path, capsys:
     assert status(run, capsys)["step"] == 2
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["status", str(tmp_path)]) == 2
-    assert "holds no run" in capsys.readouterr().err
-    assert main(["cancel", str(tmp_path / "nothing")]) == 2
-    assert "does not exist" in capsys.readouterr().err
-
-
 def test_a_job_is_followed_from_the_queue_to_its_end(run: Path, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]):
     submitted(run, "41")
     slurm.has_job("41", "PENDING", reason="Priority")
@@ -303,28 +290,3 @@ def test_a_sweep_is_listed_and_cancelled_as_a_whole(
     ]
     assert main(["cancel", "sweep/1"]) == 0
     assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_1"
-
-
-def test_runs_of_a_sweep_are_cancelled_though_one_has_ended_or_is_refused(
-    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.chdir(tmp_path)
-    for number in range(3):
-        submitted(make(tmp_path / "sweep" / str(number), "slurm"), f"41_{number}")
-    records = "\\n".join(job_record(f"41_{number}", "RUNNING") for number in range(3))
-    refuse = 'echo "scontrol: error: $1" >&2; exit 1'
-    slurm.does(
-        "scontrol",
-        f"""refuse() {{ {refuse}; }}
-        case "$*" in
-            show*) printf '{records}\\n' ;;
-            *41_0*) refuse "Job has already finished" ;;
-            *41_1*) [ -e allowed ] || refuse "Access/permission denied" ;;
-        esac""",
-    )
-    assert main(["cancel", "sweep"]) == 2
-    assert "SLURM refuses: error: Access/permission denied" in capsys.readouterr().err
-    assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_2"
-    (slurm.folder / "allowed").touch()
-    assert main(["cancel", "sweep"]) == 0
-    assert slurm.asked[-1] == "scancel --ctld --batch --signal=USR1 41_1 41_2"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ from distlora_launcher.launch.lock import holders, worker_place
 from distlora_launcher.launch.processes import Forwarder
 from distlora_launcher.sweeps import multi_trial
 from distlora_launcher.sweeps import runner as sweep_runner
-from distlora_launcher.sweeps.multi_trial import MultiTrialProcess, MultiTrialRunner
+from distlora_launcher.sweeps.multi_trial import MultiTrialRunner
 from distlora_launcher.sweeps.runner import Outcome, Trial
 from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.sweep import Dimension, Sweep, Values, make_search, make_sweep
@@ -140,59 +138,6 @@ def test_a_process_that_dies_restarts_with_half_and_a_trial_that_dies_alone_fail
     assert 1 in later
 
 
-def test_an_outcome_written_as_the_process_ends_is_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = make(RATES)
-    runner = MultiTrialRunner(sweep, 0, Forwarder())
-    runner.begin(asked(sweep, 0, optim__lr=1e-4))
-    runner.poll()
-    ended = MultiTrialProcess.poll
-
-    def late(pack: MultiTrialProcess) -> int | None:
-        """Wait until the process has written and ended."""
-        pack.close()
-        deadline = time.monotonic() + 60
-        while (code := ended(pack)) is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        return code
-
-    monkeypatch.setattr(MultiTrialProcess, "poll", late)
-    assert [(each.number, each.state) for each in runner.poll()] == [(0, COMPLETE)]
-
-
-@pytest.mark.ci
-def test_a_process_stopped_from_outside_saves_and_its_worker_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[tuple[int, int]] = []
-    sweep = make(RATES, fake={"hangs": True})
-    runner = MultiTrialRunner(sweep, 0, Forwarder())
-    runner.begin(asked(sweep, 0, optim__lr=1e-4))
-    deadline = time.monotonic() + 60
-    while not (sweep.run_dir(0) / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline
-        runner.poll()
-        time.sleep(0.02)
-    assert runner._process is not None
-    runner._process.ask_to_stop()  # As SLURM does.
-    monkeypatch.setattr("distlora_launcher.sweeps.multi_trial.os.kill", lambda *each: sent.append(each))
-    assert [each.state for each in until(runner, 1)] == [SAVED]
-    assert sent == [(os.getpid(), signal.SIGTERM)]
-
-
-def test_each_process_has_the_plan_of_its_largest_trial(make: Make) -> None:
-    ranks = Values("adapter.r", (2, 4, 8))
-    targets = Values(
-        "adapter.target_modules", tuple(["q_proj", "v_proj", "k_proj", "o_proj"][: n + 1] for n in range(4))
-    )
-    sweep = make(Values("data.sequence_length", (32, 64)), targets, ranks, packed=3)
-    runner = MultiTrialRunner(sweep, 0, Forwarder())
-    assert {(adapter.r, len(adapter.target_modules)) for adapter in runner._sizes} == {(8, n) for n in range(1, 5)}
-    runner.begin(asked(sweep, 0, data__sequence_length=64, adapter__r=2))
-    plan = json.loads((sweep.folder / "packs" / "0" / PLAN_NAME).read_text())
-    assert plan["settings"]["data"]["sequence_length"] == 64
-    assert (plan["trials"], plan["settings"]["adapter"]["r"]) == (3, 8)
-    runner.stop()
-
-
 def test_a_stop_saves_every_trial_and_the_next_worker_starts_a_clean_process(make: Make) -> None:
     sweep = make(RATES, fake={"hangs": True})
     runner = MultiTrialRunner(sweep, 0, Forwarder())
@@ -215,16 +160,3 @@ def test_a_stop_saves_every_trial_and_the_next_worker_starts_a_clean_process(mak
     assert [path.name for path in inbox.iterdir()] == ["0001.json"], "trial 0 may be another worker's by now"
     again.stop()
     until(again, 1)
-
-
-def test_a_trial_that_has_its_result_is_not_trained_again(make: Make) -> None:
-    sweep = make(RATES)
-    runner = MultiTrialRunner(sweep, 0, Forwarder())
-    runner.begin(asked(sweep, 0, optim__lr=1e-4))
-    assert [each.state for each in until(runner, 1)] == [COMPLETE]
-    lines = (sweep.run_dir(0) / "metrics.jsonl").read_text()
-    again = MultiTrialRunner(sweep, 1, Forwarder())
-    again.begin(asked(sweep, 0, optim__lr=1e-4))
-    assert [each.state for each in again.poll()] == [COMPLETE]
-    assert (sweep.run_dir(0) / "metrics.jsonl").read_text() == lines
-    runner.stop()

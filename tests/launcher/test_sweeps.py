@@ -9,40 +9,26 @@ import dataclasses
 import json
 import math
 import os
-import pickle
-import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
-from distlora.run_folder.sweep import (
-    COMPLETE,
-    FAILED,
-    PRUNED,
-    RUNNING,
-    WAITING,
-    TrialRecord,
-    ranked,
-    read_importance,
-    read_results,
-)
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, read_importance, read_results
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch.lock import holders, lock_run, worker_place
 from distlora_launcher.launch.processes import Forwarder
-from distlora_launcher.sweeps import runner, start, study
-from distlora_launcher.sweeps.results import best_of
+from distlora_launcher.sweeps import runner, start
 from distlora_launcher.sweeps.runner import Outcome, SingleTrialRunner, Trial
-from distlora_launcher.sweeps.start import parse_sweep, pinned
-from distlora_launcher.sweeps.study import Study, check_sampler
+from distlora_launcher.sweeps.start import parse_sweep
+from distlora_launcher.sweeps.study import Study
 from distlora_launcher.sweeps.sweep import Dimension, Due, Interval, Sweep, Values, load_sweep, make_search, make_sweep
-from distlora_launcher.sweeps.worker import Follower, Worker
+from distlora_launcher.sweeps.worker import Worker
 from support.launcher_fakes import wait_until
 
 HERE = Path(__file__).parents[1]
@@ -168,90 +154,6 @@ def test_a_damaged_journal_is_refused_by_name(tmp_path: Path, damage: bytes):
         study_of(sweep)
 
 
-class Touch:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.place,)
-
-
-class FakeCma:
-    """The part of the package cmaes that Optuna calls: draws near the mean of the last generation."""
-
-    population_size, generation, dim = 3, 0, 1
-
-    def __init__(self, mean: Any, **_: Any) -> None:
-        self.mean, self._rng = mean, random.Random()
-
-    def ask(self) -> Any:
-        return self.mean + self._rng.uniform(0.01, 0.02)
-
-    def tell(self, solutions: list[tuple[Any, float]]) -> None:
-        self.mean, self.generation = sum(x for x, _ in solutions) / len(solutions), self.generation + 1
-
-
-def test_cma_es_reads_no_pickle_from_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "cmaes", SimpleNamespace(CMA=FakeCma, CMAwM=type("CMAwM", (), {})))
-    monkeypatch.setattr(study, "check_sampler", lambda _: None)
-    sweep = sweep_at(tmp_path / "s", Interval("optim.lr", 0.0, 1.0), method="optuna", sampler="cmaes", trials=10)
-    drawn = []
-    with worker_place(sweep.folder, "worker_0"):
-        for _ in range(10):
-            opened = study_of(sweep)
-            trial = asked(opened)
-            assert not (tmp_path / "ran").exists()
-            drawn.append(trial.values["optim.lr"])
-            code = pickle.dumps(Touch(tmp_path / "ran")).hex()
-            number = opened._trial(trial.number)._trial_id
-            opened._study._storage.set_trial_system_attr(number, "cma:optimizer:0", code)
-            complete(opened, trial, 1.0)
-    # The first is random; then each generation of three is near the mean of the one before.
-    means = [0.5, *(sum(drawn[first : first + 3]) / 3 for first in (1, 4))]
-    assert all(0.01 <= drawn[1 + at] - means[at // 3] <= 0.02 for at in range(9))
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xff",
-        b"{settings: {}, words: [1], space: [], config_dir: null, cwd: x, name: null}",
-        b"{settings: {method: x}, words: [], space: [], config_dir: null, cwd: x, name: null}",
-        b"{settings: {}, words: [], space: [{setting: a}], config_dir: null, cwd: x, name: null}",
-    ],
-)
-def test_a_damaged_sweep_yaml_is_refused_by_name(tmp_path: Path, content: bytes):
-    sweep_at(tmp_path / "s")
-    (tmp_path / "s" / "sweep.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=r"sweep.yaml is damaged"):
-        load_sweep(tmp_path / "s")
-
-
-def test_a_draw_that_a_kill_interrupts_leaves_no_trial_without_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for method in ("random", "optuna"):
-        sweep = sweep_at(tmp_path / method, Interval("optim.lr", 1e-5, 1e-3), method=method, trials=2)
-        with monkeypatch.context() as killed:
-            killed.setattr(Study, "_claim", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-            with pytest.raises(OSError, match="no space left"):
-                study_of(sweep).ask()
-        trial = asked(study_of(sweep))
-        assert trial.number == 0
-        assert 1e-5 <= trial.values["optim.lr"] <= 1e-3
-
-
-def test_a_record_that_another_machine_does_not_see_yet_means_no_dead_worker(tmp_path: Path):
-    """Check an empty lock file: NFS shows an open file as empty to others for a while."""
-    sweep = sweep_at(tmp_path / "s")
-    with worker_place(sweep.folder, "worker_0"):
-        first = Study(sweep, make_search(sweep), place="worker_0")
-        assert asked(first).number == 0
-        os.truncate(sweep.folder / "machines" / "worker_0.json", 0)
-        assert asked(study_of(sweep)).number == 1
-    assert asked(study_of(sweep)).number == 0
-
-
 def test_a_trial_that_somebody_goes_on_with_by_hand_is_left_to_him(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s", Values("optim.lr", (1e-3, 1e-2)))
     trial = asked(Study(sweep, make_search(sweep), place="worker_9"))
@@ -263,38 +165,6 @@ def test_a_trial_that_somebody_goes_on_with_by_hand_is_left_to_him(tmp_path: Pat
             assert asked(study).number == 1
             assert study.ask() is Due.WAIT
         assert asked(study).number == 0
-
-
-def test_a_worker_whose_trial_another_took_over_says_nothing_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """Check a trial taken over by another node, as on NFS after lost locks."""
-    sweep = sweep_at(tmp_path / "s")
-    first, second = study_of(sweep), study_of(sweep)
-    trial = asked(first)
-    there = dataclasses.replace(study.this_process(), host="other", boot="other")
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(study, "this_process", lambda: there)
-        assert asked(second) == dataclasses.replace(trial, begun=True)
-    first.report(0, 1, 5.0)
-    first.tell(Outcome(number=0, state=FAILED, seconds=1.0, reason="it is running in another process"), None, {})
-    assert "trial 0 was taken over by another worker" in capsys.readouterr().err
-    assert [(record.state, record.evaluations) for record in second.records()][:1] == [(RUNNING, {})]
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(study, "this_process", lambda: there)
-        second.report(0, 2, 4.0)
-        complete(second, trial, 4.0)
-    first.report(0, 3, 5.0)
-    assert [(record.state, record.evaluations) for record in first.records()][:1] == [(COMPLETE, {2: 4.0})]
-
-
-def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("optuna", "scipy") else object())
-    with pytest.raises(UserError, match="needs scipy"):
-        check_sampler(SweepConfig(method="optuna", sampler="gp"))
-    check_sampler(SweepConfig(method="optuna"))
-    assert main(["sweep", "optim.lr=1e-4,2e-4"]) == 2
-    assert "pip install 'distlora[sweep]'" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("fake_trials")
@@ -346,45 +216,6 @@ def test_cancel_marks_a_trial_of_a_sweep_and_refuses_one_of_a_pack(tmp_path: Pat
         signal.signal(signal.SIGTERM, previous)
     assert "is trained in a pack with other trials" in capsys.readouterr().err
     assert not (run_dir / "cancelled").exists()
-
-
-def test_the_folder_of_the_command_that_is_gone_is_named(tmp_path: Path):
-    sweep = dataclasses.replace(sweep_at(tmp_path / "s"), cwd=str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"gone no longer exists: .* was started there"):
-        sweep.compose(0, {})
-
-
-def test_the_best_is_the_lowest_or_where_more_is_better_the_highest_that_ran_to_its_end(tmp_path: Path):
-    trials = [
-        TrialRecord(number=0, state=COMPLETE, values={}, value=2.0),
-        TrialRecord(number=1, state=PRUNED, values={}, value=1.0),
-        TrialRecord(number=2, state=COMPLETE, values={}, value=3.0),
-        TrialRecord(number=3, state=FAILED, values={}, reason="diverged"),
-        TrialRecord(number=4, state=COMPLETE, values={}, value=2.0),
-    ]
-    sweep = sweep_at(tmp_path / "low")
-    assert best_of(sweep, trials) == trials[0]
-    assert [trial.number for trial in ranked(trials, "minimize")] == [0, 4, 2, 1, 3]
-    assert best_of(sweep_at(tmp_path / "high", direction="maximize"), trials) == trials[2]
-    assert best_of(sweep, []) is None
-
-
-def test_a_follower_reads_whole_lines_once_and_again_what_a_resume_cut_off(tmp_path: Path):
-    metrics = tmp_path / "metrics.jsonl"
-    follower = Follower(tmp_path, "eval_loss")
-    assert list(follower.read()) == []
-    metrics.write_text(
-        '{"step": 0, "eval_loss": 9.0}\n{"step": 2, "eval_loss": 5.0}\n{"step": 3, "loss": 1}\n{"step": 4, '
-    )
-    assert list(follower.read()) == [(2, 5.0)]
-    with metrics.open("a") as file:
-        file.write('"eval_loss": null}\n')
-    assert list(follower.read()) == [(4, None)]
-    metrics.write_text('{"step": 2, "eval_loss": 5.0}\n')
-    assert list(follower.read()) == [(2, 5.0)]
-    # Cut off, and written on beyond where it was.
-    metrics.write_text('{"step": 2, "eval_loss": 6.0}\n{"step": 4, "eval_loss": 4.0}\n')
-    assert list(follower.read()) == [(2, 6.0), (4, 4.0)]
 
 
 def let_go(sweep: Sweep) -> None:
@@ -533,18 +364,6 @@ def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
     assert "WANDB_RUN_ID" not in runner.environment()
 
 
-def test_a_model_on_the_hub_is_of_one_commit_for_all_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        "distlora_launcher.sweeps.start.locate", lambda name, revision: SimpleNamespace(commit=f"{name}@{revision}")
-    )
-    words = ["model.path=org/base", "model.revision=main", "data.path=d.jsonl", f"run_dir={tmp_path / 's'}"]
-    sweep, first = parse_sweep([*words, "optim.lr=1e-4,2e-4"])
-    config = pinned(sweep, first.config.model).compose(1, {"optim.lr": 2e-4}).config
-    assert (config.model.path, config.model.revision) == ("org/base", "org/base@main")
-    sweep, first = parse_sweep([*words, "model.revision=main,v2"])
-    assert pinned(sweep, first.config.model) == sweep
-
-
 def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7,2")
     assert start.visible_devices(2, 2) == ["4,5", "6,7"]
@@ -577,13 +396,6 @@ def test_what_cannot_be_a_sweep_is_refused_before_anything_is_made(
     assert main(["sweep", *paths, *words]) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
-
-
-def test_a_folder_that_is_taken_is_refused(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    sweep = sweep_at(tmp_path / "s")
-    words = [f"model.path={folders / 'llama'}", f"data.path={folders / 'text.jsonl'}", f"run_dir={sweep.folder}"]
-    assert main(["sweep", *words, "optim.lr=1,2"]) == 2
-    assert f"continue it with `distlora resume {sweep.folder}`" in capsys.readouterr().err
 
 
 def sweep_command(folders: Path, folder: Path, cache: Path, *words: str) -> list[str]:

@@ -15,15 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from distlora.training.trackers.wandb_agent import ASKED, VARIABLES, AgentRun, agrees
+from distlora.training.trackers.wandb_agent import VARIABLES, AgentRun, agrees
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
 from distlora_launcher.sweeps import wandb_sweep
 from distlora_launcher.sweeps.sweep import split
-from distlora_launcher.sweeps.wandb_sweep import parameter, parse_agents, unfinished
+from distlora_launcher.sweeps.wandb_sweep import parameter
 from support.small_models import read_metrics
-from support.wandb_logs import read_wandb_log
-from support.wandb_server import WandbServer, running_wandb_server
+from support.wandb_server import WandbServer, read_wandb_log, running_wandb_server
 
 
 @pytest.fixture(autouse=True)
@@ -100,10 +99,7 @@ def test_kinds_of_values_and_an_early_end_are_said_in_wandbs_words(
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [
-        (["quant=nf4,none"], "such as quant.method=a,b"),
-        (["optim.lr=1e-4,-1"], "trial 1 (optim.lr=-1)"),
-    ],
+    [(["quant=nf4,none"], "such as quant.method=a,b"), (["optim.lr=1e-4,-1"], "trial 1 (optim.lr=-1)")],
 )
 def test_what_wandb_cannot_search_is_refused(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
@@ -181,50 +177,6 @@ def test_values_that_a_run_does_not_have_are_refused_before_anything_starts(
     assert main(["train", *settings(folders, tmp_path), *words]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
-
-
-def test_an_agents_words_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, said in {
-        (): "distlora sweep agent ENTITY/PROJECT/ID",
-        ("a/b/c", "optim.lr=1"): "the settings of its runs are in the sweep",
-        ("a/b/c", "sweep.workers=0"): "sweep.workers=0",
-        ("a/b/c", "--count", "0"): "--count 0",
-    }.items():
-        assert main(["sweep", "agent", *words]) == 2
-        assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("by", ["wandb", "the command"])
-def test_a_run_that_was_asked_to_stop_says_by_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
-    start_as_agent(monkeypatch, tmp_path, {"adapter.r": 4})
-    monkeypatch.setenv(ASKED, str(tmp_path / "asked"))
-    wandb_sweep.note_end(tmp_path, 1)
-    assert AgentRun.of_run(tmp_path) is None
-    if by == "the command":
-        (tmp_path / "asked").touch()
-    wandb_sweep.note_end(tmp_path, 75)
-    kept = AgentRun.of_run(tmp_path)
-    assert kept is not None
-    assert (kept.sweep_id, kept.run_id, kept.values) == ("s1", "run1", {"adapter.r": 4})
-    assert wandb_sweep.was_ended_early(tmp_path) == (by == "wandb")
-
-
-def test_what_was_stopped_or_killed_goes_on_and_nothing_else_does(tmp_path: Path) -> None:
-    request, _, _ = parse_agents(["team/p/s1", f"run_dir={tmp_path}"])
-    for name in ("stopped", "killed", "failed", "done", "ended-early", "of-another", "by-hand"):
-        run = tmp_path / name
-        (run / "logs").mkdir(parents=True)
-        (run / "config.yaml").write_text("name: x\n")
-        if name != "by-hand":
-            sweep = "s2" if name == "of-another" else "s1"
-            AgentRun(sweep_id=sweep, run_id=name, values={}).keep(run)
-    (tmp_path / "stopped" / "stopped.json").write_text('{"step": 3, "checkpoint": "x", "signal": "SIGTERM", "time": 2}')
-    error = {"type": "NonFiniteError", "message": "no number", "bad_input": False, "time": 1.0, "traceback": ""}
-    (tmp_path / "failed" / "logs" / "rank_0.error.json").write_text(json.dumps(error))
-    (tmp_path / "done" / "adapter").mkdir()
-    (tmp_path / "done" / "adapter" / "adapter_config.json").write_text("{}")
-    (tmp_path / "ended-early" / "wandb" / "ended_early").touch()
-    assert [run.name for run in unfinished(request)] == ["killed", "stopped"]
 
 
 def environment(server: WandbServer, place: Path) -> dict[str, str]:

@@ -65,7 +65,7 @@ from support.family_models import (
     tokens,
 )
 from support.peft_models import write_adapter
-from support.reported_runs import reported
+from support.report_folders import reported
 from support.runs import build_run_model, parallelize_run
 from support.small_models import make_run, read_metrics, write_model_folder, write_text_file
 from support.tiers import ci

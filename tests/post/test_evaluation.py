@@ -162,33 +162,6 @@ def test_a_text_is_read_once_for_all_and_written_down(
     assert "6 of" in capsys.readouterr().out
 
 
-def test_bad_eval_options_are_refused(
-    run_dir: Path, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    llama, text = str(folders / "llama"), str(folders / "text.jsonl")
-    make_run(tmp_path / "untrained", folders)
-    for words, reason in (
-        ([llama], "add --text FILE"),
-        (["nowhere", "--text", text], "nowhere does not exist"),
-        (["empty", "--text", text], "neither a run, an adapter nor a model"),
-        (["untrained"], "nothing trained yet"),
-        ([str(run_dir), "--quant", "none"], "was trained with quant=nf4"),
-        ([str(run_dir), "--sequence-length", "9"], "belongs to --text"),
-        ([str(run_dir), str(run_dir)], "named twice"),
-        ([llama, "--text", text, "--sequence-length", "100000"], "--sequence-length 100,000"),
-        ([llama, "--text", text, "--checkpoint", "best"], "and none is named"),
-        ([llama, "--text", "gone.jsonl"], "gone.jsonl"),
-        ([llama, "--text", text, "--rows", "0"], "--rows=0"),
-        ([llama, "--text", text, "--out", llama], "exists already"),
-        ([str(run_dir / "adapter")], "write"),
-        ([llama, "--text", text, "--rowz", "1"], "--rows"),
-    ):
-        assert command(["eval", *words]) == 2, words
-        assert reason in capsys.readouterr().err, words
-
-
 def test_another_tokenizer_is_refused(folders: Path, tmp_path: Path) -> None:
     """Bytes alone are tokens of the other: the same ids would mean something else."""
     write_model_folder(tmp_path / "other", "llama")
@@ -267,36 +240,3 @@ def test_the_other_forms_are_measured_and_leave_nothing_behind(run_dir: Path, tm
     assert divergences == sorted(divergences)
     assert divergences[1] * 10 < divergences[2]
     assert models["sum on the base on disk, fp32"]["divergence"] > divergences[2]
-
-
-def test_a_merge_that_cannot_be_measured_says_so_or_is_refused(
-    run_dir: Path, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = str(tmp_path / "merged")
-    adapter = tmp_path / "adapter"
-    adapter.symlink_to(run_dir / "adapter")
-    became: list[str] = []
-    monkeypatch.setattr("distlora_launcher.cli.merge.become", lambda worker, request: became.append(worker))
-    monkeypatch.setattr("distlora_launcher.cli.merge.run_alone", lambda worker, request: became.append(worker) or 0)
-    assert command(["merge", str(run_dir), "--out", out]) is None
-    assert became == ["distlora.post.merge.merge:main", "distlora.post.evaluate.worker:main"]
-    became.clear()
-    foreign = ["merge", str(adapter), "--model", str(folders / "llama"), "--out", out]
-    assert command([*foreign, "--compare"]) == 2
-    assert "add --text FILE" in capsys.readouterr().err
-    monkeypatch.chdir(folders.parent)
-    foreign[3] = f"{folders.name}/llama"  # Here, so it is no name on the hub.
-    assert command([*foreign, "--compare"]) == 2
-    assert "add --text FILE" in capsys.readouterr().err
-    for words, reason in (
-        (["--no-measure", "--rows", "3"], "--rows has no effect"),
-        (["--no-measure", "--processes", "2"], "--processes has no effect"),
-        (["--rows", "0"], "--rows=0"),
-    ):
-        assert command(["merge", str(run_dir), "--out", out, *words]) == 2
-        assert reason in capsys.readouterr().err
-    monkeypatch.setattr(merging, "available_bytes", lambda: 2**20)
-    monkeypatch.setattr(merging, "gpu_count", lambda: 0)
-    assert command(["merge", str(run_dir), "--out", out, "--rows", "3"]) == 2
-    assert "GiB of host memory for the model in fp32" in capsys.readouterr().err
-    assert became == []

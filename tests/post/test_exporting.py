@@ -332,19 +332,6 @@ def test_a_gguf_file_is_named_after_its_run_and_dtype(place: Path) -> None:
         name(place / "lora", "gguf", out="x")
 
 
-def test_the_checking_process_prints_no_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "from tqdm.auto import tqdm; print(sum(tqdm([1, 2])))"
-    monkeypatch.setattr(worker, "encode_call", lambda *_: "")
-    popen = subprocess.run
-    monkeypatch.setattr(
-        worker.subprocess,
-        "run",
-        lambda _, **options: popen([sys.executable, "-c", code], **options | {"stderr": subprocess.STDOUT}),
-    )
-    request = ExportRequest(name=Name(place="run"), format="gguf", out="out", dtype="fp32")
-    assert worker.in_own_process(request) == (0, "3\n")
-
-
 def test_bad_export_options_are_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -466,13 +453,6 @@ def test_a_file_without_the_adapter_is_not_left_behind(
     monkeypatch.setattr(gguf_model, "write", without_adapter)
     assert export(place, "pissa", "gguf", tmp_path / "out.gguf", dtype, converter=converter) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_dora_and_full_models_are_refused_as_llama_cpp_adapters(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"use_dora=true, and the server adds B A .*--format gguf"):
-        export(place, "dora", "llama.cpp", tmp_path / "out.gguf")
-    with pytest.raises(UserError, match="trained the whole model"):
-        export(place, "full", "llama.cpp", tmp_path / "out.gguf")
 
 
 @pytest.mark.llama_cpp

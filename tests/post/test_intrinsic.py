@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora.analysis.intrinsic import report, search, training
+from distlora.analysis.intrinsic import report, search
 from distlora.analysis.intrinsic.request import (
     PLOT_NAME,
     REPORT_NAME,
@@ -31,9 +31,7 @@ from distlora.analysis.intrinsic.training import (
 )
 from distlora.analysis.intrinsic.worker import run as analyse
 from distlora.system.command_worker import to_json
-from distlora.system.randomness import key_of
 from distlora.training import worker as train
-from distlora_kernels.dropout import philox
 from distlora_launcher.cli import analyze
 from distlora_launcher.cli.main import main
 from support.closeness import assert_losses_close, relative_error
@@ -51,54 +49,12 @@ def dense(subspace: Projection) -> Tensor:
     )
 
 
-def hadamard_matrix(bits: int) -> Tensor:
-    """(-1)^(number of common bits), the definition."""
-    index = torch.arange(2**bits)
-    common = index[:, None] & index[None, :]
-    return torch.tensor([[(-1.0) ** int(c).bit_count() for c in row] for row in common])
-
-
-def test_a_block_is_three_transforms_with_signs_that_are_bits_of_philox() -> None:
-    seed, length = 3, 256
-    ours = dense(Projection(seed, size=3 * length, dimension=200, device=CPU))
-    for block in range(3):
-        expected = torch.eye(length)[:, :200]
-        for stage in range(3):
-            index = torch.arange(block * length // 128, (block + 1) * length // 128)
-            zero = torch.zeros_like(index)
-            words = torch.stack(philox(key_of(seed, "subspace"), (index, zero, zero + stage, zero)), dim=1).flatten()
-            bits = (words[:, None] >> torch.arange(32)) & 1
-            expected = hadamard_matrix(8) @ ((1.0 - 2.0 * bits.flatten())[:, None] * expected)
-        expected *= math.sqrt(length / (3 * length)) * length**-1.5
-        assert torch.allclose(ours[block * length : (block + 1) * length], expected, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("size", "dimension", "bound"), [(4096, 128, 1e-5), (3 * 512, 300, 1e-5), (1000, 37, 0.05), (10_000, 300, 0.02)]
 )
 def test_columns_are_orthonormal_but_for_a_last_block_that_is_cut_off(size: int, dimension: int, bound: float) -> None:
     values = torch.linalg.svdvals(dense(Projection(0, size=size, dimension=dimension, device=CPU)))
     assert float((values - 1).abs().max()) < bound
-
-
-@pytest.mark.parametrize(("size", "dimension"), [(1000, 37), (5000, 700), (2_524_416, 100_000)])
-def test_the_adjoint_is_exact(size: int, dimension: int) -> None:
-    subspace = Projection(1, size=size, dimension=dimension, device=CPU)
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(dimension, generator=generator), torch.randn(size, generator=generator)
-    forward, adjoint = subspace.parameters_of(x, torch.empty(size)).double(), subspace.coordinates_of(y).double()
-    lengths = float(x.double().norm() * y.double().norm())
-    assert abs(float(forward @ y.double() - x.double() @ adjoint)) < 1e-6 * lengths
-
-
-def test_the_subspace_depends_on_its_seed_and_on_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = dense(Projection(0, size=1000, dimension=100, device=CPU))
-    assert relative_error(dense(Projection(1, size=1000, dimension=100, device=CPU)), whole) > 1
-    # More parameters: the same rows, in another scale.
-    larger = dense(Projection(0, size=4000, dimension=100, device=CPU))[:1000] * 2
-    assert torch.allclose(larger, whole, atol=1e-6)
-    monkeypatch.setattr(training, "ELEMENTS_AT_ONCE", 256)
-    assert torch.equal(dense(Projection(0, size=1000, dimension=100, device=CPU)), whole)
 
 
 def test_layers_are_the_embedding_each_block_the_norm_and_a_head_of_its_own(folders: Path) -> None:
@@ -215,48 +171,6 @@ def test_the_search_finds_the_dimension_in_few_steps() -> None:
         assert search.bracket(lambda d, true=true: d >= true, start=64, least=5, most=1000, resolution=2) == expected
 
 
-def test_learning_rates_are_climbed_both_ways_once_and_one_way_from_the_nearest_dimension() -> None:
-    asked: list[tuple[int, int]] = []
-    best = {1000: 1, 100: 3, 4000: 0}
-
-    def loss_at(dimension: int, power: int) -> float:
-        asked.append((dimension, power))
-        return 4 + (power - best[dimension]) ** 2 if power < 5 else math.inf
-
-    rates = search.Rates(loss_at)
-    assert [rates.loss(dimension) for dimension in (1000, 100, 4000)] == [4, 4, 4]
-    assert rates.best == best
-    assert asked == [
-        *((1000, power) for power in (0, 1, 2)),
-        *((100, power) for power in (1, 2, 3, 4)),
-        *((4000, power) for power in (1, 0, -1)),
-    ]
-
-
-def test_the_crossing_is_interpolated_in_log_d_over_pooled_shares() -> None:
-    assert search.isotonic([1, 3, 2, 2, 5], [1, 2, 1, 1, 1]) == [1, 2.5, 2.5, 2.5, 5]
-    shares = {100: [0.8, 0.84], 400: [0.98]}
-    assert search.crossing(shares, 0.9) == pytest.approx(200)
-    assert search.crossing(shares, 0.9, shift=0.04) == pytest.approx(100 * 4**0.25)
-    assert search.crossing(shares, 0.99) is None
-    assert search.crossing({10: [0.95], 100: [0.5], 1000: [1.0]}, 0.9) == pytest.approx(
-        100 * 10 ** ((0.9 - 0.725) / (1 - 0.725))
-    )
-    assert search.deviation([[0.8, 0.84], [0.9]]) == pytest.approx(math.sqrt(2) * 0.02)
-    assert search.deviation([[0.8]]) is None
-
-
-def test_where_nothing_crosses_the_side_is_said() -> None:
-    for shares, words in (
-        ({512: [0.8], 1024: [0.91, 0.85]}, "above 1,024"),
-        ({512: [0.89, 0.95], 1024: [0.93, 0.97]}, "at most 512"),
-        ({512: [0.8], 2048: [1.0]}, "1,024"),
-    ):
-        side, points = search.side(shares, 0.9), [{"dimension": d} for d in shares]
-        found = {"dimension": search.crossing(shares, 0.9), "side": side, "points": points}
-        assert report.dimension(found) == words
-
-
 @pytest.mark.ci
 def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -298,29 +212,15 @@ def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
     assert trained == []
 
 
-def test_what_cannot_be_is_refused_by_name(
+def test_an_analysis_is_not_written_over_another(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model, data = str(folders / "llama-tied"), str(folders / "text.jsonl")
     handed: list[IntrinsicRequest] = []
     monkeypatch.setattr(analyze, "become", lambda worker, request: handed.append(request))
-    for arguments, message in (
-        ([model], "--data FILE is missing"),
-        ([model, "--data", "no.jsonl"], "no.jsonl does not exist"),
-        ([model, "--data", data, "--share", "1.5"], "--share=1.5 is not a valid fraction"),
-        ([model, "--data", data, "--scaling", "said"], "--scaling=said is not known; write none, layers"),
-        ([model, "--data", data, "--start", "2000", "--most", "10"], "--start=2,000 is beyond --most=10"),
-        ([model, "--data", data, "--sequence-length", "4096"], "--sequence-length 4,096"),
-        ([model, "--data", data, "--also", "64,1000000"], "--also=1,000,000 is beyond --most=100,000"),
-        (["nowhere", "--data", data], "nowhere does not exist"),
-        ([str(folders / "mixtral"), "--data", data], "and adapter=full on a mixture of experts (mixtral) is covered"),
-        ([model, model, "--data", data], "two models are called llama-tied"),
-        ([model, "--data", data, "--step", "3"], "did you mean '--steps'?"),
-    ):
-        assert main(["analyze", "intrinsic", *arguments]) == 2, arguments
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "analysis").exists()
+    assert main(["analyze", "intrinsic", str(folders / "mixtral"), "--data", data]) == 2
+    assert "and adapter=full on a mixture of experts (mixtral) is covered" in capsys.readouterr().err
     asked = ["analyze", "intrinsic", model, "--data", data, "--out", "out"]
     for _ in range(2):
         main(asked)  # The second goes on.

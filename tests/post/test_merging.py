@@ -28,12 +28,10 @@ from distlora.training.publish import publish_result
 from distlora.weights.peft_folder import read_peft_adapter
 from distlora.weights.reader import Reader
 from distlora_kernels.formats import nf4
-from distlora_launcher.cli.main import main
 from support.bitsandbytes_weights import quantize
 from support.family_models import SINGLE, config_for, hf_model, load_ours, our_logits, tokens
 from support.large_models import QWEN25_1_5B, write_large_adapter, write_large_model
 from support.peft_models import adapted, their_logits
-from support.small_disks import small_disk
 from support.small_models import NEW_TOKENS, make_run, write_model_folder
 from support.tiers import ci, diagonal
 
@@ -174,25 +172,6 @@ def test_shards_names_and_other_tensors_stay_those_of_the_base(tmp_path: Path) -
     assert {after[name].dtype for name in after if name not in vision and "projector" not in name} == {"BF16"}
 
 
-def test_runs_that_cannot_be_merged_are_refused_before_torch(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    full, loftq = tmp_path / "full", tmp_path / "loftq"
-    make_run(full, folders, adapter={"method": "full"}, quant={"method": "none"}, **TRAINED)
-    make_run(loftq, folders, adapter={"init": "loftq"}, **TRAINED)
-    for run in (full, loftq):
-        (run / "checkpoints" / "step_00000002").mkdir(parents=True)
-    (tmp_path / "there").mkdir()
-    for words, reason in (
-        ([full], "trained the whole model (adapter=full)"),
-        ([loftq, "--onto", "original"], "started by LoftQ"),
-        ([loftq, "--out", tmp_path / "there"], "exists already"),
-        ([loftq, "--dtype", "fp8"], "fp32"),
-    ):
-        assert main(["merge", *map(str, words)]) == 2
-        assert reason in capsys.readouterr().err
-
-
 def test_a_number_beyond_fp16_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, trained = adapted(tmp_path, "llama3-tied")
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 10**9, 1000))
@@ -205,17 +184,6 @@ def test_a_number_beyond_fp16_and_a_full_disk_leave_nothing(tmp_path: Path, monk
     with pytest.raises(UserError, match=r"fp16 ends at 65,504, and model.norm.weight has 1,048,576"):
         merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float16, say=quiet)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-
-
-def test_a_disk_that_fills_while_a_model_is_written_is_left_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, trained = adapted(tmp_path, "llama3-tied")
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 0, 10**9))  # Filled since.
-    with small_disk(tmp_path / "disk", 64) as disk:
-        with pytest.raises(OSError, match="No space left on device"):
-            merge_to(trained, disk / "merged", onto="trained", dtype=torch.float32, say=quiet)
-        assert [*disk.iterdir()] == []
 
 
 def test_one_process_writes_a_folder_and_none_takes_anothers_place(tmp_path: Path) -> None:

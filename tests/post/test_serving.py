@@ -250,24 +250,6 @@ def test_a_transposed_renamed_or_stacked_tensor_is_refused_by_name(tmp_path: Pat
             served_folder.check_folder(tmp_path, *written)
 
 
-def test_one_expert_where_the_server_reads_a_stack_is_refused_by_name(tmp_path: Path) -> None:
-    written = write(tmp_path, "vllm", "gpt_oss")
-    place = f"{PREFIX}model.layers.0.mlp.experts"
-    damaged(tmp_path, lambda t: t | {f"{place}.1.gate_proj.lora_A.weight": torch.zeros(3, 96)})
-    with pytest.raises(UserError, match=r"experts.1.gate_proj.lora_A.weight: it is one expert's, and vLLM reads all"):
-        served_folder.check_folder(tmp_path, *written)
-    # PEFT before 0.19 has the factors of the transpose, which vLLM would read as something else.
-    consumer, row, places, factors = write(tmp_path, "vllm", "gpt_oss")
-    halves = [f"{place}.base_layer.lora_{part}.weight" for part in "AB"]
-    experts = places[f"{place.removeprefix(PREFIX)}.base_layer"].stack
-    damaged(
-        tmp_path,
-        lambda t: t | dict(zip(halves, transposed_factors(*(t[half] for half in halves), experts), strict=True)),
-    )
-    with pytest.raises(UserError, match=r"experts.base_layer.lora_A.weight: it has shape .*; it is transposed"):
-        served_folder.check_folder(tmp_path, consumer, row, places, factors)
-
-
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("model_type", EXPERTS)
 def test_pefts_layouts_of_experts_bind_and_mean_what_was_trained(tmp_path: Path, model_type: str, early: bool) -> None:

@@ -50,11 +50,7 @@ def chat_tokenizer(kind: str = "llama3") -> Any:
         alphabet = ["\u2581"]
         markers += [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=1330,
-        special_tokens=markers,
-        initial_alphabet=alphabet,
-        show_progress=False,
-        max_token_length=16,
+        vocab_size=1330, special_tokens=markers, initial_alphabet=alphabet, show_progress=False, max_token_length=16
     )
     texts = list(pydoc_data.topics.topics.values())
     if kind not in ("llama3", "gpt2"):  # Line breaks are bytes there, in no merge.

@@ -107,10 +107,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3", _TIED | _GEMMA3),
     "gemma3-untied": ("Gemma3", _UNTIED | _GEMMA3),
     "phi3": ("Phi3", _UNTIED | {"sliding_window": WINDOW}),
-    "phi3-longrope-tied": (
-        "Phi3",
-        _TIED | {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128},
-    ),
+    "phi3-longrope-tied": ("Phi3", _TIED | {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 128}),
     "mixtral": ("Mixtral", _UNTIED | _EXPERTS | {"sliding_window": WINDOW}),
     "qwen3-moe": ("Qwen3Moe", _TIED | _QWEN_EXPERTS),
     "gpt-oss": ("GptOss", _UNTIED | _EXPERTS | {"sliding_window": WINDOW, "rope_parameters": _YARN}),

@@ -14,14 +14,14 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from support import loopback
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
 DATE = "2026-01-01T00:00:00.000Z"
@@ -118,45 +118,19 @@ def start_hub() -> Iterator[Hub]:
         pass
 
     Bound.hub = hub
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
+    with loopback.serving(Bound) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 class _Refused(Exception):
     """An answer that is no 200: (status, error code, message)."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(loopback.Handler):
     hub: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        del format, args
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
-    def do_PUT(self) -> None:
-        self._answer()
 
     def _answer(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        self._body = self.rfile.read(length) if length else b""
+        self._body = self.body()
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             self._body = self._read_chunks()
         parts = urlsplit(self.path)
@@ -167,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
             status, code, message = refusal.args
             headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
             self._send(status, {"error": message}, headers=headers)
+
+    do_GET = do_HEAD = do_POST = do_PUT = _answer
 
     def _read_chunks(self) -> bytes:
         body = b""
@@ -381,19 +357,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, content: Any, *, headers: Mapping[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.hub.requests.append(Request(self.command, self._path, 0 if self.command == "HEAD" else len(body)))
-        self.send_response(status)
-        given = {"Content-Type": "application/octet-stream" if body is content else "application/json"}
-        for name, value in (given | dict(headers or {}) | {"Content-Length": str(len(body))}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self._send_body(body)
+        self.answer(status, content, headers)
 
-    def _send_body(self, body: bytes) -> None:
+    def write(self, content: bytes) -> None:
         try:
-            for start in range(0, len(body), 1_000_000):
+            for start in range(0, len(content), 1_000_000):
                 time.sleep(self.hub.seconds_per_chunk)
-                self.wfile.write(body[start : start + 1_000_000])
+                self.wfile.write(content[start : start + 1_000_000])
         except (BrokenPipeError, ConnectionResetError):  # The client has gone.
             self.close_connection = True
 

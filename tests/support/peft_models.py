@@ -57,15 +57,17 @@ def their_logits(folder: Path, input_ids: torch.Tensor, architecture: Architectu
         return model(input_ids).logits.float()
 
 
-def write_adapter(folder: Path, base: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
-    """Save a LoRA or DoRA with PEFT, with random B and magnitudes, for the Hugging Face model of a folder."""
-    torch.manual_seed(1)
+def write_adapter(
+    folder: Path, base: Path, *, dtype: torch.dtype = torch.float32, seed: int = 1, std: float = 0.05, **fields: Any
+) -> Path:
+    """Save a LoRA or DoRA with PEFT for the Hugging Face model of a folder, with random B (of `std`) and magnitudes."""
+    torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=std)
             elif "lora_magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
             elif "modules_to_save" in name:

@@ -11,6 +11,8 @@ import yaml
 
 from distlora.config import Config
 from distlora.config.file import as_mapping, build
+from distlora.run_folder.layout import REPORT_NAME
+from distlora_launcher.cli.main import main
 
 MOMENT = 1_795_655_700.0
 VOID = {"meta", "br", "img", "col", "link", "input", "base"}
@@ -87,6 +89,12 @@ def make_folder(run_dir: Path, *, steps: int = 40, done: bool = True, name: str 
     return run_dir
 
 
+def reported(folder: Path) -> Page:
+    """Return the page that `distlora report` writes for a run or a sweep."""
+    assert main(["report", str(folder)]) == 0
+    return Page((folder / REPORT_NAME).read_text(encoding="utf-8"))
+
+
 def metrics(steps: int, every: int = 10) -> list[dict[str, Any]]:
     """Return lines of metrics.jsonl, with an evaluation before the first step and after every few."""
     lines: list[dict[str, Any]] = [{"step": 0, "time": MOMENT, "eval_loss": 3.0}]
@@ -114,7 +122,6 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
         self.shown: list[str] = []
         self.tables: list[list[list[str]]] = []
         self.ids: list[str] = []
@@ -128,8 +135,6 @@ class Page(HTMLParser):
         self.elements.append((tag, values))
         if tag not in VOID:
             self.open.append(tag)
-        if tag == "script":
-            self.scripts.append((values, ""))
         if values.get("id"):
             self.ids.append(str(values["id"]))
         if tag == "table":
@@ -150,10 +155,7 @@ class Page(HTMLParser):
         self.open.pop()
 
     def handle_data(self, data: str) -> None:
-        if "script" in self.open:
-            attributes, text = self.scripts[-1]
-            self.scripts[-1] = (attributes, text + data)
-        elif "style" not in self.open:
+        if "style" not in self.open:
             self.shown.append(data)
             if "td" in self.open or "th" in self.open:
                 self.tables[-1][-1][-1] += data

@@ -10,13 +10,14 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from transformers import AutoModelForCausalLM
+
+from support import loopback
 
 
 class Server:
@@ -115,32 +116,16 @@ def serving(base: Path) -> Iterator[tuple[str, Server]]:
     """Serve a Hugging Face folder within this context: (URL, server)."""
     server = Server(base)
 
-    class Handler(BaseHTTPRequestHandler):
+    class VllmHandler(loopback.Handler):
         def do_GET(self) -> None:
-            self._answer({})
+            self._ask({})
 
         def do_POST(self) -> None:
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self._ask(json.loads(self.body()))
 
-        def _answer(self, body: dict[str, Any]) -> None:
+        def _ask(self, body: dict[str, Any]) -> None:
             known = server.key is None or self.headers["Authorization"] == f"Bearer {server.key}"
-            self._send(*(server.answer(self.path, body) if known else (401, {"error": "Unauthorized"})))
+            self.answer(*(server.answer(self.path, body) if known else (401, {"error": "Unauthorized"})))
 
-        def _send(self, status: int, value: Any) -> None:
-            text = value if isinstance(value, str) else json.dumps(value)
-            self.send_response(status)
-            self.send_header("Content-Type", "text/plain" if isinstance(value, str) else "application/json")
-            self.send_header("Content-Length", str(len(text.encode())))
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}", server
-    finally:
-        http.shutdown()
-        http.server_close()
+    with loopback.serving(VllmHandler) as url:
+        yield url, server

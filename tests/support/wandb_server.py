@@ -11,15 +11,18 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import socket
+import struct
 import threading
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from support import loopback
 
 ENTITY, PROJECT = "local", "project"
 
@@ -41,7 +44,7 @@ class Sweep:
 class WandbServer:
     """Its sweeps, and what it could not answer."""
 
-    port: int = 0
+    url: str = ""
     sweeps: dict[str, Sweep] = field(default_factory=dict)
     stop_runs: set[str] = field(default_factory=set)
     """Runs whose agent is told to end them, as early termination does."""
@@ -51,7 +54,7 @@ class WandbServer:
     def environment(self) -> dict[str, str]:
         """Variables for wandb's commands and for runs."""
         return {
-            "WANDB_BASE_URL": f"http://127.0.0.1:{self.port}",
+            "WANDB_BASE_URL": self.url,
             "WANDB_API_KEY": "k" * 40,
             "WANDB_ENTITY": ENTITY,
             "WANDB_MODE": "offline",
@@ -143,70 +146,44 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def server_that_is_down(fault: str) -> Iterator[str]:
-    """Yield the URL of a server that `refuses` connections, is `silent` in them, or answers `500`."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            """Not on the terminal."""
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send_error(500)
-
-        do_GET = do_POST
-
-    with socket.socket() as held, ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
-        held.bind(("127.0.0.1", 0))
-        if fault == "silent":
-            held.listen()
-        port = held.getsockname()[1]
-        if fault == "500":
-            port = http.server_port
-            threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        yield f"http://127.0.0.1:{port}"
-        if fault == "500":
-            http.shutdown()
-
-
-@contextmanager
 def running_wandb_server() -> Iterator[WandbServer]:
     """Serve on a free port of this machine, for the duration."""
     server, lock = WandbServer(), threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            """Not on the terminal."""
-
+    class WandbHandler(loopback.Handler):
         def do_GET(self) -> None:
-            self._say({})
+            self.answer(200, {})
 
         def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            content = self.body()
             if self.path != "/graphql":  # wandb's telemetry.
-                return self._say({})
+                return self.answer(200, {})
             asked = json.loads(content)
             with lock:
-                return self._say({"data": server.answer(asked.get("query", ""), asked.get("variables") or {})})
+                found = server.answer(asked.get("query", ""), asked.get("variables") or {})
+            return self.answer(200, {"data": found})
 
-        def _say(self, value: dict[str, Any]) -> None:
-            content = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    server.port = http.server_port
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with loopback.serving(WandbHandler) as server.url:
         yield server
-    finally:
-        http.shutdown()
-        http.server_close()
-        thread.join()
+
+
+def read_wandb_log(folder: Path) -> list[Any]:
+    """Return the records of an offline run.
+
+    The file is a LevelDB log: 7-byte file header, 32 KiB blocks of crc, length, kind, payload.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("run-*.wandb")
+    data, position, record, records = path.read_bytes(), 7, b"", []
+    while len(data) - position > 7:
+        position += (32768 - position % 32768) * (32768 - position % 32768 < 7)  # A header never straddles two blocks.
+        crc, length, kind = struct.unpack_from("<IHB", data, position)
+        chunk = data[position + 7 : position + 7 + length]
+        assert zlib.crc32(bytes([kind]) + chunk) == crc
+        position += 7 + length
+        record += chunk
+        if kind in (1, 4):  # whole, or the last part
+            records.append(wandb_internal_pb2.Record.FromString(record))
+            record = b""
+    return records

@@ -85,12 +85,7 @@ def start_world(size: int = SIZE, *, regroups: bool = False) -> Iterator[World]:
 
 
 def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connection) -> None:
-    os.environ.update(
-        OMP_NUM_THREADS="1",
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
-    )
+    os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     import torch
 
     from distlora import derive

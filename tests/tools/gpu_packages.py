@@ -69,17 +69,8 @@ def make_packages(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for wheel in folder.glob("*.whl"):  # Not COMMAND.json, with the parts that are done.
         wheel.unlink()
-    pip = (
-        sys.executable,
-        "-m",
-        "pip",
-        "--quiet",
-        "--disable-pip-version-check",
-        "wheel",
-        "--no-deps",
-        "-w",
-        str(folder),
-    )
+    command = "-m pip --quiet --disable-pip-version-check wheel --no-deps"
+    pip = [sys.executable, *command.split(), "-w", str(folder)]
     names = [f"{name}=={importlib.metadata.version(name)}" for name in (*PACKAGES, "bitsandbytes")]
     subprocess.run([*pip, *names], check=True)
     whole = next(folder.glob("bitsandbytes-*.whl"))

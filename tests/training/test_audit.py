@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import peft
 import pytest
 import safetensors.torch
 import torch
@@ -38,6 +37,7 @@ from support import independent
 from support.closeness import relative_error
 from support.family_models import SINGLE
 from support.low_bit_checkpoints import CHECKPOINTS, convert_folder
+from support.peft_models import write_adapter
 from support.runs import run_once
 from support.small_models import make_run, read_metrics, write_model_folder
 from support.trl_models import documents_of
@@ -203,16 +203,9 @@ class Material:
     @functools.cache  # noqa: B019
     def adapter(self, model: str, rank: int) -> Path:
         """Return a folder of PEFT's with an adapter that is not zero."""
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(self.base(model, "fp32"), dtype=torch.float32)
-        torch.manual_seed(SEED)
-        lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "down_proj"])
-        tuned, folder = peft.get_peft_model(loaded, lora), self.folder / f"{model}-adapter-{rank}"
-        with torch.no_grad():
-            for name, parameter in tuned.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(0, 0.1)
-        tuned.save_pretrained(folder)
-        return folder
+        folder, lora = self.folder / f"{model}-adapter-{rank}", {"r": rank, "lora_alpha": 2 * rank}
+        modules = ["q_proj", "down_proj"]
+        return write_adapter(folder, self.base(model, "fp32"), seed=SEED, std=0.1, target_modules=modules, **lora)
 
     @functools.cache  # noqa: B019
     def data(self, objective: str) -> tuple[Path, Path]:

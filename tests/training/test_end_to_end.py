@@ -18,7 +18,7 @@ import pytest
 from distlora.config.file import as_mapping, load_config
 from support.planned import assert_disk_as_planned
 from support.small_models import read_metrics
-from support.wandb_logs import read_wandb_log
+from support.wandb_server import read_wandb_log
 from tools.chaos import Campaign, Kill, train_command
 
 

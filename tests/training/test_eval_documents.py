@@ -13,17 +13,12 @@ import pytest
 import torch
 
 from distlora.config import UserError
-from distlora.data.loader import Share, StepLoader, stacks
+from distlora.data.loader import StepLoader
 from distlora.data.prepare import open_split
-from distlora.run_folder.eval_documents import (
-    EVAL_DOCUMENTS_NAME,
-    DocumentRecord,
-    check_paired,
-    read_documents,
-)
+from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
 from distlora.training.objectives.documents import DocumentLosses
 from support.runs import run_once
-from support.small_models import config_with, make_run, read_metrics, tokenizer
+from support.small_models import make_run, read_metrics, tokenizer
 from support.worlds import World
 
 ALONE: Any = SimpleNamespace(ranks=SimpleNamespace(device=torch.device("cpu")), sum_over_ranks=lambda tensor: tensor)
@@ -74,29 +69,6 @@ def test_document_losses_do_not_depend_on_ranks(prepared: Path) -> None:
     assert added_up(prepared, world=2, micro_batch=5) == alone
 
 
-def test_multi_trial_evaluations_are_separate(prepared: Path) -> None:
-    """Evaluate trials together of which one has more batches than the other."""
-    rows = open_split(prepared, "eval")
-    assert rows is not None
-    loaders = [
-        StepLoader(rows, global_batch=batch, micro_batch=micro, rank=0, world=1, seed=0, shuffle=False)
-        for batch, micro in ((8, 4), (4, 2))
-    ]
-    documents = [DocumentLosses(rows) for _ in loaders]
-    for index in range(max(loader.steps_per_epoch for loader in loaders)):
-        running = [number for number, loader in enumerate(loaders) if index < loader.steps_per_epoch]
-        shares = [Share(loaders[number].batch(index), number, None) for number in running]
-        for part in stacks(shares, whole=False):
-            factor = torch.cat([torch.full((count, 1), 1 + running[owner]) for owner, count in part.owners])
-            losses = factor * torch.where(part.batch.labels >= 0, part.batch.labels, 0).float()
-            for (owner, batch), (_, own) in zip(part.batches_of_owners(), part.split_by_owner(losses), strict=True):
-                documents[running[owner]].add(batch, own)
-    alone = added_up(prepared)
-    assert documents[0].record(3, ALONE) == alone
-    twice = dataclasses.replace(alone, losses=[2 * loss for loss in alone.losses if loss is not None])
-    assert documents[1].record(3, ALONE) == twice
-
-
 @pytest.fixture(scope="module")
 def alone(world: World, folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(world, 1, folders, tmp_path_factory.mktemp("alone") / "run")
@@ -129,12 +101,7 @@ def test_three_ranks_have_the_document_losses_of_one(world: World, folders: Path
     np.testing.assert_allclose(record.losses, expected.losses, rtol=2e-6)  # type: ignore[arg-type]
 
 
-def test_preference_pair_is_one_document(
-    world: World,
-    folders: Path,
-    preferences: Path,
-    tmp_path: Path,
-) -> None:
+def test_preference_pair_is_one_document(world: World, folders: Path, preferences: Path, tmp_path: Path) -> None:
     data = {"path": str(preferences), "sequence_length": 160, "eval_fraction": 0.2}
     settings = {"objective": "dpo", "max_steps": 2, "global_batch": 6, "eval_documents": True}
     make_run(tmp_path / "run", folders, data=data, train=settings)
@@ -169,9 +136,3 @@ def test_damaged_record_is_refused(tmp_path: Path, change: dict[str, Any], messa
 def test_other_documents_are_not_compared(change: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"runs/a and runs/b were evaluated on different held-out sequences"):
         check_paired(RECORD, dataclasses.replace(RECORD, **change), ("runs/a", "runs/b"))
-
-
-def test_eval_documents_needs_held_out_data() -> None:
-    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d", "eval_fraction": 0.0}}
-    with pytest.raises(UserError, match=r"train\.eval_documents=True needs held-out documents"):
-        config_with(base, {"train": {"eval_documents": True}})

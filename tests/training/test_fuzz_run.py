@@ -89,10 +89,7 @@ def read_state(folder: Path) -> None:
     config, data = load_config(run_dir), read_record(run_dir / "data.json")
     base = base_identity(CheckpointFiles(config.model.path), config.adapter, run_dir)
     check_matches(
-        state,
-        step,
-        identity_of(config, data_digest=data["content"], base_identity=base),
-        reference="adapter.init_from",
+        state, step, identity_of(config, data_digest=data["content"], base_identity=base), reference="adapter.init_from"
     )
 
 
@@ -117,24 +114,18 @@ def restoring() -> Callable[[Path], None]:
     return read
 
 
+def with_own_manifest(file: str, damages: Any, read: Callable[[Path], None], examples: int) -> Reader:
+    return Reader(f"{STEP}/{file}", damages, read, ("step_00000002",), examples=examples)
+
+
 READERS = {
     "state": of_checkpoint("state.json", any_json),
     "manifest": of_checkpoint("manifest.json", any_json),
     "moments": of_checkpoint("trainer.safetensors", any_tensors),
     "adapter": of_checkpoint("adapter_model.safetensors", any_tensors),
-    "state with its own manifest": Reader(
-        file=f"{STEP}/state.json", damages=any_json, read=read_state, names=("step_00000002",), examples=40
-    ),
-    "moments with their own manifest": Reader(
-        file=f"{STEP}/trainer.safetensors", damages=any_tensors, read=restoring(), names=("step_00000002",), examples=30
-    ),
-    "adapter with its own manifest": Reader(
-        file=f"{STEP}/adapter_model.safetensors",
-        damages=any_tensors,
-        read=restoring(),
-        names=("step_00000002",),
-        examples=30,
-    ),
+    "state with its own manifest": with_own_manifest("state.json", any_json, read_state, 40),
+    "moments with their own manifest": with_own_manifest("trainer.safetensors", any_tensors, restoring(), 30),
+    "adapter with its own manifest": with_own_manifest("adapter_model.safetensors", any_tensors, restoring(), 30),
     **{
         f"verify {file}": Reader(file=file, damages=damages, read=read_verified, check=says_lines, examples=15)
         for file, damages in (

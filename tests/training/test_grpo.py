@@ -8,7 +8,6 @@ import functools
 import itertools
 import json
 import multiprocessing
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -31,17 +30,16 @@ from distlora.parallel import Backend, Ranks
 from distlora.run_folder.layout import ROLLOUT_NAME, steps
 from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
-from distlora.training.rollouts.loader import RewardsFailedError, RolloutLoader, _name_on_server
-from distlora.training.rollouts.rollout import Rollout, advantages_of, figures_of, pack_answers, sums_of_rewards
+from distlora.training.rollouts.loader import RewardsFailedError
+from distlora.training.rollouts.rollout import Rollout, advantages_of, pack_answers
 from distlora.training.setup import start_adapters, start_run_model
-from distlora.training.trial import NonFiniteError
 from distlora.training.worker import trained_parameters
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.launch import failures
 from support.closeness import adapter_of, assert_adapters_close, assert_close, assert_losses_close, assert_same_run
 from support.family_models import SINGLE
 from support.low_bit_checkpoints import CHECKPOINTS, convert_folder
-from support.served_adapters import adapter as peft_adapter
+from support.peft_models import write_adapter
 from support.small_models import make_run, read_metrics, tokenizer, write_model_folder
 from support.tiers import ci
 from support.trl_models import Theirs, move_adapters, their_model
@@ -196,13 +194,6 @@ def test_losses_and_gradients_equal_trls(folders: Path, tmp_path: Path, quant: s
         assert 0.05 < clipped < 0.9, f"{name} clips {clipped:.0%}, which says little"
 
 
-def test_totals_leave_out_what_does_not_apply_and_answers_that_failed() -> None:
-    rewards = np.array([[1.0, 2.0], [1.0, np.nan], [1.0, np.nan], [np.nan, np.nan]])
-    rollout = dataclasses.replace(made_rollout([[1]], 9), rewards=rewards, failed=np.array([0, 0, 1, 0]))
-    assert np.array_equal(rollout.totals((0.5, 3.0)), [6.5, 0.5, np.nan, np.nan], equal_nan=True)
-    assert np.array_equal(rollout.totals(()), [3.0, 1.0, np.nan, np.nan], equal_nan=True)
-
-
 def test_advantages_are_of_groups_and_leave_out_what_has_no_reward() -> None:
     totals = np.array([1.0, 0.0, np.nan, 2.0, 5.0, 5.0, 5.0, 5.0])
     plain = advantages_of(totals, 4, "none")
@@ -293,24 +284,6 @@ def test_a_killed_run_goes_on_with_the_same_answers_and_bits(
     assert states[0].progress.sampling == states[1].progress.sampling is not None
     assert 0 < states[0].progress.sampling.blocks < 10
     assert of_steps(tmp_path / "run") == of_steps(whole)
-
-
-def test_a_run_reads_prompts_that_are_deleted_while_it_trains(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = {"path": str(tmp_path / "run.jsonl"), "cache_dir": str(tmp_path / "cache")}
-    grpo_run(tmp_path / "run", folders, data=data | {"sequence_length": 64})
-    train_step = worker.Trainer._train_step
-
-    def after_deletion(self: worker.Trainer, trials: Any) -> None:
-        if trials[0].done == 1:
-            shutil.rmtree(tmp_path / "cache")
-        train_step(self, trials)
-
-    monkeypatch.setattr(worker.Trainer, "_train_step", after_deletion)
-    worker.run(tmp_path / "run", SINGLE)
-    assert [line["step"] for line in of_steps(tmp_path / "run")] == [1, 2, 3, 4]
-    assert (tmp_path / "run" / "adapter").is_dir()
 
 
 def run_with_one_thread(run_dir: Path) -> None:
@@ -434,7 +407,7 @@ def test_each_adapter_and_base_samples_as_it_trains(
         quant["formats"] = {"int8": projections[::3], "fp8_block": projections[1::3]}  # And NF4.
     given = {"r": 4} | ADAPTERS[adapter]
     if adapter == "init_from":
-        start = peft_adapter(bases("dense"), tmp_path / "start", 1)
+        start = write_adapter(tmp_path / "start", bases("dense"), std=1.0, target_modules="all-linear")
         of_start = json.loads((start / "adapter_config.json").read_text())
         given |= {"init_from": str(start), "r": of_start["r"], "lora_alpha": float(of_start["lora_alpha"])}
         given |= {"use_rslora": of_start["use_rslora"], "target_modules": sorted(of_start["target_modules"])}
@@ -465,60 +438,10 @@ def test_a_run_whose_training_differs_from_its_sampler_fails(folders: Path, tmp_
         run_until(SINGLE, run_dir=tmp_path / "run")
 
 
-def test_a_mismatch_names_the_server_and_a_bound(folders: Path, tmp_path: Path) -> None:
-    config = grpo_run(tmp_path / "run", folders)
-    figures = {f"rollout/logprob_difference_{name}": 0.11 for name in ("mean", "max")} | {"rollout/staleness": 0}
-    url = dataclasses.replace(config.rollout, url="http://here:8000")
-    with pytest.raises(
-        MismatchError, match=r"server at rollout.url=http://here:8000 by .*processed_logprobs; or set ro"
-    ):
-        GRPO(config.train, url).check(1, figures)
-    with pytest.raises(MismatchError, match=r"error of distlora .*or set rollout.max_logprob_difference=0.2$"):
-        GRPO(config.train, config.rollout).check(1, figures)
-    assert "MismatchError" in failures.REPEATING, "a restart would sample and fail again"
-
-
-def test_a_loss_of_nan_is_no_mismatch(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = GRPO.losses
-
-    def losses(self: GRPO, *arguments: Any) -> Any:
-        found = original(self, *arguments)
-        return found._replace(rows=found.rows * float("nan"), figures=found.figures * float("nan"))
-
-    monkeypatch.setattr(GRPO, "losses", losses)
-    grpo_run(tmp_path / "run", folders, **RUN)
-    with pytest.raises(NonFiniteError, match=r"step 1: the loss of row"):
-        run_until(SINGLE, run_dir=tmp_path / "run")
-
-
-def test_an_evaluation_without_rewards_does_not_count(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = RolloutLoader._scored
-
-    def scored(self: RolloutLoader, inputs: Any, mine: range, count: int) -> Any:
-        rewards, failed = original(self, inputs, mine, count)
-        return (rewards, failed) if count == 24 else (np.full_like(rewards, np.nan), np.ones_like(failed))
-
-    monkeypatch.setattr(RolloutLoader, "_scored", scored)
-    grpo_run(tmp_path / "run", folders, **{**RUN, "train": RUN["train"] | {"max_steps": 3}})
-    lines = run_until(SINGLE, run_dir=tmp_path / "run")
-    assert [line["rewards/failed"] for line in lines if "loss" in line] == [0] * 3
-    assert not any("eval_loss" in line for line in lines)
-    progress = load_state(steps(tmp_path / "run" / "checkpoints")[-1]).progress
-    assert progress.evaluations == {}
-    assert not (tmp_path / "run" / "best").exists()
-
-
 @pytest.mark.parametrize(
     ("max_steps", "max_failed", "data", "message"),
     [
-        (
-            6,
-            2,
-            {"rewards": ["mine.raises"]},
-            r"(?s)last 2 steps, up to step 2, .*Traceback .*ValueError: no such file",
-        ),
+        (6, 2, {"rewards": ["mine.raises"]}, r"(?s)last 2 steps, up to step 2, .*Traceback .*ValueError: no such file"),
         ci(1, 3, {"rewards": ["mine.raises"]}, r"(?s)last step, up to step 1, .*line 2, in raises"),
         ci(3, 3, {"rewards": ["mine.none"]}, r"last 3 steps, .*\n.*each reward returned None"),
         (
@@ -554,15 +477,6 @@ def test_a_run_without_rewards_fails(
     assert "RewardsFailedError" in failures.REPEATING
 
 
-def test_rewards_that_overflow_are_left_out_and_groups_without_rewards_are_not_counted() -> None:
-    rewards = np.array([[3e38, 3e38], [1e308, 1e308], [1e308, -1e308], [1.0, 1.0]] + [[np.nan, np.nan]] * 4)
-    assert sums_of_rewards(rewards, ()).tolist() == [np.inf, np.inf, 0.0, 2.0, 0.0, 0.0, 0.0, 0.0]
-    assert sums_of_rewards(rewards[2:4], (1e9, 1e9)).tolist() == [np.inf, 2e9]
-    rollout = dataclasses.replace(made_rollout([[1]] * 3, 9), rewards=np.ones((12, 1)), failed=np.zeros(12, np.int64))
-    totals = np.array([np.nan] * 4 + [1.0, 0.0, np.nan, 2.0] + [5.0] * 3 + [np.nan])
-    assert figures_of(rollout, totals, ["regex"], 4)["frac_reward_zero_std"] == 0.5
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_batch_invariant_training_computes_the_samplers_probabilities_to_the_last_bit(
     folders: Path, tmp_path: Path, dtype: str
@@ -579,6 +493,7 @@ def test_batch_invariant_training_computes_the_samplers_probabilities_to_the_las
 def test_on_policy_distillation_nears_its_teacher_and_resumes_within_a_rollout(
     world: World, folders: Path, tmp_path: Path
 ) -> None:
+    teacher = write_adapter(tmp_path / "teacher", folders / "llama", std=1.0, target_modules="all-linear")
     sections: dict[str, Any] = {
         "data": {"rewards": []},
         "rollout": {"num_generations": 1, "steps_per_generation": 2},
@@ -588,7 +503,7 @@ def test_on_policy_distillation_nears_its_teacher_and_resumes_within_a_rollout(
             "save_every": 1,
             "keep": 9,
             "eval_every": 4,
-            "teacher": str(peft_adapter(folders / "llama", tmp_path / "teacher", 1)),
+            "teacher": str(teacher),
         },
         "optim": {"lr": 1e-2},
     }
@@ -627,16 +542,6 @@ def test_a_vllm_server_samples_with_the_adapter_of_each_rollout(
     assert fresh[1]["kl"] > 0
 
 
-def test_runs_with_folders_of_one_name_have_other_adapters_on_a_server(tmp_path: Path) -> None:
-    """As the trials 0 of two sweeps: each replaced the other's adapter, and sampled from it."""
-    folders = [tmp_path / sweep / "0" for sweep in ("a", "b")]
-    for folder in folders:
-        folder.mkdir(parents=True)
-    names = [_name_on_server(folder) for folder in folders]
-    assert names[0] != names[1]
-    assert [_name_on_server(folder) for folder in folders] == names, "a resume finds what a kill has left"
-
-
 def fails_alike(ranks: Ranks, *, run_dir: Path) -> str:
     """Return the error of a run on this rank."""
     with pytest.raises(ServerError) as raised:
@@ -659,58 +564,6 @@ def test_an_adapter_that_vllm_reads_otherwise_is_refused(folders: Path, tmp_path
         served = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, url=url))
         with pytest.raises(UserError, match=r"vLLM would not sample with the adapter as trained: .*use_dora"):
             check_model(served)
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"rollout": {"batch_invariant": True, "temperature": 0.5}}, r"set rollout.temperature=1"),
-        ({"rollout": {"batch_invariant": True}, "train": {"compile": True}}, r"train.compile=true with others"),
-        ({"rollout": {"url": "localhost:8000"}}, r"rollout.url=localhost:8000 is not an address"),
-        (
-            {"rollout": {"url": "http://me:hunter2@here:8000"}},
-            r"^((?!hunter2).)*export the server's key as VLLM_API_KEY$",
-        ),
-        ({"rollout": {"url": "http://here:8000?key=hunter2"}}, r"^((?!hunter2).)*the server's key as VLLM_API_KEY$"),
-        (
-            {"train": {"objective": "on_policy_distill"}, "rollout": {"epsilon": 0.3}},
-            r"rollout.epsilon=0.3 has no effect with train.objective=on_policy_distill",
-        ),
-        (
-            {"rollout": {"eval_temperature": 0.5}, "data": {"eval_fraction": 0.0}},
-            r"eval_temperature=0.5 needs held-out prompts; set data.eval_fraction",
-        ),
-        ({"rollout": {"num_generations": 5}}, r"num_generations=5 does not divide the 12 answers"),
-        ({"rollout": {"max_new_tokens": 63}}, r"max_new_tokens=63 leaves no room for a prompt"),
-        ({"data": {"rewards": []}}, r"needs rewards; set data.rewards"),
-        ({"adapter": {"lora_dropout": 0.1}}, r"lora_dropout=0.1: the sampler has no dropout"),
-        (
-            {"adapter": {"modules_to_save": ["lm_head"]}},
-            r"grpo with adapter.modules_to_save: the sampler reads the embedding as it",
-        ),
-        (
-            {"adapter": {"trainable_token_indices": [7]}},
-            r"grpo with adapter.trainable_token_indices: the sampler",
-        ),
-        (
-            {"adapter": {"method": "full"}, "quant": {"method": "none"}},
-            r"grpo with adapter=full: the base must stay as it is; set adapter=lora",
-        ),
-        (
-            {"parallel": {"backend": "zero3"}, "cluster": {"gpus_per_node": 2}},
-            r"grpo with parallel=zero3: it gathers no base for answers of different lengths; set parallel=fsdp2",
-        ),
-        ({"rollout": {"use_bias_correction_kl": False}}, r"has no effect without a KL term"),
-        ({"data": {"too_long": "truncate"}}, r"a prompt without its end asks something else"),
-        ({"data": {"format": "text"}}, r"data.format=text is data for train.objective=sft"),
-        ({"train": {"objective": "sft"}, "data": {"rewards": []}}, r"rollout.num_generations has no effect"),
-    ],
-)
-def test_settings_that_cannot_train_on_samples_are_refused(
-    folders: Path, tmp_path: Path, sections: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        grpo_run(tmp_path / "run", folders, **sections)
 
 
 def test_equal_prompts_with_other_columns_are_no_duplicates(

@@ -61,9 +61,13 @@ def edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    tensors = change(safetensors.torch.load_file(folder / WEIGHTS))
-    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+def of_tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    """Return what changes the tensors of a folder."""
+
+    def edit(folder: Path) -> None:
+        safetensors.torch.save_file(change(safetensors.torch.load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+    return edit
 
 
 PATTERNS = {"rank_pattern": {"q_proj": 3, "model.layers.1.mlp.down_proj": 5}, "alpha_pattern": {r".*\.2\.mlp\..*": 7}}
@@ -134,106 +138,25 @@ def test_adapter_settings_become_the_runs_except_dropout(folders: Path, adapter:
     assert ours.target_modules == ("q_proj", "v_proj"), "which is what qv, typed, means, and not what the recipe says"
 
 
-@pytest.mark.parametrize(
-    ("word", "reason"),
-    [
-        ("adapter.r=16", "adapter.r=16 contradicts .*lora, whose r is 8"),
-        ("adapter.use_dora=true", "adapter.use_dora=true contradicts .* whose use_dora is False"),
-        ("adapter=dora", "adapter=dora contradicts .* whose use_dora is False"),
-        ("adapter.target_modules=all-linear", r"target_modules=all-linear contradicts .* is \[q_proj,v_proj\]"),
-        ("+adapter.rank_pattern.q_proj=4", r"rank_pattern.q_proj=4 contradicts .* whose rank_pattern is {}"),
-        ("adapter.init=gaussian", "adapter.init=gaussian has no effect"),
-    ],
-)
-def test_contradicting_override_is_refused(folders: Path, adapter: Path, word: str, reason: str) -> None:
-    assert compose_config(overrides(folders, adapter, "adapter.r=8")).adapter.r == 8
-    with pytest.raises(UserError, match=reason):
-        compose_config(overrides(folders, adapter, word))
-
-
-FIELDS: list[tuple[dict[str, Any], str]] = [
-    ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
-    ({"use_dora": True}, "has a lora_A and no lora_magnitude_vector"),
-    ({"use_dora": "yes"}, "use_dora is 'yes', not true or false"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, which the file does not hold"),
-    ({"modules_to_save": ["norm"]}, "modules_to_save has 'norm'; only embed_tokens and lm_head"),
-    ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', not a list"),
-    ({"ensure_weight_tying": True}, "ensure_weight_tying=True is not supported"),
-    ({"bias": "lora_only"}, "bias='lora_only'"),
-    (
-        {"trainable_token_indices": [3]},
-        "trainable_token_indices names embed_tokens, whose rows are missing in the file",
-    ),
-    ({"trainable_token_indices": {"lm_head": [3, 3]}}, "which are not distinct token ids"),
-    ({"trainable_token_indices": {"q_proj": [3]}}, "only rows of embed_tokens and lm_head"),
-    ({"target_parameters": ["experts"]}, "target_parameters"),
-    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base"),
-    ({"of_a_later_peft": 3}, "of_a_later_peft=3 is not supported"),
-    ({"r": "8"}, "r is '8', not an integer"),
-    ({"lora_alpha": None}, "lora_alpha is None, not a number"),
-    ({"rank_pattern": {"q_proj(": 2}}, r"q_proj\(.* is not a valid regular expression"),
-    ({"target_modules": None}, "target_modules=None names nothing"),
-    ({"target_modules": ["k_proj"]}, r"target_modules=\['k_proj'\] names nothing"),
-]
-
-
-@pytest.mark.parametrize(("changes", "reason"), FIELDS, ids=str)
-def test_unsupported_field_is_refused(copy: Path, changes: dict, reason: str) -> None:
-    edit(copy, **changes)
-    with pytest.raises(UserError, match=reason):
-        read_peft_adapter(copy)
-
-
 def test_fields_without_effect_are_accepted(folders: Path, copy: Path) -> None:
     edit(copy, of_a_later_peft=None, another=False, modules_to_save=[], lora_dropout=0.2, eva_config={"rho": 2.0})
     assert starting(folders, copy).adapter.lora_dropout == 0.0
 
 
-def renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
+def renamed(old: str, new: str) -> Callable[[Path], None]:
+    return of_tensors(lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()})
 
 
-def without(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+def without(part: str) -> Callable[[Path], None]:
+    return of_tensors(lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name})
 
 
-def plus(name: str, *shape: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    return lambda tensors: tensors | {f"base_model.model.{name}": torch.ones(shape)}
-
-
-TENSORS: list[tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = [
-    (without("layers.1.self_attn.q_proj"), "holds no tensors for model.layers.1.self_attn.q_proj"),
-    (without("layers.1.self_attn.q_proj.lora_B"), "has a lora_A and no lora_B"),
-    (
-        renamed("layers.2.", "layers.7."),
-        r"adapts model.layers.7.self_attn.q_proj \(2 linears in all\), which is not a linear",
-    ),
-    (renamed("layers.2.self_attn.q_proj", "layers.2.self_attn.k_proj"), "target_modules"),
-    (renamed("model.layers", "layers"), "adapts layers.0.self_attn.q_proj"),
-    (
-        lambda t: {n: (v[:4] if "lora_A" in n else v[:, :4]).contiguous() for n, v in t.items()},
-        r"has shape \[4, 96\], .* needs \[8, 96\]",
-    ),
-    (lambda t: {n: v.half().to(torch.float64) for n, v in t.items()}, "is stored as F64"),
-    (
-        plus("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 96),
-        "which is DoRA's, but adapter_config.json has no use_dora=true",
-    ),
-    (plus("model.embed_tokens.weight", 1001, 96), "embed_tokens.weight is not a lora_A"),
-    (plus("model.layers.0.self_attn.q_proj.lora_A.default.weight", 8, 96), "the same tensor of two adapters"),
-    (lambda t: {}, "holds no tensors"),
-]
-
-
-@pytest.mark.parametrize(("change", "reason"), TENSORS, ids=[reason for _, reason in TENSORS])
-def test_wrong_tensors_are_refused(folders: Path, copy: Path, change: Callable, reason: str) -> None:
-    edit_tensors(copy, change)
-    with pytest.raises(UserError, match=reason):
-        starting(folders, copy)
+def plus(name: str, *shape: int) -> Callable[[Path], None]:
+    return of_tensors(lambda tensors: tensors | {f"base_model.model.{name}": torch.ones(shape)})
 
 
 def test_names_with_an_adapter_name_are_read(folders: Path, adapter: Path, copy: Path) -> None:
-    edit_tensors(copy, renamed(".weight", ".default.weight"))
+    renamed(".weight", ".default.weight")(copy)
     assert starting(folders, copy).adapter.r == 8
     assert read_peft_adapter(copy).tensors.keys() == read_peft_adapter(adapter).tensors.keys()
 
@@ -243,7 +166,7 @@ def test_non_finite_adapter_is_refused(folders: Path, copy: Path) -> None:
         tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][3, 2] = torch.inf
         return tensors
 
-    edit_tensors(copy, poison)
+    of_tensors(poison)(copy)
     config = starting(folders, copy)
     model = build_run_model(config)
     backend = parallelize_run(model, SINGLE, config)
@@ -260,7 +183,44 @@ def a_run(folder: Path) -> None:
     (folder / "adapter_config.json").unlink()
 
 
-FOLDERS: list[tuple[Callable[[Path], object], str]] = [
+REFUSED: list[tuple[Callable[[Path], Any] | dict[str, Any], str]] = [
+    # (a change of the folder, or of its adapter_config.json, what the message says)
+    ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
+    ({"use_dora": True}, "has a lora_A and no lora_magnitude_vector"),
+    ({"use_dora": "yes"}, "use_dora is 'yes', not true or false"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save names lm_head, which the file does not hold"),
+    ({"modules_to_save": ["norm"]}, "modules_to_save has 'norm'; only embed_tokens and lm_head"),
+    ({"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head', not a list"),
+    ({"ensure_weight_tying": True}, "ensure_weight_tying=True is not supported"),
+    ({"bias": "lora_only"}, "bias='lora_only'"),
+    ({"trainable_token_indices": [3]}, "names embed_tokens, whose rows are missing in the file"),
+    ({"trainable_token_indices": {"lm_head": [3, 3]}}, "which are not distinct token ids"),
+    ({"trainable_token_indices": {"q_proj": [3]}}, "only rows of embed_tokens and lm_head"),
+    ({"target_parameters": ["experts"]}, "target_parameters"),
+    ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base"),
+    ({"of_a_later_peft": 3}, "of_a_later_peft=3 is not supported"),
+    ({"r": "8"}, "r is '8', not an integer"),
+    ({"lora_alpha": None}, "lora_alpha is None, not a number"),
+    ({"rank_pattern": {"q_proj(": 2}}, r"q_proj\(.* is not a valid regular expression"),
+    ({"target_modules": None}, "target_modules=None names nothing"),
+    ({"target_modules": ["k_proj"]}, r"target_modules=\['k_proj'\] names nothing"),
+    (without("layers.1.self_attn.q_proj"), "holds no tensors for model.layers.1.self_attn.q_proj"),
+    (without("layers.1.self_attn.q_proj.lora_B"), "has a lora_A and no lora_B"),
+    (renamed("layers.2.", "layers.7."), r"layers.7.self_attn.q_proj \(2 linears in all\), which is not a linear"),
+    (renamed("layers.2.self_attn.q_proj", "layers.2.self_attn.k_proj"), "target_modules"),
+    (renamed("model.layers", "layers"), "adapts layers.0.self_attn.q_proj"),
+    (
+        of_tensors(lambda t: {n: (v[:4] if "lora_A" in n else v[:, :4]).contiguous() for n, v in t.items()}),
+        r"has shape \[4, 96\], .* needs \[8, 96\]",
+    ),
+    (of_tensors(lambda t: {n: v.half().to(torch.float64) for n, v in t.items()}), "is stored as F64"),
+    (
+        plus("model.layers.0.self_attn.q_proj.lora_magnitude_vector", 96),
+        "which is DoRA's, but adapter_config.json has no use_dora=true",
+    ),
+    (plus("model.embed_tokens.weight", 1001, 96), "embed_tokens.weight is not a lora_A"),
+    (plus("model.layers.0.self_attn.q_proj.lora_A.default.weight", 8, 96), "the same tensor of two adapters"),
+    (of_tensors(lambda t: {}), "holds no tensors"),
     (shutil.rmtree, "does not exist"),
     (only_pickle, r"adapter_model.bin is a pickle.*save it again"),
     (lambda folder: (folder / WEIGHTS).unlink(), "holds no adapter_model.safetensors"),
@@ -268,13 +228,31 @@ FOLDERS: list[tuple[Callable[[Path], object], str]] = [
     (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not JSON"),
     (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 50), "damaged"),
 ]
+CONTRADICTED = [
+    ("adapter.r=16", "adapter.r=16 contradicts .*lora, whose r is 8"),
+    ("adapter.use_dora=true", "adapter.use_dora=true contradicts .* whose use_dora is False"),
+    ("adapter=dora", "adapter=dora contradicts .* whose use_dora is False"),
+    ("adapter.target_modules=all-linear", r"target_modules=all-linear contradicts .* is \[q_proj,v_proj\]"),
+    ("+adapter.rank_pattern.q_proj=4", r"rank_pattern.q_proj=4 contradicts .* whose rank_pattern is {}"),
+    ("adapter.init=gaussian", "adapter.init=gaussian has no effect"),
+    ("adapter.init_from=org/some-lora", "hf download org/some-lora --local-dir FOLDER"),
+]
+"""Words of the command line that do not go with the adapter."""
 
 
-@pytest.mark.parametrize(("damage", "reason"), FOLDERS, ids=[reason for _, reason in FOLDERS])
-def test_folder_without_an_adapter_is_refused(folders: Path, copy: Path, damage: Callable, reason: str) -> None:
-    damage(copy)
+@pytest.mark.parametrize(("change", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_another_folder_is_refused_by_field_tensor_or_file(
+    folders: Path, copy: Path, change: Callable[[Path], Any] | dict[str, Any], reason: str
+) -> None:
+    edit(copy, **change) if isinstance(change, dict) else change(copy)
     with pytest.raises(UserError, match=reason):
-        compose_config(overrides(folders, copy))
+        starting(folders, copy)
+
+
+@pytest.mark.parametrize(("word", "reason"), CONTRADICTED)
+def test_contradicting_override_is_refused(folders: Path, adapter: Path, word: str, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        compose_config(overrides(folders, adapter, word))
 
 
 def test_adapter_of_another_model_is_refused(folders: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,7 +262,7 @@ def test_adapter_of_another_model_is_refused(folders: Path, copy: Path, capsys: 
     starting(folders, copy)
     assert capsys.readouterr().out.count("says that its base is org/some-base") == 1
     wider = [word.replace("/llama", "/qwen3") for word in overrides(folders, copy)]
-    edit_tensors(copy, lambda t: {n: torch.cat([v, v], dim=1) if "lora_A" in n else v for n, v in t.items()})
+    of_tensors(lambda t: {n: torch.cat([v, v], dim=1) if "lora_A" in n else v for n, v in t.items()})(copy)
     with pytest.raises(UserError, match=r"shape \[8, 192\].*needs \[8, 96\] \(it was trained on org/some-base\)"):
         check_model(compose_config(wider))
 
@@ -307,8 +285,3 @@ def test_pattern_without_match_is_refused(folders: Path, patterns: dict, reason:
     for check in (check_model, build_run_model):
         with pytest.raises(UserError, match=reason):
             check(config)
-
-
-def test_hub_name_gets_a_download_hint(folders: Path) -> None:
-    with pytest.raises(UserError, match="hf download org/some-lora --local-dir FOLDER"):
-        compose_config(overrides(folders, Path("org/some-lora")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,11 @@ from torch.autograd.profiler import record_function
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.bench.memory import measure_step
-from distlora.config import Config, UserError
-from distlora.config.training import Cadence
+from distlora.config import Config
 from distlora.parallel import Ranks
 from distlora.planner import traffic
-from distlora.planner.memory import measured
-from distlora.planner.memory.measured import MeasuredRank
-from distlora.training import memory_meter, worker
-from distlora.training.memory_meter import (
-    Event,
-    StepMemory,
-    account,
-    mark,
-    measured_step,
-    recorded_events,
-    start_recording,
-)
+from distlora.training import worker
+from distlora.training.memory_meter import Event, StepMemory, account, mark, recorded_events, start_recording
 from distlora.training.reporter import Reporter
 from support.planned import held_bytes
 from support.small_models import config_with, make_run, read_metrics
@@ -100,34 +88,8 @@ def test_each_allocation_of_known_size_is_counted_where_it_is_made_and_while_it_
     assert earlier.nbytes == 50_000
 
 
-def test_what_another_thread_lets_go_of_ends_with_its_collective() -> None:
-    with recorded(CPU) as events:
-        mark("forward")
-        with record_function("FSDP::all_gather (a block)"):
-            outputs = [taken(4_000)]
-        with record_function("FSDP::all_gather (the next)"):
-            outputs.append(taken(3_000))
-        mark("head")
-        logits = taken(500)
-        mark("update")
-        thread = threading.Thread(target=outputs.clear)  # As gloo's: nobody sees what it frees.
-        thread.start()
-        thread.join()
-        state = taken(90)
-    found = account(events, {}, {(state.data_ptr(), 90): "optimizer"})
-    assert found.peaks == {"forward": 4_000, "head": 500, "update": 590}
-    assert (found.peak, found.left) == (4_000, 500)
-    assert logits.nbytes == 500
-
-
 def measured_step_of(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) -> StepMemory:
     return measure_step([config_for(folder, **sections)], ranks)
-
-
-def test_a_step_of_sampled_answers_is_refused(folders: Path) -> None:
-    sections: dict[str, Any] = {"train": {"objective": "grpo", "global_batch": 8}, "data": {"rewards": ["math"]}}
-    with pytest.raises(UserError, match=r"train\.objective=grpo trains on answers .*; set train\.objective=sft"):
-        measured_step_of(Ranks(0, 1, CPU, None), folder=folders / "llama", rollout={"max_new_tokens": 8}, **sections)
 
 
 @pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
@@ -183,88 +145,6 @@ def test_on_a_gpu_the_peak_is_what_torch_counts() -> None:
     assert found.left == torch.cuda.memory_allocated(device) - before
 
 
-HELD = {"codes": 500_000_000, "adapters": 100_000_000}
-
-
-def plan_with(moments: dict[str, dict[str, int]]) -> dict[str, Any]:
-    worst = max(moments.values(), key=lambda kinds: sum(kinds.values()))
-    by_kind = HELD | worst
-    peak = sum(by_kind.values())
-    return {"device": {"by_kind": by_kind, "held": HELD, "moments": moments, "peak": peak, "total": peak}}
-
-
-def rank(part: str, **kinds: int) -> MeasuredRank:
-    by_kind: Any = HELD | kinds
-    return MeasuredRank(rank=3, peak=sum(by_kind.values()), by_kind=by_kind, part=part)
-
-
-BLOCK = {"kept": 200_000_000, "working": 150_000_000, "scratch": 50_000_000}
-PLAN = plan_with({"block": BLOCK, "head": {"kept": 200_000_000, "logits": 100_000_000}})
-
-
-def test_a_peak_within_5_percent_is_no_miss_and_a_kind_that_makes_it_one_is_named() -> None:
-    assert measured.warning(rank("block", **BLOCK), PLAN) is None
-    assert measured.warning(rank("block", **BLOCK | {"kept": 249_000_000}), PLAN) is None
-    assert measured.warning(rank("block", **BLOCK | {"kept": 300_000_000}), PLAN) == (
-        "WARNING: a step took 1.1 GB at its peak on rank 3, 9.1% more than the 1 GB that were planned; most of it is "
-        "kept: 300 MB measured, 200 MB planned"
-    )
-    # Scratch and what a block works with are one in a measurement; the codes are not what is off.
-    less = measured.warning(rank("block", kept=190_000_000, working=120_000_000), PLAN)
-    assert less is not None
-    assert "9.9% less" in less
-    assert less.endswith("most of it is working, logits, scratch, gradients: 120 MB measured, 200 MB planned")
-
-
-def test_what_a_plan_took_for_granted_of_a_gpu_it_did_not_know_is_no_miss() -> None:
-    off = rank("block", **BLOCK | {"kept": 300_000_000})
-    for machine, warns in (
-        ({"is_gpu": True, "gpu": None}, False),
-        ({"is_gpu": True, "gpu": "h100"}, True),
-        ({"is_gpu": False, "gpu": None}, True),
-    ):
-        record = PLAN | {"machine": machine}
-        assert (measured.warning(off, record) is not None) == warns
-        assert measured.figures(off, record)["memory/planned"] == 1_000_000_000
-
-
-def test_without_a_plan_there_are_the_measured_figures_alone() -> None:
-    peak = rank("block", kept=200_000_000)
-    assert measured.warning(peak, {}) is None
-    kinds = {"memory/codes": 500_000_000, "memory/adapters": 100_000_000, "memory/kept": 200_000_000}
-    assert measured.figures(peak, {}) == {"memory/peak": 800_000_000, **kinds}
-    found = measured.figures(peak, PLAN)
-    assert found["memory/planned"] == 1_000_000_000
-    assert found["memory_planned/working"] == 150_000_000
-
-
-@pytest.mark.parametrize(
-    ("between", "first", "step"),
-    [
-        ([], 0, 1),
-        ([(1, 2)], 0, 1),
-        ([(1, 2)], 1, 3),
-        ([(1, 2), (1, 3)], 1, 5),
-        ([(2, 3), (1, 2)], 2, 7),
-        ([(1, 1)], 0, None),
-        ([(5, 3)], 0, None),
-    ],
-)
-def test_the_first_step_from_the_second_on_that_follows_a_step_is_measured(
-    between: list[tuple[int, int]], first: int, step: int | None
-) -> None:
-    assert measured_step(first, [Cadence(*each) for each in between]) == step
-
-
-def test_a_damaged_plan_is_refused_before_a_model_is_loaded(folders: Path, tmp_path: Path) -> None:
-    make_run(tmp_path / "run", folders, plan={"measure": True})
-    (tmp_path / "run" / "plan.json").write_text('{"device": {"peak": "much"}}')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "start_run_model", None)
-        with pytest.raises(UserError, match=r"plan\.json"):
-            worker.run(tmp_path / "run", Ranks(0, 1, torch.device("cpu"), None))
-
-
 def run_and_listen(ranks: Ranks, *, run_dir: Path) -> list[str]:
     """Return the warnings of a run."""
     said: list[str] = []
@@ -272,28 +152,6 @@ def run_and_listen(ranks: Ranks, *, run_dir: Path) -> list[str]:
         patch.setattr(Reporter, "event", lambda self, text: said.append(text))
         worker.run(run_dir, ranks)
     return [line for line in said if line.startswith("WARNING")]
-
-
-def run_with_a_broken_instrument(ranks: Ranks, *, run_dir: Path, broken: str) -> list[str]:
-    def fail(*given: object, **named: object) -> None:
-        raise RuntimeError("no events")
-
-    with pytest.MonkeyPatch.context() as patch:
-        if ranks.rank == 1:
-            patch.setattr(memory_meter, broken, fail)
-        return run_and_listen(ranks, run_dir=run_dir)
-
-
-@pytest.mark.parametrize("broken", ["account", pytest.param("profile", marks=pytest.mark.slow)])
-def test_a_measurement_that_fails_on_a_rank_is_said_and_the_run_goes_on(
-    world: World, folders: Path, tmp_path: Path, broken: str
-) -> None:
-    make_run(tmp_path / "run", folders, train={"max_steps": 2}, plan={"measure": True})
-    said = world.run(2, run_with_a_broken_instrument, run_dir=tmp_path / "run", broken=broken)
-    assert said[0] == ["WARNING: the memory of this step was not measured on rank 1; its log says why"]
-    steps = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
-    assert len(steps) == 2
-    assert not any("memory/peak" in line for line in steps)
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:

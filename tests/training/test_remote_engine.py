@@ -12,7 +12,7 @@ from distlora.generation import remote
 from distlora.generation.remote import RemoteEngine, ServerError
 from distlora.generation.requests import Request
 from support.family_models import write_family_folder
-from support.served_adapters import adapter
+from support.peft_models import write_adapter
 from support.vllm_server import Server, serving
 
 
@@ -27,6 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(folder: Path) -> Any:
     with serving(folder) as served:
         yield served
+
+
+def adapter(base: Path, out: Path, seed: int) -> Path:
+    return write_adapter(out, base, seed=seed, std=1.0, target_modules="all-linear")
 
 
 def test_each_version_of_the_adapter_replaces_the_one_before(

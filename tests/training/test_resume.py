@@ -9,7 +9,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import safetensors.torch
@@ -19,7 +19,7 @@ from distlora.config import UserError
 from distlora.data.prepare import prepare_run
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import compiled_before, step_of, steps
-from distlora.training import open_run, worker
+from distlora.training import worker
 from distlora.training.trial import Trial
 from distlora_kernels import native
 from distlora_launcher.launch.local import is_prepared
@@ -68,10 +68,7 @@ def stopped(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(
-    ("size", "stop_before"),
-    [(1, 1), (2, 6), pytest.param(2, 5, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("size", "stop_before"), [(1, 1), (2, 6), pytest.param(2, 5, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     world: World, folders: Path, tmp_path: Path, whole: Callable[[int], Whole], size: int, stop_before: int
 ) -> None:
@@ -222,74 +219,6 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
     said = capsys.readouterr().out
     for what in ("after step 6 could not be saved", "after step 6, could not be written"):
         assert said.count(what) == 1
-
-
-def test_a_result_that_a_full_disk_refuses_is_published_by_a_resume(
-    folders: Path, tmp_path: Path, whole: Callable[[int], Whole], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finish = open_run.finish
-
-    def without_space(*arguments: Any, **settings: Any) -> str:
-        fill(disk)
-        return finish(*arguments, **settings)
-
-    with small_disk(tmp_path / "disk", 8192) as disk:
-        make_run(disk / "run", folders, train=SETTINGS)
-        monkeypatch.setattr(open_run, "finish", without_space)
-        with pytest.raises(OSError, match="No space left on device"):
-            worker.run(disk / "run", SINGLE)
-        monkeypatch.undo()
-        assert [path.name for path in (disk / "run").glob("*adapter*")] == []
-        (disk / "filler").unlink()
-        assert run_until(SINGLE, run_dir=disk / "run", stop_before=None) == {}, "no step is repeated"
-        assert_same_run(disk / "run", whole(1).folder)
-
-
-def test_caches_that_are_deleted_while_a_run_trains_cost_nothing(
-    folders: Path, tmp_path: Path, whole: Callable[[int], Whole], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A save, an evaluation and a resume come after it."""
-    caches = [tmp_path / "data", tmp_path / "quantized"]
-    data = {"path": str(folders / "text.jsonl"), "sequence_length": 64, "cache_dir": str(caches[0])}
-    quant = {"cache": True, "cache_dir": str(caches[1])}
-    run_dir, train_step = tmp_path / "run", worker.Trainer._train_step
-    make_run(run_dir, folders, train=SETTINGS, data=data | {"eval_fraction": 0.1}, quant=quant)
-
-    def after_deletion(self: worker.Trainer, trials: Sequence[Trial]) -> None:
-        if trials[0].done == 1:
-            for cache in caches:
-                assert any(cache.iterdir())
-                shutil.rmtree(cache)
-        train_step(self, trials)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(worker.Trainer, "_train_step", after_deletion)
-        run_until(SINGLE, run_dir=run_dir, stop_before=5)
-    assert [step_of(path) for path in steps(run_dir / "checkpoints")] == [2, 4]
-    assert not any(cache.exists() for cache in caches)
-    assert not is_prepared(run_dir), "so a resume prepares the data again"
-    with pytest.raises(UserError, match="distlora data prepare"):
-        run_until(SINGLE, run_dir=run_dir, stop_before=None)
-    prepare_run(run_dir)
-    run_until(SINGLE, run_dir=run_dir, stop_before=None)
-    assert any(caches[1].iterdir())
-    assert_same_run(run_dir, whole(1).folder)
-
-
-def test_a_resume_with_more_threads_says_so_and_goes_on(
-    tmp_path: Path, whole: Callable[[int], Whole], stopped: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(stopped, tmp_path / "run")
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads + 2)
-        run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
-    finally:
-        torch.set_num_threads(threads)
-    assert f"threads {threads} (now {threads + 2}): the order of the data is the same" in capsys.readouterr().out
-    ours, others = figures_of(tmp_path / "run"), figures_of(whole(1).folder)
-    assert [figure[:2] for figure in ours] == [figure[:2] for figure in others]
-    assert_losses_close(*([f[2] for f in figures if "loss" in f[1]] for figures in (ours, others)))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(

@@ -1,4 +1,4 @@
-"""Reward models: a score in place of the LM head. TRL's loss and gradients are compared in test_objectives_trl.py."""
+"""Reward models: a score in place of the LM head. Losses, ranks and resumes are in test_objective_runs.py."""
 
 from __future__ import annotations
 
@@ -22,11 +22,6 @@ from distlora.config.file import load_config
 from distlora.data.prepare import open_split
 from distlora.data.rows import PackedRows
 from distlora.loading.peft_format import adapter_tensors
-from distlora.model.reward_head import RewardHead
-from distlora.planner.flops import active_weights
-from distlora.planner.model import model_in
-from distlora.planner.storage import trained_tensors
-from distlora.planner.workload import Workload
 from distlora.post.combine.request import find_member
 from distlora.post.trained import Name
 from distlora.run_folder.layout import read_result
@@ -35,106 +30,43 @@ from distlora.training.model_card import model_card
 from distlora.training.objectives import RewardModel
 from distlora.training.open_run import open_data
 from distlora.training.setup import start_adapters, start_run_model
-from distlora.training.trial import active_weights as active_weights_of
 from distlora_launcher.cli import generate
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import with_initial_adapter
-from support.closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run
+from support import preference_data
+from support.closeness import assert_losses_close
 from support.family_models import SINGLE, edit_config
 from support.planned import assert_disk_as_planned, traffic_of
 from support.preference_data import documents_of
-from support.runs import run_once, run_until
-from support.small_models import config_with, make_run, read_metrics
+from support.runs import run_once
+from support.small_models import make_run
 from support.tiers import ci
-from support.worlds import World, start_world
+from support.worlds import World
 
 
 def prepare(
-    run_dir: Path,
-    folders: Path,
-    preferences: Path,
-    model: str = "llama",
-    **sections: dict[str, Any],
+    run_dir: Path, folders: Path, preferences: Path, model: str = "llama", **sections: dict[str, Any]
 ) -> Config:
-    """Prepare a run of six steps of six rows, with one to several pairs in each."""
-    sections["data"] = {"path": str(preferences), "sequence_length": 160, "eval_fraction": 0.2}
-    sections["train"] = {"objective": "reward", "max_steps": 6, "global_batch": 6} | sections.get("train", {})
-    return make_run(run_dir, folders, model, **sections)
+    train = {"objective": "reward"} | sections.pop("train", {})
+    return preference_data.prepare(run_dir, folders, preferences, model, train=train, **sections)
 
 
 @pytest.fixture(scope="module")
-def alone(
-    world: World,
-    folders: Path,
-    preferences: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    """Return a run of one rank with all rows of a step at once and nothing recomputed."""
+def alone(folders: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run of one rank."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     prepare(run_dir, folders, preferences, train={"micro_batch": 6, "checkpointing": "none", "save_every": 6})
-    world.run(1, run_once, run_dir=run_dir)
+    run_once(SINGLE, run_dir=run_dir)
     return run_dir
 
 
-def test_a_run_learns_which_answer_is_better_and_its_folder_is_whole(alone: Path) -> None:
-    lines = [line for line in read_metrics(alone) if "eval_loss" in line]
-    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.05
-    assert lines[-1]["eval_rewards/accuracies"] > 0.8
-    assert lines[-1]["eval_rewards/margins"] > lines[0]["eval_rewards/margins"] + 0.1
+def test_the_folder_of_a_run_is_whole_and_its_card_says_how_to_load_it(alone: Path) -> None:
     assert [item for item in verify(alone) if item.state == "damaged"] == []
     assert_disk_as_planned(alone)
     card = model_card(read_result(alone), repository="me/it", base=None, license_of_base={})
     assert "AutoModelForSequenceClassification.from_pretrained(" in card
     assert "num_labels=1" in card
     assert "pipeline_tag: text-classification" in card
-
-
-@pytest.mark.parametrize(
-    ("size", "settings"),
-    [
-        (2, {"micro_batch": 3, "accumulate": "block"}),
-        ci(3, {"micro_batch": 1, "accumulate": "block", "checkpointing": "offload"}),
-    ],
-    ids=str,
-)
-def test_ranks_change_nothing_and_no_head_is_gathered(
-    world: World,
-    folders: Path,
-    preferences: Path,
-    tmp_path: Path,
-    alone: Path,
-    size: int,
-    settings: dict[str, Any],
-) -> None:
-    config = prepare(tmp_path / "run", folders, preferences, train=settings)
-    metrics = world.run(size, run_once, run_dir=tmp_path / "run")[0]
-    for name in ("loss", "eval_loss"):
-        assert_losses_close(*([line[name] for line in each if name in line] for each in (metrics, read_metrics(alone))))
-    assert_adapters_close(adapter_of(tmp_path / "run"), adapter_of(alone))
-    planned = traffic_of(config, world=size)
-    assert metrics[-2]["gathered_bytes"] == planned.gathered
-    assert metrics[-2]["reduced_bytes"] == planned.reduced
-    sft = config.with_settings({"train.objective": "sft"})
-    head = 1001 * 96 * 4  # The LM head in fp32, padded to the ranks.
-    assert traffic_of(sft, world=size).gathered - planned.gathered >= head
-
-
-@pytest.mark.ci
-def test_zero3_is_one_rank(folders: Path, preferences: Path, tmp_path: Path, alone: Path) -> None:
-    prepare(tmp_path / "run", folders, preferences, train={"micro_batch": 3}, parallel={"backend": "zero3"})
-    with start_world(2, regroups=True) as two:
-        two.run(2, run_once, run_dir=tmp_path / "run")
-    assert_adapters_close(adapter_of(tmp_path / "run"), adapter_of(alone))
-
-
-def test_a_stopped_run_resumes_bit_for_bit(folders: Path, preferences: Path, tmp_path: Path) -> None:
-    for name in ("whole", "stopped"):
-        settings = {"save_every": 2, "max_steps": 3, "micro_batch": 6}
-        prepare(tmp_path / name, folders, preferences, train=settings, adapter={"lora_dropout": 0.1})
-    run_until(SINGLE, run_dir=tmp_path / "whole", stop_before=None)
-    for stop_before in (3, None):
-        run_until(SINGLE, run_dir=tmp_path / "stopped", stop_before=stop_before)
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def in_peft(run_dir: Path, base: Path) -> Any:
@@ -151,10 +83,7 @@ def our_scores(model: Any, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("base", ["llama", ci("gemma2"), ci("qwen3-moe")])
 def test_peft_and_transformers_load_the_result_with_equal_rewards(
-    folders: Path,
-    preferences: Path,
-    tmp_path: Path,
-    base: str,
+    folders: Path, preferences: Path, tmp_path: Path, base: str
 ) -> None:
     """Also with padding, which transformers leaves out of its rewards by config.pad_token_id."""
     from support.family_models import write_family_folder
@@ -183,10 +112,7 @@ def test_peft_and_transformers_load_the_result_with_equal_rewards(
 
 @pytest.mark.parametrize("pad", ["eos", None])
 def test_the_reward_is_read_where_transformers_reads_it(
-    folders: Path,
-    preferences: Path,
-    tmp_path: Path,
-    pad: str | None,
+    folders: Path, preferences: Path, tmp_path: Path, pad: str | None
 ) -> None:
     """Where the end-of-text token is the padding too, that is before it."""
     from support.small_models import tokenizer
@@ -214,9 +140,7 @@ def test_the_reward_is_read_where_transformers_reads_it(
 
 
 def test_a_run_starts_from_an_adapter_of_a_language_model_and_from_peft_s_reward_model(
-    folders: Path,
-    preferences: Path,
-    tmp_path: Path,
+    folders: Path, preferences: Path, tmp_path: Path
 ) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(folders / "llama", num_labels=1, dtype=torch.float32)
     lora = {"r": 8, "target_modules": ["q_proj", "down_proj"], "lora_alpha": 16}
@@ -258,25 +182,6 @@ def test_commands_for_language_models_name_the_reward_model(alone: Path) -> None
         generate.main([str(alone)])
     with pytest.raises(UserError, match=r"is a model of rewards"):
         find_member(str(alone), 1.0)
-
-
-@pytest.mark.parametrize("objective", ["reward", "process_reward"])
-def test_the_plan_has_the_score_and_no_head(
-    folders: Path,
-    preferences: Path,
-    tmp_path: Path,
-    objective: str,
-) -> None:
-    config = prepare(tmp_path / "run", folders, preferences, "llama-tied")
-    if objective != "reward":
-        config = config.with_settings({"train.objective": objective, "train.center_rewards": None})
-    model, _, _ = start_run_model(config, SINGLE)
-    work, planned = Workload.of(config), model_in(folders / "llama-tied")
-    shapes = {tensor.name: tensor.shape for tensor in trained_tensors(work, planned.shapes)}
-    assert shapes == {name: tuple(p.shape) for name, p in adapter_tensors(model).items()}
-    assert active_weights(work, planned) == active_weights_of(model)
-    assert isinstance(model.head, RewardHead)
-    assert "lm_head.weight" not in dict(model.named_parameters())
 
 
 def margins_of(rows: PackedRows) -> list[float]:
@@ -366,34 +271,3 @@ def test_a_process_reward_model_on_two_ranks_learns_and_loads_in_peft(
         assert (theirs(ids[None]).logits[0] - our_scores(ours, ids)).abs().max() < 1e-4
     assert ours.head.bias is not None
     assert ours.head.bias.abs().max() > 0
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"adapter": {"method": "full"}, "quant": {"method": "none"}}, "adapter=full: train.objective=reward trains"),
-        ({"model": {"new_tokens": ("<x>",)}}, "model.new_tokens: train.objective=reward trains adapters and the score"),
-        ({"adapter": {"modules_to_save": ("lm_head",)}}, "modules_to_save: train.objective=reward"),
-        ({"train": {"sample_every": 2, "sample_prompts": ("Hi",)}}, "train.sample_every=2 writes answers"),
-        ({"train": {"beta": 0.1}}, "train.beta=0.1 has no effect with train.objective=reward"),
-        ({"train": {"objective": "dpo", "center_rewards": 0.1}}, "train.center_rewards=0.1 has no effect"),
-        ({"data": {"format": "chat"}}, "data.format=chat is data for train.objective=sft"),
-        ({"data": {"format": "steps"}}, "data.format=steps is data for train.objective=process_reward"),
-        ({"data": {"step_separator": "|"}}, r"data.step_separator='|' has no effect"),
-        ({"train": {"objective": "process_reward"}, "data": {"train_on": "all"}}, "data.train_on=all has no effect"),
-    ],
-    ids=str,
-)
-def test_settings_that_mean_nothing_are_refused(sections: dict[str, Any], message: str) -> None:
-    base: dict[str, Any] = {"model": {"path": "m"}, "data": {"path": "d"}, "train": {"objective": "reward"}}
-    with pytest.raises(UserError, match=message):
-        config_with(base, sections)
-
-
-def test_a_model_without_transformers_class_of_rewards_is_refused(
-    folders: Path,
-    preferences: Path,
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(UserError, match=r"granite has none that computes it from model's output"):
-        check_model(prepare(tmp_path / "run", folders, preferences, "granite"))

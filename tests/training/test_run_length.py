@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
-from distlora.config import TrainConfig, UserError
-from distlora.config.file import build
+from distlora.config import TrainConfig
 from distlora.config.training import Cadence
-from support.plan_inputs import composed
 
 
 def due(cadence: Cadence | None, total: int) -> list[int]:
@@ -48,29 +44,3 @@ def test_five_evaluations_by_default_unless_they_cost_too_much() -> None:
     assert kept == [False, True, True], "auto alone writes no whole model"
     assert TrainConfig().keeps_best("lora")
     assert TrainConfig(eval_every=None).evaluations(rows=800, held_out=1) is None
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"eval_every": 5, "evals_per_epoch": 2}, "train.eval_every=5 both set .*recipe sets it.*eval_every=null"),
-        ({"save_every": 5, "saves_per_epoch": 2}, "saves_per_epoch=2 and train.save_every=5 both set"),
-        ({"eval_every": "atuo"}, "train.eval_every='atuo' is not one of auto, .*did you mean 'auto'"),
-        ({"eval_every": None, "load_best_at_end": True}, "needs evaluations during training"),
-        ({"epochs": 0}, "train.epochs=0.0 must be positive"),
-        ({"loss_watchdog_patience": 2}, "has no effect without train.loss_watchdog_threshold"),
-    ],
-)
-def test_settings_that_exclude_each_other_are_refused(settings: dict[str, Any], expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
-        build(TrainConfig, settings, "train.")
-
-
-def test_evaluations_need_held_out_documents_only_where_they_are_asked_for() -> None:
-    base = {"model": {"path": "/m"}, "data": {"path": "/d", "eval_fraction": 0.0}}
-    assert composed(**base).train.eval_every == "auto"
-    for word in ("train.evals_per_epoch=2", "train.early_stopping_patience=1", "train.eval_every=5"):
-        with pytest.raises(UserError, match=f"{word} needs held-out documents"):
-            composed(word, **base)
-    with pytest.raises(UserError, match=r"warmup_steps=9 is more than train\.max_steps=8"):
-        composed("optim.warmup_steps=9", "train.max_steps=8", **base)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import dataclasses
 import hashlib
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,10 @@ from support.closeness import adapter_of
 from support.family_models import SINGLE
 from support.small_models import make_run, read_metrics
 
-ROOT = Path(__file__).parents[2]
 HINTS = {**typing.get_type_hints(Config), "sweep": SweepConfig}
 SECTIONS = {name: hint for name, hint in HINTS.items() if dataclasses.is_dataclass(hint)}
 SETTINGS = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)}
 
-ONLY_CHECKED = {"data.rewards_execute_code": "a permission, without which data.rewards=[unit_tests] is refused"}
-"""Settings that nothing but a check reads."""
 
 BASES: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load("""
 text: {}
@@ -110,25 +106,6 @@ when a run fails, test_grpo.py: rollout.max_failed_steps rollout.max_logprob_dif
 another sampler, test_grpo.py: rollout.url
 """)
 """Why settings of the sections below change no result of such a run."""
-
-
-def read_in(node: ast.AST) -> Iterator[str]:
-    """Yield the attributes that code reads and its constant texts, without functions that check settings."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef) and child.name.lstrip("_").startswith(("check", "refuse", "post_init")):
-            continue
-        if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load):
-            yield child.attr
-        elif isinstance(child, ast.Constant) and isinstance(child.value, str):
-            yield child.value
-        yield from read_in(child)
-
-
-def test_every_setting_is_read_by_more_than_a_check() -> None:
-    files = [file for folder in ("distlora", "launcher") for file in (ROOT / folder).rglob("*.py")]
-    found = {name for file in files for name in read_in(ast.parse(file.read_text()))}
-    unread = {name for name in SETTINGS if not {name, name.partition(".")[2]} & found}
-    assert unread == {*ONLY_CHECKED}
 
 
 def test_every_setting_that_decides_results_is_changed_here() -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distlora.checkpoint.state import Progress, load_state
+from distlora.checkpoint.state import load_state
 from distlora.parallel import Ranks
 from distlora.run_folder.error_file import write
 from distlora.run_folder.layout import TRAINER_NAME, newest, step_of, steps
-from distlora.system.stop_signals import Stopped
 from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.trial import LossWatchdogError, NonFiniteError, Trial
@@ -161,27 +158,6 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_named(
     assert held_out[0] == held_out[1]
 
 
-def test_a_held_out_loss_of_nan_is_told_and_never_the_best(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    losses_of = NextToken.losses
-
-    def spoilt(self: NextToken, *arguments: Any) -> Losses:
-        losses = losses_of(self, *arguments)
-        return losses if torch.is_grad_enabled() else losses._replace(rows=losses.rows * math.nan)
-
-    monkeypatch.setattr(NextToken, "losses", spoilt)
-    make_run(tmp_path / "run", folders, train={"max_steps": 4, "eval_every": 2})
-    worker.run(tmp_path / "run", SINGLE)
-    printed = capsys.readouterr().out
-    for step in (0, 2, 4):
-        assert f"WARNING: the held-out loss after step {step} is nan" in printed
-    lines = [line for line in read_metrics(tmp_path / "run") if "eval_loss" in line]
-    assert [(line["step"], line["eval_loss"]) for line in lines] == [(0, None), (2, None), (4, None)]
-    assert not (tmp_path / "run" / "best").exists()
-    assert [step_of(folder) for folder in steps(tmp_path / "run" / "checkpoints")] == [4]
-
-
 def test_a_loss_that_stays_high_ends_the_run_and_keeps_the_checkpoint_before(folders: Path, tmp_path: Path) -> None:
     watched = {"max_steps": 6, "save_every": 1, "log_every": 2, "loss_watchdog_patience": 2}
     make_run(tmp_path / "run", folders, train=watched | {"loss_watchdog_threshold": 0.1})
@@ -189,42 +165,6 @@ def test_a_loss_that_stays_high_ends_the_run_and_keeps_the_checkpoint_before(fol
         worker.run(tmp_path / "run", SINGLE)
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == [1, 2]
     assert not (tmp_path / "run" / "checkpoints").exists(), "a state of high loss was saved"
-
-
-@pytest.mark.parametrize("stops", [False, True])
-def test_the_watchdog_counts_steps_in_a_row(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: bool
-) -> None:
-    log = Trial.log
-
-    def spiky(self: Trial, sums: Sequence[Sequence[float]], *more: Any) -> None:
-        (step,), is_high = self._interval.steps, self.done in (3, 5, 6)
-        log(self, [[9.0 * step.units]] if is_high else sums, *more)
-        if stops and self.done == 5:
-            raise Stopped(signal.SIGTERM)
-
-    monkeypatch.setattr(Trial, "log", spiky)
-    watched = {"max_steps": 6, "save_every": 1, "keep": 9, "loss_watchdog_threshold": 8.0, "loss_watchdog_patience": 2}
-    make_run(tmp_path / "run", folders, train=watched)
-    ends = contextlib.nullcontext() if stops else pytest.raises(LossWatchdogError, match=r"^step 6: ")
-    with ends:
-        worker.run(tmp_path / "run", SINGLE)
-    assert [step_of(folder) for folder in steps(tmp_path / "run" / "checkpoints")] == [1, 2, 4]
-    if stops:
-        assert json.loads((tmp_path / "run" / "stopped.json").read_text())["checkpoint"] == "checkpoints/step_00000004"
-
-
-def test_early_stopping_counts_evaluations_without_a_fall() -> None:
-    progress = Progress(evaluations={0: 3.0, 2: 2.5, 4: 2.45, 6: 2.6})
-    assert progress.best_step == 4
-    assert progress.evaluations_since_best(0.0) == 1
-    assert progress.evaluations_since_best(0.1) == 2
-    assert Progress(evaluations={0: 3.0}).best_step is None
-    assert Progress(evaluations={0: 3.0}).evaluations_since_best(0.0) == 0
-    progress = Progress(evaluations={0: 3.0, 2: math.nan, 4: 2.5, 6: math.inf})
-    assert progress.best_step == 4, "a loss that is not finite is never the best"
-    assert progress.evaluations_since_best(0.0) == 1
-    assert Progress(evaluations={0: 3.0, 2: math.nan}).best_step is None
 
 
 @pytest.fixture(scope="module")

@@ -60,10 +60,10 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
         is_list = isinstance(value, (list, tuple))
         kind = next((k for k in kinds if (typing.get_origin(k) is tuple) == is_list), kinds[0])
         return coerce(kind, value, name)
-    if origin is tuple:
+    if origin in (tuple, list):
         example = f"{{path: {_plain(value)}}}" if options[0] is SourceConfig else "a,b"
         require(isinstance(value, (list, tuple)), f"{name}={short(value)} must be a list; write {name}=[{example}]")
-        return tuple(coerce(options[0], item, f"{name}[{index}]") for index, item in enumerate(value))
+        return origin(coerce(options[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     if origin is Mapping:
         require(isinstance(value, Mapping), f"{name}={short(value)} must be a mapping; write {name}={{key: value}}")
         return {str(key): coerce(options[1], item, f"{name}.{key}") for key, item in value.items()}

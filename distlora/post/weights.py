@@ -269,7 +269,7 @@ def error_line(consumer: str, error: float) -> str:
 def read_factors(adapter: PeftAdapter, path: str, reader: Reader, *, experts: int | None = None) -> Factors:
     """Return the factors of one weight; `experts` is their number if it is fused. Raises UserError for NaN and Inf."""
     names = {part: name for part in ("A", "B", "magnitude") if (name := adapter.names.get((path, part))) is not None}
-    parts = {part: _finite(adapter.tensors[path, part], name, reader) for part, name in names.items()}
+    parts = {part: read_whole(adapter.tensors[path, part], name, reader) for part, name in names.items()}
     a, b = parts["A"], parts["B"]
     if path in adapter.transposed:
         assert experts is not None
@@ -285,11 +285,11 @@ def read_token_rows(adapter: PeftAdapter, matrix: str, reader: Reader) -> dict[i
     rows = adapter.token_rows.get(matrix)
     if rows is None:
         return {}
-    tensor = _finite(read_header(adapter.folder / WEIGHTS_NAME)[rows.name], rows.name, reader)
+    tensor = read_whole(read_header(adapter.folder / WEIGHTS_NAME)[rows.name], rows.name, reader)
     return dict(zip(rows.ids, tensor, strict=True))
 
 
-def _finite(segment: Segment, name: str, reader: Reader) -> Tensor:
+def read_whole(segment: Segment, name: str, reader: Reader) -> Tensor:
     """Return a tensor of an adapter's file in fp32."""
     whole = reader.read([segment], 0, segment.numel).view(segment.shape).float()
     if not all_finite(whole):

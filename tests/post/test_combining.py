@@ -30,7 +30,7 @@ from distlora.system.randomness import key_of
 from distlora.training import worker as training_worker
 from distlora.weights.peft_folder import NF4_MARK, read_peft_adapter
 from distlora.weights.reader import Reader
-from distlora_launcher.cli.combine import CombineArguments, checked
+from distlora_launcher.cli.combine import checked
 from distlora_launcher.cli.main import main
 from distlora_launcher.terminal.arguments import read
 from support.closeness import relative_error
@@ -46,7 +46,7 @@ EXACT = 1e-6
 
 def combine(*words: str | Path) -> tuple[Path, dict[str, Any]]:
     """Run the command's two halves in this process. Return (folder, record)."""
-    options = read(CombineArguments, "distlora combine", [str(word) for word in words])
+    options = read(CombineRequest, "distlora combine", [str(word) for word in words])
     request = checked(options, "distlora combine ...")
     return Path(request.out), worker.run(from_json(CombineRequest, to_json(request)))
 
@@ -150,22 +150,22 @@ def test_every_method_is_pefts(method: str, tuned_pair: Any, pair: tuple[Path, P
 
     DARE is compared by the functions that PEFT calls for each linear, with our draws.
     """
-    how, weights, density = METHODS[method], [0.7, -0.5], 0.4 if METHODS[method].has_density else None
+    how, weights, density = METHODS[method], [0.7, -0.5], 0.4 if "density" in METHODS[method].options else None
     words = [f"{pair[0]}=0.7", f"{pair[1]}=-0.5", "--out", tmp_path / "out", "--method", method]
     words += ["--density", "0.4"] if density else []
-    words += ["--majority-sign-method", "frequency"] if how.elects else []
-    words += ["--seed", "3"] if how.draws else []
+    words += ["--majority-sign-method", "frequency"] if "majority_sign_method" in how.options else []
+    words += ["--seed", "3"] if "seed" in how.options else []
     out, _ = combine(*words)
-    tuner, sign = tuned_pair.base_model, "frequency" if how.elects else "total"
+    tuner, sign = tuned_pair.base_model, "frequency" if "majority_sign_method" in how.options else "total"
     names = ["default", "b"]
-    if not how.draws:
+    if "seed" not in how.options:
         tuned_pair.add_weighted_adapter(
             names, weights, method, combination_type=method, density=density, majority_sign_method=sign
         )
     ours = safetensors.torch.load_file(out / WEIGHTS)
     for path in paths_of(out):
         target = tuned_pair.get_submodule(f"base_model.model.{path}")
-        if how.draws:
+        if "seed" in how.options:
             torch.manual_seed(key_of(3, path)[0])
             if how.on == "factors":
                 a, b = tuner._generalized_task_arithmetic_weighted_adapter(
@@ -279,29 +279,9 @@ def test_runs_name_their_base(folders: Path, tmp_path: Path) -> None:
     for place in (tmp_path / "lora" / "checkpoints").glob("step_*"):
         again, _ = combine(f"{place}=1", "--out", tmp_path / "again")
         assert relative_error(delta(again, path), delta(tmp_path / "lora" / "adapter", path)) < EXACT
-    words = (f"{tmp_path / 'pissa'}=1", "--out", tmp_path / "merged", "--merged", "--quant", "nf4")
-    with pytest.raises(UserError, match="--onto original"):
-        combine(*words)
     shutil.rmtree(tmp_path / "lora" / "adapter")
     with pytest.raises(UserError, match=r"checkpoints/step_0+2=0\.5"):
         combine(f"{tmp_path / 'lora'}=0.5", "--out", tmp_path / "unfinished")
-
-
-def test_a_merged_model_is_the_base_with_the_sum(folders: Path, one: Path, two: Path, tmp_path: Path) -> None:
-    words = (f"{one}=0.6", f"{two}=-0.4", "--out")
-    adapter, _ = combine(*words, tmp_path / "adapter")
-    model, _ = combine(*words, tmp_path / "new" / "model", "--merged", "--quant", "none")
-    merged = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    expected = in_peft(adapter, folders / "llama").merge_and_unload()
-    weights = dict(expected.named_parameters())
-    for name, weight in merged.named_parameters():
-        assert relative_error(weight, weights[name]) < EXACT
-    receipt = json.loads((model / "merge.json").read_text())
-    assert receipt["adapter"]["place"] == "combine.json"
-    files = {path.name for path in model.iterdir()} - {"merge.json", "merge.md"}
-    assert files == set(receipt["files"])
-    assert {"combine.json", "tokenizer.json"} <= files
-    assert not list(tmp_path.glob(".distlora*"))
 
 
 def test_what_belongs_to_nf4_says_so_in_the_sum(folders: Path, one: Path, two: Path, tmp_path: Path) -> None:
@@ -313,8 +293,6 @@ def test_what_belongs_to_nf4_says_so_in_the_sum(folders: Path, one: Path, two: P
     assert read_peft_adapter(out).settings["init_from_loftq"]
     for path in paths_of(out):
         assert relative_error(delta(out, path), 0.5 * delta(loftq, path) + 0.5 * delta(two, path)) < EXACT
-    with pytest.raises(UserError, match="quant=none loses nothing"):
-        combine(f"{loftq}=1", "--out", tmp_path / "merged", "--merged", "--quant", "none")
 
 
 def test_rows_of_a_tied_matrix_and_the_whole_of_the_other_are_refused(folders: Path, tmp_path: Path) -> None:
@@ -349,7 +327,6 @@ def test_what_has_no_meaning_is_refused(
         ([f"{one}=1", f"{two}=1", "--seed", "4"], "no effect"),
         ([f"{one}=1", f"{two}=1", "--density", "0.5"], "no effect"),
         ([f"{one}=1", f"{two}=1", "--quant", "nf4"], "no effect"),
-        ([f"{one}=1", f"{two}=1", "--dtype", "bf16"], "add --merged"),
         ([f"{one}=1", f"{dora}=1"], "--method svd"),
         ([f"{tmp_path / 'gone'}=1"], "does not exist"),
     ]
@@ -358,6 +335,8 @@ def test_what_has_no_meaning_is_refused(
             combine(*words, "--out", out)
     assert main(["combine", f"{one}=1", f"{other}=1", "--out", str(out)]) == 2
     assert "different bases" in capsys.readouterr().err
+    assert main(["combine", f"{one}=1", "--out", str(out), "--merged"]) == 2
+    assert "then `distlora merge SUM --model BASE`" in capsys.readouterr().err
     assert not out.exists()
     made, _ = combine(f"{one}=1", f"{nowhere}=1", "--same-base", "--out", out)
     assert made.is_dir()

@@ -1,4 +1,8 @@
-"""Run the worker of `distlora combine`: read adapters one weight at a time, write one in PEFT's format."""
+"""Run the worker of `distlora combine`: sum adapters weight by weight, write one in PEFT's format.
+
+Rows and modules that were trained beside the adapters (embedding, LM head) are summed exactly: base + sum w_i
+(theirs_i - base). A new token's row has no base value, so only one adapter may bring such rows, with the weight 1.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import datetime
 import functools
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +19,18 @@ import torch
 from torch import Tensor
 
 from distlora import __version__
+from distlora.architecture.safetensors_headers import read_header
 from distlora.architecture.targets import match_ending, peft_paths
 from distlora.architecture.tokens import EMBEDDING
 from distlora.checkpoint.files import new_folder, write_files
+from distlora.config import UserError, require
 from distlora.config.json_files import read_object
-from distlora.loading.tensor_files import DeferredTensor
 from distlora.output.results import Table
 from distlora.parallel import Backend, Ranks, Shards
-from distlora.post.combine.methods import Weighted, combine, combined_modules, combined_rows, new_token_owner, row_ids
-from distlora.post.combine.request import RECORD_NAME, CombineRequest, needs_base
-from distlora.post.merge.merge import DTYPES, merge_to
-from distlora.post.trained import Name, base_spec
-from distlora.post.weights import Base, Factors, open_base, read_factors
+from distlora.post.combine.methods import combine
+from distlora.post.combine.request import RECORD_NAME, CombineRequest
+from distlora.post.trained import base_spec
+from distlora.post.weights import BaseWeight, open_base, read_factors, read_token_rows, read_whole
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
 from distlora.system.exit_codes import DONE, run_to_exit_code
@@ -37,174 +40,149 @@ from distlora.weights.reader import Reader
 
 
 class Combination:
-    """The weights of the result, computed one at a time as the file is written."""
+    """The tensors and the config of the result."""
 
     def __init__(self, request: CombineRequest, reader: Reader, say: Callable[[str], None]) -> None:
-        self.request, self.reader, self.say = request, reader, say
-        self.members = [Weighted(m.place, m.weight, read_peft_adapter(m.folder)) for m in request.members]
-        files = [member.file for member in self.members]
-        self.base: Base | None = None
-        if needs_base(files):
-            assert request.base_folder is not None
-            self.base = open_base(base_spec(request.base_folder, request.quant, dtype=request.held))
-        self.paths = sorted({path for file in files for path in file.paths})
-        self.parameters = sorted({entry for file in files for entry in file.adapter_config.target_parameters})
+        self._request, self._reader = request, reader
+        self.members = [(member, read_peft_adapter(member.folder)) for member in request.members]
+        self.files = files = [file for _, file in self.members]
+        if request.base_folder is not None:
+            assert request.quant is not None
+            self._base = open_base(base_spec(request.base_folder, request.quant, dtype=request.held))
         self.fused = {
             path for file in files for path in match_ending(file.adapter_config.target_parameters, file.paths)
         }
-        self.ranks = {path: self._rank(path) for path in self.paths}
+        self.tensors: dict[str, Tensor] = {}
+        """The result by PEFT's names, fp32."""
+        self.ranks: dict[str, int] = {}
         self.energy: dict[str, tuple[float, float]] = {}
         """||dW||^2 and the part of it that the rank dropped, by path of a truncated weight."""
-        self._made: dict[str, tuple[Tensor, Tensor]] = {}
-        self._done = 0
-
-    def tensors(self) -> dict[str, Tensor | DeferredTensor]:
-        """Return the tensors by PEFT's names."""
-        places = peft_paths(self.fused)
-        found: dict[str, Tensor | DeferredTensor] = {}
-        for path in self.paths:
-            out, into = self._sizes(path)
-            rows = self.ranks[path] * (self._parts(path)[0][2] or 1)
-            for part, shape in zip("AB", ((rows, into), (out, rows)), strict=True):
-                name = f"base_model.model.{places.get(path, path)}.lora_{part}.weight"
-                make = functools.partial(self._make, path, part)
-                found[name] = DeferredTensor(shape=torch.Size(shape), dtype=torch.float32, make=make)
-        if self.base is not None:
-            found |= combined_rows(self.members, self.base, self.reader)
-            found |= combined_modules(self.members, self.base, self.reader)
-        return found
+        paths, places = sorted({path for file in files for path in file.paths}), peft_paths(self.fused)
+        for done, path in enumerate(paths, 1):
+            name = f"base_model.model.{places.get(path, path)}"
+            self.tensors[f"{name}.lora_A.weight"], self.tensors[f"{name}.lora_B.weight"] = self._combined(path)
+            say(f"combining: {done:,}/{len(paths):,} weights, {path}")
+        self.row_ids: dict[str, list[int]] = {}
+        """Trained rows by matrix."""
+        self.tokenizer: Path | None = None
+        """Folder of the adapter with new tokens, whose tokenizer the sum needs."""
+        for matrix in sorted({name for file in files for name in (*file.token_rows, *file.modules)}):
+            architecture, embedding = self._base.model.architecture, self._base.weights[self._base.embedding_name]
+            is_head = matrix != EMBEDDING
+            weight = self._base.weights.get(self._base.head_name, embedding) if is_head else embedding
+            name = f"base_model.model.{architecture.head if is_head else architecture.embedding_path}"
+            self._check(matrix, weight)
+            self.tensors |= {f"{name}.{ending}": tensor for ending, tensor in self._sum(matrix, weight).items()}
 
     def config(self) -> dict[str, Any]:
         """Return adapter_config.json: the first member's with the result's ranks, targets and scale 1."""
-        first = read_object(self.members[0].file.folder / CONFIG_NAME, "save the adapter again")
-        ranks = list(self.ranks.values())
+        ranks, rows = list(self.ranks.values()), self.row_ids
         most = max(set(ranks), key=ranks.count)
         others = {path: rank for path, rank in self.ranks.items() if rank != most}
-        rows = row_ids(self.members)
-        targets: set[str] = set()
-        for member in self.members:
-            entries = member.file.adapter_config.target_modules
+        targets, parameters = set[str](), set[str]()
+        for file in self.files:
+            entries = file.adapter_config.target_modules
             # A pattern is expanded to its paths.
-            targets.update(set(member.file.paths) - self.fused if isinstance(entries, str) else entries)
-        return (
-            first
-            | {
-                "r": most,
-                "lora_alpha": most,
-                "use_rslora": False,
-                "use_dora": False,
-                "rank_pattern": others,
-                "alpha_pattern": others,
-                "lora_dropout": 0.0,
-                "init_lora_weights": True,
-                "inference_mode": True,
-                "target_modules": sorted(targets),
-                "trainable_token_indices": rows[EMBEDDING] if rows.keys() == {EMBEDDING} else (rows or None),
-                "modules_to_save": sorted({name for member in self.members for name in member.file.modules}) or None,
-            }
-            | ({"target_parameters": self.parameters} if self.fused else {})
-        )
-
-    def _parts(self, path: str) -> list[tuple[Weighted, int, int | None]]:
-        """Return (member, rank, experts) of the members that adapt a weight; experts is None unless fused."""
-        found = []
-        for member in self.members:
-            if path in member.file.paths:
-                rank = member.file.adapter_config.rank_of(path)
-                rows = member.file.tensors[path, "A"].shape[0]
-                found.append((member, rank, rows // rank if path in self.fused else None))
-        return found
-
-    def _sizes(self, path: str) -> tuple[int, int]:
-        """Return (out, in) of a weight, or of each expert's."""
-        tensors = self._parts(path)[0][0].file.tensors
-        return tensors[path, "B"].shape[0], tensors[path, "A"].shape[1]
-
-    def _rank(self, path: str) -> int:
-        ranks = [rank for _, rank, _ in self._parts(path)]
-        if self.request.how.on == "sum":
-            return sum(ranks)
-        if self.request.how.on == "factors":
-            return ranks[0]
-        dense = self.request.method != "svd" or any(m.file.settings["use_dora"] for m, _, _ in self._parts(path))
-        most = self.request.rank or max(ranks)
-        return min(most, *self._sizes(path), *([] if dense else [sum(ranks)]))
-
-    def _make(self, path: str, part: str) -> Tensor:
-        """Return A or B; keep the other for the next call."""
-        if path not in self._made:
-            self._made[path] = self._combined(path)
-        made = self._made[path]["AB".index(part)]
-        if part == "B":
-            del self._made[path]
-            self._done += 1
-            self.say(f"combining: {self._done:,}/{len(self.paths):,} weights, {path}")
-        return made
+            targets.update(set(file.paths) - self.fused if isinstance(entries, str) else entries)
+            parameters.update(file.adapter_config.target_parameters)
+        config = {
+            "r": most,
+            "lora_alpha": most,
+            "use_rslora": False,
+            "use_dora": False,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "lora_dropout": 0.0,
+            "init_lora_weights": True,
+            "inference_mode": True,
+            "target_modules": sorted(targets),
+            "trainable_token_indices": rows[EMBEDDING] if rows.keys() == {EMBEDDING} else (rows or None),
+            "modules_to_save": sorted({name for file in self.files for name in file.modules}) or None,
+        }
+        first = read_object(self.files[0].folder / CONFIG_NAME, "save the adapter again")
+        return first | config | ({"target_parameters": sorted(parameters)} if self.fused else {})
 
     def _combined(self, path: str) -> tuple[Tensor, Tensor]:
-        parts = self._parts(path)
-        factors = [(m.weight, read_factors(m.file, path, self.reader, experts=count)) for m, _, count in parts]
-        experts = parts[0][2]
+        """Return A and B of a weight."""
+        members = [(member.weight, file) for member, file in self.members if path in file.paths]
+        _, first = members[0]
+        experts = first.tensors[path, "A"].shape[0] // first.adapter_config.rank_of(path) if path in self.fused else 1
+        parts = [(weight, read_factors(file, path, self._reader, experts=experts)) for weight, file in members]
 
         @functools.cache
-        def weight() -> Tensor:
-            assert self.base is not None
-            return self.base.weights[f"{path}.weight"].whole(self.reader)
+        def whole() -> Tensor:
+            return self._base.weights[f"{path}.weight"].whole(self._reader)
 
-        if experts is None:
-            each = [combine(factors, self.request, path, weight)]
-        else:
-            each = []
-            for expert in range(experts):
-                own = [(w, Factors(A=f.A[expert], B=f.B[expert], scaling=f.scaling)) for w, f in factors]
-                each.append(combine(own, self.request, f"{path}.{expert}", weight))
-        if each[0].energy is not None:
-            self.energy[path] = (sum(one.energy or 0.0 for one in each), sum(one.dropped for one in each))
-        a, b = torch.stack([made.A for made in each]), torch.stack([made.B for made in each])
+        made = []
+        for n in range(experts):
+            own = [(weight, dataclasses.replace(each, A=each.A[n], B=each.B[n])) for weight, each in parts]
+            made.append(combine(own, self._request, f"{path}.{n}" if path in self.fused else path, whole))
+        if made[0].energy is not None:
+            self.energy[path] = sum(each.energy or 0.0 for each in made), sum(each.dropped for each in made)
+        self.ranks[path] = len(made[0].A)
+        a, b = torch.stack([each.A for each in made]), torch.stack([each.B for each in made])
         # PEFT's layout: row e * R + j of A, column j * E + e of B.
         return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
+    def _check(self, matrix: str, weight: BaseWeight) -> None:
+        """Refuse rows of new tokens without an exact sum; note the adapter whose tokenizer has them."""
+        owners = []
+        for member, file in self.members:
+            require(
+                matrix not in file.modules or file.modules[matrix].shape == weight.shape,
+                f"{member.place} has {matrix} of another size than the base's {list(weight.shape)}: rows of new tokens "
+                "have no exact sum; leave it out",
+            )
+            if matrix in file.token_rows and max(file.token_rows[matrix].ids) >= weight.shape[0]:
+                owners.append(member)
+                self.tokenizer = file.folder
+        if owners and (len(owners) > 1 or owners[0].weight != 1):
+            raise UserError(
+                f"{' and '.join(member.place for member in owners)} trained new tokens (rows of {matrix} from "
+                f"{weight.shape[0]:,} on), which the base does not have, so they cannot be scaled; one adapter with "
+                f"new tokens can be in a sum, with the weight 1: {owners[0].place}=1"
+            )
+
+    def _sum(self, matrix: str, weight: BaseWeight) -> dict[str, Tensor]:
+        """Return the summed rows of a matrix, or the whole, by the ending of its name."""
+        stored, width = weight.shape
+        rows = [read_token_rows(file, matrix, self._reader) for file in self.files]
+        ids = sorted({id for of_file in rows for id in of_file})
+        if ids:
+            self.row_ids[matrix] = ids
+            start = torch.zeros(len(ids), width)
+            for at, id in enumerate(ids):
+                if id < stored:
+                    start[at] = self._reader.read(weight.source.segments, id * width, (id + 1) * width).float()
+        else:
+            start = weight.whole(self._reader, original=True)
+        total = start.clone()
+        for (member, file), of_file in zip(self.members, rows, strict=True):
+            for id, row in of_file.items():
+                at = ids.index(id)
+                total[at] += member.weight * (row - start[at])
+            if matrix in file.modules:
+                name = file.modules[matrix].name
+                theirs = read_whole(read_header(file.folder / WEIGHTS_NAME)[name], name, self._reader)
+                total += member.weight * (theirs - start)
+        return {"token_adapter.trainable_tokens_delta" if ids else "weight": total}
+
 
 def run(request: CombineRequest) -> dict[str, Any]:
-    """Write the adapter, or the base merged with it; return its record."""
-    say = Progress()
-    out = Path(request.out)
-    if request.onto is None:
-        return write_adapter(request, out, say)
-    assert request.base_folder is not None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".distlora-combine-", dir=out.parent) as scratch:
-        folder = Path(scratch) / "adapter"
-        found = write_adapter(request, folder, say)
-        trained = Name(place=str(folder), base=request.base_folder, quant=request.quant).read()
-        trained = dataclasses.replace(trained, spec=dataclasses.replace(trained.spec, dtype=request.held))
-        receipt = merge_to(trained, out, onto=request.onto, dtype=DTYPES[request.dtype], say=say)
-    atomic_io.write_json(out / RECORD_NAME, found)
-    # The adapter was temporary: combine.json says what it was made of.
-    made_of = {**(receipt.adapter or {}), "place": RECORD_NAME, "folder": RECORD_NAME}
-    files = receipt.files | {RECORD_NAME: sha256(out / RECORD_NAME)}
-    dataclasses.replace(receipt, adapter=made_of, files=files).write(out)
-    return found
-
-
-def write_adapter(request: CombineRequest, out: Path, say: Progress) -> dict[str, Any]:
     """Write the folder in PEFT's format, completely or not at all; return its record."""
-    alone = Ranks(0, 1, torch.device("cpu"), None)
-    backend = Backend(alone, Shards.over(alone, 1))
+    say, alone = Progress(), Ranks(0, 1, torch.device("cpu"), None)
+    say.line(f"combining {len(request.members)} adapters by {request.method}")
     with Reader() as reader:
         made = Combination(request, reader, say)
-        say.line(f"combining {len(made.members)} adapters, {len(made.paths):,} weights, by {request.method}")
-        for_nf4 = any(member.file.settings["init_from_loftq"] for member in made.members)
-        with new_folder(out) as folder:
-            files = {CONFIG_NAME: made.config(), WEIGHTS_NAME: made.tensors()}
-            write_files(folder, files, backend, metadata=NF4_MARK if for_nf4 else {})
-            owner = None if made.base is None else new_token_owner(made.members, made.base)
-            if owner is not None:  # The tokenizer that an adapter with new tokens is published with.
-                for path in owner.file.folder.iterdir():
-                    if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, RECORD_NAME, "README.md"):
-                        shutil.copy2(path, folder / path.name)
-            found = record(request, made, folder)
-            atomic_io.write_json(folder / RECORD_NAME, found)
+    is_for_nf4 = any(file.settings["init_from_loftq"] for file in made.files)
+    with new_folder(Path(request.out)) as folder:
+        files = {CONFIG_NAME: made.config(), WEIGHTS_NAME: made.tensors}
+        write_files(folder, files, Backend(alone, Shards.over(alone, 1)), metadata=NF4_MARK if is_for_nf4 else {})
+        for path in () if made.tokenizer is None else made.tokenizer.iterdir():
+            if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, RECORD_NAME, "README.md"):
+                shutil.copy2(path, folder / path.name)
+        found = record(request, made, folder)
+        atomic_io.write_json(folder / RECORD_NAME, found)
     return found
 
 
@@ -215,8 +193,7 @@ def main(request: CombineRequest) -> int:
     def work() -> int:
         found = run(request)
         print(summary_line(request, found))
-        what = "an adapter in PEFT's format" if request.onto is None else f"the merged model in {request.dtype}"
-        print(f"wrote {request.out}: {what}, and {RECORD_NAME}")
+        print(f"wrote {request.out}: an adapter in PEFT's format, and {RECORD_NAME}")
         return DONE
 
     return run_to_exit_code(work)
@@ -224,8 +201,22 @@ def main(request: CombineRequest) -> int:
 
 def record(request: CombineRequest, made: Combination, folder: Path) -> dict[str, Any]:
     """Return combine.json."""
-    energy, dropped = (sum(values) for values in zip(*made.energy.values(), strict=True)) if made.energy else (0.0, 0.0)
-    worst = max(made.energy, key=lambda path: _share(*made.energy[path]), default=None)
+
+    def share(energy: float, dropped: float) -> float:
+        """Return ||dropped part|| / ||dW||."""
+        return math.sqrt(dropped / energy) if energy > 0 else 0.0
+
+    truncation = None
+    if made.energy:  # Frobenius norms over all weights, and of the weight that lost the largest share.
+        energy, dropped = (sum(values) for values in zip(*made.energy.values(), strict=True))
+        worst, lost = max(((path, share(*of_path)) for path, of_path in made.energy.items()), key=lambda each: each[1])
+        truncation = {
+            "norm": math.sqrt(energy),
+            "dropped": math.sqrt(dropped),
+            "share": share(energy, dropped),
+            "worst": {"path": worst, "share": lost},
+        }
+    options = request.how.options.split()
     return {
         "command": request.command,
         "date": f"{datetime.date.today():%Y-%m-%d}",
@@ -233,45 +224,27 @@ def record(request: CombineRequest, made: Combination, folder: Path) -> dict[str
         "method": request.method,
         "rank": request.rank,
         "density": request.density,
-        "majority_sign_method": request.majority_sign_method if request.how.elects else None,
-        "seed": request.seed if request.how.draws else None,
+        "majority_sign_method": request.majority_sign_method or "total" if "majority_sign_method" in options else None,
+        "seed": request.seed or 0 if "seed" in options else None,
         "base_fingerprint": next((member.base for member in request.members if member.base), None),
         "members": [
-            {
-                "place": member.place,
-                "weight": member.weight,
-                "quant": member.quant,
-                "sha256": sha256(Path(member.folder) / WEIGHTS_NAME),
-            }
+            {name: getattr(member, name) for name in ("place", "weight", "quant")}
+            | {"sha256": sha256(Path(member.folder) / WEIGHTS_NAME)}
             for member in request.members
         ],
         "sha256": sha256(folder / WEIGHTS_NAME),
-        "weights": len(made.paths),
+        "weights": len(made.ranks),
         "ranks": {"smallest": min(made.ranks.values()), "largest": max(made.ranks.values())},
-        "truncation": None
-        if worst is None
-        else {
-            # Frobenius norms over all weights, and of the weight that lost the largest share.
-            "norm": math.sqrt(energy),
-            "dropped": math.sqrt(dropped),
-            "share": _share(energy, dropped),
-            "worst": {"path": worst, "share": _share(*made.energy[worst])},
-        },
+        "truncation": truncation,
     }
-
-
-def _share(energy: float, dropped: float) -> float:
-    """Return ||dropped part|| / ||dW||."""
-    return math.sqrt(dropped / energy) if energy > 0 else 0.0
 
 
 def summary_line(request: CombineRequest, found: Mapping[str, Any]) -> str:
     """Return the result for the terminal."""
     rows = [("adapter", "weight", "base held in")]
     rows += [(m.place, f"{m.weight:g}", m.quant or "unknown") for m in request.members]
-    ranks = found["ranks"]
-    same = ranks["smallest"] == ranks["largest"]
-    rank = f"rank {ranks['largest']}" if same else f"ranks {ranks['smallest']} to {ranks['largest']}"
+    low, high = found["ranks"]["smallest"], found["ranks"]["largest"]
+    rank = f"rank {high}" if low == high else f"ranks {low} to {high}"
     lines = [Table(f"{request.method}: {request.how.what}", rows).text(), f"\n{found['weights']} weights, {rank}"]
     if (lost := found["truncation"]) is not None:
         lines.append(

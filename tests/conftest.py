@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from distlora import derive
 from distlora.architecture import spec
 from distlora_kernels import dispatch, native, nf4_cpu, products
 from support import cpu_paths
-from support.family_models import write_family_folder
+from support.family_models import FolderOf, write_family_folder
 from support.preference_data import write_preferences
 from support.small_models import write_model_folder, write_text_file
 from support.worlds import Alone, World, start_world
@@ -178,7 +178,7 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
     """Return a function that writes a variant of family_models.py at its first use, and returns its folder."""
 
     @functools.cache

@@ -6,7 +6,6 @@ distlora/model/README.md lists the families.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from support.closeness import assert_adapters_close, assert_close, assert_losses
 from support.family_models import (
     SINGLE,
     VARIANTS,
+    FolderOf,
     architecture,
     config_for,
     dequantized,
@@ -58,9 +58,7 @@ FIRST_OF_CLASS = {stem: name for name, (stem, _) in reversed(VARIANTS.items())}.
         *(("bf16", name) if name in FIRST_OF_CLASS else ci("bf16", name) for name in VARIANTS),
     ],
 )
-def test_forward_is_transformers_own_on_the_dequantized_weights(
-    family_folder: Callable[[str], Path], dtype: str, name: str
-) -> None:
+def test_forward_is_transformers_own_on_the_dequantized_weights(family_folder: FolderOf, dtype: str, name: str) -> None:
     """Compare the base alone (no row chooses the adapter): hidden states bit for bit.
 
     The loss differs by the order of its sum and, in bf16, by our fp32 logits.
@@ -97,7 +95,7 @@ FELT = [
 
 @pytest.mark.parametrize(("name", "change"), FELT, ids=str)
 def test_the_settings_that_make_a_variant_are_felt(
-    family_folder: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, Any]
+    family_folder: FolderOf, tmp_path: Path, name: str, change: dict[str, Any]
 ) -> None:
     """Without its window, cap or rope a variant gives other logits, so the equalities here say something about them."""
     plain = tmp_path / "plain"
@@ -113,7 +111,7 @@ def test_the_settings_that_make_a_variant_are_felt(
 
 @pytest.mark.parametrize("name", [*VARIANTS, "gemma4 with its tower"])
 def test_peft_loads_the_saved_adapter_and_has_our_logits_and_gradients(
-    family_folder: Callable[[str], Path], tmp_path: Path, recwarn: pytest.WarningsRecorder, name: str
+    family_folder: FolderOf, tmp_path: Path, recwarn: pytest.WarningsRecorder, name: str
 ) -> None:
     """On AutoModelForCausalLM of the same folder: every tensor has its place, no other linear is adapted."""
     ours, _ = load_ours(family_folder(name))
@@ -145,7 +143,7 @@ def test_peft_loads_the_saved_adapter_and_has_our_logits_and_gradients(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_packed_documents_equal_documents_alone(family_folder: Callable[[str], Path], name: str) -> None:
+def test_packed_documents_equal_documents_alone(family_folder: FolderOf, name: str) -> None:
     ours, _ = load_ours(family_folder(name))
     documents = [tokens(1, length, seed) for seed, length in enumerate(LENGTHS)]
     parameters = list(adapter_parameters(ours).values())
@@ -173,7 +171,7 @@ SHARDED = [
 
 
 @pytest.mark.parametrize(("name", "size"), SHARDED)
-def test_sharded_ranks_train_like_one(world: World, family_folder: Callable[[str], Path], name: str, size: int) -> None:
+def test_sharded_ranks_train_like_one(world: World, family_folder: FolderOf, name: str, size: int) -> None:
     results = world.run(size, three_steps, folder=family_folder(name))
     expected_losses, expected = three_steps(SINGLE, folder=family_folder(name))
     for losses, adapter in results:
@@ -184,9 +182,7 @@ def test_sharded_ranks_train_like_one(world: World, family_folder: Callable[[str
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_launcher_finds_what_the_worker_finds(
-    family_folder: Callable[[str], Path], tmp_path: Path, name: str
-) -> None:
+def test_the_launcher_finds_what_the_worker_finds(family_folder: FolderOf, tmp_path: Path, name: str) -> None:
     """From config.json and the headers alone: a model that can be trained, and the same paths for target_modules."""
     folder = tmp_path / "model"
     shutil.copytree(family_folder(name), folder)
@@ -198,9 +194,7 @@ def test_the_launcher_finds_what_the_worker_finds(
     assert type(transformers.AutoModelForCausalLM.from_pretrained(folder)).__name__ == architecture.model_class
 
 
-def test_the_launcher_names_a_missing_tensor_as_transformers_does(
-    family_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_the_launcher_names_a_missing_tensor_as_transformers_does(family_folder: FolderOf, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(family_folder("gemma3-untied"), folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")

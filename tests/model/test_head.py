@@ -7,7 +7,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import gguf
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,7 @@ from distlora.config import TrainConfig, UserError
 from distlora.model.adapters import TokenRows
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
 from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
-from distlora.model.token_matrix import keep_token_matrices
 from distlora.parallel import Ranks, Shards
-from support.closeness import assert_close
 from support.family_models import architecture
 from support.small_models import use_chunks_of
 from support.worlds import World
@@ -39,43 +36,6 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     labels[0, ::3] = -100
     labels[2] = -100
     return hidden, labels, torch.randn(VOCABULARY, HIDDEN, generator=generator)
-
-
-def small_decoder(hidden: int) -> Any:
-    """Return a decoder on meta that has an embedding alone."""
-    with torch.device("meta"):
-        decoder: Any = nn.Module()
-        decoder.embed_tokens = nn.Embedding(VOCABULARY, hidden).requires_grad_(False)
-    decoder.get_input_embeddings = lambda: decoder.embed_tokens
-    return decoder
-
-
-def plain_loss(hidden: Tensor, labels: Tensor, weight: Tensor, softcap: float | None, scale: float) -> Tensor:
-    logits = hidden @ weight.T * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).sum(dim=1)
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (30.0, 1.0), (None, 0.25)])
-@pytest.mark.parametrize("tokens_per_chunk", [16, 1000])
-def test_row_sums_and_gradients_equal_the_plain_loss(
-    monkeypatch: pytest.MonkeyPatch, frozen: bool, softcap: float | None, scale: float, tokens_per_chunk: int
-) -> None:
-    use_chunks_of(monkeypatch, tokens_per_chunk)
-    hidden, labels, weight = inputs()
-    module = LossHead(nn.Parameter(weight, requires_grad=not frozen), logit_softcap=softcap, logit_scale=scale)
-    row_weights = torch.tensor([0.5, -2.0, 3.0])  # Any combination of rows, as DPO takes.
-    results = []
-    for loss in (module, lambda h, y: plain_loss(h, y, module.weight, softcap, scale)):
-        leaf = hidden.clone().requires_grad_()
-        sums = loss(leaf, labels)
-        wanted = [leaf] if frozen else [leaf, module.weight]
-        results.append([sums, *torch.autograd.grad((sums * row_weights).sum(), wanted)])
-    for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, ulps=8)
-    assert results[0][0][2] == 0, "a row without labels has no loss"
 
 
 _SIZES = {"vocab_size": 300, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -264,37 +224,3 @@ def test_the_models_own_forward_is_the_same_when_the_head_is_sharded(world: Worl
     for whole, sharded in world.run(2, _sharded_head):
         for expected, actual in zip(whole, sharded, strict=True):
             assert torch.equal(actual, expected)
-
-
-@pytest.mark.parametrize(("tied", "softcap"), [(True, None), (False, None), (False, 30.0)])
-def test_a_matrix_in_low_bits_is_looked_up_and_multiplied_as_its_dense_copy(
-    monkeypatch: pytest.MonkeyPatch, tied: bool, softcap: float | None
-) -> None:
-    """Decode 512 of 1001 rows at once; 256 rows of 64 are whole groups."""
-    monkeypatch.setattr("distlora.architecture.shapes.DECODED_AT_ONCE", 2**15)
-    use_chunks_of(monkeypatch, 24)
-    hidden, labels, _ = inputs()
-    hidden = hidden.repeat(1, 1, 3)[..., :64]
-    decoder = small_decoder(64)
-    with torch.device("meta"):
-        alone = nn.Parameter(torch.empty(VOCABULARY, 64), requires_grad=False)
-    head = LossHead(decoder.get_input_embeddings().weight if tied else alone, logit_softcap=softcap)
-    keep_token_matrices(decoder, "embed_tokens", head, ("q8_0", "q8_0"), dtype=torch.float32)
-    assert head.takes_cross_entropy == (softcap is None)
-    modules, embedding = nn.ModuleList([decoder, head]), decoder.get_input_embeddings()
-    modules.to_empty(device="cpu")
-    for matrix in dict.fromkeys((embedding, head.kept)):
-        weight = torch.randn(VOCABULARY, 64, generator=torch.Generator().manual_seed(1))
-        stored = torch.from_numpy(gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)).flatten()
-        matrix.blocks.zero_().view(-1)[: len(stored)] = stored
-    assert sum(name.endswith("blocks") for name, _ in modules.named_parameters()) == (1 if tied else 2)
-    dense = embedding.stored.dense(torch.float32)
-    assert torch.equal(embedding(labels.clamp(min=0)), F.embedding(labels.clamp(min=0), dense))
-    results = []
-    for loss in (head, LossHead(nn.Parameter(dense, requires_grad=False), logit_softcap=softcap), head.copied()):
-        leaf = hidden.clone().requires_grad_()
-        sums = loss(leaf, labels)
-        results.append([sums, *torch.autograd.grad(sums.sum(), leaf), loss(hidden[:, -1:], None)])
-    for actual in results[1:]:
-        for value, expected in zip(actual, results[0], strict=True):
-            assert_close(value, expected, ulps=8)

@@ -13,14 +13,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.derive.prove import dense_weights
 from distlora.parallel import Ranks
 from distlora.planner import traffic
 from distlora.planner.memory.base import base_of
-from distlora.planner.model import find_model
+from distlora.planner.model import find_model, model_in
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora_kernels import experts_grouped, experts_torch
@@ -32,7 +31,7 @@ from distlora_kernels.operands import ExpertLinear, Routing
 from support.closeness import assert_adapters_close, assert_losses_close
 from support.counted_step import measure_ours, only_collectives
 from support.runs import adapters_after, result_of, run_until
-from support.small_models import make_run
+from support.small_models import make_run, write_type
 from support.tiers import ci
 from support.worlds import Alone, World
 
@@ -108,7 +107,10 @@ def format_of(name: str) -> str:
 
 def make_mixed(run_dir: Path, folders: Path, model: str = "llama", **sections: Any) -> Config:
     """Prepare a run on a mix of formats."""
-    names = [name for name in read_headers(folders / model) if name.endswith("_proj.weight") and ".layers." in name]
+    write_type(folders, model)
+    known = model_in(folders / model).shapes.architecture
+    places = [(index, weight) for index in range(known.num_layers) for weight in known.layer(index).weights]
+    names = [f"{known.layer_prefix}{index}.{weight.path}" for index, weight in places if weight.packs]
     formats = {each: [n for n in names if format_of(n) == each] for each in ("bf16", "int8", "fp8_block")}
     quant = {"method": "mixed", "formats": formats} | sections.pop("quant", {})
     return make_run(run_dir, folders, model, quant=quant, **sections)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ from support.bitsandbytes_weights import quantize
 from support.closeness import assert_adapters_close, assert_close, assert_losses_close, relative_error
 from support.family_models import (
     SINGLE,
+    FolderOf,
     config_for,
     dequantized,
     edit_config,
@@ -87,16 +87,14 @@ SELECTED: list[tuple[dict[str, Any], set[str]]] = [
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_presets_and_target_parameters_choose_experts_and_never_a_router(
-    family_folder: Callable[[str], Path], name: str
-) -> None:
+def test_presets_and_target_parameters_choose_experts_and_never_a_router(family_folder: FolderOf, name: str) -> None:
     for adapter, expected in SELECTED:
         model = build_run_model(config_for(family_folder(name), adapter={"r": 4, **adapter}))
         assert {path.rpartition(".")[2] for path, _ in model.adapted_weights()} == expected
         assert "routers have none and are frozen" in next(describe_experts(model))
 
 
-def test_experts_start_as_pefts_do(family_folder: Callable[[str], Path]) -> None:
+def test_experts_start_as_pefts_do(family_folder: FolderOf) -> None:
     """A uniform on +-1/sqrt(in) or normal with std 1/r of one expert, B zero, the scale of one expert's rank."""
     adapter = {"target_modules": "mlp", "r": 8, "rank_pattern": {"down_proj": 2}}
     model, _, _ = start_run_model(config_for(family_folder("mixtral"), adapter=adapter), SINGLE)
@@ -115,7 +113,7 @@ def test_experts_start_as_pefts_do(family_folder: Callable[[str], Path]) -> None
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_routers_loss_is_transformers_own_and_so_are_its_gradients(
-    family_folder: Callable[[str], Path], tmp_path: Path, name: str
+    family_folder: FolderOf, tmp_path: Path, name: str
 ) -> None:
     """Compare two rows in one micro-batch with the mean of transformers' and PEFT's results for each alone.
 
@@ -149,9 +147,7 @@ def test_the_routers_loss_is_transformers_own_and_so_are_its_gradients(
 
 
 @pytest.mark.ci
-def test_the_routers_loss_does_not_depend_on_ranks_or_slices(
-    world: World, family_folder: Callable[[str], Path]
-) -> None:
+def test_the_routers_loss_does_not_depend_on_ranks_or_slices(world: World, family_folder: FolderOf) -> None:
     """FSDP2 gathers a block before the first of its two gradients, that of its output and that of its router's loss."""
     settings: dict[str, Any] = {"folder": family_folder("mixtral"), "router_aux_loss": 0.5}
     expected_losses, expected = three_steps(SINGLE, **settings)
@@ -160,7 +156,7 @@ def test_the_routers_loss_does_not_depend_on_ranks_or_slices(
         assert_adapters_close(adapter, expected)
 
 
-def test_padding_and_empty_rows_do_not_count_in_the_routers_loss(family_folder: Callable[[str], Path]) -> None:
+def test_padding_and_empty_rows_do_not_count_in_the_routers_loss(family_folder: FolderOf) -> None:
     """A row of 20 tokens is what it is alone when 12 of padding follow and an empty row is in the batch."""
     ours, _ = load_ours(family_folder("mixtral"), train={"dtype": "fp32", "router_aux_loss": 0.5})
     short = tokens(1, 20)
@@ -178,7 +174,7 @@ def test_padding_and_empty_rows_do_not_count_in_the_routers_loss(family_folder: 
 
 @pytest.mark.parametrize(("config", "weight"), [({}, 0.0), ({"output_router_logits": True}, 0.001)])
 def test_the_default_router_loss_is_that_of_config_json(
-    family_folder: Callable[[str], Path], tmp_path: Path, config: dict[str, Any], weight: float
+    family_folder: FolderOf, tmp_path: Path, config: dict[str, Any], weight: float
 ) -> None:
     shutil.copytree(family_folder("qwen3-moe"), tmp_path / "model")
     edit_config(tmp_path / "model", **config)
@@ -289,7 +285,7 @@ def test_an_adapter_of_experts_that_is_not_the_models_is_refused(folders: Path, 
 
 
 def test_the_load_of_experts_is_the_routers_choice_without_padding_and_recomputation(
-    family_folder: Callable[[str], Path],
+    family_folder: FolderOf,
 ) -> None:
     """Two slices with activation checkpointing; 12 of 32 tokens are padding in one row, all of them in another."""
     ours, backend = load_ours(family_folder("mixtral"), train={"dtype": "fp32", "checkpointing": "block"})
@@ -346,7 +342,7 @@ def load_of_rank(ranks: Ranks, *, folder: Path) -> dict[int, list[int]]:
     return load.tokens
 
 
-def test_the_load_is_summed_over_ranks(world: World, family_folder: Callable[[str], Path]) -> None:
+def test_the_load_is_summed_over_ranks(world: World, family_folder: FolderOf) -> None:
     expected = load_of_rank(SINGLE, folder=family_folder("qwen3-moe"))
     assert {sum(counts) for counts in expected.values()} == {6 * 48 * 2}
     assert world.run(2, load_of_rank, folder=family_folder("qwen3-moe")) == [expected] * 2
@@ -399,7 +395,7 @@ SHARINGS = [("mixtral", "shared_a"), ("gpt-oss", "shared_outer"), ci("qwen3-moe"
 
 @pytest.mark.parametrize(("name", "sharing"), SHARINGS)
 def test_experts_that_share_a_factor_train_as_pefts_whose_copies_stay_equal(
-    family_folder: Callable[[str], Path], tmp_path: Path, name: str, sharing: str
+    family_folder: FolderOf, tmp_path: Path, name: str, sharing: str
 ) -> None:
     """PEFT reads a copy per expert: our logits, and the sum of its gradients over the copies is ours."""
     ours, _ = load_ours(family_folder(name), adapter={"target_modules": "mlp", "r": 3, "expert_sharing": sharing})

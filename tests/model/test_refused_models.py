@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from distlora.config import Config, UserError, check_ranks
 from distlora.planner.model import find_model
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.planning import check_planned
-from support.family_models import config_for, edit_config
+from support.family_models import FolderOf, config_for, edit_config
 from support.runs import FULL, build_run_model
 
 
@@ -26,7 +25,7 @@ def train(**settings: Any) -> dict[str, Any]:
     return {"train": {"dtype": "fp32", **settings}}
 
 
-NONE = {"quant": {"method": "none"}}
+ZERO3, NONE = {"backend": "zero3"}, {"quant": {"method": "none"}}
 TWO = {"cluster": {"gpus_per_node": 2}}
 CASES: list[tuple[str, dict[str, Any], str]] = [
     # Targets.
@@ -60,11 +59,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     # quant.dense_layers.
     ("llama", {"quant": {"dense_layers": 2, "method": "none"}}, "dense_layers=2 has no effect with quant=none"),
     ("llama", {"quant": {"dense_layers": -1}}, "dense_layers=-1 is not a valid number"),
-    (
-        "llama",
-        {"quant": {"dense_layers": 2}, "parallel": {"backend": "zero3"}, **TWO},
-        "dense_layers=2 keeps layers as FSDP2 .* parallel=fsdp2",
-    ),
+    ("llama", {"quant": {"dense_layers": 2}, "parallel": ZERO3, **TWO}, "keeps layers as FSDP2 .* parallel=fsdp2"),
     # Routers.
     ("llama", train(router_aux_loss=0.1), r"router_aux_loss=0.1 balances routers, and llama has none"),
     ("mixtral", train(router_aux_loss=-1.0), r"is not a valid weight; set it to 0\.001"),
@@ -114,7 +109,7 @@ def worker(config: Config) -> None:
 
 @pytest.mark.parametrize(("name", "sections", "reason"), [*CASES, *BY_THE_LAUNCHER], ids=lambda value: str(value)[:48])
 def test_settings_that_a_model_does_not_support_are_refused(
-    family_folder: Callable[[str], Path], name: str, sections: dict[str, Any], reason: str
+    family_folder: FolderOf, name: str, sections: dict[str, Any], reason: str
 ) -> None:
     """By the config alone; else by the launcher, from config.json and headers, and again by the worker."""
     found = []
@@ -145,7 +140,7 @@ CHANGED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "change", "reason"), CHANGED, ids=[reason[:48] for *_, reason in CHANGED])
 def test_unsupported_config_is_refused_with_the_reason(
-    family_folder: Callable[[str], Path], tmp_path: Path, name: str, change: dict[str, Any], reason: str
+    family_folder: FolderOf, tmp_path: Path, name: str, change: dict[str, Any], reason: str
 ) -> None:
     shutil.copytree(family_folder(name), tmp_path / "bad")
     edit_config(tmp_path / "bad", **change)

@@ -62,10 +62,7 @@ def test_ranks_that_cannot_be_divided_so_are_refused(
 
 def test_what_is_trained_is_neither_resident_nor_verified(folders: Path) -> None:
     for sections, said in (
-        (
-            {"parallel": {"resident_blocks": "auto"}},
-            "resident_blocks=auto keeps blocks as they were gathered once",
-        ),
+        ({"parallel": {"resident_blocks": "auto"}}, "resident_blocks=auto keeps blocks as they were gathered once"),
         ({"train": {"verify": True}}, r"train\.verify has no effect with adapter=full"),
     ):
         with pytest.raises(UserError, match=said):

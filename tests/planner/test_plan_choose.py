@@ -169,12 +169,7 @@ def test_the_choice_is_the_fastest_of_all_that_fit(where: Machine, fixed: set[st
         (14, {}, "nf4", r"in 16 bits it would take [\d.]+ GB, in NF4 [\d.]+ GB of [\d.]+ GB"),
         (80, {"adapter": {"init": "loftq"}}, "nf4", "the adapter starts from the quantization error of NF4"),
         (80, {"adapter": {"method": "full"}}, "none", "adapter=full trains every parameter"),
-        (
-            80,
-            {"quant": {"method": "auto", "dense_layers": 1}},
-            "nf4",
-            "dense_layers=1 needs quantized",
-        ),
+        (80, {"quant": {"method": "auto", "dense_layers": 1}}, "nf4", "dense_layers=1 needs quantized"),
     ],
     ids=["it fits", "it does not fit", "loftq", "full", "kept"],
 )

@@ -8,6 +8,7 @@ docs/benchmarks.md has the table.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,45 +128,9 @@ class Published:
         return f"| {self.what} | {self.said:g} {self.unit} | {ours} | {self.error:+.1%} | {self.left} | {self.source} |"
 
 
-KIMI_K2: dict[str, Any] = {
-    **ARCHITECTURES["unsloth/DeepSeek-V3-bf16"],
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
-    "vocab_size": 163_840,
-    "n_routed_experts": 384,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "routed_scaling_factor": 2.827,
-    "quantization_config": {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "kv_cache_scheme": None,
-        "ignore": [
-            *("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"),
-            "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
-        ],
-        "config_groups": {
-            "group_0": {
-                "input_activations": None,
-                "output_activations": None,
-                "targets": ["Linear"],
-                "weights": {
-                    "num_bits": 4,
-                    "type": "int",
-                    "symmetric": True,
-                    "strategy": "group",
-                    "group_size": 32,
-                    "actorder": None,
-                    "block_structure": None,
-                    "dynamic": False,
-                    "observer": "minmax",
-                },
-            }
-        },
-    },
-}
+KIMI_K2: dict[str, Any] = ARCHITECTURES["unsloth/DeepSeek-V3-bf16"] | json.loads(
+    (Path(__file__).parents[1] / "golden" / "kimi_k2.json").read_text()
+)
 """Sizes and quantization_config of Kimi-K2-Thinking, whose model_type kimi_k2 is DeepSeek-V3's code."""
 EXPERT = 3 * 2048 * 7168
 """Weights of an expert of DeepSeek-V3 and Kimi-K2."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ _YARN = {
     "truncate": False,
 }
 
+FolderOf = Callable[[str], Path]
+"""From a variant's name to its folder: the fixture family_folder."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _UNTIED | {"num_key_value_heads": 4}),
     "llama3-tied": ("Llama", _TIED | {"rope_parameters": _LLAMA3}),

@@ -129,6 +129,15 @@ def config_with(
     return build(Config, {**values, "run_dir": run_dir})
 
 
+def write_type(folders: Path, model: str) -> None:
+    """Write a small model of any type in model_types.py where it is not yet."""
+    if not (folders / model).exists() and model.partition("@")[0] in TYPES:
+        from support.family_models import write_family_folder
+
+        write_family_folder(folders / model, model)
+        tokenizer().save_pretrained(folders / model)
+
+
 def make_run(
     run_dir: Path, folders: Path, model: str = "llama", new_tokens: Sequence[str] = (), **sections: dict[str, Any]
 ) -> Config:
@@ -138,11 +147,7 @@ def make_run(
     """
     from distlora.data.prepare import prepare_run
 
-    if not (folders / model).exists() and model.partition("@")[0] in TYPES:
-        from support.family_models import write_family_folder
-
-        write_family_folder(folders / model, model)
-        tokenizer().save_pretrained(folders / model)
+    write_type(folders, model)
     base: dict[str, dict[str, Any]] = {
         "model": {"path": str(folders / model), "new_tokens": list(new_tokens)},
         "data": {

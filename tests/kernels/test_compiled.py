@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,7 +31,6 @@ from distlora.training.compile_choice import decide_compile, record
 from distlora.training.setup import start_run_model
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels import lora_native, native, products
-from distlora_kernels.dropout import Dropout
 from distlora_kernels.formats import nf4
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, lora_linears
 from distlora_kernels.operands import Needs, SavedLinear
@@ -289,23 +287,6 @@ def test_compiled_linears_round_once(native_linears: None) -> None:
             assert all(map(torch.equal, (*again, *gradients), (*ys, x.grad)))
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"shape": (192, 96)},
-        {"r": 5},
-        {"dropout": Dropout((1, 2), 2**15, 1, torch.arange(1))},
-        {"dtype": torch.float32},
-    ],
-    ids=lambda changed: next(iter(changed)),
-)
-def test_other_linears_stay_with_torch(native_linears: None, changed: dict[str, Any]) -> None:
-    out, features = changed.get("shape", (192, 128))
-    adapter = Adapter(torch.randn(changed.get("r", 4), features), torch.randn(out, changed.get("r", 4)), 1.0)
-    linear = Linear(frozen("nf4", out, features), adapter._replace(dropout=changed.get("dropout")))
-    assert not lora_native.covers(torch.randn(4, features, dtype=changed.get("dtype", torch.bfloat16)), [linear])
 
 
 def out_of_memory() -> None:

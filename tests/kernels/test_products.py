@@ -126,26 +126,6 @@ def computed() -> list[Tensor]:
     return [y.detach(), mixed.detach(), *gradients, *torch.autograd.grad(mixed, leaves, torch.randn_like(mixed))]
 
 
-def test_the_processor_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    newest = {"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
-
-    def preferred(*features: str) -> str:
-        monkeypatch.setattr(processor, "features", lambda: frozenset(features))
-        return processor.preferred()
-
-    monkeypatch.delenv(processor.VARIABLE, raising=False)
-    assert preferred(*newest, "AuthenticAMD") == "avx512_bf16"
-    assert preferred(*newest, "GenuineIntel") == "avx512_bf16"  # Cooper Lake.
-    assert preferred(*newest, "GenuineIntel", "avx512_fp16") == "avx512"  # Sapphire Rapids whose AMX is hidden.
-    assert preferred(*newest, "GenuineIntel", "avx512_fp16", "amx_bf16") == "amx"
-    assert preferred(*newest - {"avx512_bf16"}) == "avx512"
-    assert preferred("avx2", "fma") == "avx2"
-    assert preferred("asimd") == "generic"
-    monkeypatch.setenv(processor.VARIABLE, "avx512")
-    with pytest.raises(ValueError, match=r"DISTLORA_CPU_PATH=avx512 is not a path .* unset it or use one of generic"):
-        processor.preferred()
-
-
 def test_products_and_attention_are_torchs_on_the_generic_path(compiler: None) -> None:
     """A run of an earlier version on AVX-512 without BF16 goes on with its bits so."""
     for _ in cpu_paths.used("generic"):

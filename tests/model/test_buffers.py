@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,80 +14,40 @@ from torch import nn
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
 from distlora.loading.tensor_files import write_model
-from distlora.model.buffers import keep_in_fp32, made_buffers, materialize_buffers, stored_buffers
+from distlora.model.buffers import made_buffers
+from distlora.model.build import DTYPES
 from distlora.parallel import Ranks
 from distlora.post.merge.parameters import parameters_of
 from distlora.post.weights import open_base
-from support.family_models import SINGLE, VARIANTS, config_for, hf_config, load_ours, tokens
+from support.family_models import SINGLE, VARIANTS, FolderOf, architecture, config_for, load_ours, tokens
 from support.small_models import SHAPES
 from support.worlds import World
 
-_MOE = {"num_hidden_layers": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
-_STORED: dict[str, dict[str, Any]] = {
-    "Glm4Moe": _MOE | {"n_routed_experts": 4, "first_k_dense_replace": 1},
-    "Gemma4Text": {"num_hidden_layers": 2, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
-    "MiniMaxM2": _MOE | {"num_local_experts": 4},
-    "Lfm2Moe": _MOE | {"num_experts": 4, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "Ernie4_5_Moe": _MOE | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
-    # Its decoder fills a buffer of each layer.
-    "FalconH1": {"num_hidden_layers": 1, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
-}
-"""transformers' class name without its ending, and settings, of models whose checkpoints hold buffers, or fp32."""
+STORED = ("glm4_moe", "gemma4_text", "minimax_m2", "lfm2_moe", "ernie4_5_moe", "falcon_h1")
+"""Types whose checkpoints hold buffers, or tensors that stay in fp32; the decoder of the last fills layers' buffers."""
 
 
-class _Model(nn.Module):
-    """The parts of CausalLM that buffers need."""
-
-    def __init__(self, hf_model: Any) -> None:
-        super().__init__()
-        self.hf_model, self.hf_config = hf_model, hf_model.config
-        self.layout = SimpleNamespace(names=set(hf_model.state_dict()))
-        self.made_buffers = made_buffers(hf_model)
-
-    def hf_name(self, path: str) -> str:
-        return path.removeprefix("hf_model.")
-
-
-def _class_and_config(name: str) -> tuple[Any, Any]:
-    if name in VARIANTS:
-        config, stem = hf_config(name), VARIANTS[name][0]
-        whole = isinstance(config, transformers.Gemma3Config)
-        return getattr(transformers, f"{stem}For{'ConditionalGeneration' if whole else 'CausalLM'}"), config
-    settings = SHAPES | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8} | _STORED[name]
-    stem = name.removesuffix("Text")
-    return getattr(transformers, f"{stem}ForCausalLM"), getattr(transformers, f"{name}Config")(**settings)
-
-
-@pytest.mark.parametrize("name", [*VARIANTS, *_STORED])
-def test_made_buffers_and_dtypes_equal_those_of_from_pretrained(name: str) -> None:
-    hf_class, config = _class_and_config(name)
-    start = torch.get_rng_state()
-    for dtype in (torch.float32, torch.bfloat16):
-        with torch.device("meta"):
-            hf_model = hf_class._from_config(config, dtype=dtype)
-        # The dtype that bf16 checkpoints of MoEs have; from_pretrained casts each tensor to its own.
-        stored = {key: torch.zeros(value.shape, dtype=dtype) for key, value in hf_model.state_dict().items()}
-        theirs = hf_class.from_pretrained(None, config=config, state_dict=stored, dtype=dtype)
-        torch.set_rng_state(start)
-        keep_in_fp32(hf_model, dtype)
-        assert {n: t.dtype for n, t in hf_model.state_dict().items()} == {
-            n: t.dtype for n, t in theirs.state_dict().items()
-        }
-        ours: Any = _Model(hf_model)
-        hf_model.to_empty(device="cpu")
-        kept = {key: buffer.fill_(3.0) for key, buffer in stored_buffers(ours).items()}
-        materialize_buffers(ours, torch.device("cpu"))
-        assert torch.equal(torch.get_rng_state(), start), "training's random stream moved"
-        for path, buffer in theirs.named_buffers():
-            actual = ours.hf_model.get_buffer(path)
-            assert actual.dtype == buffer.dtype, path
-            assert torch.equal(actual, torch.full_like(buffer, 3.0) if path in kept else buffer), path
+@pytest.mark.parametrize("name", [*VARIANTS, *STORED])
+def test_buffers_and_dtypes_equal_those_of_from_pretrained(family_folder: FolderOf, name: str) -> None:
+    auto = getattr(transformers, architecture(name).auto_class)
+    for dtype in ("fp32", "bf16"):
+        ours, _ = load_ours(family_folder(name), quant={"method": "none"}, train={"dtype": dtype})
+        theirs = auto.from_pretrained(family_folder(name), dtype=DTYPES[dtype])
+        inside = f"{ours.architecture.decoder}."
+        own = {ours.hf_name(path): buffer for path, buffer in ours.named_buffers()}
+        expected = {path: buffer for path, buffer in theirs.named_buffers() if path.startswith(inside)}
+        assert own.keys() == expected.keys()
+        for path, buffer in expected.items():
+            assert own[path].dtype == buffer.dtype, path
+            assert torch.equal(own[path], buffer), path
+        dtypes = {path: parameter.dtype for path, parameter in theirs.named_parameters()}
+        held = {ours.hf_name(path): p.dtype for path, p in ours.named_parameters() if ".adapters." not in path}
+        assert {path: dtypes[path] for path in held} == held
 
 
 def test_a_buffer_that_nothing_fills_is_refused_by_name() -> None:
-    hf_class, config = _class_and_config("llama")
     with torch.device("meta"):
-        hf_model = hf_class._from_config(config)
+        hf_model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPES))
         hf_model.model.norm.register_buffer("table", torch.empty(3), persistent=False)
     with pytest.raises(UserError, match=r"buffer model\.norm\.table, which transformers does not fill"):
         made_buffers(hf_model)

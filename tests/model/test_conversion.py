@@ -15,7 +15,6 @@ import transformers
 from transformers.core_model_loading import (
     Chunk,
     Concatenate,
-    GroupWeightRename,
     Interleave,
     MergeModulelist,
     Transpose,
@@ -129,15 +128,6 @@ def check_names(model: Any, layout: CheckpointLayout) -> None:
         ours, converter = rules.rename(name, layout.names)
         assert (ours, converter is None) == (target, pattern is None), name
     assert sorted(names, key=natural_order) == sorted(names, key=dot_natural_key)
-
-
-def test_renamings_that_depend_on_other_names_are_applied_like_transformers() -> None:
-    """Check Kimi-K2.5's vision tower, whose norm0 and norm1 become norm1 and norm2 if there is a norm0."""
-    renaming = GroupWeightRename([r"v.(\d+).norm0", r"v.(\d+).norm1"], [r"v.\1.norm1", r"v.\1.norm2"])
-    rules = rules_of(layout(renaming, names=(known := [f"v.{i}.norm{j}" for i in (0, 1) for j in (1, 2)])))
-    raw = {f"v.{i}.norm{j}": f"v.{i}.norm{j + 1}" for i in (0, 1) for j in (0, 1)}
-    assert model_names(rules, raw, known) == {new: (old,) for old, new in raw.items()}
-    assert model_names(rules, known, known) == {name: (name,) for name in known}
 
 
 def layout(*transforms: Any, names: Sequence[str], shape: tuple[int, ...] = (2, 3)) -> CheckpointLayout:

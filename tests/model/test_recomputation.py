@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlora import derive
-from distlora.architecture.spec import LayerKind, Weight
-from distlora.derive.memory import _Layer, _unread
 from distlora.derive.shrink import shrink
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.build import CausalLM
@@ -143,25 +140,3 @@ def test_recomputation_runs_no_product_whose_output_nobody_reads(
             weights = sum(each.numel + rank * each.out_features for each, rank in zip(linears, ranks, strict=True))
             assert of_forward - again == 2 * ROWS * LENGTH * weights
             assert again - of_linears == of_forward - flops["forward"] - flops["adapters"] // 3
-
-
-class Sums(nn.Module):
-    """Layer that adds its input to the output of one linear, and then runs others."""
-
-    def __init__(self, *, in_place: bool) -> None:
-        super().__init__()
-        self.in_place = in_place
-        self.dense, self.up, self.down = (nn.Linear(8, 8) for _ in range(3))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        attended = self.dense(hidden_states)
-        if self.in_place:
-            attended += hidden_states
-        return attended + hidden_states + self.down(F.silu(self.up(hidden_states)))
-
-
-@pytest.mark.parametrize(("in_place", "expected"), [(False, ("dense", "down")), (True, ("down",))])
-def test_a_product_that_a_layer_writes_to_is_not_left_out(in_place: bool, expected: tuple[str, ...]) -> None:
-    weights = tuple(Weight(f"{path}.weight", (8, 8), "linear") for path in ("dense", "up", "down"))
-    layer = Sums(in_place=in_place).requires_grad_(False)
-    assert _unread(_Layer(layer, LayerKind(weights=weights), (torch.randn(2, 3, 8),), {})) == expected

@@ -102,22 +102,12 @@ def test_more_work_is_never_faster_and_a_better_machine_never_slower() -> None:
 
 
 def test_what_a_user_measured_is_reached_and_what_is_not_known_gives_no_time() -> None:
-    machine = machine_of(ranks=2)
-    plain, given = (
-        rates_of(Workload.of(timed_config(2)), dataclasses.replace(machine, measured=frozenset(measured)))
-        for measured in ((), ("tflops",))
-    )
-    assert plain.matrices == 0.8 * 989e12
-    assert plain.link == 0.8 * 450e9
+    machine, work, model = machine_of(ranks=2), Workload.of(timed_config(2)), model_of("8b")
+    given = rates_of(work, dataclasses.replace(machine, measured=frozenset({"tflops"})))
     assert given.matrices == given.peak == 989e12, "machine_of has put the user's figure there"
     for rate in ("flops", "bandwidth", "link"):
-        assert (
-            step_time(Workload.of(timed_config(2)), model_of("8b"), dataclasses.replace(machine, **{rate: None}))
-            is None
-        )
-    assert (
-        step_time(Workload.of(timed_config(2)), model_of("8b"), dataclasses.replace(machine, network=None)) is not None
-    )
+        assert step_time(work, model, dataclasses.replace(machine, **{rate: None})) is None
+    assert step_time(work, model, dataclasses.replace(machine, network=None)) is not None
     fp32 = timed_config(2, train={"dtype": "fp32"})
     assert step_time(Workload.of(fp32), model_of("8b"), machine) is None
     assert missing_rates(Workload.of(fp32), machine) == ("gpu.tflops",)

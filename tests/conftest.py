@@ -110,6 +110,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """Make torch.empty give NaN, so that an element that no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _train_compile_auto_is_off() -> Iterator[None]:
     """Leave train.compile=auto without a compiler: tests compare bits with other paths. `compiler` brings it back."""

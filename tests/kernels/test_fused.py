@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,15 +16,7 @@ from support.tiers import diagonal
 # its rows cross from one group into the next (O I > 16,384); R is padded, and beyond one tile of ranks (72).
 SHAPES = [(1, 48, 64, 3), (16, 100, 320, 16), (37, 66, 192, 40), (64, 100, 320, 3), (130, 48, 320, 72)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_memory() -> Iterator[None]:
-    """Fill unwritten memory with NaN; warn_only, because the library's GEMMs must run on a GPU."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
 class Operands:

@@ -6,7 +6,6 @@ The GPU's path runs on a GPU or in Triton's interpreter.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -31,12 +30,7 @@ LORA, DORA = ("lora", "lora", "none"), ("dora", "dora", "lora")
 Problem = tuple[Tensor, list[Linear], list[Tensor]]
 
 
-@pytest.fixture(autouse=True)
-def _new_tensors_are_nan() -> Iterator[None]:
-    """Make torch.empty give NaN, so that an element that no kernel writes is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
 def randn(*shape: int, seed: int) -> Tensor:

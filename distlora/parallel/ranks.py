@@ -18,7 +18,7 @@ AFTER_WATCH = timedelta(days=2)
 """Seconds by which torch's timeout exceeds the longest wait that `watch` allows.
 
 The watch knows which rank hangs, so it must report first, and none hangs that computes rewards for hours. A dead worker
-ends the run at once in any case: torchrun sees it."""
+ends the run at once in any case: the launcher sees it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Ranks:
 
 
 def join_ranks(timeout_seconds: float | None = None) -> Ranks:
-    """Join the workers that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK): NCCL with GPUs, gloo without.
+    """Join the workers that the launcher started (RANK, WORLD_SIZE, LOCAL_RANK): NCCL with GPUs, gloo without.
 
     `timeout_seconds`: how long this rank may wait for the others within a step, as marked by `watch.at`, before the
     process ends and names the rank that hangs; None: torch's timeout applies.

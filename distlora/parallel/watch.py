@@ -144,7 +144,7 @@ class Watch:
 
     def _connect(self) -> PrefixStore:
         """Open a connection: a store is locked while a thread waits in it. Raises DistError without an answer."""
-        # Keys of an earlier attempt may still exist if torchrun keeps one store through restarts.
+        # Keys of an earlier attempt may still exist if torch keeps one store through restarts.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return PrefixStore(f"watch/{attempt}", TCPStore(self._host, self._port, wait_for_workers=False))
 

@@ -68,7 +68,7 @@ class Machine:
 def machine_of(spec: GpuConfig, cluster: ClusterConfig, *, found: LocalHardware | None = None) -> Machine:
     """Return the nodes of a run: with the GPU that `gpu=` names, else with the hardware of this node (`found`).
 
-    Without `found`, nothing is assumed of nodes that SLURM or torchrun starts, except that their ranks have GPUs.
+    Without `found`, nothing is assumed of nodes that SLURM or other commands start, except that their ranks have GPUs.
     Settings in `gpu` override the table, or describe a GPU that is not in it.
     """
     here = found or LocalHardware()

@@ -1,6 +1,7 @@
 """Run the worker of `distlora generate`: answer prompts from a file, from stdin or on a terminal.
 
-It is one process or the ranks that torchrun started. Answers go to stdout or to the requested file, progress to stderr.
+It is one process or the ranks that the launcher started. Answers go to stdout or to the requested file, progress to
+stderr.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def answer_file(
 
 
 def main(request: GenerateRequest) -> int:
-    """Answer prompts; return the exit code. Errors of several ranks go to torchrun."""
+    """Answer prompts; return the exit code. Errors of several ranks go to the launcher."""
     quieten()
     return run_on_ranks(
         lambda ranks: run(request, ranks),

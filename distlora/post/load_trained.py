@@ -122,7 +122,7 @@ def run_on_ranks(
     """Do `work` on this rank and return the exit code.
 
     0 done, 2 bad input, 130 Ctrl-C, 1 if a GPU runs out of memory, which prints `when_memory_is_out`. With several
-    ranks, errors go to torchrun. `names` maps settings to the command's arguments for UserErrors.
+    ranks, errors go to the launcher. `names` maps settings to the command's arguments for UserErrors.
     """
     ranks = join_ranks()
     if ranks.world > 1:

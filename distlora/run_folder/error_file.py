@@ -10,8 +10,9 @@ from distlora.config import UserError
 
 VARIABLE = "DISTLORA_ERROR_FILE"
 """Environment variable with the path of this worker's error file."""
-SPARE = "DISTLORA_SPARE_ERROR_FILE"
-"""Environment variable with the path of another file on this node, used if the disk of the first is full."""
+SPARE = "TORCHELASTIC_ERROR_FILE"
+"""Environment variable with the path of a file on this node that torch's agent reads, used if the disk of the first is
+full."""
 
 
 def write(path: Path, error: BaseException, *, about: int | None = None) -> None:

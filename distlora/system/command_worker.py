@@ -1,8 +1,8 @@
 """Run the worker of a command: `python -m distlora.system.command_worker CALL`. Imports no torch.
 
 A call is JSON: {"worker": "module:function", "request": {...}}, or a folder that holds it as request.json, which is how
-torchrun's ranks get it. The function's parameter `request` is annotated with a dataclass, which the request's values
-are checked against. It returns the exit code.
+several ranks get it. The function's parameter `request` is annotated with a dataclass, which the request's values are
+checked against. It returns the exit code.
 """
 
 import dataclasses

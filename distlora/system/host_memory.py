@@ -95,7 +95,7 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cg
 
 
 def processes_here() -> int:
-    """Return the number of the run's processes on this node, from torchrun's environment."""
+    """Return the number of the run's processes on this node, from the environment that torch's agent sets."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

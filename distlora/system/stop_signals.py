@@ -14,8 +14,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Signals that request a stop: schedulers and `kill`, SLURM's --signal, Ctrl-C, a terminal that closes."""
 STOPPED_NAME = "stopped.json"
 """File in RUN about a requested stop: `{step, checkpoint, signal, time}`."""
-PID_DIR = "DISTLORA_PID_DIR"
-"""Environment variable: a folder of this node where each worker leaves its pid, as rank_<k>.pid."""
+TO_WORKERS: dict[int, int] = {signal.SIGTERM: signal.SIGUSR2}
+"""Signals by which the launcher passes on a request: from it, SIGTERM means that torch's agent ends the worker."""
 
 _request: int | None = None
 
@@ -59,24 +59,27 @@ def listen() -> None:
     them: `trackers/wandb_run.py`.)
     """
     parent = os.getppid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    for signum in SIGNALS:
+    signals = {*SIGNALS, *TO_WORKERS.values()}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    for signum in signals:
         # Whoever started this may ignore them, as nohup does: such a signal is dropped, blocked or not.
         signal.signal(signum, signal.SIG_DFL)
-    threading.Thread(target=_take, args=(parent,), name="signals", daemon=True).start()
+    threading.Thread(target=_take, args=(parent, signals), name="signals", daemon=True).start()
 
 
-def _take(parent: int) -> None:
+def _take(parent: int, signals: set[int]) -> None:
+    names = {passed_on: signum for signum, passed_on in TO_WORKERS.items()}
     while True:
         if sys.platform == "darwin":  # The system does not tell the sender.
-            signum, sender = signal.sigwait(SIGNALS), 0
+            signum, sender = signal.sigwait(signals), 0
         else:
-            received = signal.sigwaitinfo(SIGNALS)
+            received = signal.sigwaitinfo(signals)
             signum, sender = received.si_signo, received.si_pid
         if signum == signal.SIGTERM and sender == parent:
-            # torchrun ends a group that is broken or changes. Nobody is left to agree with, and a worker that waits in
-            # a collective would hold up the restart until torchrun kills it, 30 s later.
+            # torch's agent ends a group that is broken. Nobody is left to agree with, and a worker that waits in a
+            # collective would hold up the restart until the agent kills it, 30 s later.
             os._exit(128 + signum)
+        signum = names.get(signum, signum)
         request(signum)
         with contextlib.suppress(OSError):  # A full disk. This thread must hear what comes next all the same.
             print(f"{name_of(signum)} from process {sender}: stopping when all ranks can", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Train a run: `python -m distlora.training.worker RUN`, started once per rank by torchrun.
+"""Train a run: `python -m distlora.training.worker RUN`, started once per rank by the launcher.
 
 RUN/config.yaml and RUN/data.json, both written by the launcher, hold all inputs. A run with checkpoints continues from
 the newest valid one. In place of a run the folder may be a GROUP of trials that train on one base (multi_trial/).
@@ -121,8 +121,7 @@ def trained_parameters(model: CausalLM) -> dict[str, nn.Parameter]:
 def main() -> None:
     """Run a worker process. The caller (`worker_entry`) records its exceptions.
 
-    torch's `record` would leave a file that torchrun reads while a rank is killed during the write, and torchrun fails
-    on a partial file.
+    torch's `record` writes times in whole seconds, which cannot tell the first failure from its consequences.
     """
     if len(sys.argv) != 2:
         raise UserError(

@@ -28,8 +28,8 @@ from distlora_launcher.cli.status import Status, statuses
 from distlora_launcher.compose.checks import check_run_dir
 from distlora_launcher.compose.compose import MAPPINGS, compose_config
 from distlora_launcher.compose.options import known_models
+from distlora_launcher.follow import Command, Follower
 from distlora_launcher.importing.settings_file import with_file
-from distlora_launcher.launch.follow import Command, Follower
 from distlora_launcher.launch.local import remove_if_empty
 from distlora_launcher.launch.lock import CONFIG_NAME
 

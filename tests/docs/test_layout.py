@@ -19,7 +19,7 @@ distlora.loading distlora.checkpoint distlora.derive distlora.generation distlor
 distlora.analysis distlora.bench
 distlora_launcher.terminal distlora_launcher.report distlora_launcher.compose distlora_launcher.importing
 distlora_launcher.launch distlora_launcher.jobs distlora_launcher.sweeps distlora_launcher.demo distlora_launcher.cli
-distlora_launcher.api
+distlora_launcher.follow distlora_launcher.api
 """.split()  # noqa: SIM905
 
 HOMES = {

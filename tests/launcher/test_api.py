@@ -25,7 +25,7 @@ from distlora_launcher import api
 from distlora_launcher.api import as_overrides
 from distlora_launcher.cli.plan import main as plan_command
 from distlora_launcher.compose.compose import compose_config
-from distlora_launcher.launch.follow import Follower
+from distlora_launcher.follow import Follower
 from support.family_models import SINGLE
 
 ROOT = Path(__file__).parents[2]

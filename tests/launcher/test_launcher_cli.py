@@ -45,7 +45,7 @@ class Steps:
         self.prepare_code = 0
         self.train_codes: list[int] = []
 
-    def prepare(self, run_dir: Path) -> int:
+    def prepare(self, run_dir: Path, **_: object) -> int:
         self.prepared.append(run_dir)
         return self.prepare_code
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distlora_launcher.launch import workers
+from distlora_launcher.launch import agent
 from distlora_launcher.launch.failures import first_failure, read_errors
 from distlora_launcher.launch.workers import IMPORTS, run_workers
 from support.launcher_fakes import wait_until
@@ -28,12 +28,12 @@ WORKER = "support.launcher_fake_worker"
 @pytest.fixture(autouse=True)
 def no_lines_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Print no line about a slow start, which depends on the machine's load."""
-    monkeypatch.setattr(workers, "STILL_SECONDS", 600)
+    monkeypatch.setattr(agent, "STILL_SECONDS", 600)
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     folder = tmp_path / "run"
     folder.mkdir()
@@ -52,7 +52,7 @@ def test_rank_0_is_shown_and_every_rank_has_a_log(
     (run_dir / "stopped.json").write_text("of an earlier start")  # Which does not count.
     (run_dir / "logs").mkdir()
     (run_dir / "logs" / "rank_0.log").write_text("the first start")
-    monkeypatch.setattr(workers, "STILL_SECONDS", 0.0)
+    monkeypatch.setattr(agent, "STILL_SECONDS", 0.0)
     assert run(run_dir, "environment") == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("hello from rank 0 of 2\nOMP_NUM_THREADS=")
@@ -108,8 +108,8 @@ def start_launcher(
     """Start a launcher process and wait until both ranks have started. under: a command to run it with."""
     (run_dir / "behaviour").write_text(behaviour)
     code = (
-        "import sys; from pathlib import Path; from distlora_launcher.launch import workers; "
-        "workers.STILL_SECONDS = 600; "
+        "import sys; from pathlib import Path; from distlora_launcher.launch import agent, workers; "
+        "agent.STILL_SECONDS = 600; "
         f"sys.exit(workers.run_workers(Path({str(run_dir)!r}), processes=2, worker_module={WORKER!r}, "
         f"max_restarts={max_restarts}))"
     )
@@ -146,27 +146,39 @@ def test_nohup_and_a_second_ctrl_c(run_dir: Path):
     assert_no_workers(run_dir)
 
 
-def test_workers_start_again_after_a_kill_and_a_request_meanwhile_reaches_them(run_dir: Path):
+def test_workers_start_again_after_a_kill_and_save_on_a_request(run_dir: Path):
     (run_dir / "stopped.json").write_text("of an earlier start")
     (run_dir / "checkpoints" / "step_00000012").mkdir(parents=True)
     process = start_launcher(run_dir, "rank 1 is killed once", max_restarts=3)
-    wait_until((run_dir / "dying").exists)
-    process.send_signal(signal.SIGUSR1)  # Nobody is there who could save.
+    wait_until(lambda: all((run_dir / f"ready_{rank}").exists() for rank in (0, 1)))
+    process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 75
-    stopped = json.loads((run_dir / "stopped.json").read_text())
-    first, *others = message.splitlines()
-    assert first.startswith("rank 1 failed first: it was killed by SIGKILL")
-    assert first.endswith("; restart 1 of 3, from step_00000012")
-    if stopped:  # No worker came for some seconds, on a busy machine: the launcher answered for them.
-        assert (stopped["step"], stopped["signal"]) == (12, "SIGUSR1")
-        return
-    assert others == []
+    assert json.loads((run_dir / "stopped.json").read_text()) == {}, "the workers' own"
+    (line,) = message.splitlines()
+    assert line.startswith("rank 1 failed first: it was killed by SIGKILL")
+    assert line.endswith("; restart 1 of 3, from step_00000012")
     logs = run_dir / "logs"
-    assert sorted(path.name for path in logs.iterdir()) == ["attempt_1", "rank_0.log", "rank_1.log", "torchrun.log"]
+    assert {path.name for path in logs.iterdir()} - {"torchrun.log"} == {"attempt_1", "rank_0.log", "rank_1.log"}
     assert json.loads((logs / "attempt_1" / "rank_1.error.json").read_text())["type"] == "Killed"
     for log in (logs / "rank_0.log", logs / "rank_1.log", logs / "attempt_1" / "rank_1.log"):
         assert log.read_text().count("hello from rank") == 1
+    assert "SIGTERM from process" in (logs / "rank_1.log").read_text()
+    assert_no_workers(run_dir)
+
+
+def test_a_request_while_a_worker_dies_is_answered_by_the_launcher_or_the_next_workers(run_dir: Path):
+    (run_dir / "checkpoints" / "step_00000012").mkdir(parents=True)
+    process = start_launcher(run_dir, "rank 1 is killed once", max_restarts=3)
+    wait_until((run_dir / "dying").exists)
+    process.send_signal(signal.SIGUSR1)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert message.startswith("rank 1 failed first: it was killed by SIGKILL")
+    stopped = json.loads((run_dir / "stopped.json").read_text())
+    if stopped:  # The launcher's, as the next workers had not started yet.
+        assert (stopped["step"], stopped["signal"]) == (12, "SIGUSR1")
+        assert "stopped by SIGUSR1 while no workers ran on " in message
     assert_no_workers(run_dir)
 
 
@@ -243,6 +255,6 @@ def test_a_reader_that_leaves_does_not_end_the_run(run_dir: Path):
     assert "hello from rank 0 of 1" in (run_dir / "logs" / "rank_0.log").read_text()
 
 
-def test_all_modules_that_torchrun_imports_for_workers_exist():
+def test_all_modules_that_the_launcher_imports_for_workers_exist():
     """A name that is gone would only cost each worker its seconds again."""
     assert all(importlib.util.find_spec(name) is not None for name in IMPORTS)

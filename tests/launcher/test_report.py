@@ -14,7 +14,7 @@ from markupsafe import Markup
 from distlora.config import UserError
 from distlora.run_folder.layout import REPORT_NAME
 from distlora_launcher.cli.main import main
-from distlora_launcher.launch.local import write_final_report
+from distlora_launcher.report.final_report import write_final_report
 from distlora_launcher.report.records import PageStatus, read_run
 from distlora_launcher.report.run_page import run_report
 from support.damage import Reader, any_json, any_lines, any_yaml, holds, holds_without

@@ -32,7 +32,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a working folder with a model and data, whose preparation takes no time."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr(local, "prepare", lambda run_dir: 0)
+    monkeypatch.setattr(local, "prepare", lambda run_dir, **_: 0)
     monkeypatch.setattr(submit, "prepare", lambda run_dir: 0)
     write_model(tmp_path / "model")
     write_data(tmp_path / "data.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ Make = Callable[..., Sweep]
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Return a maker of sweeps with fake multi-trial processes and prepared data."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     monkeypatch.setattr(multi_trial, "MODULE", "support.fake_pack")
     monkeypatch.setattr(sweep_runner, "RELEASE_SECONDS", 0.5)
     write_model(tmp_path / "model")

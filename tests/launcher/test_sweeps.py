@@ -68,7 +68,7 @@ def complete(study: Study, trial: Trial, value: float) -> None:
 @pytest.fixture
 def fake_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "MODULE", "support.sweep_fake_trial")
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
 
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path: Path):

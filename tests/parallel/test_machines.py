@@ -1,4 +1,4 @@
-"""Runs of several machines: two on this host, which meet on its loopback, under real torchrun."""
+"""Runs of several machines: two on this host, which meet on its loopback, under torch's agent."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distlora_launcher.launch.processes import Forwarder, host_name
 from support.closeness import assert_same_run
 from support.launcher_fakes import wait_until, write_data, write_model
 
-HERE = Path(__file__).parents[1]
+PATHS = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 DISTLORA = [sys.executable, "-m", "distlora_launcher.cli.main"]
 
 
@@ -45,7 +45,7 @@ class Machine:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=os.environ
-                | {"PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+                | {"PYTHONPATH": PATHS, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
                 | environment,
             )
 
@@ -60,10 +60,9 @@ class Machine:
 
     def workers(self) -> list[psutil.Process]:
         found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
+        for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.Error):
-                parent = child.parent()
-                if parent is not None and "distlora_launcher.launch.torchrun_entry" in parent.cmdline():
+                if any(Path(file.path).name.startswith("rank_") for file in child.open_files()):
                     found.append(child)
         return found
 
@@ -100,9 +99,8 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 PART = (
     "import functools, sys; from pathlib import Path; from distlora.system.exit_codes import run_to_exit_code; "
     "from distlora.config.file import load_config; from distlora_launcher.launch.node import run_node_of; "
-    "from distlora_launcher.launch import local, workers; from distlora_launcher.launch.processes import forwarding\n"
+    "from distlora_launcher.launch import local; from distlora_launcher.launch.processes import forwarding\n"
     "local.run_workers = functools.partial(local.run_workers, worker_module='support.launcher_fake_worker')\n"
-    "workers.IDLE_SECONDS = 1\n"
     "run = Path(sys.argv[1])\n"
     "with forwarding() as forwarder:\n"
     "    part = lambda: run_node_of(run, load_config(run).cluster, forwarder, lambda: 0)\n"
@@ -146,8 +144,8 @@ def test_two_machines_are_one_run_and_a_third_is_too_many(
     assert sum("hello from rank 0 of 2" in text for text in said) == 1
     assert sum("rank 1 runs on" in text and str(run_dir / "logs" / "rank_0.log") in text for text in said) == 1
     host = socket.gethostname().partition(".")[0]
-    names = {"rank_0.log", "rank_1.log", f"torchrun_{host}.log", f"torchrun_{host}_2.log", "start_1"}
-    assert {path.name for path in (run_dir / "logs").iterdir()} == names
+    names = {path.name for path in (run_dir / "logs").iterdir()} - {f"torchrun_{host}.log"}
+    assert names == {"rank_0.log", "rank_1.log", "start_1"}
     assert (run_dir / "logs" / "start_1" / "rank_1.log").read_text() == "of the start before"
 
 
@@ -261,8 +259,6 @@ def test_the_host_of_the_endpoint_is_found_by_its_address(monkeypatch: pytest.Mo
     assert (at_home.is_host, at_home.address) == (True, here)
     away = rendezvous.make_rendezvous("192.0.2.1:29500", nodes=2, run_id="a", join_seconds=60)
     assert (away.is_host, away.address) == (False, here)
-    assert "is_host=0" in str(away.torchrun_arguments())
-    assert f"--local-addr={here}" in away.torchrun_arguments()
     assert away.environment().keys() == {"GLOO_SOCKET_IFNAME"}
     # Debian's own entry for a host: the store is here, and gloo must not take that address.
     monkeypatch.setattr(rendezvous.socket, "gethostname", lambda: "localhost")

@@ -51,8 +51,8 @@ def open_ones(seen: set[Listener]) -> list[Listener]:
     return sorted(listener for listener in seen if listener.is_open)
 
 
-def test_torchrun_on_one_node_listens_on_no_port(tmp_path: Path):
-    """It unpickles what its store holds: by a port, whoever reaches it could run code as the user."""
+def test_the_launcher_of_one_node_listens_on_no_port(tmp_path: Path):
+    """Torch's agent unpickles what its store holds: by a port, whoever reaches it could run code as the user."""
     assert listeners_of_waiting_workers(tmp_path, "None") == []
 
 

@@ -3,11 +3,12 @@
     PYTHONPATH=tests python tests/tools/chaos.py --kills 50 --seed 1      (`make chaos`)
 
 A campaign is one run of `distlora train` on two ranks that takes several kills, on documents or on answers that it
-samples (GRPO). Each kill has a kind (-9 of one rank, of torchrun, of every process; SIGTERM or SIGUSR1, to the launcher
-or to one rank, once or twice) and a phase (start, loading, a rollout, a step, an evaluation, a save, the end), drawn by
-a seeded generator. Where the command ends, it is resumed at once. After every kill that ends it nothing may run on and
-every checkpoint must be what its manifest says; in the end the adapter must be that of an uninterrupted run bit for
-bit, metrics.jsonl must have every step once and with the same figures, and nothing temporary may lie in the run folder.
+samples (GRPO). Each kill has a kind (-9 of one rank, of the launcher, of every process; SIGTERM or SIGUSR1, to the
+launcher or to one rank, once or twice) and a phase (start, loading, a rollout, a step, an evaluation, a save, the end),
+drawn by a seeded generator. Where the command ends, it is resumed at once. After every kill that ends it nothing may
+run on and every checkpoint must be what its manifest says; in the end the adapter must be that of an uninterrupted run
+bit for bit, metrics.jsonl must have every step once and with the same figures, and nothing temporary may lie in the run
+folder.
 `distlora merge` of the uninterrupted run is killed too: its folder is there as a whole, or not at all.
 """
 
@@ -38,7 +39,7 @@ from distlora.run_folder.layout import fault
 DISTLORA = Path(sys.executable).with_name("distlora")
 STOPPED = 75
 
-KINDS = ("-9 of one rank", "-9 of torchrun", "-9 of all", "SIGTERM", "SIGUSR1")
+KINDS = ("-9 of one rank", "-9 of the launcher", "-9 of all", "SIGTERM", "SIGUSR1")
 MANNERS = ("to the launcher", "to one rank", "twice")
 """Of a signal; `twice` is to the launcher."""
 PHASES = {
@@ -104,7 +105,7 @@ class Life:
     """One command, from its start to its end, and the processes under it."""
 
     def __init__(self, command: Sequence[str], output: Path, scratch: Path) -> None:
-        self._output, self._scratch = output, scratch
+        self._output = output
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
         environment |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)}
         with output.open("wb") as file:
@@ -123,22 +124,14 @@ class Life:
         return [self.process, *(process for process in self._family if is_alive(process))]
 
     def workers(self) -> dict[int, psutil.Process]:
-        """By rank; those that have said that they are there."""
-        alive, found = {process.pid: process for process in self.family()}, {}
-        for path in self._scratch.glob("distlora-torchrun-*/pids/rank_*.pid"):
-            with contextlib.suppress(FileNotFoundError):  # The start has ended.
-                process = alive.get(int(path.read_text()))
-                if process is not None:
-                    found[int(path.stem.removeprefix("rank_"))] = process
-        return found
-
-    def torchrun(self) -> psutil.Process | None:
+        """Return the workers by rank, once they write their logs."""
+        found = {}
         for process in self.family():
             with contextlib.suppress(psutil.Error):
-                is_child = process.ppid() == self.process.pid
-                if is_child and "distlora_launcher.launch.torchrun_entry" in process.cmdline():
-                    return process
-        return None
+                names = [Path(file.path).name for file in process.open_files() if process.ppid() == self.process.pid]
+                ranks = [match for name in names if (match := re.fullmatch(r"rank_(\d+)\.log", name))]
+                found |= {int(match[1]): process for match in ranks}
+        return found
 
     def ended(self) -> bool:
         return self.process.poll() is not None
@@ -260,19 +253,17 @@ class Campaign:
         if not life.wait_until(reached, every=0.001):
             return False
         time.sleep(kill.delay)
-        if kill.kind == "-9 of torchrun":
-            return life.wait_until(life.torchrun)
         if kill.kind == "-9 of one rank" or kill.manner == "to one rank":
             return life.wait_until(lambda: kill.rank in life.workers())
         return not life.ended()
 
     def _strike(self, life: Life, kill: Kill) -> None:
-        family, workers, torchrun = life.family(), life.workers(), life.torchrun()
+        family, workers = life.family(), life.workers()
         kill.step, kill.at = self._last_step(), time.time()
         if kill.kind == "-9 of one rank":
             send(workers.get(kill.rank), signal.SIGKILL)
-        elif kill.kind == "-9 of torchrun":
-            send(torchrun, signal.SIGKILL)
+        elif kill.kind == "-9 of the launcher":
+            send(life.process, signal.SIGKILL)
         elif kill.kind == "-9 of all":
             kill_all(family)
         else:

@@ -1,4 +1,4 @@
-"""Run the worker of `distlora eval` in one process or in the ranks that torchrun started.
+"""Run the worker of `distlora eval` in one process or in the ranks that the launcher started.
 
 Speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) is transformers' assisted generation with greedy
 decoding: a smaller model drafts tokens that a merged model verifies, so the answers are those of greedy decoding with
@@ -168,7 +168,7 @@ def deliver(request: EvaluateRequest, found: dict[str, Any]) -> None:
 
 
 def main(request: EvaluateRequest) -> int:
-    """Evaluate models; return the exit code. Errors of several ranks go to torchrun."""
+    """Evaluate models; return the exit code. Errors of several ranks go to the launcher."""
     quieten()
 
     def work(ranks: Ranks) -> None:

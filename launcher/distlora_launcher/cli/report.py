@@ -10,8 +10,8 @@ from distlora.run_folder.sweep import is_sweep_folder
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.status import Status, headline, statuses
-from distlora_launcher.launch.local import commands_always, commands_when_done
 from distlora_launcher.launch.lock import CONFIG_NAME
+from distlora_launcher.report.final_report import commands_always, commands_when_done
 from distlora_launcher.report.records import PageStatus, read_run
 from distlora_launcher.report.run_page import run_report
 from distlora_launcher.terminal.arguments import read

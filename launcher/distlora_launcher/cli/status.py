@@ -8,24 +8,22 @@ from typing import Any
 from distlora.config import UserError
 from distlora.config.file import load_config
 from distlora.run_folder.layout import find_result
+from distlora.run_folder.submission import SLURM, read_submission
 from distlora.run_folder.sweep import is_sweep_folder
 from distlora.system import progress
 from distlora.system.numbers import length
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME
+from distlora_launcher.launch.failures import Ending, read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.launch.processes import Process
-from distlora_launcher.launch.run_state import (
-    SLURM,
-    Ending,
+from distlora_launcher.report.progress import (
     Figures,
     Saved,
     age,
     newest_saved,
-    read_ending,
     read_figures,
-    read_submission,
     seconds_left,
     total_steps,
     was_started,

@@ -12,8 +12,8 @@ from typing import Any
 
 from distlora.config import ClusterConfig, Config, UserError
 from distlora.config.base import is_hub_name
+from distlora.run_folder.submission import SLURM
 from distlora.system import atomic_io
-from distlora_launcher.launch.run_state import SLURM
 from distlora_launcher.terminal.output import say, shown
 
 SCRIPT_NAME = "job.sbatch"

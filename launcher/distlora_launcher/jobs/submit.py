@@ -20,6 +20,7 @@ from distlora.config import ClusterConfig, Config, QuantConfig, UserError, requi
 from distlora.config.file import load_config
 from distlora.planner import Plan
 from distlora.run_folder.layout import checkpoint_folders, find_result
+from distlora.run_folder.submission import SLURM, Submission, read_submission, write_submission
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, STOPPED
 from distlora.training.trackers.wandb_agent import ASKED
@@ -39,7 +40,6 @@ from distlora_launcher.launch.local import (
 )
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
 from distlora_launcher.launch.processes import forwarding
-from distlora_launcher.launch.run_state import SLURM, Submission, read_submission, write_submission
 from distlora_launcher.terminal.output import say, shown
 
 

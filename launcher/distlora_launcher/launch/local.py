@@ -4,10 +4,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import shlex
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,9 +22,7 @@ from distlora.run_folder.layout import (
     CHECKPOINTS,
     COMPILED_NAME,
     DATA_NAME,
-    METRICS_NAME,
     PLAN_NAME,
-    REPORT_NAME,
     checkpoint_folders,
     find_result,
 )
@@ -37,15 +32,14 @@ from distlora.system.numbers import clock
 from distlora_launcher.compose.checks import check, check_run_dir, gpu_count
 from distlora_launcher.compose.hub import is_to_download, localize, restore, with_small_files
 from distlora_launcher.compose.planning import keep, planned
+from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run, remove_records
 from distlora_launcher.launch.processes import Forwarder, forwarding
 from distlora_launcher.launch.rendezvous import Rendezvous
-from distlora_launcher.launch.worker_entry import PARENT
-from distlora_launcher.launch.workers import QUANTIZED_IMPORT, Torchrun, prepare_torchrun, run_workers
-from distlora_launcher.report.records import PageStatus, read_run
-from distlora_launcher.report.run_page import run_report
-from distlora_launcher.terminal.output import say, shown, warn
+from distlora_launcher.launch.workers import import_while, run_workers
+from distlora_launcher.report.final_report import write_final_report
+from distlora_launcher.terminal.output import say, shown
 
 
 def start_run(plan: Plan) -> int:
@@ -54,28 +48,12 @@ def start_run(plan: Plan) -> int:
     used, present = plan.config.cluster.gpus_per_node, gpu_count()
     if used < present:
         say(f"uses {used} of this node's {present} GPUs; cluster.gpus_per_node={present} uses all")
-    with start_torchrun_early(run_dir, plan.config) as torchrun:
-        code, config = make_run(plan)
-        if code != DONE:
-            print_resume_hint(run_dir, code)
-            return code
-        with lock_run(run_dir):
-            return train(run_dir, config.cluster, torchrun=torchrun)
-
-
-def start_torchrun_early(run_dir: Path, config: Config) -> Torchrun:
-    """Start torchrun's process, which imports what the workers need while the data is prepared."""
-    family = object_or_empty(Path(config.model.path) / "config.json").get("model_type")
-    return prepare_torchrun(
-        run_dir,
-        processes=config.cluster.gpus_per_node,
-        max_restarts=config.cluster.max_restarts,
-        imports=[
-            *([QUANTIZED_IMPORT] if config.quant.default_format else []),
-            *(["wandb"] if config.tracker.wandb else []),
-            *([f"transformers.models.{family}.modeling_{family}"] if isinstance(family, str) else []),
-        ],
-    )
+    code, config = make_run(plan)
+    if code != DONE:
+        print_resume_hint(run_dir, code)
+        return code
+    with lock_run(run_dir):
+        return train(run_dir, config.cluster)
 
 
 def make_run(plan: Plan) -> tuple[int, Config]:
@@ -99,7 +77,7 @@ def make_run(plan: Plan) -> tuple[int, Config]:
         if record is not None:
             atomic_io.write_text(run_dir / DATA_NAME, record)
             return DONE, config
-        code = prepare(run_dir)
+        code = prepare(run_dir, trains=config if config.cluster.launcher != "slurm" else None)
         if code not in (DONE, STOPPED):
             forget_run(run_dir)
         return code, config
@@ -110,16 +88,16 @@ def resume_run(run_dir: Path) -> int:
     config = load_config(run_dir)
     restore(config.model)
     check(config, new_run=False)
-    with start_torchrun_early(run_dir, config) as torchrun, lock_run(run_dir):
+    with lock_run(run_dir):
         plan = planned(config, run_dir=run_dir)
         say(f"run folder {shown(run_dir)}")
         keep(run_dir, plan)
         if not is_prepared(run_dir):
-            code = prepare(run_dir)
+            code = prepare(run_dir, trains=config)
             if code != DONE:
                 print_resume_hint(run_dir, code)
                 return code
-        return train(run_dir, config.cluster, torchrun=torchrun)
+        return train(run_dir, config.cluster)
 
 
 def train(
@@ -128,11 +106,10 @@ def train(
     *,
     forwarder: Forwarder | None = None,
     rendezvous: Rendezvous | None = None,
-    torchrun: Torchrun | None = None,
 ) -> int:
     """Run this node's workers of a prepared run. Returns the exit code.
 
-    forwarder, rendezvous, torchrun: see `run_workers`.
+    forwarder, rendezvous: see `run_workers`.
     """
     processes = cluster.gpus_per_node
     say(f"starting {processes} worker{'s' if processes > 1 else ''} (importing torch takes a few seconds)")
@@ -143,7 +120,6 @@ def train(
         max_restarts=cluster.max_restarts,
         rendezvous=rendezvous,
         forwarder=forwarder,
-        torchrun=torchrun,
     )
     if code == DONE:
         say(f"done in {clock(time.monotonic() - started)}: {shown(find_result(run_dir) or run_dir)}")
@@ -223,17 +199,18 @@ def is_prepared(run_dir: Path) -> bool:
     return newest is None or newest[1].identity.data_digest == record.get("content")
 
 
-def prepare(run_dir: Path, forwarder: Forwarder | None = None) -> int:
+def prepare(run_dir: Path, forwarder: Forwarder | None = None, *, trains: Config | None = None) -> int:
     """Tokenize a run's data in a process that prints its own errors. Returns its exit code, 75 if it was stopped.
 
-    forwarder: handles signals already; None: signals are handled for the duration.
+    forwarder: handles signals already; None: signals are handled for the duration. trains: the run whose workers start
+    next in this process, which imports meanwhile what they need.
     """
-    command = [sys.executable, "-m", "distlora_launcher.launch.bound", "distlora.data.prepare", str(run_dir)]
-    environment = os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
     with contextlib.nullcontext(forwarder) if forwarder is not None else forwarding() as requests:
         say("preparing the data")
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        process = start_command("distlora.data.prepare", str(run_dir), stdin=None)
         requests.attach(process)
+        if trains is not None:
+            import_while(process, trains)
         code = process.wait()
         requests.detach()
     if requests.received is not None and code != BAD_INPUT:
@@ -253,62 +230,5 @@ def prepare_before_download(config: Config) -> tuple[int, str | None]:
         tempfile.TemporaryDirectory(prefix="distlora-prepare-") as scratch,
     ):
         create_run(Path(scratch), dataclasses.replace(config, model=model))
-        code = prepare(Path(scratch))
+        code = prepare(Path(scratch), trains=config if config.cluster.launcher != "slurm" else None)
         return code, (Path(scratch) / DATA_NAME).read_text(encoding="utf-8") if code == DONE else None
-
-
-MAX_METRICS_BYTES = 4_000_000
-"""Largest metrics.jsonl of which a report is made as the run ends: some ten thousand steps, 0.3 s."""
-
-
-def write_final_report(run_dir: Path) -> None:
-    """Write the report of a run whose workers have ended well. A failure is printed and costs the run nothing."""
-    command = f"distlora report {shown(run_dir)}"
-    try:
-        if (run_dir / METRICS_NAME).stat().st_size > MAX_METRICS_BYTES:
-            say(f"write a report of it with: {command}")
-            return
-        write_report(run_dir)
-        say(f"report {shown(run_dir / REPORT_NAME)}")
-    except Exception as error:
-        warn(f"no report was written ({type(error).__name__}: {error}); the run is complete; try {command}")
-
-
-def write_report(run_dir: Path) -> None:
-    """Write RUN/report.html of a run that has its result, even while its launcher still holds the lock."""
-    result = find_result(run_dir)
-    headline = f"is done: {shown(result)}" if result is not None else "is done"
-    standing = PageStatus(
-        state="done",
-        headline=headline,
-        commands=(*commands_when_done(run_dir, result), *commands_always(run_dir)),
-    )
-    atomic_io.write_text(run_dir / REPORT_NAME, run_report(read_run(run_dir), standing))
-
-
-def commands_when_done(run_dir: Path, result: Path | None) -> list[tuple[str, str]]:
-    """Return (command, what it does) for a run with a result."""
-    run, is_adapter = shlex.quote(str(run_dir)), result is not None and result.name == "adapter"
-    splits = object_or_empty(run_dir / DATA_NAME).get("splits")
-    text = "" if isinstance(splits, dict) and "eval" in splits else " --text FILE"
-    commands = [
-        (f"distlora generate {run}", "chat with the result"),
-        (f"distlora eval {run}{text}", f"compare it with the base on {'documents' if text else 'the held-out data'}"),
-    ]
-    if is_adapter:
-        commands.append((f"distlora merge {run}", "merge the adapter into the base: a Hugging Face model folder"))
-    commands.append((f"distlora export {run} --format gguf", "make a GGUF file for llama.cpp or Ollama"))
-    commands.append((f"distlora push {run} ORG/NAME", "upload it to the Hugging Face hub, with a model card"))
-    if is_adapter:
-        train = f"distlora train ... adapter.init_from={shlex.quote(str(result))}"
-        commands.append((train, "train it further, on other data or for longer"))
-    return commands
-
-
-def commands_always(run_dir: Path) -> list[tuple[str, str]]:
-    """Return (command, what it does) for a run in any state."""
-    run = shlex.quote(str(run_dir))
-    return [
-        (f"distlora verify {run}", "check every byte of its checkpoints and records"),
-        (f"distlora report {run}", "write this report again"),
-    ]

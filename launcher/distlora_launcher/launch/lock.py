@@ -1,9 +1,9 @@
-"""Locks of a run: one launcher alone, or the nodes of one start together. A second start meanwhile is refused.
+"""Who holds a run: one launcher alone, or the nodes of one start. A second start meanwhile is refused.
 
-They are flock locks, which the system releases when their process ends, kill -9 included. A launcher that runs alone
-locks RUN/config.yaml exclusively. Of several nodes, the one at the rendezvous endpoint locks it exclusively while it
-prepares the run, and shares it from then on; the others share it once torchrun's store listens there. Every launcher
-also locks one of the records RUN/machines/<n>.json, which name it to `distlora status` and `cancel`.
+Locks are flock's, which the system releases when their process ends, kill -9 included. A launcher that runs alone, and
+of several nodes the one at the rendezvous endpoint, locks RUN/config.yaml; it waits for launchers of an earlier start
+to leave. The other nodes join once that node serves the agents' store. Every launcher also locks one of the records
+RUN/machines/<n>.json, which name it to `distlora status` and `cancel`, and of which a run has one per node.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,19 +39,14 @@ RELEASE_SECONDS = 2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+@dataclass(frozen=True, slots=True)
 class NodeLock:
     """The lock of one node in a run of several."""
 
-    def __init__(self, config: IO[str], *, leads: bool, gpus_elsewhere: dict[str, int]) -> None:
-        self._config = config
-        self.leads = leads
-        """True if this node prepares the run; the others wait for it."""
-        self.gpus_elsewhere = gpus_elsewhere
-        """Number of GPUs by node, for the other nodes that hold the run."""
-
-    def share(self) -> None:
-        """Let the other nodes join: the leader calls this once the run is prepared."""
-        _try_lock(self._config, fcntl.LOCK_SH)
+    leads: bool
+    """True if this node prepares the run; the others wait for it."""
+    gpus_elsewhere: dict[str, int]
+    """Number of GPUs by node, for the other nodes that hold the run."""
 
 
 @contextlib.contextmanager
@@ -88,25 +83,25 @@ def lock_node(run_dir: Path, rendezvous: Rendezvous, stopped: Callable[[], bool]
             return
         gpus = {process.host: int(values.get("gpus", 0)) for process, values in _held_records(run_dir)}
         with record:
-            yield NodeLock(config, leads=bool(leads), gpus_elsewhere=gpus)
+            yield NodeLock(bool(leads), gpus)
 
 
 def _lead_or_join(
     config: IO[str], run_dir: Path, rendezvous: Rendezvous, stopped: Callable[[], bool], *, has_locks: bool
 ) -> bool | None:
-    """Return True with the run locked exclusively, False with it shared, None once `stopped()`."""
+    """Return True once this node has locked the run, False once it may join another's, None once `stopped()`."""
     deadline, message = time.monotonic() + LEASE_SECONDS, ""
     joins_until = time.monotonic() + rendezvous.join_seconds
     while not stopped():
-        if rendezvous.is_host is not False and _try_lock(config, fcntl.LOCK_EX):
+        held = _held_records(run_dir)
+        if rendezvous.is_host is not False and _try_lock(config) and not (held and has_locks):
             _check_not_removed(config, run_dir)
             return True
         error = connection_error(rendezvous) if rendezvous.is_host is not True else ""
-        held = _held_records(run_dir)
         same_start = [process for process, values in held if values.get("start") == rendezvous.run_id]
         # The store that listens may still be that of another run at the same endpoint: the leader's record tells.
         is_led = bool(same_start) or not has_locks
-        if error is None and is_led and _try_lock(config, fcntl.LOCK_SH):
+        if error is None and is_led:
             return False
         _check_not_removed(config, run_dir)
         hosts = ", ".join(process.host for process, _ in held)
@@ -266,7 +261,7 @@ def _free_record(folder: Path, nodes: int) -> IO[str] | None:
 def _lock_alone(config: IO[str], run_dir: Path) -> None:
     """Lock a run exclusively. Raises UserError at once if its holder is known to live, else after a wait."""
     began, waited = time.monotonic(), False
-    while not _try_lock(config, fcntl.LOCK_EX):
+    while not _try_lock(config) or holders(run_dir):
         held = holders(run_dir)
         is_running = any(process.has_ended is False for process in held)
         if is_running or time.monotonic() > began + (LEASE_SECONDS if held else RELEASE_SECONDS):
@@ -280,7 +275,7 @@ def _lock_alone(config: IO[str], run_dir: Path) -> None:
 def _try_lock_record(file: IO[str]) -> bool:
     """Lock a record; return False if a launcher holds it. Readers share it for a moment, which is waited for."""
     deadline = time.monotonic() + LOOK_SECONDS
-    while not _try_lock(file, fcntl.LOCK_EX):
+    while not _try_lock(file):
         if not _try_lock(file, fcntl.LOCK_SH) or time.monotonic() > deadline:
             return False
         fcntl.flock(file, fcntl.LOCK_UN)
@@ -296,7 +291,7 @@ def _write_record(file: IO[str], values: dict[str, Any]) -> None:
     os.fsync(file.fileno())
 
 
-def _try_lock(file: IO[str], kind: int) -> bool:
+def _try_lock(file: IO[str], kind: int = fcntl.LOCK_EX) -> bool:
     """Return whether a file could be locked; always True on a file system without locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)

@@ -28,16 +28,16 @@ if __name__ == "__main__":
 from distlora.config import ClusterConfig, Config, UserError, require
 from distlora.config.file import load_config, settings_by_name
 from distlora.run_folder.layout import DATA_NAME, checkpoint_folders
+from distlora.run_folder.submission import note_job
 from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
 from distlora_launcher.compose.checks import check, check_gpu_count, check_machine, check_writable, gpu_count
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.compose.planning import keep, planned
 from distlora_launcher.launch.local import create_run, forget_run, is_complete, is_prepared, prepare, train
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_node
+from distlora_launcher.launch.logs import set_aside_logs
 from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
 from distlora_launcher.launch.rendezvous import make_rendezvous
-from distlora_launcher.launch.run_state import note_job
-from distlora_launcher.launch.workers import set_aside_logs
 from distlora_launcher.terminal.output import say, shown
 
 
@@ -123,7 +123,6 @@ def run_node(
                 if code != DONE:
                     return code
                 set_aside_logs(run_dir / "logs")
-                lock.share()
             if not is_prepared(run_dir) and not stopped():
                 require(
                     not (run_dir / DATA_NAME).is_file(),

@@ -8,13 +8,12 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 _LARGEST_PID = 2**22
 """Largest pid of Linux."""
@@ -117,6 +116,19 @@ def _namespace() -> str | None:
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
+class Receiver(Protocol):
+    """Receiver of requests to stop: a process, or the agent of several."""
+
+    def poll(self) -> int | None:
+        """Return the exit code; None while it runs."""
+
+    def send_signal(self, signum: int) -> None:
+        """Send a signal."""
+
+    def kill(self) -> None:
+        """Kill it."""
+
+
 class Forwarder:
     """Forwards the first request to stop to the workers, even if they start later; a second Ctrl-C kills them."""
 
@@ -126,10 +138,10 @@ class Forwarder:
         self.killed = False
         """True if a second Ctrl-C killed the process."""
         self._interrupts = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Receiver | None = None
         self._deliver: Callable[[int], None] | None = None
 
-    def attach(self, process: subprocess.Popen[bytes], deliver: Callable[[int], None] | None = None) -> None:
+    def attach(self, process: Receiver, deliver: Callable[[int], None] | None = None) -> None:
         """Send requests to `deliver`, by default as a signal to `process`; a request that came before is sent now."""
         self._process, self._deliver = process, deliver or process.send_signal
         if self.received is not None:

@@ -23,7 +23,7 @@ LOCAL_ADDRESS = "DISTLORA_LOCAL_ADDR"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendezvous:
-    """The arguments of torchrun's rendezvous on this node."""
+    """The rendezvous of a run's nodes, as this node sees it."""
 
     nodes: int
     """Number of nodes of the run."""
@@ -37,24 +37,6 @@ class Rendezvous:
     """True if this node serves the store; None if all nodes are this host, and the first process serves it."""
     address: str
     """Address by which the other nodes reach this one."""
-
-    def torchrun_arguments(self) -> list[str]:
-        """Return torchrun's options."""
-        settings = {
-            "join_timeout": self.join_seconds,
-            "last_call_timeout": 1,  # There are no more nodes than are needed.
-            "close_timeout": 30,
-            "read_timeout": 60,  # A node that lost power or its cable does not answer.
-            "is_host": 0,  # torchrun would listen on all interfaces; torchrun_entry serves the store instead.
-        }
-        return [
-            f"--nnodes={self.nodes}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={self.endpoint}",
-            f"--rdzv-id={self.run_id}",
-            "--rdzv-conf=" + ",".join(f"{name}={value}" for name, value in settings.items()),
-            f"--local-addr={self.address}",
-        ]
 
     def environment(self) -> dict[str, str]:
         """Return the workers' variables: gloo's default is the host's address in /etc/hosts, on Debian 127.0.1.1."""

@@ -25,10 +25,10 @@ from distlora.system import atomic_io
 from distlora.system.numbers import length
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.submit import live_jobs
-from distlora_launcher.launch.local import write_report
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.launch.processes import Process
-from distlora_launcher.launch.run_state import read_figures
+from distlora_launcher.report.final_report import write_report
+from distlora_launcher.report.progress import read_figures
 from distlora_launcher.report.records import PageStatus, recorded
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora_launcher.sweeps.sweep import Due, Search, Sweep, load_sweep, make_search

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import CANCELLED_NAME, COMPLETE, FAILED, PRUNED, SAVED
 from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED
 from distlora.training.trackers.wandb_agent import VARIABLES
+from distlora_launcher.launch.bound import start_command
+from distlora_launcher.launch.failures import read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
-from distlora_launcher.launch.run_state import read_ending, read_figures
-from distlora_launcher.launch.worker_entry import PARENT
+from distlora_launcher.report.progress import read_figures
 from distlora_launcher.sweeps.sweep import LOGS, Sweep
 
 MODULE = "distlora_launcher.cli.main"
@@ -143,9 +143,8 @@ class SingleTrialRunner:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a training process: ends with this one, and is no run of a wandb agent."""
-    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return kept | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
+    """Return the environment of a training process, which is no run of a wandb agent."""
+    return {name: value for name, value in os.environ.items() if name not in VARIABLES}
 
 
 def trial_log(sweep: Sweep, number: int) -> Path:
@@ -161,14 +160,8 @@ class LoggedProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             self._log, self._start = log, file.tell()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "distlora_launcher.launch.bound", *arguments],
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-                start_new_session=True,
+            self._process = start_command(
+                *arguments, environment=environment(), stdout=file, stderr=subprocess.STDOUT, cwd=cwd
             )
 
     def poll(self) -> int | None:

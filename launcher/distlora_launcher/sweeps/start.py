@@ -10,7 +10,6 @@ import dataclasses
 import math
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from distlora.config.sweep import SweepConfig
 from distlora.config.training import AUTO_EVALUATIONS
 from distlora.planner.learning_rate import with_learning_rate
 from distlora.planner.report import packed_trials
+from distlora.run_folder.submission import write_submission
 from distlora.run_folder.sweep import COMPLETE, JOURNAL_NAME, TrialRecord, at_rest, is_sweep_folder, words_of
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.training.multi_trial.protocol import check_trial
@@ -45,10 +45,9 @@ from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import SchedulerError
 from distlora_launcher.jobs.script import mounts, render_workers, write_script
 from distlora_launcher.jobs.submit import live_jobs, make_cache, submit_script
+from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.local import create_run, prepare
 from distlora_launcher.launch.processes import Forwarder, forwarding
-from distlora_launcher.launch.run_state import write_submission
-from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.multi_trial import plan_first_run
 from distlora_launcher.sweeps.results import format_table, summary_lines
 from distlora_launcher.sweeps.sweep import (
@@ -98,19 +97,11 @@ def run_together(
     sys.stdout.flush()
     processes = []
     for index, visible in enumerate(gpus):
-        environment = os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())}
-        if visible is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = visible
-        command = [sys.executable, "-m", "distlora_launcher.launch.bound", *arguments, "--index", str(index)]
+        environment = dict(os.environ) if visible is None else os.environ | {"CUDA_VISIBLE_DEVICES": visible}
         log = None if logs is None else logs / f"agent_{index}.log"
         with contextlib.nullcontext() if log is None else log.open("ab") as file:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
+            process = start_command(
+                *arguments, "--index", str(index), environment=environment, stdout=file, stderr=file
             )
         if log is not None:
             say(f"agent {index}: {shown(log)}")

@@ -33,10 +33,10 @@ from distlora.system.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.training.trackers.wandb_agent import ASKED, VARIABLES, AgentRun
 from distlora_launcher.compose.compose import PATHS, section_of
 from distlora_launcher.jobs.submit import in_job
+from distlora_launcher.launch.bound import start_command
+from distlora_launcher.launch.failures import read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker_place
 from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
-from distlora_launcher.launch.run_state import read_ending
-from distlora_launcher.launch.worker_entry import PARENT
 from distlora_launcher.sweeps.start import check_trials, parse_sweep
 from distlora_launcher.sweeps.sweep import Dimension, Interval, Sweep, Values, make_search
 from distlora_launcher.terminal.arguments import Parser
@@ -359,14 +359,13 @@ def run_agent(request: AgentsRequest, index: int, forwarder: Forwarder) -> int:
     stop_mark = request.folder / "logs" / f"asked_{host_name()}_{os.getpid()}"
     stop_mark.unlink(missing_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    environment |= {FOLDER: str(request.folder), PARENT: str(os.getpid()), "PYTHONSAFEPATH": "1"}
+    environment |= {FOLDER: str(request.folder)}
     environment = {**DEFAULTS, "WANDB_DIR": str(request.folder), **environment, ASKED: str(stop_mark)}
     # The sweep's command `distlora` must be this one.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
 
     def run(*arguments: str) -> int:
-        command = [sys.executable, "-m", "distlora_launcher.launch.bound", *arguments]
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = start_command(*arguments, environment=environment)
 
         def ask_to_stop(_: int) -> None:
             stop_mark.touch()  # First, or a stopped run would take this for wandb's early termination.

@@ -17,12 +17,12 @@ from distlora.config.base import is_hub_name
 
 
 class Output:
-    """Our end of rank 0's stdout. `child_end` is what the workers inherit; close it once they are started."""
+    """Our end of rank 0's stdout, which rank 0 opens by `path`: a terminal like ours, else a pipe in `folder`."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, folder: Path) -> None:
         self._log = log
         self._log_failed = False
-        self._ours, self.child_end = open_output()
+        self._ours, self._theirs, self.path = open_output(folder)
         self._size = shutil.get_terminal_size()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # A chunk may end within a character.
         sys.stdout.flush()
@@ -35,13 +35,8 @@ class Output:
         readable, _, _ = select.select([self._ours], [], [], seconds)
         if not readable:
             return False
-        try:
-            chunk = os.read(self._ours, 65536)
-        except OSError:  # EIO: the last process on a pseudo-terminal has closed it.
-            chunk = b""
-        if not chunk:
-            return False
-        # By its name each time: a worker that is started again moves the log of the one before it out of the way.
+        chunk = os.read(self._ours, 65536)
+        # By its name each time: the log of a rank that is started again moves out of the way.
         try:
             with self._log.open("ab", buffering=0) as file:
                 file.write(chunk)
@@ -52,21 +47,30 @@ class Output:
         show(self._decoder.decode(chunk))
         return True
 
+    def drain(self) -> None:
+        """Show all that there is."""
+        while self.pump(0.0):
+            pass
+
     def close(self) -> None:
-        """Write the last line."""
+        """Close our end."""
         os.close(self._ours)
+        os.close(self._theirs)
 
 
-def open_output() -> tuple[int, int]:
-    """(our end, the workers' end) of rank 0's stdout: a terminal of the same size if ours is one, else a pipe."""
+def open_output(folder: Path) -> tuple[int, int, str]:
+    """Return (our end, the other end, its path) of rank 0's stdout. The other end stays open while workers restart."""
     if not sys.stdout.isatty():
-        return os.pipe()
+        path = folder / "stdout"
+        os.mkfifo(path, 0o600)
+        ours = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        return ours, os.open(path, os.O_WRONLY), str(path)
     ours, theirs = pty.openpty()
     attributes = termios.tcgetattr(theirs)
     attributes[1] &= ~termios.OPOST  # Our own terminal turns \n into \r\n already.
     termios.tcsetattr(theirs, termios.TCSANOW, attributes)
     copy_size(ours)
-    return ours, theirs
+    return ours, theirs, os.ttyname(theirs)
 
 
 def copy_size(terminal: int) -> None:

@@ -8,7 +8,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -19,7 +18,7 @@ from typing import IO, Any
 from distlora.config import UserError
 from distlora.config.json_files import parse_object
 from distlora.run_folder.layout import METRICS_NAME, checkpoint_folders, step_of
-from distlora_launcher.launch.worker_entry import PARENT
+from distlora_launcher.launch.bound import start_command
 from distlora_launcher.terminal.output import show, warn
 
 LOOK_SECONDS = 0.2
@@ -36,20 +35,8 @@ class Command:
     """A `distlora` command in a process of its own, which saves and stops when the calling process ends."""
 
     def __init__(self, *arguments: str) -> None:
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "distlora_launcher.launch.bound",
-                "--stop",
-                "distlora_launcher.cli.main",
-                *arguments,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONSAFEPATH": "1", PARENT: str(os.getpid())},
-            start_new_session=True,  # Ctrl-C reaches it once, as the request to save and stop.
+        self._process = start_command(
+            "distlora_launcher.cli.main", *arguments, stops=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         self._lines: queue.SimpleQueue[tuple[Callable[[str], None], str]] = queue.SimpleQueue()
         self._errors: list[str] = []

@@ -1,4 +1,4 @@
-"""Read a run's progress from its folder: step, losses, pace, newest checkpoint, how it ended.
+"""Read a run's progress from its folder: step, losses, pace, newest checkpoint.
 
 Any file may be half-written, missing or damaged; then its values are None. Imports no torch.
 """
@@ -7,18 +7,14 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distlora.config import TrainConfig, UserError
 from distlora.config.json_files import object_or_empty, parse_object
 from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, MANIFEST_NAME, METRICS_NAME, step_of, steps
-from distlora.system import atomic_io
 from distlora.system.numbers import length
-from distlora.system.stop_signals import STOPPED_NAME
-from distlora_launcher.launch.failures import first_failure, read_errors
 
 TAIL_BYTES = 256 * 1024
 """Bytes read from the end of metrics.jsonl: some hundred steps."""
@@ -50,18 +46,6 @@ class Saved:
     path: Path
     time: float
     """Time of the save, in seconds since 1970."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ending:
-    """The end of the last start, as far as it was recorded."""
-
-    stopped: Mapping[str, Any] | None = None
-    """Content of stopped.json: the run saved and stopped on a request."""
-    error: str | None = None
-    """Message of the first failure."""
-    bad_input: bool = False
-    """True if the input is at fault."""
 
 
 def read_figures(run_dir: Path) -> Figures:
@@ -117,20 +101,6 @@ def newest_saved(run_dir: Path) -> Saved | None:
     return None
 
 
-def read_ending(run_dir: Path) -> Ending:
-    """Return the later of a stop and a failure; neither if the run was killed or still runs."""
-    stopped = object_or_empty(run_dir / STOPPED_NAME)
-    log_dir = run_dir / "logs"
-    errors = [error for _, error in read_errors(log_dir)]
-    failure = first_failure(log_dir, {}, errors)
-    failed = max((error["time"] for error in errors), default=0.0)
-    if stopped and (_number(stopped.get("time")) or math.inf) >= failed:
-        return Ending(stopped=stopped)
-    if failure is not None:
-        return Ending(error=failure.message, bad_input=failure.bad_input)
-    return Ending()
-
-
 def was_started(run_dir: Path) -> bool:
     """Return whether workers have ever written something."""
     return (run_dir / METRICS_NAME).exists() or any((run_dir / "logs").glob("rank_*"))
@@ -161,48 +131,3 @@ def _is_number(value: Any) -> bool:
 
 def _number(value: Any) -> float | None:
     return float(value) if _is_number(value) else None
-
-
-RECORD_NAME = "slurm.json"
-SLURM = "slurm_"
-"""Prefix of a SLURM job's log, slurm_<job>.log."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """A submitted job. If it was submitted by hand, only its id is known."""
-
-    job_id: str
-    """Job id: 12, or 12_3 for task 3 of array 12."""
-    command: tuple[str, ...] = ()
-    """Command line of sbatch."""
-    submitted: float | None = None
-    """Time of the submission, in seconds since 1970."""
-    host: str | None = None
-    """Host on which it was submitted."""
-
-    @property
-    def array(self) -> str:
-        """Id of the array that a task belongs to, or of the job itself."""
-        return self.job_id.partition("_")[0]
-
-
-def write_submission(folder: Path, submission: Submission) -> None:
-    """Write the record of a run or sweep folder."""
-    atomic_io.write_json(folder / RECORD_NAME, asdict(submission))
-
-
-def read_submission(folder: Path) -> Submission | None:
-    """Return the last submission; None if there is none, or the record is damaged."""
-    values = object_or_empty(folder / RECORD_NAME)
-    job_id = values.get("job_id")
-    if not isinstance(job_id, str) or not job_id.replace("_", "").isdigit():
-        return None
-    return Submission(job_id=job_id)
-
-
-def note_job(folder: Path, job_id: str) -> None:
-    """Record the job that runs now, if it is not the last submission: then it was submitted by hand."""
-    last = read_submission(folder)
-    if last is None or last.job_id != job_id:
-        write_submission(folder, Submission(job_id=job_id))

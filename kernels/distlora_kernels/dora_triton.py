@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from distlora_kernels import nf4_triton
-from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK
 
 NORM_ROWS = 32
@@ -28,7 +27,7 @@ NUM_WARPS = 4
 
 
 @triton.jit(do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"])
-def _scaled_absmax_kernel(
+def scaled_absmax_kernel(
     scales_ptr,
     group_scale_ptr,
     offset_ptr,
@@ -62,7 +61,7 @@ def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) 
     if len(parts) == 4:
         group_scale, offset, dynamic_map = parts[2], parts[3], nf4_triton.dynamic_map(scales.device)
     out = torch.empty(scales.shape, dtype=torch.float32, device=scales.device)
-    _scaled_absmax_kernel[(triton.cdiv(out.numel(), ABSMAX_BLOCKS),)](
+    scaled_absmax_kernel[(triton.cdiv(out.numel(), ABSMAX_BLOCKS),)](
         scales,
         group_scale,
         offset,
@@ -80,7 +79,7 @@ def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) 
 
 
 @triton.jit
-def _norms_kernel(
+def norms_kernel(
     squares_ptr, wa_ptr, gram_ptr, b_ptr, out_ptr, rows, rank, scale, ROWS: tl.constexpr, RANK: tl.constexpr
 ):  # fmt: skip
     """Compute out[row] = sqrt(squares[row] + 2 scale <wa[row], b[row]> + scale^2 <b[row] gram, b[row]>).
@@ -122,7 +121,7 @@ def dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, s
     rows, rank = b.shape
     out = torch.empty(rows, dtype=torch.float32, device=b.device)
     grid = (triton.cdiv(rows, NORM_ROWS),)
-    _norms_kernel[grid](
+    norms_kernel[grid](
         row_norms_squared,
         wa,
         gram,
@@ -132,20 +131,20 @@ def dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, s
         rank,
         scale,
         ROWS=NORM_ROWS,
-        RANK=_rank_tile(rank),
+        RANK=rank_tile(rank),
         num_warps=NUM_WARPS,
         enable_fp_fusion=True,
     )
     return out
 
 
-def _rank_tile(rank: int) -> int:
-    # A rank that is not a multiple of 16 is loaded element by element; its addresses spill at 32 columns.
+def rank_tile(rank: int) -> int:
+    """Return how many ranks are loaded at once; of a rank that is no multiple of 16, 32 of them would spill."""
     return 32 if rank > 16 and rank % 16 == 0 else 16
 
 
 @triton.jit
-def _stripe_kernel(
+def stripe_kernel(
     dy_ptr,
     y_ptr,
     partial_ptr,
@@ -173,7 +172,7 @@ def _stripe_kernel(
 
 
 @triton.jit
-def _gradient_kernel(partial_ptr, magnitude_ptr, out_ptr, stripes, columns, COLUMNS: tl.constexpr):
+def gradient_kernel(partial_ptr, magnitude_ptr, out_ptr, stripes, columns, COLUMNS: tl.constexpr):
     """Compute out[column] = sum over stripes of partial[stripe, column] / magnitude; 0 where that is 0."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     held = column < columns
@@ -191,7 +190,7 @@ def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
     stripes = triton.cdiv(rows, STRIPE_ROWS)
     partial = torch.empty(stripes, columns, dtype=torch.float32, device=dy.device)
     # Neighbouring programs read neighbouring columns of the same rows.
-    _stripe_kernel[(triton.cdiv(columns, GRADIENT_COLUMNS), stripes)](
+    stripe_kernel[(triton.cdiv(columns, GRADIENT_COLUMNS), stripes)](
         dy,
         y,
         partial,
@@ -210,72 +209,7 @@ def add_stripes(partial: Tensor, magnitude: Tensor) -> Tensor:
     """Return the sum over the stripes (stripes, O) fp32, divided by the magnitude: (O,)."""
     stripes, columns = partial.shape
     out = torch.empty(columns, dtype=torch.float32, device=partial.device)
-    _gradient_kernel[(triton.cdiv(columns, GRADIENT_COLUMNS),)](
+    gradient_kernel[(triton.cdiv(columns, GRADIENT_COLUMNS),)](
         partial, magnitude, out, stripes, columns, COLUMNS=GRADIENT_COLUMNS, num_warps=NUM_WARPS, enable_fp_fusion=True
     )
     return out
-
-
-def _absmax_case(kind: str, types: dict[str, str]) -> Case:
-    absent = {name for name in ("group_scale_ptr", "offset_ptr", "map_ptr") if name not in types}
-    numbers = {"blocks": "i32:16", "rows": "i32:16", "blocks_of_a_row": "i32:16"}
-    return Case(
-        name=f"dora absmax {kind}",
-        kernel=_scaled_absmax_kernel,
-        signature=types | {"factor_ptr": "*fp32:16", "out_ptr": "*fp32:16"} | numbers,
-        constants={"BLOCKS": ABSMAX_BLOCKS} | dict.fromkeys(absent),
-        num_warps=NUM_WARPS,
-        options={"enable_fp_fusion": False},
-        bounds={"elements": ABSMAX_BLOCKS, "stores_128": True},
-    )
-
-
-def _norms_case(rank: int) -> Case:
-    return Case(
-        name=f"dora norms R={rank}",
-        kernel=_norms_kernel,
-        signature=dict.fromkeys(("squares_ptr", "wa_ptr", "gram_ptr", "b_ptr", "out_ptr"), "*fp32:16")
-        | {"rows": "i32:16", "rank": "i32" if rank % 16 else "i32:16", "scale": "fp32"},
-        constants={"ROWS": NORM_ROWS, "RANK": _rank_tile(rank)},
-        num_warps=NUM_WARPS,
-        bounds={} if rank % 16 else {"loads_128": True},
-    )
-
-
-OFFLINE = (
-    _absmax_case(
-        "nf4",
-        {"scales_ptr": "*u8:16", "group_scale_ptr": "*fp32", "offset_ptr": "*fp32", "map_ptr": "*fp32:16"},
-    ),
-    _absmax_case("plain", {"scales_ptr": "*fp32:16"}),
-    _norms_case(8),
-    _norms_case(16),
-    _norms_case(64),
-    Case(
-        name="dora magnitude stripes",
-        kernel=_stripe_kernel,
-        signature={
-            "dy_ptr": "*bf16:16",
-            "y_ptr": "*bf16:16",
-            "partial_ptr": "*fp32:16",
-            "rows": "i32:16",
-            "columns": "i32:16",
-        },
-        constants={"STRIPE": STRIPE_ROWS, "ROWS": GRADIENT_ROWS, "COLUMNS": GRADIENT_COLUMNS},
-        num_warps=NUM_WARPS,
-        bounds={"elements": GRADIENT_ROWS * GRADIENT_COLUMNS, "loads_128": True, "min_programs_per_sm": 8},
-    ),
-    Case(
-        name="dora magnitude",
-        kernel=_gradient_kernel,
-        signature={
-            "partial_ptr": "*fp32:16",
-            "magnitude_ptr": "*fp32:16",
-            "out_ptr": "*fp32:16",
-            "stripes": "i32",
-            "columns": "i32:16",
-        },
-        constants={"COLUMNS": GRADIENT_COLUMNS},
-        num_warps=NUM_WARPS,
-    ),
-)

@@ -9,14 +9,9 @@ columns of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from distlora_kernels.offline import Case
 
 NORM_COLUMNS, LONG_ROW_COLUMNS = 16384, 4096
 """Columns that a norm keeps in registers, and columns that it reads at once of a longer row, which it reads twice."""
@@ -40,7 +35,7 @@ def _rounded(x, pointer):
 
 
 @triton.jit
-def _norm_forward_kernel(
+def norm_forward_kernel(
     x_ptr, weight_ptr, y_ptr, inverse_ptr, rows, columns, eps, PLUS_ONE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
@@ -78,7 +73,7 @@ def _norm_gradient(dy_ptr, x_ptr, weight_ptr, at, column, held, columns, PLUS_ON
 
 
 @triton.jit
-def _norm_backward_kernel(
+def norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, inverse_ptr, dx_ptr, rows, columns, PLUS_ONE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
@@ -104,7 +99,7 @@ def _norm_backward_kernel(
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=held & (column < columns))
 
 
-def _norm_tile(columns: int) -> dict[str, int | bool]:
+def norm_tile(columns: int) -> dict[str, int | bool]:
     """Return the tile and the number of warps: 8 or 16 elements per thread, 32 in the longest rows that stay whole."""
     if columns > NORM_COLUMNS:
         return {"ROWS": 1, "COLUMNS": LONG_ROW_COLUMNS, "WHOLE": False, "num_warps": 8}
@@ -118,8 +113,8 @@ def norm_forward(
     x: Tensor, weight: Tensor, y: Tensor, inverse: Tensor, rows: int, columns: int, eps: float, plus_one: bool
 ) -> None:
     """Write reference_rms_norm of x to y, and 1 / rms(x) to inverse. All are contiguous."""
-    tile = _norm_tile(columns)
-    _norm_forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+    tile = norm_tile(columns)
+    norm_forward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         x, weight, y, inverse, rows, columns, eps, PLUS_ONE=plus_one, **tile
     )
 
@@ -128,8 +123,8 @@ def norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, dx: Tensor, rows: int, columns: int, plus_one: bool
 ) -> None:
     """Write the gradient of x to dx. All are contiguous."""
-    tile = _norm_tile(columns)
-    _norm_backward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+    tile = norm_tile(columns)
+    norm_backward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         dy, x, weight, inverse, dx, rows, columns, PLUS_ONE=plus_one, **tile
     )
 
@@ -162,7 +157,7 @@ def _slope(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def _gate_forward_kernel(
+def gate_forward_kernel(
     gate_ptr, up_ptr, y_ptr, columns, stride, programs_of_a_row, GELU: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Compute y = round(act(gate)) * up."""
@@ -176,7 +171,7 @@ def _gate_forward_kernel(
 
 
 @triton.jit
-def _gate_backward_kernel(
+def gate_backward_kernel(
     dy_ptr, gate_ptr, up_ptr, columns, stride, programs_of_a_row, GELU: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Write the gradients of gate and up over them."""
@@ -195,7 +190,7 @@ def _gate_backward_kernel(
 def gate_forward(gate: Tensor, up: Tensor, y: Tensor, rows: int, columns: int, stride: int, gelu: bool) -> None:
     """Write reference_gated to y, contiguous; rows of gate and up are `stride` apart."""
     blocks = triton.cdiv(columns, GATE_COLUMNS)
-    _gate_forward_kernel[(rows * blocks,)](
+    gate_forward_kernel[(rows * blocks,)](
         gate, up, y, columns, stride, blocks, GELU=gelu, COLUMNS=GATE_COLUMNS, num_warps=NUM_WARPS
     )
 
@@ -203,7 +198,7 @@ def gate_forward(gate: Tensor, up: Tensor, y: Tensor, rows: int, columns: int, s
 def gate_backward(dy: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, stride: int, gelu: bool) -> None:
     """Write the gradients of gate and up over them, from dy, contiguous."""
     blocks = triton.cdiv(columns, GATE_COLUMNS)
-    _gate_backward_kernel[(rows * blocks,)](
+    gate_backward_kernel[(rows * blocks,)](
         dy, gate, up, columns, stride, blocks, GELU=gelu, COLUMNS=GATE_COLUMNS, num_warps=NUM_WARPS
     )
 
@@ -229,7 +224,7 @@ def _rotate_heads(
 
 
 @triton.jit
-def _rotate_kernel(
+def rotate_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, q_heads, k_heads, q_batch_stride, q_head_stride, q_token_stride,
     k_batch_stride, k_head_stride, k_token_stride, table_batch_stride, HALF: tl.constexpr, HEADS: tl.constexpr,
     PADDED: tl.constexpr, BACK: tl.constexpr
@@ -249,7 +244,8 @@ def _rotate_kernel(
     _rotate_heads(k_token, k_heads, k_head_stride, cos_low, cos_high, sin_low, sin_high, HALF, HEADS, PADDED, BACK)
 
 
-def _rotary_tile(turned: int, heads: int) -> dict[str, int]:
+def rotary_tile(turned: int, heads: int) -> dict[str, int]:
+    """Return the tile of a rotary embedding of `turned` columns in each of so many heads."""
     padded = triton.next_power_of_2(turned // 2)
     tile = min(triton.next_power_of_2(heads), max(1, ROTARY_PAIRS // padded))
     return {"HALF": turned // 2, "HEADS": tile, "PADDED": padded}
@@ -261,15 +257,15 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Non
     Their last dimension and the tables are contiguous.
     """
     batch, heads, tokens, _ = q.shape
-    table_stride, tile = 0 if cos.shape[0] == 1 else cos.stride(0), _rotary_tile(cos.shape[-1], heads)
-    _rotate_kernel[(tokens, batch)](
+    table_stride, tile = 0 if cos.shape[0] == 1 else cos.stride(0), rotary_tile(cos.shape[-1], heads)
+    rotate_kernel[(tokens, batch)](
         q, k, cos, sin, heads, k.shape[1], *q.stride()[:3], *k.stride()[:3], table_stride, **tile, BACK=back,
         num_warps=NUM_WARPS, **_EXACT,
     )  # fmt: skip
 
 
 @triton.jit
-def _cross_entropy_kernel(logits_ptr, labels_ptr, losses_ptr, columns, COLUMNS: tl.constexpr):
+def cross_entropy_kernel(logits_ptr, labels_ptr, losses_ptr, columns, COLUMNS: tl.constexpr):
     """Compute losses[row] and write the gradient over a row of logits: one pass for the sum, one to write."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * columns
@@ -304,71 +300,12 @@ def _cross_entropy_kernel(logits_ptr, labels_ptr, losses_ptr, columns, COLUMNS: 
             tl.store(row_ptr + start + column, gradient.to(logits_ptr.dtype.element_ty), mask=start + column < columns)
 
 
-def _loss_tile(columns: int) -> dict[str, int]:
+def loss_tile(columns: int) -> dict[str, int]:
+    """Return the tile of a row of logits, and the number of warps."""
     tile = min(triton.next_power_of_2(columns), LOSS_COLUMNS)
     return {"COLUMNS": tile, "num_warps": max(NUM_WARPS, tile // 512)}
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, losses: Tensor, rows: int, columns: int) -> None:
     """Write reference_cross_entropy to losses and over the logits; all are contiguous."""
-    _cross_entropy_kernel[(rows,)](logits, labels, losses, columns, **_loss_tile(columns))
-
-
-_TYPES = {"inverse_ptr": "*fp32:16", "losses_ptr": "*fp32:16", "labels_ptr": "*i64:16", "eps": "fp32"}
-
-
-def _case(name: str, kernel: Any, dtype: str, programs: int, constants: Mapping[str, int | bool]) -> Case:
-    """Return a case with pointers to `dtype` and numbers divisible by 16. `programs`: least per multiprocessor."""
-    constants = dict(constants)
-    num_warps = constants.pop("num_warps", NUM_WARPS)
-    names = [each for each in kernel.arg_names if each not in constants]
-    return Case(
-        name=f"{name} {dtype}",
-        kernel=kernel,
-        signature={each: _TYPES.get(each, f"*{dtype}:16" if each.endswith("_ptr") else "i32:16") for each in names},
-        constants=constants,
-        num_warps=num_warps,
-        options=_EXACT if kernel is _rotate_kernel else {},
-        bounds={"loads_128": True, "stores_128": True, "min_programs_per_sm": programs},
-    )
-
-
-def _norm_cases(columns: int, dtype: str, *, plus_one: bool = False) -> tuple[Case, Case]:
-    tile = _norm_tile(columns) | {"PLUS_ONE": plus_one}
-    name, warps = f"N={columns}{' plus one' * plus_one}", tile["num_warps"]
-    return (
-        _case(f"norm forward {name}", _norm_forward_kernel, dtype, 32 // warps, tile),
-        _case(f"norm backward {name}", _norm_backward_kernel, dtype, 16 // warps, tile),
-    )
-
-
-def _gate_cases(dtype: str, *, gelu: bool) -> tuple[Case, Case]:
-    name, constants = "geglu" if gelu else "swiglu", {"GELU": gelu, "COLUMNS": GATE_COLUMNS}
-    return (
-        _case(f"{name} forward", _gate_forward_kernel, dtype, 12, constants),
-        _case(f"{name} backward", _gate_backward_kernel, dtype, 12, constants),
-    )
-
-
-def _rotary_case(turned: int, heads: int, dtype: str, *, back: bool = False) -> Case:
-    name = f"rotary R={turned}{' backward' * back}"
-    return _case(name, _rotate_kernel, dtype, 8, _rotary_tile(turned, heads) | {"BACK": back})
-
-
-OFFLINE = (
-    *_norm_cases(128, "bf16"),
-    *_norm_cases(2880, "bf16"),
-    *_norm_cases(8192, "bf16"),
-    *_norm_cases(16384, "bf16"),
-    *_norm_cases(20480, "bf16"),
-    *_norm_cases(4096, "bf16", plus_one=True),
-    *_norm_cases(4096, "fp32"),
-    *_gate_cases("bf16", gelu=False),
-    *_gate_cases("bf16", gelu=True),
-    *_gate_cases("fp32", gelu=False),
-    _rotary_case(128, 32, "bf16"),
-    _rotary_case(128, 32, "bf16", back=True),
-    _rotary_case(96, 24, "bf16"),
-    _rotary_case(128, 32, "fp32"),
-    _case("cross-entropy", _cross_entropy_kernel, "bf16", 2, _loss_tile(LOSS_COLUMNS)),
-)
+    cross_entropy_kernel[(rows,)](logits, labels, losses, columns, **loss_tile(columns))

@@ -14,7 +14,6 @@ A second launch adds the parts of a split sum in a fixed order.
 Letters: M rows, I in features, O out features, R rank, G groups, S parts of a split sum.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,12 +25,11 @@ from torch import Tensor
 
 from distlora_kernels import nf4_triton
 from distlora_kernels.dispatch import compute_capability
-from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK
 
 # The contract rounds absmax twice: no fused multiply-add.
 _OPTIONS = {"enable_fp_fusion": False}
-_REDUCED = 1024
+REDUCED = 1024
 """Outputs per program of the second launch."""
 
 
@@ -51,7 +49,7 @@ HOPPER = (9, 0)
 """Compute capability of the H100 and H200, whose matrix instruction is wgmma."""
 
 # Most rows of a configuration -> configuration; more rows take several programs. Chosen by compiling without spills and
-# by the programs that fit (`distlora bench kernels --offline`); not measured.
+# by the programs that fit (tests/tools/compiled_kernels.py); not measured.
 LINEAR_HOPPER = {
     16: TileConfig(16, 128, 128, 8, 4, 2),
     32: TileConfig(32, 128, 128, 8, 4, 2),
@@ -184,7 +182,7 @@ def _store(result, y_ptr, addend_ptr, bias_ptr, row, column, M, N, part):
 
 
 @triton.jit(do_not_specialize_on_alignment=["offset_ptr"])
-def _linear_kernel(
+def linear_kernel(
     x_ptr, codes_ptr, scales_ptr, scale_ptr, offset_ptr, map_ptr, levels_ptr,
     addend_ptr, xa_ptr, b_ptr, bias_ptr, y_ptr,
     M, OUT, IN, row_words, row_blocks, R, num_row_tiles, tiles_per_part,
@@ -233,7 +231,7 @@ def _linear_kernel(
 
 
 @triton.jit(do_not_specialize_on_alignment=["offset_ptr"])
-def _dx_kernel(
+def dx_kernel(
     dy_ptr, codes_ptr, scales_ptr, scale_ptr, offset_ptr, map_ptr, levels_ptr, dxa_ptr, a_ptr, dx_ptr,
     M, OUT, IN, row_words, row_blocks, R, num_row_tiles, tiles_per_part,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr, WHOLE: tl.constexpr,
@@ -287,7 +285,7 @@ def _dx_kernel(
 
 
 @triton.jit
-def _add_parts_kernel(parts_ptr, y_ptr, numel, num_parts, OUTPUTS: tl.constexpr):
+def add_parts_kernel(parts_ptr, y_ptr, numel, num_parts, OUTPUTS: tl.constexpr):
     """Compute y (numel,) = sum of parts (S, numel) fp32 from first to last, rounded once."""
     element = tl.program_id(0).to(tl.int64) * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros((OUTPUTS,), tl.float32)
@@ -316,7 +314,7 @@ def linear(
     (m, i), o, arch = x.shape, out_features, compute_capability(x.device)
     config = linear_config(arch, m, x.dtype)
     return _launch(
-        _linear_kernel, x, parts, (addend, xa, b, bias), config, outputs=o, summed=i, in_features=i,
+        linear_kernel, x, parts, (addend, xa, b, bias), config, outputs=o, summed=i, in_features=i,
         rank=None if xa is None else xa.shape[1], num_parts=num_parts,
         constants={
             "WHOLE": i % config.depth == 0,
@@ -339,7 +337,7 @@ def dx(
     (m, o), i = dy.shape, in_features
     config = dx_config(compute_capability(dy.device), m, dy.dtype)
     return _launch(
-        _dx_kernel, dy, parts, (dxa, a), config, outputs=i, summed=o, in_features=i,
+        dx_kernel, dy, parts, (dxa, a), config, outputs=i, summed=o, in_features=i,
         rank=None if dxa is None else dxa.shape[1], num_parts=num_parts, constants={"WHOLE": i % config.width == 0},
     )  # fmt: skip
 
@@ -376,15 +374,15 @@ def _launch(
     kernel[(row_tiles * output_tiles, num_parts)](
         rows, codes, scales, scale, offset,
         None if scales is None else nf4_triton.dynamic_map(device), nf4_triton.levels(device), *operands, y,
-        m, outputs if kernel is _linear_kernel else summed, in_features, in_features // 8, in_features // BLOCK,
+        m, outputs if kernel is linear_kernel else summed, in_features, in_features // 8, in_features // BLOCK,
         rank or 0, row_tiles, tiles_per_part,
         ROWS=config.rows, WIDTH=config.width, DEPTH=config.depth, RANKS=ranks_at_a_time(rank), **constants,
         num_warps=config.warps, num_stages=config.stages, **_OPTIONS,
     )  # fmt: skip
     if num_parts > 1:
-        grid = (triton.cdiv(result.numel(), _REDUCED),)
-        _add_parts_kernel[grid](
-            y, result, result.numel(), num_parts, OUTPUTS=_REDUCED, num_warps=4, enable_fp_fusion=True
+        grid = (triton.cdiv(result.numel(), REDUCED),)
+        add_parts_kernel[grid](
+            y, result, result.numel(), num_parts, OUTPUTS=REDUCED, num_warps=4, enable_fp_fusion=True
         )
     return result
 
@@ -392,74 +390,3 @@ def _launch(
 @functools.cache
 def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def _case(
-    name: str, kernel: Any, config: TileConfig, archs: tuple[int, ...], *, nested: bool, lora: bool, parts: bool
-) -> Case:
-    """Return the case of one configuration, for bf16, r = 16 and sizes that are multiples of 128."""
-    linear_kernel = kernel is _linear_kernel
-    signature = {"codes_ptr": "*u8:16", "scale_ptr": "*fp32:16", "levels_ptr": "*fp32:16", "M": "i32"}
-    signature |= dict.fromkeys(("OUT", "IN", "row_words", "row_blocks"), "i32:16")
-    signature |= dict.fromkeys(("num_row_tiles", "tiles_per_part"), "i32")
-    signature["R"] = "i32:16" if lora else "i32"
-    signature |= dict.fromkeys(("x_ptr",) if linear_kernel else ("dy_ptr",), "*bf16:16")
-    signature["y_ptr" if linear_kernel else "dx_ptr"] = "*fp32:16" if parts else "*bf16:16"
-    constants: dict[str, Any] = {"ROWS": config.rows, "WIDTH": config.width, "DEPTH": config.depth, "WHOLE": True}
-    constants["RANKS"] = ranks_at_a_time(16)
-    if linear_kernel:
-        constants |= {"K_WIDTH": k_width(divmod(archs[0], 10), nested), "WARPS": config.warps}
-        constants |= {"addend_ptr": None, "bias_ptr": None}
-    nested_parts = {"scales_ptr": "*u8:16", "offset_ptr": "*fp32", "map_ptr": "*fp32:16"}
-    adapter = ("xa_ptr", "b_ptr") if linear_kernel else ("dxa_ptr", "a_ptr")
-    if nested:
-        signature |= nested_parts
-    else:
-        constants |= dict.fromkeys(nested_parts)
-    if lora:
-        signature |= dict.fromkeys(adapter, "*bf16:16")
-    else:
-        constants |= dict.fromkeys(adapter)
-    return Case(
-        name=name, kernel=kernel, signature=signature, constants=constants, num_warps=config.warps,
-        num_stages=config.stages, options=_OPTIONS, archs=archs,
-        bounds={
-            "elements": config.width * config.depth,
-            "mma": True,
-            "hgmma": archs == (90,),
-            "loads_128": True,
-            "stores_128": True,
-        },
-    )  # fmt: skip
-
-
-def _cases() -> tuple[Case, ...]:
-    cases = []
-    for label, kernel, table, archs in (
-        ("fused linear", _linear_kernel, LINEAR_HOPPER, (90,)),
-        ("fused linear, not sm_90", _linear_kernel, LINEAR, (80, 89, 100)),
-        ("fused dx", _dx_kernel, DX_HOPPER, (90,)),
-        ("fused dx, not sm_90", _dx_kernel, DX, (80, 89, 100)),
-    ):
-        for m, config in table.items():
-            parts = m <= 64  # Few rows are few programs, so the sum is split.
-            cases.append(_case(f"{label} M={m}", kernel, config, archs, nested=True, lora=True, parts=parts))
-        if kernel is _linear_kernel:  # The case with the most registers.
-            added = dict.fromkeys(("addend_ptr", "bias_ptr"), "*bf16:16")
-            case = cases[-1]
-            constants = {name: value for name, value in case.constants.items() if name not in added}
-            name, signature = f"{case.name}, addend and bias", {**case.signature, **added}
-            cases.append(dataclasses.replace(case, name=name, signature=signature, constants=constants))
-        m, config = min(table.items())
-        cases.append(_case(f"{label} M={m} plain absmax", kernel, config, archs, nested=False, lora=False, parts=False))
-    return (
-        *cases,
-        Case(
-            name="fused, sum of parts", kernel=_add_parts_kernel,
-            signature={"parts_ptr": "*fp32:16", "y_ptr": "*bf16:16", "numel": "i32:16", "num_parts": "i32"},
-            constants={"OUTPUTS": _REDUCED}, num_warps=4, bounds={"loads_128": True, "stores_128": True},
-        ),
-    )  # fmt: skip
-
-
-OFFLINE = _cases()

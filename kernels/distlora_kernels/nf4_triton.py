@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from distlora_kernels import reference
-from distlora_kernels.offline import Case
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP_BYTES, num_groups
 
 DEQUANTIZE_BLOCKS = 128
@@ -104,7 +103,7 @@ def _dequantize_tile(
 @triton.jit(
     do_not_specialize=["first_rank", "last_expert"], do_not_specialize_on_alignment=["group_scale_ptr", "offset_ptr"]
 )
-def _dequantize_kernel(
+def dequantize_kernel(
     codes_ptr, scales_ptr, group_scale_ptr, offset_ptr, map_ptr, levels_ptr, out_ptr, numel,
     gap, b_ptr, num_rows, num_ranks, first_rank, tiles, ends_ptr, expert_blocks, last_expert,
     ROW_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
@@ -184,7 +183,7 @@ def dequantize(
         assert first_rank + b.shape[1] <= gap, f"{b.shape[1]} columns from {first_rank} on, of {gap}"
         beside, row_blocks = (gap, b, num_rows, b.shape[1], first_rank, tiles), features // BLOCK
         programs += triton.cdiv(num_rows, DEQUANTIZE_BLOCKS) * (gap // BLOCK)
-    _dequantize_kernel[(programs,)](
+    dequantize_kernel[(programs,)](
         codes,
         scales,
         group_scale,
@@ -202,7 +201,7 @@ def dequantize(
 
 
 @triton.jit
-def _quantize_kernel(flat_ptr, codes_ptr, absmax_ptr, numel, BLOCKS: tl.constexpr):
+def quantize_kernel(flat_ptr, codes_ptr, absmax_ptr, numel, BLOCKS: tl.constexpr):
     """Compute codes[block, i // 2] and absmax[block] of flat[block, i]; elements from numel on count as zero."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     block = tl.arange(0, BLOCKS)
@@ -231,12 +230,12 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(groups, GROUP_BYTES, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(groups, BLOCKS_PER_GROUP, dtype=torch.float32, device=flat.device)
     grid = (groups * (BLOCKS_PER_GROUP // QUANTIZE_BLOCKS),)
-    _quantize_kernel[grid](flat, codes, absmax, flat.numel(), BLOCKS=QUANTIZE_BLOCKS, **_OPTIONS)
+    quantize_kernel[grid](flat, codes, absmax, flat.numel(), BLOCKS=QUANTIZE_BLOCKS, **_OPTIONS)
     return codes, absmax
 
 
 @triton.jit(do_not_specialize_on_alignment=["offset_ptr", "group_scale_ptr"])
-def _quantize_absmax_kernel(
+def quantize_absmax_kernel(
     absmax_ptr, offset_ptr, midpoints_ptr, scales_ptr, group_scale_ptr, num_groups, num_blocks, GROUPS: tl.constexpr
 ):
     """Compute scales[group, i] and group_scale[group] of absmax[group, i]; blocks from num_blocks on are padding."""
@@ -265,7 +264,7 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
     scales = torch.empty(groups, BLOCKS_PER_GROUP, dtype=torch.uint8, device=absmax.device)
     group_scale = torch.empty(groups, dtype=torch.float32, device=absmax.device)
     grid = (triton.cdiv(groups, QUANTIZE_GROUPS),)
-    _quantize_absmax_kernel[grid](
+    quantize_absmax_kernel[grid](
         absmax,
         offset,
         dynamic_midpoints(absmax.device),
@@ -277,92 +276,3 @@ def quantize_absmax(absmax: Tensor, offset: Tensor, num_blocks: int) -> tuple[Te
         **_OPTIONS,
     )
     return scales, group_scale
-
-
-def _dequantize_case(name: str, dtype: str, *, nested: bool = True, row_blocks: int = 0, experts: bool = False) -> Case:
-    """Return a case; with `row_blocks` rows have a gap of 64 columns with b."""
-    scales = (
-        {"scales_ptr": "*u8:16", "group_scale_ptr": "*fp32", "offset_ptr": "*fp32", "map_ptr": "*fp32:16"}
-        if nested
-        else {"scales_ptr": "*fp32:16"}
-    )
-    return Case(
-        name=name,
-        kernel=_dequantize_kernel,
-        signature={
-            "codes_ptr": "*u8:16",
-            **scales,
-            "levels_ptr": "*fp32:16",
-            "out_ptr": f"*{dtype}:16",
-            "numel": "i32:16",
-            "num_rows": "i32:16",
-            "num_ranks": "i32:16",
-            "first_rank": "i32",
-            "tiles": "i32:16",
-            "expert_blocks": "i32:16",
-            "last_expert": "i32",
-            **({"ends_ptr": "*i32:16"} if experts else {}),
-            **({"gap": "i32:16", "b_ptr": f"*{dtype}:16"} if row_blocks else {}),
-        },
-        constants={"ROW_BLOCKS": row_blocks or 1, "BLOCKS": DEQUANTIZE_BLOCKS}
-        | ({} if row_blocks else {"gap": None, "b_ptr": None})
-        | ({} if experts else {"ends_ptr": None})
-        | ({} if nested else {"group_scale_ptr": None, "offset_ptr": None, "map_ptr": None}),
-        num_warps=NUM_WARPS,
-        options={"enable_fp_fusion": False},
-        bounds={
-            # With b the kernel has two branches of as many outputs.
-            "elements": DEQUANTIZE_BLOCKS * BLOCK * (2 if row_blocks else 1),
-            "max_instructions_per_element": {90: 8},
-            "loads_128": True,
-            "stores_128": True,
-        },
-    )
-
-
-def _quantize_case(dtype: str) -> Case:
-    return Case(
-        name=f"nf4 quantize {dtype}",
-        kernel=_quantize_kernel,
-        signature={
-            "flat_ptr": f"*{dtype}:16",
-            "codes_ptr": "*u8:16",
-            "absmax_ptr": "*fp32:16",
-            "numel": "i32:16",
-        },
-        constants={"BLOCKS": QUANTIZE_BLOCKS},
-        num_warps=NUM_WARPS,
-        options={"enable_fp_fusion": False},
-        bounds={"elements": QUANTIZE_BLOCKS * BLOCK, "loads_128": True, "stores_128": True},
-    )
-
-
-OFFLINE = (
-    _dequantize_case("nf4 dequantize bf16", "bf16"),
-    _dequantize_case("nf4 dequantize fp16", "fp16"),
-    _dequantize_case("nf4 dequantize fp32", "fp32"),
-    _dequantize_case("nf4 dequantize plain bf16", "bf16", nested=False),
-    _dequantize_case("nf4 dequantize bf16, chosen experts", "bf16", experts=True),
-    _dequantize_case("nf4 dequantize bf16 beside b, I=4096", "bf16", row_blocks=64),
-    _dequantize_case("nf4 dequantize bf16 beside b, I=14336", "bf16", row_blocks=224),
-    _quantize_case("fp32"),
-    _quantize_case("bf16"),
-    _quantize_case("fp16"),
-    Case(
-        name="nf4 second level",
-        kernel=_quantize_absmax_kernel,
-        signature={
-            "absmax_ptr": "*fp32:16",
-            "offset_ptr": "*fp32",
-            "midpoints_ptr": "*fp32:16",
-            "scales_ptr": "*u8:16",
-            "group_scale_ptr": "*fp32",
-            "num_groups": "i32:16",
-            "num_blocks": "i32:16",
-        },
-        constants={"GROUPS": QUANTIZE_GROUPS},
-        num_warps=NUM_WARPS,
-        options={"enable_fp_fusion": False},
-        bounds={"elements": QUANTIZE_GROUPS * BLOCKS_PER_GROUP},
-    ),
-)

@@ -12,13 +12,11 @@ for 8 columns, so it runs on a tile of (rows, columns / 8) and its words are spr
 thread. In the first two rounds the counter's words are one per row or per column, so a call costs 8 full rounds.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-
-from distlora_kernels.offline import Case
 
 _SLICES = ["batch_rows", "dropped_rows", "steps"]
 """Arguments that may be slices of tensors; their alignment must not create another specialization."""
@@ -368,112 +366,3 @@ def tile_of(
 
 def _rows(most: int, tokens: int) -> int:
     return min(most, max(16, triton.next_power_of_2(tokens)))
-
-
-def _case(name: str, kernel: Any, tile: Tile, dtype: str = "bf16", **changes: Any) -> Case:
-    """Return a case at M = I = O = 8192 for one adapter; all numbers but the dropout's words are divisible by 16.
-
-    `changes` overrides argument types; None for an absent argument.
-    """
-    operands = dict.fromkeys(("x", "a", "b", "xa", "dy", "dxa", "bias"), f"*{dtype}:16")
-    numbers = dict.fromkeys(_WORDS, "i32")
-    absent = dict.fromkeys(
-        (
-            *("batch_rows", "spans", "dropped_rows", "streams", "steps", "owners", "scales", "bias", "y", "products"),
-            *("copy", "stride_copy"),
-        )
-    )
-    sums = {"partials": "*fp32:16", "scale": "fp32", "num_partials": "i32", "partials_of_a_row": "i32"}
-    types = {**operands, "out": f"*{dtype}:16", "db": "*fp32:16", **numbers, **sums, **absent, **changes}
-    sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.columns, "BR": tile.ranks}
-    constants = {**sizes, "PIECES": 1, "SPAN_ALIGNMENT": 16, "RANK_IS_LAST": False, "BLOCK": 512}
-    given = {
-        parameter: types.get(parameter, "i32:16")
-        for parameter in kernel.arg_names
-        if parameter not in constants and types.get(parameter, "i32:16") is not None
-    }
-    return Case(
-        name=f"skinny {name}",
-        kernel=kernel,
-        signature=given,
-        constants={parameter: constants.get(parameter) for parameter in kernel.arg_names if parameter not in given},
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        bounds={"loads_128": True, "stores_128": kernel is up_kernel},
-    )
-
-
-def _cases() -> tuple[Case, ...]:
-    bf16, many = torch.bfloat16, 8192
-    dropout = {"dropped_rows": "*i64"}
-    choice = {"batch_rows": "*i64", "spans": "*i32:16"}
-    own = {**choice, **dropout, "streams": "*i64:16", "steps": "*i64"}
-    with_y = {"y": "*bf16:16", "products": "*fp32:16"}
-    of_8 = dict.fromkeys(("num_ranks", "stride_b", "stride_xa", "stride_dxa", "stride_out"), "i32")
-    copied = {"copy": "*bf16:16", "stride_copy": "i32:16"}
-    tile = {op: {rank: tile_of(op, rank, many, bf16) for rank in (16, 48)} for op in ("down", "up", "dy", "grad")}
-    return (
-        _case("down R=16", down_kernel, tile["down"][16], stride_ai="i32:1"),
-        _case("down R=48", down_kernel, tile["down"][48], stride_ai="i32:1"),
-        *(
-            _case(
-                f"down R={rank} copy",
-                down_kernel,
-                tile_of("down", rank, many, bf16, copies=True),
-                stride_ai="i32:1",
-                **copied,
-            )
-            for rank in (16, 32, 48)
-        ),
-        _case("down M=16", down_kernel, tile_of("down", 16, 16, bf16), stride_ai="i32:1", out="*fp32:16"),
-        _case("down dropout", down_kernel, tile_of("down", 16, many, bf16, True), stride_ai="i32:1", **dropout),
-        _case("down choice", down_kernel, tile["down"][16], stride_ai="i32:1", **choice),
-        _case("down fp32", down_kernel, tile_of("down", 16, many, torch.float32), "fp32", stride_ai="i32:1"),
-        _case("up R=16", up_kernel, tile["up"][16], stride_br="i32:1"),
-        _case("up R=48", up_kernel, tile["up"][48], stride_br="i32:1"),
-        _case("up bias choice", up_kernel, tile["up"][16], stride_br="i32:1", bias="*bf16:16", **choice),
-        _case("up a.T", up_kernel, tile["up"][16], stride_bo="i32:1"),
-        _case("up a.T dropout", up_kernel, tile_of("up", 16, many, bf16, True), stride_bo="i32:1", **dropout),
-        _case("up fp32", up_kernel, tile_of("up", 16, many, torch.float32), "fp32", stride_br="i32:1"),
-        _case("dy R=16", dy_kernel, tile["dy"][16], dxa="*fp32:16"),
-        _case("dy R=32", dy_kernel, tile_of("dy", 32, many, bf16), dxa="*fp32:16"),
-        _case("dy R=16 copy", dy_kernel, tile["dy"][16], dxa="*fp32:16", **copied),
-        _case("dy R=32 copy", dy_kernel, tile_of("dy", 32, many, bf16), dxa="*fp32:16", **copied),
-        _case("dy R=16 with y", dy_kernel, tile["dy"][16], dxa="*fp32:16", **with_y),
-        _case("dy R=8 with y", dy_kernel, tile_of("dy", 8, many, bf16), dxa="*fp32:16", **of_8, **with_y),
-        _case("dxa R=48", down_kernel, tile["down"][48], stride_ar="i32:1"),
-        _case("db R=48", grad_kernel, tile["grad"][48], out="*fp32:16", stride_or="i32:1"),
-        _case("dy R=8", dy_kernel, tile_of("dy", 8, many, bf16), dxa="*fp32:16", **of_8),
-        _case("dy R=8 copy", dy_kernel, tile_of("dy", 8, many, bf16), dxa="*fp32:16", **of_8, **copied),
-        _case("dy R=8 choice", dy_kernel, tile_of("dy", 8, many, bf16), dxa="*fp32:16", **of_8, **choice),
-        _case("dy choice", dy_kernel, tile["dy"][16], dxa="*fp32:16", **choice),
-        _case("dy fp32", dy_kernel, tile_of("dy", 16, many, torch.float32), "fp32"),
-        _case("grad R=16", grad_kernel, tile["grad"][16], stride_oi="i32:1", out="*fp32:16"),
-        _case("grad R=8", grad_kernel, tile_of("grad", 8, many, bf16), stride_oi="i32:1", out="*fp32:16", **of_8),
-        _case("grad R=48", grad_kernel, tile["grad"][48], stride_oi="i32:1", out="*fp32:16"),
-        _case(
-            "grad dropout",
-            grad_kernel,
-            tile_of("grad", 16, many, bf16, True),
-            out="*fp32:16",
-            stride_oi="i32:1",
-            **dropout,
-        ),
-        _case("down choice own dropout", down_kernel, tile_of("down", 16, many, bf16, True), stride_ai="i32:1", **own),
-        _case("up a.T choice own dropout", up_kernel, tile_of("up", 16, many, bf16, True), stride_bo="i32:1", **own),
-        _case(
-            "grad choice own dropout",
-            grad_kernel,
-            tile_of("grad", 16, many, bf16, True),
-            out="*fp32:16",
-            stride_oi="i32:1",
-            **own,
-        ),
-        _case("grad choice", grad_kernel, tile["grad"][16], stride_oi="i32:1", out="*fp32:16", **choice),
-        _case("grad fp32", grad_kernel, tile_of("grad", 16, many, torch.float32), "fp32", stride_oi="i32:1"),
-        _case("sum", add_partials, Tile(0, 0, 0, 4, 3), out="*fp32:16", stride_out=None),
-        _case("sum of rows", add_partials, Tile(0, 0, 0, 4, 3)),
-    )
-
-
-OFFLINE = _cases()

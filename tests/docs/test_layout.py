@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from support.modules import MODULES, ROOT
 
 PACKAGES = """
-distlora_kernels distlora_kernels.bench distlora.config distlora.system distlora.output distlora.architecture
+distlora_kernels distlora.config distlora.system distlora.output distlora.architecture
 distlora.weights distlora.run_folder distlora.rewards distlora.planner distlora.model distlora.parallel distlora.data
 distlora.loading distlora.checkpoint distlora.derive distlora.generation distlora.training distlora.post
 distlora.analysis distlora.bench
@@ -38,7 +38,7 @@ HOMES = {
     "peft": "distlora.bench distlora.derive.check distlora.post distlora_launcher.demo",
     "accelerate": "distlora.bench",
     "lm_eval": "distlora.post.evaluate",
-    "liger_kernel": "distlora.model.fused_modules distlora_kernels.bench",
+    "liger_kernel": "distlora.model.fused_modules",
     "gguf": "distlora.post.export distlora.derive.gguf_header distlora.weights.low_bit.gguf",
     "llama_cpp": "distlora.post.export",
     "math_verify": "distlora.rewards",

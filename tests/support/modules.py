@@ -7,7 +7,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
     "distlora_kernels": ROOT / "kernels" / "distlora_kernels",
-    "distlora_kernels.bench": ROOT / "kernels" / "bench",
     "distlora": ROOT / "distlora",
     "distlora_launcher": ROOT / "launcher" / "distlora_launcher",
 }

@@ -116,7 +116,7 @@ class Session:
 
     def worker(self, name: str, **values: Any) -> Figures:
         """Run a function of first_gpu_workers.py in a process of its own and return its figures."""
-        script = ROOT / "tests" / "first_gpu_workers.py"
+        script = ROOT / "tests" / "tools" / "first_gpu_workers.py"
         figures: Figures = json.loads(self.run(script, name, json.dumps(values)).splitlines()[-1])
         return figures
 
@@ -182,7 +182,7 @@ def sanitizer(session: Session, tool: str, section: str) -> Figures:
     options += ["--report-api-errors", "no"]  # torch asks for functions that a driver may lack.
     for name in kernel_names():
         options += ["--kernel-name", f"kns={name}"]
-    bench = (sys.executable, "-m", "distlora_kernels.bench", section, "--check")
+    bench = (sys.executable, KERNELS_SCRIPT, section, "--check")
     shapes = ("--shapes", "512x1024+256x1024,256x512", "--m", "16,64")
     session.start(program, *options, *bench, *shapes, seconds=90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return {"markdown": "No fault."}
@@ -195,17 +195,16 @@ def kernel_names() -> list[str]:
     return [name for source in sources for name in launched.findall(source.read_text())]
 
 
+KERNELS_SCRIPT = ROOT / "benchmarks" / "gpu_kernels.py"
+
+
 def bench_kernels(session: Session, section: str, shapes: str, counts: str) -> Figures:
-    """Run a section of `distlora bench kernels`; in a dry run check it in Triton's interpreter."""
-    report = session.work / f"{section}-{shapes}.md"
-    words = [section, "--shapes", shapes, "--m", counts, "--markdown", str(report)]
-    if session.dry:
-        words = [section, "--shapes", "192x128", "--m", "16", "--markdown", str(report), "--device", "cpu"]
-        run = "import sys, triton_interpreter, distlora_kernels.bench.__main__ as bench; sys.exit(bench.main())"
-        session.run("-c", run, *words, OMP_NUM_THREADS="1")
-    else:
-        session.run("-m", "distlora_kernels.bench", *words)
-    return {"markdown": report.read_text()}
+    """Run a section of benchmarks/gpu_kernels.py; in a dry run check it in Triton's interpreter."""
+    if not session.dry:
+        return {"markdown": session.run(KERNELS_SCRIPT, section, "--shapes", shapes, "--m", counts)}
+    run = "import sys; from support import triton_interpreter; import gpu_kernels; sys.exit(gpu_kernels.main())"
+    words = (section, "--shapes", "192x128", "--m", "16", "--device", "cpu")
+    return {"markdown": session.run("-c", run, *words, OMP_NUM_THREADS="1")}
 
 
 def check_parts(dry: bool) -> Iterator[Part]:
@@ -514,7 +513,7 @@ def main() -> int:
     if (fault := install(options.packages, site)) is not None:
         print(f"error: {fault}", file=sys.stderr)
         return BAD_INPUT
-    paths = [site, ROOT / "tests", *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [site, ROOT / "tests", ROOT / "benchmarks", *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, paths)),

@@ -15,11 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distlora_kernels.formats import FORMATS
 from distlora_kernels.formats.base import UNIT, Format
 from distlora_kernels.formats.gguf import Gguf
 from distlora_kernels.nf4_triton import has_rows
-from distlora_kernels.offline import Case
 from distlora_kernels.reference import GROUP
 
 WEIGHTS = GROUP // 2
@@ -42,7 +40,7 @@ def _e4m3(byte):
 
 
 @triton.jit(do_not_specialize=["last_expert"])
-def _blocks_kernel(
+def blocks_kernel(
     codes_ptr, scales_ptr, third_ptr, out_ptr, numel, columns, ends_ptr, expert_units, last_expert,
     KIND: tl.constexpr, BLOCK: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +131,7 @@ def _field(ptr, number, FIELD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["last_expert"])
-def _gguf_kernel(
+def gguf_kernel(
     blocks_ptr, out_ptr, numel, ends_ptr, expert_units, last_expert,
     TYPE: tl.constexpr, BYTES: tl.constexpr, BLOCKS: tl.constexpr, SUBS: tl.constexpr, SIZE: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr,
@@ -141,7 +139,7 @@ def _gguf_kernel(
     """Write BLOCKS blocks of BYTES bytes, of SUBS sub-blocks of SIZE weights: code * factor (+ added).
 
     Blocks begin at odd multiples of 2 bytes, so bytes are read one by one; a thread's neighbours find them in the L1
-    cache. The parts hold whole groups: no mask. ends_ptr: as in `_blocks_kernel`.
+    cache. The parts hold whole groups: no mask. ends_ptr: as in `blocks_kernel`.
     """
     if ends_ptr is not None:
         UNITS: tl.constexpr = BLOCKS * SUBS * SIZE // _UNIT
@@ -196,7 +194,7 @@ def dequantize(format: Format, parts: Sequence[Tensor], out: Tensor, ends: Tenso
     With ends (E,) int32, the end of each expert's rows, programs of experts (O, I) without rows write nothing.
     """
     assert all(part.is_contiguous() for part in parts), [part.stride() for part in parts]
-    kernel, constants = _constants(format)
+    kernel, constants = kernel_of(format)
     programs = triton.cdiv(out.numel(), WEIGHTS)
     experts: tuple[Tensor | None, int, int] = (None, 0, 0)
     if ends is not None:
@@ -215,60 +213,12 @@ def dequantize(format: Format, parts: Sequence[Tensor], out: Tensor, ends: Tenso
     kernel[(programs,)](codes, scales, third, out, size, columns, *experts, **constants, **_OPTIONS)
 
 
-def _constants(format: Format) -> tuple[Any, dict[str, Any]]:
+def kernel_of(format: Format) -> tuple[Any, dict[str, Any]]:
     """Return a format's kernel and its constants."""
     if isinstance(format, Gguf):
         subs, low, high, offset = format.codes
         sizes = {"BLOCKS": WEIGHTS // format.block, "SUBS": subs, "SIZE": format.block // subs}
         fields = {"LOW": low, "HIGH": high, "OFFSET": offset}
-        return _gguf_kernel, {"TYPE": format.name, "BYTES": format.nbytes, **sizes, **fields}
+        return gguf_kernel, {"TYPE": format.name, "BYTES": format.nbytes, **sizes, **fields}
     block = format.block if format.tile is None else format.tile[1]
-    return _blocks_kernel, {"KIND": format.name.partition("_g")[0], "BLOCK": block, "WEIGHTS": WEIGHTS}
-
-
-def _case(format: Format, most: float, *, experts: bool = False) -> Case:
-    """Return the case of a format in bf16, with at most so many instructions per weight on sm_90.
-
-    Without `experts`: which of them have rows takes one more.
-    """
-    kernel, constants = _constants(format)
-    gguf = isinstance(format, Gguf)
-    names = ("blocks_ptr",) if gguf else ("codes_ptr", "scales_ptr", "third_ptr")
-    dtypes = {"uint8": "u8", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    signature = {name: f"*{dtypes[part.dtype]}:16" for name, part in zip(names, format.parts, strict=False)}
-    constants |= dict.fromkeys(names[len(format.parts) :])
-    if format.tile is None and not gguf:
-        constants["columns"] = None
-    if not experts:
-        constants["ends_ptr"] = None
-    return Case(
-        name=f"{format.name} dequantize" + (", chosen experts" if experts else ""),
-        kernel=kernel,
-        signature={
-            "out_ptr": "*bf16:16",
-            "numel": "i32:16",
-            "expert_units": "i32:16",
-            "last_expert": "i32",
-            **signature,
-        }
-        | ({"ends_ptr": "*i32:16"} if experts else {})
-        | ({"columns": "i32:16"} if format.tile else {}),
-        constants=constants,
-        num_warps=NUM_WARPS,
-        options={"enable_fp_fusion": False},
-        bounds={
-            "elements": WEIGHTS,
-            "max_instructions_per_element": {90: most + experts},
-            "loads_128": not isinstance(format, Gguf) or format.nbytes % 16 == 0,
-            "stores_128": True,
-        },
-    )
-
-
-_MOST = {"mxfp4": 8, "nvfp4": 12, "int4_g32": 8, "int4_g128_zeros": 8, "fp8_block": 11, "int8": 6}
-_MOST |= {"q4_0": 12, "q4_1": 10, "q5_0": 15, "q5_1": 14, "q8_0": 7}
-_MOST |= {"q2_K": 11, "q3_K": 20, "q4_K": 11, "q5_K": 15, "q6_K": 21}
-OFFLINE = (
-    *(_case(FORMATS[name], most) for name, most in _MOST.items()),
-    *(_case(FORMATS[name], _MOST[name], experts=True) for name in ("mxfp4", "fp8_block", "q4_K")),
-)
+    return blocks_kernel, {"KIND": format.name.partition("_g")[0], "BLOCK": block, "WEIGHTS": WEIGHTS}

@@ -14,10 +14,9 @@ from typing import Any, NoReturn
 from distlora.bench.requests import CheckpointBench, LoadBench, MemoryBench
 from distlora.config import nearest, require
 from distlora.system.command_worker import encode_call
-from distlora_kernels.offline import ARCHS
 from distlora_launcher.compose.checks import check_writable, gpu_count
 from distlora_launcher.launch.workers import ENTRY, ON_CPU
-from distlora_launcher.terminal.arguments import Parser, call_main, read, subject
+from distlora_launcher.terminal.arguments import call_main, read, subject
 
 BENCHES = {
     "step": "a training step beside PEFT + bitsandbytes, Trainer and FSDP2: speed, memory, traffic, losses",
@@ -26,28 +25,24 @@ BENCHES = {
     "memory": "the memory of a training step by category, planned and measured",
     "layer": "the products, bytes and launches of a decoder layer on a GPU, counted, and its time over bare matmuls",
     "methods": "adapter methods and full fine-tuning on a base and data: losses, memory, time",
-    "kernels": "the GPU kernels; with --offline their compiled code, without a GPU",
 }
 WORKERS: dict[str, tuple[str, type[LoadBench] | type[CheckpointBench] | type[MemoryBench]]] = {
     "load": ("distlora.bench.load:main", LoadBench),
     "checkpoint": ("distlora.bench.checkpoint:main", CheckpointBench),
     "memory": ("distlora.bench.memory:main", MemoryBench),
 }
-OFFLINE_HELP = """\
-Benchmark the kernels on this node's GPU, beside the bf16 matmul and other libraries; `python -m distlora_kernels.bench
---help` lists more options. --offline needs no GPU: it compiles the kernels and prints registers, spills, shared memory,
-instructions and the width of loads and stores, in one or two minutes; the exit code is 1 if a kernel exceeds a bound.
-
-example: distlora bench kernels --offline"""
 MODELS = ("10M", "100M", "0.5B", "1.5B")
 """Sizes of the random Llamas of `distlora bench memory`."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the named benchmark. Returns its exit code, or does not return where it becomes a worker."""
+    require(
+        arguments[:1] != ["kernels"],
+        "`distlora bench kernels` is no longer a command; in a checkout of the repository write python "
+        "benchmarks/gpu_kernels.py, or python tests/tools/compiled_kernels.py where there is no GPU",
+    )
     name, rest = subject("bench", arguments, BENCHES), arguments[1:]
-    if name == "kernels":
-        measure_kernels(rest)
     if name not in WORKERS:
         return call_main(f"{__name__}.{name}", rest)
     worker, kind = WORKERS[name]
@@ -62,29 +57,6 @@ def main(arguments: list[str]) -> int:
             near = nearest(model, MODELS)
             require(model in MODELS, f"--models={model} is not a known size{near}; write {', '.join(MODELS)}")
     exec_worker(ENTRY, [encode_call(worker, dataclasses.replace(request, out=output_folder(request.out)))])
-
-
-def measure_kernels(arguments: list[str]) -> NoReturn:
-    """Become the benchmark of the kernels, or with --offline the process that compiles them and runs nothing."""
-    parser = Parser("distlora bench kernels", OFFLINE_HELP)
-    parser.add_argument("--offline", action="store_true", help="Compile every kernel for four GPU generations")
-    parser.add_argument("--only", metavar="TEXT", help="Only kernels with TEXT in their name")
-    archs = ", ".join(f"{arch} ({gpu.gpus})" for arch, gpu in ARCHS.items())
-    parser.add_argument("--arch", metavar="N", type=int, nargs="+", help=f"Only these GPU architectures: {archs}")
-    parser.add_argument("--json", action="store_true", help="Print every figure as JSON")
-    parser.show_help(arguments)
-    if "--offline" in arguments:
-        for arch in parser.parse_args(arguments).arch or ():
-            require(
-                arch in ARCHS, f"--arch {arch} is not a known architecture; write one of {', '.join(map(str, ARCHS))}"
-            )
-        exec_worker("distlora_kernels.offline", [word for word in arguments if word != "--offline"])
-    require(
-        gpu_count() > 0,
-        "this node has no GPU to measure the kernels on; `distlora bench kernels --offline` shows their compiled "
-        "code without one",
-    )
-    exec_worker("distlora_kernels.bench", arguments)
 
 
 def check_counts(request: Any) -> None:

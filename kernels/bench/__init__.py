@@ -1,1 +1,0 @@
-"""Check the kernels and time them beside library GEMMs and other libraries."""

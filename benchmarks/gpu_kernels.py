@@ -4,9 +4,8 @@
     python benchmarks/gpu_kernels.py linear --shapes llama-70b/o,llama-70b/down --m 16,8192     the bounds of linears
     python benchmarks/gpu_kernels.py --device cpu --shapes 192x128 --m 16       checks every row and times nothing
 
-Exit status: 0; 1 if a variant gives a wrong result; 2 if it cannot run.
-
-Letters: M rows, I in features, O out features, R rank, N columns.
+Exit status: 0; 1 if a variant gives a wrong result; 2 if it cannot run. Letters: M rows, I in features, O out features,
+R rank, N columns.
 """
 
 from __future__ import annotations
@@ -46,14 +45,11 @@ from measuring import measurement_notes, names_of, number, numbers, parser_of, s
 Outputs = Mapping[str, Tensor]
 OURS, LIBRARY, TRANSFORMERS, PLAIN = "ours", "library GEMM", "transformers", "plain bf16 GEMM"
 SCRATCH, FUSED, FUSED_ALONE = "ours, scratch", "ours, fused", "ours, fused GEMM alone"
-PEFT, PEFT_AUTOCAST, UNSLOTH = "PEFT sequence, fp32 adapter", "PEFT sequence, autocast", "Unsloth sequence"
+PEFT, UNSLOTH = "PEFT sequence, fp32 adapter", "Unsloth sequence"
 DEQUANTIZATION, LINEARS = "Dequantization", "Adapted linears"
 FORWARD, TRAINING = "forward", "forward + backward"
 MOST_FUSED_ROWS = 512
 """Most rows of the fused variant: every tile of rows decodes the weight again."""
-
-# Shapes and operands --------------------------------------------------------------------------------------------------
-
 
 Shapes = tuple[tuple[int, int], ...]
 """(O, I) of linears of one input."""
@@ -148,9 +144,6 @@ def outputs_of(
 def one_output(run: Callable[[], Tensor]) -> dict[str, Tensor]:
     """Return the output of `run` by its name."""
     return {"y0": run()}
-
-
-# Rows -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -304,9 +297,6 @@ def measured_gpu(device: torch.device) -> Gpu:
     return Gpu(device, bandwidth=2 * 2**30 / copy, gemm=2 * 8192**3 / gemm)
 
 
-# Dequantization, products of the adapter, elementwise operations ------------------------------------------------------
-
-
 def dequantizations(shape: tuple[int, int], device: torch.device) -> Iterator[Row]:
     """Yield ours for every format, and bitsandbytes' of NF4."""
     generator, out = torch.Generator(device).manual_seed(0), torch.empty(shape, dtype=torch.bfloat16, device=device)
@@ -408,7 +398,6 @@ def on_own_operands(
     return partial(outputs_of, forward, own, dys or None)
 
 
-# Adapted linears ------------------------------------------------------------------------------------------------------
 # The sequences of PEFT and Unsloth are plain torch, written after reading their code (2026-11): peft/tuners/lora/bnb.py
 # over bitsandbytes' MatMul4Bit, and unsloth/kernels/fast_lora.py. Our dequantization, one launch, stands in for theirs,
 # which takes three, so the sequences are faster than theirs by two launches and 0.3 bytes per weight.
@@ -444,7 +433,7 @@ def linear_rows(shapes: Shapes, m: int, rank: int, device: torch.device, format:
     nf4 = format is NF4
     fits = nf4 and m <= MOST_FUSED_ROWS and all(fused.supports(shape) for shape in shapes)
     ways: dict[str, Callable[..., Iterable[Tensor]]] = {SCRATCH: partial(lora_linears)}
-    ways |= {PEFT: peft, PEFT_AUTOCAST: partial(peft, autocast=True), UNSLOTH: unsloth} if nf4 else {}
+    ways |= {PEFT: peft, UNSLOTH: unsloth} if nf4 else {}
     values, weights = m * (shapes[0][1] + sum(out for out, _ in shapes)), sum(map(math.prod, shapes))
     stored = sum(format.num_bytes(shape) for shape in shapes)
     for backward in (False, True):
@@ -498,19 +487,14 @@ class _FourBitBase(torch.autograd.Function):
         return (dx, None, *(None for _ in parts))
 
 
-def peft(x: Tensor, linears: tuple[Linear, ...], *, autocast: bool = False) -> list[Tensor]:
-    """Run PEFT's sequence: x is cast to fp32, and the adapter's products run in fp32.
-
-    With `autocast` as transformers' Trainer with bf16=True.
-    """
+def peft(x: Tensor, linears: tuple[Linear, ...]) -> list[Tensor]:
+    """Run PEFT's sequence: x is cast to fp32, and the adapter's products run in fp32."""
     outputs = []
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-        for linear in linears:
-            a, b = masters(linear)
-            result = cast(Tensor, _FourBitBase.apply(x, linear.weight.shape, *linear.weight.parts)).clone()
-            down = torch.nn.functional.linear(x if autocast else x.to(a.dtype), a)
-            output = torch.nn.functional.linear(down, b) * SCALE
-            outputs.append(result + (output if autocast else output.to(result.dtype)))
+    for linear in linears:
+        a, b = masters(linear)
+        result = cast(Tensor, _FourBitBase.apply(x, linear.weight.shape, *linear.weight.parts)).clone()
+        down = torch.nn.functional.linear(x.to(a.dtype), a)
+        outputs.append(result + (torch.nn.functional.linear(down, b) * SCALE).to(result.dtype))
     return outputs
 
 
@@ -549,9 +533,6 @@ def unsloth(x: Tensor, linears: tuple[Linear, ...]) -> list[Tensor]:
     """Run Unsloth's sequence."""
     every = [master for linear in linears for master in masters(linear)]
     return list(cast(tuple[Tensor, ...], _Unsloth.apply(x, linears, *every)))
-
-
-# The report -----------------------------------------------------------------------------------------------------------
 
 
 def all_rows(options: argparse.Namespace, gpu: Gpu) -> Iterator[Row]:

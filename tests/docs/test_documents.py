@@ -27,7 +27,7 @@ from support.small_models import read_metrics
 from tools import settings_page
 from tools.chaos import DISTLORA
 
-FOLDERS = ("distlora", "kernels", "launcher", "conf", "tests", "slurm", "docs")
+FOLDERS = ("benchmarks", "distlora", "kernels", "launcher", "conf", "tests", "slurm", "docs")
 PYTHON_FILES = {str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
 DOCUMENTS = documents()
 WITH_COMMANDS = [

@@ -16,7 +16,7 @@ PACKAGES = """
 distlora_kernels distlora.config distlora.system distlora.output distlora.architecture
 distlora.weights distlora.run_folder distlora.rewards distlora.planner distlora.model distlora.parallel distlora.data
 distlora.loading distlora.checkpoint distlora.derive distlora.generation distlora.training distlora.post
-distlora.analysis distlora.bench
+distlora.analysis
 distlora_launcher.terminal distlora_launcher.report distlora_launcher.compose distlora_launcher.importing
 distlora_launcher.launch distlora_launcher.jobs distlora_launcher.sweeps distlora_launcher.demo distlora_launcher.cli
 distlora_launcher.follow distlora_launcher.api
@@ -35,8 +35,8 @@ HOMES = {
     "bitsandbytes": "distlora_kernels distlora.training.optimizers",
     "datasets": "distlora.data",
     "huggingface_hub": "distlora_launcher distlora.system distlora.data distlora.architecture.checkpoint_files",
-    "peft": "distlora.bench distlora.derive.check distlora.post distlora_launcher.demo",
-    "accelerate": "distlora.bench",
+    "peft": "distlora.derive.check distlora.post distlora_launcher.demo",
+    "accelerate": "",
     "lm_eval": "distlora.post.evaluate",
     "liger_kernel": "distlora.model.fused_modules",
     "gguf": "distlora.post.export distlora.derive.gguf_header distlora.weights.low_bit.gguf",
@@ -119,7 +119,9 @@ def test_importing_the_worker_starts_nothing_and_imports_no_heavy_package() -> N
 
 def test_pages_name_files_that_exist() -> None:
     for page in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/README.md")):
-        for path in re.findall(r"`((?:distlora|kernels|launcher|conf|tests|slurm)/[\w./-]*)`", page.read_text()):
+        for path in re.findall(
+            r"`((?:distlora|kernels|launcher|conf|tests|slurm|benchmarks)/[\w./-]*)`", page.read_text()
+        ):
             assert (ROOT / path).exists(), f"{page} names {path}"
 
 
@@ -136,7 +138,6 @@ def test_files_and_functions_are_short_and_docstrings_in_plain_english() -> None
 
 PATCHES = {
     "distlora.architecture.tokens": "sys.modules['torch']",
-    "distlora.bench.peer_models": "PartialState().distributed_type",
     "distlora.config.field_docs": "inspect.getsource",
     "distlora.data.sources": "datasets.config.HF_HUB_OFFLINE",
     "distlora.derive.linears": "inspect.getsource",

@@ -17,7 +17,6 @@ import yaml
 from distlora.config.field_docs import sections
 from distlora.config.file import load_config
 from distlora_launcher.cli.analyze import ANALYSES
-from distlora_launcher.cli.bench import BENCHES
 from distlora_launcher.cli.cache import ACTIONS as CACHE_ACTIONS
 from distlora_launcher.cli.data import ACTIONS as DATA_ACTIONS
 from distlora_launcher.cli.main import COMMANDS, EXAMPLES, GROUPS, main
@@ -149,7 +148,7 @@ def test_a_reader_that_leaves_ends_no_command_with_a_traceback(
     assert capfd.readouterr().err == ""
 
 
-SUBJECTS = {"analyze": ANALYSES, "bench": BENCHES, "cache": CACHE_ACTIONS, "data": DATA_ACTIONS, "sweep": ["agent"]}
+SUBJECTS = {"analyze": ANALYSES, "cache": CACHE_ACTIONS, "data": DATA_ACTIONS, "sweep": ["agent"]}
 COMMAND_LINES = [*COMMANDS, *(f"{name} {subject}" for name, subjects in SUBJECTS.items() for subject in subjects)]
 
 

@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.bench.load import Figures, measure
-from distlora.bench.random_inputs import LLAMA_700M, write_random_checkpoint
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.planner import plan_of
 from distlora.planner.model import model_in
+from support.measured import LLAMA_700M, write_random_checkpoint
+from support.measured_load import Figures, measure
 from support.plan_inputs import cpu_machine
 from support.tiers import ci
 

@@ -13,7 +13,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from distlora.bench.collectives import Collectives
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.config.plan import CHOSEN
@@ -25,6 +24,7 @@ from distlora.planner.choose import Search, choose
 from distlora.training import setup, worker
 from distlora_launcher.compose.planning import planned
 from support.closeness import assert_adapters_close, assert_losses_close
+from support.collectives import Collectives
 from support.counted_step import only_collectives, our_step
 from support.family_models import config_for
 from support.plan_inputs import composed, machine_of, model_of

@@ -17,7 +17,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from distlora.bench.collectives import Collectives
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.model.build import CausalLM
@@ -29,6 +28,7 @@ from distlora.run_folder.layout import step_of, steps
 from distlora.training import setup, worker
 from distlora.training.open_run import open_data
 from support.closeness import assert_adapters_close, assert_losses_close
+from support.collectives import Collectives
 from support.counted_step import only_collectives, our_step
 from support.family_models import config_for
 from support.planned import traffic_of

@@ -18,7 +18,6 @@ import psutil
 import pytest
 import yaml
 
-from distlora.bench.host import free_port
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build, load_config, settings_by_name
 from distlora_launcher.cli.main import main
@@ -28,6 +27,7 @@ from distlora_launcher.launch.node import check_same_settings, run_node, start_m
 from distlora_launcher.launch.processes import Forwarder, host_name
 from support.closeness import assert_same_run
 from support.launcher_fakes import wait_until, write_data, write_model
+from support.measured import free_port
 
 PATHS = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 DISTLORA = [sys.executable, "-m", "distlora_launcher.cli.main"]

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distlora.bench.host import free_port
 from distlora.system.listening import listen
 from support.launcher_fakes import wait_until
 from support.listeners import Listener, listeners
+from support.measured import free_port
 
 DISTLORA = [sys.executable, "-m", "distlora_launcher.cli.main"]
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distlora.bench.host import free_port
 from distlora.parallel import Ranks, watch
 from distlora.parallel.watch import HungError, Position, Verdict, Watch, judge
 from distlora.run_folder import error_file
 from distlora_launcher.launch.failures import first_failure, read_errors
+from support.measured import free_port
 from support.worlds import World
 from tools.chaos import Life, read_lines, train_command, uninterrupted
 

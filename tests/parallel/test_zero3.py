@@ -18,7 +18,6 @@ from torch import Tensor
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
-from distlora.bench.collectives import Collectives
 from distlora.parallel import Ranks, on_demand, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.planner import traffic
@@ -28,6 +27,7 @@ from distlora.training import worker as train
 from distlora.training.open_run import open_data
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from support.closeness import assert_adapters_close, assert_losses_close
+from support.collectives import Collectives
 from support.loaded_shards import check_slices, own_rows
 from support.planned import block_bytes, traffic_of
 from support.runs import adapters_after, outcome, result_of, run_until

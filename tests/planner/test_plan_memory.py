@@ -16,8 +16,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from distlora.bench import memory
-from distlora.bench.memory import measure_step
 from distlora.config import Config
 from distlora.config.plan import GPUS
 from distlora.parallel import Ranks
@@ -28,7 +26,9 @@ from distlora.planner.model import find_model, model_in
 from distlora.planner.workload import Workload, trained_together
 from distlora.training.memory_meter import MemoryMeter, StepMemory
 from distlora_launcher.compose.compose import compose_config
+from support import memory_steps
 from support.family_models import write_family_folder
+from support.memory_steps import measure_step
 from support.plan_inputs import cpu_machine
 from support.planned import Settings, both, check, measured_config
 from support.small_models import write_model_folder
@@ -247,7 +247,7 @@ def test_on_a_gpu_a_step_has_what_is_calculated_by_torchs_counters(
     config = measured_config(
         tmp_path, 1, {"data": {"sequence_length": 2048}, "train": {"checkpointing": checkpointing}}
     )
-    monkeypatch.setattr(memory, "MemoryMeter", Counted)
+    monkeypatch.setattr(memory_steps, "MemoryMeter", Counted)
     found = measure_step([config], Ranks(0, 1, torch.device("cuda", 0), None))
     beside, most = Counted.counters
     assert most == pytest.approx(found.peak + beside, rel=0.01)

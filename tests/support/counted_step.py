@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distlora.bench.collectives import Collectives
-from distlora.bench.random_inputs import random_tokens
 from distlora.config import Config
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
@@ -19,6 +17,8 @@ from distlora.parallel import Backend, Ranks
 from distlora.parallel.ranks import Traffic
 from distlora.system import process_memory
 from distlora.training.setup import start_run_model
+from support.collectives import Collectives
+from support.measured import random_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,6 @@ from distlora.training import worker
 from distlora_launcher.cli import cancel as cancelling
 from distlora_launcher.cli import main, train
 from distlora_launcher.cli import sweep as sweeps
-from distlora_launcher.cli.bench import step as bench_step
 from distlora_launcher.cli.status import run_folders
 from distlora_launcher.compose import checks
 from support.documents import ROOT, Command, assigned, documents, expanded, named_files
@@ -133,8 +132,6 @@ def no_process_starts() -> Iterator[None]:
         patch.setattr(sweeps, "pinned", lambda sweep, config: sweep)  # It asks the hub for the model's commit.
         patch.setattr(cancelling, "cancel", lambda folder, **_: begun(run_folders(folder)))
         patch.setattr(cancelling, "cancel_sweep", begun)
-        base = Path.cwd() / BASE  # An absolute path, as the demo's is: a relative one could be a name on the hub.
-        patch.setattr(bench_step, "smollm2", lambda log: base)
         patch.setenv("PATH", f"{Path.cwd() / 'bin'}:{Path(sys.executable).parent}")
         for name in [name for name in os.environ if name.startswith(("WANDB", "SLURM"))]:
             patch.delenv(name)

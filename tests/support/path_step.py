@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from distlora.bench.memory import measure_step
 from distlora.parallel import Ranks
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 from distlora_kernels import processor
+from support.memory_steps import measure_step
 from support.plan_inputs import cpu_machine
 from support.small_models import config_with
 

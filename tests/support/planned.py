@@ -10,7 +10,6 @@ import pytest
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import KEEP, ModelShapes, Weight, shapes_of
-from distlora.bench.memory import measure_step
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.parallel import Ranks
@@ -23,6 +22,7 @@ from distlora.planner.traffic import StepBytes, step_traffic
 from distlora.planner.workload import Workload
 from distlora.run_folder.layout import BEST_NAME, CHECKPOINTS, PUBLISHED, steps
 from distlora.training.memory_meter import StepMemory
+from support.memory_steps import measure_step
 from support.plan_inputs import cpu_machine
 from support.small_models import config_with
 

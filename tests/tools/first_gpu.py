@@ -394,23 +394,21 @@ def train_parts(dry: bool) -> Iterator[Part]:
 
 
 def bench_step(session: Session, size: str, tokens: int) -> Figures:
-    """Run `distlora bench step`."""
-    out = session.work / f"step-{size.replace('/', '-')}"
-    words: list[object] = ["--ways", "ours,peft-documented,peft-bf16,trainer", "--out", out, "--json", "--ranks", 1]
-    words += ["--checkpointing", "block"]
+    """Run benchmarks/step.py."""
+    words: list[object] = ["--ways", "ours,peft-documented,peft-bf16", "--ranks", 1, "--checkpointing", "block"]
     words += ["--sizes", "8M" if session.dry else size, "--tokens", 64 if session.dry else tokens, "--rows", 1]
-    rows = json.loads(session.distlora("bench", "step", *words, "--rounds", 1 if session.dry else 3))["rows"]
-    return {"rows": rows, "markdown": (out / "step.md").read_text()}
+    script = ROOT / "benchmarks" / "step.py"
+    return {"markdown": session.run(script, *words, "--rounds", 1 if session.dry else 3)}
 
 
-def bench_layer(session: Session) -> Figures:
-    """Run `distlora bench layer`: the arithmetic that the figures above are compared with."""
-    return {"markdown": session.distlora("bench", "layer")}
+def count_layer(session: Session) -> Figures:
+    """Return the arithmetic that the figures above are compared with."""
+    return {"markdown": session.run(ROOT / "tests" / "tools" / "layer_launches.py")}
 
 
 def compare_parts(dry: bool) -> Iterator[Part]:
     """Yield the parts of `compare`."""
-    yield Part(name="layer, counted", run=bench_layer)
+    yield Part(name="layer, counted", run=count_layer)
     yield Part(name="step, 8B/4", run=partial(bench_step, size="8B/4", tokens=8192), least=120)
     if not dry:
         yield Part(name="step, 70B/4", run=partial(bench_step, size="70B/4", tokens=2048), least=120)

@@ -18,11 +18,11 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from distlora.architecture.shapes import ARCHITECTURES
-from distlora.bench.memory import TrainingSteps
-from distlora.bench.random_inputs import write_random_checkpoint
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.parallel import join_ranks
+from support.measured import write_random_checkpoint
+from support.memory_steps import TrainingSteps
 from support.small_models import SHAPES, tokenizer
 
 Figures = dict[str, Any]

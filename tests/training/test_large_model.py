@@ -19,8 +19,8 @@ import safetensors.torch
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import ModelShapes, shapes_of
-from distlora.bench.random_inputs import LLAMA_1B5, write_random_checkpoint
 from distlora.config import AdapterConfig
+from support.measured import LLAMA_1B5, write_random_checkpoint
 from support.planned import block_bytes, held_bytes
 from support.small_models import read_metrics, tokenizer, write_text_file
 

@@ -16,13 +16,13 @@ from torch.autograd.profiler import record_function
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
-from distlora.bench.memory import measure_step
 from distlora.config import Config
 from distlora.parallel import Ranks
 from distlora.planner import traffic
 from distlora.training import worker
 from distlora.training.memory_meter import Event, StepMemory, account, mark, recorded_events, start_recording
 from distlora.training.reporter import Reporter
+from support.memory_steps import measure_step
 from support.planned import held_bytes
 from support.small_models import config_with, make_run, read_metrics
 from support.worlds import World, start_world

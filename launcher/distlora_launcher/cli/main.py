@@ -43,8 +43,7 @@ GROUPS = {
         "export": "export a trained model to formats of other tools, and load each export with its tool",
         "push": "upload the result to the Hugging Face hub, with a model card",
     },
-    "Bench": {
-        "bench": "benchmark this node against the plan and other tools: tables, CSV, plots",
+    "Analyze": {
         "analyze": "measure quantization error, spectra of trained weights and intrinsic dimension: tables and plots",
     },
 }
@@ -54,7 +53,7 @@ EXAMPLES = {
     "Train": "distlora train model.path=Qwen/Qwen3-0.6B data.path=chats.jsonl run_dir=runs/first",
     "Inspect": "distlora plan model=llama3_8b gpu=rtx4090",
     "After": "distlora generate runs/first",
-    "Bench": "distlora bench step",
+    "Analyze": "distlora analyze quantization ./Llama-3.2-1B",
 }
 COMMANDS = {name: summary for commands in GROUPS.values() for name, summary in commands.items()}
 MODULES = {
@@ -97,9 +96,16 @@ MEANT = {
     "init": "new create config configure setup",
     "plan": "estimate memory dry-run fit-check",
     "doctor": "env info diagnose system",
-    "bench": "benchmark",
 }
 """Names of other tools' commands by what they are here."""
+SCRIPTS = ("step", "load", "checkpoint", "generate")
+BENCHES = {
+    "kernels": "python benchmarks/gpu_kernels.py, or python tests/tools/compiled_kernels.py where there is no GPU",
+    "layer": "python tests/tools/layer_launches.py",
+    "memory": "python -m pytest tests/planner/test_plan_memory.py",
+    "methods": "distlora sweep adapter=lora,dora,full optim.lr=2e-4,4e-4 ... (docs/methods.md)",
+}
+"""What to type in place of `distlora bench NAME`, where it is no script of its name in benchmarks/."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,7 +129,7 @@ def run_command(words: list[str]) -> int:
     if words[0] in ("-sc", "--shell-completion"):
         return complete(words)
     if words[0] not in COMMANDS:
-        raise unknown_command(words[0])
+        raise unknown_command(*words)
     try:
         processor.preferred()
     except ValueError as error:
@@ -135,8 +141,12 @@ def _listed_group(title: str) -> str:
     return f"{title}\n{listed(GROUPS[title], width=max(map(len, COMMANDS)))}\n  example: {EXAMPLES[title]}\n\n"
 
 
-def unknown_command(word: str) -> UserError:
+def unknown_command(word: str, *arguments: str) -> UserError:
     """Return the error for a word that is no command, with what was meant."""
+    if word in ("bench", "benchmark"):
+        name = arguments[0] if arguments else "step"
+        typed = BENCHES.get(name, f"python benchmarks/{name if name in SCRIPTS else 'step'}.py")
+        return UserError(f"benchmarks are scripts now: in a checkout of the repository write {typed}")
     meant = next((ours for ours, names in MEANT.items() if word.lower() in names.split()), None)
     if meant is None and (word.endswith((".yaml", ".yml")) or "=" in word):
         meant = f"train {word}"

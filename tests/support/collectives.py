@@ -1,5 +1,7 @@
 """Count collectives where torch dispatches them, independently of the libraries that are measured."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any

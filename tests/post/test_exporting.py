@@ -455,6 +455,20 @@ def test_a_file_without_the_adapter_is_not_left_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.ci
+@pytest.mark.usefixtures("in_process")
+def test_experts_and_their_adapters_go_to_llama_cpp(tmp_path: Path, converter: Path) -> None:
+    """Each expert's matrices are apart on disk; the file has them in one tensor."""
+    write_family_folder(tmp_path / "qwen3-moe", "qwen3-moe")
+    tokenizer().save_pretrained(tmp_path / "qwen3-moe")
+    write_text_file(tmp_path / "text.jsonl")
+    run(tmp_path, "run", "qwen3-moe", adapter={"r": 4})
+    assert export(tmp_path, "run", "gguf", tmp_path / "out.gguf", "fp32", converter=converter) == 0
+    assert export(tmp_path, "run", "llama.cpp", tmp_path / "adapter.gguf", "fp32", converter=converter) == 0
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "adapter.gguf").tensors}
+    assert {"blk.0.ffn_up_exps.weight.lora_a", "blk.0.attn_q.weight.lora_b"} <= names
+
+
 @pytest.mark.llama_cpp
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.skipif(not gguf_model.has_llama_cpp(), reason="llama-cpp-python is not installed; `make test-llama-cpp`")
@@ -462,12 +476,12 @@ def test_llama_cpp_computes_what_was_trained(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], converter: Path
 ) -> None:
     monkeypatch.setattr(gguf_model, "has_llama_cpp", lambda: True)
-    assert export(place, "pissa", "gguf", tmp_path / "out.gguf", "fp32", converter=converter) == 0
+    assert export(place, "lora", "gguf", tmp_path / "out.gguf", "fp32", converter=converter) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  llama.cpp"))
     assert "(bound 1.0e-04: met)" in line
     base, adapter = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
-    assert export(place, "pissa", "gguf", base, "fp32", converter=converter, adapter="base") == 0
-    assert export(place, "pissa", "llama.cpp", adapter, "fp32", converter=converter) == 0
-    ours = client_check.our_logits(Name(place=str(place / "pissa")).read())
+    assert export(place, "lora", "gguf", base, "fp32", converter=converter, adapter="base") == 0
+    assert export(place, "lora", "llama.cpp", adapter, "fp32", converter=converter) == 0
+    ours = client_check.our_logits(Name(place=str(place / "lora")).read())
     client = gguf_model.LlamaCpp(base, adapter, context=ours.tokens.shape[1])
     assert (client.logits(ours.tokens) - ours.logits).abs().max() < 1e-4

@@ -44,7 +44,7 @@ def write(export: Export) -> None:
     tensors: dict[str, Tensor] = {}
     for path, own in factors.items():
         for name, a, b in _pairs(base, path, own):
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.clone()  # gate_proj and up_proj share it.
             tensors[f"base_model.model.{name}.lora_B.weight"] = (b * (own.scaling * own.rank / alpha)).contiguous()
     assert export.request.converter is not None
     with tempfile.TemporaryDirectory(dir=export.place.parent, prefix=".adapter-") as scratch:

@@ -179,6 +179,7 @@ class Shell:
         assert program == "distlora", f"{command.place}: nothing says how to test {program}"
         if rest[:2] == ["sweep", "agent"]:  # It asks wandb for its sweep first of all.
             return None if command.mark == "wandb" else "needs wandb, and does not say so"
+        shutil.rmtree("runs", ignore_errors=True)  # The default run_dir has the second of the start in its name.
         code = typed(command, completed(command, rest))
         if code != 0:
             return f"ends with code {code}"

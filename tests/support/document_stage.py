@@ -36,6 +36,7 @@ from distlora_launcher.cli import main, train
 from distlora_launcher.cli import sweep as sweeps
 from distlora_launcher.cli.status import run_folders
 from distlora_launcher.compose import checks
+from distlora_launcher.launch import local
 from support.documents import ROOT, Command, assigned, documents, expanded, named_files
 from support.family_models import SINGLE
 from support.small_models import make_run, write_model_folder, write_text_file
@@ -128,6 +129,7 @@ def no_process_starts() -> Iterator[None]:
         patch.setattr(subprocess, "Popen", Popen)
         patch.setattr(os, "execve", become)
         patch.setattr(train, "run_hydra", over_to_hydra)
+        patch.setattr(local, "make_run", begun)
         patch.setattr(sweeps, "make_sweep", begun)
         patch.setattr(sweeps, "pinned", lambda sweep, config: sweep)  # It asks the hub for the model's commit.
         patch.setattr(cancelling, "cancel", lambda folder, **_: begun(run_folders(folder)))
@@ -179,7 +181,6 @@ class Shell:
         assert program == "distlora", f"{command.place}: nothing says how to test {program}"
         if rest[:2] == ["sweep", "agent"]:  # It asks wandb for its sweep first of all.
             return None if command.mark == "wandb" else "needs wandb, and does not say so"
-        shutil.rmtree("runs", ignore_errors=True)  # The default run_dir has the second of the start in its name.
         code = typed(command, completed(command, rest))
         if code != 0:
             return f"ends with code {code}"

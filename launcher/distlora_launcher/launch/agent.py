@@ -12,6 +12,7 @@ import errno
 import gc
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -56,7 +57,7 @@ from distlora_launcher.launch.failures import (
     write_stopped,
 )
 from distlora_launcher.launch.logs import set_aside_attempt
-from distlora_launcher.launch.processes import FORWARDED, Forwarder, host_name
+from distlora_launcher.launch.processes import FORWARDED, HANDLED_BY_TORCH, Forwarder, host_name
 from distlora_launcher.launch.rendezvous import Rendezvous
 from distlora_launcher.terminal.output import Output, warn
 
@@ -66,6 +67,8 @@ READ_SECONDS = 60
 """Longest wait for the node that serves the store: one that lost power or its cable does not answer."""
 LOST_SECONDS = 10
 """Time in which workers may end by themselves after the store's node is gone."""
+KILL_SECONDS = 30
+"""Time after which torch's agent kills workers that do not end when another has failed."""
 
 
 class Ended(Exception):
@@ -113,8 +116,10 @@ def run_agent(
                 agent = Agent(spec, scratch, run_dir, requests, output, rendezvous, saves=saves)
                 backend.look = agent.look
                 requests.attach(agent)
-                agent.run()
+                result = agent.run()
                 backend.look = None
+                if result is None or result.is_failed():
+                    return Failure("torch's agent has given up", f"its messages are in {log}")
                 handler.shutdown()  # Not after a failure: the other nodes would end before they are told the reason.
                 return None
             except (RendezvousError, DistError, OSError) as error:
@@ -151,6 +156,8 @@ class Agent(LocalElasticAgent):
         self._requests, self._output, self._forks, self._saves = requests, output, forks, saves
         self._runs = False
         """True while workers run that signals can be sent to."""
+        self._kills = False
+        """True if torch waited for workers, and then killed them."""
         self._told = self._began = time.monotonic()
         """Time of the newest line about a slow start; infinite once rank 0 has written something."""
         self._restarts, self._restarting = 0, False
@@ -202,6 +209,15 @@ class Agent(LocalElasticAgent):
         elif time.monotonic() - self._told > STILL_SECONDS:
             self._told = time.monotonic()
             warn(f"still starting the workers ({self._told - self._began:.0f} s)")
+        with contextlib.suppress(OSError):  # Of a network file system; the next look reads again.
+            self._look_at_files()
+        if time.monotonic() - self._handler.lost > LOST_SECONDS:
+            raise RendezvousConnectionError("The node of the endpoint does not answer")
+        if not self._runs:
+            self._end_if_requested()
+
+    def _look_at_files(self) -> None:
+        """Read what workers and other nodes have left. Raises Ended (see `look`) and OSError."""
         errors = self._errors()
         hangs = {error["time"] for error in errors if error["type"] == "HungError"}
         if hangs - self._hangs:
@@ -213,10 +229,6 @@ class Agent(LocalElasticAgent):
         gave_up = file_identity(self._logs / GAVE_UP) if self._nodes is not None else None
         if gave_up not in (None, self._stale_gave_up) and (failure := read_gave_up(self._logs)) is not None:
             raise Ended(failure)
-        if time.monotonic() - self._handler.lost > LOST_SECONDS:
-            raise RendezvousConnectionError("The node of the endpoint does not answer")
-        if not self._runs:
-            self._end_if_requested()
 
     def _end_if_requested(self) -> None:
         """Raise Ended on a request to stop, which no worker is left to answer."""
@@ -244,8 +256,17 @@ class Agent(LocalElasticAgent):
             gc.freeze()  # A garbage collection writes to every object, which would copy the pages that forks share.
         with blocked():
             self._end_if_requested()
-            pids = super()._start_workers(worker_group)
+            try:
+                pids = super()._start_workers(worker_group)
+            except BaseException:
+                for fork in multiprocessing.active_children():  # torch ends only workers that have all started.
+                    fork.kill()
+                raise
             self._runs = True
+        if self._requests.killed:  # Requests that arrived while no worker could hear them.
+            self.kill()
+        elif self._requests.received is not None:
+            self.send_signal(self._requests.received)
         return pids
 
     def _print_ranks(self, ranks: list[int]) -> None:
@@ -260,7 +281,9 @@ class Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self.look(LOOK_SECONDS)
+        began = time.monotonic()
         result = super()._monitor_workers(worker_group)
+        self._kills = time.monotonic() - began >= KILL_SECONDS
         if result.state != WorkerState.HEALTHY:
             self._runs = False
         if result.state == WorkerState.FAILED:
@@ -277,6 +300,8 @@ class Agent(LocalElasticAgent):
         # If the disk of the logs is full, a worker left its error in torch's file.
         spare = [read_error(Path(failed.error_file), rank) for rank, failed in result.failures.items()]
         errors = [*self._errors(), *(error for error in spare if error is not None)]
+        if errors and self._kills:  # Then the ranks that were killed are not the first that failed.
+            codes = {rank: code for rank, code in codes.items() if code != -signal.SIGKILL}
         failure = first_failure(self._logs, codes, errors)
         assert failure is not None, "a failed worker has an exit code"
         if failure.killed_rank is not None:
@@ -304,16 +329,16 @@ class Agent(LocalElasticAgent):
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Keep requests to stop pending, here and in workers that start meanwhile; keep this process's handlers."""
-    changed = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # torch's agent handles these by itself.
-    handlers = {signum: signal.getsignal(signum) for signum in changed}
+    """Keep requests to stop pending in workers that start meanwhile; keep this process's handler of torch's signal.
+
+    Here a request may still be handled, by another thread of torch or BLAS: `_start_workers` passes it on.
+    """
+    handler = signal.getsignal(HANDLED_BY_TORCH)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, *TO_WORKERS.values()})
     try:
         yield
     finally:
-        for signum, handler in handlers.items():
-            if handler is not None:
-                signal.signal(signum, handler)
+        signal.signal(HANDLED_BY_TORCH, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -380,10 +405,8 @@ def start_failure(error: Exception, run_dir: Path, log: Path, rendezvous: Rendez
     see = f"the messages of torch.distributed.elastic are in {log}"
     if rendezvous is None:
         return Failure(f"the workers could not be started: {error}", see)
-    endpoint, where = (
-        rendezvous.endpoint,
-        f"the {rendezvous.nodes} nodes of this run (rendezvous {rendezvous.endpoint})",
-    )
+    endpoint = rendezvous.endpoint
+    where = f"the {rendezvous.nodes} nodes of this run (rendezvous {endpoint})"
     if isinstance(error, RendezvousTimeoutError):
         reason = (
             f"not all of {where} joined within {rendezvous.join_seconds} s (cluster.timeout_seconds); continue with "
@@ -391,6 +414,8 @@ def start_failure(error: Exception, run_dir: Path, log: Path, rendezvous: Rendez
         )
     elif isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
         reason = f"the port of {endpoint} is in use on this node; stop what listens there, or use another port"
+    elif isinstance(error, OSError):
+        reason = f"the workers could not be run: {error}"
     elif isinstance(error, RendezvousClosedError):
         reason = f"one of {where} has given up; see its messages and RUN/logs"
     else:

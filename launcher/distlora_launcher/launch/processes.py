@@ -114,6 +114,8 @@ def _namespace() -> str | None:
 
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+HANDLED_BY_TORCH = signal.SIGQUIT
+"""The one signal that torch's agent is told to handle by itself: it takes at least one."""
 
 
 class Receiver(Protocol):

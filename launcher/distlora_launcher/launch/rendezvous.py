@@ -1,6 +1,6 @@
-"""The rendezvous of a run's nodes: torchrun's c10d store, and the address by which each node is reached.
+"""The rendezvous of a run's nodes: torch's c10d store, and the address by which each node is reached.
 
-One node, that of the endpoint, serves the store; the others connect to it. torchrun can find out by itself which node
+One node, that of the endpoint, serves the store; the others connect to it. torch can find out by itself which node
 that is, but it ends with a traceback if a host's own name does not resolve, and takes an address of a second network
 for another node's. So the launcher answers both questions, by binding to the address.
 """
@@ -74,7 +74,7 @@ def is_local_address(address: str) -> bool:
 def source_address(address: str, port: int) -> str:
     """Return the address that this node sends from when it talks to `address`. Sends nothing."""
     if ipaddress.ip_address(address).is_loopback and _resolves(socket.gethostname()):
-        return socket.gethostname()  # All nodes are this host: torchrun tells them apart by name.
+        return socket.gethostname()  # All nodes are this host: torch tells them apart by name.
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:

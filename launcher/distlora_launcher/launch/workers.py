@@ -27,7 +27,7 @@ from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch.bound import PARENT
 from distlora_launcher.launch.failures import Failure, file_identity, killed, write_gave_up, write_stopped
 from distlora_launcher.launch.logs import set_aside_logs
-from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
+from distlora_launcher.launch.processes import HANDLED_BY_TORCH, Forwarder, forwarding, host_name
 from distlora_launcher.launch.rendezvous import Rendezvous
 from distlora_launcher.terminal.output import warn
 
@@ -99,19 +99,22 @@ def run_workers(
         if requests.received is not None:
             failure = write_stopped(run_dir, requests.received) if saves else killed(requests.received)
         else:
-            from distlora_launcher.launch.agent import run_agent  # Imports torch.
-
-            failure = run_agent(
-                run_dir,
-                Path(scratch),
-                requests,
-                processes=processes,
-                module=worker_module,
-                max_restarts=max_restarts,
-                rendezvous=rendezvous,
-                forks=forks,
-                saves=saves,
-            )
+            try:
+                from distlora_launcher.launch.agent import run_agent
+            except (ImportError, OSError) as error:
+                failure = Failure(f"torch cannot be imported: {error}", "")
+            else:
+                failure = run_agent(
+                    run_dir,
+                    Path(scratch),
+                    requests,
+                    processes=processes,
+                    module=worker_module,
+                    max_restarts=max_restarts,
+                    rendezvous=rendezvous,
+                    forks=forks,
+                    saves=saves,
+                )
     if failure is None and rendezvous is not None:
         wait_for_outcome(run_dir, earlier)
     if failure is not None and failure.stopped:
@@ -237,7 +240,8 @@ def worker_environment(processes: int, rendezvous: Rendezvous | None = None) -> 
     if rendezvous is not None:
         defaults |= rendezvous.environment()
     # torch's store outlives a rank, and would give out the address of a dead rank. It also listens everywhere.
-    return defaults | own | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    fixed = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": HANDLED_BY_TORCH.name}
+    return defaults | own | fixed
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ same with and without the cache. No fault of the cache ends a run.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import re
@@ -58,8 +59,8 @@ CHUNK_GROUPS = 128
 """Groups checked or written at once: 1 MiB of codes, which fits into a core's cache."""
 FREE_SHARE, FREE_BYTES = 0.05, 50 * 10**9
 """Free space that the cache leaves on a disk: the smaller of this fraction and these bytes."""
-WHOLE, ABSENT, UNREADABLE, DAMAGED = range(4)
-"""How a rank finds an entry."""
+WHOLE, ABSENT, OF_OTHER_RANKS, UNREADABLE, DAMAGED = range(5)
+"""How a rank finds an entry, the worst last."""
 Value = TypeVar("Value")
 
 
@@ -115,7 +116,7 @@ class QuantizedCache:
         self._thread.shutdown(cancel_futures=error is not None)
         if self._files is None:
             return
-        is_written, created = False, self._creators[self._backend.ranks.rank]
+        is_written, is_kept, created = False, False, self._creators[self._backend.ranks.rank]
         with self._refusing(), self._files as files:
             if error is None:
                 for job in self._jobs:
@@ -127,7 +128,9 @@ class QuantizedCache:
             with self._refusing():
                 if created:
                     self._publish(dict(zip(self._sums, sums, strict=True)))
-        else:
+                is_kept = True
+            is_kept = all(gathered(is_kept, self._backend))
+        if not is_kept:
             self.bytes_written = 0
         if created:
             shutil.rmtree(self._temporary, ignore_errors=True)
@@ -139,7 +142,8 @@ class QuantizedCache:
         boundary(None, "looking up the base in the quantized-weights cache", long=True)
         try:
             atomic_io.private_folder(folder)
-            key = self._key() if self._weights else ""
+            # A weight that the base lacks is reported where it is loaded.
+            key = self._key() if self._weights and self._weights.keys() <= self._sources.keys() else ""
         except OSError as error:
             self._say(f"{folder} cannot be created ({error.strerror}); set quant.cache_dir")
         keys = set(gathered(key, backend))
@@ -150,7 +154,7 @@ class QuantizedCache:
         self._entry = folder / key
         found = self._read(boundary)
         self.filled = found == WHOLE
-        if found in (ABSENT, DAMAGED):
+        if found in (ABSENT, OF_OTHER_RANKS, DAMAGED):
             self._begin()
 
     def has(self, name: str) -> bool:
@@ -179,7 +183,7 @@ class QuantizedCache:
     def _read(self, boundary: watch.Marker) -> int:
         """Fill the shards; return how that rank finds the entry that finds it worst. Every rank must call it alike.
 
-        The shards are undefined unless it is WHOLE. A damaged entry is removed.
+        The shards are undefined unless it is WHOLE. An entry that is damaged or of other ranks is removed.
         """
         backend, sums = self._backend, dict[str, int]()
         tensors: Mapping[str, Segment] = {}
@@ -202,7 +206,7 @@ class QuantizedCache:
             if wrong:
                 found = DAMAGED
                 self._report_damage(f"{wrong[0]} has other bytes")
-        if found == DAMAGED:
+        if found in (OF_OTHER_RANKS, DAMAGED):
             if backend.ranks.leads_machine:
                 with contextlib.suppress(OSError):
                     remove(self._entry)
@@ -210,7 +214,10 @@ class QuantizedCache:
         return found
 
     def _open_entry(self) -> tuple[Mapping[str, Segment], dict[str, int]]:
-        """Return the entry's weights and their checksums. Raises OSError or UserError if this rank cannot read them."""
+        """Return the entry's weights and their checksums; none if it is of other ranks.
+
+        Raises OSError or UserError if this rank cannot read them.
+        """
         record, shards = self._entry / ENTRY_NAME, self._backend.shards
         if not record.exists():
             raise FileNotFoundError(record)
@@ -218,7 +225,8 @@ class QuantizedCache:
         values = read_object(record, "", {"checksums": {"*": int}, "shards": int, "held": [int]})
         is_held = shards.count == values["shards"] and shards.index in values["held"]
         if not is_held and len(values["held"]) < values["shards"]:
-            raise FileNotFoundError(record)  # Written on this node's disk by ranks with other groups.
+            self._found = OF_OTHER_RANKS  # Written on this node's disk by ranks with other groups.
+            return {}, {}
         tensors = CheckpointFiles(self._entry).headers
         is_nf4 = all(is_kept(nf4.NF4.name, [segment]) for segment in tensors.values())
         require(is_nf4 and self._weights.keys() == tensors.keys() == values["checksums"].keys(), "it has other weights")
@@ -269,11 +277,13 @@ class QuantizedCache:
         # The first rank of a node that does not see rank 0's folder makes one on its own disk.
         for makes in (backend.writes, backend.ranks.leads_machine and not backend.writes):
             if makes and not self._temporary.exists() and self._has_room(sum(plan.sizes.values())):
-                created = True
-                with self._refusing():
+                with self._refusing(), contextlib.suppress(FileExistsError):  # Another node on this disk was first.
                     self._temporary.mkdir()
+                    created = True
                     Files(self._temporary, plan).close()
             self._creators = gathered(created, backend)
+            if not any(self._creators):
+                break  # Without rank 0's groups nothing is kept.
         if self._temporary.exists():
             with self._refusing():
                 files = Files(self._temporary, plan, create=False)
@@ -318,7 +328,7 @@ class QuantizedCache:
             write_statistics(files, name, weight.shape, weight.get_buffer("offset"), DTYPE)
 
     def _publish(self, sums: Mapping[str, int]) -> None:
-        """Give the temporary folder its name. Raises OSError if it cannot."""
+        """Give the temporary folder its name, unless another run was first. Raises OSError if it cannot."""
         count, creators = self._backend.shards.count, self._creators
         made_by = [max(maker for maker in range(rank + 1) if creators[maker]) for rank in range(len(creators))]
         held = {rank % count for rank, maker in enumerate(made_by) if maker == self._backend.ranks.rank}
@@ -329,8 +339,13 @@ class QuantizedCache:
         try:
             self._temporary.rename(self._entry)
         except OSError:
-            if not self._entry.exists():  # Otherwise another run was first.
+            if not self._entry.exists():
                 raise
+            if not (self._entry / ENTRY_NAME).exists():  # A removal that was killed left the rest.
+                remove(self._entry)
+                if self._entry.exists():
+                    raise OSError(errno.ENOTEMPTY, f"{self._entry.name} holds files of other programs") from None
+                self._temporary.rename(self._entry)
         atomic_io.sync(self._entry.parent)
 
 

@@ -3,7 +3,7 @@
     FOLDER/<key>/                     an entry: one base, quantized in one way (`quantized_cache.QuantizedCache`)
         entry.json                    base, checksums and ranks; its mtime is the entry's last use
         config.json, model*           the quantized weights as bitsandbytes stores them
-    FOLDER/.<key>-<hex digits>/       an entry that is being written, or that a killed process left
+    FOLDER/.<key>-<hex digits>/       an entry that is being written or removed, or that a killed process left
 
 The folder may be a home or a project, so only plain files with these names are removed, only in folders that are not
 symlinks, and then the folder if it is empty. Entries of older versions, which have files of one rank each, are listed
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,13 +79,22 @@ def remove(path: Path) -> int:
 
     Files of other programs stay in place. Raises OSError if a file cannot be removed: the entry is another user's.
     """
-    freed = 0
-    # entry.json first: without it nobody begins to read.
-    for file, size, _ in sorted(_files(path), key=lambda found: found[0].name != ENTRY_NAME):
-        file.unlink(missing_ok=True)
-        freed += size
-    with contextlib.suppress(OSError):  # It holds other files.
-        path.rmdir()
+    freed, place = 0, path
+    if _KEY.fullmatch(path.name):  # Nobody begins to read it, and if this process is killed, a start removes the rest.
+        place = path.rename(path.with_name(f".{path.name}-{secrets.token_hex(8)}"))
+    try:
+        # entry.json last: what cannot be removed is still listed.
+        for file, size, _ in sorted(_files(place), key=lambda found: found[0].name == ENTRY_NAME):
+            file.unlink(missing_ok=True)
+            freed += size
+    except OSError:
+        place.rename(path)
+        raise
+    with contextlib.suppress(OSError):
+        if any(place.iterdir()):  # It holds other files.
+            place.rename(path)
+        else:
+            place.rmdir()
     return freed
 
 

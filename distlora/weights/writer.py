@@ -73,13 +73,17 @@ class Files:
         """Create the files with their headers; with `create=False` open those that another process created."""
         self._plan = plan
         self._open: dict[str, int] = {}
-        for file, size in plan.sizes.items():
-            # Opened for writing alone, a network file system's client never writes back bytes of other ranks.
-            descriptor = os.open(folder / file, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if create else 0), 0o644)
-            self._open[file] = descriptor
-            if create:
-                os.truncate(descriptor, size)
-                _write_all(descriptor, plan.headers[file], 0)
+        try:
+            for file, size in plan.sizes.items():
+                # Opened for writing alone, a network file system's client never writes back bytes of other ranks.
+                descriptor = os.open(folder / file, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if create else 0), 0o644)
+                self._open[file] = descriptor
+                if create:
+                    os.truncate(descriptor, size)
+                    _write_all(descriptor, plan.headers[file], 0)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Files:
         return self

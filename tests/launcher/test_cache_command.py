@@ -69,7 +69,7 @@ def test_clear_removes_what_is_named_and_nothing_else(cache: Path, capsys: pytes
     assert list(cache.iterdir()) == []
     assert capsys.readouterr().out.splitlines()[-1] == f"{size(kept)} freed in {cache}"
     assert main(["cache", "list"]) == 0
-    assert "no quantized shards are cached" in capsys.readouterr().out
+    assert "no quantized weights are cached" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distlora.architecture.safetensors_headers import read_header
-from distlora.config import Config
+from distlora.config import Config, UserError
 from distlora.config.file import build, load_config
 from distlora.loading import quantized_cache
 from distlora.loading.load_base import Loaded
@@ -33,6 +34,7 @@ from distlora.planner.storage import disk_bytes
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
 from distlora.weights.quantized_cache_folder import ENTRY_NAME, entries
+from distlora.weights.writer import Files, lay_out_files
 from support.small_disks import small_disk
 from support.small_models import make_run
 from support.worlds import World, start_world
@@ -189,14 +191,16 @@ def start_on(ranks: Ranks, *, configs: list[Config]) -> Started:
 def test_each_node_keeps_its_ranks_groups_on_its_own_disk(world: World, folders: Path, tmp_path: Path) -> None:
     without = world.run(2, start, config=config_for(folders / "llama", None))
     configs = [config_for(folders / "llama", tmp_path / node) for node in "ab"]
-    # Nodes that change places, or that are one less, have none of their ranks' groups.
-    for order, is_read in ((configs, False), (configs, True), (configs[::-1], False), (configs, True)):
+    # Nodes that change places, or that are one less, have none of their ranks' groups, and write them.
+    swapped = configs[::-1]
+    for order, is_read in ((configs, False), (configs, True), (swapped, False), (swapped, True)):
         for plain, started in zip(without, world.run(2, start_on, configs=order), strict=True):
             assert started.loaded.from_cache == is_read
             assert_same(plain, started)
-    alone = start(SINGLE, config=configs[0])
-    assert not alone.loaded.from_cache
-    assert alone.said == []
+    for is_read in (False, True):
+        alone = start(SINGLE, config=configs[0])
+        assert alone.loaded.from_cache == is_read
+        assert alone.said == []
 
 
 def flip(path: Path, offset: int) -> None:
@@ -339,6 +343,42 @@ def test_killed_writer_leaves_no_entry_and_its_files_are_removed(folders: Path, 
     assert_same(start(SINGLE, config=config), plain)
     assert not unfinished.exists()
     assert start(SINGLE, config=config).loaded.from_cache
+
+
+def test_rest_of_an_entry_is_replaced_unless_other_files_are_in_it(folders: Path, tmp_path: Path) -> None:
+    config = config_for(folders / "llama", tmp_path / "cache")
+    start(SINGLE, config=config)
+    (entry,) = (tmp_path / "cache").iterdir()
+    (entry / ENTRY_NAME).unlink()
+    assert start(SINGLE, config=config).said == []
+    assert start(SINGLE, config=config).loaded.from_cache
+    (entry / ENTRY_NAME).unlink()
+    (entry / "notes.txt").write_text("theirs")
+    kept_out = start(SINGLE, config=config)
+    (line,) = kept_out.said
+    assert f"{entry.name} holds files of other programs" in line
+    assert kept_out.loaded.how == "and quantized"
+    assert [*(tmp_path / "cache").rglob("*")] == [entry, entry / "notes.txt"]
+
+
+def test_missing_tensor_is_reported_as_without_the_cache(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "llama", tmp_path / "model")
+    file, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file)
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(UserError, match=f"the checkpoint has no tensor {name}"):
+            start(SINGLE, config=config_for(tmp_path / "model", cache))
+
+
+def test_files_that_cannot_all_be_made_are_closed(tmp_path: Path) -> None:
+    plan = lay_out_files({name: {"weight": ("F32", [4])} for name in ("first", "second")}, {})
+    (tmp_path / "second").write_text("in its place")
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(FileExistsError):
+        Files(tmp_path, plan)
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.ci

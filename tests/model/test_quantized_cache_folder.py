@@ -109,6 +109,21 @@ def test_other_files_in_a_removed_entry_stay(tmp_path: Path, name: str) -> None:
     assert entries(tmp_path / "cache") == []
 
 
+def test_entry_whose_removal_is_killed_becomes_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_entry(tmp_path, "1")
+
+    def die(path: Path, *, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", die)
+        with pytest.raises(KeyboardInterrupt):
+            remove(path)
+    assert not path.exists()
+    assert cache.remove_leftovers(tmp_path, older_than=0.0) > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_symlink_in_place_of_an_entry_is_not_listed(tmp_path: Path) -> None:
     home = make_entry(tmp_path / "elsewhere", "1")
     (tmp_path / ("2" * 64)).symlink_to(home)
@@ -124,7 +139,7 @@ def test_entry_of_another_user_stays_and_counts(
     unlink = Path.unlink
 
     def refuse(path: Path, *, missing_ok: bool = False) -> None:  # Root may remove all.
-        if path.parent == theirs:
+        if theirs.name in path.parent.name:
             raise PermissionError(13, os.strerror(13))
         unlink(path, missing_ok=missing_ok)
 

@@ -94,7 +94,7 @@ def show(folder: Path, *, as_json: bool) -> None:
         print(json.dumps({"folder": str(folder), "bytes": total, "entries": values}, indent=2))
         return
     if not found:
-        print(f"no quantized shards are cached in {folder}")
+        print(f"no quantized weights are cached in {folder}")
         return
     print(f"{'entry':{SHOWN_DIGITS}}  {'size':>10}  {'last use':16}  base")
     for entry in found:

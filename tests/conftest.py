@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
+import itertools
+import json
 import os
 import re
 import signal
@@ -29,39 +32,8 @@ from support.worlds import Alone, World, start_world
 
 ROOT = Path(__file__).parents[1]
 
-LONGEST = (
-    "test_slurm_cluster",
-    "test_api",
-    "test_demo",
-    "test_end_to_end",
-    "test_packed",
-    "test_parity",
-    "test_exporting",
-    "test_hub",
-    "test_sweeps",
-    "test_methods",
-    "test_families",
-    "test_generation",
-    "test_loading_memory",
-    "test_resume",
-    "test_documents",
-    "test_keep",
-    "test_zero3",
-    "test_architectures",
-    "test_conversion",
-    "test_conformance",
-    "test_plan_command",
-    "test_recipes",
-    "test_plan_choose",
-    "test_prove",
-    "test_data_hub",
-    "test_evaluation",
-    "test_watch",
-)
-"""The files that take longest in `make test` or `make test-ci`, in the order in which they start.
-
-So no process is left with one at the end.
-"""
+DURATIONS = Path(__file__).with_name("durations.json")
+"""Seconds of each test file, written by `--store-durations`."""
 
 nf4_cpu.has_bitsandbytes()  # It imports it without TorchInductor, which PEFT would: 0.7 CPU seconds and a warning.
 
@@ -105,9 +77,26 @@ def pytest_make_collect_report(
     return report
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--store-durations", action="store_true", help="write the seconds of each file to durations.json")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: number for number, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+    """Start with the files that take longest, so that no process is left with one at the end."""
+    seconds = json.loads(DURATIONS.read_text())
+    items.sort(key=lambda item: -seconds.get(item.path.stem, 0))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Store how long each file took; a file that did not run keeps its time."""
+    if not config.getoption("--store-durations"):
+        return
+    found: collections.Counter[str] = collections.Counter()
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport):
+            found[Path(report.fspath).stem] += report.duration
+    seconds = json.loads(DURATIONS.read_text()) | {name: round(total) for name, total in found.items()}
+    DURATIONS.write_text(json.dumps(dict(sorted(seconds.items())), indent=0) + "\n")
 
 
 @pytest.fixture

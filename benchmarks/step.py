@@ -157,7 +157,7 @@ class Measured:
     losses: list[float] = field(default_factory=list)
     """Loss of every step from the first on, the mean over the processes."""
     peak: int = 0
-    """Peak bytes of a process in all its turns; on a GPU those that torch allocated."""
+    """Peak bytes of a process in its timed turns; on a GPU those that torch allocated."""
 
     @property
     def is_whole(self) -> bool:
@@ -243,8 +243,8 @@ class Processes:
             thread.join()
         by_step = {name: list(zip(*(each[name] for each in answers), strict=True)) for name in ("seconds", "losses")}
         measured.losses += [statistics.fmean(losses) for losses in by_step["losses"]]
-        measured.peak = max(measured.peak, *(each.get("peak", peaks[0]) for each in answers))
         if timed:
+            measured.peak = max(measured.peak, *(each.get("peak", peaks[0]) for each in answers))
             measured.seconds.append([max(seconds) for seconds in by_step["seconds"]])
             measured.cpu_seconds += [sum(cpu) for cpu in zip(*(each["cpu_seconds"] for each in answers), strict=True)]
 
@@ -398,7 +398,7 @@ def groups_of(options: argparse.Namespace, ways: Sequence[str], scratch: Path) -
         for length, mode, world in itertools.product(lengths, modes, options.ranks):
             processes = "1 process" if world == 1 else f"{world} processes"
             problem = f"{name}, {rows} x {length} tokens, {processes}, checkpointing {mode}"
-            steps = 1 + (options.steps + 1) * options.rounds
+            steps = (1 + options.rounds * options.steps) + (1 + options.rounds)  # A GPU repeats a step per turn.
             inputs = {"model": model, "adapter": adapter, "length": length, "rows": rows, "steps": steps}
             chosen = [way for way in ways if min(world, 2) in WAYS[way].processes]
             jobs = {way: Job(**inputs, checkpointing=mode, **WAYS[way].job) for way in chosen}
@@ -423,9 +423,11 @@ def main() -> int:
     left_out = [f"{way}: {reason}" for way, reason in reasons.items() if reason is not None]
     method = (
         f"{options.rounds} rounds of {options.steps} steps; memory is the peak anonymous memory of a process in its "
-        "steps over that after its imports (on a GPU the peak that torch allocated)"
+        "steps over that after its imports (on a GPU the peak that torch allocated); processes divide the threads"
     )
-    notes = ". ".join([measurement_notes("transformers", "peft", "bitsandbytes", "accelerate"), method, *left_out])
+    threads = int(worker_environment(1)["OMP_NUM_THREADS"])
+    libraries = ("transformers", "peft", "bitsandbytes", "accelerate")
+    notes = ". ".join([measurement_notes(*libraries, threads=threads), method, *left_out])
     tables = [table_of(group) for group in groups]
     heading = "A training step beside other libraries"
     show(heading, tables, notes, sentences=list(sentences(groups)))

@@ -155,6 +155,10 @@ def read_gathering(parallel: ParallelConfig) -> Gathering:
     without_effect = _judge(file, "", others, ())
     if not zero:
         return replace(gathering, without_effect=tuple(without_effect))
+    written: dict[str, str] = {}  # DeepSpeed knows names with and without the prefix.
+    for key, value in zero.items():
+        if (other := written.setdefault(key.removeprefix("stage3_"), key)) != key:
+            raise refusal(file, f"{ZERO}.{key}", value, f"{other} sets it too; remove one of them")
     without_effect += _judge(file, f"{ZERO}.", zero, ("stage", _OFFLOAD, *_APPLIED))
     if zero.get("stage") != 3:
         raise refusal(file, f"{ZERO}.stage", zero.get("stage", 0), "only stage 3 shards the base; set it to 3")

@@ -1,6 +1,7 @@
 """Check a section zero_optimization by DeepSpeed's own schema: `python -m distlora.parallel.deepspeed_schema JSON`.
 
-The launcher runs it in a process of its own: importing DeepSpeed takes seconds and binds the process to a device.
+The launcher runs it in a process of its own: importing DeepSpeed takes seconds and binds the process to a device. The
+last line on stdout is the first fault as a string in JSON, empty if there is none.
 """
 
 import json
@@ -29,4 +30,4 @@ def schema_error(section: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(schema_error(json.loads(sys.argv[1])) or 0)
+    print(json.dumps(schema_error(json.loads(sys.argv[1]))))

@@ -224,10 +224,10 @@ def cache_bytes(work: Workload, model: PlannedModel) -> int:
 PROCESS_BYTES = 390_000_000
 """A worker's Python, torch, transformers and gloo: RssAnon in a run of 0.4 million parameters (365 to 390 MB on 1 and 2
 ranks, torch 2.13 for the CPU, 2026-11-25). What CUDA's libraries take beside it was not measured. Without GPUs ranks
-are forks of the launcher and share two thirds of it: with a launcher and torchrun, two took 745 MB, where 960 are
-planned (2026-11-26)."""
+are forks of the launcher and share two thirds of it: two took 745 MB with a launcher and the torchrun that was then a
+process beside it, where 960 are planned (2026-11-26)."""
 LAUNCHER_BYTES = 180_000_000
-"""The launcher on each machine (179 MB with torchrun beside it, in the same runs)."""
+"""The launcher on each machine: measured in the same runs with torchrun, then a process of its own (179 MB in all)."""
 LOADING_BYTES = 64_000_000
 """The bound of what loading takes beside the slice of a tensor: chunks that are read ahead, fp32 work, absmax
 (tests/model/test_loading_memory.py)."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from distlora import __version__
 from distlora.architecture.checkpoint_files import CheckpointFiles
@@ -30,6 +31,7 @@ from distlora.config import (
 )
 from distlora.config.errors import named_settings
 from distlora.config.file import load_config
+from distlora.config.json_files import check_shape, read_object
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders, find_result, read_result
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 
@@ -40,6 +42,14 @@ BY_PLACE = {"adapter.init_from": "ADAPTER"}
 """Names of an adapter in errors: given by --adapter, or as the folder that a command works on."""
 
 Quant = Literal["nf4", "keep", "none"]
+
+COMBINED = "combine.json"
+"""The record of `distlora combine` beside its sum: its members and what truncation lost."""
+_COMBINED_SHAPE = {
+    "base_fingerprint": (str, type(None)),
+    "quant?": (str, type(None)),
+    "members": [{"quant": (str, type(None)), "pissa?": bool}],
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,8 +95,8 @@ class Name:
     """A saved step of the run, or "best"."""
     base: str | None = None
     """Base of an adapter without a run."""
-    quant: Quant = "nf4"
-    """Quantization of that base."""
+    quant: Quant | None = None
+    """Quantization of that base; None: as combine.json has it, else nf4."""
 
     def read(self) -> Trained:
         """Return the model that is named.
@@ -137,8 +147,45 @@ def of_run(config: Config, weights: str | Path | None, *, foreign: bool = False)
     return trained
 
 
-def _without_run(folder: Path, place: str, *, base: str | None, quant: Quant) -> Trained:
+class Combined(NamedTuple):
+    """The runs that a sum is of, as combine.json describes them; empty for any other adapter."""
+
+    quants: frozenset[str] = frozenset()
+    """quant.method of the base that the sum belongs to, or else of each run; empty if unknown."""
+    pissa: bool = False
+    """True if one of them trained with PiSSA."""
+    base: str | None = None
+    """Fingerprint of their base."""
+
+
+def read_combined(folder: Path) -> Combined:
+    """Read combine.json in an adapter's folder. Raises UserError if it is damaged."""
+    record = folder / COMBINED
+    if not record.is_file():
+        return Combined()
+    values = read_object(record, "combine again")
+    check_shape(values, _COMBINED_SHAPE, record, "combine again")
+    members = values["members"]
+    quants = [values["quant"]] if values.get("quant") else [member["quant"] for member in members]
+    pissa = any(member.get("pissa", False) for member in members)
+    return Combined(frozenset(filter(None, quants)), pissa, values["base_fingerprint"])
+
+
+def quant_of(trained: Iterable[str], requested: Quant | None) -> Quant:
+    """Return the quantization of a base, as in the runs that trained with these quant.method."""
+    methods = sorted(set(trained))
+    if requested is None and (len(methods) > 1 or methods == ["mixed"]):
+        raise UserError(
+            f"the runs held their base as {' and as '.join(methods)}, and what these adapters add depends on that; "
+            "write --quant nf4, keep or none for the base of the result"
+        )
+    known: dict[str, Quant] = {"none": "none", "keep": "keep"}
+    return requested or (known.get(methods[0], "nf4") if methods else "nf4")
+
+
+def _without_run(folder: Path, place: str, *, base: str | None, quant: Quant | None) -> Trained:
     """Return an adapter without a run."""
+    quant = quant_of(read_combined(folder).quants, quant)
     with named_settings(BY_PLACE):
         initial = read_peft_adapter(folder)
         if base is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ def test_a_file_for_transformers_says_how_to_gather_and_what_has_no_effect_is_na
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "second copy"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param\.device='nvme'"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "paged_adamw"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 1, "prefetch_bucket_size": 2}},
+            r"\.prefetch_bucket_size=2: stage3_prefetch_bucket_size sets it too; remove one of them",
+        ),
         ({"zero_optimization": 3}, r"zero_optimization is 3, not an object"),
         ({"zero_optimization": {"stage": 3, "overlap_comm": "false"}}, r"\.overlap_comm='false': write it without"),
     ],
@@ -159,3 +164,15 @@ def test_the_launcher_refuses_what_the_schema_does(tmp_path: Path) -> None:
     check_parallel(written(tmp_path, zero_optimization=zero), 2)
     with pytest.raises(UserError, match=r"ds\.json: DeepSpeed refuses zero_optimization\.stage3_prefetch_bucket=1: "):
         check_parallel(written(tmp_path, zero_optimization=zero | {"stage3_prefetch_bucket": 1}), 2)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [("import nowhere", "No module named 'nowhere'"), ("raise SystemExit(3)", "ended with code 3")]
+)
+def test_a_deepspeed_that_cannot_be_imported_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, said: str
+) -> None:
+    (tmp_path / "deepspeed.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(UserError, match=f"DeepSpeed, which could not be imported: .*{said}; install it again"):
+        check_parallel(written(tmp_path, zero_optimization={"stage": 3, "reduce_bucket_size": len(code)}), 2)

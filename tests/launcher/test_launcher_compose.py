@@ -24,7 +24,7 @@ from support.launcher_fakes import every_nth
 
 PATHS = ["model.path=/model", "data.path=/data.jsonl"]
 CONF = Path(__file__).parents[2] / "conf"
-# Files that say one name alone are held to their tables by tests/test_cards.py and tests/model/test_architectures.py.
+# Files that say one name alone are held to their table by tests/model/test_architectures.py.
 NAMES_ALONE = [path for path in CONF.glob("*/*.yaml") if path.parent.name in ("model",)]
 NAMES_ALONE = [path for path in NAMES_ALONE if path.stem not in ("auto", "h100", "local", "llama3_70b")]
 OPTIONS = sorted(str(p.relative_to(CONF).with_suffix("")) for p in {*CONF.glob("*/*.yaml")} - {*NAMES_ALONE})

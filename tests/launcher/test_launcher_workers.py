@@ -1,4 +1,4 @@
-"""Workers under real torchrun: the first rank to fail is named, signals reach them, none is left behind."""
+"""Workers under the launcher's agent: the first rank to fail is named, signals reach them, none is left behind."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ combinations without a meaning are refused by name.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -23,7 +24,8 @@ from distlora.config import UserError
 from distlora.parallel import Ranks
 from distlora.post.combine import worker
 from distlora.post.combine.request import METHODS, CombineRequest
-from distlora.post.trained import base_spec
+from distlora.post.merge.request import check_mergeable
+from distlora.post.trained import Name, base_spec
 from distlora.post.weights import adapted_rows, open_base, read_factors
 from distlora.system.command_worker import from_json, to_json
 from distlora.system.randomness import key_of
@@ -258,6 +260,8 @@ def test_rows_and_whole_matrices_are_summed_as_changes_of_the_base(folders: Path
         assert torch.allclose(tuned.get_input_embeddings()(torch.tensor([900])), made[2], atol=1e-6)
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["trainable_token_indices"], config["modules_to_save"]) == ([3, 7, 900], ["lm_head"])
+    with pytest.raises(UserError, match=r"embed_tokens holds NaN or Inf in the base or in .*/a, "):
+        combine(f"{tmp_path / 'a'}=1e39", f"{tmp_path / 'b'}=2", "--out", tmp_path / "infinite")
 
 
 def test_runs_name_their_base(folders: Path, tmp_path: Path) -> None:
@@ -275,7 +279,19 @@ def test_runs_name_their_base(folders: Path, tmp_path: Path) -> None:
         mine = 0.5 * delta(tmp_path / "pissa" / "adapter", path) + 0.5 * delta(tmp_path / "lora" / "adapter", path)
         assert relative_error(delta(out, path), mine) < EXACT
     assert record["ranks"] == {"smallest": 12, "largest": 12}
-    assert [member["quant"] for member in record["members"]] == ["none", "none"]
+    assert [(member["quant"], member["pissa"]) for member in record["members"]] == [("none", True), ("none", False)]
+    name = Name(place=str(out), base=str(folders / "llama"))
+    check_mergeable(name.read(), "trained")
+    assert name.read().spec.quant.method == "none"
+    _, nested = combine(f"{out}=0.5", "--out", tmp_path / "nested")
+    assert [(member["quant"], member["pissa"]) for member in nested["members"]] == [("none", True)]
+    # Without the run, combine.json alone knows the form of the base.
+    for quants, said in ((("nf4", "nf4"), "PiSSA .* write --onto original"), (("nf4", "none"), "as nf4 and as none")):
+        members = [{**member, "quant": quant} for member, quant in zip(record["members"], quants, strict=True)]
+        (out / "combine.json").write_text(json.dumps(record | {"members": members}))
+        with pytest.raises(UserError, match=said):
+            check_mergeable(name.read(), "trained")
+    check_mergeable(dataclasses.replace(name, quant="nf4").read(), "original")
     for place in (tmp_path / "lora" / "checkpoints").glob("step_*"):
         again, _ = combine(f"{place}=1", "--out", tmp_path / "again")
         assert relative_error(delta(again, path), delta(tmp_path / "lora" / "adapter", path)) < EXACT
@@ -335,8 +351,11 @@ def test_what_has_no_meaning_is_refused(
             combine(*words, "--out", out)
     assert main(["combine", f"{one}=1", f"{other}=1", "--out", str(out)]) == 2
     assert "different bases" in capsys.readouterr().err
-    assert main(["combine", f"{one}=1", "--out", str(out), "--merged"]) == 2
-    assert "then `distlora merge SUM --model BASE`" in capsys.readouterr().err
+    for gone in ("--merged", "--onto=original", "--dtype"):
+        assert main(["combine", f"{one}=1", "--out", str(out), gone]) == 2
+        assert (
+            f"{gone} is gone; write `distlora combine ... --out SUM`, then `distlora merge" in capsys.readouterr().err
+        )
     assert not out.exists()
     made, _ = combine(f"{one}=1", f"{nowhere}=1", "--same-base", "--out", out)
     assert made.is_dir()

@@ -17,7 +17,7 @@ from distlora.training import worker as training_worker
 from support.small_models import make_run, write_model_folder, write_text_file
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
-# Rows are whole blocks: for rows of 96 bitsandbytes' own CPU kernel is wrong (tests/test_nf4.py).
+# Rows are whole blocks: for rows of 96 bitsandbytes' own CPU kernel is wrong (tests/kernels/test_nf4.py).
 EVEN = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}
 RUNS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"r": 4, "use_rslora": True}},

@@ -15,14 +15,10 @@ from distlora.checkpoint.state import load_state
 from distlora.config import UserError, nearest, require
 from distlora.config.errors import named_settings
 from distlora.config.file import load_config
-from distlora.config.json_files import read_object
-from distlora.post.trained import BY_PLACE, Quant
+from distlora.post.trained import BY_PLACE, Quant, read_combined
 from distlora.run_folder.layout import CHECKPOINTS, checkpoint_folders, find_result, read_result
 from distlora.weights.initial_adapter_file import read_initial_adapter_record
 from distlora.weights.peft_folder import CONFIG_NAME, PeftAdapter, read_peft_adapter
-
-RECORD_NAME = "combine.json"
-"""The record in the result's folder: its members and what truncation lost."""
 
 
 class Method(NamedTuple):
@@ -67,9 +63,11 @@ class Member:
     """`fingerprint` of its base; None if unknown."""
     base_folder: str | None = None
     quant: str | None = None
-    """quant.method of its run; None without a run."""
+    """quant.method of its run; None without a run. Of a sum that of its runs, "mixed" if they differ."""
     dtype: Literal["bf16", "fp32"] | None = None
     """train.dtype of its run, which rounded the base's unquantized weights."""
+    pissa: bool = False
+    """True if its run trained with PiSSA, on the base without its start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +187,7 @@ def find_member(place: str, weight: float, base: str | None = None) -> Member:
         base_folder=config.model.path if Path(config.model.path).is_dir() else None,
         quant=config.quant.method,
         dtype=config.train.dtype,
+        pissa=config.adapter.pissa,
     )
 
 
@@ -200,15 +199,16 @@ def _without_run(place: str, folder: Path, weight: float, base: str | None) -> M
         f"{place}: PEFT before 0.19 wrote it, whose adapters of experts have another layout; write it in the present "
         f"one first: distlora export {place} --model {base or adapter.base or 'BASE'} --for peft --out NEW",
     )
-    record = folder / RECORD_NAME
-    known = read_object(record, "combine again").get("base_fingerprint") if record.is_file() else None
+    quants, pissa, known = read_combined(folder)
     folders = [each for each in (adapter.base, base) if each is not None and Path(each).is_dir()]
     return Member(
         place=place,
         folder=str(folder),
         weight=weight,
-        base=known if isinstance(known, str) else fingerprint_of(*folders[:1]),
+        base=known or fingerprint_of(*folders[:1]),
         base_folder=folders[0] if folders else None,
+        quant="mixed" if len(quants) > 1 else next(iter(quants), None),
+        pissa=pissa,
     )
 
 
@@ -296,15 +296,3 @@ def _check_ranks(request: CombineRequest, members: Sequence[tuple[Member, PeftAd
                     f"--method {request.method} works on A and B, which must have one rank: {path} has {theirs} in "
                     f"{other.place} and {rank} in {member.place}; write --method {exact}, which takes any"
                 )
-
-
-def quant_of(members: Sequence[Member], requested: Quant | None) -> Quant:
-    """Return the quantization of the base, as in training."""
-    trained = sorted({member.quant for member in members if member.quant is not None})
-    if requested is None and (len(trained) > 1 or trained == ["mixed"]):
-        raise UserError(
-            f"the runs held their base as {' and as '.join(trained)}, and what these adapters add depends on that; "
-            "write --quant nf4, keep or none for the base of the result"
-        )
-    known: dict[str, Quant] = {"none": "none", "keep": "keep"}
-    return requested or (known.get(trained[0], "nf4") if trained else "nf4")

@@ -28,15 +28,15 @@ from distlora.config.json_files import read_object
 from distlora.output.results import Table
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.post.combine.methods import combine
-from distlora.post.combine.request import RECORD_NAME, CombineRequest
-from distlora.post.trained import base_spec
-from distlora.post.weights import BaseWeight, open_base, read_factors, read_token_rows, read_whole
+from distlora.post.combine.request import CombineRequest
+from distlora.post.trained import COMBINED, base_spec
+from distlora.post.weights import BaseWeight, open_base, read_factors, read_token_rows
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME, read_peft_adapter
-from distlora.weights.reader import Reader
+from distlora.weights.reader import Reader, all_finite
 
 
 class Combination:
@@ -72,7 +72,12 @@ class Combination:
             weight = self._base.weights.get(self._base.head_name, embedding) if is_head else embedding
             name = f"base_model.model.{architecture.head if is_head else architecture.embedding_path}"
             self._check(matrix, weight)
-            self.tensors |= {f"{name}.{ending}": tensor for ending, tensor in self._sum(matrix, weight).items()}
+            ids = sorted({id for file in files if matrix in file.token_rows for id in file.token_rows[matrix].ids})
+            if ids:
+                self.row_ids[matrix] = ids
+                self.tensors[f"{name}.token_adapter.trainable_tokens_delta"] = self._summed_rows(matrix, weight, ids)
+            else:
+                self.tensors[f"{name}.weight"] = self._summed_whole(matrix, weight)
 
     def config(self) -> dict[str, Any]:
         """Return adapter_config.json: the first member's with the result's ranks, targets and scale 1."""
@@ -143,29 +148,44 @@ class Combination:
                 f"new tokens can be in a sum, with the weight 1: {owners[0].place}=1"
             )
 
-    def _sum(self, matrix: str, weight: BaseWeight) -> dict[str, Tensor]:
-        """Return the summed rows of a matrix, or the whole, by the ending of its name."""
+    def _summed_rows(self, matrix: str, weight: BaseWeight, ids: list[int]) -> Tensor:
+        """Return the summed rows of a matrix, (ids, width) fp32."""
         stored, width = weight.shape
-        rows = [read_token_rows(file, matrix, self._reader) for file in self.files]
-        ids = sorted({id for of_file in rows for id in of_file})
-        if ids:
-            self.row_ids[matrix] = ids
-            start = torch.zeros(len(ids), width)
-            for at, id in enumerate(ids):
-                if id < stored:
-                    start[at] = self._reader.read(weight.source.segments, id * width, (id + 1) * width).float()
-        else:
-            start = weight.whole(self._reader, original=True)
-        total = start.clone()
-        for (member, file), of_file in zip(self.members, rows, strict=True):
-            for id, row in of_file.items():
-                at = ids.index(id)
-                total[at] += member.weight * (row - start[at])
-            if matrix in file.modules:
-                name = file.modules[matrix].name
-                theirs = read_whole(read_header(file.folder / WEIGHTS_NAME)[name], name, self._reader)
-                total += member.weight * (theirs - start)
-        return {"token_adapter.trainable_tokens_delta" if ids else "weight": total}
+        rows = [(member.weight, read_token_rows(file, matrix, self._reader)) for member, file in self.members]
+        total = torch.zeros(len(ids), width)
+        for at, id in enumerate(ids):
+            start = torch.zeros(width)
+            if id < stored:
+                start = self._reader.read(weight.source.segments, id * width, (id + 1) * width).float()
+            total[at] = start
+            for factor, of_file in rows:
+                if id in of_file:
+                    total[at] += factor * (of_file[id] - start)
+        return self._finite(matrix, total)
+
+    def _summed_whole(self, matrix: str, weight: BaseWeight) -> Tensor:
+        """Return the summed matrix, fp32; of the base and of the adapters it holds one chunk."""
+        theirs = [
+            (member.weight, read_header(file.folder / WEIGHTS_NAME)[file.modules[matrix].name])
+            for member, file in self.members
+            if matrix in file.modules
+        ]
+        total, first = torch.empty(weight.numel), 0
+        for start in weight.chunks(self._reader, original=True):
+            stop = first + len(start)
+            total[first:stop] = start
+            for factor, segment in theirs:
+                total[first:stop] += factor * (self._reader.read([segment], first, stop).float() - start)
+            first = stop
+        return self._finite(matrix, total.view(weight.shape))
+
+    def _finite(self, matrix: str, total: Tensor) -> Tensor:
+        require(
+            all_finite(total),
+            f"{matrix} holds NaN or Inf in the base or in {', '.join(member.place for member, _ in self.members)}; "
+            "leave it out (`distlora verify` finds it in a run)",
+        )
+        return total
 
 
 def run(request: CombineRequest) -> dict[str, Any]:
@@ -179,10 +199,10 @@ def run(request: CombineRequest) -> dict[str, Any]:
         files = {CONFIG_NAME: made.config(), WEIGHTS_NAME: made.tensors}
         write_files(folder, files, Backend(alone, Shards.over(alone, 1)), metadata=NF4_MARK if is_for_nf4 else {})
         for path in () if made.tokenizer is None else made.tokenizer.iterdir():
-            if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, RECORD_NAME, "README.md"):
+            if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, COMBINED, "README.md"):
                 shutil.copy2(path, folder / path.name)
         found = record(request, made, folder)
-        atomic_io.write_json(folder / RECORD_NAME, found)
+        atomic_io.write_json(folder / COMBINED, found)
     return found
 
 
@@ -193,7 +213,7 @@ def main(request: CombineRequest) -> int:
     def work() -> int:
         found = run(request)
         print(summary_line(request, found))
-        print(f"wrote {request.out}: an adapter in PEFT's format, and {RECORD_NAME}")
+        print(f"wrote {request.out}: an adapter in PEFT's format, and {COMBINED}")
         return DONE
 
     return run_to_exit_code(work)
@@ -227,8 +247,9 @@ def record(request: CombineRequest, made: Combination, folder: Path) -> dict[str
         "majority_sign_method": request.majority_sign_method or "total" if "majority_sign_method" in options else None,
         "seed": request.seed or 0 if "seed" in options else None,
         "base_fingerprint": next((member.base for member in request.members if member.base), None),
+        "quant": request.quant,
         "members": [
-            {name: getattr(member, name) for name in ("place", "weight", "quant")}
+            {name: getattr(member, name) for name in ("place", "weight", "quant", "pissa")}
             | {"sha256": sha256(Path(member.folder) / WEIGHTS_NAME)}
             for member in request.members
         ],

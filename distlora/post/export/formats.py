@@ -162,7 +162,7 @@ def refuse(trained: Trained, request: ExportRequest) -> None:
         )
     elif name == "bnb":
         _refuse_bnb(trained, request)
-    elif spec.adapter.method == "lora":
+    elif form.merged and spec.adapter.method == "lora":
         check_mergeable(trained, request.onto)
     _check_version(request)
     if form.adapter and name != "peft":

@@ -15,7 +15,7 @@ from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.config import require
 from distlora.config.json_files import check_shape, read_object
 from distlora.output.results import Table
-from distlora.post.trained import Name, Trained
+from distlora.post.trained import Name, Trained, read_combined
 from distlora.system import atomic_io
 
 Onto = Literal["trained", "original"]
@@ -86,6 +86,13 @@ def check_mergeable(trained: Trained, onto: Onto) -> None:
         "use that folder",
     )
     if onto == "trained":
+        of_pissa = trained.foreign and trained.weights is not None and read_combined(trained.weights).pissa
+        require(
+            not of_pissa or spec.quant.method not in ("nf4", "mixed"),
+            f"--onto=trained: {trained.weights} is a sum with an adapter that trained with PiSSA on NF4 of the base "
+            "without its start, and a sum has no such base: NF4 of the whole base loses something else; write --onto "
+            "original, where the sum is exact",
+        )
         return
     require(
         trained.weights is None or not spec.adapter.for_nf4,

@@ -16,8 +16,8 @@ from distlora.post.combine.request import (
     find_member,
     fingerprint_of,
     needs_base,
-    quant_of,
 )
+from distlora.post.trained import quant_of
 from distlora.system.exit_codes import require_package
 from distlora.weights.peft_folder import read_peft_adapter
 from distlora_launcher.compose.checks import check_writable
@@ -31,10 +31,12 @@ WORKER = "distlora.post.combine.worker:main"
 
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker. Returns for --help alone."""
-    require(
-        "--merged" not in arguments,
-        "--merged is gone; write `distlora combine ... --out SUM`, then `distlora merge SUM --model BASE`",
-    )
+    for word in arguments:
+        require(
+            word.partition("=")[0] not in ("--merged", "--onto", "--dtype"),
+            f"{word} is gone; write `distlora combine ... --out SUM`, then `distlora merge SUM --model BASE`, which "
+            "takes --onto and --dtype",
+        )
     methods = listed({name: method.what for name, method in METHODS.items()})
     options = read(CombineRequest, "distlora combine", arguments, epilog=f"methods:\n{methods}")
     request = checked(options, shlex.join(["distlora", "combine", *arguments]))
@@ -64,10 +66,9 @@ def checked(options: CombineRequest, command: str) -> CombineRequest:
                 f"the adapters belong to the base {known[:12]}, and {shown(Path(folder))} holds another; name it with "
                 "--model FOLDER"
             )
+        quant = quant_of((member.quant for member in members if member.quant is not None), options.quant)
         all_bf16 = {member.dtype for member in members if member.dtype is not None} == {"bf16"}
-        request = dataclasses.replace(
-            request, base_folder=folder, quant=quant_of(members, options.quant), held="bf16" if all_bf16 else "fp32"
-        )
+        request = dataclasses.replace(request, base_folder=folder, quant=quant, held="bf16" if all_bf16 else "fp32")
     else:
         require(
             options.quant is None,

@@ -98,14 +98,14 @@ MEANT = {
     "doctor": "env info diagnose system",
 }
 """Names of other tools' commands by what they are here."""
-SCRIPTS = ("step", "load", "checkpoint", "generate")
 BENCHES = {
+    **{name: f"python benchmarks/{name}.py" for name in ("step", "load", "checkpoint", "generate")},
     "kernels": "python benchmarks/gpu_kernels.py, or python tests/tools/compiled_kernels.py where there is no GPU",
     "layer": "python tests/tools/layer_launches.py",
     "memory": "python -m pytest tests/planner/test_plan_memory.py",
     "methods": "distlora sweep adapter=lora,dora,full optim.lr=2e-4,4e-4 ... (docs/methods.md)",
 }
-"""What to type in place of `distlora bench NAME`, where it is no script of its name in benchmarks/."""
+"""What to type in place of `distlora bench NAME`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,8 +144,7 @@ def _listed_group(title: str) -> str:
 def unknown_command(word: str, *arguments: str) -> UserError:
     """Return the error for a word that is no command, with what was meant."""
     if word in ("bench", "benchmark"):
-        name = arguments[0] if arguments else "step"
-        typed = BENCHES.get(name, f"python benchmarks/{name if name in SCRIPTS else 'step'}.py")
+        typed = BENCHES.get(arguments[0] if arguments else "step", BENCHES["step"])
         return UserError(f"benchmarks are scripts now: in a checkout of the repository write {typed}")
     meant = next((ours for ours, names in MEANT.items() if word.lower() in names.split()), None)
     if meant is None and (word.endswith((".yaml", ".yml")) or "=" in word):

@@ -9,7 +9,7 @@ from pathlib import Path
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, DataConfig, ModelSpec, require
 from distlora.config.base import place_of
-from distlora.post.trained import Name, Quant, Trained
+from distlora.post.trained import Name, Quant, Trained, read_combined
 from distlora.system.progress import say
 from distlora_launcher.compose.checks import check_data, check_model
 from distlora_launcher.compose.hub import localize, restore
@@ -29,7 +29,7 @@ class Named:
     model: str | None = None
     """BASE: base model of an adapter without a run: a folder or a name on the hub."""
     quant: Quant | None = None
-    """Base precision during training, for an adapter without a run (default: nf4)."""
+    """Base precision during training, for an adapter without a run (default: that of a sum's runs, else nf4)."""
 
 
 def named(options: Named) -> tuple[Name, Trained]:
@@ -44,7 +44,7 @@ def named(options: Named) -> tuple[Name, Trained]:
         adapter=options.adapter,
         checkpoint=options.checkpoint,
         base=None if options.model is None else place_of(options.model),
-        quant=options.quant or "nf4",
+        quant=options.quant,
     )
     trained = name.read()
     if trained.run_dir is None:
@@ -53,7 +53,8 @@ def named(options: Named) -> tuple[Name, Trained]:
             not unused,
             f"{options.run} is an adapter, and --{unused[0] if unused else ''} applies only to a run; leave it out",
         )
-        if options.quant is None and trained.spec.quant.is_nf4:
+        is_known = options.quant is not None or read_combined(Path(name.place)).quants
+        if not is_known and trained.spec.quant.is_nf4:
             say(f"{options.run}: assuming a base in NF4 during training; if it was in 16 bits, add --quant none")
     own = trained.spec.quant.method
     require(

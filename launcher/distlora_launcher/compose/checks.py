@@ -230,11 +230,20 @@ def check_parallel(parallel: ParallelConfig, ranks: int) -> None:
 
 @functools.cache
 def _schema_error(section: str) -> str:
-    """Return what DeepSpeed's schema refuses in a zero_optimization in JSON; empty if nothing. Takes seconds."""
+    """Return what DeepSpeed's schema refuses in a zero_optimization in JSON; empty if nothing. Takes seconds.
+
+    Raises UserError if DeepSpeed cannot be imported.
+    """
     check_deepspeed()
     command = [sys.executable, "-P", "-m", "distlora.parallel.deepspeed_schema", section]
     finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
-    return "" if finished.returncode == 0 else finished.stderr.splitlines()[-1]
+    if finished.returncode != 0:
+        reason = (finished.stderr.strip().splitlines() or [f"its process ended with code {finished.returncode}"])[-1]
+        raise UserError(
+            f"parallel.deepspeed_config is checked by DeepSpeed, which could not be imported: {reason}; install it "
+            "again (`python -c 'import deepspeed'` shows the whole error), or set parallel=fsdp2"
+        )
+    return str(json.loads(finished.stdout.splitlines()[-1]))  # DeepSpeed's log lines come before it.
 
 
 def check_model(config: Config, *, training: bool = True) -> None:

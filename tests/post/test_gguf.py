@@ -5,8 +5,12 @@ llama.cpp sums in another order, and its exp is its own: logits of up to 4 diffe
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import json
+import math
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +22,9 @@ import torch
 import transformers
 
 from distlora.config import UserError
-from distlora.post.export import gguf_adapter, llama_cpp
+from distlora.post.export import formats, gguf_adapter, llama_cpp
 from distlora.post.export.gguf_adapter import check_file
-from distlora.post.export.gguf_model import LlamaCpp, half_steps, has_llama_cpp, transformers_model
+from distlora.post.export.gguf_model import LlamaCpp, half_steps, has_llama_cpp, hold_to_config, transformers_model
 from distlora.post.weights import Factors, open_base
 from distlora.weights.reader import Reader
 from support.converters import patched_converter  # noqa: F401  (a fixture)
@@ -71,17 +75,32 @@ def source(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
     return file
 
 
-def test_the_converter_is_unpacked_once_from_the_published_archive(
+def test_the_converter_is_unpacked_from_the_published_archive_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path))
     file = source(monkeypatch, tmp_path)
-    folder = llama_cpp.converter(None)
-    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert found == ["conversion/base.py", llama_cpp.MODELS, llama_cpp.ADAPTERS, "gguf-py/gguf/quants.py"]
-    file.unlink()
-    assert llama_cpp.converter(None) == folder
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert llama_cpp.converter(None) == file
+    with llama_cpp.unpacked(file) as folder:
+        found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        assert found == ["conversion/base.py", llama_cpp.MODELS, llama_cpp.ADAPTERS, "gguf-py/gguf/quants.py"]
+    assert not folder.exists()
+    file.write_bytes(file.read_bytes() + b"more")  # By another user of a shared cache, after the command's first look.
+    with pytest.raises(UserError, match="is not the published"), llama_cpp.unpacked(file):
+        pass
+
+
+def test_a_download_is_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path / "cache"))
+    published = source(monkeypatch, tmp_path)
+    monkeypatch.setattr(
+        "distlora.system.published.Archive._download",
+        lambda self, folder, _: shutil.copy(published, folder / self.file),
+    )
+    kept = llama_cpp.converter(None)
+    assert [*(tmp_path / "cache" / "llama.cpp").iterdir()] == [kept]
+    monkeypatch.delattr("distlora.system.published.Archive._download")
+    assert llama_cpp.converter(None) == kept
 
 
 def test_another_archive_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +149,121 @@ def test_what_the_converter_cannot_do_is_one_line(tmp_path: Path, script: str, s
     with pytest.raises(UserError, match=rf"convert_hf_to_gguf.py .*{says}") as raised:
         llama_cpp.convert(folder / llama_cpp.MODELS, tmp_path, tmp_path / "out.gguf")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("says", ["[Errno 28] No space left on device", "4096 requested and 0 written"])
+def test_a_full_disk_is_named_as_that(tmp_path: Path, says: str) -> None:
+    folder = checkout(tmp_path / "llama.cpp", f"raise OSError({says!r})")
+    with pytest.raises(OSError, match="No space left") as raised:
+        llama_cpp.convert(folder / llama_cpp.MODELS, tmp_path, tmp_path / "out.gguf")
+    assert raised.value.errno == errno.ENOSPC
+
+
+WARNS = """
+import sys
+from pathlib import Path
+print("INFO:hf-to-gguf:fine\\nWARNING:hf-to-gguf:falling back to F16", file=sys.stderr)
+Path(sys.argv[3]).touch()
+"""
+
+
+def test_the_converter_s_warnings_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkout(tmp_path / "llama.cpp", WARNS)
+    llama_cpp.convert(folder / llama_cpp.MODELS, tmp_path, tmp_path / "out.gguf")
+    assert capsys.readouterr().err == "llama.cpp's converter: WARNING:hf-to-gguf:falling back to F16\n"
+
+
+TRUSTS = """
+import sys
+from pathlib import Path
+from transformers import AutoTokenizer
+AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+Path(sys.argv[3]).touch()
+"""
+
+
+def test_the_converter_runs_no_code_of_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trusts a base's code for some tokenizers; "evil" is a folder in the working folder."""
+    model, evil = tmp_path / "model", tmp_path / "evil"
+    tokenizer().save_pretrained(model)
+    evil.mkdir()
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass PreTrainedTokenizerFast: ..."
+    for folder in (model, evil):
+        (folder / "odd.py").write_text(code)
+    entry = {"auto_map": {"AutoTokenizer": ["evil--odd.PreTrainedTokenizerFast", None]}}
+    (model / "config.json").write_text(json.dumps({"model_type": "llama"} | entry))
+    values = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(values | entry))
+    monkeypatch.chdir(tmp_path)
+    folder = checkout(tmp_path / "llama.cpp", TRUSTS)
+    llama_cpp.convert(folder / llama_cpp.MODELS, model, tmp_path / "out.gguf")
+    assert not (tmp_path / "ran").exists()
+    assert "auto_map" in (model / "config.json").read_text(), "the model itself is unchanged"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "truncate": False}}, "truncate=false"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3}}, "attention_factor=1.3"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.1 * math.log(4) + 1}}, None),
+        ({"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh"}, None),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(values: dict[str, Any], says: str | None) -> None:
+    model = {"model_type": "llama", "hidden_act": "silu"} | values
+    if says is None:
+        formats._refuse_unread(model, Path("config.json"))
+        return
+    with pytest.raises(UserError, match=f"--format=gguf: config.json has .*{says}, and llama.cpp computes"):
+        formats._refuse_unread(model, Path("config.json"))
+
+
+def model_file(path: Path, family: str, **keys: int | str) -> Path:
+    writer = gguf.GGUFWriter(path, family)
+    for key, value in keys.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(f"{family}.{key.replace('__', '.')}", value)  # type: ignore[operator]
+    writer.add_context_length(512)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "keys", "context"),
+    [
+        ("llama", transformers.MistralConfig(sliding_window=16, max_position_embeddings=512), {}, 16),
+        ("llama", transformers.MistralConfig(sliding_window=1024, max_position_embeddings=512), {}, 512),
+        ("qwen2", transformers.Qwen2Config(sliding_window=16, use_sliding_window=True, max_window_layers=1), {}, 16),
+        ("qwen3", transformers.Qwen3Config(sliding_window=16, use_sliding_window=True, max_window_layers=1), {}, 16),
+        ("qwen2", transformers.Qwen2Config(sliding_window=16), {}, 512),
+        ("gemma2", transformers.Gemma2Config(sliding_window=16), {"attention__sliding_window": 16}, 512),
+        ("phi3", transformers.Phi3Config(sliding_window=16), {"attention__sliding_window": 16}, 16),
+    ],
+)
+def test_the_context_ends_where_llama_cpp_lacks_a_window(
+    tmp_path: Path, family: str, config: Any, keys: dict[str, int], context: int
+) -> None:
+    file, said = model_file(tmp_path / "a.gguf", family, **keys), list[str]()
+    hold_to_config(file, config, said.append)
+    assert gguf.GGUFReader(file).fields[f"{family}.context_length"].contents() == context
+    assert [*said] == [line for line in said if "up to 16 tokens" in line]
+    assert len(said) == (context == 16)
+
+
+def test_a_file_without_the_rotary_embedding_is_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    config = transformers.LlamaConfig(rope_parameters=rope)
+    hold_to_config(model_file(tmp_path / "a.gguf", "llama", rope__scaling__type="linear"), config, print)
+    config.rope_parameters = rope | {"rope_type": "llama3"}
+    with pytest.raises(UserError, match=r"rope_type='llama3', and .* wrote no rope_freqs\.weight for llama"):
+        hold_to_config(tmp_path / "a.gguf", config, print)
 
 
 def adapter_file(path: Path, alpha: float, tensors: dict[str, torch.Tensor], kind: str = "lora") -> Path:
@@ -184,6 +318,10 @@ def test_rounding_is_measured_in_half_steps() -> None:
     q8 = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(exact.numpy(), q8_0), q8_0).copy())
     for dtype, read in (("bf16", exact.bfloat16().float()), ("fp16", exact.half().float()), ("q8_0", q8)):
         assert 0 < half_steps(exact, read, dtype) <= 1 < half_steps(exact, read * 1.02, dtype)
+        for odd in (float("nan"), float("inf")):
+            broken = exact.clone()
+            broken[0, 0] = odd
+            assert half_steps(exact, broken, dtype) == half_steps(broken, broken, dtype) == float("inf")
 
 
 @pytest.mark.ci

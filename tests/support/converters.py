@@ -22,10 +22,11 @@ def patched_converter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except UserError as error:
         pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("llama.cpp")
-    for part in (llama_cpp.MODELS, llama_cpp.ADAPTERS):
-        shutil.copy(found / part, folder)
-    for part in ("conversion", "gguf-py/gguf"):
-        shutil.copytree(found / part, folder / part)
+    with llama_cpp.unpacked(found) as unpacked:
+        for part in (llama_cpp.MODELS, llama_cpp.ADAPTERS):
+            shutil.copy(unpacked / part, folder)
+        for part in ("conversion", "gguf-py/gguf"):
+            shutil.copytree(unpacked / part, folder / part)
     table = folder / "conversion" / "base.py"
     text, before = table.read_text(encoding="utf-8"), "\n        res = None\n"
     assert text.count(before) == 1

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
@@ -45,7 +45,7 @@ class ExportRequest:
     """Release of the consumer that the adapter is for; None for the one that the format was written from."""
     check: bool = True
     converter: str | None = None
-    """Folder of llama.cpp's converter, for GGUF (llama_cpp.py)."""
+    """Checkout or archive with llama.cpp's converter, for GGUF (llama_cpp.py)."""
     place: str | None = None
     """Temporary place of the export, for the check."""
 
@@ -164,11 +164,56 @@ def refuse(trained: Trained, request: ExportRequest) -> None:
         _refuse_bnb(trained, request)
     elif form.merged and spec.adapter.method == "lora":
         check_mergeable(trained, request.onto)
+    if name == "gguf":
+        _refuse_unread(read_config(trained.base), trained.base / "config.json")
     _check_version(request)
     if form.adapter and name != "peft":
         _refuse_beyond_lora(trained, option)
     if name in CONSUMERS:
         _refuse_unserved(trained, name)
+
+
+PLAIN = ("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
+"""Types whose llama.cpp computes silu and rotates whole heads, whatever config.json says."""
+ROPES = {
+    "default": "",
+    "dynamic": "",  # It differs beyond max_position_embeddings alone, the file's context length.
+    "mrope": "",
+    "linear": "rope.scaling.type",
+    "yarn": "rope.scaling.type",
+    "llama3": "rope_freqs.weight",
+    "proportional": "rope_freqs.weight",
+    "longrope": "rope_factors_long.weight",
+    "su": "rope_factors_long.weight",
+}
+"""Rope types that llama.cpp's converter knows, with the key or tensor of the file that shows it ("" for none)."""
+
+
+def _refuse_unread(model: Mapping[str, Any], place: Path) -> None:
+    """Refuse what llama.cpp or its converter reads otherwise, without a word, in a config.json."""
+    text = architecture_of(model, place).text(model)
+    plain = text.get("model_type", model.get("model_type")) in PLAIN
+    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    wrong = {f"hidden_act={text.get('hidden_act')!r}": plain and text.get("hidden_act", "silu") != "silu"}
+    for rope in [each for each in found.values() if isinstance(each, dict)] or [found]:
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        yarn, attention = kind == "yarn", rope.get("attention_factor")
+        usual = 0.1 * math.log(rope.get("factor") or 1) + 1 if yarn else 1.0
+        part = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1))
+        wrong |= {
+            f"rope_type={kind!r}": kind not in ROPES,
+            "YaRN with truncate=false": yarn and rope.get("truncate") is False,
+            f"YaRN with attention_factor={attention}": (
+                yarn and attention is not None and not math.isclose(attention, usual, rel_tol=1e-6)
+            ),
+            f"partial_rotary_factor={part}": plain and part not in (None, 1),
+        }
+    for what, is_there in wrong.items():
+        require(
+            not is_there,
+            f"--format=gguf: {place} has {what}, and llama.cpp computes something else without a word; write --format "
+            "hf",
+        )
 
 
 def _refuse_beyond_lora(trained: Trained, option: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from distlora.architecture.config_checks import read_config
 from distlora.config import UserError, require
 from distlora.post.export.formats import Export
-from distlora.post.export.llama_cpp import ADAPTERS, OUT_TYPES, convert
+from distlora.post.export.llama_cpp import ADAPTERS, OUT_TYPES, convert, unpacked
 from distlora.post.merge.merge import DTYPES
 from distlora.post.merge.parameters import open_adapter
 from distlora.post.weights import Base, Factors, open_base
@@ -50,12 +50,14 @@ def write(export: Export) -> None:
     with tempfile.TemporaryDirectory(dir=export.place.parent, prefix=".adapter-") as scratch:
         folder, config = Path(scratch), read_config(trained.base)
         config.pop("quantization_config", None)
+        config.pop("auto_map", None)  # It names code.
         (folder / "base").mkdir()
         atomic_io.write_json(folder / "base" / "config.json", config)
         atomic_io.write_json(folder / CONFIG_NAME, {"peft_type": "LORA", "lora_alpha": alpha})
         safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME)
         options = ("--base", str(folder / "base"), "--outtype", OUT_TYPES[dtype])
-        convert(Path(export.request.converter) / ADAPTERS, folder, export.place, *options)
+        with unpacked(Path(export.request.converter)) as converter:
+            convert(converter / ADAPTERS, folder, export.place, *options)
     check_file(export.place, tensors, alpha, dtype)
     atomic_io.sync(export.place)
     print("every number that was trained is in the file, and no other")

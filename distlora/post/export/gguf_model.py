@@ -7,22 +7,27 @@ is printed.
 from __future__ import annotations
 
 import importlib.util
+import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
 
+from distlora.architecture.checkpoint_files import read_hf_config
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import AdapterConfig, QuantConfig, require
 from distlora.post.export.client_check import TEXT, Ours, fill
-from distlora.post.export.formats import Export, Reading
-from distlora.post.export.llama_cpp import MODELS, OUT_TYPES, convert
+from distlora.post.export.formats import ROPES, Export, Reading
+from distlora.post.export.llama_cpp import MODELS, OUT_TYPES, convert, unpacked
 from distlora.post.load_trained import weights_in
 from distlora.post.merge.merge import DTYPES, merge_to
+from distlora.post.merge.output_folder import check_space
 from distlora.post.merge.parameters import open_adapter, parameters_of, pieces
 from distlora.post.trained import Trained
 from distlora.post.weights import open_base
@@ -37,17 +42,60 @@ def write(export: Export) -> None:
     assert request.converter is not None
     base = (trained.spec.model.name or trained.base.name).rpartition("/")[2]
     name = base if trained.weights is None else f"{base} {Path(trained.place).name}"
+    whole = trained.spec.adapter.method == "full"
+    merged = DTYPES.get(request.dtype, torch.float32)  # The converter rounds from fp32 to 8 bits.
+    each = BYTES[request.dtype] + (0 if whole else merged.itemsize)
+    weights = open_base(trained.spec, trained.initial_adapter_dir).weights.values()
+    num_bytes = int(each * sum(math.prod(weight.shape) for weight in weights))
+    check_space(export.place.parent, num_bytes, "the file" if whole else "the file, with the merged model beside it,")
     with tempfile.TemporaryDirectory(dir=export.place.parent, prefix=".merged-") as scratch:
         folder = Path(scratch) / "model"
-        if trained.spec.adapter.method == "full":
+        if whole:
             folder = _whole(trained)
-        else:  # The converter rounds from fp32 to 8 bits.
-            merge_to(
-                trained, folder, onto=request.onto, dtype=DTYPES.get(request.dtype, torch.float32), say=export.progress
-            )
+        else:
+            merge_to(trained, folder, onto=request.onto, dtype=merged, say=export.progress)
         options = ("--outtype", OUT_TYPES[request.dtype], "--model-name", name)
-        convert(Path(request.converter) / MODELS, folder, export.place, *options)
+        with unpacked(Path(request.converter)) as converter:
+            convert(converter / MODELS, folder, export.place, *options)
+        hold_to_config(export.place, read_hf_config(folder), export.say)
     atomic_io.sync(export.place)
+
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "q8_0": 34 / 32}
+"""Bytes of a weight in the file, by dtype."""
+
+
+def hold_to_config(path: Path, config: Any, say: Callable[[str], None]) -> None:
+    """Raise UserError for a file that lacks the rotary embedding of a config.
+
+    Its context length is limited to a sliding window that it lacks, or that llama.cpp ignores (phi3): up to there the
+    model attends to all.
+    """
+    file, text = gguf.GGUFReader(path, "r+"), config.get_text_config()
+    family = file.fields["general.architecture"].contents()
+    names = {tensor.name for tensor in file.tensors} | {key.removeprefix(f"{family}.") for key in file.fields}
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    kind, part = rope.get("rope_type", "default"), rope.get("partial_rotary_factor") or 1
+    lost = {f"rope_type={kind!r}": ROPES[kind], f"partial_rotary_factor={part}": part != 1 and "rope.dimension_count"}
+    for what, key in lost.items():
+        require(
+            not key or key in names,
+            f"--format=gguf: config.json has {what}, and llama.cpp's converter wrote no {key} for {text.model_type}; "
+            "write --format hf",
+        )
+    window, limit = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
+    types = getattr(text, "layer_types", None) or ["sliding_attention"]
+    if not window or "sliding_attention" not in types or (limit and window >= limit):
+        return
+    if "attention.sliding_window" not in names or family == "phi3":
+        field = file.fields[f"{family}.context_length"]
+        field.parts[field.data[0]][0] = window
+        file.data.flush()
+        say(
+            f"the model attends to a window of {window:,} tokens, and llama.cpp's {family} to all: they are the same "
+            f"up to {window:,} tokens, which the file names as its context (of {limit:,})"
+        )
 
 
 def _whole(trained: Trained) -> Path:
@@ -127,7 +175,9 @@ def half_steps(exact: Tensor, read: Tensor, dtype: str) -> float:
     if dtype == "q8_0" and exact.shape[-1] % 32 == 0:  # Half of a 127th of the block's maximum, with a scale in fp16.
         largest = size.view(-1, 32).amax(-1, keepdim=True).expand(-1, 32).reshape(size.shape)
         step = largest / 127 * (0.5 + 127 * 2**-11) + 2**-18
-    return float(((read - exact).abs() / step).nan_to_num(0.0, posinf=float("inf")).max())
+    apart = (read - exact).abs()
+    # No number that is none or infinite, in either, is near to another.
+    return float(torch.where(apart == 0, 0.0, apart / step).nan_to_num(float("inf"), posinf=float("inf")).max())
 
 
 def transformers_model(path: Path, config: Any) -> Any:

@@ -1,19 +1,23 @@
-"""llama.cpp's converter to GGUF, of a checkout or of a source archive that is downloaded once and checked.
+"""llama.cpp's converter to GGUF, of a checkout or of a source archive that is downloaded once and checked each time.
 
 It runs in a process of its own with the gguf package that lies beside it. Imports no torch.
 """
 
 import contextlib
+import errno
+import io
 import os
 import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from distlora.config import UserError, require
 from distlora.config.base import cache_root
+from distlora.config.json_files import read_object
 from distlora.system import atomic_io
 from distlora.system.progress import say, still
 from distlora.system.published import Archive
@@ -32,9 +36,9 @@ OUT_TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "q8_0": "q8_0"}
 
 
 def converter(checkout: str | None) -> Path:
-    """Return the folder of the converter: a checkout of llama.cpp, else one in the cache, made the first time.
+    """Return the place of the converter: a checkout of llama.cpp, else the archive in the cache, which may be new.
 
-    Raises UserError for a folder without it, and where it cannot be downloaded.
+    Raises UserError for a folder without it, where it cannot be downloaded, and for another archive.
     """
     if checkout is not None:
         folder = Path(checkout).expanduser().absolute()
@@ -44,35 +48,67 @@ def converter(checkout: str | None) -> Path:
             "or leave it out to download one",
         )
         return folder
-    folder = cache_root() / "llama.cpp" / SOURCE.file.removesuffix(".tar.gz")
-    if folder.is_dir():
-        return folder
-    try:
-        atomic_io.private_folder(folder.parent)
-        with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder.parent) as scratch:
-            source = SOURCE.fetch(
-                folder.parent, Path(scratch), say, "name a checkout of llama.cpp with --llama-cpp FOLDER"
-            )
-            inside = f"{folder.name}/vendor/llama.cpp/"
-            with tarfile.open(source) as archive:
-                members = [each for each in archive if each.name.removeprefix(inside).startswith(_PARTS)]
-                archive.extractall(scratch, members, filter="data")
-            with contextlib.suppress(OSError):  # Another export was faster.
-                os.rename(Path(scratch) / inside, folder)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder.parent}: {error.strerror}; set DISTLORA_CACHE=FOLDER") from error
-    return folder
+    place = cache_root() / "llama.cpp" / SOURCE.file
+    if not place.is_file():
+        try:
+            atomic_io.private_folder(place.parent)
+            with tempfile.TemporaryDirectory(prefix=".downloading-", dir=place.parent) as scratch:
+                otherwise = "name a checkout of llama.cpp with --llama-cpp FOLDER"
+                SOURCE.fetch(place.parent, Path(scratch), say, otherwise).replace(place)
+        except OSError as error:
+            raise UserError(f"cannot write to {place.parent}: {error.strerror}; set DISTLORA_CACHE=FOLDER") from error
+    SOURCE.read(place)
+    return place
+
+
+@contextlib.contextmanager
+def unpacked(place: Path) -> Iterator[Path]:
+    """Yield the folder of the converter at `place`: a checkout itself, the archive's in a temporary folder.
+
+    Others may write to a shared cache: what runs is unpacked from the very bytes whose digest is right.
+    """
+    if place.is_dir():
+        yield place
+        return
+    inside = f"{SOURCE.file.removesuffix('.tar.gz')}/vendor/llama.cpp/"
+    with tempfile.TemporaryDirectory() as scratch:
+        with tarfile.open(fileobj=io.BytesIO(SOURCE.read(place))) as archive:
+            members = [each for each in archive if each.name.removeprefix(inside).startswith(_PARTS)]
+            archive.extractall(scratch, members, filter="data")
+        yield Path(scratch) / inside
+
+
+def _link_without_code(source: Path, folder: Path) -> None:
+    """Fill `folder` with links to the files of a model, whose configs name no code of theirs to run.
+
+    The converter loads some tokenizers with trust_remote_code=True, which runs what auto_map names.
+    """
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.name in ("config.json", "tokenizer_config.json"):
+            values = read_object(path, "mend the base's file")
+            values.pop("auto_map", None)
+            atomic_io.write_json(folder / path.name, values)
+        else:
+            (folder / path.name).symlink_to(path.absolute())
 
 
 def convert(script: Path, source: Path, out: Path, *options: str) -> None:
-    """Run a script of the converter on a folder. Raises UserError, with its last words, where it fails."""
-    command = [sys.executable, str(script), str(source), "--outfile", str(out), *options]
+    """Run a script of the converter on a folder, and print its warnings.
+
+    Raises UserError, with the last line it printed, where it fails, and OSError if the disk is full.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    with still("converting"):
+    with tempfile.TemporaryDirectory() as scratch, still("converting"):
+        folder = Path(scratch) / "model"
+        _link_without_code(source, folder)
+        command = [sys.executable, str(script), str(folder), "--outfile", str(out), *options]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     if ended.returncode != 0 or not out.is_file():
         words = [line.strip() for line in (ended.stdout + ended.stderr).splitlines() if line.strip(" ^~")]
         reason = words[-1] if words else f"exit code {ended.returncode}"
+        if re.search(r"No space left on device|requested and \d+ written", reason):  # The latter is NumPy's.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
         if reason == "AssertionError":  # What was asserted stands before it.
             reason = f"{words[-2]}: {reason}"
         if package := re.search(r"No module named '(\w+)'", reason):
@@ -84,3 +120,6 @@ def convert(script: Path, source: Path, out: Path, *options: str) -> None:
             f"llama.cpp's {script.name} does not convert this model ({reason}); write --format hf, or name a newer "
             "llama.cpp with --llama-cpp FOLDER"
         )
+    for line in (ended.stdout + ended.stderr).splitlines():
+        if "WARNING" in line and "Unknown RoPE type: default" not in line:  # The plain one is no rope type to it.
+            say(f"llama.cpp's converter: {line.strip()}")

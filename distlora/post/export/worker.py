@@ -44,7 +44,8 @@ def run(request: ExportRequest) -> int:
             has_client = bool(FORMATS[request.format].clients)
             found = checked(request, place) if request.check and has_client else None
             if found is None and has_client:
-                say("no client has loaded it; export.json records no check")
+                record_says = "; export.json records no check" if place.is_dir() else ""
+                say(f"warning: nothing has compared it with the trained model{record_says}")
             if place.is_dir():
                 atomic_io.write_json(place / "export.json", record(request, trained, found))
     except Differs as error:

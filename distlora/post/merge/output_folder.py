@@ -152,13 +152,13 @@ class Cursor:
         assert not self._left, f"{self._name} ended early"
 
 
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Raise UserError if the disk under `folder` has less free space than `num_bytes`."""
+def check_space(folder: Path, num_bytes: int, what: str = "the merged model") -> None:
+    """Raise UserError if the disk under `folder` has less free space than the `num_bytes` of `what`."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     free = shutil.disk_usage(existing).free
     if num_bytes > free:
         raise UserError(
-            f"{folder}: the merged model takes {num_bytes / 1e9:,.1f} GB, and the disk there has {free / 1e9:,.1f} GB "
+            f"{folder}: {what} takes {num_bytes / 1e9:,.1f} GB, and the disk there has {free / 1e9:,.1f} GB "
             "free; name another folder with --out, write --dtype bf16, or free some space"
         )
 

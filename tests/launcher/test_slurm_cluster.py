@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,13 @@ pytestmark = [pytest.mark.ci, pytest.mark.skipif(MISSING is not None, reason=f"n
 STEPS = 20
 START_SECONDS = 180.0
 """For imports on a machine whose cores are busy with other tests."""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Nodes n1 and n2 with two GPUs each."""
+    with running_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+        yield running
 
 
 def train(cluster: SlurmCluster, folders: Path, *settings: str, expect: int = 0) -> str:

@@ -6,23 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from support.slurm_cluster import SlurmCluster, running_cluster
+from support.slurm_cluster import SlurmCluster
 from support.small_models import read_metrics
 
 DISTLORA = Path(sys.executable).with_name("distlora")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Nodes n1 and n2 with two GPUs each."""
-    with running_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
-        yield running
 
 
 def distlora(cluster: SlurmCluster, *words: str, expect: int = 0, **variables: str) -> str:

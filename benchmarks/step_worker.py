@@ -91,7 +91,7 @@ def turns(device: torch.device, parent: Connection, losses: list[float | Tensor]
             yield
             times.append([after - before for before, after in zip(began, now(), strict=True)])
         seconds, cpu_seconds = zip(*times, strict=True)
-        answer = {"seconds": seconds, "cpu_seconds": cpu_seconds, "losses": [float(loss) for loss in losses]}
+        answer: dict[str, Any] = {"seconds": seconds, "cpu_seconds": cpu_seconds, "losses": [*map(float, losses)]}
         if on_gpu:
             answer["peak"] = torch.cuda.max_memory_allocated()
             torch.cuda.empty_cache()  # For the other ways.
@@ -129,8 +129,10 @@ def ours(job: Job, rows: PackedRows, ranks: Ranks, parent: Connection) -> None:
 
 def batches(job: Job, rows: PackedRows, ranks: Ranks) -> Iterator[Inputs]:
     """Yield this rank's sequences of each step, in the format of transformers, which shifts labels itself."""
-    micro, place = job.rows // ranks.world, {"rank": ranks.rank, "world": ranks.world}
-    loader = StepLoader(rows, global_batch=job.rows, micro_batch=micro, **place, seed=0, shuffle=False)
+    micro, world = job.rows // ranks.world, ranks.world
+    loader = StepLoader(
+        rows, global_batch=job.rows, micro_batch=micro, rank=ranks.rank, world=world, seed=0, shuffle=False
+    )
     for step in itertools.count():
         (batch,) = loader.batch(step).micro_batches
         labels = torch.full_like(batch.labels, IGNORED)

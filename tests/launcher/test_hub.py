@@ -171,6 +171,9 @@ def test_a_model_by_name_is_trained_pushed_and_loaded_by_peft(hub: Hub, folders:
     assert "downloading org/tiny" in python(hub, place, RESTORE, "run")
     assert (snapshot / "model.safetensors").stat().st_size == weights
     assert python(hub, place, RESTORE, "run") == ""
+    (snapshot / "model.safetensors").unlink()  # As `distlora plan` leaves a model, with its small files alone.
+    assert "downloading org/tiny" in python(hub, place, RESTORE, "run")
+    assert (snapshot / "model.safetensors").stat().st_size == weights
 
 
 REFUSALS: dict[str, tuple[str, list[str], list[str]]] = {

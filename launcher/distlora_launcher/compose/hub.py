@@ -83,7 +83,8 @@ def restore(model: ModelConfig) -> None:
     folder, name, commit = Path(model.path), model.name, model.revision
     if name is None or commit is None or folder.parts[-2:] != ("snapshots", commit):
         return
-    if folder.is_dir() and all(path.exists() for path in folder.iterdir()):  # A link into an emptied cache does not.
+    # A link into an emptied cache does not exist; `distlora plan` brings small files alone.
+    if folder.is_dir() and all(path.exists() for path in folder.iterdir()) and not _model_in(folder, name).absent():
         return
     print(f"{folder} is missing or incomplete", flush=True)
     download(locate(name, commit, cache=folder.parents[2]))
@@ -105,6 +106,11 @@ def locate(name: str, revision: str | None, *, cache: Path | None = None) -> Hub
                 name, revision=revision, cache_dir=cache, allow_patterns=patterns, ignore_patterns=list(_UNREAD)
             )
         )
+    return _model_in(folder, name)
+
+
+def _model_in(folder: Path, name: str) -> HubModel:
+    """Return a model by its snapshot's folder."""
     if not (index := folder / INDEX_NAME).is_file():
         return HubModel(name, folder, (SINGLE_NAME,))
     with _named(index, f"{name}: its {INDEX_NAME}"):

@@ -48,13 +48,12 @@ from distlora_launcher.launch.failures import (
     Failure,
     file_identity,
     first_failure,
-    killed,
     read_error,
     read_errors,
     read_gave_up,
     resume_point,
+    stopped_without_workers,
     write_killed,
-    write_stopped,
 )
 from distlora_launcher.launch.logs import set_aside_attempt
 from distlora_launcher.launch.processes import FORWARDED, HANDLED_BY_TORCH, Forwarder, host_name
@@ -63,6 +62,8 @@ from distlora_launcher.terminal.output import Output, warn
 
 LOOK_SECONDS = 0.2
 """Interval between looks at the workers. Rank 0's output is shown at once."""
+FILES_SECONDS = 0.5
+"""Interval between looks at the files of workers and other nodes, which may lie on a network file system."""
 READ_SECONDS = 60
 """Longest wait for the node that serves the store: one that lost power or its cable does not answer."""
 LOST_SECONDS = 10
@@ -160,6 +161,8 @@ class Agent(LocalElasticAgent):
         """True if torch waited for workers, and then killed them."""
         self._told = self._began = time.monotonic()
         """Time of the newest line about a slow start; infinite once rank 0 has written something."""
+        self._read = -math.inf
+        """Time of the newest look at files."""
         self._restarts, self._restarting = 0, False
         """Number of restarts; True while the failure is printed and the next workers have not started yet."""
         self._hangs: set[float] = set()
@@ -209,8 +212,10 @@ class Agent(LocalElasticAgent):
         elif time.monotonic() - self._told > STILL_SECONDS:
             self._told = time.monotonic()
             warn(f"still starting the workers ({self._told - self._began:.0f} s)")
-        with contextlib.suppress(OSError):  # Of a network file system; the next look reads again.
-            self._look_at_files()
+        if time.monotonic() - self._read >= FILES_SECONDS:
+            self._read = time.monotonic()
+            with contextlib.suppress(OSError):  # Of a network file system; the next look reads again.
+                self._look_at_files()
         if time.monotonic() - self._handler.lost > LOST_SECONDS:
             raise RendezvousConnectionError("The node of the endpoint does not answer")
         if not self._runs:
@@ -235,9 +240,8 @@ class Agent(LocalElasticAgent):
         signum = self._requests.received
         if signum is None:
             return
-        if self._requests.killed or not self._saves:
-            raise Ended(killed(signum))
-        raise Ended(write_stopped(self._run_dir, signum))
+        saves = self._saves and not self._requests.killed
+        raise Ended(stopped_without_workers(self._run_dir, signum, saves=saves))
 
     def _errors(self) -> list[dict[str, Any]]:
         found = read_errors(self._logs)

@@ -228,6 +228,11 @@ def write_stopped(run_dir: Path, signum: int) -> Failure:
     return Failure(f"stopped by {name_of(signum)} while no workers ran on {host_name()}: {state}", "", stopped=True)
 
 
+def stopped_without_workers(run_dir: Path, signum: int, *, saves: bool) -> Failure:
+    """Return the end of a run or a command that is asked to stop while no worker runs. saves: see `run_workers`."""
+    return write_stopped(run_dir, signum) if saves else killed(signum)
+
+
 def resume_point(run_dir: Path) -> str:
     """Return where a restart continues."""
     saved = checkpoint_folders(run_dir)

@@ -25,7 +25,13 @@ from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.stop_signals import STOPPED_NAME
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch.bound import PARENT
-from distlora_launcher.launch.failures import Failure, file_identity, killed, write_gave_up, write_stopped
+from distlora_launcher.launch.failures import (
+    Failure,
+    file_identity,
+    killed,
+    stopped_without_workers,
+    write_gave_up,
+)
 from distlora_launcher.launch.logs import set_aside_logs
 from distlora_launcher.launch.processes import HANDLED_BY_TORCH, Forwarder, forwarding, host_name
 from distlora_launcher.launch.rendezvous import Rendezvous
@@ -97,7 +103,7 @@ def run_workers(
         forks = import_for_workers(worker_module, lambda: requests.received is not None)
         failure: Failure | None
         if requests.received is not None:
-            failure = write_stopped(run_dir, requests.received) if saves else killed(requests.received)
+            failure = stopped_without_workers(run_dir, requests.received, saves=saves)
         else:
             try:
                 from distlora_launcher.launch.agent import run_agent
@@ -127,9 +133,10 @@ def run_workers(
         lacks_marker = saves and requests.received is not None and find_result(run_dir) is None
         return STOPPED if lacks_marker else DONE
     if requests.received is not None and (requests.killed or not saves):
-        failure = killed(signal.SIGINT if requests.killed else requests.received)
+        signum = signal.SIGINT if requests.killed else requests.received
+        failure = killed(signum)
         give_up(failure, f"{failure.reason}; logs are in {log_dir}", log_dir, rendezvous)
-        return 128 + (signal.SIGINT if requests.killed else requests.received)
+        return 128 + signum
     give_up(failure, f"error: {failure.message}", log_dir, rendezvous)
     return BAD_INPUT if failure.bad_input else FAILED
 

@@ -1,4 +1,4 @@
-"""What several benchmarks share: arguments, reports, other libraries' models."""
+"""Arguments, reports and other libraries' models, for several benchmarks."""
 
 from __future__ import annotations
 

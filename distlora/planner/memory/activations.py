@@ -2,8 +2,7 @@
 
 Each storage counts once, operation by operation: those of a layer are in layer.py, those of the LM head here. With
 adapter=full the gradients of a unit in its backward are here, 16-bit copies and gathered weights are not.
-test_activations.py compares the sums with what autograd saves and with what is
-alive at a step's peak, within 5 %.
+test_activations.py compares the sums with what autograd saves and with what is alive at a step's peak, within 5 %.
 """
 
 from __future__ import annotations

@@ -49,16 +49,16 @@ def converter(checkout: str | None) -> Path:
         )
         return folder
     place = cache_root() / "llama.cpp" / SOURCE.file
-    if not place.is_file():
-        try:
-            atomic_io.private_folder(place.parent)
-            with tempfile.TemporaryDirectory(prefix=".downloading-", dir=place.parent) as scratch:
-                otherwise = "name a checkout of llama.cpp with --llama-cpp FOLDER"
-                SOURCE.fetch(place.parent, Path(scratch), say, otherwise).replace(place)
-        except OSError as error:
-            raise UserError(f"cannot write to {place.parent}: {error.strerror}; set DISTLORA_CACHE=FOLDER") from error
-    SOURCE.read(place)
-    return place
+    if place.is_file():
+        SOURCE.read(place)
+        return place
+    try:
+        atomic_io.private_folder(place.parent)
+        with tempfile.TemporaryDirectory(prefix=".downloading-", dir=place.parent) as scratch:
+            otherwise = "name a checkout of llama.cpp with --llama-cpp FOLDER"
+            return SOURCE.fetch(place.parent, Path(scratch), say, otherwise).replace(place)
+    except OSError as error:
+        raise UserError(f"cannot write to {place.parent}: {error.strerror}; set DISTLORA_CACHE=FOLDER") from error
 
 
 @contextlib.contextmanager
@@ -104,8 +104,8 @@ def convert(script: Path, source: Path, out: Path, *options: str) -> None:
         _link_without_code(source, folder)
         command = [sys.executable, str(script), str(folder), "--outfile", str(out), *options]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+    words = [line.strip() for line in (ended.stdout + ended.stderr).splitlines() if line.strip(" ^~")]
     if ended.returncode != 0 or not out.is_file():
-        words = [line.strip() for line in (ended.stdout + ended.stderr).splitlines() if line.strip(" ^~")]
         reason = words[-1] if words else f"exit code {ended.returncode}"
         if re.search(r"No space left on device|requested and \d+ written", reason):  # The latter is NumPy's.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
@@ -120,6 +120,6 @@ def convert(script: Path, source: Path, out: Path, *options: str) -> None:
             f"llama.cpp's {script.name} does not convert this model ({reason}); write --format hf, or name a newer "
             "llama.cpp with --llama-cpp FOLDER"
         )
-    for line in (ended.stdout + ended.stderr).splitlines():
+    for line in words:
         if "WARNING" in line and "Unknown RoPE type: default" not in line:  # The plain one is no rope type to it.
-            say(f"llama.cpp's converter: {line.strip()}")
+            say(f"llama.cpp's converter: {line}")

@@ -26,8 +26,8 @@ from distlora.checkpoint.saver import Saver, choose, environment
 from distlora.checkpoint.state import Identity, Progress, TrainState
 from distlora.config import Config
 from distlora.config.file import build
-from distlora.output.results import Table
 from distlora.parallel import Ranks, join_ranks, leave_ranks
+from distlora.results.tables import Table
 from distlora.run_folder.layout import TRAINER_NAME
 from distlora.system.progress import say
 from distlora.training.publish import restore, trainer_tensors, weight_files

@@ -22,8 +22,8 @@ from distlora.config import Config
 from distlora.config.file import build
 from distlora.generation.engine import Engine
 from distlora.generation.requests import Request
-from distlora.output.results import Table
 from distlora.parallel import Ranks
+from distlora.results.tables import Table
 from distlora.system.progress import say
 from distlora.training.setup import start_run_model
 from distlora_kernels import processor

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distlora.output.results import Table
+from distlora.results.tables import Table
 from distlora_kernels import elementwise, fused, reference, scratch
 from distlora_kernels.dispatch import interpreted
 from distlora_kernels.formats import FORMATS, Format

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.output.results import Table
+from distlora.results.tables import Table
 from distlora.system.progress import say
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 from distlora_launcher.launch.workers import ON_CPU

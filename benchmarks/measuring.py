@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed.tensor import DTensor
 
-from distlora.output.results import Table, as_markdown
+from distlora.results.tables import Table, as_markdown
 from distlora_kernels import processor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # For support.measured, which tests share.

@@ -37,10 +37,10 @@ from distlora.architecture.shapes import ARCHITECTURES
 from distlora.checkpoint.files import write_files
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.file import build
-from distlora.output.results import Table
 from distlora.parallel import Ranks
 from distlora.post.merge.merge import merge_to
 from distlora.post.trained import Trained, base_spec
+from distlora.results.tables import Table
 from distlora.system.progress import say
 from distlora.training.publish import weight_files
 from distlora.training.setup import start_run_model

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from distlora.output.results import COLOURS, new_figure, save
 from distlora.planner import Plan
 from distlora.planner.memory import KINDS, Kind
 from distlora.planner.speed.rates import WAITS
 from distlora.planner.speed.scaling import OWN, ScalingRow
+from distlora.results.tables import COLOURS, new_figure, save
 from distlora.system.numbers import size
 
 Name = TypeVar("Name")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from support.modules import MODULES, ROOT
 
 PACKAGES = """
-distlora_kernels distlora.config distlora.system distlora.output distlora.architecture
+distlora_kernels distlora.config distlora.system distlora.results distlora.architecture
 distlora.weights distlora.run_folder distlora.rewards distlora.planner distlora.model distlora.parallel distlora.data
 distlora.loading distlora.checkpoint distlora.derive distlora.generation distlora.training distlora.post
 distlora.analysis
@@ -43,7 +43,7 @@ HOMES = {
     "llama_cpp": "distlora.post.export",
     "math_verify": "distlora.rewards",
     "jsonschema": "distlora.rewards",
-    "matplotlib": "distlora.output distlora.analysis distlora.planner distlora_launcher",
+    "matplotlib": "distlora.results distlora.analysis distlora.planner distlora_launcher",
     "optuna": "distlora_launcher.sweeps",
 }
 ONLY_IN_WORKERS = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"} | {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlora.analysis.intrinsic.request import PLOT_NAME
-from distlora.output.results import COLOURS, Table, as_markdown, as_text, new_figure, save
+from distlora.results.tables import COLOURS, Table, as_markdown, as_text, new_figure, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,10 +17,10 @@ from distlora.analysis.intrinsic.request import (
     IntrinsicRequest,
 )
 from distlora.analysis.intrinsic.training import Bench, Outcome, Training
-from distlora.output.results import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import let_go
 from distlora.post.load_trained import made_on
+from distlora.results.tables import Written
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress

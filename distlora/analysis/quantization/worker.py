@@ -28,10 +28,10 @@ from distlora.config import TrainConfig
 from distlora.data.prepare import prepare
 from distlora.data.rows import PackedRows
 from distlora.model.build import CausalLM
-from distlora.output.results import Written
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import Loss, Readings, compare, evenly
 from distlora.post.load_trained import made_on
+from distlora.results.tables import Written
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress
 from distlora.training.setup import start_model

@@ -18,8 +18,8 @@ from distlora.analysis.spectrum.changes import Change, Changes, open_changes
 from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, SpectrumRequest
 from distlora.analysis.spectrum.singular import Singular, largest, of_factors, similarity, whole
 from distlora.config import UserError
-from distlora.output.results import Written
 from distlora.post.load_trained import made_on
+from distlora.results.tables import Written
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress, quieten
 from distlora.weights.decompose import times, transposed_times

@@ -25,12 +25,12 @@ from distlora.architecture.tokens import EMBEDDING
 from distlora.checkpoint.files import new_folder, write_files
 from distlora.config import UserError, require
 from distlora.config.json_files import read_object
-from distlora.output.results import Table
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.post.combine.methods import combine
 from distlora.post.combine.request import CombineRequest
 from distlora.post.trained import COMBINED, base_spec
 from distlora.post.weights import BaseWeight, open_base, read_factors, read_token_rows
+from distlora.results.tables import Table
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
 from distlora.system.exit_codes import DONE, run_to_exit_code

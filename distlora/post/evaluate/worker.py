@@ -24,7 +24,6 @@ from distlora.architecture.spec import architecture_of
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import UserError
 from distlora.data.rows import PackedRows
-from distlora.output.results import Table
 from distlora.parallel import Ranks
 from distlora.post.evaluate.measure import (
     add_to_receipt,
@@ -38,6 +37,7 @@ from distlora.post.evaluate.request import NAMES, Draft, EvaluateRequest
 from distlora.post.load_trained import made_on, run_on_ranks
 from distlora.post.merge.merge import DTYPES, merge_to
 from distlora.post.merge.request import measured_table
+from distlora.results.tables import Table
 from distlora.system import atomic_io
 from distlora.system.progress import Progress, quieten, say
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from distlora.checkpoint.files import new_folder
-from distlora.output.results import Table
 from distlora.post.merge.output_folder import (
     Clock,
     Cursor,
@@ -45,6 +44,7 @@ from distlora.post.merge.request import (
 from distlora.post.merge.shipped import Outputs
 from distlora.post.trained import Trained, versions
 from distlora.post.weights import open_base
+from distlora.results.tables import Table
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
 from distlora.system.exit_codes import DONE, run_to_exit_code

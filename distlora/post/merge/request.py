@@ -14,8 +14,8 @@ from distlora.architecture.low_bit_headers import LowBitSegment, LowBitTensor, i
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.config import require
 from distlora.config.json_files import check_shape, read_object
-from distlora.output.results import Table
 from distlora.post.trained import Name, Trained, read_combined
+from distlora.results.tables import Table
 from distlora.system import atomic_io
 
 Onto = Literal["trained", "original"]

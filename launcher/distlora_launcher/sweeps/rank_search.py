@@ -30,11 +30,11 @@ from distlora.config import AdapterConfig, TrainConfig, UserError, require
 from distlora.config.json_files import Shape, object_or_empty, read_object
 from distlora.config.sweep import SweepConfig
 from distlora.data.packing import hash64
-from distlora.output.results import Table
 from distlora.planner import plan_of
 from distlora.planner.learning_rate import FULL_RATIO
 from distlora.planner.model import PlannedModel
 from distlora.planner.report import needs
+from distlora.results.tables import Table
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
 from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord

@@ -18,7 +18,7 @@ distlora.weights distlora.run_folder distlora.rewards distlora.planner distlora.
 distlora.loading distlora.checkpoint distlora.derive distlora.generation distlora.training distlora.post
 distlora.analysis
 distlora_launcher.terminal distlora_launcher.report distlora_launcher.compose distlora_launcher.importing
-distlora_launcher.launch distlora_launcher.jobs distlora_launcher.sweeps distlora_launcher.demo distlora_launcher.cli
+distlora_launcher.launch distlora_launcher.jobs distlora_launcher.studies distlora_launcher.demo distlora_launcher.cli
 distlora_launcher.follow distlora_launcher.api
 """.split()  # noqa: SIM905
 
@@ -44,7 +44,7 @@ HOMES = {
     "math_verify": "distlora.rewards",
     "jsonschema": "distlora.rewards",
     "matplotlib": "distlora.results distlora.analysis distlora.planner distlora_launcher",
-    "optuna": "distlora_launcher.sweeps",
+    "optuna": "distlora_launcher.studies",
 }
 ONLY_IN_WORKERS = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"} | {
     *("tensorboard", "mlflow", "trackio", "swanlab")

@@ -24,8 +24,8 @@ from distlora.run_folder.sweep import (
 )
 from distlora_launcher.report.records import PageStatus
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report
-from distlora_launcher.sweeps.results import page_of_sweep, write_at_end
-from distlora_launcher.sweeps.sweep import Sweep, Values, make_sweep
+from distlora_launcher.studies.results import page_of_sweep, write_at_end
+from distlora_launcher.studies.sweep import Sweep, Values, make_sweep
 from support.damage import Reader, any_json, any_yaml, holds, holds_without
 from support.report_folders import Page, make_folder, reported
 

@@ -17,7 +17,7 @@ from distlora_launcher.cli.plan import plan_run
 from distlora_launcher.compose.compose import compose_config, compose_sweep
 from distlora_launcher.compose.options import known_models
 from distlora_launcher.importing.settings_file import with_file
-from distlora_launcher.sweeps.start import parse_sweep
+from distlora_launcher.studies.start import parse_sweep
 from support.damage import YAML_TRICKS
 
 OWN = """

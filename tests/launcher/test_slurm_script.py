@@ -90,7 +90,7 @@ def golden_scripts() -> dict[str, str]:
     whole = run_config("/runs/sweep", **of_all)
 
     def workers_of(config: Config, workers: int) -> str:
-        worker = ["distlora_launcher.sweeps.worker", "/runs/sweep"]
+        worker = ["distlora_launcher.studies.worker", "/runs/sweep"]
         options: dict[str, Any] = {"gpus": True, "trials": "trials/*", "mounts": mounts([config])}
         folder, cluster = Path(config.run_dir), config.cluster
         return render_workers(folder, config.name, cluster, workers=workers, worker=worker, **options)

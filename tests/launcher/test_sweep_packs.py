@@ -18,13 +18,13 @@ from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED
 from distlora.training.multi_trial import protocol
 from distlora_launcher.launch.lock import holders, worker_place
 from distlora_launcher.launch.processes import Forwarder
-from distlora_launcher.sweeps import multi_trial
-from distlora_launcher.sweeps import runner as sweep_runner
-from distlora_launcher.sweeps.multi_trial import MultiTrialRunner
-from distlora_launcher.sweeps.runner import Outcome, Trial
-from distlora_launcher.sweeps.study import Study
-from distlora_launcher.sweeps.sweep import Dimension, Sweep, Values, make_search, make_sweep
-from distlora_launcher.sweeps.worker import Worker
+from distlora_launcher.studies import multi_trial
+from distlora_launcher.studies import runner as sweep_runner
+from distlora_launcher.studies.multi_trial import MultiTrialRunner
+from distlora_launcher.studies.runner import Outcome, Trial
+from distlora_launcher.studies.study import Study
+from distlora_launcher.studies.sweep import Dimension, Sweep, Values, make_search, make_sweep
+from distlora_launcher.studies.worker import Worker
 from support.launcher_fakes import write_data, write_model
 
 RATES = Values("optim.lr", (1e-4, 2e-4, 3e-4, 4e-4, 5e-4))

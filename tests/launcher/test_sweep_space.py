@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distlora.config import UserError
 from distlora.run_folder.sweep import words_of
 from distlora_launcher.compose.compose import parse_overrides
-from distlora_launcher.sweeps.sweep import (
+from distlora_launcher.studies.sweep import (
     Dimension,
     Interval,
     Values,

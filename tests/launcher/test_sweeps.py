@@ -23,12 +23,12 @@ from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, RUNNING, WAITING
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch.lock import holders, lock_run, worker_place
 from distlora_launcher.launch.processes import Forwarder
-from distlora_launcher.sweeps import runner, start
-from distlora_launcher.sweeps.runner import Outcome, SingleTrialRunner, Trial
-from distlora_launcher.sweeps.start import parse_sweep
-from distlora_launcher.sweeps.study import Study
-from distlora_launcher.sweeps.sweep import Dimension, Due, Interval, Sweep, Values, load_sweep, make_search, make_sweep
-from distlora_launcher.sweeps.worker import Worker
+from distlora_launcher.studies import runner, start
+from distlora_launcher.studies.runner import Outcome, SingleTrialRunner, Trial
+from distlora_launcher.studies.start import parse_sweep
+from distlora_launcher.studies.study import Study
+from distlora_launcher.studies.sweep import Dimension, Due, Interval, Sweep, Values, load_sweep, make_search, make_sweep
+from distlora_launcher.studies.worker import Worker
 from support.launcher_fakes import wait_until
 
 HERE = Path(__file__).parents[1]
@@ -273,7 +273,7 @@ def test_a_trial_that_falls_behind_is_pruned_and_one_that_leads_is_not(tmp_path:
 
 def start_worker(sweep: Sweep) -> subprocess.Popen[bytes]:
     code = (
-        "import sys; from pathlib import Path; from distlora_launcher.sweeps import runner, worker; "
+        "import sys; from pathlib import Path; from distlora_launcher.studies import runner, worker; "
         "runner.MODULE = 'support.sweep_fake_trial'; sys.exit(worker.run(Path(sys.argv[1]), 0))"
     )
     return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=os.environ | {"PYTHONPATH": str(HERE)})
@@ -313,11 +313,11 @@ def test_a_worker_that_ends_leaves_its_trial_to_go_on_with(
 def start_sweep(sweep: Sweep, tmp_path: Path) -> subprocess.Popen[bytes]:
     """Start the workers of a sweep as `distlora sweep` does."""
     (tmp_path / "sitecustomize.py").write_text(
-        "from distlora_launcher.sweeps import runner\nrunner.MODULE = 'support.sweep_fake_trial'\n"
+        "from distlora_launcher.studies import runner\nrunner.MODULE = 'support.sweep_fake_trial'\n"
     )
     code = (
         "import sys; from pathlib import Path; "
-        "from distlora_launcher.sweeps import start, sweep; here = sweep.load_sweep(Path(sys.argv[1])); "
+        "from distlora_launcher.studies import start, sweep; here = sweep.load_sweep(Path(sys.argv[1])); "
         "sys.exit(start.run_workers_here(here, 1))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)]), "CUDA_VISIBLE_DEVICES": ""}

@@ -18,9 +18,9 @@ import yaml
 from distlora.training.trackers.wandb_agent import VARIABLES, AgentRun, agrees
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
-from distlora_launcher.sweeps import wandb_sweep
-from distlora_launcher.sweeps.sweep import split
-from distlora_launcher.sweeps.wandb_sweep import parameter
+from distlora_launcher.studies import wandb_sweep
+from distlora_launcher.studies.sweep import split
+from distlora_launcher.studies.wandb_sweep import parameter
 from support.small_models import read_metrics
 from support.wandb_server import WandbServer, read_wandb_log, running_wandb_server
 

@@ -31,7 +31,7 @@ from distlora_launcher.compose.compose import UNSET, compose_run, expand_home
 from distlora_launcher.compose.options import known_models
 from distlora_launcher.compose.planning import check_planned, choices, planned_model
 from distlora_launcher.importing.settings_file import with_file
-from distlora_launcher.sweeps.multi_trial import compose_for_plan, plan_together
+from distlora_launcher.studies.multi_trial import compose_for_plan, plan_together
 from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import shown
 

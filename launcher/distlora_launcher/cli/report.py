@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
 def page_of(folder: Path) -> str:
     """Return the page of a run or a sweep. Raises UserError for any other folder."""
     if is_sweep_folder(folder):
-        from distlora_launcher.sweeps.results import page_of_sweep
+        from distlora_launcher.studies.results import page_of_sweep
 
         return page_of_sweep(folder)
     if not (folder / CONFIG_NAME).exists():

@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
     options = read(StatusRequest, "distlora status", arguments)
     folder = Path(options.run).expanduser().absolute()
     if is_sweep_folder(folder):
-        from distlora_launcher.sweeps.results import describe_status, status_as_json, sweep_status
+        from distlora_launcher.studies.results import describe_status, status_as_json, sweep_status
 
         sweep = sweep_status(folder)
         print(status_as_json(sweep) if options.json else describe_status(sweep))

@@ -5,7 +5,7 @@ from pathlib import Path
 from distlora.config import Config, require
 from distlora.system.exit_codes import DONE
 from distlora_launcher.launch.lock import holders
-from distlora_launcher.sweeps.start import (
+from distlora_launcher.studies.start import (
     check_place,
     check_trials,
     parse_sweep,
@@ -15,7 +15,7 @@ from distlora_launcher.sweeps.start import (
     show_results,
     submit,
 )
-from distlora_launcher.sweeps.sweep import Sweep, check_optuna, first_cell, load_sweep, make_search, make_sweep
+from distlora_launcher.studies.sweep import Sweep, check_optuna, first_cell, load_sweep, make_search, make_sweep
 from distlora_launcher.terminal.output import say, shown
 
 USAGE = """usage: distlora sweep [FILE.yaml] [sweep=METHOD] [setting=a,b ...] [setting=value ...]
@@ -46,18 +46,18 @@ examples:
 def main(arguments: list[str]) -> int:
     """Make a sweep and run it. Returns the exit code."""
     if arguments and arguments[0] == "create":
-        from distlora_launcher.sweeps.wandb_sweep import create
+        from distlora_launcher.studies.wandb_sweep import create
 
         return create(arguments[1:])
     if arguments and arguments[0] == "agent":
-        from distlora_launcher.sweeps.wandb_sweep import start_agents
+        from distlora_launcher.studies.wandb_sweep import start_agents
 
         return start_agents(arguments[1:])
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
     check_optuna()
-    from distlora_launcher.sweeps.study import Study
+    from distlora_launcher.studies.study import Study
 
     sweep, first = parse_sweep(arguments)
     search = make_search(sweep)
@@ -77,8 +77,8 @@ def main(arguments: list[str]) -> int:
 def resume_trials(folder: Path) -> int:
     """Continue a sweep that was stopped or killed. Returns the exit code."""
     check_optuna()
-    from distlora_launcher.sweeps.study import Study
-    from distlora_launcher.sweeps.worker import conclude
+    from distlora_launcher.studies.study import Study
+    from distlora_launcher.studies.worker import conclude
 
     sweep = load_sweep(folder)
     alive = holders(folder)

@@ -51,7 +51,7 @@ from distlora_launcher.jobs.submit import (
 )
 from distlora_launcher.launch.local import remove_if_empty, start_run
 from distlora_launcher.launch.node import start_multi_node
-from distlora_launcher.sweeps.wandb_sweep import add_run_dir, check_agent, find_begun_run, note_end
+from distlora_launcher.studies.wandb_sweep import add_run_dir, check_agent, find_begun_run, note_end
 from distlora_launcher.terminal.arguments import nearest_option
 from distlora_launcher.terminal.output import say, shown
 

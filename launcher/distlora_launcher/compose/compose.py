@@ -237,7 +237,7 @@ def compose_section(section: str, overrides: Sequence[str], *, config_dir: str |
 def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:
     """Return the settings of a run in the folder `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
-    values.pop("sweep", None)  # What makes many runs of it (sweeps/).
+    values.pop("sweep", None)  # What makes many runs of it (studies/).
     require(
         not isinstance(values.get("recipe"), dict),
         "the file of recipe= lacks its first line, `# @package _global_`; add it, or write distlora train "

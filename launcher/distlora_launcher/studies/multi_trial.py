@@ -2,7 +2,7 @@
 
 The process (distlora/training/multi_trial/) reads and writes files in SWEEP/packs/N. Its launcher:
 
-    python -m distlora_launcher.sweeps.multi_trial FOLDER
+    python -m distlora_launcher.studies.multi_trial FOLDER
 
 Trials whose settings may not differ wait for the next process. One that dies is started again with half as many trials
 at once, each from its last checkpoint; a trial that was alone in one that died has failed.
@@ -58,11 +58,11 @@ from distlora_launcher.launch.local import create_run, forget_run, is_prepared
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
 from distlora_launcher.launch.processes import Forwarder, block
 from distlora_launcher.launch.workers import run_workers
-from distlora_launcher.sweeps.runner import POLL_SECONDS, LoggedProcess, Outcome, Trial, trial_log, wait_until_free
-from distlora_launcher.sweeps.sweep import LOGS, Dimension, Sweep, Values, count_cells, is_finite, read_section
+from distlora_launcher.studies.runner import POLL_SECONDS, LoggedProcess, Outcome, Trial, trial_log, wait_until_free
+from distlora_launcher.studies.sweep import LOGS, Dimension, Sweep, Values, count_cells, is_finite, read_section
 from distlora_launcher.terminal.output import say
 
-MODULE = "distlora_launcher.sweeps.multi_trial"
+MODULE = "distlora_launcher.studies.multi_trial"
 
 _OF_SIZE = ("adapter", "recipe")
 """Sections whose values change a trial's memory and may differ between trials trained together."""

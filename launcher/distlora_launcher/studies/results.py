@@ -31,7 +31,7 @@ from distlora_launcher.report.final_report import write_report
 from distlora_launcher.report.progress import read_figures
 from distlora_launcher.report.records import PageStatus, recorded
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
-from distlora_launcher.sweeps.sweep import Due, Search, Sweep, load_sweep, make_search
+from distlora_launcher.studies.sweep import Due, Search, Sweep, load_sweep, make_search
 from distlora_launcher.terminal.output import aligned, say, shown, warn
 
 RESULTS_MD = "results.md"

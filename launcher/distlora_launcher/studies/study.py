@@ -40,8 +40,8 @@ from distlora.run_folder.sweep import (
 )
 from distlora_launcher.launch.lock import holders, is_alive
 from distlora_launcher.launch.processes import Process, this_process
-from distlora_launcher.sweeps.runner import Outcome, Trial
-from distlora_launcher.sweeps.sweep import (
+from distlora_launcher.studies.runner import Outcome, Trial
+from distlora_launcher.studies.sweep import (
     Dimension,
     Due,
     Interval,

@@ -48,9 +48,9 @@ from distlora_launcher.jobs.submit import live_jobs, make_cache, submit_script
 from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.local import create_run, prepare
 from distlora_launcher.launch.processes import Forwarder, forwarding
-from distlora_launcher.sweeps.multi_trial import plan_first_run
-from distlora_launcher.sweeps.results import format_table, summary_lines
-from distlora_launcher.sweeps.sweep import (
+from distlora_launcher.studies.multi_trial import plan_first_run
+from distlora_launcher.studies.results import format_table, summary_lines
+from distlora_launcher.studies.sweep import (
     LOGS,
     Cells,
     Search,
@@ -135,11 +135,11 @@ def run_workers_here(sweep: Sweep, processes: int) -> int:
     if workers_here < wanted:
         say(f"{workers_here} of {wanted} workers (sweep.workers), as this node has {available} GPUs")
     with forwarding() as forwarder:
-        arguments = ["distlora_launcher.sweeps.worker", str(sweep.folder)]
+        arguments = ["distlora_launcher.studies.worker", str(sweep.folder)]
         codes = run_together(arguments, visible_devices(workers_here, processes), forwarder)
     if set(codes) == {BAD_INPUT}:
         return BAD_INPUT
-    from distlora_launcher.sweeps.study import Study
+    from distlora_launcher.studies.study import Study
 
     search = make_search(sweep)
     study = Study(sweep, search)
@@ -173,7 +173,7 @@ def render_script(sweep: Sweep, config: Config) -> str:
         cluster,
         gpus=scheduler.has_gpus(cluster.partition),
         workers=settings.workers,
-        worker=["distlora_launcher.sweeps.worker", str(sweep.folder)],
+        worker=["distlora_launcher.studies.worker", str(sweep.folder)],
         trials="trials/*",
         mounts=mounts([config]),
     )

@@ -37,8 +37,8 @@ from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.failures import read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker_place
 from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
-from distlora_launcher.sweeps.start import check_trials, parse_sweep
-from distlora_launcher.sweeps.sweep import Dimension, Interval, Sweep, Values, make_search
+from distlora_launcher.studies.start import check_trials, parse_sweep
+from distlora_launcher.studies.sweep import Dimension, Interval, Sweep, Values, make_search
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
@@ -283,7 +283,7 @@ def start_agents(arguments: list[str]) -> int:
         if index is None:
             request.keep()
         if index is None and request.workers > 1:
-            from distlora_launcher.sweeps.start import run_together, visible_devices
+            from distlora_launcher.studies.start import run_together, visible_devices
 
             gpus = visible_devices(request.workers, cluster.gpus_per_node)
             agent = ["distlora_launcher.cli.main", "sweep", "agent", *request.one()]
@@ -395,7 +395,7 @@ def submit_agents(request: AgentsRequest, cluster: ClusterConfig) -> None:
     from distlora_launcher.jobs import scheduler
     from distlora_launcher.jobs.script import render_workers
     from distlora_launcher.jobs.submit import check_with_slurm
-    from distlora_launcher.sweeps.start import refuse_live, submit_workers
+    from distlora_launcher.studies.start import refuse_live, submit_workers
 
     refuse_live(request.folder)
     script = render_workers(

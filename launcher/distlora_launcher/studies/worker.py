@@ -1,6 +1,6 @@
 """Run a worker of a sweep: take trials from the study, train them and record the results, until none is due.
 
-    python -m distlora_launcher.sweeps.worker SWEEP --index I
+    python -m distlora_launcher.studies.worker SWEEP --index I
 
 The command starts `sweep.workers` of them on this node, SLURM starts each as a task of an array; they share only SWEEP.
 Exit code 0: nothing is left to do; 75: stopped on request, its trials are saved.
@@ -27,15 +27,15 @@ from distlora.system.numbers import length
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.processes import Forwarder, block, forwarding
-from distlora_launcher.sweeps.results import write_at_end, write_table
-from distlora_launcher.sweeps.runner import POLL_SECONDS, Outcome, SingleTrialRunner, Trial
-from distlora_launcher.sweeps.study import Study, locked
-from distlora_launcher.sweeps.sweep import Due, Search, Sweep, load_sweep, make_search
+from distlora_launcher.studies.results import write_at_end, write_table
+from distlora_launcher.studies.runner import POLL_SECONDS, Outcome, SingleTrialRunner, Trial
+from distlora_launcher.studies.study import Study, locked
+from distlora_launcher.studies.sweep import Due, Search, Sweep, load_sweep, make_search
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
 if TYPE_CHECKING:
-    from distlora_launcher.sweeps.multi_trial import MultiTrialRunner
+    from distlora_launcher.studies.multi_trial import MultiTrialRunner
 
     Runner = SingleTrialRunner | MultiTrialRunner
 
@@ -229,7 +229,7 @@ def run(folder: Path, index: int) -> int:
         study = Study(sweep, search, place=place)
         runner: Runner = SingleTrialRunner(sweep)
         if sweep.settings.packed != 1:
-            from distlora_launcher.sweeps.multi_trial import MultiTrialRunner
+            from distlora_launcher.studies.multi_trial import MultiTrialRunner
 
             runner = MultiTrialRunner(sweep, index, forwarder)
         code = Worker(sweep, study, runner).work(forwarder)
@@ -239,7 +239,7 @@ def run(folder: Path, index: int) -> int:
 
 def main() -> int:
     """Run the command line. Returns the exit code."""
-    parser = Parser("distlora_launcher.sweeps.worker")
+    parser = Parser("distlora_launcher.studies.worker")
     parser.add_argument("sweep")
     parser.add_argument("--index", type=int, required=True)
     options = parser.parse_args(sys.argv[1:])

@@ -19,7 +19,7 @@ from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.failures import read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.report.progress import read_figures
-from distlora_launcher.sweeps.sweep import LOGS, Sweep
+from distlora_launcher.studies.sweep import LOGS, Sweep
 
 MODULE = "distlora_launcher.cli.main"
 """Module with the commands `train` and `resume`."""

@@ -419,7 +419,7 @@ def make_search(sweep: Sweep) -> Search:
     """Return the search of a sweep. Raises UserError for a space that its method cannot search."""
     settings, space = sweep.settings, sweep.space
     if settings.method == "rank_search":
-        found: Search = importlib.import_module("distlora_launcher.sweeps.rank_search").RankSearch(sweep)
+        found: Search = importlib.import_module("distlora_launcher.studies.rank_search").RankSearch(sweep)
         return found
     require(
         len(space) > 0,

@@ -243,7 +243,6 @@ class MultiTrialTrainer(Passes):
             if entered:
                 self.is_cold = True
                 self._follow(entered)
-                self._recall(entered)
             self._end_trials()  # A trial that resumes from its last step has no steps left.
             if not entered:
                 break
@@ -350,7 +349,7 @@ class MultiTrialTrainer(Passes):
                 self._guard(entry, lambda entry=entry: saved.append(entry.trainer.follow(due[entry])))  # type: ignore[misc]
         if saved == [True] * len(self._in_slots):
             self.control.saved()
-        self._judge([entry for entry in entries if due[entry].evaluating])
+        self._judge(entries)
 
     def _log(self, entries: Sequence[SlotTrial]) -> None:
         for entry in entries:
@@ -365,8 +364,9 @@ class MultiTrialTrainer(Passes):
             entry.failure = error
 
     def _judge(self, entries: Sequence[SlotTrial]) -> None:
-        """Wait for the verdicts on evaluated trials that would continue."""
-        waiting = [e for e in entries if self._verdicts and e.trial.done > 0 and not e.has_ended]
+        """Wait for verdicts on evaluations after this step, also of an earlier start, of trials that would go on."""
+        evaluated = [entry for entry in entries if 0 < entry.trial.done in entry.trial.progress.evaluations]
+        waiting = [entry for entry in evaluated if self._verdicts and not entry.has_ended]
         while waiting:
             for entry in list(waiting):
                 if (prunes := self._inbox.prunes(entry.number, entry.trial.done)) is not None:
@@ -376,14 +376,6 @@ class MultiTrialTrainer(Passes):
             if waiting:
                 self.control.boundary(waiting[0].trial.done, "waiting for a verdict", long=True)
                 time.sleep(LOOK_SECONDS)
-
-    def _recall(self, entries: Sequence[SlotTrial]) -> None:
-        """Apply verdicts on the evaluations of resumed trials that an earlier start did not read."""
-        for entry in entries:
-            trial = entry.trial
-            is_evaluated = 0 < trial.first_step in trial.progress.evaluations
-            if self._verdicts and is_evaluated and not entry.has_ended and self._inbox.prunes(entry.number, trial.done):
-                entry.pruned_at = trial.done
 
     def _end_trials(self) -> None:
         """Free the slots of trials that have ended."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.results.tables import Table
 from distlora.run_folder import sweep as sweep_folder
 from distlora.run_folder.layout import REPORT_NAME
 from distlora.run_folder.sweep import (
@@ -57,7 +58,10 @@ def table_rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | No
         lines.append(
             [
                 str(trial.number),
-                *(format_value(trial.values[name]) if name in trial.values else "" for name in settings),
+                *(
+                    " ".join(format_value(trial.values[name]).split()) if name in trial.values else ""
+                    for name in settings
+                ),
                 "" if trial.value is None else f"{trial.value:.4f}",
                 "" if trial.step is None else f"{trial.step:,}",
                 "" if trial.seconds is None else length(trial.seconds),
@@ -85,13 +89,9 @@ def summary_lines(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
 
 def write_table(sweep: Sweep, trials: Sequence[TrialRecord], source: Source) -> None:
     """Write SWEEP/results.md, and SWEEP/conclusion.json if the source concludes something."""
-    table = table_rows(sweep, trials)
-    head, body = table[0], table[1:]
-    plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in body]
-    lines = [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *plain]]
     parts = [
         f"# {sweep.folder.name}",
-        "\n".join(lines),
+        Table("Trials", table_rows(sweep, trials)).markdown(),
         "\n".join(f"- {line}" for line in summary_lines(sweep, trials)),
     ]
     conclusion = source.conclusion(trials)
@@ -107,7 +107,9 @@ def format_value(value: Any) -> str:
         return f"{value:.4g}"
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
-    return f"[{','.join(map(format_value, value))}]" if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(format_value, value))}]"
+    return " ".join(str(value).split())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("options", "least"),
     [
-        (["--every", "5"], 5),
+        (["--every", "10"], 3),
         ci(["--every", "1"], 23),
         pytest.param([], 400, marks=pytest.mark.slow),
     ],

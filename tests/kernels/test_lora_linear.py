@@ -189,15 +189,13 @@ BF16, FP32 = torch.bfloat16, torch.float32
 GPU_CELLS = [
     (BF16, "scratch", LORA, False, "", False),
     (FP32, "scratch", LORA, True, "one", True),
-    (BF16, "fused", LORA, True, "one", True),
-    (BF16, "scratch", LORA, True, "own", True),
-    (FP32, "fused", LORA, True, "own", True),
+    (BF16, "fused", LORA, True, "own", True),
     # k is folded into the weight in the first two.
     (BF16, "scratch", DORA, True, "", False),
     (BF16, "fused", DORA, True, "", False),
-    (BF16, "scratch", DORA, False, "one", True),
 ]
 MORE = itertools.product((BF16, FP32), ("scratch", "fused"), (LORA, DORA), (True, False), ("", "one"), (False, True))
+GPU_CELLS += [ci(dtype, "scratch", LORA, True, "own", True) for dtype in (BF16, FP32)]
 GPU_CELLS += [ci(*cell) for cell in MORE if cell not in GPU_CELLS and (cell[1] == "scratch" or cell[3])]
 
 

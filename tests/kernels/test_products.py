@@ -47,7 +47,7 @@ SHAPES = [
 pytestmark = pytest.mark.skipif(not cpu_paths.HERE, reason="this processor has no AVX2")
 
 
-@pytest.fixture(params=cpu_paths.HERE)
+@pytest.fixture(params=cpu_paths.each_path())
 def cpu_path(request: pytest.FixtureRequest, compiler: None) -> Iterator[str]:
     yield from cpu_paths.used(request.param)
 

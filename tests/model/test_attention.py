@@ -25,7 +25,6 @@ from support.small_models import make_run, read_metrics
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none")
 
-CPU, CPU_DTYPE = torch.device("cpu"), torch.float32
 SDPA_VARIANTS = [name for name in VARIANTS if not name.startswith(("gemma2", "gpt-oss"))]
 """Those whose scores have no caps and no sinks."""
 BY_DEFAULT = ("llama", "gemma3", "phi3", "mixtral")

@@ -16,19 +16,19 @@ from distlora.config import UserError
 from distlora.loading.tensor_files import write_model
 from distlora.model.buffers import made_buffers
 from distlora.model.build import DTYPES
-from distlora.model.lm_head import LossForm
 from distlora.parallel import Ranks
 from distlora.post.merge.parameters import parameters_of
 from distlora.post.weights import open_base
 from support.family_models import SINGLE, VARIANTS, FolderOf, architecture, config_for, load_ours, tokens
 from support.small_models import SHAPES
+from support.tiers import ci
 from support.worlds import World
 
 STORED = ("glm4_moe", "gemma4_text", "minimax_m2", "lfm2_moe", "ernie4_5_moe", "falcon_h1")
 """Types whose checkpoints hold buffers, or tensors that stay in fp32; the decoder of the last fills layers' buffers."""
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *STORED])
+@pytest.mark.parametrize("name", [*map(ci, VARIANTS), *STORED])
 def test_buffers_and_dtypes_equal_those_of_from_pretrained(family_folder: FolderOf, name: str) -> None:
     auto = getattr(transformers, architecture(name).auto_class)
     for dtype in ("fp32", "bf16"):
@@ -77,7 +77,7 @@ def _logits(ranks: Ranks, *, folder: Path) -> torch.Tensor:
         pair.B.data.zero_()
     input_ids = tokens(2, 9)
     labels = input_ids.roll(-1, 1)
-    return model(input_ids, torch.arange(9).expand(2, 9), labels, losses=LossForm(by_token=True)).detach()
+    return model(input_ids, torch.arange(9).expand(2, 9), labels, by_token=True).detach()
 
 
 def test_stored_buffers_are_loaded_on_one_rank_and_two(world: World, apertus: Path) -> None:

@@ -69,9 +69,8 @@ def fuse(kernels: str, model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("kernels", "name"),
     [
-        ("own", "llama-biases"),
         ("own", "gemma2"),
-        *(ci("own", name) for name in (*ONE_EACH, PARTIAL_ROTARY) if name not in ("llama-biases", "gemma2")),
+        *(ci("own", name) for name in (*ONE_EACH, PARTIAL_ROTARY) if name != "gemma2"),
         *(ci("liger", name, marks=[needs_liger]) for name in (*ONE_EACH, PARTIAL_ROTARY)),
     ],
 )

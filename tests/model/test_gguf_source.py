@@ -208,7 +208,7 @@ def in_low_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+@pytest.mark.parametrize("name", [ci("llama"), "llama-untied"])
 def test_embedding_and_head_in_their_own_type_compute_what_their_dense_copies_do(
     world: World, in_low_bits: Path, name: str
 ) -> None:

@@ -13,6 +13,7 @@ from distlora.model.build import CausalLM
 from support.accounting import Made, flash_like
 from support.family_models import edit_config, load_ours, tokens, write_family_folder
 from support.small_models import VOCABULARY, use_chunks_of
+from support.tiers import ci
 
 pytestmark = pytest.mark.usefixtures("torch_products")  # What their blocks take is in test_products.py.
 
@@ -40,7 +41,7 @@ def step(model: CausalLM, length: int, *, by_documents: bool = True) -> Step:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("llama-yarn", {"mlp_tile": 256}), ("gemma3-text", {"checkpointing": "selective"})]
+    ("name", "settings"), [ci("llama-yarn", {"mlp_tile": 256}), ("gemma3-text", {"checkpointing": "selective"})]
 )
 def test_memory_grows_with_the_row_and_no_faster(
     name: str, settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

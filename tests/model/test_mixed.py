@@ -43,6 +43,7 @@ from support.closeness import relative_error
 from support.family_models import write_family_folder
 from support.runs import build_run_model, parallelize_run
 from support.small_models import tokenizer, write_model_folder, write_text_file
+from support.tiers import ci
 from support.worlds import World
 
 ONE = Ranks(0, 1, torch.device("cpu"), None)
@@ -92,7 +93,7 @@ def test_the_choice_is_the_best_of_all(seed: int) -> None:
     assert sum(h[i] for h, i in zip(harms, chosen, strict=True)) == pytest.approx(best_of_all(harms, sizes, spare))
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", ci("mixtral")])
 def test_the_estimate_is_the_divergence_of_small_errors(measured: Path, tmp_path: Path, name: str) -> None:
     """Random errors of one weight: the mean of their measured divergences.
 

@@ -189,34 +189,6 @@ def dequantized_by_transformers(folder: Path) -> transformers.PreTrainedModel:
     return model.dequantize()
 
 
-def row_losses(ranks: Ranks, *, folder: Path, tokens: Tensor) -> Tensor:
-    model, _, _ = loaded(folder, ranks)
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with torch.no_grad():
-        return model(tokens, positions, tokens.roll(-1, 1))
-
-
-@pytest.mark.parametrize(
-    "variant",
-    ["nested", *(pytest.param(v, marks=pytest.mark.ci) for v in LOADABLE if v != "nested" and not v.startswith("odd"))],
-)
-def test_losses_equal_transformers_with_bitsandbytes(world: World, quantized: Path, variant: str) -> None:
-    tokens = torch.randint(5, 1000, (2, 40), generator=torch.Generator().manual_seed(3))
-    theirs = dequantized_by_transformers(quantized / variant)
-    with torch.no_grad():
-        logits = theirs(tokens).logits
-    ours, _, _ = loaded(quantized / variant)
-    with torch.no_grad():
-        difference = (our_logits(ours, tokens) - logits).abs().max()
-    assert difference <= 1e-4, f"logits are {difference:.1e} apart"
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none"
-    ).view_as(tokens)
-    for size in (2, 3):
-        for rows in world.run(size, row_losses, folder=quantized / variant, tokens=tokens):
-            torch.testing.assert_close(rows, losses.sum(1), rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize(
     ("variant", "sizes"), [("skipping", (1, 2)), pytest.param("plain", (1, 3), marks=pytest.mark.slow)]
 )

@@ -102,7 +102,7 @@ def test_a_tensor_that_is_not_loaded_is_caught(sound: Architecture, tmp_path: Pa
     assert weights_difference(ours, theirs) == float("inf")
 
 
-@pytest.mark.parametrize("fault", [None, "leak"])
+@pytest.mark.parametrize("fault", [None, ci("leak")])
 def test_a_model_type_that_transformers_does_not_have_trains(tmp_path: Path, fault: str | None) -> None:
     torch.manual_seed(0)
     TandemForCausalLM(TandemConfig(fault=fault)).save_pretrained(tmp_path / "model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import multiprocessing
@@ -19,11 +18,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distlora.architecture.safetensors_headers import read_header
-from distlora.config import Config, UserError
+from distlora.config import Config
 from distlora.config.file import build, load_config
 from distlora.loading import quantized_cache
 from distlora.loading.load_base import Loaded
@@ -32,12 +30,11 @@ from distlora.parallel import Ranks
 from distlora.planner.model import model_in
 from distlora.planner.storage import disk_bytes
 from distlora.planner.workload import Workload
-from distlora.training.setup import Start, start_run_model
+from distlora.training.setup import start_run_model
 from distlora.weights.quantized_cache_folder import ENTRY_NAME, entries
-from distlora.weights.writer import Files, lay_out_files
 from support.small_disks import small_disk
 from support.small_models import make_run
-from support.worlds import World, start_world
+from support.worlds import World
 
 SINGLE = Ranks(0, 1, torch.device("cpu"), None)
 
@@ -65,7 +62,7 @@ def config_for(folder: Path, cache: Path | None, **sections: dict[str, Any]) -> 
 
 def start(ranks: Ranks, *, config: Config) -> Started:
     said: list[str] = []
-    model, backend, loaded = start_run_model(config, ranks, Start(log=said.append))
+    model, backend, loaded = start_run_model(config, ranks, log=said.append)
     rows = {
         model.hf_name(name): (backend.local_rows(parameter)[0].clone(), backend.local_rows(parameter)[1])
         for name, parameter in model.named_parameters()
@@ -145,23 +142,6 @@ def test_only_one_replica_writes_and_all_read(world: World, folders: Path, tmp_p
         assert_same(without[rank % 2], read)
 
 
-@pytest.mark.slow
-def test_zero3_and_fsdp2_share_the_cache(world: World, folders: Path, tmp_path: Path) -> None:
-    with start_world(3, regroups=True) as alone:
-        for offload in (False, True):
-            zero3 = {"parallel": {"backend": "zero3", "offload_base": offload}}
-            by_fsdp2, by_zero3 = tmp_path / f"fsdp2-{offload}", tmp_path / f"zero3-{offload}"
-            without = world.run(3, start, config=config_for(folders / "llama", by_fsdp2))
-            written = alone.run(3, start, config=config_for(folders / "llama", by_zero3, **zero3))
-            read = alone.run(3, start, config=config_for(folders / "llama", by_fsdp2, **zero3))
-            back = world.run(3, start, config=config_for(folders / "llama", by_zero3))
-            for plain, *others in zip(without, written, read, back, strict=True):
-                assert others[1].loaded.from_cache
-                assert others[2].loaded.from_cache
-                for other in others:
-                    assert_same(plain, other)
-
-
 def two_runs(ranks: Ranks, *, config: Config) -> Started:
     """Start one run on ranks 0 and 1 and another on ranks 2 and 3."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -215,22 +195,6 @@ def place_of(path: Path, part: str) -> int:
     return next(segment.offset for name, segment in read_header(path).items() if name.endswith(part))
 
 
-def zero_a_group(path: Path) -> None:
-    """Zero all parts of the first group of a weight, as a disk that lost them."""
-    with path.open("r+b") as file:
-        for part, num_bytes in (("up_proj.weight", 8192), ("up_proj.weight.absmax", 256), ("nested_absmax", 4)):
-            file.seek(place_of(path, part))
-            file.write(bytes(num_bytes))
-
-
-def other_offset(path: Path) -> None:
-    """Change the fourth digit of a weight's offset."""
-    content = bytearray(path.read_bytes())
-    digit = content.index(b"0.", place_of(path, "up_proj.weight.quant_state.bitsandbytes__nf4")) + 5
-    content[digit] = ord("1" if content[digit] != ord("1") else "2")
-    path.write_bytes(content)
-
-
 def other_record(path: Path) -> None:
     record = path.parent / ENTRY_NAME
     record.write_text(record.read_text().replace('"shards": 1', '"shards": "1"'))
@@ -241,9 +205,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a bit of the codes": lambda path: flip(path, place_of(path, "up_proj.weight") + 1000),
     "a bit of the scales": lambda path: flip(path, place_of(path, "up_proj.weight.absmax") + 10),
     "a bit of a map": lambda path: flip(path, place_of(path, "nested_quant_map") + 3),
-    "the offset": other_offset,
     "the length of a header": lambda path: flip(path, 1),
-    "a group that comes back as zeros": zero_a_group,
     "its last byte": lambda path: os.truncate(path, path.stat().st_size - 1),
     "another layer in its place": lambda path: shutil.copy(sorted(path.parent.glob("*3-of-*"))[0], path),
     "no file": lambda path: path.unlink(),
@@ -281,25 +243,6 @@ def test_damage_on_one_rank_quantizes_on_all(world: World, folders: Path, tmp_pa
         assert_same(one, two)
         assert_same(one, three)
         assert three.loaded.from_cache
-
-
-@pytest.mark.ci
-def test_temporary_read_error_keeps_the_entry(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_for(folders / "llama", tmp_path / "cache")
-    plain = start(SINGLE, config=config)
-    before = {path: path.stat().st_ino for path in files(tmp_path / "cache")}
-
-    def refuse(*args: Any) -> Any:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(quantized_cache, "fill_kept", refuse)
-        started = start(SINGLE, config=config)
-    assert_same(started, plain)
-    (line,) = started.said
-    assert "cannot be read now (Input/output error)" in line
-    assert {path: path.stat().st_ino for path in files(tmp_path / "cache")} == before
-    assert start(SINGLE, config=config).loaded.from_cache
 
 
 @pytest.mark.ci
@@ -359,26 +302,6 @@ def test_rest_of_an_entry_is_replaced_unless_other_files_are_in_it(folders: Path
     assert f"{entry.name} holds files of other programs" in line
     assert kept_out.loaded.how == "and quantized"
     assert [*(tmp_path / "cache").rglob("*")] == [entry, entry / "notes.txt"]
-
-
-def test_missing_tensor_is_reported_as_without_the_cache(folders: Path, tmp_path: Path) -> None:
-    shutil.copytree(folders / "llama", tmp_path / "model")
-    file, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
-    tensors = load_file(file)
-    del tensors[name]
-    save_file(tensors, file)
-    for cache in (None, tmp_path / "cache"):
-        with pytest.raises(UserError, match=f"the checkpoint has no tensor {name}"):
-            start(SINGLE, config=config_for(tmp_path / "model", cache))
-
-
-def test_files_that_cannot_all_be_made_are_closed(tmp_path: Path) -> None:
-    plan = lay_out_files({name: {"weight": ("F32", [4])} for name in ("first", "second")}, {})
-    (tmp_path / "second").write_text("in its place")
-    before = set(os.listdir("/proc/self/fd"))
-    with pytest.raises(FileExistsError):
-        Files(tmp_path, plan)
-    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.ci

@@ -13,7 +13,6 @@ import distlora
 from distlora.config import UserError
 from distlora.derive.shrink import build, build_on_meta, decoder_layers, layer_kinds, read_settings, shrink
 from support.model_types import CAUSAL, COMPOSITES, UNBUILDABLE, VARIANTS, config_of
-from support.plan_inputs import by_type
 from support.tiers import ci
 
 # Windows, an expert share, latent attention with dense layers first, shared keys, periods, mixers, a scaled head,
@@ -47,7 +46,8 @@ def test_a_small_model_has_every_kind_of_layer_and_runs(name: str) -> None:
     assert logits.std() > 0
 
 
-@pytest.mark.parametrize("name", by_type(KNOWN))
+@pytest.mark.ci
+@pytest.mark.parametrize("name", KNOWN)
 def test_the_known_models_shrink(name: str) -> None:
     config = KNOWN[name]["config"]
     small = shrink(config)

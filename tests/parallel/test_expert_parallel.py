@@ -78,7 +78,7 @@ def gathered(world: World, models: Path, tmp_path_factory: pytest.TempPathFactor
 CELLS = [
     (QWEN, 2, {"expert_degree": 2}, {}),
     # Two replicas; a rank of each receives no token. Activations are kept.
-    (
+    ci(
         BIASED,
         4,
         {"expert_degree": 2, "shard_degree": 2},
@@ -116,7 +116,7 @@ def test_a_run_with_divided_experts_is_that_of_gathered_experts(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["exchanged_bytes_per_step"] == step.exchanged
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo"])
+@pytest.mark.parametrize("objective", [ci("sft"), "dpo"])
 def test_dpo_and_shared_factors_are_those_of_gathered_experts(
     world: World, models: Path, tmp_path: Path, objective: str
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import signal
@@ -21,10 +20,9 @@ import yaml
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build, load_config, settings_by_name
 from distlora_launcher.cli.main import main
-from distlora_launcher.launch import lock, processes, rendezvous
+from distlora_launcher.launch import lock, rendezvous
 from distlora_launcher.launch.failures import read_gave_up
-from distlora_launcher.launch.node import check_same_settings, run_node, start_multi_node
-from distlora_launcher.launch.processes import Forwarder, host_name
+from distlora_launcher.launch.node import check_same_settings, start_multi_node
 from support.closeness import assert_same_run
 from support.launcher_fakes import wait_until, write_data, write_model
 from support.measured import free_port
@@ -166,38 +164,6 @@ def test_a_request_to_stop_is_answered_where_no_workers_are(tmp_path: Path, mach
     others = read_gave_up(run_dir / "logs")
     assert others is not None
     assert others.stopped
-
-
-def no_locks(*_: object) -> None:
-    raise OSError(errno.ENOLCK, "no locks here")
-
-
-def test_without_locks_the_node_of_the_endpoint_leads_and_the_others_wait_for_its_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    run_dir = tmp_path / "run"
-    fake_run(run_dir, "success")
-    monkeypatch.setattr(lock.fcntl, "flock", no_locks)
-    host = rendezvous.Rendezvous(
-        nodes=2, endpoint="127.0.0.3:9", run_id="a", join_seconds=0, is_host=True, address="127.0.0.1"
-    )
-    other = dataclasses.replace(host, is_host=False)
-    with lock.lock_node(run_dir, host, lambda: False) as leader, monkeypatch.context() as there:
-        assert leader is not None
-        assert leader.leads
-        there.setattr(lock, "host_name", lambda: "other")
-        there.setattr(processes, "host_name", lambda: "other")
-        there.setattr(lock, "connection_error", lambda _: None)
-        with lock.lock_node(run_dir, other, lambda: False) as follower:
-            assert follower is not None
-            assert not follower.leads
-        names = {path.name for path in (run_dir / "machines").glob("*.json") if path.stat().st_size}
-        assert names == {"other.json", f"{host_name()}.json"}
-    monkeypatch.setattr("distlora_launcher.launch.node.make_rendezvous", lambda *_, **__: other)
-    monkeypatch.setattr(processes.Process, "has_ended", True)  # The records above are of this process.
-    with pytest.raises(UserError, match="no process listened"):
-        run_node(run_dir, load_config(run_dir).cluster, "127.0.0.3:9", "a", Forwarder(), lead=lambda: 0)
-    assert "on a file system without locks" in capsys.readouterr().err
 
 
 def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

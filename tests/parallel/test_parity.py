@@ -22,7 +22,7 @@ from support.worlds import World
 CELLS = [
     # (model, ranks, train settings, parallel settings); the reference is one rank with one micro-batch of all rows.
     ("llama", 3, {"micro_batch": 2, "accumulate": "block", "checkpointing": "offload", "mlp_tile": 24}, {}),
-    ("llama", 4, {"micro_batch": 3}, {"prefetch": False}),
+    ci("llama", 4, {"micro_batch": 3}, {"prefetch": False}),
     ci("llama", 1, {"micro_batch": 4, "accumulate": "block"}, {}),
     ci("llama", 2, {"micro_batch": 2, "checkpointing": "none"}, {}),
     ci("llama", 3, {"micro_batch": 5}, {"bucket_mb": 0.01}),

@@ -48,7 +48,7 @@ from support.family_models import hf_config, write_family_folder
 from support.small_models import make_run, tokenizer, write_model_folder, write_text_file
 from support.tiers import ci
 
-CELLS = [("peft", "dora"), ("bnb", "lora"), ("hf", "loftq-bf16")]
+CELLS = [("peft", "dora"), ("bnb", "lora")]
 IN_CI = [(form, name) for form in ("peft", "bnb", "hf") for name in RUNS if (form, name) not in CELLS]
 
 

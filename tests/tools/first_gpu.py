@@ -2,7 +2,7 @@
 
     make gpu-wheels                   # on a machine with a network: the packages that it lacks, into .gpu
     python3 tests/tools/first_gpu.py check      # kernels: sanitizers, tests, benchmark
-    python3 tests/tools/first_gpu.py train      # a Llama 3 8B with random weights: losses, speed, memory, profile
+    python3 tests/tools/first_gpu.py train      # a Llama 3 8B with random weights: losses, speed, memory
     python3 tests/tools/first_gpu.py compare    # a step beside PEFT + bitsandbytes and Trainer
 
 The machine needs the packages of gpu_packages.NEEDED, some of which .gpu has, but not distlora. A command consists of
@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,9 +37,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from first_gpu_metrics import Figures, losses, memory_table, speed
 from gpu_packages import ROOT, install, work_folder
 
+Figures = dict[str, Any]
 DONE, FAILED, BAD_INPUT, LEFT = 0, 1, 2, 75
 TURNS = ("left", "time is up", "skipped", "failed")
 """Statuses of parts that are not done, in the order in which a call tries them."""
@@ -130,6 +131,44 @@ class Part:
     """Returns figures; "markdown" is text for the report, "row" a row of a table of all such parts."""
     least: float = 20.0
     """Seconds below which it is left for the next call."""
+
+
+def lines_of(run: Path) -> list[Figures]:
+    """Return the lines of a run's metrics, one per step; a running one may have written half of the last."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def losses(run: Path) -> list[float]:
+    """Return the losses of a run by step; a repeated step counts once."""
+    return list({line["step"]: line["loss"] for line in lines_of(run) if "loss" in line}.values())
+
+
+def speed(run: Path) -> Figures:
+    """Return a run's tokens per second, MFU, and memory beside the plan, by category."""
+    lines = lines_of(run)
+    figures: Figures = {}
+    for name in ("tokens_per_second", "mfu"):
+        values = [line[name] for line in lines if name in line][1:] or [line[name] for line in lines if name in line]
+        figures[name] = statistics.median(values) if values else None
+    measured = next((line for line in reversed(lines) if "memory/peak" in line), {})
+    peaks = [line["peak_memory_bytes"] for line in lines if "peak_memory_bytes" in line]
+    figures["peak_bytes"] = max(peaks, default=None)
+    figures["memory"] = {name: value for name, value in measured.items() if name.startswith("memory")}
+    return figures
+
+
+def memory_table(memory: Mapping[str, int]) -> str:
+    """Return the memory of a step by category beside the plan."""
+    rows = [
+        (name, f"memory/{name}", f"memory_planned/{name}")
+        for name in dict.fromkeys(key.partition("/")[2] for key in memory)
+        if name not in ("peak", "planned")
+    ]
+    rows.append(("peak", "memory/peak", "memory/planned"))
+    lines = [f"| {name} | {memory.get(a, 0) / 1e9:.3f} | {memory.get(b, 0) / 1e9:.3f} |" for name, a, b in rows]
+    return "\n".join(["| category | measured, GB | planned, GB |", "|--|--|--|", *lines])
 
 
 # check ----------------------------------------------------------------------------------------------------------------
@@ -354,27 +393,10 @@ def matrix_run(session: Session, *, checkpointing: str, fused: str, deterministi
     return {**figures, "row": row}
 
 
-def profile(session: Session, *, long: bool) -> Figures:
-    """Profile one training step on eight layers."""
-    count, length = layers(session, FEW_LAYERS), lengths(session)[not long]
-    found = session.worker(
-        "profile", folder=str(checkpoint(session, FEW_LAYERS)), length=length, cache=str(session.work)
-    )
-    top = [f"| {name[:90]} | {number} | {ms:.3f} |" for name, number, ms in found["top"]]
-    text = (
-        f"One step of {length} tokens: {found['alone_ms']:.1f} ms; profiled {found['wall_ms']:.1f} ms, busy "
-        f"{found['busy_ms']:.1f} ms ({found['busy']:.1%}), {found['launches']} launches "
-        f"({found['launches'] / count:.0f} per layer), gaps {found['gap_ms']:.1f} ms, the longest "
-        f"{found['longest_ms']:.2f} ms"
-    )
-    return {**found, "markdown": "\n".join([text, "", "| kernel | launches | ms |", "|--|--|--|", *top])}
-
-
 def train_parts(dry: bool) -> Iterator[Part]:
     """Yield the parts of `train`."""
     yield Part(name="first run", run=first_run, least=150)
     yield Part(name="save, resume from the cache", run=resumed_run, least=90)
-    yield Part(name="profile, long", run=partial(profile, long=True), least=60)
     cells = [
         {"checkpointing": checkpointing, "fused": fused, "deterministic": deterministic, "long": long}
         for long in (True, False)
@@ -386,8 +408,6 @@ def train_parts(dry: bool) -> Iterator[Part]:
         name = f"8 layers, {'long' if cell['long'] else 'short'}, checkpointing {cell['checkpointing']}"
         name += f", fused {cell['fused']}, deterministic {cell['deterministic']}"
         yield Part(name=name, run=partial(matrix_run, **cell), least=40)
-    if not dry:
-        yield Part(name="profile, short", run=partial(profile, long=False), least=60)
 
 
 # compare --------------------------------------------------------------------------------------------------------------
@@ -401,14 +421,8 @@ def bench_step(session: Session, size: str, tokens: int) -> Figures:
     return {"markdown": session.run(script, *words, "--rounds", 1 if session.dry else 3)}
 
 
-def count_layer(session: Session) -> Figures:
-    """Return the arithmetic that the figures above are compared with."""
-    return {"markdown": session.run(ROOT / "tests" / "tools" / "layer_launches.py")}
-
-
 def compare_parts(dry: bool) -> Iterator[Part]:
     """Yield the parts of `compare`."""
-    yield Part(name="layer, counted", run=count_layer)
     yield Part(name="step, 8B/4", run=partial(bench_step, size="8B/4", tokens=8192), least=120)
     if not dry:
         yield Part(name="step, 70B/4", run=partial(bench_step, size="70B/4", tokens=2048), least=120)

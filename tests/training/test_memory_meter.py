@@ -25,6 +25,7 @@ from distlora.training.reporter import Reporter
 from support.memory_steps import measure_step
 from support.planned import held_bytes
 from support.small_models import config_with, make_run, read_metrics
+from support.tiers import ci
 from support.worlds import World, start_world
 
 CPU = torch.device("cpu")
@@ -92,7 +93,7 @@ def measured_step_of(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) 
     return measure_step([config_for(folder, **sections)], ranks)
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [ci(1), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_what_a_rank_holds_and_gathers_is_what_its_tensors_take(world: World, folders: Path, size: int) -> None:
     folder = folders / "llama"
     shapes = shapes_of(read_config(folder), folder / "config.json")
@@ -202,7 +203,7 @@ def compare(world: World, folders: Path, tmp_path: Path, size: int, sections: di
 @pytest.mark.parametrize(
     ("size", "sections"),
     [
-        pytest.param(1, {"train": {"checkpointing": "offload"}}, id="1 rank, offload"),
+        pytest.param(1, {"train": {"checkpointing": "offload"}}, id="1 rank, offload", marks=pytest.mark.ci),
         pytest.param(2, {"train": {"accumulate": "block"}}, id="2 ranks, accumulate=block"),
         pytest.param(2, {"parallel": {"resident_blocks": "auto"}}, id="resident", marks=pytest.mark.slow),
         pytest.param(
@@ -217,12 +218,6 @@ def test_a_run_that_is_measured_is_bit_for_bit_the_one_that_is_not(
     world: World, folders: Path, tmp_path: Path, size: int, sections: dict[str, dict[str, Any]]
 ) -> None:
     compare(world, folders, tmp_path, size, sections)
-
-
-@pytest.mark.slow
-def test_zero3_measured_is_bit_for_bit_zero3(folders: Path, tmp_path: Path) -> None:
-    with start_world(2, regroups=True) as alone:
-        compare(alone, folders, tmp_path, 2, {"parallel": {"backend": "zero3"}})
 
 
 @pytest.mark.slow

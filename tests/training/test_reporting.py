@@ -12,8 +12,7 @@ import pytest
 import wandb
 
 from distlora.checkpoint.state import Progress
-from distlora.config import Config, DataConfig, ModelConfig, OptimConfig, TrackerConfig, UserError
-from distlora.system.exit_codes import STOPPED
+from distlora.config import Config, DataConfig, ModelConfig, OptimConfig, TrackerConfig
 from distlora.system.stop_signals import Stopped
 from distlora.training.reporter import Reporter
 from support.small_disks import fill, small_disk
@@ -163,15 +162,6 @@ def test_offline_wandb_holds_config_history_summary_and_exit(tmp_path, no_key, c
 def newest(run_dir):
     """Return the log that a run began last; of two in one second their names do not tell."""
     return max((run_dir / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime_ns)
-
-
-@pytest.mark.parametrize(("error", "code"), [(Stopped(signal.SIGUSR1), STOPPED), (UserError("x"), 2)])
-def test_wandb_learns_how_the_run_ended(tmp_path, no_key, error, code):
-    with pytest.raises(type(error)), make_reporter(tmp_path, tracker="wandb"):
-        raise error
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    exits = [record.exit for record in read_wandb_log(folder) if record.WhichOneof("record_type") == "exit"]
-    assert [record.exit_code for record in exits] == [code]
 
 
 def test_a_wandb_that_a_signal_ended_costs_no_step_and_no_figure(tmp_path, no_key, capsys):

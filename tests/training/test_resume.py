@@ -7,9 +7,9 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import safetensors.torch
@@ -20,15 +20,18 @@ from distlora.data.prepare import prepare_run
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import compiled_before, step_of, steps
 from distlora.training import worker
+from distlora.training.trial import Trial
 from distlora_kernels import native
 from distlora_launcher.launch.local import is_prepared
 from support.closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run, figures_of
 from support.runs import SINGLE, run_until
 from support.small_disks import fill, small_disk
 from support.small_models import make_run, read_metrics, write_model_folder, write_text_file
+from support.tiers import ci
 from support.worlds import World
 
 SETTINGS = {"max_steps": 9, "save_every": 2, "eval_every": 3, "log_every": 1, "keep": 3, "global_batch": 6}
+SETTINGS |= {"micro_batch": 6}
 
 
 def run_compiled_until(ranks: Ranks, *, cxx: str, run_dir: Path, stop_before: int | None) -> None:
@@ -67,7 +70,7 @@ def stopped(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.mark.parametrize(("size", "stop_before"), [(1, 1), (2, 6), pytest.param(2, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("size", "stop_before"), [ci(1, 1), (2, 6), pytest.param(2, 5, marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     world: World, folders: Path, tmp_path: Path, whole: Callable[[int], Whole], size: int, stop_before: int
 ) -> None:
@@ -78,10 +81,22 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert_same_run(tmp_path / "stopped", whole(size).folder)
 
 
-@pytest.mark.ci
-def test_a_hybrid_mixture_of_experts_resumes_bit_for_bit(world: World, folders: Path, tmp_path: Path) -> None:
+KINDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "hybrid experts": ("qwen3_next", {}),
+    "muon": ("llama", {"optim": {"name": "muon"}, "adapter": {"r": 8, "use_dora": True}}),
+    "dropout and noise": ("llama", {"adapter": {"lora_dropout": 0.3}, "train": {"neftune_alpha": 5.0}}),
+}
+"""Models, and settings beside SETTINGS."""
+
+
+@pytest.mark.parametrize("kind", ["dropout and noise", *map(ci, ("hybrid experts", "muon"))])
+def test_a_run_of_each_kind_resumes_bit_for_bit_on_two_ranks(
+    world: World, folders: Path, tmp_path: Path, kind: str
+) -> None:
+    model, sections = KINDS[kind]
+    train = SETTINGS | {"max_steps": 5} | sections.get("train", {})
     for name, stops in (("whole", [None]), ("stopped", [3, None])):
-        make_run(tmp_path / name, folders, "qwen3_next", train=SETTINGS | {"max_steps": 5})
+        make_run(tmp_path / name, folders, model, **sections | {"train": train})
         for stop in stops:
             world.run(2, run_until, run_dir=tmp_path / name, stop_before=stop)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -107,19 +122,6 @@ def test_a_compiled_run_on_two_ranks_resumes_bit_for_bit(world: World, folders: 
     config.write_text(text.replace("compile: auto\n", "compile: false\n").replace("/stopped", "/moved"))
     run_until(SINGLE, run_dir=moved, stop_before=None)
     assert [line["step"] for line in read_metrics(moved) if "loss" in line] == [1, 2, 3, 4, 5]
-
-
-@pytest.mark.ci
-def test_muon_on_two_ranks_resumes_bit_for_bit(world: World, folders: Path, tmp_path: Path) -> None:
-    sections: dict[str, dict] = {"train": SETTINGS | {"max_steps": 5}, "optim": {"name": "muon"}}
-    sections["adapter"] = {"r": 8, "use_dora": True}
-    for name, stops in (("whole", [None]), ("stopped", [3, None])):
-        make_run(tmp_path / name, folders, **sections)
-        for stop in stops:
-            world.run(2, run_until, run_dir=tmp_path / name, stop_before=stop)
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-    losses = [line["eval_loss"] for line in read_metrics(tmp_path / "whole") if "eval_loss" in line]
-    assert losses == sorted(losses, reverse=True)
 
 
 @pytest.mark.ci
@@ -200,16 +202,16 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
         make_run(disk / "run", folders, train=SETTINGS)
         train_step = worker.Trainer._train_step
 
-        def with_troubles(self: worker.Trainer) -> None:
-            step = self.trial.done
+        def with_troubles(self: worker.Trainer, trials: Sequence[Trial]) -> None:
+            step = trials[0].done
             if step in (5, 7):
-                self.trial.hooks.save.__self__._finish()  # type: ignore[attr-defined]
+                trials[0].hooks.save.__self__._finish()  # type: ignore[attr-defined]
             if step == 5:
                 fill(disk)
             if step == 7:
                 assert [step_of(path) for path in steps(disk / "run" / "checkpoints")] == [2, 4]
                 (disk / "filler").unlink()
-            train_step(self)
+            train_step(self, trials)
 
         monkeypatch.setattr(worker.Trainer, "_train_step", with_troubles)
         worker.run(disk / "run", SINGLE)
@@ -270,7 +272,7 @@ def resume(run_dir: Path) -> None:
     run_until(SINGLE, run_dir=run_dir, stop_before=None)
 
 
-@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("edited", [ci(False), True])
 def test_data_that_changes_before_a_resume_is_not_trained_on(
     folders: Path, tmp_path: Path, whole: Callable[[int], Whole], edited: bool
 ) -> None:

@@ -142,7 +142,7 @@ def test_a_bad_function_costs_its_answer_and_is_counted(functions: Path) -> None
 
 def test_a_reward_that_fills_the_memory_fails_in_words_and_is_replaced(functions: Path) -> None:
     lines: list[str] = []
-    with RewardPool(data("mine.odd", reward_memory_gb=1.0, reward_processes=1), log=lines.append) as pool:
+    with RewardPool(data("mine.odd", reward_memory_gb=0.5, reward_processes=1), log=lines.append) as pool:
         before = pool._workers[0].process.pid
         scores = pool.score(inputs("fill", "right", "fill", "right"))
         assert pool._workers[0].process.pid != before
@@ -152,6 +152,7 @@ def test_a_reward_that_fills_the_memory_fails_in_words_and_is_replaced(functions
     assert "mine.odd needs more memory than data.reward_memory_gb allows (mine.py:" in lines[0]
 
 
+@pytest.mark.ci
 def test_functions_of_trl_run_unchanged() -> None:
     texts = ["<think>\n2 / 4\n</think>\n\\boxed{\\frac{1}{2}}", r"\boxed{\frac{1}{3}}"]
     messages = [[{"role": "assistant", "content": text}] for text in texts]
@@ -422,7 +423,7 @@ def test_threads_end_at_the_limit_and_a_program_that_hides_is_killed() -> None:
             while True: threading.Thread(target=time.sleep, args=[1000]).start()
         except RuntimeError: print(threading.active_count(), flush=True)
     """
-    assert outcome(code, "namespaces", seconds=8) == f"refused\n{sandbox.THREADS}\n"
+    assert outcome(code, "namespaces", seconds=4) == f"refused\n{sandbox.THREADS}\n"
 
     def left() -> set[int]:
         users = set()
@@ -522,7 +523,9 @@ def test_an_answer_cannot_report_by_what_it_reads_outside_its_memory(isolation: 
             try: os.lseek(number, 0, 0); words.append(os.read(number, 100).decode())
             except (OSError, ValueError): pass
         for name in range(256):
-            try: words += open(f"/proc/{os.getppid()}/fd/{name}").read(9999).split(chr(34))
+            try:
+                file = os.open(f"/proc/{os.getppid()}/fd/{name}", os.O_NONBLOCK)
+                words += os.read(file, 9999).decode().split(chr(34))
             except (OSError, ValueError): pass
         for number in range(1, 256):
             try: os.truncate(number, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: floa
     train_step, losses_of = worker.Trainer._train_step, NextToken.losses
     spoiling = False
 
-    def spoilt_step(self: worker.Trainer) -> None:
+    def spoilt_step(self: worker.Trainer, trials: Sequence[Trial]) -> None:
         nonlocal spoiling
-        spoiling = self.trial.done == bad_step and ranks.rank == 0
-        train_step(self)
+        spoiling = trials[0].done == bad_step and ranks.rank == 0
+        train_step(self, trials)
 
     def spoilt_losses(self: NextToken, *arguments: Any) -> Losses:
         nonlocal spoiling
@@ -84,7 +85,7 @@ BAD = {"max_steps": 5, "log_every": 4}
 @pytest.mark.parametrize(
     ("size", "accumulate", "where", "value"),
     [
-        (1, "step", "loss", math.inf),
+        ci(1, "step", "loss", math.inf),
         (2, "block", "gradient", 0.0),
         ci(1, "step", "gradient", 0.0),
         ci(2, "step", "loss", math.nan),
@@ -124,16 +125,16 @@ class BrokenError(RuntimeError):
     """What an evaluation of the tests raises."""
 
 
-@pytest.mark.parametrize("after", [0, 2, 4])
+@pytest.mark.parametrize("after", [ci(0), 2, ci(4)])
 def test_an_evaluation_that_fails_costs_no_step_and_is_named(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     means_of = worker.Trainer._means_of
 
-    def broken(self: worker.Trainer, batches: Any) -> Any:
-        if self.trial.done == after:
+    def broken(self: worker.Trainer, trials: Sequence[Trial], batches: Any) -> Any:
+        if trials[0].done == after:
             raise BrokenError("no memory")
-        return means_of(self, batches)
+        return means_of(self, trials, batches)
 
     settings = {"max_steps": 4, "eval_every": 2, "save_every": 3, "log_every": 4}
     for name in ("run", "whole"):

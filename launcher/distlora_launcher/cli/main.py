@@ -101,7 +101,7 @@ MEANT = {
 BENCHES = {
     **{name: f"python benchmarks/{name}.py" for name in ("step", "load", "checkpoint", "generate")},
     "kernels": "python benchmarks/gpu_kernels.py, or python tests/tools/compiled_kernels.py where there is no GPU",
-    "layer": "python tests/tools/layer_launches.py",
+    "layer": "distlora plan (the counted layer is in docs/benchmarks.md)",
     "memory": "python -m pytest tests/planner/test_plan_memory.py",
     "methods": "distlora sweep adapter=lora,dora,full optim.lr=2e-4,4e-4 ... (docs/methods.md)",
 }

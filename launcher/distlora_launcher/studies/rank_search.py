@@ -40,8 +40,7 @@ from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord
 from distlora.system import atomic_io
 from distlora_launcher.compose import planning
-from distlora_launcher.studies.sources import Due, Source
-from distlora_launcher.studies.sweep import Sweep
+from distlora_launcher.studies.sweep import Due, Search, Sweep
 
 RANK_SEARCH_NAME = "rank_search.json"
 TRIAL_OVERRIDES = ("train.eval_documents=true",)
@@ -412,8 +411,8 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     return None if plan.fits else f"it is predicted not to fit {plan.machine.name} ({needs(plan)})"
 
 
-class RankSearch(Source):
-    """The source of `sweep=rank_search` (sources.py)."""
+class RankSearch(Search):
+    """The search of `sweep=rank_search` (sweep.py)."""
 
     overrides = TRIAL_OVERRIDES
 
@@ -467,7 +466,7 @@ class RankSearch(Source):
         )
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
-        """Return a rank that the ended runs call for, then full fine-tuning (Source.next).
+        """Return a rank that the ended runs call for, then full fine-tuning (Search.next).
 
         The first call, before there is any trial, writes the setup.
         """

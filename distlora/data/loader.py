@@ -5,89 +5,15 @@ Letters: B rows of a micro-batch, L tokens of a row. Needs numpy and torch alone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from distlora.data.packing import ROW_ORDER, build_rows, hash64, pack
 from distlora.data.rows import BAD, JUDGED, RIGHT, STARTS, TRAINED, PackedRows
-
-
-class Share(NamedTuple):
-    """A trial's packed sequences of a step or of a part of its evaluation."""
-
-    batch: StepBatch
-    slot: int | None
-    """Index of the adapter that its sequences use; None for the only one."""
-    step: int | None
-    """The optimizer step, from 0; None in an evaluation."""
-
-
-class Stack(NamedTuple):
-    """Rows that run at once."""
-
-    batch: MicroBatch
-    step: int | Tensor | None
-    """Step of all sequences, or (B,) of each; None in an evaluation."""
-    owners: list[tuple[int, int]]
-    """(trial, its rows), from the first row on; a trial may come several times."""
-
-    def split_by_owner(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(trial, its part) of a number for each row, (B,), or of several, (B, ...)."""
-        if len(self.owners) == 1:
-            return iter([(self.owners[0][0], rows)])
-        parts = rows.split([count for _, count in self.owners])
-        return zip((owner for owner, _ in self.owners), parts, strict=True)
-
-    def batches_of_owners(self) -> Iterator[tuple[int, MicroBatch]]:
-        """(trial, its rows)."""
-        for parts in zip(*(self.split_by_owner(column) for column in self.batch[:4]), strict=True):
-            yield parts[0][0], MicroBatch(*(part for _, part in parts))
-
-
-def stacks(shares: Sequence[Share], *, whole: bool) -> list[Stack]:
-    """Yield the micro-batches of K trials stacked together; a trial with fewer is absent from the last ones.
-
-    `whole`: as one batch, in which every micro-batch has as many rows, for blocks that cut it up themselves.
-    """
-    number = max(len(share.batch.micro_batches) for share in shares)
-    pieces = [list(_pieces(shares, index, fill=whole)) for index in range(number)]
-    if whole:
-        return [_stack(shares, [piece for of_index in pieces for piece in of_index])]
-    return [_stack(shares, of_index) for of_index in pieces]
-
-
-def _pieces(shares: Sequence[Share], index: int, *, fill: bool) -> Iterator[tuple[int, MicroBatch]]:
-    """Yield (trial, its micro-batch `index`); `fill`: empty rows where a trial has none."""
-    for owner, share in enumerate(shares):
-        own = share.batch.micro_batches
-        if index < len(own):
-            yield owner, own[index]
-        elif fill:
-            labels, rows = torch.full_like(own[0].labels, IGNORED), torch.full_like(own[0].rows, EMPTY)
-            yield owner, own[0]._replace(labels=labels, rows=rows)
-
-
-def _stack(shares: Sequence[Share], pieces: Sequence[tuple[int, MicroBatch]]) -> Stack:
-    owners = [(owner, len(batch.rows)) for owner, batch in pieces]
-    batch = pieces[0][1]
-    if len(pieces) > 1:
-        columns: Any = zip(*(part for _, part in pieces), strict=True)
-        batch = MicroBatch._make(None if column[0] is None else torch.cat(column) for column in columns)
-    first = shares[owners[0][0]]
-    if first.slot is None:
-        assert len({owner for owner, _ in owners}) == 1, "several trials need slots"
-        return Stack(batch, first.step, [(0, len(batch.rows))])
-    counts = torch.tensor([count for _, count in owners])
-    slots, steps = [shares[owner].slot for owner, _ in owners], [shares[owner].step for owner, _ in owners]
-    assert None not in slots, "a trial without a slot beside others"
-    batch = batch._replace(slots=torch.tensor(slots).repeat_interleave(counts))
-    return Stack(batch, None if None in steps else torch.tensor(steps).repeat_interleave(counts), owners)
-
 
 IGNORED = -100
 """The label of a position that is not trained, as torch's and transformers' losses have it."""
@@ -123,6 +49,12 @@ class MicroBatch(NamedTuple):
     judged: torch.Tensor | None = None
     """(B, L): at the first token of each judged answer's document 1 if it is good, -1 if it is bad, else 0; None: no
     answer is judged."""
+
+
+def joined(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
+    """Return the rows of micro-batches as one, in their order."""
+    columns: Any = zip(*micro_batches, strict=True)
+    return MicroBatch._make(None if column[0] is None else torch.cat(column) for column in columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +95,8 @@ class StepLoader:
     world: int
     seed: int
     shuffle: bool
+    slot: int | None = None
+    """Adapter that the rows use, where trials share a base."""
     mismatched: bool = False
     """Give each step the prompts of its judged answers a second time, each with the answer before it in the order of
     the rows, the first with the last one. What is then longer than a row is cut. A step's only answer has no labels."""
@@ -270,6 +204,7 @@ class StepLoader:
             labels=torch.from_numpy(np.where(flags & TRAINED, following, IGNORED)),
             position_ids=torch.from_numpy(position - start),
             rows=torch.from_numpy(indices.astype(np.int64)),
+            slots=None if self.slot is None else torch.full((len(indices),), self.slot),
             margins=self._margins(indices),
             judged=torch.from_numpy(_VERDICTS[flags & (JUDGED | BAD)]) if self._are_judged else None,
         )

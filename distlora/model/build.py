@@ -38,7 +38,6 @@ from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_docu
 from distlora.model.batch_invariant import attend
 from distlora.model.buffers import made_buffers, stored_buffers
 from distlora.model.by_document import ByDocument, PackedRows
-from distlora.model.distillation import Divergence
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.experts import (
     ExpertWeight,
@@ -52,7 +51,7 @@ from distlora.model.frozen_linear import FrozenLinear, fused_paths, link_shared_
 from distlora.model.head_form import loss_head
 from distlora.model.hf_model import transformers_model
 from distlora.model.layer_wrapper import Block, Reference
-from distlora.model.lm_head import LossHead
+from distlora.model.lm_head import SUMS, LossForm, LossHead
 from distlora.model.paged_cache import PagedCache, cache_name
 from distlora.model.quantized_parameters import freeze_parameters
 from distlora.model.reward_head import SCORE, RewardHead
@@ -168,26 +167,19 @@ class CausalLM(nn.Module):
         past: Past | None = None,
         step_rows: StepRows | None = None,
         documents: Documents | None = None,
-        with_reference: bool = False,
-        by_token: bool = False,
-        divergence: Divergence | None = None,
-        temperature: float = 1.0,
+        losses: LossForm = SUMS,
     ) -> Tensor:
-        """Return (B,) fp32 loss sums from input_ids, position_ids and labels (B, T) int64.
+        """Return (B,) fp32 loss sums, or what `losses` says, from input_ids, position_ids and labels (B, T) int64.
 
         Positions restart at 0 with each packed document. labels[t] is the target at position t, -100 for none.
         `adapter_rows`, `step_rows`: Rows.adapters and Rows.places. `documents` are required if the model attends by
         documents; otherwise masks are made from the positions.
 
         labels=None (generation): return the logits after the last position, (B, 1, vocabulary) fp32, for one document
-        per row; `past` precedes its T tokens. `with_reference`: run the rows a second time through the initial model
-        (`keep_start`, or without any adapter), without gradient and dropout, while each layer is gathered, and return
-        each token's loss in both, (2, B, T) fp32; with a `divergence` each token's loss by it, and the divergence from
-        the initial model. `by_token`: return each token's loss, (B, T) fp32, without the router
-        loss. `temperature` divides the logits, which must be a product (`head.is_product`).
+        per row; `past` precedes its T tokens.
         """
-        reference = None
-        if with_reference:
+        reference, temperature = None, losses.temperature
+        if losses.with_reference:
             has_values = any(block.started for block in self.blocks)
             reference = Reference(None if has_values else torch.full_like(input_ids[:, 0], -1))
         balanced = counted = None
@@ -206,9 +198,9 @@ class CausalLM(nn.Module):
                 assert self.final_norm is not None, "check_train refuses DPO"
                 states = self.final_norm(reference.take())
                 states = states if temperature == 1.0 else states / temperature
-            return self.head(hidden, labels, states, divergence=divergence)
-        output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels, by_token=by_token)
-        if balanced is None or labels is None or by_token:
+            return self.head(hidden, labels, states, divergence=losses.divergence)
+        output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels, by_token=losses.by_token)
+        if balanced is None or labels is None or losses.by_token:
             return output
         return output + self.router_aux_loss * balance_sums(self.blocks, labels, balanced)
 

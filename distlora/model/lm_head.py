@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,6 +101,24 @@ def _replaced(module: nn.Module, path: str, stub: _Stub) -> nn.Module:
     child = copied._modules.pop(first)
     setattr(copied, first, _replaced(child, rest, stub) if rest else stub)
     return copied
+
+
+@dataclass(frozen=True, slots=True)
+class LossForm:
+    """Form in which a forward returns its rows' losses; by default their sums (B,)."""
+
+    by_token: bool = False
+    """Each token's loss, (B, T), without the router loss."""
+    with_reference: bool = False
+    """Run the rows a second time through the initial model (`keep_start`, or without any adapter), without gradient and
+    dropout, while each layer is gathered; each token's loss in both, (2, B, T)."""
+    divergence: Divergence | None = None
+    """With a reference: each token's loss by it, and the divergence from the initial model, (2, B, T)."""
+    temperature: float = 1.0
+    """Divides the logits, which must be a product (`head.is_product`)."""
+
+
+SUMS = LossForm()
 
 
 class LossHead(nn.Module):

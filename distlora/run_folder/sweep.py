@@ -1,9 +1,8 @@
 """Layout and records of a sweep folder. Needs neither torch nor Optuna.
 
 SWEEP/sweep.yaml       search space, method and shared overrides; written once
-SWEEP/journal.log      Optuna's journal: the state of the trials, shared by all workers
-SWEEP/results.json     result of each trial, derived from the journal after each change (TrialRecord)
-SWEEP/results.md, parallel_coordinates.png, importance.png, importance.json
+SWEEP/results.json     state and result of each trial (TrialRecord): the one record, shared by all workers
+SWEEP/results.md, importance.json
 SWEEP/trials/0007/     run folder of trial 7
 SWEEP/packs/0/         multi-trial worker 0, with sweep.packed > 1 (distlora/training/multi_trial/protocol.py)
 SWEEP/logs/            output of workers and trials
@@ -23,9 +22,9 @@ from distlora.config import UserError
 from distlora.config.json_files import Shape, read_object
 from distlora.system import atomic_io
 
-SWEEP_NAME, JOURNAL_NAME, RESULTS_NAME = "sweep.yaml", "journal.log", "results.json"
+SWEEP_NAME, RESULTS_NAME = "sweep.yaml", "results.json"
 IMPORTANCE_RECORD = "importance.json"
-"""Importance of each setting once the sweep is over, as shown in importance.png."""
+"""Importance of each setting, once the sweep is over."""
 TRIALS, PACKS = "trials", "packs"
 CANCELLED_NAME = "cancelled"
 """File in a trial's run folder: `distlora cancel` stopped this trial, so it does not continue with the sweep."""
@@ -59,6 +58,12 @@ class TrialRecord:
     """Peak memory per rank in bytes; shared by trials that are trained together."""
     evaluations: Mapping[int, float] = field(default_factory=dict)
     """Values of the metric by step."""
+    owner: Mapping[str, Any] | None = None
+    """Process of the worker that trains it, as JSON; None if no worker has it."""
+    place: str | None = None
+    """Name of that worker's record in SWEEP/machines."""
+    ended: float | None = None
+    """Time of its end, in seconds since 1970."""
 
     @property
     def is_open(self) -> bool:
@@ -98,6 +103,9 @@ _TRIAL: Shape = {
     "trainable_parameters?": _MAYBE[int],
     "peak_memory_bytes?": _MAYBE[int],
     "evaluations?": {"*": float},
+    "owner?": (dict, type(None)),
+    "place?": _MAYBE[str],
+    "ended?": _MAYBE[float],
 }
 
 
@@ -111,7 +119,7 @@ def read_results(sweep: Path) -> list[TrialRecord]:
     path = sweep / RESULTS_NAME
     if not path.is_file():
         raise UserError(f"{sweep} holds no results of a sweep ({RESULTS_NAME}); start one with `distlora sweep`")
-    remedy = "delete it and `distlora resume` the sweep, which makes it again"
+    remedy = "restore a complete copy, or start the sweep again in another folder"
     values = read_object(path, remedy, {"trials": [_TRIAL]})
     known = {item.name for item in dataclasses.fields(TrialRecord)}
     records = []

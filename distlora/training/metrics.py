@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.tokens import HEAD
@@ -183,9 +182,7 @@ def describe_steps(reporter: Reporter, run: OpenRun) -> None:
         reporter.event(f"held-out evaluations after steps {', '.join(f'{step:,}' for step in steps)}")
 
 
-def summarize(
-    trial: Trial, model: CausalLM, loaded: Loaded, adapter: AdapterConfig, trained: dict[str, nn.Parameter]
-) -> None:
+def summarize(trial: Trial, model: CausalLM, loaded: Loaded, adapter: AdapterConfig) -> None:
     """Write RUN/summary.json, the metrics for comparing runs. Every rank must call it."""
     backend, progress, reporter = trial.backend, trial.progress, trial.reporter
     # The kernel counts in KiB, macOS in bytes.
@@ -194,7 +191,7 @@ def summarize(
     peak, resident = map(int, backend.max_over_ranks(peaks).tolist())
     figures: dict[str, float | list[str]] = {
         "resident_memory_bytes": resident,
-        "trainable_parameters": sum(parameter.numel() for parameter in trained.values()),
+        "trainable_parameters": sum(parameter.numel() for parameter in trial.trained.parameters.values()),
         "train_seconds": progress.seconds,
         "tokens_per_second": progress.tokens / progress.seconds,
     }
@@ -209,7 +206,7 @@ def summarize(
         for line in trial.expert_load.describe():
             reporter.event(line)
     if adapter.method == "lora":
-        figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trained.values())
+        figures["adapter_bytes"] = sum(parameter.nbytes for parameter in trial.trained.parameters.values())
     if trial.without_gradient is not None:
         figures["parameters_without_gradient"] = trial.without_gradient
     if loaded.bits_per_weight is not None:

@@ -13,6 +13,7 @@ its initial adapter as the reference (`weights.initial_adapter_file.needs_initia
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -48,32 +49,36 @@ def _no_log(text: str) -> None:
     pass
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """Circumstances in which a model is started."""
+
+    training: bool = True
+    for_slots: bool = False
+    """This and the one before as in build_model."""
+    restores: bool = False
+    """True if the caller fills the adapters afterwards."""
+    run_dir: str | Path = ""
+    """Folder of the initial adapter of PiSSA and LoftQ; no other run needs it."""
+    log: Log = _no_log
+    boundary: watch.Marker = watch.at
+    """Marks each weight, on every rank alike, and may end the start by raising."""
+
+
 def start_run_model(
-    config: Config,
-    ranks: Ranks,
-    *,
-    training: bool = True,
-    log: Log = _no_log,
-    restores: bool = False,
-    for_slots: bool = False,
-    boundary: watch.Marker = watch.at,
-    base: CheckpointFiles | None = None,
+    config: Config, ranks: Ranks, start: Start | None = None, *, base: CheckpointFiles | None = None
 ) -> tuple[CausalLM, Backend, Loaded]:
     """Return `start_model` with the settings of a run."""
-    with still("loading the base", log):
+    start = replace(start or Start(), run_dir=config.run_dir)
+    with still("loading the base", start.log):
         return start_model(
             config.spec,
             ranks,
+            start,
             train=config.train,
             parallel=config.parallel,
             shard_degree=config.shard_degree(ranks.world),
             sequence_length=config.data.sequence_length,
-            run_dir=config.run_dir,
-            training=training,
-            log=log,
-            restores=restores,
-            for_slots=for_slots,
-            boundary=boundary,
             base=base,
         )
 
@@ -81,31 +86,26 @@ def start_run_model(
 def start_model(
     spec: ModelSpec,
     ranks: Ranks,
+    start: Start | None = None,
     *,
     train: TrainConfig | None = None,
     parallel: ParallelConfig | None = None,
     shard_degree: int | None = None,
     sequence_length: int | None = None,
-    run_dir: str | Path = "",
-    training: bool = True,
-    log: Log = _no_log,
-    restores: bool = False,
-    for_slots: bool = False,
-    boundary: watch.Marker = watch.at,
     base: CheckpointFiles | None = None,
 ) -> tuple[CausalLM, Backend, Loaded]:
     """Build, shard and load the model on this rank, with its adapters at their start. `start_adapters` does the rest.
 
-    `train`, `base`, `training` and `for_slots` as in build_model, `parallel` and `shard_degree` as in parallelize.
-    `run_dir` holds the initial adapter of PiSSA and LoftQ, and no other run needs it. `restores`: the caller fills the
-    adapters afterwards. `boundary` marks each weight, on every rank alike, and may end the start by raising.
+    `train`, `base` and `sequence_length` as in build_model, `parallel` and `shard_degree` as in parallelize.
 
     Raises UserError for a base that cannot be read or does not fit its config.json, for a missing initial adapter, and
     if the node lacks the host memory that the settings need.
     """
-    train, adapter = train or TrainConfig(), spec.adapter
-    base = base or CheckpointFiles(spec.path)
-    model = build_model(spec, train, base=base, sequence_length=sequence_length, training=training, for_slots=for_slots)
+    train, adapter, start = train or TrainConfig(), spec.adapter, start or Start()
+    base, training, restores = base or CheckpointFiles(spec.path), start.training, start.restores
+    model = build_model(
+        spec, train, base=base, sequence_length=sequence_length, training=training, for_slots=start.for_slots
+    )
     use_device_kernels(model, spec, train, ranks.device)
     if training and train.neftune_alpha is not None:
         model.noise = EmbeddingNoise.of(train.neftune_alpha, spec.seed)
@@ -119,10 +119,12 @@ def start_model(
     is_reference = training and train.refers_to_start
     if adapter.decomposes and needs_initial_adapter(adapter, is_reference=is_reference, restores=restores):
         decomposed_adapters.initialize_from_base(
-            model, spec, run_dir, base, backend, log, restores=restores, boundary=boundary
+            model, spec, start.run_dir, base, backend, start.log, restores=restores, boundary=start.boundary
         )
-    cache = cache_settings(spec, base, backend, log, run_dir=run_dir)
-    loaded = load_base(model, base, backend, subtract_initial_adapter=adapter.pissa, cache=cache, boundary=boundary)
+    cache = cache_settings(spec, base, backend, start.log, run_dir=start.run_dir)
+    loaded = load_base(
+        model, base, backend, subtract_initial_adapter=adapter.pissa, cache=cache, boundary=start.boundary
+    )
     backend.watch_weights(model)
     materialize_buffers(model, ranks.device)
     reserve_scratch(model, DTYPES[spec.dtype], ranks.device)

@@ -1,6 +1,6 @@
 """One run's side of training: next rows, metrics of its steps, what is due after them, whether it continues.
 
-The trainer (loop.py) runs the steps of one trial, or of several that share a base. Losses and norms stay on the device
+The trainer (loop.py) runs its steps. Losses and norms stay on the device
 until the next log.
 """
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from distlora.checkpoint.saver import SaveError
 from distlora.checkpoint.state import Progress
-from distlora.config import OptimConfig, TrainConfig
 from distlora.config.objectives import means_of
 from distlora.config.plan import find_gpu
 from distlora.config.training import Cadence
@@ -36,6 +35,7 @@ from distlora.training.expert_load import ExpertLoad
 from distlora.training.memory_meter import MemoryCheck
 from distlora.training.objectives import objective_of
 from distlora.training.objectives.documents import DocumentLosses
+from distlora.training.open_run import OpenRun
 from distlora.training.optimizers import Optimizer, learning_rate
 from distlora.training.reporter import Reporter
 
@@ -66,6 +66,17 @@ class Hooks:
     """Save the present weights as the best by held-out loss."""
     sample: Callable[[int], None] | None = None
     """Log samples after so many steps, unless an earlier start has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Parameters that a trial trains, with their gradients and optimizer."""
+
+    parameters: Mapping[str, nn.Parameter]
+    """By their names in a checkpoint, in forward order."""
+    gradients: Gradients
+    """Their gradients, summed over ranks."""
+    optimizer: Optimizer
 
 
 class StepFigures(NamedTuple):
@@ -121,33 +132,24 @@ class Trial:
         self,
         model: CausalLM,
         backend: Backend,
-        optimizer: Optimizer,
-        gradients: Gradients,
-        *,
-        loader: StepLoader,
-        eval_loader: StepLoader | None,
-        progress: Progress,
-        total_steps: int,
+        run: OpenRun,
+        trained: Trained,
         reporter: Reporter,
-        train: TrainConfig,
-        optim: OptimConfig,
         hooks: Hooks,
+        *,
         rollouts: RolloutLoader | None = None,
-        evaluations: Cadence | None = None,
         memory: MemoryCheck | None = None,
-        slot: int | None = None,
     ) -> None:
-        """Start from `progress`.
+        """Start from the run's progress.
 
-        `evaluations`: those between the first and the last step. `memory` measures one of the steps; `slot`: the
-        adapter's slot in multi-trial training. `rollouts` samples the answers to the prompts of `loader`.
+        `rollouts` samples the answers to the run's prompts. `memory` measures one of the steps.
         """
-        self.backend, self.optimizer, self.gradients, self.slot = backend, optimizer, gradients, slot
-        self.loader: StepLoader | RolloutLoader = loader if rollouts is None else rollouts
-        self.rollouts, self.eval_loader, self.total_steps = rollouts, eval_loader, total_steps
-        self.reporter, self.train, self.optim, self.hooks = reporter, train, optim, hooks
-        self.progress, self.memory = progress, memory
-        self.evaluations = evaluations
+        self.backend, self.trained, self.reporter, self.hooks = backend, trained, reporter, hooks
+        self.loader: StepLoader | RolloutLoader = run.loader if rollouts is None else rollouts
+        self.rollouts, self.memory, self.eval_loader = rollouts, memory, run.eval_loader
+        self.total_steps, self.progress, self.evaluations = run.total_steps, run.progress, run.evaluations
+        train, optim, progress = run.config.train, run.config.optim, run.progress
+        self.train, self.optim = train, optim
         self._saves = train.saves(self.loader.steps_per_epoch * train.global_batch)
         self.first_step = progress.step
         """Step that this start resumes from, which is already saved."""
@@ -158,19 +160,18 @@ class Trial:
         self.objective = objective_of(train, None if rollouts is None else rollouts.config.rollout)
         self.held_out: dict[str, float] = {}
         """Metrics of the last evaluation, by name."""
-        self.documents = DocumentLosses(eval_loader.rows) if eval_loader is not None and train.eval_documents else None
+        held_out = run.eval_loader if train.eval_documents else None
+        self.documents = None if held_out is None else DocumentLosses(held_out.rows)
         """Losses of each held-out document in a running evaluation; None: not recorded."""
-        self.failure: NonFiniteError | SaveError | None = None
-        """Error that ended this trial but not others."""
         self.without_gradient: list[str] | None = None
         """Parameters without gradient in the first steps; None if they were not checked, or not yet."""
-        self._gradients_seen = GradientWatch(model, optimizer.parameters) if progress.step == 0 else None
+        self._gradients_seen = GradientWatch(model, trained.optimizer.parameters) if progress.step == 0 else None
         self.expert_load: ExpertLoad | None = None
         """Load of the experts; None without a mixture of experts, and in multi-trial training, where rows mix."""
-        if slot is None and model.architecture.has_experts:
+        if run.slot is None and model.architecture.has_experts:
             step, decays, device = progress.step, optim.weight_decay > 0, backend.ranks.device
             self.expert_load = ExpertLoad(model, device, progress.expert_tokens, step=step, decays=decays)
-        weights = active_weights(model, slot)
+        weights = active_weights(model, run.slot)
         self._flops = weights.model_flops(with_reference=self.objective.needs.reference), weights.mismatched_flops()
         """Operations of a step's micro-batches, and of its mismatched ones."""
         self._peak_flops = peak_flops(backend.ranks.device)
@@ -194,10 +195,10 @@ class Trial:
         """Clip the summed gradients and update the trained parameters. `note` follows."""
         if self._gradients_seen is not None and self._gradients_seen.steps < WATCHED:
             self._gradients_seen.note()
-        grad_norm = self.gradients.clip(self.optim.max_grad_norm)
+        grad_norm = self.trained.gradients.clip(self.optim.max_grad_norm)
         self._ok &= torch.isfinite(grad_norm)
         rate = learning_rate(self.done, self.total_steps, self.optim)
-        self.optimizer.step(rate, self._ok)
+        self.trained.optimizer.step(rate, self._ok)
         self._interval.grad_norms.append(grad_norm)
         self._interval.rates.append(rate)
 
@@ -239,7 +240,7 @@ class Trial:
     @property
     def has_ended(self) -> bool:
         """True if no step follows."""
-        return self.failure is not None or self.done >= self.total_steps or self.is_exhausted()
+        return self.done >= self.total_steps or self.is_exhausted()
 
     def is_exhausted(self) -> bool:
         """Return whether early stopping ends the run: a function of the evaluations, so a resume decides the same."""

@@ -28,10 +28,12 @@ from distlora.training.memory_meter import MemoryCheck, measured_step
 from distlora.training.metrics import describe, describe_steps, summarize
 from distlora.training.multi_trial.protocol import SETTINGS_NAME
 from distlora.training.multi_trial.trainer import run_group
-from distlora.training.open_run import open_run, trial_of
+from distlora.training.open_run import open_run
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
-from distlora.training.setup import start_adapters, start_run_model
+from distlora.training.setup import Start, start_adapters, start_run_model
+from distlora.training.start_trial import trial_of
+from distlora.training.trial import Trained
 
 
 def run(run_dir: Path, ranks: Ranks) -> None:
@@ -56,16 +58,15 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         for line in [*opened.notes, *why_not_compiled]:
             reporter.event(line)
         reporter.event(f"reading {config.model.path}")
-        model, backend, loaded = start_run_model(
-            config, ranks, log=reporter.event, restores=restores, boundary=control.boundary, base=base
-        )
-        trained = trained_parameters(model)
-        gradients = backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
-        optimizer = build_optimizer(backend.updated(trained), config.optim)
+        start = Start(log=reporter.event, restores=restores, boundary=control.boundary)
+        model, backend, loaded = start_run_model(config, ranks, start, base=base)
+        parameters = trained_parameters(model)
+        gradients = backend.reduce_gradients_of(parameters.values(), config.parallel.bucket_mb)
+        trained = Trained(parameters, gradients, build_optimizer(backend.updated(parameters), config.optim))
         start_adapters(model, config.spec, backend, config.train, restores=restores, log=reporter.event)
         control.boundary(None, "reading the checkpoint", long=True)
         if opened.newest is not None:
-            restore(opened.newest, model, optimizer, trained, backend)
+            restore(opened.newest, model, trained.optimizer, parameters, backend)
             reporter.event(f"continuing from {opened.newest.name}")
         backend.compare_trained(model)
         describe(reporter, model, loaded, config.spec, config.cluster, backend)
@@ -75,7 +76,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         every = config.train.sample_every
         between = [opened.evaluations, None if every is None else Cadence(1, every)]
         step = measured_step(opened.progress.step, [c for c in between if c]) if config.plan.measure else None
-        memory = None if step is None else MemoryCheck(model, optimizer, backend, plan=plan, step=step)
+        memory = None if step is None else MemoryCheck(model, trained.optimizer, backend, plan=plan, step=step)
         with contextlib.ExitStack() as stack:
             rollouts = None
             if config.train.needs.data == "prompts":
@@ -96,20 +97,10 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
                         boundary=control.boundary,
                     )
                 )
-            trial, saver = trial_of(
-                opened,
-                model,
-                backend,
-                reporter,
-                gradients=gradients,
-                optimizer=optimizer,
-                trained=trained,
-                memory=memory,
-                rollouts=rollouts,
-            )
+            trial, saver = trial_of(opened, model, backend, reporter, trained, memory=memory, rollouts=rollouts)
             stack.enter_context(saver)
-            Trainer(model, backend, control, [trial]).fit()
-        summarize(trial, model, loaded, config.adapter, trained)
+            Trainer(model, backend, control, trial).fit()
+        summarize(trial, model, loaded, config.adapter)
         opened.publish(model, backend, reporter)
 
 

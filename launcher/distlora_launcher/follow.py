@@ -4,7 +4,6 @@ Callbacks run in the calling process, from the records that rank 0 has written. 
 neither slow nor break training.
 """
 
-import os
 import queue
 import signal
 import subprocess
@@ -15,10 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from distlora.config import UserError
-from distlora.config.json_files import parse_object
-from distlora.run_folder.layout import METRICS_NAME, checkpoint_folders, step_of
+from distlora.run_folder.layout import checkpoint_folders, step_of
 from distlora_launcher.launch.bound import start_command
+from distlora_launcher.report.progress import NewMetrics
 from distlora_launcher.terminal.output import show, warn
 
 LOOK_SECONDS = 0.2
@@ -114,8 +112,7 @@ class Follower:
         self._began = time.time()
         self._saved = {step_of(folder) for folder in checkpoint_folders(run_dir)}
         self._seen: set[tuple[int, bool]] = set()
-        self._file: tuple[int, int] | None = None
-        """(inode, bytes read) of metrics.jsonl, which a restart replaces."""
+        self._metrics = NewMetrics(run_dir)
         self._stops = False
 
     def look(self) -> bool:
@@ -125,9 +122,11 @@ class Follower:
             new = [step for step in folders if step not in self._saved]  # Listed first, so that their steps are logged.
             self._saved.update(new)
             events: list[tuple[int, int, str, Any]] = [(step, 2, "on_save", folders[step]) for step in new]
-            for record in self._records():
-                step, is_eval = record["step"], "eval_loss" in record
-                if (step, is_eval) not in self._seen:
+            for record in self._metrics.look():
+                step, is_eval, written = record["step"], "eval_loss" in record, record.get("time")
+                # To a millisecond, as rank 0 rounds its times. Earlier lines are those of earlier starts.
+                is_new = isinstance(written, (int, float)) and written >= self._began - 0.001
+                if is_new and (step, is_eval) not in self._seen:
                     self._seen.add((step, is_eval))
                     events.append((step, int(is_eval), "on_eval" if is_eval else "on_step", record))
             for step, _, name, value in sorted(events, key=lambda event: event[:2]):
@@ -148,27 +147,3 @@ class Follower:
                 )
             else:
                 self._stops |= isinstance(answer, str) and answer == STOP
-
-    def _records(self) -> list[dict[str, Any]]:
-        """Return the new whole lines of metrics.jsonl."""
-        try:
-            with (self._run_dir / METRICS_NAME).open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                start = self._file[1] if self._file is not None and self._file[0] == inode else 0
-                file.seek(start)
-                content = file.read()
-        except FileNotFoundError:
-            return []
-        whole = content[: content.rfind(b"\n") + 1]
-        self._file = (inode, start + len(whole))
-        records = []
-        for line in whole.splitlines():
-            try:
-                record = parse_object(line, METRICS_NAME, "")
-            except UserError:  # A damaged line of an earlier start.
-                continue
-            step, written = record.get("step"), record.get("time")
-            # To a millisecond, as rank 0 rounds its times. Earlier lines are those of earlier starts.
-            if isinstance(step, int) and isinstance(written, (int, float)) and written >= self._began - 0.001:
-                records.append(record)
-        return records

@@ -21,6 +21,7 @@ from distlora.model import fused_modules
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.fused_modules import FusedRMSNorm
+from distlora.model.lm_head import LossForm
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
 from distlora.planner.decoder_sizes import fuses
@@ -131,7 +132,7 @@ def test_an_adapter_at_its_start_is_its_reference_to_the_bit(tmp_path: Path, mon
 
     def found() -> Tensor:
         labels, documents = input_ids.roll(-1, dims=1), Documents.of(positions)
-        return model(input_ids, positions, labels, documents=documents, with_reference=True).detach()
+        return model(input_ids, positions, labels, documents=documents, losses=LossForm(with_reference=True)).detach()
 
     first = found()
     assert torch.equal(first[0], first[1])

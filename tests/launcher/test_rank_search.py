@@ -20,7 +20,8 @@ from distlora.run_folder.eval_documents import DocumentRecord, read_documents, w
 from distlora.run_folder.sweep import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
 from distlora_launcher.studies.rank_search import FULL, Comparison, Gain, RankSearch, Size, Tried, gain, ladder
 from distlora_launcher.studies.results import CONCLUSION_NAME
-from distlora_launcher.studies.sweep import Due, Sweep
+from distlora_launcher.studies.sources import Due
+from distlora_launcher.studies.sweep import Sweep
 
 SETTINGS = SweepConfig(method="rank_search", rank_start=8, rank_most=128, bootstrap=500)
 DOCUMENTS = 80

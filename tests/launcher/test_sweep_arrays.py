@@ -1,4 +1,4 @@
-"""Test workers of a sweep and wandb agents as tasks of an array, on a real SLURM with two nodes."""
+"""Test workers of a sweep as tasks of an array, on a real SLURM with two nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from support import slurm_cluster
 from support.slurm_cluster import SlurmCluster, running_cluster
 from support.slurm_commands import ENDED, distlora, job_of, steps_done
 from support.small_models import read_metrics
-from support.wandb_server import running_wandb_server
 
 MISSING = slurm_cluster.missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"no SLURM: {MISSING}")
@@ -117,20 +116,3 @@ def test_a_trial_is_trained_on_all_machines_of_a_task_and_cancel_ends_the_sweep(
     for run in sorted((sweep / "trials").iterdir()):
         assert [line["step"] for line in read_metrics(run) if "loss" in line] == list(range(1, steps + 1))
         assert {path.name for path in (run / "logs").glob("rank_*.log")} == {"rank_0.log", "rank_1.log"}
-
-
-@pytest.mark.slow
-def test_agents_of_wandb_are_tasks_of_an_array(cluster: SlurmCluster, folders: Path, tmp_path: Path) -> None:
-    with running_wandb_server() as server:
-        words = ("optim.lr=1e-3,2e-3", f"run_dir={tmp_path / 'made'}")
-        distlora(cluster, "sweep", "create", *settings(cluster, folders), *words, **server.environment)
-        agents = ("agent", "local/distlora/sweep0", "cluster=slurm", "sweep.workers=2", f"run_dir={tmp_path}")
-        distlora(cluster, "sweep", *agents, **server.environment)
-        array = job_of(tmp_path)
-        for task in (0, 1):
-            ended = cluster.wait(f"{array}_{task}", *ENDED, seconds=START_SECONDS)
-            assert ended["JobState"] == "COMPLETED", said(tmp_path)
-        handed_out = server.sweeps["sweep0"].handed_out
-        assert len(handed_out) == 2
-        for run in handed_out:
-            assert (tmp_path / run / "adapter").is_dir()

@@ -18,13 +18,13 @@ from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED
 from distlora.training.multi_trial import protocol
 from distlora_launcher.launch.lock import holders, worker_place
 from distlora_launcher.launch.processes import Forwarder
-from distlora_launcher.studies import multi_trial
-from distlora_launcher.studies import runner as sweep_runner
-from distlora_launcher.studies.multi_trial import MultiTrialRunner
-from distlora_launcher.studies.runner import Outcome, Trial
-from distlora_launcher.studies.study import Study
-from distlora_launcher.studies.sweep import Dimension, Sweep, Values, make_search, make_sweep
-from distlora_launcher.studies.worker import Worker
+from distlora_launcher.studies import alone, multi_trial
+from distlora_launcher.studies.multi_trial import Together
+from distlora_launcher.studies.placement import Outcome, Trial
+from distlora_launcher.studies.sources import make_source
+from distlora_launcher.studies.sweep import Dimension, Sweep, Values, make_sweep
+from distlora_launcher.studies.table import Table
+from distlora_launcher.studies.worker import Study
 from support.launcher_fakes import write_data, write_model
 
 RATES = Values("optim.lr", (1e-4, 2e-4, 3e-4, 4e-4, 5e-4))
@@ -37,7 +37,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     monkeypatch.setattr(multi_trial, "MODULE", "support.fake_pack")
-    monkeypatch.setattr(sweep_runner, "RELEASE_SECONDS", 0.5)
+    monkeypatch.setattr(alone, "RELEASE_SECONDS", 0.5)
     write_model(tmp_path / "model")
     write_data(tmp_path / "data.jsonl")
     words = ("model.path=model", "data.path=data.jsonl", "data.sequence_length=64", "data.eval_fraction=0.5")
@@ -61,12 +61,12 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     return made
 
 
-def work(sweep: Sweep) -> Study:
+def work(sweep: Sweep) -> Table:
     """Run one worker to its end."""
-    study = Study(sweep, make_search(sweep))
+    table = Table(sweep, make_source(sweep))
     with worker_place(sweep.folder, "worker_0"):
-        Worker(sweep, study, MultiTrialRunner(sweep, 0, Forwarder())).work(Forwarder())
-    return study
+        Study(sweep, table, Together(sweep, 0, Forwarder())).work(Forwarder())
+    return table
 
 
 def asked(sweep: Sweep, number: int, **values: Any) -> Trial:
@@ -75,7 +75,7 @@ def asked(sweep: Sweep, number: int, **values: Any) -> Trial:
     return Trial(number=number, values=named, overrides=words, run_dir=sweep.run_dir(number), begun=False)
 
 
-def until(runner: MultiTrialRunner, number: int) -> list[Outcome]:
+def until(runner: Together, number: int) -> list[Outcome]:
     """Return the first `number` outcomes."""
     found: list[Outcome] = []
     deadline = time.monotonic() + 60
@@ -141,7 +141,7 @@ def test_a_process_that_dies_restarts_with_half_and_a_trial_that_dies_alone_fail
 
 def test_a_stop_saves_every_trial_and_the_next_worker_starts_a_clean_process(make: Make) -> None:
     sweep = make(RATES, fake={"hangs": True})
-    runner = MultiTrialRunner(sweep, 0, Forwarder())
+    runner = Together(sweep, 0, Forwarder())
     for number in range(2):
         runner.begin(asked(sweep, number, optim__lr=1e-4 * (number + 1)))
     deadline = time.monotonic() + 60
@@ -150,10 +150,10 @@ def test_a_stop_saves_every_trial_and_the_next_worker_starts_a_clean_process(mak
         assert runner.poll() == []
         time.sleep(0.02)
     with pytest.raises(UserError, match="is already running in another process"):
-        MultiTrialRunner(sweep, 1, Forwarder()).begin(asked(sweep, 0, optim__lr=1e-4))
+        Together(sweep, 1, Forwarder()).begin(asked(sweep, 0, optim__lr=1e-4))
     runner.stop()
     assert {(each.number, each.state) for each in until(runner, 2)} == {(0, SAVED), (1, SAVED)}
-    again = MultiTrialRunner(sweep, 0, Forwarder())
+    again = Together(sweep, 0, Forwarder())
     again.begin(asked(sweep, 1, optim__lr=2e-4))
     until_put = again.poll()
     assert until_put == []

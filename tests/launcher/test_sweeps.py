@@ -19,16 +19,19 @@ import pytest
 
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
-from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, read_importance, read_results
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, read_results
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch.lock import holders, lock_run, worker_place
 from distlora_launcher.launch.processes import Forwarder
-from distlora_launcher.studies import runner, start
-from distlora_launcher.studies.runner import Outcome, SingleTrialRunner, Trial
+from distlora_launcher.studies import alone, start
+from distlora_launcher.studies.alone import Alone
+from distlora_launcher.studies.optuna_draws import importance, should_prune
+from distlora_launcher.studies.placement import Outcome, Trial
+from distlora_launcher.studies.sources import Due, make_source
 from distlora_launcher.studies.start import parse_sweep
-from distlora_launcher.studies.study import Study
-from distlora_launcher.studies.sweep import Dimension, Due, Interval, Sweep, Values, load_sweep, make_search, make_sweep
-from distlora_launcher.studies.worker import Worker
+from distlora_launcher.studies.sweep import Dimension, Interval, Sweep, Values, load_sweep, make_sweep
+from distlora_launcher.studies.table import Table
+from distlora_launcher.studies.worker import Study
 from support.launcher_fakes import wait_until
 
 HERE = Path(__file__).parents[1]
@@ -50,24 +53,24 @@ def sweep_at(folder: Path, *space: Dimension, overrides: tuple[str, ...] = (), *
     return sweep
 
 
-def study_of(sweep: Sweep) -> Study:
-    """Return the study as another worker opens it."""
-    return Study(sweep, make_search(sweep))
+def table_of(sweep: Sweep) -> Table:
+    """Return the table as another worker opens it."""
+    return Table(sweep, make_source(sweep))
 
 
-def asked(study: Study) -> Trial:
-    trial = study.ask()
+def asked(table: Table) -> Trial:
+    trial = table.ask()
     assert isinstance(trial, Trial)
     return trial
 
 
-def complete(study: Study, trial: Trial, value: float) -> None:
-    study.tell(Outcome(number=trial.number, state=COMPLETE, seconds=1.0, step=3), value, {})
+def complete(table: Table, trial: Trial, value: float) -> None:
+    table.tell(Outcome(number=trial.number, state=COMPLETE, seconds=1.0, step=3), value, {})
 
 
 @pytest.fixture
 def fake_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "MODULE", "support.sweep_fake_trial")
+    monkeypatch.setattr(alone, "MODULE", "support.sweep_fake_trial")
     monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
 
 
@@ -80,9 +83,9 @@ def test_a_sweep_is_read_as_it_was_written(tmp_path: Path):
 
 def test_workers_share_the_cells_of_a_grid_in_their_order(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s")
-    first, second = study_of(sweep), study_of(sweep)
+    first, second = table_of(sweep), table_of(sweep)
     with worker_place(sweep.folder, "worker_0"):
-        trials = [asked(study) for study in (first, second, first, second)]
+        trials = [asked(table) for table in (first, second, first, second)]
         assert [first.ask(), second.ask()] == [Due.END, Due.END]
     assert [trial.values for trial in trials] == [
         {"optim.lr": 1e-3, "adapter.r": 8},
@@ -94,30 +97,13 @@ def test_workers_share_the_cells_of_a_grid_in_their_order(tmp_path: Path):
     assert trials[2].overrides[-3:] == ("optim.lr=0.01", "adapter.r=8", f"run_dir={sweep.folder / 'trials/0002'}")
 
 
-def test_draws_are_the_same_for_any_number_of_workers_and_after_a_restart(tmp_path: Path):
-    space = (Interval("optim.lr", 1e-5, 1e-3, log=True), RANKS)
-    drawn = []
-    for name, workers in (("one", 1), ("three", 3), ("restarted", 0)):
-        sweep = sweep_at(tmp_path / name, *space, method="random", trials=5, seed=7)
-        studies = [study_of(sweep) for _ in range(workers)]
-        with worker_place(sweep.folder, "worker_0"):
-            values = [asked(studies[n % workers] if workers else study_of(sweep)).values for n in range(5)]
-            assert study_of(sweep).ask() is Due.END
-        drawn.append(values)
-    assert drawn[0] == drawn[1] == drawn[2]
-    assert len({entry["optim.lr"] for entry in drawn[0]}) == 5
-    assert all(1e-5 <= entry["optim.lr"] <= 1e-3 for entry in drawn[0])
-    other = sweep_at(tmp_path / "other", *space, method="random", trials=5, seed=8)
-    assert asked(study_of(other)).values != drawn[0][0]
-
-
 def test_optuna_tries_no_combination_of_a_finite_space_twice(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s", RATES, RANKS, Values("train.seed", (0, 1)), method="optuna", trials=20)
-    study, seen = study_of(sweep), []
-    while not study.is_over():
-        trial = asked(study)
+    table, seen = table_of(sweep), []
+    while not table.is_over():
+        trial = asked(table)
         seen.append(trial.values)
-        complete(study, trial, 1.0 + (trial.values["optim.lr"] != 1e-3))
+        complete(table, trial, 1.0 + (trial.values["optim.lr"] != 1e-3))
     assert len(seen) == 8
     assert all(values not in seen[:number] for number, values in enumerate(seen))
 
@@ -125,46 +111,47 @@ def test_optuna_tries_no_combination_of_a_finite_space_twice(tmp_path: Path):
 def test_a_trial_whose_worker_is_gone_is_taken_over_and_one_that_is_trained_is_not(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s")
     with worker_place(sweep.folder, "worker_0"):
-        trial = asked(study_of(sweep))
+        trial = asked(table_of(sweep))
         assert not trial.begun
-        assert asked(study_of(sweep)).number == 1
-    taken = asked(study_of(sweep))
+        assert asked(table_of(sweep)).number == 1
+    taken = asked(table_of(sweep))
     assert taken == dataclasses.replace(trial, begun=True)
 
 
-def test_a_journal_whose_last_line_is_cut_off_is_mended(tmp_path: Path):
+@pytest.mark.parametrize("damage", [b"}{", b'{"trials": [{"number": 0}]}', b"\xff\xfe"])
+def test_a_damaged_record_is_refused_by_name(tmp_path: Path, damage: bytes):
     sweep = sweep_at(tmp_path / "s")
-    study_of(sweep).enqueue()
-    journal = sweep.folder / "journal.log"
-    whole = journal.read_bytes()
-    journal.write_bytes(whole + b'{"op_code":4,"worker_id')
-    study = study_of(sweep)
-    assert journal.read_bytes() == whole
-    assert asked(study).number == 0
+    table_of(sweep).enqueue()
+    (sweep.folder / "results.json").write_bytes(damage)
+    with pytest.raises(UserError, match=r"results.json is damaged"):
+        table_of(sweep).ask()
 
 
-@pytest.mark.parametrize("damage", [b"}{", b'{"op_code": 5}', b"\xff\xfe"])
-def test_a_damaged_journal_is_refused_by_name(tmp_path: Path, damage: bytes):
+def test_a_sweep_of_an_earlier_version_goes_on(tmp_path: Path):
+    """Its states were kept in Optuna's journal; results.json has the same, but for the worker of a trial."""
     sweep = sweep_at(tmp_path / "s")
-    study_of(sweep).enqueue()
-    journal = sweep.folder / "journal.log"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[3:]]))
-    with pytest.raises(UserError, match=r"journal.log is damaged"):
-        study_of(sweep)
+    trials = [
+        {"number": 0, "state": COMPLETE, "values": {"optim.lr": 1e-3, "adapter.r": 8}, "value": 2.5, "step": 3},
+        {"number": 1, "state": RUNNING, "values": {"optim.lr": 1e-3, "adapter.r": 16}, "evaluations": {"1": 2.0}},
+    ]
+    (sweep.folder / "results.json").write_text(json.dumps({"trials": trials}))
+    (sweep.folder / "journal.log").write_text("of another mechanism")
+    with worker_place(sweep.folder, "worker_0"):
+        begun, new = (asked(Table(sweep, make_source(sweep), place="worker_0")) for _ in range(2))
+    assert (begun.number, begun.begun, new.number, new.begun) == (1, True, 2, False)
 
 
 def test_a_trial_that_somebody_goes_on_with_by_hand_is_left_to_him(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s", Values("optim.lr", (1e-3, 1e-2)))
-    trial = asked(Study(sweep, make_search(sweep), place="worker_9"))
+    trial = asked(Table(sweep, make_source(sweep), place="worker_9"))
     trial.run_dir.mkdir(parents=True)
     (trial.run_dir / "config.yaml").write_text("")
-    study = Study(sweep, make_search(sweep), place="worker_0")
+    table = Table(sweep, make_source(sweep), place="worker_0")
     with worker_place(sweep.folder, "worker_0"):
         with lock_run(trial.run_dir):
-            assert asked(study).number == 1
-            assert study.ask() is Due.WAIT
-        assert asked(study).number == 0
+            assert asked(table).number == 1
+            assert table.ask() is Due.WAIT
+        assert asked(table).number == 0
 
 
 @pytest.mark.usefixtures("fake_trials")
@@ -227,9 +214,9 @@ def let_go(sweep: Sweep) -> None:
 
 def work(sweep: Sweep) -> int:
     with worker_place(sweep.folder, "worker_0"):
-        study = study_of(sweep)
-        study.enqueue()
-        return Worker(sweep, study, SingleTrialRunner(sweep)).work(Forwarder())
+        table = table_of(sweep)
+        table.enqueue()
+        return Study(sweep, table, Alone(sweep)).work(Forwarder())
 
 
 @pytest.mark.usefixtures("fake_trials")
@@ -271,12 +258,19 @@ def test_a_trial_that_falls_behind_is_pruned_and_one_that_leads_is_not(tmp_path:
     assert second.state == PRUNED  # Behind the median of one.
 
 
+def paths(*folders: Path) -> str:
+    """Return PYTHONPATH with these folders first."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def start_worker(sweep: Sweep) -> subprocess.Popen[bytes]:
     code = (
-        "import sys; from pathlib import Path; from distlora_launcher.studies import runner, worker; "
-        "runner.MODULE = 'support.sweep_fake_trial'; sys.exit(worker.run(Path(sys.argv[1]), 0))"
+        "import sys; from pathlib import Path; from distlora_launcher.studies import alone, worker; "
+        "alone.MODULE = 'support.sweep_fake_trial'; sys.exit(worker.run(Path(sys.argv[1]), 0))"
     )
-    return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=os.environ | {"PYTHONPATH": str(HERE)})
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(sweep.folder)], env=os.environ | {"PYTHONPATH": paths(HERE)}
+    )
 
 
 @pytest.mark.parametrize("signum", [pytest.param(signal.SIGTERM, marks=pytest.mark.ci), signal.SIGKILL])
@@ -313,14 +307,14 @@ def test_a_worker_that_ends_leaves_its_trial_to_go_on_with(
 def start_sweep(sweep: Sweep, tmp_path: Path) -> subprocess.Popen[bytes]:
     """Start the workers of a sweep as `distlora sweep` does."""
     (tmp_path / "sitecustomize.py").write_text(
-        "from distlora_launcher.studies import runner\nrunner.MODULE = 'support.sweep_fake_trial'\n"
+        "from distlora_launcher.studies import alone\nalone.MODULE = 'support.sweep_fake_trial'\n"
     )
     code = (
         "import sys; from pathlib import Path; "
         "from distlora_launcher.studies import start, sweep; here = sweep.load_sweep(Path(sys.argv[1])); "
         "sys.exit(start.run_workers_here(here, 1))"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(tmp_path)]), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PYTHONPATH": paths(HERE, tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, "-c", code, str(sweep.folder)], env=environment, start_new_session=True)
 
 
@@ -361,7 +355,7 @@ def test_trials_are_told_apart_in_wandb_and_belong_to_no_agent(
     sweep, _ = parse_sweep([*paths, "adapter=lora,dora", "sweep.pruner=median", "train.max_steps=20"])
     assert [word for word in sweep.overrides if "optim" in word or "eval" in word] == ["train.eval_every=4"]
     monkeypatch.setenv("WANDB_RUN_ID", "of-the-agent")
-    assert "WANDB_RUN_ID" not in runner.environment()
+    assert "WANDB_RUN_ID" not in alone.environment()
 
 
 def test_workers_get_equal_shares_of_the_cards(monkeypatch: pytest.MonkeyPatch):
@@ -447,16 +441,28 @@ def test_a_grid_of_real_runs_packed_has_the_losses_of_the_same_grid_one_after_th
     assert len({trial.value for trial in alone}) == 4
 
 
-@pytest.mark.ci
-def test_optunas_importance_finds_the_setting_that_matters(tmp_path: Path):
-    space = (Interval("optim.lr", 1e-6, 1.0, log=True), RANKS)
-    sweep = sweep_at(tmp_path / "s", *space, method="random", trials=16)
-    study = study_of(sweep)
-    for _ in range(16):
-        trial = asked(study)
-        complete(study, trial, abs(math.log10(trial.values["optim.lr"]) + 3) + trial.values["adapter.r"] / 1000)
-    study.write_plots()
-    shares, _ = read_importance(sweep.folder)
-    assert shares["optim.lr"] > 0.8
-    for name in ("parallel_coordinates.png", "importance.png"):
-        assert (sweep.folder / name).read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize(("method", "pruner"), [("random", "none"), ("tpe", "median"), ("cmaes", "hyperband")], ids=str)
+def test_optuna_draws_by_the_records_alone(tmp_path: Path, method: str, pruner: str):
+    """Several workers and new processes draw what one does; another seed draws something else."""
+    if method == "cmaes":
+        pytest.importorskip("cmaes")
+    space = (Interval("optim.lr", 1e-6, 1.0, log=True), Interval("optim.eps", 1e-9, 1e-7))
+    settings = {"method": "random"} if method == "random" else {"method": "optuna", "sampler": method}
+    drawn = []
+    for name, restarts, seed in (("whole", False, 7), ("restarted", True, 7), ("other", False, 8)):
+        sweep = sweep_at(tmp_path / name, *space, trials=10, pruner=pruner, seed=seed, **settings)
+        table = table_of(sweep)
+        for _ in range(10):
+            table = table_of(sweep) if restarts else table
+            trial = asked(table)
+            loss = abs(math.log10(trial.values["optim.lr"]) + 3)
+            table.report(trial.number, 1, loss)
+            assert isinstance(should_prune(sweep.settings, space, table.records(), trial.number), bool)
+            complete(table, trial, loss)
+        assert table.ask() is Due.END
+        drawn.append([dict(trial.values) for trial in table.records()])
+    assert drawn[0] == drawn[1]
+    assert drawn[0][0] != drawn[2][0]
+    assert len({values["optim.lr"] for values in drawn[0]}) == 10
+    shares = importance(sweep.settings, space, table.records())
+    assert shares["optim.lr"] > shares["optim.eps"]

@@ -16,6 +16,7 @@ from distlora.config import UserError
 from distlora.loading.tensor_files import write_model
 from distlora.model.buffers import made_buffers
 from distlora.model.build import DTYPES
+from distlora.model.lm_head import LossForm
 from distlora.parallel import Ranks
 from distlora.post.merge.parameters import parameters_of
 from distlora.post.weights import open_base
@@ -77,7 +78,7 @@ def _logits(ranks: Ranks, *, folder: Path) -> torch.Tensor:
         pair.B.data.zero_()
     input_ids = tokens(2, 9)
     labels = input_ids.roll(-1, 1)
-    return model(input_ids, torch.arange(9).expand(2, 9), labels, by_token=True).detach()
+    return model(input_ids, torch.arange(9).expand(2, 9), labels, losses=LossForm(by_token=True)).detach()
 
 
 def test_stored_buffers_are_loaded_on_one_rank_and_two(world: World, apertus: Path) -> None:

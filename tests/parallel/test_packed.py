@@ -18,12 +18,10 @@ from distlora.run_folder.eval_documents import check_paired, read_documents
 from distlora.run_folder.layout import COMPILED_NAME, steps
 from distlora.system import stop_signals
 from distlora.training import worker as training_worker
-from distlora.training.loop import Trainer
 from distlora.training.multi_trial import trainer
 from distlora.training.multi_trial.protocol import check_pack, verdict_file
 from distlora.training.objectives import Losses, NextToken
 from distlora.training.open_run import OpenRun
-from distlora.training.trial import Trial
 from support.closeness import assert_adapters_close, assert_losses_close
 from support.packs import make_pack, outcomes, run_pack, say_verdict
 from support.small_models import config_with, make_run, read_metrics
@@ -194,15 +192,15 @@ def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
     trainer.run_group(tmp_path / "whole" / "pack", SINGLE)
     pack = tmp_path / "stopped" / "pack"
     runs = make_pack(pack, folders, trials)
-    train_step = Trainer._train_step
+    train_step = trainer.MultiTrialTrainer._train_step
 
-    def ask(self: Trainer, trials: list[Trial]) -> None:
-        train_step(self, trials)
-        if trials[0].done == 2:
+    def ask(self: trainer.MultiTrialTrainer) -> None:
+        train_step(self)
+        if self._in_slots[0].trial.done == 2:
             stop_signals.request(15)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", ask)
+        patch.setattr(trainer.MultiTrialTrainer, "_train_step", ask)
         try:
             trainer.run_group(pack, SINGLE)
         finally:

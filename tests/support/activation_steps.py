@@ -17,6 +17,7 @@ from distlora.model.adapters import StepRows
 from distlora.model.attention import Documents, attend_on_cpu
 from distlora.model.build import CausalLM
 from distlora.model.layer_wrapper import HostInputs
+from distlora.model.lm_head import LossForm
 from distlora.model.mlp import MLP, place_mlps
 from distlora.planner.decoder_sizes import AttentionKind
 from distlora.planner.memory.activations import Costs, Mode
@@ -136,7 +137,9 @@ def loss(model: CausalLM, rows: int = 1, *, with_reference: bool = False, docume
     documents = Documents.of(places) if model.attends_by_documents else None
     place = StepRows(0, torch.arange(rows))
     labels = ids.roll(-1, 1)
-    losses = model(ids, places, labels, step_rows=place, documents=documents, with_reference=with_reference)
+    losses = model(
+        ids, places, labels, step_rows=place, documents=documents, losses=LossForm(with_reference=with_reference)
+    )
     return (losses[0] if with_reference else losses).sum()
 
 

@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from distlora.checkpoint.state import Progress
+from distlora.checkpoint.state import Progress, identity_of
 from distlora.config import Config
 from distlora.data.rows import STARTS, TRAINED, PackedRows
 from distlora.model.build import CausalLM
@@ -28,11 +28,11 @@ from distlora.parallel import Backend, Gradients, Ranks
 from distlora.parallel.stop_and_save import Control
 from distlora.training.compile_choice import decide_compile
 from distlora.training.loop import Trainer
-from distlora.training.open_run import step_loader
+from distlora.training.open_run import OpenRun, step_loader
 from distlora.training.optimizers import Optimizer, build_optimizer
 from distlora.training.reporter import Reporter
 from distlora.training.setup import start_adapters, start_run_model
-from distlora.training.trial import Hooks, Trial
+from distlora.training.trial import Hooks, Trained, Trial
 from distlora.training.worker import trained_parameters
 
 
@@ -241,19 +241,20 @@ class Started:
         """Return a trainer of train.max_steps steps over the sequences in their order, and its reporter."""
         settings, quiet = self.config.train, Quiet(self.config)
         assert settings.max_steps is not None
-        trial = Trial(
-            self.model,
-            self.backend,
-            self.optimizer,
-            self.gradients,
+        run = OpenRun(
+            folder=Path(),
+            config=self.config,
             loader=step_loader(rows, settings, self.ranks, shuffle=False),
             eval_loader=None,
+            data={},
+            identity=lambda: identity_of(self.config, data_digest="", base_identity=""),
+            made_on={},
+            newest=None,
             progress=Progress(),
-            total_steps=settings.max_steps,
-            reporter=quiet,
-            train=settings,
-            optim=self.config.optim,
-            hooks=Hooks(save=save, save_last=save, publish_best=ignore),
+            notes=[],
         )
-        trainer = Trainer(self.model, self.backend, Control(self.ranks, save_minutes=None), [trial])
+        trained = Trained(trained_parameters(self.model), self.gradients, self.optimizer)
+        hooks = Hooks(save=save, save_last=save, publish_best=ignore)
+        trial = Trial(self.model, self.backend, run, trained, quiet, hooks)
+        trainer = Trainer(self.model, self.backend, Control(self.ranks, save_minutes=None), trial)
         return trainer, quiet

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from distlora.config import Config
-from distlora.data.loader import MicroBatch, Share, StepBatch, stacks
+from distlora.data.loader import MicroBatch, StepBatch, joined
 from distlora.model.build import put_trial
 from distlora.parallel import Ranks
 from distlora.training.compile_choice import decide_compile
-from distlora.training.loop import mean_losses, prepare
+from distlora.training.loop import prepare
 from distlora.training.memory_meter import MemoryMeter, StepMemory
+from distlora.training.multi_trial.stacks import Stack, stacks
 from distlora.training.objectives import objective_of
 from distlora.training.optimizers import Optimizer, build_optimizer, learning_rate
-from distlora.training.setup import start_run_model
+from distlora.training.setup import Start, start_run_model
 from support.measured import Started, random_tokens
 
 STEPS = 2
@@ -50,7 +52,7 @@ class TrainingSteps:
         self.trials, self.ranks = trials, ranks
         first = trials[0]
         if in_slots:
-            self.model, self.backend, _ = start_run_model(decide_compile(first, ranks)[0], ranks, for_slots=True)
+            self.model, self.backend, _ = start_run_model(decide_compile(first, ranks)[0], ranks, Start(for_slots=True))
             self.optimizers: list[Optimizer] = []
             for slot, trial in enumerate(trials):
                 trained = put_trial(self.model, slot, trial.adapter, seed=trial.train.seed, device=ranks.device)
@@ -60,14 +62,14 @@ class TrainingSteps:
             run = Started.of(first, ranks)
             self.model, self.backend, self.optimizers = run.model, run.backend, [run.optimizer]
         vocabulary = self.model.vocabulary.rows
-        self._batches = [self._step_batch(trial, vocabulary) for trial in trials]
-        self._slots = range(len(trials)) if in_slots else [None]
+        self._in_slots = in_slots
+        self._batches = [self._step_batch(trial, vocabulary, slot) for slot, trial in enumerate(trials)]
         self._whole = first.train.accumulate == "block"
         self._objective = objective_of(first.train, first.rollout)
         self._ok = torch.ones((), dtype=torch.bool, device=ranks.device)
         self.model.set_num_micro(first.train.slices(ranks.world))
 
-    def _step_batch(self, trial: Config, vocabulary: int) -> StepBatch:
+    def _step_batch(self, trial: Config, vocabulary: int, slot: int) -> StepBatch:
         """Return this rank's part of a trial's step, in which every token is a target."""
         rows, length, world = trial.train.micro_batch, trial.data.sequence_length, self.ranks.world
         ids = random_tokens(rows * trial.train.accumulation(world), length, vocabulary, self.ranks.rank)
@@ -76,24 +78,33 @@ class TrainingSteps:
         places = torch.arange(len(ids)) * world + self.ranks.rank
         split = (each.split(rows) for each in (ids, labels, positions, places))
         micro_batches = [MicroBatch(*parts) for parts in zip(*split, strict=True)]
+        if self._in_slots:
+            micro_batches = [part._replace(slots=torch.full((len(part.rows),), slot)) for part in micro_batches]
         if trial.train.needs.data == "judged":
             micro_batches = [part._replace(judged=(part.position_ids == 0).long()) for part in micro_batches]
         counts = world * labels.numel(), world * int((positions == 0).sum()), world * len(ids)
         batch = StepBatch(micro_batches, *counts, tuple(places.tolist()))
         return replace(batch, mismatched=micro_batches) if trial.train.needs.mismatched else batch
 
+    def _parts(self, number: int) -> list[tuple[MicroBatch, Any, Stack | None]]:
+        if self._in_slots:
+            stacked = stacks(self._batches, [number] * len(self._batches), whole=self._whole)
+            return [(part.batch, part.steps, part) for part in stacked]
+        own = self._batches[0].micro_batches
+        return [(batch, number, None) for batch in ([joined(own)] if self._whole else own)]
+
     def run(self, number: int) -> None:
         """Run step `number` (0-based) of all trials."""
         backend, trials = self.backend, self.trials
         backend.zero_gradients()
-        shares = [Share(batch, slot, number) for batch, slot in zip(self._batches, self._slots, strict=True)]
         units = [batch.global_targets for batch in self._batches]
-        if prepare(self._objective, self.model, shares[0], units[0], backend, whole=self._whole):
+        if prepare(self._objective, self.model, self._batches[0], units[0], backend, whole=self._whole):
             self.model.set_num_micro(trials[0].train.slices(self.ranks.world))
-        parts = stacks(shares, whole=self._whole)
-        for index, part in enumerate(parts):
-            losses = self._objective.losses(self.model, part.batch, self.ranks.device, part.step)
-            backend.backward(*mean_losses(part, losses.rows, units), last=index == len(parts) - 1)
+        parts = self._parts(number)
+        for index, (batch, step, part) in enumerate(parts):
+            rows = self._objective.losses(self.model, batch, self.ranks.device, step).rows
+            means = [rows.sum() / units[0]] if part is None else part.mean_losses(rows, units)
+            backend.backward(*means, last=index == len(parts) - 1)
         backend.finish_gradients()
         for gradients, trial in zip(backend.gradients, trials, strict=True):
             gradients.clip(trial.optim.max_grad_norm)

@@ -72,7 +72,9 @@ def run_pack(ranks: Ranks, *, pack: Path) -> dict[str, Tensor]:
     end = trainer.MultiTrialTrainer._end
 
     def keep(self: trainer.MultiTrialTrainer, entry: trainer.SlotTrial) -> None:
-        kept.update({f"{entry.number}/{name}": p.detach().clone() for name, p in entry.trained.items()})
+        kept.update(
+            {f"{entry.number}/{name}": p.detach().clone() for name, p in entry.trial.trained.parameters.items()}
+        )
         end(self, entry)
 
     trainer.MultiTrialTrainer._end = keep  # type: ignore[method-assign]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize
 from distlora.training import setup, worker
 from distlora.training.open_run import open_data
-from distlora.training.trial import Trial
 from support.small_models import make_run, read_metrics
 from support.worlds import World
 
@@ -91,12 +89,12 @@ def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[i
     original = worker.Trainer._train_step
     rows: dict[int, list[int]] = {}
 
-    def step(self: worker.Trainer, trials: Sequence[Trial]) -> None:
-        (trial,) = trials
+    def step(self: worker.Trainer) -> None:
+        trial = self.trial
         if trial.done == stop_before:
             raise Stopped
         rows[trial.done] = [row for row in trial.loader.rows_of_ranks(trial.done).flatten().tolist() if row >= 0]
-        original(self, trials)
+        original(self)
 
     worker.Trainer._train_step = step  # type: ignore[method-assign]
     try:

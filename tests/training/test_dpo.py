@@ -16,6 +16,7 @@ from distlora.config.file import load_config
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
+from distlora.model.lm_head import LossForm
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
 from distlora.training import worker
@@ -55,7 +56,7 @@ def test_the_reference_keeps_nothing_for_backward(folders: Path, checkpointing: 
         block.checkpointing = checkpointing
     model.set_num_micro(num_micro)
     plain = saved_bytes(model)
-    assert saved_bytes(model, with_reference=True) == plain > 4 * 40 * 96 * 4 * 3
+    assert saved_bytes(model, losses=LossForm(with_reference=True)) == plain > 4 * 40 * 96 * 4 * 3
     assert all(block.reference is None or block.reference.hidden is None for block in model.blocks)
 
 
@@ -84,14 +85,14 @@ def test_policy_and_reference_are_one_at_the_start_and_only_the_policy_moves(
     rows, positions = tokens(2, 48), torch.cat([torch.arange(20), torch.arange(28)]).repeat(2, 1)
     if "init" in adapter:
         model.keep_start()
-    policy, reference = model(rows, positions, rows, with_reference=True)
+    policy, reference = model(rows, positions, rows, losses=LossForm(with_reference=True))
     assert torch.equal(policy, reference)
     generator = torch.Generator().manual_seed(0)
     parameters = adapter_parameters(model)
     with torch.no_grad():
         for parameter in parameters.values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    moved, still = model(rows, positions, rows, with_reference=True)
+    moved, still = model(rows, positions, rows, losses=LossForm(with_reference=True))
     assert torch.equal(still, reference)
     assert not torch.allclose(moved, policy)
     moved.sum().backward()

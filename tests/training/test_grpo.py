@@ -218,10 +218,10 @@ def run_until(
     """Run the worker to its end, or leave it as it begins the given step. Return its metrics."""
     original = worker.Trainer._train_step
 
-    def step(self: worker.Trainer, trials: Any) -> None:
-        if trials[0].done == stop_before:
+    def step(self: worker.Trainer) -> None:
+        if self.trial.done == stop_before:
             raise KeyboardInterrupt
-        original(self, trials)
+        original(self)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(worker.Trainer, "_train_step", step)

@@ -24,11 +24,10 @@ from distlora.architecture.spec import architecture_of
 from distlora.checkpoint.state import Identity, Progress, TrainState, check_matches, identity_of
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
-from distlora.data.loader import Share, stacks
+from distlora.data.loader import joined
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.training.loop import mean_losses
 from distlora.training.loop import prepare as prepare_objective
 from distlora.training.objectives import objective_of
 from distlora.training.open_run import open_data
@@ -276,20 +275,20 @@ def our_step(ranks: Ranks, *, run_dir: Path) -> tuple[Ours, CausalLM]:
     backend.reduce_gradients_of(trained_parameters(model).values(), config.parallel.bucket_mb)
     start_adapters(model, config.spec, backend, config.train, restores=False)
     objective, batch = objective_of(config.train, config.rollout), open_data(run_dir, config.train, ranks)[0].batch(0)
-    (part,) = stacks([Share(batch, None, 0)], whole=True)
+    units = objective.units(batch)
     losses = []
     for moves in (False, True):
         if moves:
             move_adapters(model, seed=int(config.train.objective == "kto"))  # By which KTO's estimate is above 0.
         backend.zero_gradients()
-        prepare_objective(objective, model, Share(batch, None, 0), objective.units(batch), backend, whole=True)
+        prepare_objective(objective, model, batch, units, backend, whole=True)
         model.set_num_micro(len(batch.micro_batches))
         with torch.set_grad_enabled(moves):
-            rows = objective.losses(model, part.batch, ranks.device, 0).rows
+            rows = objective.losses(model, joined(batch.micro_batches), ranks.device, 0).rows
         if moves:
-            backend.backward(*mean_losses(part, rows, [objective.units(batch)]), last=True)
+            backend.backward(rows.sum() / units, last=True)
             backend.finish_gradients()
-        losses.append(float(backend.sum_over_ranks(rows.detach().sum())) / objective.units(batch))
+        losses.append(float(backend.sum_over_ranks(rows.detach().sum())) / units)
     gradients = {name: parameter.grad.clone() for name, parameter in ours_by_name(model).items()}  # type: ignore[union-attr]
     return Ours(losses[1], gradients, losses[0]), model
 

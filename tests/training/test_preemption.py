@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from distlora.run_folder.layout import steps
 from distlora.system import stop_signals
 from distlora.training import worker
 from distlora.training.objectives import Losses, NextToken
-from distlora.training.trial import Trial
 from support.closeness import figures_of
 from support.small_models import make_run
 from support.tiers import ci
@@ -63,16 +62,16 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
         when(step is None and point == f"evaluation {evaluating}")
         return losses_of(self, *arguments)
 
-    def a_step(self: worker.Trainer, trials: Sequence[Trial]) -> None:
+    def a_step(self: worker.Trainer) -> None:
         nonlocal micro_batches
         micro_batches = 0
-        train_step(self, trials)
-        when(point == f"step {trials[0].done}")
+        train_step(self)
+        when(point == f"step {self.trial.done}")
 
-    def an_evaluation(self: worker.Trainer, trials: Sequence[Trial]) -> None:
+    def an_evaluation(self: worker.Trainer) -> None:
         nonlocal evaluating
-        evaluating = trials[0].done
-        evaluate(self, trials)
+        evaluating = self.trial.done
+        evaluate(self)
 
     def a_weight(*arguments: Any) -> Any:
         when(point == "loading")
@@ -107,9 +106,9 @@ def run_asked(
                 ask_at(monkeypatch, point, ask)
         train_step = worker.Trainer._train_step
 
-        def counted(self: worker.Trainer, trials: Sequence[Trial]) -> None:
-            train_step(self, trials)
-            done.append(trials[0].done)
+        def counted(self: worker.Trainer) -> None:
+            train_step(self)
+            done.append(self.trial.done)
 
         monkeypatch.setattr(worker.Trainer, "_train_step", counted)
         try:

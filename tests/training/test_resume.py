@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from distlora.data.prepare import prepare_run
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import compiled_before, step_of, steps
 from distlora.training import worker
-from distlora.training.trial import Trial
 from distlora_kernels import native
 from distlora_launcher.launch.local import is_prepared
 from support.closeness import adapter_of, assert_adapters_close, assert_losses_close, assert_same_run, figures_of
@@ -202,16 +201,16 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing_of_a_run(
         make_run(disk / "run", folders, train=SETTINGS)
         train_step = worker.Trainer._train_step
 
-        def with_troubles(self: worker.Trainer, trials: Sequence[Trial]) -> None:
-            step = trials[0].done
+        def with_troubles(self: worker.Trainer) -> None:
+            step = self.trial.done
             if step in (5, 7):
-                trials[0].hooks.save.__self__._finish()  # type: ignore[attr-defined]
+                self.trial.hooks.save.__self__._finish()  # type: ignore[attr-defined]
             if step == 5:
                 fill(disk)
             if step == 7:
                 assert [step_of(path) for path in steps(disk / "run" / "checkpoints")] == [2, 4]
                 (disk / "filler").unlink()
-            train_step(self, trials)
+            train_step(self)
 
         monkeypatch.setattr(worker.Trainer, "_train_step", with_troubles)
         worker.run(disk / "run", SINGLE)

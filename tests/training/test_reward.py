@@ -22,6 +22,7 @@ from distlora.config.file import load_config
 from distlora.data.prepare import open_split
 from distlora.data.rows import PackedRows
 from distlora.loading.peft_format import adapter_tensors
+from distlora.model.lm_head import LossForm
 from distlora.post.combine.request import find_member
 from distlora.post.trained import Name
 from distlora.run_folder.layout import read_result
@@ -29,7 +30,7 @@ from distlora.training import worker as training_worker
 from distlora.training.model_card import model_card
 from distlora.training.objectives import RewardModel
 from distlora.training.open_run import open_data
-from distlora.training.setup import start_adapters, start_run_model
+from distlora.training.setup import Start, start_adapters, start_run_model
 from distlora_launcher.cli import generate
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import with_initial_adapter
@@ -78,7 +79,9 @@ def in_peft(run_dir: Path, base: Path) -> Any:
 
 def our_scores(model: Any, ids: Tensor) -> Tensor:
     """Return the score of each token of one document (T,)."""
-    return model(ids[None], torch.arange(len(ids))[None], torch.full_like(ids, -100)[None], by_token=True)[0]
+    return model(
+        ids[None], torch.arange(len(ids))[None], torch.full_like(ids, -100)[None], losses=LossForm(by_token=True)
+    )[0]
 
 
 @pytest.mark.parametrize("base", ["llama", ci("gemma2"), ci("qwen3-moe")])
@@ -96,7 +99,7 @@ def test_peft_and_transformers_load_the_result_with_equal_rewards(
     prepare(run_dir, folders, preferences, base, train={"max_steps": 2, "micro_batch": 6}, quant={"method": "none"})
     training_worker.run(run_dir, SINGLE)
     config = load_config(run_dir)
-    ours, backend, _ = start_run_model(config, SINGLE, training=False)
+    ours, backend, _ = start_run_model(config, SINGLE, Start(training=False))
     start = config.with_settings({"adapter.init_from": str(run_dir / "adapter")})
     start_adapters(ours, start.spec, backend, start.train, restores=False)
     theirs = in_peft(run_dir, folders / base)
@@ -262,7 +265,7 @@ def test_a_process_reward_model_on_two_ranks_learns_and_loads_in_peft(
     assert metrics[-2]["reduced_bytes"] == traffic_of(config, world=2).reduced
     assert_disk_as_planned(run_dir, 2)
     start = config.with_settings({"adapter.init_from": str(run_dir / "adapter")})
-    ours, backend, _ = start_run_model(start, SINGLE, training=False)
+    ours, backend, _ = start_run_model(start, SINGLE, Start(training=False))
     start_adapters(ours, start.spec, backend, start.train, restores=False)
     base = AutoModelForTokenClassification.from_pretrained(folders / "llama", num_labels=2, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, run_dir / "adapter").eval()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +37,10 @@ def run_with_bad_step(ranks: Ranks, *, run_dir: Path, bad_step: int, value: floa
     train_step, losses_of = worker.Trainer._train_step, NextToken.losses
     spoiling = False
 
-    def spoilt_step(self: worker.Trainer, trials: Sequence[Trial]) -> None:
+    def spoilt_step(self: worker.Trainer) -> None:
         nonlocal spoiling
-        spoiling = trials[0].done == bad_step and ranks.rank == 0
-        train_step(self, trials)
+        spoiling = self.trial.done == bad_step and ranks.rank == 0
+        train_step(self)
 
     def spoilt_losses(self: NextToken, *arguments: Any) -> Losses:
         nonlocal spoiling
@@ -131,10 +130,10 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_named(
 ) -> None:
     means_of = worker.Trainer._means_of
 
-    def broken(self: worker.Trainer, trials: Sequence[Trial], batches: Any) -> Any:
-        if trials[0].done == after:
+    def broken(self: worker.Trainer, batches: Any) -> Any:
+        if self.trial.done == after:
             raise BrokenError("no memory")
-        return means_of(self, trials, batches)
+        return means_of(self, batches)
 
     settings = {"max_steps": 4, "eval_every": 2, "save_every": 3, "log_every": 4}
     for name in ("run", "whole"):

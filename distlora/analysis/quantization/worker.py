@@ -34,7 +34,7 @@ from distlora.post.load_trained import made_on
 from distlora.results.tables import Written
 from distlora.system.exit_codes import DONE, run_to_exit_code
 from distlora.system.progress import Progress
-from distlora.training.setup import start_model
+from distlora.training.setup import Start, start_model
 from distlora.weights.reader import Reader
 
 WRITTEN = Written(RESULT_NAME, REPORT_NAME, PLOT_NAME, report)
@@ -54,7 +54,9 @@ def run(request: QuantizationRequest) -> int:
         quant: Literal["nf4", "none"] = "none" if request.held_out else "nf4"
         say(f"loading the base in {request.dtype if request.held_out else quant}")
         train = TrainConfig(dtype=request.dtype, fused_kernels="none")  # Hooks on linears need them called.
-        model, _, _ = start_model(request.spec(quant), ranks, train=train, shard_degree=ranks.world, training=False)
+        model, _, _ = start_model(
+            request.spec(quant), ranks, Start(training=False), train=train, shard_degree=ranks.world
+        )
         if request.formats:
             # Every second sequence is for the harm, the others are held out.
             halves = [rows.take(np.arange(first, len(rows), 2)) for first in (0, 1)]

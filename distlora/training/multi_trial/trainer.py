@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.saver import SaveError
@@ -18,7 +18,7 @@ from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config, settings_by_name
 from distlora.config.json_files import Shape, read_object
 from distlora.loading.load_base import Loaded
-from distlora.model.adapters import MOST_SLOTS, slot_name
+from distlora.model.adapters import MOST_SLOTS
 from distlora.model.build import CausalLM, put_trial, remove_trial
 from distlora.parallel import Backend, Ranks, from_rank_0, max_over_ranks, watch
 from distlora.parallel.stop_and_save import Control
@@ -27,7 +27,7 @@ from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
 from distlora.system import atomic_io
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
 from distlora.training.compile_choice import decide_compile, record
-from distlora.training.loop import Trainer
+from distlora.training.loop import Passes, Trainer, log, step_figures
 from distlora.training.metrics import describe_steps, summarize
 from distlora.training.multi_trial.protocol import (
     CLOSED_NAME,
@@ -41,11 +41,13 @@ from distlora.training.multi_trial.protocol import (
     outcome_file,
     verdict_file,
 )
-from distlora.training.open_run import OpenRun, open_data, open_run, trial_of
+from distlora.training.multi_trial.stacks import stacks
+from distlora.training.open_run import OpenRun, open_data, open_run
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
-from distlora.training.setup import start_run_model
-from distlora.training.trial import NonFiniteError, Trial
+from distlora.training.setup import Start, start_run_model
+from distlora.training.start_trial import trial_of
+from distlora.training.trial import NonFiniteError, Trained, Trial
 
 LOOK_SECONDS = 0.2
 """Seconds between reads while nothing trains or a verdict is pending."""
@@ -155,22 +157,26 @@ class SlotTrial:
     """Trial in a slot, and the resources to close."""
 
     number: int
-    slot: int
     run: OpenRun
-    trained: dict[str, nn.Parameter]
-    """Trained parameters by their names in a run alone."""
-    trial: Trial
+    trainer: Trainer
     closing: contextlib.ExitStack
     began: float
     pruned_at: int | None = None
+    failure: NonFiniteError | SaveError | None = None
+    """Error that ended this trial but not the others."""
+
+    @property
+    def trial(self) -> Trial:
+        """Its rows, metrics and progress."""
+        return self.trainer.trial
 
     @property
     def has_ended(self) -> bool:
-        """Return True if the trial was pruned or has ended."""
-        return self.pruned_at is not None or self.trial.has_ended
+        """Return True if the trial was pruned, failed or has ended."""
+        return self.pruned_at is not None or self.failure is not None or self.trial.has_ended
 
 
-class MultiTrialTrainer(Trainer):
+class MultiTrialTrainer(Passes):
     """Trainer that takes trials from an inbox and runs a step of every trial in a slot at a time."""
 
     def __init__(
@@ -194,7 +200,8 @@ class MultiTrialTrainer(Trainer):
         super().__init__(model, backend, control)
         self._inbox, self._slots, self._verdicts, self._shared, self._loaded = inbox, slots, verdicts, shared, loaded
         self._base, self._compiles = base, compiles
-        self._in_slots: dict[Trial, SlotTrial] = {}
+        self._in_slots: list[SlotTrial] = []
+        """Trials that train, in the order of their gradients in the backend."""
         self._none_left = False
         """True if the inbox is closed and all its trials were handed out."""
 
@@ -207,7 +214,8 @@ class MultiTrialTrainer(Trainer):
         try:
             while self._fill() or self._in_slots:
                 if self._in_slots:
-                    self.advance()
+                    self._train_step()
+                    self._follow(self._in_slots)
                     self._end_trials()
                 else:
                     self.control.boundary(None, "waiting for a trial", long=True)
@@ -217,7 +225,7 @@ class MultiTrialTrainer(Trainer):
             raise
         except BaseException as error:
             with contextlib.ExitStack() as closing:
-                for entry in self._in_slots.values():
+                for entry in self._in_slots:
                     closing.push(entry.closing)
                 raise error
 
@@ -225,24 +233,24 @@ class MultiTrialTrainer(Trainer):
         """Put trials into the free slots. Return whether more may come."""
         while not self._none_left and len(self._in_slots) < self._slots:
             is_closed = self._inbox.is_closed()
-            entered: list[Trial] = []
+            entered: list[SlotTrial] = []
             while len(self._in_slots) < self._slots:
                 if (number := self._inbox.next()) is None:
                     self._none_left = is_closed
                     break
-                if (trial := self._enter(number)) is not None:
-                    entered.append(trial)
+                if (entry := self._enter(number)) is not None:
+                    entered.append(entry)
             if entered:
-                self.begin(entered)
-                self._recall(entered)
+                self.is_cold = True
+                self._follow(entered)
             self._end_trials()  # A trial that resumes from its last step has no steps left.
             if not entered:
                 break
         return not self._none_left
 
-    def _enter(self, number: int) -> Trial | None:
+    def _enter(self, number: int) -> SlotTrial | None:
         """Put a trial into a free slot; return None, after writing the outcome, if that is not possible."""
-        self._log(self.trials)
+        self._log(self._in_slots)
         watch.at(None, f"trial {number} enters", long=True)
         self._write_slots(number)
         began, run_dir = time.monotonic(), None
@@ -256,9 +264,8 @@ class MultiTrialTrainer(Trainer):
             self._write_slots()
             print(f"trial {number} cannot start: {error}", flush=True)
             return None
-        self._in_slots[entry.trial] = entry
-        self.trials.append(entry.trial)
-        return entry.trial
+        self._in_slots.append(entry)
+        return entry
 
     def _start_trial(self, number: int, run_dir: Path, began: float) -> SlotTrial:
         """Start a trial. Raises UserError, on every rank, if some rank cannot read what it needs."""
@@ -268,41 +275,33 @@ class MultiTrialTrainer(Trainer):
         together(lambda: record(run_dir, ranks, compiles=decided), ranks)
         if decided is not None:
             config = config.with_settings({"train.compile": decided})
-        run = together(lambda: open_run(run_dir, config, ranks, self._base), ranks)
-        taken = {entry.slot for entry in self._in_slots.values()}
+        taken = {entry.run.slot for entry in self._in_slots}
         slot = next(slot for slot in range(self._slots) if slot not in taken)
-        adapter, seed = slot_name(slot), config.train.seed
+        run, seed = together(lambda: open_run(run_dir, config, ranks, self._base, slot=slot), ranks), config.train.seed
         with contextlib.ExitStack() as closing:
             reporter = together(lambda: run.reporter(ranks, label=f"trial {number}: "), ranks)
             closing.enter_context(reporter)
             for line in run.notes:
                 reporter.event(line)
-            trained = together(
+            parameters = together(
                 lambda: put_trial(self.model, slot, config.adapter, seed=seed, device=ranks.device), ranks
             )
             closing.callback(remove_trial, self.model, slot)
-            gradients = self.backend.reduce_gradients_of(trained.values(), config.parallel.bucket_mb)
+            gradients = self.backend.reduce_gradients_of(parameters.values(), config.parallel.bucket_mb)
             closing.callback(self.backend.release_gradients, gradients)
-            optimizer = build_optimizer(self.backend.updated(trained), config.optim)
+            optimizer = build_optimizer(self.backend.updated(parameters), config.optim)
             if (newest := run.newest) is not None:
-                together(lambda: restore(newest, self.model, optimizer, trained, self.backend, adapter), ranks)
+                together(lambda: restore(newest, self.model, optimizer, parameters, self.backend, run.adapter), ranks)
                 reporter.event(f"continuing from {newest.name}")
             self.backend.compare_trained(self.model)
-            reporter.event(f"slot {slot}, {sum(p.numel() for p in trained.values()):,} trained parameters")
+            reporter.event(f"slot {slot}, {sum(p.numel() for p in parameters.values()):,} trained parameters")
             describe_steps(reporter, run)
-            trial, saver = trial_of(
-                run,
-                self.model,
-                self.backend,
-                reporter,
-                gradients=gradients,
-                optimizer=optimizer,
-                trained=trained,
-                slot=slot,
-            )
+            trained = Trained(parameters, gradients, optimizer)
+            trial, saver = trial_of(run, self.model, self.backend, reporter, trained)
             closing.enter_context(saver)
             resources = closing.pop_all()
-        return SlotTrial(number, slot, run, trained, trial, resources, began)
+        trainer = Trainer(self.model, self.backend, self.control, trial, shares_steps=True)
+        return SlotTrial(number, run, trainer, resources, began)
 
     def _read(self, run_dir: Path) -> Config:
         """Read the trial's settings and check that its files are readable, before other ranks wait for this one."""
@@ -312,73 +311,110 @@ class MultiTrialTrainer(Trainer):
         open_data(run_dir, config.train, self.backend.ranks)
         return config
 
-    def _do(self, trial: Trial, action: Callable[[], None]) -> None:
+    def _train_step(self) -> None:
+        """Run one step of every trial: their rows are stacked, and each has its own loss, gradients and update."""
+        began, trials = time.monotonic(), [entry.trial for entry in self._in_slots]
+        step, first = trials[0].done + 1, trials[0]
+        watch.at(step, "reading rows", long=self.is_cold)
+        batches = [trial.loader.batch(trial.done) for trial in trials]
+        units = [trial.objective.units(batch) for trial, batch in zip(trials, batches, strict=True)]
+        self.backend.traffic.take()  # Drop what was counted between steps.
+        self.backend.zero_gradients()
+        whole = first.train.accumulate == "block"
+        if whole:  # As one batch, which the layers slice.
+            self.model.set_num_micro(max(len(batch.micro_batches) for batch in batches))
+        parts = stacks(batches, [trial.done for trial in trials], whole=whole)
+        steps = [(part.batch, part.steps) for part in parts]
+        losses = self.backward(first.objective, steps, lambda index, rows: parts[index].mean_losses(rows, units), step)
+        watch.at(step, "update", long=self.is_cold)
+        for trial in trials:
+            trial.update()
+        self.is_cold = False
+        rows: list[list[Tensor]] = [[] for _ in trials]
+        for part, found in zip(parts, losses, strict=True):
+            for owner, row_losses in part.split(found.rows):
+                rows[owner].append(row_losses)
+        moved, passes = self.backend.traffic.take(), 2 * len(parts)
+        for trial, batch, own in zip(trials, batches, rows, strict=True):
+            trial.note(step_figures(trial, batch, own, losses, began=began, traffic=moved, passes=passes))
+
+    def _follow(self, entries: Sequence[SlotTrial]) -> None:
+        """Log, evaluate and save what is due for these trials and not done yet, one after the other."""
+        due = {entry: entry.trial.due(self.control) for entry in entries}
+        if any(each.evaluating or each.saving or each.is_last for each in due.values()):
+            self._log(self._in_slots)  # What takes long counts as the training time of no trial.
+        saved = []
+        for entry in entries:
+            if entry.failure is None:
+                self._guard(entry, lambda entry=entry: saved.append(entry.trainer.follow(due[entry])))  # type: ignore[misc]
+        if saved == [True] * len(self._in_slots):
+            self.control.saved()
+        self._judge(entries)
+
+    def _log(self, entries: Sequence[SlotTrial]) -> None:
+        for entry in entries:
+            self._guard(entry, lambda trial=entry.trial: log(trial, self.backend))  # type: ignore[misc]
+
+    @staticmethod
+    def _guard(entry: SlotTrial, action: Callable[[], None]) -> None:
         """End a trial whose loss is not finite, or that cannot be saved; the others continue."""
         try:
             action()
         except (NonFiniteError, SaveError) as error:
-            trial.failure = error
+            entry.failure = error
 
-    def _judge(self, trials: Sequence[Trial]) -> None:
-        """Wait for the verdicts on evaluated trials that would continue."""
-        waiting = [trial for trial in trials if self._verdicts and trial.done > 0 and not trial.has_ended]
+    def _judge(self, entries: Sequence[SlotTrial]) -> None:
+        """Wait for verdicts on evaluations after this step, also of an earlier start, of trials that would go on."""
+        evaluated = [entry for entry in entries if 0 < entry.trial.done in entry.trial.progress.evaluations]
+        waiting = [entry for entry in evaluated if self._verdicts and not entry.has_ended]
         while waiting:
-            for trial in list(waiting):
-                entry = self._in_slots[trial]
-                if (prunes := self._inbox.prunes(entry.number, trial.done)) is not None:
-                    waiting.remove(trial)
+            for entry in list(waiting):
+                if (prunes := self._inbox.prunes(entry.number, entry.trial.done)) is not None:
+                    waiting.remove(entry)
                     if prunes:
-                        entry.pruned_at = trial.done
+                        entry.pruned_at = entry.trial.done
             if waiting:
-                self.control.boundary(waiting[0].done, "waiting for a verdict", long=True)
+                self.control.boundary(waiting[0].trial.done, "waiting for a verdict", long=True)
                 time.sleep(LOOK_SECONDS)
-
-    def _recall(self, trials: Sequence[Trial]) -> None:
-        """Apply verdicts on the evaluations of resumed trials that an earlier start did not read."""
-        for trial in trials:
-            entry, is_evaluated = self._in_slots[trial], 0 < trial.first_step in trial.progress.evaluations
-            if self._verdicts and is_evaluated and not trial.has_ended:
-                entry.pruned_at = trial.done if self._inbox.prunes(entry.number, trial.done) else None
 
     def _end_trials(self) -> None:
         """Free the slots of trials that have ended."""
-        while ended := [entry for entry in self._in_slots.values() if entry.has_ended]:
-            self._log(self.trials)
+        while ended := [entry for entry in self._in_slots if entry.has_ended]:
+            self._log(self._in_slots)
             for entry in ended:
                 self._end(entry)
 
     def _end(self, entry: SlotTrial) -> None:
         watch.at(None, f"trial {entry.number} leaves", long=True)
         trial = entry.trial
-        if trial.failure is None and entry.pruned_at is not None:
-            self._do(trial, lambda: trial.hooks.save_last(trial.progress))
+        if entry.failure is None and entry.pruned_at is not None:
+            self._guard(entry, lambda: trial.hooks.save_last(trial.progress))
         state, reason = COMPLETE, None
-        if trial.failure is not None:
-            state, reason = FAILED, str(trial.failure)
-            self._report_failure(entry.run.folder, trial.failure)
+        if entry.failure is not None:
+            state, reason = FAILED, str(entry.failure)
+            self._report_failure(entry.run.folder, entry.failure)
             trial.reporter.event(f"failed: {reason}")
         elif entry.pruned_at is not None:
             state, reason = PRUNED, f"pruned by its held-out loss after step {entry.pruned_at}"
             trial.reporter.event(reason)
         else:
-            summarize(trial, self.model, self._loaded, entry.run.config.adapter, entry.trained)
-            entry.run.publish(self.model, self.backend, trial.reporter, slot_name(entry.slot))
-        self._leave(entry, trial.failure)
+            summarize(trial, self.model, self._loaded, entry.run.config.adapter)
+            entry.run.publish(self.model, self.backend, trial.reporter)
+        self._leave(entry, entry.failure)
         seconds = time.monotonic() - entry.began
         self._inbox.end(entry.number, state, reason=reason, step=trial.progress.step, seconds=seconds)
 
     def _leave(self, entry: SlotTrial, error: BaseException | None) -> None:
-        del self._in_slots[entry.trial]
-        self.trials.remove(entry.trial)
+        self._in_slots.remove(entry)
         self._write_slots()
         entry.closing.__exit__(None if error is None else type(error), error, None)
 
     def _save_all(self, signum: int) -> None:
         """Save every trial in a slot because of a signal. Raises SaveError, after all, if some could not be saved."""
         unsaved: SaveError | None = None
-        self._log(self.trials)
-        for entry in list(self._in_slots.values()):
-            if entry.trial.failure is not None:
+        self._log(self._in_slots)
+        for entry in list(self._in_slots):
+            if entry.failure is not None:
                 self._end(entry)
                 continue
             try:
@@ -394,7 +430,7 @@ class MultiTrialTrainer(Trainer):
     def _write_slots(self, *entering: int) -> None:
         """Write the numbers of the trials in slots, in the order of entering."""
         if self.backend.writes:
-            numbers = [*(entry.number for entry in self._in_slots.values()), *entering]
+            numbers = [*(entry.number for entry in self._in_slots), *entering]
             atomic_io.write_json(self._inbox.folder / SLOTS_NAME, {"numbers": numbers})
 
     def _report_failure(self, run_dir: Path, error: BaseException) -> None:
@@ -425,9 +461,7 @@ def run_group(folder: Path, ranks: Ranks) -> None:
         model, backend, loaded = start_run_model(
             replace(config, train=replace(config.train, **rows)),
             ranks,
-            log=_say,
-            boundary=control.boundary,
-            for_slots=True,
+            Start(log=_say, boundary=control.boundary, for_slots=True),
             base=base,
         )
         for note in [*model.notes, *why_not_compiled]:

@@ -9,6 +9,7 @@ from distlora.config import RolloutConfig, TrainConfig
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
 from distlora.model.distillation import Divergence
+from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, run, send
 
 
@@ -32,5 +33,5 @@ class Distill(Objective):
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the losses; in an evaluation also those of each token."""
         sent = send(batch, device)
-        losses, divergences = run(model, batch, sent, step, with_reference=True, divergence=self.divergence)
+        losses, divergences = run(model, batch, sent, step, LossForm(with_reference=True, divergence=self.divergence))
         return Losses(losses.sum(dim=1), divergences.detach().sum()[None], losses if step is None else None)

@@ -9,6 +9,7 @@ Letters: B rows, T tokens per row, D most documents per row.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from distlora.config import RolloutConfig, TrainConfig
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM
+from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
 
 
@@ -52,12 +54,12 @@ class GRPO(Objective):
         answers = None
         if rollout.importance_sampling_level == "sequence":
             answers = documents_of(sent.position_ids, most_documents(batch)) & is_label[:, None]  # One per document.
-        reference = None
+        reference, form = None, LossForm(by_token=True, temperature=rollout.temperature)
         with batch_invariant(model.is_batch_invariant):
             if self.needs.reference:
-                losses, reference = run(model, batch, sent, step, with_reference=True, temperature=rollout.temperature)
+                losses, reference = run(model, batch, sent, step, replace(form, with_reference=True))
             else:
-                losses = run(model, batch, sent, step, by_token=True, temperature=rollout.temperature)
+                losses = run(model, batch, sent, step, form)
         log_ratio = torch.where(is_label, -losses - old, 0.0)
         ratio = (log_ratio if answers is None else mean_by_answer(log_ratio, answers)).exp()
         clipped = ratio.clamp(1 - rollout.epsilon, 1 + self._high)

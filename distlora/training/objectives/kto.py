@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
+from distlora.model.lm_head import LossForm
 from distlora.parallel import Backend
 from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
 
@@ -32,7 +33,9 @@ class KTO(Objective):
         """Estimate KL."""
         total = torch.zeros((), dtype=torch.float64, device=backend.ranks.device)
         for batch in mismatched:
-            policy, reference = run(model, batch, send(batch, backend.ranks.device), None, with_reference=True)
+            policy, reference = run(
+                model, batch, send(batch, backend.ranks.device), None, LossForm(with_reference=True)
+            )
             total += (reference - policy).double().sum()
         self._kl = (backend.sum_over_ranks(total) / units).clamp(min=0).float()
 
@@ -44,7 +47,7 @@ class KTO(Objective):
         # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
         documents = documents_of(sent.position_ids, most_documents(batch))
         verdicts = sums_of(sent.judged, documents)
-        policy, reference = run(model, batch, sent, step, with_reference=True)
+        policy, reference = run(model, batch, sent, step, LossForm(with_reference=True))
         ratios = sums_of(reference - policy, documents)
         beta, good, bad = self.train.of_objective("beta"), verdicts > 0, verdicts < 0
         weights = self.train.of_objective("desirable_weight") * good

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
+from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, run, send
 
 
@@ -19,6 +20,6 @@ class NextToken(Objective):
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the losses; in an evaluation also those of each token."""
-        losses = run(model, batch, send(batch, device), step, by_token=step is None)
+        losses = run(model, batch, send(batch, device), step, LossForm(by_token=step is None))
         rows = losses.sum(dim=1) if step is None else losses
         return Losses(rows, rows.new_zeros(0), losses if step is None else None)

@@ -22,7 +22,7 @@ from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.adapters import StepRows
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
-from distlora.model.distillation import Divergence
+from distlora.model.lm_head import SUMS, LossForm
 from distlora.parallel import Backend
 
 
@@ -103,16 +103,9 @@ def run(
     batch: MicroBatch,
     sent: MicroBatch,
     step: int | Tensor | None,
-    *,
-    with_reference: bool = False,
-    by_token: bool = False,
-    divergence: Divergence | None = None,
-    temperature: float = 1.0,
+    losses: LossForm = SUMS,
 ) -> Tensor:
-    """Run the model: loss sums (B,); `by_token`: (B, T); `with_reference`: of it and the initial model, (2, B, T).
-
-    `sent`: the batch on the device. `divergence`: with a reference, losses by it and the divergences, (2, B, T).
-    """
+    """Run the model; return loss sums (B,), or what `losses` says. `sent`: the batch on the device."""
     device = sent.input_ids.device
     steps = _to_device(step, device) if isinstance(step, Tensor) else step
     return model(
@@ -122,8 +115,5 @@ def run(
         adapter_rows=sent.slots,
         step_rows=None if steps is None else StepRows(steps, sent.rows),
         documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
-        with_reference=with_reference,
-        by_token=by_token,
-        divergence=divergence,
-        temperature=temperature,
+        losses=losses,
     )

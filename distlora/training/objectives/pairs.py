@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
+from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
 
 
@@ -59,10 +60,10 @@ class PairObjective(Objective):
         # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
         sides = pairs_of(sent.position_ids, batch)
         if self.needs.reference:
-            policy, reference = run(model, batch, sent, step, with_reference=True)
+            policy, reference = run(model, batch, sent, step, LossForm(with_reference=True))
             ratios = pair_sums(reference - policy, sides)
         else:
-            policy, ratios = run(model, batch, sent, step, by_token=True), None
+            policy, ratios = run(model, batch, sent, step, LossForm(by_token=True)), None
         answers = Answers(-pair_sums(policy, sides), ratios, pair_sums((sent.labels >= 0).float(), sides))
         is_pair = answers.lengths[..., 1] > 0
         losses, rewards = self.pair_losses(answers)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
+from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, run, send
 
 
@@ -24,7 +25,7 @@ class ProcessReward(Objective):
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the losses of the labels."""
         sent = send(batch, device)
-        outputs = run(model, batch, sent, step, by_token=True)
+        outputs = run(model, batch, sent, step, LossForm(by_token=True))
         losses = F.cross_entropy(outputs.flatten(0, 1), sent.labels.flatten(), reduction="none").view(sent.labels.shape)
         with torch.no_grad():
             right = ((outputs[..., 1] > outputs[..., 0]).long() == sent.labels).float()

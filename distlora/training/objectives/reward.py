@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.build import CausalLM
+from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, run, send
 from distlora.training.objectives.pairs import pair_sums, pairs_of
 
@@ -32,7 +33,7 @@ class RewardModel(Objective):
         sent = send(batch, device)
         sides = pairs_of(sent.position_ids, batch)
         is_pair = pair_sums((sent.labels >= 0).float(), sides)[..., 1] > 0
-        scores = run(model, batch, sent, step, by_token=True)
+        scores = run(model, batch, sent, step, LossForm(by_token=True))
         pad = model.hf_config.pad_token_id
         rewards = pair_sums(scores, last_of(sides, sent.input_ids != (-1 if pad is None else pad)))
         chosen, rejected = rewards.unbind(dim=-1)

@@ -40,7 +40,7 @@ def resume(folder: Path) -> int:
     from distlora_launcher.jobs.submit import in_job, is_job, is_sweep, resubmit_run, resume_in_job, resume_sweep
     from distlora_launcher.launch.local import is_complete, resume_run
     from distlora_launcher.launch.node import resume_multi_node
-    from distlora_launcher.studies.wandb_sweep import is_agents_folder, resume_agents
+    from distlora_launcher.studies.wandb_sweep import is_agents_folder, recorded_words, start_agents
 
     folder = folder.expanduser().absolute()
     if is_sweep_folder(folder):
@@ -48,7 +48,7 @@ def resume(folder: Path) -> int:
 
         return resume_trials(folder)
     if is_agents_folder(folder):
-        return resume_agents(folder)
+        return start_agents(recorded_words(folder))
     if is_sweep(folder):
         return resume_sweep(folder)
     config = load_config(folder)

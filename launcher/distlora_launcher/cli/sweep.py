@@ -5,6 +5,7 @@ from pathlib import Path
 from distlora.config import Config, require
 from distlora.system.exit_codes import DONE
 from distlora_launcher.launch.lock import holders
+from distlora_launcher.studies.sources import check_optuna, make_source
 from distlora_launcher.studies.start import (
     check_place,
     check_trials,
@@ -15,7 +16,9 @@ from distlora_launcher.studies.start import (
     show_results,
     submit,
 )
-from distlora_launcher.studies.sweep import Sweep, check_optuna, first_cell, load_sweep, make_search, make_sweep
+from distlora_launcher.studies.sweep import Sweep, first_cell, load_sweep, make_sweep
+from distlora_launcher.studies.table import Table
+from distlora_launcher.studies.worker import conclude
 from distlora_launcher.terminal.output import say, shown
 
 USAGE = """usage: distlora sweep [FILE.yaml] [sweep=METHOD] [setting=a,b ...] [setting=value ...]
@@ -34,7 +37,7 @@ trials are SWEEP/trials/0000 and so on. sweep.workers=N trains N trials at once,
 on one base, sweep.trials=N ends after N trials; conf/README.md lists the other settings of the section sweep.
 
 `distlora resume SWEEP` continues a sweep that was stopped or killed; `distlora status SWEEP`, `distlora cancel SWEEP`
-and `distlora report SWEEP` work as for a run. Needs Optuna: pip install 'distlora[sweep]'.
+and `distlora report SWEEP` work as for a run. random, optuna and pruners need Optuna: pip install 'distlora[sweep]'.
 
 examples:
   distlora sweep model.path=MODEL data.path=chats.jsonl optim.lr=1e-4,2e-4 adapter.r=8,16
@@ -56,30 +59,24 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
         return DONE
-    check_optuna()
-    from distlora_launcher.studies.study import Study
-
     sweep, first = parse_sweep(arguments)
-    search = make_search(sweep)
+    source = make_source(sweep)
+    check_optuna(sweep.settings, source)
     check_place(sweep, first.config.cluster)
-    check_trials(sweep, search, first)
+    check_trials(sweep, source, first)
     sweep = pinned(sweep, first.config.model)
     if first.config.cluster.launcher == "slurm":
         from distlora_launcher.jobs.submit import check_with_slurm
 
         check_with_slurm(render_script(sweep, first.config))
     make_sweep(sweep)
-    Study(sweep, search).enqueue()
+    Table(sweep, source).enqueue()
     say(f"sweep folder {shown(sweep.folder)}")
     return start(sweep, first.config)
 
 
 def resume_trials(folder: Path) -> int:
     """Continue a sweep that was stopped or killed. Returns the exit code."""
-    check_optuna()
-    from distlora_launcher.studies.study import Study
-    from distlora_launcher.studies.worker import conclude
-
     sweep = load_sweep(folder)
     alive = holders(folder)
     where = ", ".join(f"{process.host} (pid {process.pid})" for process in alive)
@@ -87,14 +84,15 @@ def resume_trials(folder: Path) -> int:
         not alive,
         f"{shown(folder)} runs on {where}; wait for it, or stop it with `distlora cancel {shown(folder)}`",
     )
-    search = make_search(sweep)
-    study = Study(sweep, search)
-    study.enqueue()
-    if study.is_over():
-        conclude(sweep, study, search)
-        return show_results(sweep, study.records(), search)
+    source = make_source(sweep)
+    check_optuna(sweep.settings, source)
+    table = Table(sweep, source)
+    table.enqueue()
+    if table.is_over():
+        conclude(sweep, table, source)
+        return show_results(sweep, table.records(), source)
     say(f"sweep folder {shown(folder)}")
-    return start(sweep, sweep.compose(0, first_cell(sweep.space), search.overrides).config)
+    return start(sweep, sweep.compose(0, first_cell(sweep.space), source.overrides).config)
 
 
 def start(sweep: Sweep, config: Config) -> int:

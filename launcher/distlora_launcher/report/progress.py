@@ -48,6 +48,33 @@ class Saved:
     """Time of the save, in seconds since 1970."""
 
 
+class NewMetrics:
+    """The lines of a run's metrics.jsonl that were written since the last look."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / METRICS_NAME
+        self._file, self._read = 0, 0
+        """Inode of the file, which a resume replaces, and bytes read of it."""
+
+    def look(self) -> list[dict[str, Any]]:
+        """Return the new whole lines; damaged ones, of an earlier start, are left out."""
+        try:
+            with self._path.open("rb") as file:
+                if (inode := os.fstat(file.fileno()).st_ino) != self._file:
+                    self._file, self._read = inode, 0
+                file.seek(self._read)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        records = []
+        for line in whole.splitlines():
+            with contextlib.suppress(UserError):
+                records.append(parse_object(line, METRICS_NAME, ""))
+        return [record for record in records if isinstance(record.get("step"), int)]
+
+
 def read_figures(run_dir: Path) -> Figures:
     """Read the newest metrics of a run from the end of metrics.jsonl."""
     step, loss, eval_loss, peak, written = 0, None, None, None, None

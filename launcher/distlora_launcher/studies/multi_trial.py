@@ -58,7 +58,8 @@ from distlora_launcher.launch.local import create_run, forget_run, is_prepared
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
 from distlora_launcher.launch.processes import Forwarder, block
 from distlora_launcher.launch.workers import run_workers
-from distlora_launcher.studies.runner import POLL_SECONDS, LoggedProcess, Outcome, Trial, trial_log, wait_until_free
+from distlora_launcher.studies.alone import POLL_SECONDS, LoggedProcess, trial_log, wait_until_free
+from distlora_launcher.studies.placement import Outcome, Placement, Trial
 from distlora_launcher.studies.sweep import LOGS, Dimension, Sweep, Values, count_cells, is_finite, read_section
 from distlora_launcher.terminal.output import say
 
@@ -83,7 +84,7 @@ class _Running:
     began: float = field(default_factory=time.monotonic)
 
 
-class MultiTrialRunner:
+class Together(Placement):
     """Trains the trials of one worker, in one multi-trial process after the other."""
 
     def __init__(self, sweep: Sweep, index: int, forwarder: Forwarder) -> None:

@@ -40,7 +40,8 @@ from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord
 from distlora.system import atomic_io
 from distlora_launcher.compose import planning
-from distlora_launcher.studies.sweep import Due, Search, Sweep
+from distlora_launcher.studies.sources import Due, Source
+from distlora_launcher.studies.sweep import Sweep
 
 RANK_SEARCH_NAME = "rank_search.json"
 TRIAL_OVERRIDES = ("train.eval_documents=true",)
@@ -411,8 +412,8 @@ def _why_not_full(sweep: Sweep, setup: Setup) -> str | None:
     return None if plan.fits else f"it is predicted not to fit {plan.machine.name} ({needs(plan)})"
 
 
-class RankSearch(Search):
-    """The search of `sweep=rank_search` (sweep.py)."""
+class RankSearch(Source):
+    """The source of `sweep=rank_search` (sources.py)."""
 
     overrides = TRIAL_OVERRIDES
 
@@ -466,7 +467,7 @@ class RankSearch(Search):
         )
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
-        """Return a rank that the ended runs call for, then full fine-tuning (Search.next).
+        """Return a rank that the ended runs call for, then full fine-tuning (Source.next).
 
         The first call, before there is any trial, writes the setup.
         """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distlora.results.tables import Table
 from distlora.run_folder import sweep as sweep_folder
 from distlora.run_folder.layout import REPORT_NAME
 from distlora.run_folder.sweep import (
@@ -31,12 +32,13 @@ from distlora_launcher.report.final_report import write_report
 from distlora_launcher.report.progress import read_figures
 from distlora_launcher.report.records import PageStatus, recorded
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
-from distlora_launcher.studies.sweep import Due, Search, Sweep, load_sweep, make_search
+from distlora_launcher.studies.sources import Due, Source, make_source
+from distlora_launcher.studies.sweep import Sweep, load_sweep
 from distlora_launcher.terminal.output import aligned, say, shown, warn
 
 RESULTS_MD = "results.md"
 CONCLUSION_NAME = "conclusion.json"
-"""File in SWEEP with the search's conclusion for programs (Search.figures), if there is one."""
+"""File in SWEEP with the source's conclusion for programs (Source.figures), if there is one."""
 LONGEST_REASON = 100
 """Most characters of a reason in the terminal; results.md has all of it."""
 
@@ -56,7 +58,10 @@ def table_rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | No
         lines.append(
             [
                 str(trial.number),
-                *(format_value(trial.values[name]) if name in trial.values else "" for name in settings),
+                *(
+                    " ".join(format_value(trial.values[name]).split()) if name in trial.values else ""
+                    for name in settings
+                ),
                 "" if trial.value is None else f"{trial.value:.4f}",
                 "" if trial.step is None else f"{trial.step:,}",
                 "" if trial.seconds is None else length(trial.seconds),
@@ -82,21 +87,17 @@ def summary_lines(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
     return lines
 
 
-def write_table(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> None:
-    """Write SWEEP/results.md, and SWEEP/conclusion.json if the search concludes something."""
-    table = table_rows(sweep, trials)
-    head, body = table[0], table[1:]
-    plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in body]
-    lines = [f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *plain]]
+def write_table(sweep: Sweep, trials: Sequence[TrialRecord], source: Source) -> None:
+    """Write SWEEP/results.md, and SWEEP/conclusion.json if the source concludes something."""
     parts = [
         f"# {sweep.folder.name}",
-        "\n".join(lines),
+        Table("Trials", table_rows(sweep, trials)).markdown(),
         "\n".join(f"- {line}" for line in summary_lines(sweep, trials)),
     ]
-    conclusion = search.conclusion(trials)
+    conclusion = source.conclusion(trials)
     if conclusion:
         parts.append("\n".join(conclusion))
-        atomic_io.write_json(sweep.folder / CONCLUSION_NAME, search.figures(trials))
+        atomic_io.write_json(sweep.folder / CONCLUSION_NAME, source.figures(trials))
     atomic_io.write_text(sweep.folder / RESULTS_MD, "\n\n".join(parts) + "\n")
 
 
@@ -106,7 +107,9 @@ def format_value(value: Any) -> str:
         return f"{value:.4g}"
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
-    return f"[{','.join(map(format_value, value))}]" if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(format_value, value))}]"
+    return " ".join(str(value).split())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +144,7 @@ def sweep_status(folder: Path) -> SweepStatus:
     for index, trial in enumerate(trials):
         if trial.state == RUNNING:  # Its run folder has the newest step.
             trials[index] = dataclasses.replace(trial, step=read_figures(sweep.run_dir(trial.number)).step)
-    is_over = not any(trial.is_open for trial in trials) and make_search(sweep).next(trials) is Due.END
+    is_over = not any(trial.is_open for trial in trials) and make_source(sweep).next(trials) is Due.END
     jobs = jobs_in_slurm(folder)
     state = "running" if workers else "queued" if jobs else "done" if is_over else "stopped"
     if state == "stopped":
@@ -206,16 +209,16 @@ MOST_TRIALS = 32
 def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = False) -> str:
     """Return the report of a sweep, as far as its folder can be read. `has_ended`: its last worker calls."""
     found = SweepRecords(folder=folder, settings=None, trials=[])
-    is_over = True  # If the search cannot be read, the trials decide.
+    is_over = True  # If the source cannot be made, the trials decide.
     with recorded(found.problems):
         if (folder / RESULTS_NAME).exists():
             found.trials = read_results(folder)
     with recorded(found.problems):
         sweep = load_sweep(folder)
         found.settings, found.shared = sweep.settings, sweep.overrides
-        search = make_search(sweep)
-        found.conclusion = search.conclusion(found.trials)
-        is_over = search.next(found.trials) is Due.END
+        source = make_source(sweep)
+        found.conclusion = source.conclusion(found.trials)
+        is_over = source.next(found.trials) is Due.END
     with recorded(found.problems):
         found.importance, found.importance_by = read_importance(folder)
     with recorded(found.problems):

@@ -33,7 +33,7 @@ from distlora.config.training import AUTO_EVALUATIONS
 from distlora.planner.learning_rate import with_learning_rate
 from distlora.planner.report import packed_trials
 from distlora.run_folder.submission import write_submission
-from distlora.run_folder.sweep import COMPLETE, JOURNAL_NAME, TrialRecord, at_rest, is_sweep_folder, words_of
+from distlora.run_folder.sweep import COMPLETE, RESULTS_NAME, TrialRecord, at_rest, is_sweep_folder, words_of
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.checks import check, check_writable, gpu_count
@@ -50,20 +50,21 @@ from distlora_launcher.launch.local import create_run, prepare
 from distlora_launcher.launch.processes import Forwarder, forwarding
 from distlora_launcher.studies.multi_trial import plan_first_run
 from distlora_launcher.studies.results import format_table, summary_lines
+from distlora_launcher.studies.sources import Listed, Source, make_source
 from distlora_launcher.studies.sweep import (
     LOGS,
-    Cells,
-    Search,
     Sweep,
-    check_sampler,
     first_cell,
-    make_search,
     read_section,
 )
+from distlora_launcher.studies.table import Table
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
 POLL_SECONDS = 0.1
+
+WORKER = "distlora_launcher.studies.worker"
+"""Module of a worker."""
 
 
 def visible_devices(workers: int, processes: int) -> list[str | None]:
@@ -135,26 +136,24 @@ def run_workers_here(sweep: Sweep, processes: int) -> int:
     if workers_here < wanted:
         say(f"{workers_here} of {wanted} workers (sweep.workers), as this node has {available} GPUs")
     with forwarding() as forwarder:
-        arguments = ["distlora_launcher.studies.worker", str(sweep.folder)]
+        arguments = [WORKER, str(sweep.folder)]
         codes = run_together(arguments, visible_devices(workers_here, processes), forwarder)
     if set(codes) == {BAD_INPUT}:
         return BAD_INPUT
-    from distlora_launcher.studies.study import Study
-
-    search = make_search(sweep)
-    study = Study(sweep, search)
-    code = show_results(sweep, study.records(), search)
-    if study.is_over():
+    source = make_source(sweep)
+    table = Table(sweep, source)
+    code = show_results(sweep, table.records(), source)
+    if table.is_over():
         return code
     say(f"continue with: distlora resume {shown(sweep.folder)}")
     return INTERRUPTED if forwarder.killed else STOPPED if STOPPED in codes else FAILED
 
 
-def show_results(sweep: Sweep, trials: Sequence[TrialRecord], search: Search) -> int:
+def show_results(sweep: Sweep, trials: Sequence[TrialRecord], source: Source) -> int:
     """Print the table. Returns 1 if no trial is complete, else 0."""
     trials = at_rest(trials)  # The workers have ended.
     say(f"\n{format_table(sweep, trials)}\n")
-    for line in [*summary_lines(sweep, trials), *search.conclusion(trials)]:
+    for line in [*summary_lines(sweep, trials), *source.conclusion(trials)]:
         say(line)
     return DONE if any(trial.state == COMPLETE for trial in trials) else FAILED
 
@@ -173,7 +172,7 @@ def render_script(sweep: Sweep, config: Config) -> str:
         cluster,
         gpus=scheduler.has_gpus(cluster.partition),
         workers=settings.workers,
-        worker=["distlora_launcher.studies.worker", str(sweep.folder)],
+        worker=[WORKER, str(sweep.folder)],
         trials="trials/*",
         mounts=mounts([config]),
     )
@@ -251,7 +250,7 @@ def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
         not is_sweep_folder(folder),
         f"run_dir={folder} already holds a sweep; continue it with `distlora resume {folder}`, or set another run_dir",
     )
-    for name in ("config.yaml", JOURNAL_NAME):
+    for name in ("config.yaml", RESULTS_NAME):
         require(not (folder / name).exists(), f"run_dir={folder} already holds a run; set another run_dir")
     check_writable(folder, "run_dir")
     shared = [word for word in shared if not word.startswith(("run_dir=", "hydra.run.dir=", "name="))]
@@ -292,20 +291,19 @@ def lr_for(searched: Collection[str], shared: Sequence[str], config_dir: str | N
     return {"optim.lr": with_learning_rate(config, planned_model(config, any_length=True))[0].optim.lr}
 
 
-def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
+def check_trials(sweep: Sweep, source: Source, first: Composed) -> None:
     """Refuse settings, a model or data that no trial can have.
 
     A grid's first MOST_JOBS_CHECKED trials are checked; of drawn values, one. A trial that does not fit in memory gets
     a warning, and will be recorded as failed.
     """
-    check_sampler(sweep.settings)
     check_metric(sweep.settings, first.config.data, first.config.train)
-    trials = list(search.all())[:MOST_JOBS_CHECKED] if isinstance(search, Cells) else [first_cell(sweep.space)]
+    trials = list(source.all())[:MOST_JOBS_CHECKED] if isinstance(source, Listed) else [first_cell(sweep.space)]
     refused = []
     for number, values in enumerate(trials):
         overrides = " ".join(words_of(values))
         try:
-            composed = sweep.compose(number, values, search.overrides)
+            composed = sweep.compose(number, values, source.overrides)
             check(composed.config, new_run=True)
             if sweep.settings.packed != 1:
                 check_trial(composed.config)
@@ -315,7 +313,7 @@ def check_trials(sweep: Sweep, search: Search, first: Composed) -> None:
             decide(composed.config, composed.fixed)
         except UserError as error:
             refused.append(f"trial {number} ({overrides}) cannot run, and will be recorded as failed: {error}")
-    if len(refused) == len(trials) and isinstance(search, Cells):
+    if len(refused) == len(trials) and isinstance(source, Listed):
         raise UserError(refused[0].replace(" cannot run, and will be recorded as failed", ""))
     for line in refused:
         warn(line)

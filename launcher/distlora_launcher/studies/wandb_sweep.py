@@ -1,8 +1,8 @@
 """Create a wandb sweep from the section `sweep` and the settings with several values (`distlora sweep create`).
 
-Run wandb agents (`distlora sweep agent`), and support `distlora train` when an agent starts it. Agents are stopped as
-runs are, and pass the signal on to their run. Runs that saved are resumed when the same command is given again, before
-new values are requested.
+Run wandb agents (`distlora sweep agent`) in workers, and support `distlora train` when an agent starts it. Agents are
+stopped as runs are, and pass the signal on to their run. Runs that saved are resumed when the same command is given
+again, before new values are requested.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.types import Override
 
 from distlora.config import ClusterConfig, Config, DataConfig, QuantConfig, TrackerConfig, UserError, require
 from distlora.config.base import means_hub
@@ -31,14 +32,25 @@ from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.training.trackers.wandb_agent import ASKED, VARIABLES, AgentRun
-from distlora_launcher.compose.compose import PATHS, section_of
-from distlora_launcher.jobs.submit import in_job
+from distlora_launcher.compose.compose import PATHS, compose_section, parse_overrides, section_of
+from distlora_launcher.jobs import scheduler
+from distlora_launcher.jobs.script import render_workers
+from distlora_launcher.jobs.submit import check_with_slurm, in_job
 from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.failures import read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker_place
 from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
-from distlora_launcher.studies.start import check_trials, parse_sweep
-from distlora_launcher.studies.sweep import Dimension, Interval, Sweep, Values, make_search
+from distlora_launcher.studies.sources import make_source
+from distlora_launcher.studies.start import (
+    WORKER,
+    check_trials,
+    parse_sweep,
+    refuse_live,
+    run_together,
+    submit_workers,
+    visible_devices,
+)
+from distlora_launcher.studies.sweep import LOGS, Dimension, Interval, Sweep, Values
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
@@ -69,7 +81,7 @@ def create(arguments: list[str]) -> int:
     sweep, first = parse_sweep([word for word in arguments if word != "--dry-run"])
     sections = as_mapping(first.config)
     check_settings(sweep.settings, sweep.space, sections)
-    check_trials(sweep, make_search(sweep), first)
+    check_trials(sweep, make_source(sweep), first)
     options = [] if sweep.config_dir is None else [f"--config-dir={sweep.config_dir}"]
     overrides = list(options)
     for word in sweep.overrides:  # With absolute paths: an agent may run in another folder.
@@ -232,70 +244,67 @@ DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentsRequest:
-    """The command line of `distlora sweep agent`."""
+    """The command line of `distlora sweep agent`, in FOLDER/agents.json for its workers and for `distlora resume`."""
 
     sweep: str
     """[[ENTITY/]PROJECT/]ID"""
     folder: Path
     count: int | None
     workers: int
-    cluster: tuple[str, ...]
-    """Overrides of the section `cluster`."""
+    cluster: ClusterConfig
+    words: tuple[str, ...]
 
     @property
     def sweep_id(self) -> str:
         """Return the sweep's ID."""
         return self.sweep.rpartition("/")[2]
 
-    def one(self) -> list[str]:
-        """Return the arguments for one agent, without its --index."""
-        count = [] if self.count is None else ["--count", str(self.count)]
-        return [self.sweep, *count, *words_of({"run_dir": str(self.folder)})]
 
-    def overrides(self) -> list[str]:
-        """Return the arguments for all agents."""
-        return [*self.one(), f"sweep.workers={self.workers}", *self.cluster]
-
-    def keep(self) -> None:
-        """Write the arguments, for `distlora resume`."""
-        atomic_io.write_json(self.folder / RECORD_NAME, {"words": self.overrides()})
-
-
-def start_agents(arguments: list[str]) -> int:
-    """Start agents and wait for them. Returns the exit code."""
+def start_agents(arguments: Sequence[str]) -> int:
+    """Start agents and wait for them, or submit them. Returns the exit code."""
     if {"-h", "--help"} & set(arguments):
         print(AGENT_USAGE)
         return DONE
-    request, index, cluster = parse_agents(arguments)
+    request = parse_agents(arguments)
+    folder, cluster, workers = request.folder, request.cluster, request.workers
     require(
         importlib.util.find_spec("wandb") is not None,
         "wandb agents need wandb, which is not installed; pip install wandb",
     )
-    if index is None and cluster.launcher == "slurm":
-        submit_agents(request, cluster)
+    is_job = cluster.launcher == "slurm"
+    script = _checked_script(request) if is_job else ""
+    atomic_io.private_folder(folder)
+    atomic_io.write_json(folder / RECORD_NAME, {"words": request.words})
+    if is_job:
+        submit_workers(folder, script, workers, cluster)
+        say(f"stop with: distlora cancel {shown(folder)}")
         return DONE
-    atomic_io.private_folder(request.folder)
-    logs = request.folder / "logs"
+    logs = folder / LOGS
     logs.mkdir(exist_ok=True)
-    # Several commands may share a folder, also from several nodes.
-    name = f"agents_{host_name()}_{os.getpid()}"
-    with worker_place(request.folder, name), forwarding() as forwarder:
-        if index is None:
-            request.keep()
-        if index is None and request.workers > 1:
-            from distlora_launcher.studies.start import run_together, visible_devices
-
-            gpus = visible_devices(request.workers, cluster.gpus_per_node)
-            agent = ["distlora_launcher.cli.main", "sweep", "agent", *request.one()]
-            codes = run_together(agent, gpus, forwarder, logs=logs)
-        else:  # It uses all GPUs that it sees.
-            codes = [run_agent(request, index or 0, forwarder)]
-    (request.folder / MACHINES / f"{name}.json").unlink(missing_ok=True)
+    with forwarding() as forwarder:
+        gpus = visible_devices(workers, cluster.gpus_per_node)
+        codes = run_together([WORKER, str(folder)], gpus, forwarder, logs=logs if workers > 1 else None)
     if forwarder.received is None:
         return DONE if set(codes) == {DONE} else FAILED
-    if index is None:  # In SLURM the script requeues the task.
-        say(f"stopped; continue with: distlora resume {shown(request.folder)}")
+    say(f"stopped; continue with: distlora resume {shown(folder)}")
     return INTERRUPTED if forwarder.killed else STOPPED
+
+
+def _checked_script(request: AgentsRequest) -> str:
+    """Return the script of agents as the tasks of a SLURM array. Raises UserError if it cannot be submitted."""
+    refuse_live(request.folder)
+    script = render_workers(
+        request.folder,
+        request.sweep_id,
+        request.cluster,
+        gpus=scheduler.has_gpus(request.cluster.partition),
+        workers=request.workers,
+        worker=[WORKER, str(request.folder)],
+        trials="*",
+        mounts=[str(request.folder), DataConfig(path=".").cache_dir, QuantConfig().cache_dir],
+    )
+    check_with_slurm(script)
+    return script
 
 
 def is_agents_folder(folder: Path) -> bool:
@@ -303,24 +312,18 @@ def is_agents_folder(folder: Path) -> bool:
     return (folder / RECORD_NAME).is_file()
 
 
-def resume_agents(folder: Path) -> int:
-    """Start the agents of a folder again (`distlora resume`). Returns the exit code."""
-    overrides = read_object(folder / RECORD_NAME, f"delete it, and start the agents in run_dir={folder}").get("words")
-    if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
-        raise UserError(
-            f"{folder / RECORD_NAME} is damaged: it has no arguments; delete it, and start the agents again"
-        )
-    return start_agents(overrides)
+def recorded_words(folder: Path) -> list[str]:
+    """Return the command line of a folder's agents. Raises UserError if it is damaged."""
+    remedy = f"delete it, and start the agents in run_dir={folder}"
+    words: list[str] = read_object(folder / RECORD_NAME, remedy, {"words": [str]})["words"]
+    return words
 
 
-def parse_agents(arguments: Sequence[str]) -> tuple[AgentsRequest, int | None, Any]:
-    """Return the request, the index of the one agent that a SLURM task runs, and the section `cluster`."""
-    from distlora_launcher.compose.compose import compose_section, parse_overrides
-
+def parse_agents(arguments: Sequence[str]) -> AgentsRequest:
+    """Return what a command line asks for. Raises UserError for what agents cannot do."""
     parser = Parser("distlora sweep agent")
     parser.add_argument("words", nargs="*")
     parser.add_argument("--count", type=int)
-    parser.add_argument("--index", type=int)
     options = parser.parse_args(list(arguments))
     sweeps = [word for word in options.words if "=" not in word]
     require(
@@ -333,30 +336,45 @@ def parse_agents(arguments: Sequence[str]) -> tuple[AgentsRequest, int | None, A
         f"--count {options.count} is not a valid number of runs; write --count 1 or more",
     )
     overrides = [word for word in options.words if "=" in word]
-    known = ("run_dir", "sweep.workers", "cluster")
     for word in overrides:
-        name = word.partition("=")[0]
         require(
-            name in known or name.startswith("cluster."),
+            re.match(r"(run_dir|sweep\.workers|cluster)=|cluster\.", word) is not None,
             f"{word}: the settings of its runs are in the sweep; an agent accepts run_dir=, sweep.workers= and "
             "cluster=",
         )
-    values = {o.get_key_element(): o.value() for o in parse_overrides(overrides)}
+    values = {override.get_key_element(): override.value() for override in parse_overrides(overrides)}
     workers = values.get("sweep.workers", 1)
     if not isinstance(workers, int) or workers < 1:
         raise UserError(f"sweep.workers={workers} is not a number of agents; set sweep.workers=2")
-    cluster_overrides = [word for word in overrides if word.startswith("cluster")]
-    cluster = build(ClusterConfig, compose_section("cluster", cluster_overrides), prefix="cluster.")
+    of_cluster = [word for word in overrides if word.startswith("cluster")]
     folder = Path(str(values.get("run_dir", agent_runs_folder(sweeps[0].rpartition("/")[2])))).expanduser().absolute()
-    request = AgentsRequest(
-        sweep=sweeps[0], folder=folder, count=options.count, workers=workers, cluster=tuple(cluster_overrides)
+    count = [] if options.count is None else ["--count", str(options.count)]
+    settings = words_of({"run_dir": str(folder), "sweep.workers": workers})
+    return AgentsRequest(
+        sweep=sweeps[0],
+        folder=folder,
+        count=options.count,
+        workers=workers,
+        cluster=build(ClusterConfig, compose_section("cluster", of_cluster), prefix="cluster."),
+        words=(sweeps[0], *count, *settings, *of_cluster),
     )
-    return request, options.index, cluster
 
 
-def run_agent(request: AgentsRequest, index: int, forwarder: Forwarder) -> int:
-    """Resume the unfinished runs of the sweep one after the other, then run an agent. Returns its exit code."""
-    stop_mark = request.folder / "logs" / f"asked_{host_name()}_{os.getpid()}"
+def work_as_agent(folder: Path, index: int) -> int:
+    """Resume the unfinished runs of a sweep one after the other, then run an agent. Returns the exit code."""
+    request = parse_agents(recorded_words(folder))
+    # Several commands may share a folder, also from several nodes.
+    name = f"agents_{host_name()}_{os.getpid()}"
+    with worker_place(folder, name), forwarding() as forwarder:
+        code = _run_agent(request, index, forwarder)
+    (folder / MACHINES / f"{name}.json").unlink(missing_ok=True)
+    if forwarder.received is None:
+        return DONE if code == DONE else FAILED
+    return INTERRUPTED if forwarder.killed else STOPPED
+
+
+def _run_agent(request: AgentsRequest, index: int, forwarder: Forwarder) -> int:
+    stop_mark = request.folder / LOGS / f"asked_{host_name()}_{os.getpid()}"
     stop_mark.unlink(missing_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment |= {FOLDER: str(request.folder)}
@@ -388,31 +406,6 @@ def run_agent(request: AgentsRequest, index: int, forwarder: Forwarder) -> int:
         code = run("wandb", "agent", "--forward-signals", *count, request.sweep)
     stop_mark.unlink(missing_ok=True)
     return code
-
-
-def submit_agents(request: AgentsRequest, cluster: ClusterConfig) -> None:
-    """Submit agents as the tasks of a SLURM array."""
-    from distlora_launcher.jobs import scheduler
-    from distlora_launcher.jobs.script import render_workers
-    from distlora_launcher.jobs.submit import check_with_slurm
-    from distlora_launcher.studies.start import refuse_live, submit_workers
-
-    refuse_live(request.folder)
-    script = render_workers(
-        request.folder,
-        request.sweep_id,
-        cluster,
-        gpus=scheduler.has_gpus(cluster.partition),
-        workers=request.workers,
-        worker=["distlora_launcher.cli.main", "sweep", "agent", *request.one()],
-        trials="*",
-        mounts=[str(request.folder), DataConfig(path=".").cache_dir, QuantConfig().cache_dir],
-    )
-    check_with_slurm(script)
-    atomic_io.private_folder(request.folder)
-    request.keep()
-    submit_workers(request.folder, script, request.workers, cluster)
-    say(f"stop with: distlora cancel {shown(request.folder)}")
 
 
 def unfinished(request: AgentsRequest) -> list[Path]:
@@ -502,10 +495,6 @@ def was_ended_early(run_dir: Path) -> bool:
 
 def parse_value(name: str, value: Any) -> Any:
     """Return a value as Hydra reads it: an agent writes it by Python's str."""
-    from hydra.core.override_parser.types import Override
-
-    from distlora_launcher.compose.compose import parse_overrides
-
     if not isinstance(value, str):
         return value
     try:

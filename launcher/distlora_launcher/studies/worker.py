@@ -1,4 +1,4 @@
-"""Run a worker of a sweep: take trials from the study, train them and record the results, until none is due.
+"""Run a worker of a sweep: take trials from the table, train them and record the results, until none is due.
 
     python -m distlora_launcher.studies.worker SWEEP --index I
 
@@ -9,38 +9,36 @@ Exit code 0: nothing is left to do; 75: stopped on request, its trials are saved
 from __future__ import annotations
 
 import dataclasses
-import json
+import importlib.util
 import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distlora.config import UserError
 from distlora.config.json_files import object_or_empty
 from distlora.run_folder.layout import METRICS_NAME, SUMMARY_NAME
-from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED, words_of
+from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED, words_of, write_importance
 from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
 from distlora.system.exit_codes import FAILED as FAILURE
 from distlora.system.numbers import length
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.processes import Forwarder, block, forwarding
+from distlora_launcher.report.progress import NewMetrics
+from distlora_launcher.studies.alone import POLL_SECONDS, Alone
+from distlora_launcher.studies.multi_trial import Together
+from distlora_launcher.studies.placement import Outcome, Placement, Trial
 from distlora_launcher.studies.results import write_at_end, write_table
-from distlora_launcher.studies.runner import POLL_SECONDS, Outcome, SingleTrialRunner, Trial
-from distlora_launcher.studies.study import Study, locked
-from distlora_launcher.studies.sweep import Due, Search, Sweep, load_sweep, make_search
+from distlora_launcher.studies.sources import Due, Source, check_optuna, make_source
+from distlora_launcher.studies.sweep import Sweep, load_sweep
+from distlora_launcher.studies.table import Table, locked
+from distlora_launcher.studies.wandb_sweep import is_agents_folder, work_as_agent
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
-if TYPE_CHECKING:
-    from distlora_launcher.studies.multi_trial import MultiTrialRunner
-
-    Runner = SingleTrialRunner | MultiTrialRunner
-
-TAIL_BYTES = 200
-"""Bytes compared to detect a rewritten file: more than the line of an evaluation."""
 STRANGE_FAILURES = 3
 """Successive failures without a step, not explained by settings, after which the node is taken to be broken."""
 LEAVE_SECONDS = 30.0
@@ -53,48 +51,29 @@ class Follower:
     """Reads the evaluations of a run as they are written to its metrics.jsonl."""
 
     def __init__(self, run_dir: Path, metric: str) -> None:
-        self._path, self._metric = run_dir / METRICS_NAME, metric
+        self._metrics, self._metric = NewMetrics(run_dir), metric
         self.last: float | None = None
         """Last value of the metric; None before the first, and if it was not finite."""
         self.has_value = False
-        self._offset = 0
-        self._before = b""
-        """Last bytes before the offset: if they differ, a resume truncated the file to its checkpoint and wrote on."""
 
     def read(self) -> Iterator[tuple[int, float | None]]:
         """Yield (step, metric) of new complete lines; None for a value that is not finite.
 
         The evaluation at step 0 is of the base and left out.
         """
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset - len(self._before))
-                if file.read(len(self._before)) != self._before:
-                    self._offset, self._before = 0, b""
-                file.seek(self._offset)
-                lines = file.read()
-        except FileNotFoundError:
-            return
-        whole = lines[: lines.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        self._before = (self._before + whole)[-TAIL_BYTES:]
-        for line in whole.splitlines():
-            try:
-                figures = json.loads(line)
-            except ValueError:  # Truncated by a kill; the run writes that step again.
-                continue
-            if isinstance(figures, dict) and figures.get("step", 0) > 0 and self._metric in figures:
+        for figures in self._metrics.look():
+            if figures["step"] > 0 and self._metric in figures:
                 value = figures[self._metric]
                 number = isinstance(value, (int, float)) and math.isfinite(value)
                 self.last, self.has_value = float(value) if number else None, True
                 yield figures["step"], self.last
 
 
-class Worker:
-    """Takes, trains and records trials."""
+class Study:
+    """The loop of a worker: ask the table for trials, place them, record how they end."""
 
-    def __init__(self, sweep: Sweep, study: Study, runner: Runner) -> None:
-        self._sweep, self._study, self._runner = sweep, study, runner
+    def __init__(self, sweep: Sweep, table: Table, placement: Placement) -> None:
+        self._sweep, self._table, self._placement = sweep, table, placement
         self._trials: dict[int, tuple[Trial, Follower]] = {}
         self._ask_at = 0.0
         self._ended = self._saved = False
@@ -107,31 +86,31 @@ class Worker:
             if self._strange >= STRANGE_FAILURES and not stopping:
                 warn(f"{STRANGE_FAILURES} trials in a row failed before their first step; this worker stops")
                 stopping = True
-                self._runner.stop()
+                self._placement.stop()
             if forwarder.received is not None and not stopping:
                 stopping = True
-                self._runner.stop()
+                self._placement.stop()
             if not stopping and not self._ended:
                 self._take()
-            for outcome in self._runner.poll():
+            for outcome in self._placement.poll():
                 self._follow()
                 self._end(outcome)
             self._follow()
             if not self._trials and (stopping or self._ended):
                 leave_by = leave_by or time.monotonic() + LEAVE_SECONDS
-                if self._runner.is_idle or time.monotonic() > leave_by:
+                if self._placement.is_idle or time.monotonic() > leave_by:
                     if self._strange >= STRANGE_FAILURES:
                         return FAILURE
                     return DONE if self._ended and not self._saved else STOPPED
             time.sleep(POLL_SECONDS)
 
     def _take(self) -> None:
-        """Fill the runner's free slots."""
-        while len(self._trials) < self._runner.slots and time.monotonic() >= self._ask_at:
-            due = self._study.ask()
+        """Fill the placement's free slots."""
+        while len(self._trials) < self._placement.slots and time.monotonic() >= self._ask_at:
+            due = self._table.ask()
             if due is Due.END:
                 self._ended = True
-                self._runner.close()
+                self._placement.close()
                 return
             if isinstance(due, Due):
                 self._ask_at = time.monotonic() + ASK_SECONDS
@@ -143,21 +122,26 @@ class Worker:
         say(f"trial {trial.number}: {'resumes' if trial.begun else 'starts'}, {overrides}")
         self._trials[trial.number] = trial, Follower(trial.run_dir, self._sweep.settings.metric)
         try:
-            self._runner.begin(trial)
+            self._placement.begin(trial)
         except UserError as error:
             reason = str(error)
             self._end(Outcome(number=trial.number, state=FAILED, seconds=0.0, reason=reason, is_refused=True))
 
     def _follow(self) -> None:
-        """Report new evaluations to the study, and the pruner's decisions to the runner."""
-        prunes = self._sweep.settings.pruner != "none"
+        """Record new evaluations, and pass the pruner's decisions to the placement."""
+        settings = self._sweep.settings
         for number, (_, follower) in self._trials.items():
             for step, value in follower.read():
                 if value is not None:
-                    self._study.report(number, step, value)
-                if prunes:
-                    prune = value is not None and self._study.should_prune(number)
-                    self._runner.verdict(number, step, prune=prune)
+                    self._table.report(number, step, value)
+                if settings.pruner != "none":
+                    prune = value is not None and self._should_prune(number)
+                    self._placement.verdict(number, step, prune=prune)
+
+    def _should_prune(self, number: int) -> bool:
+        from distlora_launcher.studies.optuna_draws import should_prune
+
+        return should_prune(self._sweep.settings, self._sweep.space, self._table.records(), number)
 
     def _end(self, outcome: Outcome) -> None:
         trial, follower = self._trials.pop(outcome.number)
@@ -166,7 +150,7 @@ class Worker:
         self._strange = self._strange + 1 if is_strange(outcome, trial.run_dir) else 0
         if self._strange >= STRANGE_FAILURES:  # Likely the node's fault: another worker tries it again.
             outcome = dataclasses.replace(outcome, state=SAVED)
-        self._study.tell(outcome, follower.last, read_summary(trial.run_dir))
+        self._table.tell(outcome, follower.last, read_summary(trial.run_dir))
         say(self._sentence(outcome, follower))
 
     def _judged(self, outcome: Outcome, trial: Trial, follower: Follower) -> Outcome:
@@ -207,33 +191,36 @@ def read_summary(run_dir: Path) -> Mapping[str, Any]:
     }
 
 
-def conclude(sweep: Sweep, study: Study, search: Search) -> None:
-    """Write the table, and at the end of the sweep the plots and the report."""
+def conclude(sweep: Sweep, table: Table, source: Source) -> None:
+    """Write the table, and at the end of the sweep the importance of settings and the report."""
+    is_over = False
     try:
         with locked(sweep.folder):
-            write_table(sweep, study.records(), search)
-        if study.is_over():
-            study.write_plots()
+            write_table(sweep, table.records(), source)
+        is_over = table.is_over()
+        if is_over and importlib.util.find_spec("optuna") is not None:
+            from distlora_launcher.studies.optuna_draws import importance
+
+            if shares := importance(sweep.settings, sweep.space, table.records()):
+                write_importance(sweep.folder, shares, "PED-ANOVA, the best quarter")
     except OSError as error:  # The trials' results are kept all the same.
-        warn(f"{shown(sweep.folder)}: cannot write the table and plots ({error})")
-    if study.is_over():
+        warn(f"{shown(sweep.folder)}: cannot write the table and importance ({error})")
+    if is_over:
         write_at_end(sweep.folder)
 
 
 def run(folder: Path, index: int) -> int:
     """Run worker `index` of the sweep in a folder. Returns the exit code."""
     sweep = load_sweep(folder)
-    search = make_search(sweep)
+    source = make_source(sweep)
+    check_optuna(sweep.settings, source)  # A sweep may be resumed on another machine.
     place = f"worker_{index}"
     with worker_place(folder, place), forwarding() as forwarder:
-        study = Study(sweep, search, place=place)
-        runner: Runner = SingleTrialRunner(sweep)
-        if sweep.settings.packed != 1:
-            from distlora_launcher.studies.multi_trial import MultiTrialRunner
-
-            runner = MultiTrialRunner(sweep, index, forwarder)
-        code = Worker(sweep, study, runner).work(forwarder)
-        conclude(sweep, study, search)
+        table = Table(sweep, source, place=place)
+        is_alone = sweep.settings.packed == 1
+        placement: Placement = Alone(sweep) if is_alone else Together(sweep, index, forwarder)
+        code = Study(sweep, table, placement).work(forwarder)
+        conclude(sweep, table, source)
     return code
 
 
@@ -243,7 +230,8 @@ def main() -> int:
     parser.add_argument("sweep")
     parser.add_argument("--index", type=int, required=True)
     options = parser.parse_args(sys.argv[1:])
-    return run(Path(options.sweep).absolute(), options.index)
+    folder = Path(options.sweep).absolute()
+    return (work_as_agent if is_agents_folder(folder) else run)(folder, options.index)
 
 
 if __name__ == "__main__":

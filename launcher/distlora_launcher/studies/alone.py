@@ -1,4 +1,4 @@
-"""Train one trial at a time as `distlora train` does. Several at once: multi_trial.py."""
+"""Place trials one after the other, as `distlora train` does. Several at once: multi_trial.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import CANCELLED_NAME, COMPLETE, FAILED, PRUNED, SAVED
@@ -19,6 +17,7 @@ from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.failures import read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.report.progress import read_figures
+from distlora_launcher.studies.placement import Outcome, Placement, Trial
 from distlora_launcher.studies.sweep import LOGS, Sweep
 
 MODULE = "distlora_launcher.cli.main"
@@ -29,39 +28,8 @@ RELEASE_SECONDS = 60
 """Time in seconds to wait for a killed worker's launcher to release a run folder."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
-    """A trial to train."""
-
-    number: int
-    values: Mapping[str, Any]
-    overrides: tuple[str, ...]
-    """Overrides of `distlora train`, including the run folder."""
-    run_dir: Path
-    begun: bool
-    """True if another worker had the trial before, so that its run folder may exist."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """The end of a trial's training."""
-
-    number: int
-    state: str
-    """COMPLETE, PRUNED, FAILED (distlora/run_folder/sweep.py) or SAVED."""
-    seconds: float
-    step: int | None = None
-    reason: str | None = None
-    """Why it failed or was pruned."""
-    is_refused: bool = False
-    """True if its settings were refused (bad input) before a step."""
-
-
-class SingleTrialRunner:
-    """Trains one trial at a time, each by `distlora train`; its output goes to SWEEP/logs/trial_<n>.log.
-
-    MultiTrialRunner (multi_trial.py) has the same methods.
-    """
+class Alone(Placement):
+    """Trains one trial at a time, each by `distlora train`; its output goes to SWEEP/logs/trial_<n>.log."""
 
     slots = 1
 

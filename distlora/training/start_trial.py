@@ -1,0 +1,99 @@
+"""Make the `Trial` that the trainer runs, once the run's adapter is in a model.
+
+Single runs (worker.py) and multi-trial training (multi_trial/) both use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distlora.checkpoint.saver import Saver
+from distlora.checkpoint.state import Progress, TrainState
+from distlora.config import ModelConfig, TrainConfig
+from distlora.model.build import CausalLM
+from distlora.parallel import Backend
+from distlora.run_folder.layout import CHECKPOINTS, TRAINER_NAME
+from distlora.training.memory_meter import MemoryCheck
+from distlora.training.open_run import OpenRun
+from distlora.training.publish import header_marks, publish_best, trainer_tensors, weight_files
+from distlora.training.reporter import Reporter
+from distlora.training.trial import Hooks, Trained, Trial
+
+if TYPE_CHECKING:
+    from distlora.training.rollouts.loader import RolloutLoader
+
+
+def trial_of(
+    run: OpenRun,
+    model: CausalLM,
+    backend: Backend,
+    reporter: Reporter,
+    trained: Trained,
+    *,
+    memory: MemoryCheck | None = None,
+    rollouts: RolloutLoader | None = None,
+) -> tuple[Trial, Saver]:
+    """Return the run's trial and the saver of its checkpoints.
+
+    `rollouts` samples the answers to prompts.
+    """
+    config, settings = run.config, run.config.train
+    adapter, identity = run.adapter, run.identity()
+
+    def state_files() -> dict[str, Any]:
+        state = trainer_tensors(trained.optimizer, trained.parameters, backend)
+        answers = {} if rollouts is None else rollouts.files(run.progress.step)
+        return {**weight_files(model, config.spec, adapter), TRAINER_NAME: state, **answers}
+
+    saver = Saver(
+        run.folder / CHECKPOINTS,
+        backend.verified(state_files) if settings.verify else state_files,
+        backend=backend,
+        state_of=lambda progress: TrainState(progress=progress, identity=identity, environment=run.made_on),
+        keep=settings.keep,
+        in_background=settings.save_in_background,
+        say=reporter.event,
+        metadata=header_marks(config.adapter),
+        saved_step=None if run.newest is None else run.progress.step,
+    )
+
+    def keep_best(progress: Progress) -> None:
+        if not settings.keeps_best(config.adapter.method):
+            return
+        template = run.data["chat_template"]
+        publish_best(run.folder, model, config.spec, progress, template, backend, reporter.event, adapter)
+
+    hooks = Hooks(
+        save=saver.save,
+        save_last=saver.save_last,
+        publish_best=keep_best,
+        sample=sample_hook(model, backend, config.model, config.train, reporter, run.data),
+    )
+    return Trial(model, backend, run, trained, reporter, hooks, rollouts=rollouts, memory=memory), saver
+
+
+def sample_hook(
+    model: CausalLM,
+    backend: Backend,
+    base: ModelConfig,
+    train: TrainConfig,
+    reporter: Reporter,
+    data: Mapping[str, Any],
+) -> Callable[[int], None] | None:
+    """Return a function that logs samples, if the settings ask for them. Raises UserError for an unusable prompt."""
+    if train.sample_every is None:
+        return None
+    # Imported late: it imports parts of transformers that other runs do not need.
+    from distlora.training.samples import Sampler
+
+    sampler = Sampler(model, backend, base, train, dict(data))
+
+    def sample(step: int) -> None:
+        lacking = torch.tensor(reporter.lacks_samples(step), dtype=torch.int64, device=backend.ranks.device)
+        if backend.max_over_ranks(lacking) > 0:
+            reporter.samples(step, sampler())
+
+    return sample

@@ -1,28 +1,31 @@
-"""Chat templates: which one a run uses, whether the tokenizer can write it, and conversations as text.
+"""Chat templates: which one a run uses, whether the tokenizer can write it, and chats as text with the turns to train.
 
 The named templates are the files of chat_templates/, written for this project; each marks the assistant's parts with
-{% generation %}. The table and `template_source` need neither torch nor transformers, so that the launcher can refuse
-a name; rendering imports transformers.
+{% generation %}. A turn is what the template marks so, else what the conversation up to it has beyond its prompt. What
+cannot be had so is refused by the document's place and the message. The table and `template_source` need neither torch
+nor transformers, so that the launcher can refuse a name; rendering imports transformers.
 """
 
 import contextlib
 import functools
+import os
 import re
 import resource
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distlora.config import UserError, nearest
-from distlora.data.conversations import MASK_KEYS
+from distlora.data.formats import MASK_KEYS, Document
 
 Message = dict[str, Any]
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's thoughts; transformers hands each to the template under the first two."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "_7f3a91"
 """End of the names of tools in a rendering that shows which of them a template writes."""
@@ -32,69 +35,30 @@ RENDER_SECONDS, RENDER_GIB, MOST_CHARACTERS = 5.0, 1.0, 2**26
 """CPU time, memory and text of one conversation's rendering: a template may loop without end."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NamedTemplate:
-    """Tokens that a named template needs."""
-
-    tokens: tuple[str, ...] = ()
-    """Markers that must be one token each: the model is stopped at them, and learns nothing from their letters."""
-    tool_tokens: tuple[str, ...] = ()
-    """Markers that tools, their calls and results need beside those."""
-    attributes: tuple[str, ...] = ()
-    """Special tokens that the template takes from the tokenizer: bos_token, eos_token."""
-    knows_tools: bool = False
-    """True if it writes tools, their calls and results."""
-
-
-_CHATML = ("<|im_start|>", "<|im_end|>")
-_DEEPSEEK = ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>")
-
 NAMED = {
-    "chatml": NamedTemplate(tokens=_CHATML, knows_tools=True),
-    "llama3": NamedTemplate(tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), knows_tools=True),
-    "llama2": NamedTemplate(attributes=("bos_token", "eos_token")),
-    "mistral": NamedTemplate(
-        tokens=("[INST]", "[/INST]"),
-        tool_tokens=(
-            "[AVAILABLE_TOOLS]",
-            "[/AVAILABLE_TOOLS]",
-            "[TOOL_CALLS]",
-            "[TOOL_RESULTS]",
-            "[/TOOL_RESULTS]",
-        ),
-        attributes=("eos_token",),
-        knows_tools=True,
-    ),
-    "gemma": NamedTemplate(tokens=("<start_of_turn>", "<end_of_turn>")),
-    "phi3": NamedTemplate(tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
-    "phi4": NamedTemplate(tokens=("<|im_start|>", "<|im_sep|>", "<|im_end|>")),
-    "zephyr": NamedTemplate(attributes=("eos_token",)),
-    "vicuna": NamedTemplate(attributes=("eos_token",)),
-    "alpaca": NamedTemplate(attributes=("eos_token",)),
-    "qwen25": NamedTemplate(tokens=_CHATML, knows_tools=True),
-    "qwen3": NamedTemplate(tokens=_CHATML, knows_tools=True),
-    "falcon_h1": NamedTemplate(tokens=_CHATML),
-    "llama4": NamedTemplate(tokens=("<|header_start|>", "<|header_end|>", "<|eot|>")),
-    "phi4_mini": NamedTemplate(tokens=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")),
-    "mistral_v1": NamedTemplate(attributes=("eos_token",)),
-    "mistral_tekken": NamedTemplate(tokens=("[INST]", "[/INST]"), attributes=("eos_token",)),
-    "mistral_v7": NamedTemplate(
-        tokens=("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"), attributes=("eos_token",)
-    ),
-    "command_r": NamedTemplate(
-        tokens=(
-            *("<|START_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"),
-            "<|END_OF_TURN_TOKEN|>",
-        )
-    ),
-    "granite": NamedTemplate(tokens=("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")),
-    "deepseek": NamedTemplate(attributes=("eos_token",)),
-    "deepseek3": NamedTemplate(tokens=_DEEPSEEK, attributes=("eos_token",)),
-    "deepseek_v2": NamedTemplate(tokens=_DEEPSEEK, attributes=("eos_token",)),
+    "chatml": "<|im_start|> <|im_end|>",
+    "llama3": "<|start_header_id|> <|end_header_id|> <|eot_id|>",
+    "llama4": "<|header_start|> <|header_end|> <|eot|>",
+    **dict.fromkeys(("mistral", "mistral_tekken"), "[INST] [/INST]"),
+    "mistral_v7": "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [INST] [/INST]",
+    "gemma": "<start_of_turn> <end_of_turn>",
+    **dict.fromkeys(("phi3", "phi4_mini"), "<|system|> <|user|> <|assistant|> <|end|>"),
+    "phi4": "<|im_start|> <|im_sep|> <|im_end|>",
+    "command_r": "<|START_OF_TURN_TOKEN|> <|SYSTEM_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|END_OF_TURN_TOKEN|>",
+    "granite": "<|start_of_role|> <|end_of_role|> <|end_of_text|>",
+    **dict.fromkeys(("deepseek3", "deepseek_v2"), "<\uff5cUser\uff5c> <\uff5cAssistant\uff5c>"),
+    **dict.fromkeys(("llama2", "zephyr", "vicuna", "alpaca", "mistral_v1", "deepseek"), ""),
+    **dict.fromkeys(("qwen25", "qwen3", "falcon_h1"), "<|im_start|> <|im_end|>"),
 }
-"""`data.template` by name. Those without tokens write their roles in plain text."""
+"""`data.template` by name, and its markers, which must be one token each: the model is stopped at them, and learns
+nothing from their letters. Those without any write their roles in plain text."""
+TOOL_MARKERS = {
+    "mistral": "[AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]",
+    **dict.fromkeys(("chatml", "llama3", "qwen25", "qwen3"), ""),
+}
+"""Named templates that write tools, their calls and results, and the markers that these need beside the others."""
 ALIASES = {
-    **dict.fromkeys(("mistral_v2v3",), "mistral"),
+    "mistral_v2v3": "mistral",
     **dict.fromkeys(("mistral_v3_tekken", "ministral", "ministral3", "pixtral"), "mistral_tekken"),
     **dict.fromkeys(("mistral_v7_tekken", "mistral_small"), "mistral_v7"),
     **dict.fromkeys(("gemma2", "gemma3", "gemma3n"), "gemma"),
@@ -123,10 +87,7 @@ OF_TOKENIZER = {
 }
 """Names that mean the tokenizer's own template -> text that the family's own template always contains."""
 FALLBACK_PREFIX = "tokenizer_default_fallback_"
-TOOLS_ADVICE = (
-    f"set data.template to one that knows tools ({', '.join(name for name in NAMED if NAMED[name].knows_tools)}, or a "
-    ".jinja file of your own)"
-)
+TOOLS_ADVICE = f"set data.template to one that knows tools ({', '.join(TOOL_MARKERS)}, or a .jinja file of your own)"
 
 
 class Choice(NamedTuple):
@@ -403,32 +364,228 @@ class ChatTemplate:
 
     def _fitted(self, template: str, name: str, source: str) -> str:
         """Return the text of the template `name` for this tokenizer. Raises UserError where it lacks its tokens."""
-        named = NAMED[name]
-        missing = self._missing(named)
-        if missing:
-            tokens = ",".join(f'"{token}"' for token in named.tokens if not self._is_one_token(token))
+        if missing := self._missing(name):
+            tokens = ",".join(f'"{token}"' for token in NAMED[name].split() if token in missing)
             add = f", or add them with 'model.new_tokens=[{tokens}]'" if tokens else ""
             raise UserError(
                 f"data.template={template} needs {', '.join(missing)}, which the tokenizer in {self._model_path} "
                 f"lacks; set data.template to {', '.join(self._usable() or ['a .jinja file'])} or null{add}"
             )
-        no_tools = [token for token in named.tool_tokens if not self._is_one_token(token)]
-        if no_tools:
-            lacking = ", ".join(no_tools)
-            self._no_tools = f"writes tools with {lacking}, which the tokenizer in {self._model_path} lacks"
-        elif not named.knows_tools:
+        if name not in TOOL_MARKERS:
             self._no_tools = "knows no tools"
+        elif lacking := self._not_one_token(TOOL_MARKERS[name]):
+            lacks = f"{', '.join(lacking)}, which the tokenizer in {self._model_path} lacks"
+            self._no_tools = f"writes tools with {lacks}"
         return source if start_tokens(self._tokenizer) else source.replace(_BOS_LINE, "", 1)
 
     def _usable(self) -> list[str]:
         """Return the named templates whose tokens the tokenizer has."""
-        return [name for name in NAMED if not self._missing(NAMED[name])]
+        return [name for name in NAMED if not self._missing(name)]
 
-    def _missing(self, named: NamedTemplate) -> list[str]:
-        lacks = [token for token in named.tokens if not self._is_one_token(token)]
+    def _missing(self, name: str) -> list[str]:
+        """Return what a named template needs and the tokenizer lacks: markers, and special tokens that it names."""
+        source = str(template_source(name)).replace(_BOS_LINE, "", 1)
         names = {"bos_token": "a beginning-of-text token", "eos_token": "an end-of-text token"}
-        return lacks + [names[name] for name in named.attributes if getattr(self._tokenizer, name) is None]
+        return self._not_one_token(NAMED[name]) + [
+            words for key, words in names.items() if key in source and getattr(self._tokenizer, key) is None
+        ]
+
+    def _not_one_token(self, markers: str) -> list[str]:
+        return [token for token in markers.split() if not self._is_one_token(token)]
 
     def _is_one_token(self, token: str) -> bool:
         ids = self._tokenizer(token, add_special_tokens=False).input_ids
         return len(ids) == 1 and self._tokenizer.convert_ids_to_tokens(ids[0]) == token
+
+
+class Turn(NamedTuple):
+    """A turn of the assistant in a rendered conversation."""
+
+    message: int
+    """Index among the messages."""
+    start: int
+    """First character that the assistant writes."""
+    end: int
+    """Character after the turn. Marked by the template, it may lie before the end-of-turn token."""
+
+
+class Conversation(NamedTuple):
+    """A conversation as text, and the turns that are trained; or, with `inverse`, the only ones that are not."""
+
+    place: str
+    text: str
+    turns: tuple[Turn, ...]
+    marked: bool
+    """True if the template marked the turns."""
+    inverse: bool
+
+
+class TurnFinder:
+    """Renders conversations and finds the turns to train in their text.
+
+    `train_on`: assistant (every turn of the assistant), last (its last turn) or all (all text). A message with
+    "train": false, or 0 under another of MASK_KEYS, is never trained.
+    """
+
+    def __init__(self, tokenizer: Any, template: ChatTemplate, train_on: str) -> None:
+        assert train_on in ("assistant", "last", "all")
+        self.template = template
+        self._train_on = train_on
+        self._closers = [token.content for token in tokenizer.added_tokens_decoder.values()]
+
+    def find(self, document: Document) -> Conversation:
+        """Return the assistant turns. Raises UserError for turns that the template refuses, rewrites or leaves out."""
+        messages, place = document.value["messages"], document.place
+        tools = document.value.get("tools") or None
+        assistant_messages = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [index for index, message in enumerate(messages) if self._is_wanted(place, index, message)]
+        if self._train_on == "all":
+            chosen = [index for index in assistant_messages if index not in wanted]
+        else:
+            chosen = [index for index in assistant_messages if index in wanted]
+            if self._train_on == "last":
+                chosen = [index for index in chosen if index == assistant_messages[-1]]
+            if chosen:  # Nothing is learned from what follows, and a template may rewrite the turn because of it.
+                messages = messages[: chosen[-1] + 1]
+        self.template.check_tools(place, messages, tools)
+        marked = self.template.is_marked(tools)
+        turns: list[Turn] = []
+        if not chosen:
+            text = self.template.render(place, messages, tools)
+        elif marked:
+            text, turns = self._by_marks(place, messages, tools, chosen)
+        else:
+            text, turns = self._by_prefixes(place, messages, tools, chosen)
+        if reasoning := [thoughts for message in messages if (thoughts := self._thoughts(message)[1])]:
+            written = "".join(text.split())
+            missing = [len(thoughts) for thoughts in reasoning if "".join(thoughts.split()) not in written]
+            count, characters = self.template.unwritten
+            self.template.unwritten = (count + len(missing), characters + sum(missing))
+        inverse = self._train_on == "all"
+        if not inverse:
+            for turn in turns:
+                self._check_written(place, turn.message, messages[turn.message], text[turn.start : turn.end])
+        return Conversation(place=place, text=text, turns=tuple(turns), marked=marked, inverse=inverse)
+
+    def _by_marks(self, place: str, messages: list[Message], tools: Any, chosen: list[int]) -> tuple[str, list[Turn]]:
+        text, spans = self.template.render_marked(place, messages, tools)
+        assistant_messages = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(spans) > len(assistant_messages):  # A turn may be marked in parts: its thoughts, its words.
+            spans = _merged(spans)
+        if len(spans) != len(assistant_messages):
+            raise UserError(
+                f"{place}: {self.template.name} marks {len(spans)} parts with {{% generation %}} for "
+                f"{len(assistant_messages)} turns of the assistant; mark each turn once, or set another data.template"
+            )
+        turns = []
+        for index, (start, end) in zip(assistant_messages, spans, strict=True):
+            if index in chosen:
+                turns.append(Turn(message=index, start=_after_prompt(text, self.template.prompt, start, end), end=end))
+        return text, turns
+
+    def _by_prefixes(
+        self, place: str, messages: list[Message], tools: Any, chosen: list[int]
+    ) -> tuple[str, list[Turn]]:
+        """Return the text, and each turn from the end of its prompt to the start of the next message (inference)."""
+        text = self.template.render(place, messages, tools)
+        turns = []
+        for index in chosen:
+            if index == 0:
+                raise UserError(
+                    f"{place}: the conversation begins with the assistant, and {self.template.name} does not mark the "
+                    'assistant\'s parts; put a user or system message before it, mask it with "train": false, or '
+                    "choose a named data.template"
+                )
+            prompt = self.template.render(place, messages[:index], tools, prompt=True)
+            end = len(text) if index == len(messages) - 1 else None
+            if text.startswith(prompt) and end is None:
+                end = self._end(text, self.template.render(place, messages[: index + 1], tools), len(prompt))
+            if not text.startswith(prompt) or end is None:
+                raise self._rewritten(place, index)
+            turns.append(Turn(message=index, start=len(prompt), end=end))
+        return text, turns
+
+    def _end(self, text: str, until: str, start: int) -> int | None:
+        """Return where the turn from `start` ends in `text`, given the conversation up to and including it.
+
+        A template may close a whole conversation otherwise than a turn inside (Phi-3's adds the end of text): then the
+        turn ends with the last special token that both have, if `until` has nothing but such tokens after it.
+        """
+        if text.startswith(until):
+            return len(until)
+        common = start + len(os.path.commonprefix([text[start:], until[start:]]))  # noqa: RUF071 (characters are meant)
+        found = [(text.rfind(token, start, common), token) for token in self._closers]
+        end = max((position + len(token) for position, token in found if position >= 0), default=None)
+        if end is None:
+            return None
+        rest = until[end:]
+        for token in self._closers:
+            rest = rest.replace(token, "")
+        return None if rest.strip() else end
+
+    def _is_wanted(self, place: str, index: int, message: Message) -> bool:
+        """Return what a message's MASK_KEYS say; True without one."""
+        flags = {key: bool(message[key]) for key in MASK_KEYS if message.get(key) is not None}
+        wanted = all(flags.values())
+        # Of other roles a flag may only say what holds anyway.
+        if flags and message["role"] != "assistant" and wanted != (self._train_on == "all"):
+            shown = ", ".join(f"{key}={message[key]!r}" for key in flags)
+            raise UserError(
+                f"{place}: messages[{index}]: {shown} on a message of the {message['role']}, but with "
+                f"data.train_on={self._train_on} only the assistant's turns can be chosen one by one; remove it"
+                + ("" if self._train_on == "all" else " (data.train_on=all trains all messages)")
+            )
+        return wanted
+
+    def _check_written(self, place: str, index: int, message: Message, written: str) -> None:
+        """Refuse a turn whose text, thoughts or calls the template does not write."""
+        calls = [call["function"]["name"] for call in message.get("tool_calls") or ()]
+        key, thoughts = self._thoughts(message)
+        for what, text in [("content", message.get("content")), ("reasoning", thoughts)] + [
+            ("call of " + name, name) for name in calls
+        ]:
+            # White space apart: templates trim it, and put thoughts inside of the content on lines of their own.
+            if text and text.strip() not in written and "".join(text.split()) not in "".join(written.split()):
+                advice = TOOLS_ADVICE if what.startswith("call of ") else "choose a data.template that does"
+                remove = "remove it"
+                if what == "reasoning":
+                    remove = f"leave it unread (no data.reasoning_key, and data.ignore_columns=[{key}])"
+                raise UserError(
+                    f"{place}: messages[{index}]: {self.template.name} does not write its {what} as the data has it, "
+                    f"so the model would not learn it; {remove}, or {advice}"
+                )
+
+    @staticmethod
+    def _thoughts(message: Message) -> tuple[str, str | None]:
+        """Return (key, text) of a message's reasoning."""
+        return next(((key, message[key]) for key in _REASONING if message.get(key)), ("", None))
+
+    def _rewritten(self, place: str, index: int) -> UserError:
+        others = ["keep one assistant turn a document", "choose a named data.template"]
+        if self._train_on != "last":
+            others.insert(0, "set data.train_on=last")
+        return UserError(
+            f"{place}: messages[{index}]: {self.template.name} rewrites this turn once later ones follow, or writes it "
+            "otherwise than its prompt, so what the model would be trained on is not what it sees; "
+            f"{', '.join(others)}, or mark the assistant's parts in it with {{% generation %}} and "
+            "{% endgeneration %}"
+        )
+
+
+def _after_prompt(text: str, prompt: str, start: int, end: int) -> int:
+    """Return where a marked turn begins, without the header that some templates mark and inference is given."""
+    for cut in range(start, min(start + len(prompt), end) + 1):
+        if cut >= len(prompt) and text.startswith(prompt, cut - len(prompt)):
+            return cut
+    return start
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that touch as one."""
+    merged: list[tuple[int, int]] = []
+    for start, end in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], end)
+        else:
+            merged.append((start, end))
+    return merged

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distlora.config import UserError
-from distlora.data.conversations import check_unicode, kind_name
-from distlora.data.formats import Record, good, parse_json, shown
+from distlora.data.formats import Record, check_unicode, good, kind_name, shown
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 20
@@ -121,11 +120,24 @@ def _jsonl(path: Path, format: str) -> Iterator[Record]:
                     f"{place}: byte {error.start + 1} (0x{content[error.start]:02x}) is not UTF-8; "
                     "convert the file to UTF-8"
                 ) from error
-            value = parse_json(text, place, format)
+            value = _parse_json(text, place, format)
             if b"\\ud" in content or b"\\uD" in content:
                 # The only way in for half a surrogate pair.
                 check_unicode(value, place)
             yield Record(place, len(raw), value)
+
+
+def _parse_json(text: str, place: str, format: str) -> Any:
+    """Parse a JSON value. Raises UserError with the column where it breaks, or for one that Python cannot hold."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{place}: not valid JSON, column {error.colno}: {error.msg} ({shown(text)}); {good(format)}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        # An integer of thousands of digits; brackets nested without end.
+        raise UserError(f"{place}: JSON that cannot be read: {error} ({shown(text)}); {good(format)}") from error
 
 
 def _json(path: Path, format: str) -> Iterator[Record]:
@@ -141,7 +153,7 @@ def _json(path: Path, format: str) -> Iterator[Record]:
         return
     if not text.strip():
         return
-    value = parse_json(text, str(path), format)
+    value = _parse_json(text, str(path), format)
     check_unicode(value, str(path))
     rows = value["data"] if isinstance(value, dict) and isinstance(value.get("data"), list) else [value]
     for number, row in enumerate(rows, start=1):

@@ -1,79 +1,127 @@
-"""The first stage: records of a source to documents in one of five canonical forms.
+"""Records of a source to documents: chats, prompts with their completion, and texts (answers.py has the others).
 
 A *record* is what a file or a data set holds (a line, a row); a *document* is what the tokenizer is given. A record
 that is not what its format says is refused by its place. Imports neither torch nor transformers nor numpy: the launcher
 checks the head of the data before anything starts.
 
-Canonical chats and pairs are conversations.py's.
+A chat is {"messages": [...]} and, where there are any, "tools". A message has "role" (one of ROLES) and "content": a
+string, or None where "tool_calls" are there. It may have "tool_calls" ([{"type": "function", "function": {"name": str,
+"arguments": dict}}]), "tool_call_id", "name", "reasoning_content" or "thinking" (strings), one of MASK_KEYS ("train":
+bool; others: 0 or 1), and whatever else a template reads. A key whose value is null is as good as absent: Arrow writes
+those.
 """
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from distlora.config import DATA_FORMATS, UserError, nearest
-from distlora.config.objectives import OBJECTIVES, PAIRS, objectives_of, takes_format
-from distlora.data.conversations import (
-    CONVERSATION_KEYS,
-    MESSAGE_KEYS,
-    NOT_TRAINED,
-    PAIR_NAMES,
-    PREFERENCE_KEYS,
-    SIDES,
-    VERDICT_KEYS,
-    alpaca_document,
-    check_chat,
-    check_meaning,
-    expect,
-    is_prompt,
-    judged_answer,
-    kind_name,
-    labelled_steps,
-    listed,
-    preference_pair,
-    prompt_only,
-    sharegpt_messages,
-)
+from distlora.config import UserError, nearest
 
-Kind = Literal["chat", "prompt_completion", "text", "preference", "prompt_only", "steps"]
 
-EXAMPLES = {
-    "chat": '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
-    "sharegpt": '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}',
-    "alpaca": '{"instruction": "Translate to French.", "input": "cat", "output": "chat"}',
-    "prompt_completion": '{"prompt": "The capital of France is", "completion": " Paris."}',
-    "text": '{"text": "Once upon a time ..."}',
-    "preference": '{"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."}',
-    "prompt_only": '{"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"}',
-    "steps": '{"prompt": "What is 2 + 3 + 4?", "completions": ["2 + 3 = 5.", "5 + 4 = 8."], "labels": [true, false]}',
+class Format(NamedTuple):
+    """Keys of a record. Any other key is ignored and counted, but a prompt_only record keeps it for rewards."""
+
+    example: str
+    """A good record, shown with every complaint about a bad one."""
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    """Keys that a record may have besides; "label" only where answers are judged."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys that are read, those that are needed first."""
+        return self.required + self.optional
+
+
+FORMATS = {
+    "chat": Format(
+        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
+        ("messages",),
+        ("system", "tools", "label"),
+    ),
+    "sharegpt": Format(
+        '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}',
+        ("conversations",),
+        ("system", "tools", "label"),
+    ),
+    "alpaca": Format(
+        '{"instruction": "Translate to French.", "input": "cat", "output": "chat"}',
+        ("instruction", "output"),
+        ("input", "system", "history", "label"),
+    ),
+    "prompt_completion": Format(
+        '{"prompt": "The capital of France is", "completion": " Paris."}', ("prompt", "completion"), ("label",)
+    ),
+    "text": Format('{"text": "Once upon a time ..."}', ("text",)),
+    "preference": Format(
+        '{"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."}',
+        ("chosen", "rejected"),
+        ("prompt", "system", "tools", "margin"),
+    ),
+    "prompt_only": Format(
+        '{"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"}', ("prompt",), ("system", "tools")
+    ),
+    "steps": Format(
+        '{"prompt": "What is 2 + 3 + 4?", "completions": ["2 + 3 = 5.", "5 + 4 = 8."], "labels": [true, false]}',
+        ("prompt", "completions", "labels"),
+    ),
 }
-"""A good record of each format, shown with every complaint about a bad one."""
-JUDGED_EXAMPLE = '{"prompt": "The capital of France is", "completion": " Paris.", "label": true}'
+"""Values of data.format but `auto`."""
+GOOD_VERDICT = 'a good line: {"prompt": "The capital of France is", "completion": " Paris.", "label": true}'
 """A good record of an answer that is judged, which any format but text can hold."""
 
-REQUIRED_KEYS = {
-    "chat": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-    "preference": ("chosen", "rejected"),
-    "prompt_only": ("prompt",),
-    "steps": ("prompt", "completions", "labels"),
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation"), "tool"),
 }
-OPTIONAL_KEYS = {
-    "chat": ("system", "tools", "label"),
-    "sharegpt": ("system", "tools", "label"),
-    "alpaca": ("input", "system", "history", "label"),
-    "prompt_completion": ("label",),
-    "preference": ("prompt", "system", "tools", "margin"),
-    "prompt_only": ("system", "tools"),
+"""Roles by the word under "from" (LLaMA-Factory's and FastChat's words)."""
+CONVERSATION_KEYS = {"sharegpt": "conversations", "chat": "messages"}
+"""Keys of conversations, by format."""
+SIDES = ("chosen", "rejected")
+PAIR_NAMES = (("chosen_messages", "rejected_messages"), ("chosen_response", "rejected_response"))
+"""Other names for the two answers (Axolotl, Argilla)."""
+VERDICT_KEYS = ("label", "kto_tag")
+"""Keys of a record that say whether its answer is good (TRL and Axolotl; LLaMA-Factory)."""
+
+_STRINGS = ("tool_call_id", "name", "reasoning_content", "thinking")
+MASK_KEYS = ("train", "weight", "loss", "loss_weight", "loss_scale", "training")
+"""Keys of a message that say whether it is trained (ours and Axolotl's, OpenAI's, ms-swift's, LLaMA-Factory's); no
+template sees them."""
+_MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "tool_calls", *_STRINGS, *MASK_KEYS))
+"""Keys of a message that are read, whatever the template reads besides."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of a content's parts that are text, in the words of OpenAI's APIs."""
+_MASKS = frozenset(("mask", "loss_mask", "response_mask", "completion_mask", "assistant_masks", "train_detail"))
+MEDIA_KEYS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+NOT_TRAINED = {
+    **dict.fromkeys(VERDICT_KEYS, "says whether its answer is good, which only train.objective=kto trains on"),
+    **dict.fromkeys(("score", "scores", "reward", "rewards"), "rates it, which only reward models are trained on"),
+    **dict.fromkeys(
+        (*MASK_KEYS, *_MASKS, "sample_weight"), "masks or weights a loss, for which only messages have a key"
+    ),
+    **dict.fromkeys(("image", "images"), "holds pictures, which only vision models read"),
+    **dict.fromkeys(("video", "videos", "audio", "audios"), "holds media that no text model reads"),
 }
-"""Keys that a record may have besides; "label" only where answers are judged. Any other key is ignored and counted, but
-a prompt_only record keeps it for rewards."""
+"""Keys of a record that mean other training than of its text, and the reason."""
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""The prompts of github.com/tatsu-lab/stanford_alpaca, with the newline at the end that LLaMA-Factory has."""
+_GOOD_CALL = 'a good call: {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}'
+_GOOD_TOOL = 'a good one: {"type": "function", "function": {"name": "weather", "parameters": {...}}}'
 
 
 class Record(NamedTuple):
@@ -88,25 +136,17 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document in canonical form.
+    """A document in canonical form, which the keys of `value` say.
 
-    `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str}, {"text": str} or
-    {"prompt": str or messages, "columns": {...}} with an optional "tools"; or, of a pair, {"chosen": value, "rejected":
-    value, "margin": any} with two of the first or two of the second form; of a judged answer, {"answer": value, "good":
-    bool} with one of them; or {"prompt": str, "completions": [str, ...], "labels": [bool, ...]}. A message is what
-    `conversations.check_chat` lets through. `unread`: keys of the record that nothing reads, and of its messages those
-    that only a template may read, as "messages.KEY".
+    `value` is {"messages": [...]} with an optional "tools" (chat), {"prompt": str, "completion": str}, {"text": str},
+    or one of the forms in answers.py. `unread`: keys of the record that nothing reads, and of its messages those that
+    only a template may read, as "messages.KEY".
     """
 
     place: str
     num_bytes: int
     value: dict[str, Any]
     unread: Set[str] = frozenset()
-
-
-def format_keys(format: str) -> tuple[str, ...]:
-    """Return the keys that a format reads, those that it needs first."""
-    return REQUIRED_KEYS[format] + OPTIONAL_KEYS.get(format, ())
 
 
 class Reading(NamedTuple):
@@ -128,47 +168,46 @@ def resolve_format(record: Record, format: str, reading: Reading = AS_WRITTEN) -
     Only formats that know every key of `columns` come into question. Raises UserError for a column that the record
     lacks, a key that no format reads, and a record that fits no format or several.
     """
-    assert format in DATA_FORMATS
     columns = reading.columns
-    candidates = [format] if format != "auto" else list(REQUIRED_KEYS)
-    known = list(dict.fromkeys(key for name in candidates for key in format_keys(name)))
+    candidates = [format] if format != "auto" else list(FORMATS)
+    known = list(dict.fromkeys(key for name in candidates for key in FORMATS[name].keys))
     for key in columns:
         if key not in known:
             raise UserError(
                 f"data.columns: {key!r} is not a key of data.format={format}{nearest(key, known)}; its keys are "
                 f"{', '.join(known)} (write columns={{key: name in the data}})"
             )
-    value = _object(record, format)
+    written = _object(record, format)
     for key, column in columns.items():
-        if column not in value:
+        if column not in written:
             raise UserError(
                 f"{record.place}: data.columns names {column!r} as {key!r}, but the columns there are "
-                f"{listed(value)}{nearest(column, value)}"
+                f"{listed(written)}{nearest(column, written)}"
             )
-    renamed = _read(value, reading)
-    if format == "prompt_completion" and isinstance(value.get(columns.get("prompt", "prompt")), list):
-        return "chat" if "messages" in renamed else format  # _read has joined the messages of both.
+    value = renamed(record, format, reading)
+    if format == "prompt_completion" and isinstance(written.get(columns.get("prompt", "prompt")), list):
+        return "chat" if "messages" in value else format  # `renamed` has joined the messages of both.
     if format != "auto":
         return format
     fitting = [
         name
-        for name, keys in REQUIRED_KEYS.items()
-        if all(renamed.get(key) is not None for key in keys) and set(columns) <= set(format_keys(name))
+        for name, keys in FORMATS.items()
+        if all(value.get(key) is not None for key in keys.required) and set(columns) <= set(keys.keys)
     ]
-    if fitting in (["chat", "preference"], ["sharegpt", "preference"]) and is_prompt(
-        renamed[CONVERSATION_KEYS[fitting[0]]]
-    ):
-        return "preference"  # The conversation of LLaMA-Factory's and Axolotl's pairs is their prompt.
+    if fitting in (["chat", "preference"], ["sharegpt", "preference"]):
+        conversation = value[CONVERSATION_KEYS[fitting[0]]]
+        if is_prompt(conversation):  # The conversation of LLaMA-Factory's and Axolotl's pairs is their prompt.
+            return "preference"
     fitting = [name for name in fitting if name != "prompt_only"] or fitting  # Every prompt may be one.
     if len(fitting) == 1:
         return fitting[0]
-    found = f"it has {listed(renamed)}"
+    found = f"it has {listed(value)}"
     if fitting:
         raise UserError(
             f"{record.place}: {found}, which fits the formats {' and '.join(fitting)}; "
             f"choose one with {' or '.join(f'data.format={name}' for name in fitting)}"
         )
-    if "input_ids" in renamed:
+    if "input_ids" in value:
         raise UserError(f"{record.place}: {found}: tokenized data is not supported; give the texts that it was made of")
     raise UserError(
         f"{record.place}: {found}, which fits no format; name the columns of all keys of a format, as in "
@@ -176,97 +215,315 @@ def resolve_format(record: Record, format: str, reading: Reading = AS_WRITTEN) -
     )
 
 
-def kind_of(format: str, has_template: bool) -> Kind:
-    """Return the canonical form of a resolved format. Alpaca is a chat where there is a template to render one."""
-    kinds: dict[str, Kind] = {
-        "chat": "chat",
-        "sharegpt": "chat",
-        "alpaca": "chat" if has_template else "prompt_completion",
-        "prompt_completion": "prompt_completion",
-        "text": "text",
-        "preference": "preference",
-        "prompt_only": "prompt_only",
-        "steps": "steps",
-    }
-    return kinds[format]
-
-
-def check_objective(format: str, objective: str, label: str) -> None:
-    """Refuse a source, named `label`, whose resolved format is not what train.objective trains on."""
-    if takes_format(objective, format):
-        return
-    others = " or ".join(objectives_of(format))
-    if format in PAIRS:
-        raise UserError(
-            f"{label} holds preference data (chosen and rejected answers), which train.objective={objective} does not "
-            f"train on; set train.objective={others}, or fine-tune on the chosen answers with data.columns="
-            "{completion: chosen} (where they answer 'prompt'), {messages: chosen} (conversations) or {text: chosen} "
-            "(whole texts)"
-        )
-    needed = OBJECTIVES[objective].data
-    if needed == "prompts":
-        raise UserError(
-            f"{label} is {format}, and train.objective={objective} {OBJECTIVES[objective].summary}; set "
-            f"data.format=prompt_only to take its prompts: {good('prompt_only')}"
-        )
-    use = "give each prompt its answer"
-    if needed in ("pairs", "steps"):
-        use = f"use such data: {good('preference' if needed == 'pairs' else 'steps')}"
-    if needed == "judged":
-        use = f"use data with answers that are judged: a good line: {JUDGED_EXAMPLE}"
-    raise UserError(
-        f"{label} is {format}, and train.objective={objective} {OBJECTIVES[objective].summary}; set train.objective="
-        f"{others}, or {use}"
-    )
-
-
 def to_document(record: Record, format: str, has_template: bool, reading: Reading = AS_WRITTEN) -> Document:
-    """Return a record in canonical form. Raises UserError, by place, for one that is not of this (resolved) format."""
-    is_prompt_only, is_judged = format == "prompt_only", reading.judged and format != "preference"
-    value, place = _read(_object(record, format), reading, is_prompt_only=is_prompt_only), record.place
-    if is_prompt_only:
-        canonical = prompt_only(value, place, good(format))
-        return Document(place, record.num_bytes, canonical, _unread(value, value.keys()))
-    check_meaning(value, place, NOT_TRAINED.keys() - {*VERDICT_KEYS} if is_judged else NOT_TRAINED.keys())
-    if value.get("tools") and "tools" not in format_keys(format):
+    """Return a record in canonical form. Raises UserError, by place, for one that is not of this (resolved) format.
+
+    Alpaca is a chat where there is a template to render one.
+    """
+    value = read_record(record, format, reading, NOT_TRAINED.keys())
+    known = {*FORMATS[format].keys, *VERDICT_KEYS}
+    return document_of(record, form_of(value, format, record.place, has_template=has_template), value, known)
+
+
+def document_of(record: Record, canonical: dict[str, Any], value: dict[str, Any], known: Set[str]) -> Document:
+    """Return a document of a record that was read as `value`, of which it read the keys `known`."""
+    in_messages = keys_of_messages([item for key, item in value.items() if key in known]) - _MESSAGE_KEYS
+    unread = {key for key, item in value.items() if key not in known and item not in (None, "", [], {})}
+    return Document(record.place, record.num_bytes, canonical, unread | {f"messages.{key}" for key in in_messages})
+
+
+def read_record(record: Record, format: str, reading: Reading, refused: Set[str]) -> dict[str, Any]:
+    """Return the record with all keys that its format needs, and no value under `refused` ones."""
+    value, place = renamed(record, format, reading), record.place
+    check_meaning(value, place, refused)
+    if value.get("tools") and "tools" not in FORMATS[format].keys:
         raise UserError(
             f"{place}: 'tools' belongs to a chat, and data.format={format} has none; write the record as "
             '{"messages": [...], "tools": [...]}, or leave the key unread with data.ignore_columns=[tools]'
         )
-    for key in REQUIRED_KEYS[format]:
+    for key in FORMATS[format].required:
         if key not in value:
             raise UserError(f"{place}: no {key!r} among its keys: {listed(value)}; {good(format)}")
-    if format in ("chat", "sharegpt"):
+    return value
+
+
+def form_of(value: dict[str, Any], format: str, place: str, *, has_template: bool) -> dict[str, Any]:
+    """Return the canonical form of a record with the keys of its format: a chat, prompt and completion, or a text."""
+    if format in CONVERSATION_KEYS:
         if format == "sharegpt":
             value = value | sharegpt_messages(value, place, good(format))
-        canonical = check_chat(value, place, good(format))
-        system, messages = value.get("system"), canonical["messages"]
-        expect("" if system is None else system, str, f"{place}: 'system'", good(format))
-        if system and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": system})
-    elif format == "alpaca":
-        canonical = alpaca_document(value, place, good(format), as_chat=has_template)
-    elif format == "preference":
-        canonical = preference_pair(value, place, good(format), has_template=has_template)
-        if value.get("margin") is not None:
-            canonical["margin"] = value["margin"]  # `AnswerEncoder` checks it where it is read.
-    elif format == "steps":
-        canonical = labelled_steps(value, place, good(format))
-    else:
-        canonical = {key: _string(value, key, place, format) for key in REQUIRED_KEYS[format]}
-    if is_judged:
-        # In TRL's conversational form, all turns behind the prompt are the answer.
-        is_joined = format == "chat" and reading.columns.get("messages", "messages") not in record.value
-        canonical = judged_answer(canonical, value, place, f"a good line: {JUDGED_EXAMPLE}", whole=is_joined)
-    known = {*format_keys(format), *VERDICT_KEYS, *(PREFERENCE_KEYS if format == "preference" else ())}
-    return Document(place, record.num_bytes, canonical, _unread(value, known))
+        chat = check_chat(value, place, good(format))
+        return chat | {"messages": opened(chat["messages"], value.get("system"), place, good(format))}
+    if format == "alpaca":
+        return alpaca_document(value, place, good(format), as_chat=has_template)
+    return {key: _string(value, key, place, format) for key in FORMATS[format].required}
 
 
-def _unread(value: dict[str, Any], known: Set[str]) -> Set[str]:
-    """Return the keys of a record with a value that are not `known`, and "messages.KEY" for those of its messages."""
-    in_messages = _message_keys([item for key, item in value.items() if key in known]) - MESSAGE_KEYS
-    others = {key for key, item in value.items() if key not in known and item not in (None, "", [], {})}
-    return others | {f"messages.{key}" for key in in_messages}
+def check_chat(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
+    """Return a canonical chat out of a record with "messages" and perhaps "tools".
+
+    Raises UserError, which names the message by `place` and ends with the example `good`.
+    """
+    messages = _items(value, "messages", place, good)
+    chat: dict[str, Any] = {
+        "messages": [_message(message, f"{place}: messages[{index}]", good) for index, message in enumerate(messages)]
+    }
+    tools = _tools(value.get("tools"), place)
+    return chat | {"tools": tools} if tools else chat
+
+
+def sharegpt_messages(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
+    """Return a ShareGPT record as {"messages", "tools"}, still to be checked.
+
+    A turn is {"from", "value"}, or {"role", "content"} as in a chat.
+    """
+    messages = []
+    for index, turn in enumerate(_items(value, "conversations", place, good)):
+        where = f"{place}: conversations[{index}]"
+        expect(turn, dict, where, good)
+        messages.append(turn if "role" in turn and "from" not in turn else _sharegpt_turn(turn, where, good))
+    return {"messages": messages, "tools": value.get("tools"), "system": value.get("system")}
+
+
+def alpaca_document(value: dict[str, Any], place: str, good: str, *, as_chat: bool) -> dict[str, Any]:
+    """Return an Alpaca record as a chat, or as a prompt and its completion in the words of Stanford Alpaca.
+
+    In a chat the input follows the instruction on a new line, "history" holds earlier pairs of question and answer
+    (trained as the last answer is), as in LLaMA-Factory. In the prompt, "system" replaces the opening sentence.
+    """
+    texts: dict[str, str] = {}
+    for key in ("instruction", "output", "input", "system"):
+        default = None if key in ("instruction", "output") else ""
+        item = value.get(key)
+        texts[key] = expect(default if item is None else item, str, f"{place}: {key!r}", good)
+    history = expect(value.get("history") or [], list, f"{place}: 'history'", good)
+    for index, pair in enumerate(history):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise UserError(f"{place}: history[{index}] is not a list of two strings, [question, answer]; {good}")
+    if not as_chat:
+        if history:
+            raise UserError(
+                f"{place}: 'history' is a conversation, and the tokenizer has no chat template to render one; "
+                "set data.template=chatml, or remove the key"
+            )
+        prompt = ALPACA_WITH_INPUT if texts["input"] else ALPACA_WITHOUT_INPUT
+        if texts["system"]:
+            prompt = "{system}\n\n" + prompt[prompt.index("### Instruction") :]
+        return {"prompt": prompt.format(**texts), "completion": texts["output"]}
+    messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
+    question = texts["instruction"] + ("\n" + texts["input"] if texts["input"] else "")
+    for user, assistant in [*history, (question, texts["output"])]:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return {"messages": messages}
+
+
+def _items(value: dict[str, Any], key: str, place: str, good: str) -> list[Any]:
+    items: list[Any] = expect(value[key], list, f"{place}: {key!r}", good)
+    if not items:
+        raise UserError(f"{place}: {key!r} is empty; remove the line. {good}")
+    return items
+
+
+def _message(message: Any, where: str, good: str) -> dict[str, Any]:
+    expect(message, dict, where, good)
+    if "from" in message and "role" not in message:
+        raise UserError(
+            f"{where} has 'from' and no 'role': this is ShareGPT; set data.format=sharegpt "
+            "data.columns={conversations: messages}"
+        )
+    if "role" not in message:
+        raise UserError(f"{where} has no 'role' among its keys: {listed(message)}; {good}")
+    role = expect(message["role"], str, f"{where}: 'role'", good)
+    if role not in ROLES:
+        raise UserError(f"{where} has the role {role!a}{nearest(role, ROLES)}; use one of {', '.join(ROLES)}. {good}")
+    kept = {key: item for key, item in message.items() if item is not None}
+    check_meaning(kept, where, MEDIA_KEYS | _MASKS)
+    calls = kept.pop("tool_calls", None)
+    if calls:
+        if role != "assistant":
+            raise UserError(f"{where}: 'tool_calls' in a message of the role {role!a}; only the assistant calls tools")
+        expect(calls, list, f"{where}: 'tool_calls'", _GOOD_CALL)
+        kept["tool_calls"] = [_tool_call(call, f"{where}: tool_calls[{index}]") for index, call in enumerate(calls)]
+    kept["content"] = _content(message, where, good, required=not calls)
+    for key in _STRINGS:
+        expect(kept.get(key, ""), str, f"{where}: {key!r}", good)
+    if "train" in kept and not isinstance(kept["train"], bool):
+        raise UserError(f"{where}: 'train' is {kind_name(kept['train'])}; write true or false")
+    for key in MASK_KEYS:
+        if kept.get(key, 0) not in (0, 1):
+            raise UserError(f"{where}: {key!r} is {kept[key]!r}; a turn is trained (1) or not (0)")
+    return kept
+
+
+def _content(message: dict[str, Any], where: str, good: str, *, required: bool) -> str | None:
+    """Return a message's text; parts of the type "text" are joined. None only where tool calls stand in for it."""
+    content = message.get("content")
+    if content is None:
+        if not required:
+            return None
+        if "content" not in message:
+            raise UserError(f"{where} has no 'content' among its keys: {listed(message)}; {good}")
+        raise UserError(f"{where}: 'content' is null, not a string, and there are no 'tool_calls'; {good}")
+    if isinstance(content, list):
+        return "".join(_part(part, where) for part in content)
+    text: str = expect(content, str, f"{where}: 'content'", good)
+    return text
+
+
+def _part(part: Any, where: str) -> str:
+    """Return the text of a part of a message's content."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXT_PARTS:
+        text: str = part["text"]
+        return text
+    found = f"of the type {part.get('type')!r}" if isinstance(part, dict) else kind_name(part)
+    raise UserError(
+        f"{where}: a part of 'content' is {found}; only text can be trained on: "
+        '{"type": "text", "text": "..."}, or a string'
+    )
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object; OpenAI's API writes those as JSON in a string."""
+    expect(call, dict, where, _GOOD_CALL)
+    function = _function(call, where, _GOOD_CALL)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        what = "'arguments' is a string that"
+        arguments = parse_string(arguments, where, what, _GOOD_CALL) if arguments.strip() else {}
+    arguments = expect({} if arguments is None else arguments, dict, f"{where}: 'arguments'", _GOOD_CALL)
+    canonical: dict[str, Any] = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return canonical | ({"id": call["id"]} if call.get("id") is not None else {})
+
+
+def _tools(tools: Any, place: str) -> list[dict[str, Any]]:
+    """Return definitions of tools as {"type": "function", "function": {...}}; a string holds them as JSON."""
+    if isinstance(tools, str):
+        tools = parse_string(tools, place, "'tools' is a string that", _GOOD_TOOL) if tools.strip() else None
+    items = expect([] if tools is None else tools, list, f"{place}: 'tools'", _GOOD_TOOL)
+    functions = [_function(tool, f"{place}: tools[{index}]", _GOOD_TOOL) for index, tool in enumerate(items)]
+    return [{"type": "function", "function": function} for function in functions]
+
+
+def _function(item: Any, where: str, good: str) -> dict[str, Any]:
+    """Return the function of a tool or of a call, which may be written without its wrapping."""
+    function = (item.get("function") or item) if isinstance(item, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(f"{where} has no function with a 'name'; {good}")
+    return function
+
+
+def _sharegpt_turn(turn: dict[str, Any], where: str, good: str) -> dict[str, Any]:
+    for key in ("from", "value"):
+        if key not in turn:
+            raise UserError(f"{where} has no {key!r} among its keys: {listed(turn)}; {good}")
+    speaker, value = turn["from"], turn["value"]
+    if isinstance(value, list):
+        value = "".join(_part(part, where) for part in value)
+    expect(value, str, f"{where}: 'value'", good)
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        words = ", ".join(SHAREGPT_ROLES)
+        raise UserError(
+            f"{where} is from {speaker!a}{nearest(str(speaker), SHAREGPT_ROLES)}; use one of {words}. {good}"
+        )
+    message: dict[str, Any] = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    message["role"] = SHAREGPT_ROLES[speaker]
+    if speaker != "function_call":
+        return message | {"content": value}
+    calls = parse_string(value, where, "a function_call that", 'write {"name": ..., "arguments": {...}}')
+    return message | {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+
+
+def opened(messages: list[Any], system: Any, place: str, good: str) -> list[Any]:
+    """Return messages that begin with the record's "system", unless they have one of their own."""
+    expect("" if system is None else system, str, f"{place}: 'system'", good)
+    return (
+        [{"role": "system", "content": system}, *messages] if system and messages[0]["role"] != "system" else messages
+    )
+
+
+def untrained(messages: Sequence[Any]) -> list[Any]:
+    """Return messages of which no turn of the assistant is trained."""
+    is_answer = [isinstance(message, dict) and message.get("role") == "assistant" for message in messages]
+    return [
+        message | {"train": False} if answer else message for message, answer in zip(messages, is_answer, strict=True)
+    ]
+
+
+def is_prompt(conversation: Any) -> bool:
+    """Return whether a conversation waits for an answer: its last turn is not the assistant's."""
+    if not isinstance(conversation, list) or not conversation or not isinstance(conversation[-1], dict):
+        return isinstance(conversation, str) and conversation != ""
+    role = conversation[-1].get("role", conversation[-1].get("from"))
+    return not isinstance(role, str) or SHAREGPT_ROLES.get(role) != "assistant"
+
+
+def check_meaning(value: dict[str, Any], place: str, names: Set[str]) -> None:
+    """Raise UserError if one of `names`, which would change what a record means, has a value in it."""
+    for key in names & value.keys():
+        item = value[key]
+        if isinstance(item, dict):  # Arrow writes an absent image as {"bytes": null, "path": null}.
+            item = [part for part in item.values() if part is not None]
+        if item is not None and item not in ("", []):
+            missing = "" if key in VERDICT_KEYS else "; that is not supported yet"
+            raise UserError(
+                f"{place}: {key!r} {NOT_TRAINED[key]}{missing}. To train on the text alone, every record alike, set "
+                f"data.ignore_columns=[{key}]"
+            )
+
+
+def check_unicode(value: Any, place: str) -> None:
+    """Refuse half a surrogate pair, on which tokenizers raise. Only JSON's escapes can bring one in."""
+    waiting = [value]
+    while waiting:  # No recursion: json nests deeper than Python's calls may.
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str):
+            try:
+                item.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"{place}: half a surrogate pair (\\u{ord(item[error.start]):04x}) is not a character; "
+                    "write the pair, or the character itself in UTF-8"
+                ) from error
+
+
+def parse_string(text: str, place: str, what: str, advice: str) -> Any:
+    """Parse JSON in a string, as OpenAI's API writes arguments. `what` is the string's role in a message.
+
+    Raises UserError for what is not JSON, which ends with `advice`, and for half a surrogate pair.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: {what} is not JSON ({error}); {advice}") from error
+    if "\\ud" in text or "\\uD" in text:
+        check_unicode(value, place)
+    return value
+
+
+def kind_name(value: Any) -> str:
+    """Return the kind of a JSON value in JSON's words."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    names: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
+
+
+def expect(value: Any, kind: type, what: str, good: str) -> Any:
+    """Return a JSON value of a kind: dict, list or str. Raises UserError for another, of which `what` is the name."""
+    if not isinstance(value, kind):
+        raise UserError(f"{what} is {kind_name(value)}, not {kind_name(kind())}; {good}")
+    return value
+
+
+def listed(value: dict[str, Any]) -> str:
+    """Return the keys of an object, as a message lists them."""
+    return ", ".join(ascii(key) for key in list(value)[:12]) or "none"
 
 
 def shown(text: str) -> str:
@@ -277,24 +534,10 @@ def shown(text: str) -> str:
 
 def good(format: str) -> str:
     """Return a good record of a format, or the outline of every format, as the end of a message."""
-    if format in EXAMPLES:
-        return f"a good line: {EXAMPLES[format]}"
-    assert format in DATA_FORMATS
-    outlines = ["{" + ", ".join(f'"{key}": ...' for key in keys) + "}" for keys in REQUIRED_KEYS.values()]
+    if format in FORMATS:
+        return f"a good line: {FORMATS[format].example}"
+    outlines = ["{" + ", ".join(f'"{key}": ...' for key in keys.required) + "}" for keys in FORMATS.values()]
     return f"good lines are {', '.join(outlines[:-1])} or {outlines[-1]}"
-
-
-def parse_json(text: str, place: str, format: str) -> Any:
-    """Parse a JSON value. Raises UserError with the column where it breaks, or for one that Python cannot hold."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{place}: not valid JSON, column {error.colno}: {error.msg} ({shown(text)}); {good(format)}"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        # An integer of thousands of digits; brackets nested without end.
-        raise UserError(f"{place}: JSON that cannot be read: {error} ({shown(text)}); {good(format)}") from error
 
 
 def _object(record: Record, format: str) -> dict[str, Any]:
@@ -303,9 +546,12 @@ def _object(record: Record, format: str) -> dict[str, Any]:
     return record.value
 
 
-def _read(value: dict[str, Any], reading: Reading, *, is_prompt_only: bool = False) -> dict[str, Any]:
-    """Return a record with the keys of the format in place of the data's, and without those that are not read."""
-    columns = reading.columns
+def renamed(record: Record, format: str, reading: Reading, *, joins: bool = True) -> dict[str, Any]:
+    """Return a record with the keys of the format in place of the data's, and without those that are not read.
+
+    `joins`: messages of a prompt and of its completion become one conversation.
+    """
+    value, columns = _object(record, format), reading.columns
     if reading.ignore_columns or reading.reasoning_key:
         value = {key: _messages_read(item, reading) for key, item in value.items() if key not in reading.ignore_columns}
     if columns:
@@ -313,19 +559,11 @@ def _read(value: dict[str, Any], reading: Reading, *, is_prompt_only: bool = Fal
         rest = {key: item for key, item in value.items() if key not in taken}
         value = rest | {key: value[column] for key, column in columns.items() if column in value}
     prompt, completion = value.get("prompt"), value.get("completion")
-    if (
-        isinstance(prompt, list)
-        and isinstance(completion, list | dict)
-        and "messages" not in value
-        and not is_prompt_only
-    ):
+    if joins and isinstance(prompt, list) and isinstance(completion, list | dict) and "messages" not in value:
         # TRL's conversational form of a prompt and its completion.
-        prompt_turns = [
-            turn | {"train": False} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
-            for turn in prompt
-        ]
         rest = {key: item for key, item in value.items() if key not in ("prompt", "completion")}
-        return rest | {"messages": prompt_turns + (completion if isinstance(completion, list) else [completion])}
+        answer = completion if isinstance(completion, list) else [completion]
+        return rest | {"messages": untrained(prompt) + answer}
     if "chosen" not in value:
         for names in PAIR_NAMES:
             if value.keys() >= {*names}:
@@ -345,24 +583,10 @@ def _messages_read(item: Any, reading: Reading) -> Any:
     return kept
 
 
-def head_with_key(records: Iterator[Record], key: str) -> list[Record]:
-    """Return the records up to the first of which a message has `key`. Raises UserError if 1,000 have none."""
-    head, keys = list[Record](), set[str]()
-    for record in itertools.islice(records, 1000):
-        head.append(record)
-        keys |= _message_keys(list(record.value.values()) if isinstance(record.value, dict) else None)
-        if key in keys:
-            return head
-    place = head[0].place
-    raise UserError(
-        f"{place}: data.reasoning_key={key} is a key of no message in {len(head):,} records{nearest(key, keys)}; the "
-        f"keys there are {listed(dict.fromkeys(sorted(keys)))}; correct it, or leave it out"
-    )
-
-
-def _message_keys(item: Any) -> set[str]:
+def keys_of_messages(item: Any) -> set[str]:
+    """Return the keys of all messages in a value of a record."""
     if isinstance(item, list):
-        return set().union(*map(_message_keys, item))
+        return set().union(*map(keys_of_messages, item))
     return set(item) if isinstance(item, dict) and {"content", "value"} & item.keys() else set()
 
 

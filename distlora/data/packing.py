@@ -6,18 +6,18 @@ pair. What a flag and a label mean is in README.md. Letters: P pieces, D documen
 
 from __future__ import annotations
 
-import array
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from distlora.config import DataConfig
+from distlora.data.encoding import Encoded, TooLong
 from distlora.data.rows import BAD, DOCUMENTS, JUDGED, MARGINS, RECORDS, REJECTED, RIGHT, STARTS, TRAINED, split_file
 from distlora.data.sources import Source
-from distlora.data.turns import Encoded
 
 HELD_OUT, ROW_ORDER, MIXTURE, SAMPLES, PARTS = 1, 2, 3, 4, 5
 """Uses of hashes: the first word, so that no two uses share a stream."""
@@ -45,9 +45,10 @@ def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return hashes < np.uint64(int(fraction * 2**53) << 11)
 
 
-TooLong = Literal["truncate", "drop", "split"]
-
-_TRUNCATED, _DROPPED, _DUPLICATE = 1, 2, 3
+TRUNCATED, DROPPED, DUPLICATE = 1, 2, 3
+"""Fates of a document: it lost its end; it was left out for its length, or because an equal one came before."""
+_PIECE = np.dtype([("document", "i8"), ("length", "i8"), ("targets", "i8"), ("record", "i8"), ("margin", "f4")])
+_DOCUMENT = np.dtype([("source", "i8"), ("fate", "i1")])
 _FILES = ("tokens", "marks", "records")
 
 
@@ -63,37 +64,39 @@ class Corpus:
     """Digests of the documents so far, and of those of corpora that share the set; None: none are kept."""
     drops_seen: bool = True
     """Leave out documents that are in `seen`."""
-    _lengths: array.array[int] = field(default_factory=lambda: array.array("q"))
-    _targets: array.array[int] = field(default_factory=lambda: array.array("q"))
-    _documents: array.array[int] = field(default_factory=lambda: array.array("q"))
-    _sources: array.array[int] = field(default_factory=lambda: array.array("q"))
-    _fates: array.array[int] = field(default_factory=lambda: array.array("b"))
-    _records: array.array[int] = field(default_factory=lambda: array.array("q"))
-    _margins: array.array[float] = field(default_factory=lambda: array.array("f"))
+    num_documents: int = 0
+    _pieces: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, _PIECE)])
+    _documents: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, _DOCUMENT)])
 
-    def append(self, encoded: Iterable[Encoded], source: int, too_long: TooLong) -> None:
-        """Add documents of a source. Pieces without a trained target are left out; a document may have none left.
+    @property
+    def pieces(self) -> np.ndarray:
+        """(P,) records: number of the document, ascending; length; targets, above 0; bytes of its record; margin."""
+        self._pieces = [np.concatenate(self._pieces)]
+        return self._pieces[0]
 
-        A document longer than a row is cut to it (`truncate`), left out (`drop`) or becomes several pieces (`split`,
-        not for answers that are compared or judged). A pair whose answers are judged becomes two pieces.
+    @property
+    def documents(self) -> np.ndarray:
+        """(D,) records of the documents, those that left no piece included: source (its number) and fate."""
+        self._documents = [np.concatenate(self._documents)]
+        return self._documents[0]
+
+    @property
+    def pieces_of(self) -> np.ndarray:
+        """Pieces of each document, (D,) int64; 0: left out for its length, or since no token of it is trained."""
+        return np.bincount(self.pieces["document"], minlength=len(self.documents))
+
+    def append(self, encoded: Iterable[Encoded], source: int, too_long: TooLong) -> np.ndarray:
+        """Add documents of a source, and return their pieces, as `pieces` has them.
+
+        Pieces without a trained target are left out; a document may have none left. A document longer than a row is cut
+        to it (`truncate`), left out (`drop`) or becomes several pieces (`split`, not for answers that are compared or
+        judged). A pair whose answers are judged becomes two pieces.
         """
-        length = self.sequence_length
+        new_pieces, new_documents = [], []
         files = (self._file(name).open("ab") for name in _FILES)
         with next(files) as tokens_file, next(files) as marks_file, next(files) as records_file:
-            for document in encoded:
-                pieces, fate = document.apart(), 0
-                if self.seen is not None and self._is_seen(document) and self.drops_seen:
-                    pieces, fate = [], _DUPLICATE
-                elif any(len(piece.tokens) > length for piece in pieces):
-                    if too_long == "truncate":
-                        pieces, fate = [piece.cut(length) for piece in pieces], _TRUNCATED
-                    elif too_long == "drop":
-                        pieces, fate = [], _DROPPED
-                    else:
-                        assert document.rejected is None is document.is_good, "refused by the settings"
-                        starts = range(0, len(document.tokens), length)
-                        parts = [slice(start, start + length) for start in starts]
-                        pieces = [Encoded(document.tokens[part], document.trained[part]) for part in parts]
+            for number, document in enumerate(encoded, start=self.num_documents):
+                pieces, fate = self._cut(document, too_long)
                 for piece in pieces:
                     if num_targets := piece.num_targets:
                         tokens_file.write(piece.tokens.data)
@@ -103,13 +106,28 @@ class Corpus:
                         if piece.is_good is not None:
                             marks[0] |= JUDGED if piece.is_good else JUDGED | BAD
                         marks_file.write(marks.data)
-                        self._records.append(records_file.write(piece.record))
-                        self._lengths.append(len(piece.tokens))
-                        self._targets.append(num_targets)
-                        self._documents.append(len(self._fates))
-                        self._margins.append(piece.margin)
-                self._sources.append(source)
-                self._fates.append(fate)
+                        size = records_file.write(piece.record)
+                        new_pieces.append((number, len(piece.tokens), num_targets, size, piece.margin))
+                new_documents.append((source, fate))
+        self._pieces.append(np.array(new_pieces, _PIECE))
+        self._documents.append(np.array(new_documents, _DOCUMENT))
+        self.num_documents += len(new_documents)
+        return self._pieces[-1]
+
+    def _cut(self, document: Encoded, too_long: TooLong) -> tuple[list[Encoded], int]:
+        """Return the pieces of a document, and its fate; 0: it is whole."""
+        pieces, length = document.apart(), self.sequence_length
+        if self.seen is not None and self._is_seen(document) and self.drops_seen:
+            return [], DUPLICATE
+        if all(len(piece.tokens) <= length for piece in pieces):
+            return pieces, 0
+        if too_long == "truncate":
+            return [piece.cut(length) for piece in pieces], TRUNCATED
+        if too_long == "drop":
+            return [], DROPPED
+        assert document.rejected is None is document.is_good, "refused by the settings"
+        parts = [slice(start, start + length) for start in range(0, len(document.tokens), length)]
+        return [Encoded(document.tokens[part], document.trained[part]) for part in parts], 0
 
     def _is_seen(self, document: Encoded) -> bool:
         """Return whether an equal document came before; remember this one."""
@@ -126,66 +144,6 @@ class Corpus:
         self.seen.add(digest)
         return known
 
-    @property
-    def num_documents(self) -> int:
-        """Documents appended, those that left no piece included."""
-        return len(self._fates)
-
-    @property
-    def num_pieces(self) -> int:
-        """Return the number of pieces."""
-        return len(self._lengths)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each piece, (P,) int64."""
-        return np.array(self._lengths, np.int64)
-
-    @property
-    def targets(self) -> np.ndarray:
-        """Trained targets of each piece, (P,) int64, all above 0."""
-        return np.array(self._targets, np.int64)
-
-    @property
-    def margins(self) -> np.ndarray:
-        """Margin of each piece that is a pair, (P,) float32, 0 of others."""
-        return np.array(self._margins, np.float32)
-
-    @property
-    def documents(self) -> np.ndarray:
-        """The document that each piece is of, (P,) int64, ascending."""
-        return np.array(self._documents, np.int64)
-
-    @property
-    def sources(self) -> np.ndarray:
-        """The source that each document is of, (D,) int64."""
-        return np.array(self._sources, np.int64)
-
-    @property
-    def pieces_of(self) -> np.ndarray:
-        """Pieces of each document, (D,) int64; 0: left out for its length, or since no token of it is trained."""
-        return np.bincount(self.documents, minlength=self.num_documents)
-
-    @property
-    def truncated(self) -> np.ndarray:
-        """Return a mask of the documents that lost their end, (D,) bool."""
-        return np.array(self._fates, np.int8) == _TRUNCATED
-
-    @property
-    def dropped_long(self) -> np.ndarray:
-        """Return a mask of the documents that were left out for their length, (D,) bool."""
-        return np.array(self._fates, np.int8) == _DROPPED
-
-    @property
-    def duplicates(self) -> np.ndarray:
-        """Return a mask of the documents that were left out because an equal one came before, (D,) bool."""
-        return np.array(self._fates, np.int8) == _DUPLICATE
-
-    def pieces_since(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(lengths, targets, documents) of the pieces from number `piece` on, each int64."""
-        parts = (self._lengths[piece:], self._targets[piece:], self._documents[piece:])
-        return tuple(np.array(part, np.int64) for part in parts)  # type: ignore[return-value]
-
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all tokens (int32) and marks (uint8), flat and memory-mapped. Needs at least one piece.
 
@@ -199,20 +157,18 @@ class Corpus:
 
     def write_records(self, folder: Path, split: str, pieces: np.ndarray) -> None:
         """Write the JSON lines of these pieces, (n,) int64, and where each ends, if the pieces have any."""
-        ends = np.cumsum(np.array(self._records, np.int64))
-        if not ends.any():
+        sizes = self.pieces["record"]
+        if not sizes.any():
             return
-        written = 0
+        starts = np.cumsum(sizes) - sizes
         with (
             self._file("records").open("rb") as stored,
             split_file(folder, split, RECORDS, ".jsonl").open("wb") as file,
         ):
-            places = np.zeros(len(pieces), np.int64)
-            for number, piece in enumerate(pieces.tolist()):
-                stored.seek(ends[piece] - self._records[piece])
-                written += file.write(stored.read(self._records[piece]))
-                places[number] = written
-        np.save(split_file(folder, split, RECORDS), places, allow_pickle=False)
+            for piece in pieces.tolist():
+                stored.seek(starts[piece])
+                file.write(stored.read(sizes[piece]))
+        np.save(split_file(folder, split, RECORDS), np.cumsum(sizes[pieces]), allow_pickle=False)
 
     def delete(self) -> None:
         """Remove the files."""
@@ -223,24 +179,60 @@ class Corpus:
         return self.stem.with_suffix("." + name)
 
 
-def shares(weights: Sequence[float]) -> np.ndarray:
-    """Return the weights scaled to sum to 1, (S,) float64."""
-    values = np.array(weights, np.float64)
-    return values / values.sum()
+class Mixture(NamedTuple):
+    """How much of each source is used, and what is held out."""
 
+    wanted: np.ndarray | None
+    """(S,) float64: shares of the trained targets, summing to 1; None: every source is taken whole."""
+    until_all: bool
+    """Sources that end are repeated until the last one is used up; else all end with the first."""
+    eval_fraction: float
+    """Fraction of the documents of each source that is held out."""
+    seed: int
 
-def volume(sizes: np.ndarray, wanted: np.ndarray, ended: np.ndarray, *, until_all: bool) -> float:
-    """Targets of a mixture that ends when the first source is used up or, `until_all`, when the last one is.
+    @classmethod
+    def of(cls, data: DataConfig, sources: Sequence[Source], seed: int) -> Mixture:
+        """Return the mixture of the training sources."""
+        weights = np.array([source.config.weight for source in sources if source.config.weight is not None])
+        fraction = 0.0 if data.held_out_source is not None else data.eval_fraction
+        wanted = weights / weights.sum() if len(weights) else None
+        return cls(wanted, data.stopping_strategy == "all_exhausted", fraction, seed)
 
-    `sizes` and `wanted` are (S,) float64, `ended` (S,) bool: whether a source was read to its end. Sources that have
-    not ended bound the volume, since they are not to be repeated. Those that ended without a target do not count: the
-    others share what is theirs.
-    """
-    ratios = sizes / wanted
-    if until_all and not ended.all():
-        return float(ratios[~ended].min())
-    counting = ratios[(sizes > 0) | ~ended]
-    return float(counting.max() if until_all else counting.min())
+    def volume(self, sizes: np.ndarray, ended: np.ndarray) -> float:
+        """Targets of a mixture that ends when the first source is used up or, `until_all`, when the last one is.
+
+        `sizes` is (S,) float64, `ended` (S,) bool: whether a source was read to its end. Sources that have not ended
+        bound the volume, since they are not to be repeated. Those that ended without a target do not count: the others
+        share what is theirs.
+        """
+        assert self.wanted is not None
+        ratios = sizes / self.wanted
+        if self.until_all and not ended.all():
+            return float(ratios[~ended].min())
+        counting = ratios[(sizes > 0) | ~ended]
+        return float(counting.max() if self.until_all else counting.min())
+
+    def held_out(self, corpus: Corpus) -> np.ndarray:
+        """Return a mask of the held-out documents, (D,) bool: the fraction applies to each source."""
+        chosen = np.zeros(len(corpus.documents), bool)
+        usable, sources = corpus.pieces_of > 0, corpus.documents["source"]
+        for source in np.unique(sources).tolist():
+            own = sources == source
+            chosen[own] = held_out(usable[own], self.eval_fraction, self.seed, source)
+        return chosen
+
+    def use_pieces(self, corpus: Corpus, in_split: np.ndarray, ended: np.ndarray) -> np.ndarray:
+        """Return how often each piece is used in a split, (P,) int64. `in_split` is (D,) bool."""
+        ours = in_split[corpus.pieces["document"]]
+        used = ours.astype(np.int64)
+        if self.wanted is not None and ours.any():
+            targets, sources = (
+                corpus.pieces["targets"][ours],
+                corpus.documents["source"][corpus.pieces["document"]][ours],
+            )
+            sizes = np.bincount(sources, weights=targets, minlength=len(self.wanted))
+            used[ours] = copies(targets, sources, self.wanted, self.volume(sizes, ended), self.seed)
+        return used
 
 
 def copies(targets: np.ndarray, sources: np.ndarray, wanted: np.ndarray, volume: float, seed: int) -> np.ndarray:
@@ -280,35 +272,6 @@ def held_out(usable: np.ndarray, fraction: float, seed: int, source: int = 0) ->
     return chosen
 
 
-def held_out_documents(corpus: Corpus, fraction: float, seed: int) -> np.ndarray:
-    """Return a mask of the held-out documents of a corpus, (D,) bool: the fraction applies to each source."""
-    chosen = np.zeros(corpus.num_documents, bool)
-    usable, sources = corpus.pieces_of > 0, corpus.sources
-    for source in np.unique(sources).tolist():
-        own = sources == source
-        chosen[own] = held_out(usable[own], fraction, seed, source)
-    return chosen
-
-
-def use_pieces(
-    corpus: Corpus,
-    in_split: np.ndarray,
-    wanted: np.ndarray | None,
-    ended: np.ndarray,
-    *,
-    until_all: bool,
-    seed: int,
-) -> np.ndarray:
-    """Return how often each piece is used in a split, (P,) int64. `in_split` is (D,) bool; `wanted` has the shares."""
-    ours = in_split[corpus.documents]
-    used = ours.astype(np.int64)
-    if wanted is not None and ours.any():
-        targets, sources = corpus.targets[ours], corpus.sources[corpus.documents][ours]
-        sizes = np.bincount(sources, weights=targets, minlength=len(wanted))
-        used[ours] = copies(targets, sources, wanted, volume(sizes, wanted, ended, until_all=until_all), seed)
-    return used
-
-
 def write_split(
     folder: Path, split: str, corpus: Corpus, in_split: np.ndarray, used: np.ndarray, pad: int, *, single: bool
 ) -> dict[str, Any]:
@@ -316,10 +279,11 @@ def write_split(
 
     `single`: each in a sequence of its own.
     """
-    lengths = corpus.lengths
-    chosen = np.repeat(np.arange(len(lengths)), used)
+    pieces, documents = corpus.pieces, corpus.documents
+    lengths = pieces["length"]
+    chosen = np.repeat(np.arange(len(pieces)), used)
     packing = pack((np.cumsum(lengths) - lengths)[chosen], lengths[chosen], corpus.sequence_length, single=single)
-    shape = (packing.num_rows, corpus.sequence_length)
+    packed, shape = chosen[packing.pieces], (packing.num_rows, corpus.sequence_length)
 
     def new_file(name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
         return np.lib.format.open_memmap(split_file(folder, split, name), mode="w+", dtype=dtype, shape=shape)
@@ -327,41 +291,41 @@ def write_split(
     tokens = new_file("tokens", np.int32, shape)
     flags = new_file("flags", np.uint8, shape)
     targets, pairs = (new_file(name, np.int32, shape[:1]) for name in ("targets", "pairs"))
-    new_file(DOCUMENTS, np.int64, chosen.shape)[:] = corpus.documents[chosen[packing.pieces]]
-    corpus.write_records(folder, split, chosen[packing.pieces])
+    new_file(DOCUMENTS, np.int64, packed.shape)[:] = pieces["document"][packed]
+    corpus.write_records(folder, split, packed)
     largest = 0
     for rows, row_tokens, row_flags in build_rows(packing, *corpus.read(), pad):
         tokens[rows], flags[rows] = row_tokens, row_flags
         targets[rows] = np.count_nonzero(row_flags & TRAINED, axis=1)
         pairs[rows] = np.count_nonzero(row_flags & (REJECTED | JUDGED), axis=1)
         largest = max(largest, int(row_tokens.max()))
-    margins = corpus.margins[chosen[packing.pieces]]
-    if has_margins := bool(margins.any()):
-        number = np.arange(len(margins)) - np.repeat(packing.row_bounds[:-1], np.diff(packing.row_bounds))
+    counts: dict[str, Any] = {}
+    if (margins := pieces["margin"][packed]).any():
+        in_row = np.diff(packing.row_bounds)
+        number = np.arange(len(margins)) - np.repeat(packing.row_bounds[:-1], in_row)
         table = new_file(MARGINS, np.float32, (packing.num_rows, int(pairs.max())))
-        table[np.repeat(np.arange(packing.num_rows), np.diff(packing.row_bounds)), number] = margins
-    pieces_of = corpus.pieces_of
-    used_of = np.bincount(corpus.documents[used > 0], minlength=corpus.num_documents)
+        table[np.repeat(np.arange(packing.num_rows), in_row), number] = margins
+        counts["margins"] = table.shape[1]
+    if corpus.seen is not None:
+        counts["duplicates"] = int(np.count_nonzero((documents["fate"] == DUPLICATE) & in_split))
+    pieces_of, fate = corpus.pieces_of, documents["fate"]
+    is_used = np.bincount(pieces["document"][used > 0], minlength=len(documents)) > 0
     num_tokens = int(packing.lengths.sum())
-
-    def count(documents: np.ndarray) -> int:
-        return int(np.count_nonzero(documents & in_split))
-
-    duplicates = {} if corpus.seen is None else {"duplicates": count(corpus.duplicates)}
-    if has_margins:
-        duplicates["margins"] = table.shape[1]
-    return duplicates | {
-        "documents": count(used_of > 0),
+    masks = {
+        "documents": is_used,
+        "truncated": (fate == TRUNCATED) & is_used,
+        "split": (pieces_of > 1) & is_used & (not pairs.any()),
+        "dropped": (pieces_of == 0) & (fate != DROPPED) & (fate != DUPLICATE),
+        "dropped_long": fate == DROPPED,
+        "unused": (pieces_of > 0) & ~is_used,
+    }
+    return counts | {
+        **{name: int(np.count_nonzero(mask & in_split)) for name, mask in masks.items()},
         "rows": packing.num_rows,
         "pairs": int(pairs.sum(dtype=np.int64)),
         "tokens": num_tokens,
         "targets": int(targets.sum(dtype=np.int64)),
         "padding": packing.num_rows * corpus.sequence_length - num_tokens,
-        "truncated": count(corpus.truncated & (used_of > 0)),
-        "split": 0 if pairs.any() else count((pieces_of > 1) & (used_of > 0)),
-        "dropped": count((pieces_of == 0) & ~corpus.dropped_long & ~corpus.duplicates),
-        "dropped_long": count(corpus.dropped_long),
-        "unused": count((pieces_of > 0) & (used_of == 0)),
         "pieces": int(used.sum()),
         "largest_token": largest,
     }
@@ -371,7 +335,8 @@ def count_sources(
     counts: dict[str, Any], corpus: Corpus, sources: list[Source], used: np.ndarray, wanted: np.ndarray | None
 ) -> None:
     """Add `sources`, one entry for each: where it is, what of it is used, and its share of the trained targets."""
-    piece_sources, targets, lengths = corpus.sources[corpus.documents], corpus.targets, corpus.lengths
+    piece_sources = corpus.documents["source"][corpus.pieces["document"]]
+    targets, lengths = corpus.pieces["targets"], corpus.pieces["length"]
     counts["sources"] = []
     for number, source in enumerate(sources):
         own = piece_sources == number
@@ -379,7 +344,7 @@ def count_sources(
         counts["sources"].append(
             {
                 **source.describe(),
-                "documents": len(np.unique(corpus.documents[own & (used > 0)])),
+                "documents": len(np.unique(corpus.pieces["document"][own & (used > 0)])),
                 "tokens": int((lengths * used)[own].sum()),
                 "targets": ours,
                 "share": ours / counts["targets"],

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,20 @@ from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError, req
 from distlora.config.file import load_config
 from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import template_choice, template_source
-from distlora.data.conversations import MASK_KEYS
-from distlora.data.encoding import Encoders, Need, nothing_to_train, read_enough, read_whole
-from distlora.data.packing import Corpus, count_sources, held_out_documents, shares, use_pieces, write_split
+from distlora.data.encoding import Encoder
+from distlora.data.formats import MASK_KEYS, Document
+from distlora.data.packing import (
+    DROPPED,
+    DUPLICATE,
+    HELD_OUT,
+    TRUNCATED,
+    Corpus,
+    Mixture,
+    below,
+    count_sources,
+    hash64,
+    write_split,
+)
 from distlora.data.rows import (
     FORMAT_VERSION,
     TEMPLATE_FILES,
@@ -38,6 +49,14 @@ from distlora.data.sources import Source, find_sources, pinned_commits
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.atomic_io import write_json
 from distlora.system.exit_codes import DONE, run_to_exit_code
+
+_BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
+"""Bounds of a batch for the tokenizer: enough for all its threads, small enough to bound memory."""
+_STREAM_DOCUMENTS, _STREAM_BYTES = 32, 250_000
+"""The same where documents are read until there are enough: what is read beyond that is waste."""
+PATIENCE = 10_000
+"""Documents without a token to train after which a bounded reading gives a source up: it would read to its end."""
+_PROGRESS_SECONDS = 3.0
 
 Sources = dict[str, list[Source]]
 """The sources of each split that has its own: train, and eval where held-out documents are named."""
@@ -136,14 +155,8 @@ def _settings(
     if data.deduplicate:
         settings["deduplicate"] = "with columns" if train.needs.data == "prompts" else True
     if all(found["format"] in ("text", "prompt_completion") for found in fingerprints):
-        for name, value, default in (
-            ("template", data.template, None),
-            ("train_on", data.train_on, "assistant"),
-            ("eot_tokens", data.eot_tokens, ()),
-        ):
-            require(
-                value == default, f"data.{name}={value} has no effect: no source holds chats; leave data.{name} out"
-            )
+        for name in ("template", "train_on", "eot_tokens"):
+            _require_default(data, name)
     else:
         settings |= {"train_on": data.train_on, "masks": list(MASK_KEYS)}
         if train.needs.data == "steps":
@@ -167,6 +180,13 @@ def _settings(
     if train.objective != "sft":
         settings["objective"] = train.objective
     return settings, fingerprints
+
+
+def _require_default(data: DataConfig, name: str) -> None:
+    """Refuse a setting of chats where no source holds any."""
+    value = getattr(data, name)
+    default = {"template": None, "train_on": "assistant", "eot_tokens": ()}[name]
+    require(value == default, f"data.{name}={value} has no effect: no source holds chats; leave data.{name} out")
 
 
 def _writes_date(data: DataConfig, model_dir: Path) -> bool:
@@ -201,57 +221,47 @@ def _build(
     settings: dict[str, Any],
 ) -> None:
     """Write a whole cache entry into `folder`."""
-    model_dir, seed = Path(model.path).expanduser(), train.seed
+    model_dir = Path(model.path).expanduser()
     tokenizer = load_tokenizer(model_dir, model.new_tokens, model.special_tokens)
-    encoders = Encoders(tokenizer, model.name or str(model_dir), data, train.objective)
-    corpora = corpora_of(folder, data, sources)
-    weights = [source.config.weight for source in sources["train"] if source.config.weight is not None]
-    wanted = shares(weights) if weights else None
-    until_all = data.stopping_strategy == "all_exhausted"
-    fraction = 0.0 if "eval" in sources else data.eval_fraction
+    encoder = Encoder(tokenizer, model.name or str(model_dir), data, train.objective)
+    corpora, mixture = corpora_of(folder, data, sources), Mixture.of(data, sources["train"], train.seed)
     ended = np.ones(len(sources["train"]), bool)
     if "eval" in sources:  # First, since training leaves out what is held out.
-        read_whole(corpora["eval"], sources["eval"], encoders)
+        _read_whole(corpora["eval"], sources["eval"], encoder)
     if data.streaming:
         tokens = _needed_rows(train) * data.sequence_length
-        need = Need(tokens=tokens, wanted=wanted, until_all=until_all, eval_fraction=fraction, seed=seed)
-        ended = read_enough(corpora["train"], sources["train"], encoders, need)
+        ended = _read_enough(corpora["train"], sources["train"], encoder, mixture, tokens)
     else:
-        read_whole(corpora["train"], sources["train"], encoders)
+        _read_whole(corpora["train"], sources["train"], encoder)
     for split, corpus in corpora.items():
         check_trainable(corpus, sources[split], data)
-    template = encoders.template
-    for name in ("template", "eot_tokens"):
-        require(
-            not getattr(data, name) or template is not None,
-            f"data.{name}={getattr(data, name)} has no effect: no source holds chats; leave data.{name} out",
-        )
+    if (template := encoder.template) is None:
+        for name in ("template", "eot_tokens"):
+            _require_default(data, name)
     pad = next(
         (token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0
     )  # Any valid token does: nothing attends to padding from a document, and no label is on it.
     training = corpora["train"]
-    is_held_out = held_out_documents(training, fraction, seed)
-    in_split = {"train": ~is_held_out}
+    is_held_out = mixture.held_out(training)
+    in_split = {"train": (training, ~is_held_out, mixture, ended)}
+    # Held-out documents are a mixture with the same shares, none of them twice.
+    once = mixture._replace(until_all=False)
     if "eval" in sources:
-        in_split["eval"] = np.ones(corpora["eval"].num_documents, bool)
-    elif fraction > 0:
-        in_split["eval"] = is_held_out
+        corpus = corpora["eval"]
+        in_split["eval"] = (corpus, np.ones(len(corpus.documents), bool), once._replace(wanted=None), ended)
+    elif mixture.eval_fraction > 0:
+        in_split["eval"] = (training, is_held_out, once, np.ones_like(ended))
     if is_prompts := train.needs.data == "prompts":
         _shorten_rows(corpora)
     splits = {}
-    for split, chosen in in_split.items():
-        corpus = corpora.get(split, training)
-        mix = wanted if corpus is training else None
-        # Held-out documents are a mixture with the same shares, none of them twice.
-        is_train = split == "train"
-        all_ended = ended if is_train else np.ones_like(ended)
-        used = use_pieces(corpus, chosen, mix, all_ended, until_all=until_all and is_train, seed=seed)
+    for split, (corpus, chosen, shares, all_ended) in in_split.items():
+        used = shares.use_pieces(corpus, chosen, all_ended)
         if not used.any():
             raise _nothing_left(split, data, corpus)
         splits[split] = write_split(
             folder, split, corpus, chosen, used, pad, single=is_prompts or "documents" in settings
         )
-        count_sources(splits[split], corpus, sources.get(split, sources["train"]), used, mix)
+        count_sources(splits[split], corpus, sources.get(split, sources["train"]), used, shares.wanted)
     check_vocabulary(model, max(counts["largest_token"] for counts in splits.values()))
     for corpus in corpora.values():
         corpus.delete()
@@ -264,7 +274,7 @@ def _build(
         "chats": template is not None,
         "chat_template": template and template.source,
         "unwritten_reasoning": template.unwritten if template else (0, 0),
-        "unread": [unread for source in itertools.chain(*sources.values()) if (unread := encoders.unread(source))],
+        "unread": [unread for source in itertools.chain(*sources.values()) if (unread := encoder.unread(source))],
         "settings": settings,
         "content": content_digest(folder, list(splits)),
         "model": str(model_dir.absolute()),
@@ -276,7 +286,7 @@ def _build(
 
 def _shorten_rows(corpora: dict[str, Corpus]) -> None:
     """Make rows as long as the longest prompt: each has one of its own."""
-    longest = max(int(corpus.lengths.max(initial=2)) for corpus in corpora.values())
+    longest = max(int(corpus.pieces["length"].max(initial=2)) for corpus in corpora.values())
     for corpus in corpora.values():
         corpus.sequence_length = longest
 
@@ -311,11 +321,10 @@ def check_vocabulary(model: ModelConfig, largest_token: int) -> None:
 
 def check_trainable(corpus: Corpus, sources: Sequence[Source | None], data: DataConfig) -> None:
     """Refuse a source of which no document has a token to train, and say what to change. None: do not check it."""
-    usable = corpus.pieces_of > 0
     for number, source in enumerate(sources):
-        own = corpus.sources == number
+        usable = corpus.pieces_of[corpus.documents["source"] == number] > 0
         # A bounded reading may end before it needs a source.
-        if source is not None and own.any() and not (usable & own).any():
+        if source is not None and len(usable) and not usable.any():
             raise nothing_to_train(corpus, source, number, data)
 
 
@@ -328,6 +337,116 @@ def _nothing_left(split: str, data: DataConfig, corpus: Corpus) -> UserError:
         f"that have a token to train, {kept}; set data.eval_fraction={'0.05' if split == 'train' else '0'}, add "
         "documents, or name held-out ones with {data.eval_path}"
     )
+
+
+def _read_whole(corpus: Corpus, sources: list[Source], encoder: Encoder) -> None:
+    """Append every document of every source, one source after the other."""
+    for number, source in enumerate(sources):
+        _, too_long, documents = encoder.open(source)
+        progress = _Progress(source.label, source.total_bytes)
+        for batch in _batches(documents, _BATCH_DOCUMENTS, _BATCH_BYTES):
+            corpus.append(encoder.encode(batch), number, too_long)
+            progress.report(batch)
+
+
+def _read_enough(corpus: Corpus, sources: list[Source], encoder: Encoder, mixture: Mixture, tokens: int) -> np.ndarray:
+    """Append documents until the training pieces have `tokens`, and no more; (S,) bool: which sources ended before.
+
+    Of a mixture, the source that is furthest behind its share is read next; else each in turn. Held-out documents do
+    not count towards the need. Raises UserError for a source whose first PATIENCE documents have no token to train.
+    """
+    opened = [encoder.open(source) for source in sources]
+    streams = [_batches(documents, _STREAM_DOCUMENTS, _STREAM_BYTES) for _, _, documents in opened]
+    ended, found, batches = np.zeros(len(sources), bool), np.zeros(len(sources), bool), np.zeros(len(sources))
+    num_documents = np.zeros(len(sources), np.int64)
+    targets_of, tokens_of = np.zeros(len(sources)), np.zeros(len(sources))
+    progress = _Progress(", ".join(source.label for source in sources), None)
+    while not ended.all() and not _suffices(corpus.sequence_length, mixture, tokens, targets_of, tokens_of, ended):
+        behind = batches if mixture.wanted is None else targets_of / mixture.wanted
+        number = int(np.argmin(np.where(ended, np.inf, behind)))
+        batch = next(streams[number], None)
+        if batch is None:
+            ended[number] = True
+            continue
+        pieces = corpus.append(encoder.encode(batch), number, opened[number][1])
+        hashes = hash64((HELD_OUT, mixture.seed, number), len(batch), start=int(num_documents[number]))
+        first = corpus.num_documents - len(batch)
+        trained = pieces[~below(hashes, mixture.eval_fraction)[pieces["document"] - first]]
+        targets_of[number] += trained["targets"].sum()
+        tokens_of[number] += trained["length"].sum()
+        batches[number] += 1
+        num_documents[number] += len(batch)
+        found[number] |= len(pieces) > 0
+        if num_documents[number] >= PATIENCE and not found[number]:
+            raise nothing_to_train(corpus, sources[number], number, encoder.data)
+        progress.report(batch)
+    return ended
+
+
+def nothing_to_train(corpus: Corpus, source: Source, number: int, data: DataConfig) -> UserError:
+    """Why source `number`, of which no document in the corpus has a token to train, is no use, and what to change."""
+    fates = corpus.documents["fate"][corpus.documents["source"] == number]
+    if (fates == DUPLICATE).all():
+        return UserError(
+            f"{source.config.path}: every document equals an earlier or a held-out one; leave the source out, or set "
+            "data.deduplicate=false"
+        )
+    advice = "every chat needs an assistant turn, every completion and text some content"
+    if (long := np.isin(fates, (TRUNCATED, DROPPED))).any():
+        fate = "left out as longer than a row" if (fates == DROPPED).any() else "truncated before it"
+        advice = f"{np.count_nonzero(long):,} were {fate}: raise {{data.sequence_length}}={data.sequence_length}"
+    which = "its first" if data.streaming and len(fates) >= PATIENCE else "its"
+    return UserError(f"{source.config.path}: none of {which} {len(fates):,} documents has a token to train; {advice}")
+
+
+def _suffices(
+    length: int, mixture: Mixture, wanted: int, targets: np.ndarray, tokens: np.ndarray, ended: np.ndarray
+) -> bool:
+    """Return whether documents with these targets and tokens, (S,) each, fill the rows, or no further one is of use."""
+    if mixture.wanted is None:
+        return bool(tokens.sum() >= wanted)
+    whole = mixture.volume(targets, ended)
+    if not mixture.until_all and (ended & (targets > 0) & (targets / mixture.wanted <= whole)).any():
+        return True
+    used = tokens * mixture.wanted * whole / np.maximum(targets, 1)
+    # Each source is used up to a whole piece: it may miss its part by half of one.
+    return bool(used.sum() >= wanted + len(targets) * length)
+
+
+def _batches(documents: Iterator[Document], most_documents: int, most_bytes: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    num_bytes = 0
+    for document in documents:
+        batch.append(document)
+        num_bytes += document.num_bytes
+        if len(batch) == most_documents or num_bytes >= most_bytes:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
+
+
+class _Progress:
+    """A line on stderr every few seconds that says how far the tokenizing is."""
+
+    def __init__(self, label: str, total_bytes: int | None) -> None:
+        self._label = label
+        self._total = total_bytes
+        self._started = self._reported = time.monotonic()
+        self._documents = self._bytes = 0
+
+    def report(self, batch: list[Document]) -> None:
+        self._documents += len(batch)
+        self._bytes += sum(document.num_bytes for document in batch)
+        now = time.monotonic()
+        if now - self._reported < _PROGRESS_SECONDS:
+            return
+        self._reported = now
+        done = f"{self._documents:,} documents, {self._bytes / 1e6:,.1f} MB"
+        if self._total:
+            done += f" of {self._total / 1e6:,.1f} MB"
+        rate = self._bytes / 1e6 / (now - self._started)
+        print(f"tokenizing {self._label}: {done}, {rate:.1f} MB/s", file=sys.stderr, flush=True)
 
 
 def prepare_and_print(run_dir: str) -> int:

@@ -21,13 +21,13 @@ import numpy as np
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import DataConfig, ModelConfig, TrainConfig, UserError
 from distlora.config.file import load_config
-from distlora.data.encoding import AnswerEncoder, AnyEncoder, Encoders
+from distlora.data.chat_template import ChatTemplate
+from distlora.data.encoding import Encoded, Encoder, TooLong
 from distlora.data.formats import Document
-from distlora.data.packing import Corpus, TooLong, pack, shares, use_pieces
+from distlora.data.packing import DROPPED, DUPLICATE, Corpus, Mixture, pack
 from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of, open_split
 from distlora.data.rows import BAD, JUDGED, REJECTED, STARTS, TRAINED, PackedRows
 from distlora.data.sources import Source, find_sources
-from distlora.data.turns import Encoded
 from distlora.system.exit_codes import BAD_INPUT, DONE
 
 SAMPLE = 1000
@@ -41,18 +41,17 @@ _FATES = {"truncate": "cut off there", "drop": "left out", "split": "continued a
 
 @dataclass(kw_only=True)
 class SourceSample:
-    """Figures of one source: D documents that a run takes, and the refused ones."""
+    """Documents of one source: D that a run takes, and the refused ones."""
 
     source: Source
     format: str
-    encoder: AnyEncoder
     too_long: TooLong
+    template: ChatTemplate | None = None
+    """The template that its chats were rendered with; None without chats."""
     ended: bool = False
     """True if the source was read to its end."""
-    lengths: list[int] = field(default_factory=list)
-    """(D,) tokens."""
-    trained: list[int] = field(default_factory=list)
-    """(D,) targets, before anything is cut off."""
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """(D,) tokens, and targets before anything is cut off."""
     unwritten: tuple[int, int] = (0, 0)
     """(messages, characters) of reasoning that the template does not write."""
     unread: str = ""
@@ -61,12 +60,8 @@ class SourceSample:
     shown: list[tuple[Document, Encoded]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SplitSample:
-    """The sources of a split and their pieces."""
-
-    samples: list[SourceSample]
-    corpus: Corpus
+Split = tuple[Corpus, list[SourceSample]]
+"""The pieces of a split, and its sources."""
 
 
 def preview(
@@ -83,90 +78,83 @@ def preview(
     Returns the exit code: 2 where a run would refuse documents. Raises UserError for a source that cannot be read or
     has no token to train.
     """
-    paint = _paint_for_stdout(no_color=no_color)
+    paint, length = _paint_for_stdout(no_color=no_color), data.sequence_length
+    model_dir = Path(model.path).expanduser()
+    encoder = Encoder(
+        load_tokenizer(model_dir, model.new_tokens, model.special_tokens),
+        model.name or str(model_dir),
+        data,
+        train.objective,
+    )
     with tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
-        splits = _read(model, data, train, None if read_all else SAMPLE, documents, Path(scratch))
-        for line in _report(data, train, splits, paint):
-            print(line)
-    if any(sample.refused for split in splits.values() for sample in split.samples):
+        splits = _read(model, data, encoder, None if read_all else SAMPLE, documents, Path(scratch))
+        samples = [sample for _, of_split in splits.values() for sample in of_split]
+        for sample in samples:
+            for document, encoded in sample.shown:
+                print(*_document_lines(encoder.tokenizer, sample, document, encoded, length, paint), sep="\n")
+        legend = "trained tokens are green" if paint.colour else "trained tokens are between [[ and ]]"
+        print(paint.title(f"What is trained ({legend})"))
+        for name, split in splits.items():
+            for number in range(len(split[1])):
+                print(*_source_lines(name, train, split, number, length), sep="\n")
+            print(*_split_lines(data, train, split, is_train=name == "train"), sep="\n")
+    if any(sample.refused for sample in samples):
         return BAD_INPUT
-    for split in splits.values():  # As a run does.
-        ended = [sample.source if sample.ended else None for sample in split.samples]
-        check_trainable(split.corpus, ended, data)
+    for corpus, of_split in splits.values():  # As a run does.
+        check_trainable(corpus, [sample.source if sample.ended else None for sample in of_split], data)
     return DONE
 
 
 def _read(
-    model: ModelConfig, data: DataConfig, train: TrainConfig, limit: int | None, shown: int, scratch: Path
-) -> dict[str, SplitSample]:
+    model: ModelConfig, data: DataConfig, encoder: Encoder, limit: int | None, shown: int, scratch: Path
+) -> dict[str, Split]:
     """Encode and cut the documents of every source as a run does, by split."""
-    model_dir = Path(model.path).expanduser()
-    tokenizer = load_tokenizer(model_dir, model.new_tokens, model.special_tokens)
-    encoders = Encoders(tokenizer, model.name or str(model_dir), data, train.objective)
-    splits, found = {}, find_sources(data)
-    corpora = corpora_of(scratch, data, found)
+    found = find_sources(data)
+    splits: dict[str, Split] = {split: (corpus, []) for split, corpus in corpora_of(scratch, data, found).items()}
     for split in sorted(found):  # Held-out documents first, as a run reads them.
-        sources, corpus = found[split], corpora[split]
-        samples = []
-        for number, source in enumerate(sources):
-            head = source if limit is None else source.head()
-            format, documents = head.open(encoders.has_template, encoders.form)
-            encoder, too_long = encoders.of(source, format)
-            sample = SourceSample(source=source, format=format, encoder=encoder, too_long=too_long)
+        corpus, samples = splits[split]
+        for number, source in enumerate(found[split]):
+            format, too_long, documents = encoder.open(source if limit is None else source.head())
+            sample = SourceSample(source=source, format=format, too_long=too_long)
             wanted = itertools.islice(documents, limit)
             while batch := list(itertools.islice(wanted, _BATCH)):
-                corpus.append(_encoded(sample, batch, shown), number, too_long)
+                corpus.append(_encoded(encoder, sample, batch, shown), number, too_long)
             sample.ended = next(documents, None) is None
-            sample.unread = encoders.unread(source)
+            sample.unread = encoder.unread(source)
             if encoder.template is not None:  # One for all sources.
                 sample.unwritten, encoder.template.unwritten = encoder.template.unwritten, (0, 0)
             samples.append(sample)
-        if corpus.num_pieces:
+        if len(corpus.pieces):
             check_vocabulary(model, int(corpus.read()[0].max()))
-        splits[split] = SplitSample(samples=samples, corpus=corpus)
-    return {split: splits[split] for split in found}
+    return splits
 
 
-def _encoded(sample: SourceSample, batch: list[Document], shown: int) -> Iterator[Encoded]:
+def _encoded(encoder: Encoder, sample: SourceSample, batch: list[Document], shown: int) -> Iterator[Encoded]:
     """Yield the encoded documents of a batch; note their figures and the refused ones."""
     try:
-        pairs = list(zip(batch, sample.encoder.encode(batch), strict=True))
+        pairs = list(zip(batch, encoder.encode(batch), strict=True))
     except UserError:
         # One by one, to see which, and how many.
         pairs = []
         for document in batch:
             try:
-                pairs += zip([document], sample.encoder.encode([document]), strict=True)
+                pairs += zip([document], encoder.encode([document]), strict=True)
             except UserError as error:
                 sample.refused.append(str(error))
                 if isinstance(error.__cause__, (TimeoutError, MemoryError)):  # Of the template, as for all others.
                     raise
+    if sample.format not in ("text", "prompt_completion", "steps"):
+        sample.template = encoder.template
     for document, encoded in pairs:
         for part in encoded.apart():
-            sample.lengths.append(len(part.tokens))
-            sample.trained.append(part.num_targets)
+            sample.sizes.append((len(part.tokens), part.num_targets))
             if len(sample.shown) < shown:
                 sample.shown.append((document, part))
         yield encoded
 
 
-def _report(data: DataConfig, train: TrainConfig, splits: dict[str, SplitSample], paint: Paint) -> Iterator[str]:
-    """Yield the lines of the preview: documents, then figures."""
-    length = data.sequence_length
-    for split in splits.values():
-        for sample in split.samples:
-            for document, encoded in sample.shown:
-                yield from _document_lines(sample, document, encoded, length, paint)
-    legend = "trained tokens are green" if paint.colour else "trained tokens are between [[ and ]]"
-    yield paint.title(f"What is trained ({legend})")
-    for name, split in splits.items():
-        for number, sample in enumerate(split.samples):
-            yield from _source_lines("training" if name == "train" else "held out", sample, split, number, length)
-        yield from _split_lines(data, train, split, is_train=name == "train")
-
-
 def _document_lines(
-    sample: SourceSample, document: Document, encoded: Encoded, length: int, paint: Paint
+    tokenizer: Any, sample: SourceSample, document: Document, encoded: Encoded, length: int, paint: Paint
 ) -> Iterator[str]:
     """Yield a document, or both of a pair, as text with the trained tokens marked."""
     excess = len(encoded.tokens) - length
@@ -180,12 +168,12 @@ def _document_lines(
         yield paint.title(f"--- {place}: {len(tokens):,} tokens, {np.count_nonzero(trained):,} trained")
         end = part.stop - part.start
         if end <= _HEAD + _TAIL:
-            yield _painted(sample.encoder.tokenizer, tokens, trained, 0, end, paint)
+            yield _painted(tokenizer, tokens, trained, 0, end, paint)
         else:
-            yield _painted(sample.encoder.tokenizer, tokens, trained, 0, _HEAD, paint)
+            yield _painted(tokenizer, tokens, trained, 0, _HEAD, paint)
             hidden = trained[_HEAD : end - _TAIL]
             yield paint.title(f"--- {len(hidden):,} tokens not shown, {np.count_nonzero(hidden):,} of them trained")
-            yield _painted(sample.encoder.tokenizer, tokens, trained, end - _TAIL, end, paint)
+            yield _painted(tokenizer, tokens, trained, end - _TAIL, end, paint)
         if end < len(tokens) and encoded.rejected is not None:
             yield paint.title(f"--- {len(tokens) - end:,} more tokens")
     if excess > 0:
@@ -196,18 +184,17 @@ def _document_lines(
     yield ""
 
 
-def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: int, length: int) -> Iterator[str]:
+def _source_lines(name: str, train: TrainConfig, split: Split, number: int, length: int) -> Iterator[str]:
     """Figures of one source: lengths, what is trained, what is too long, what is left out and why."""
-    count = len(sample.lengths)
-    amount = "all" if sample.ended else "the first"
-    what = "documents"
-    if isinstance(sample.encoder, AnswerEncoder):
-        what = "answers" if sample.encoder.judges else "pairs"
-    yield f"{role}: {sample.source.label} ({sample.format}), {amount} {count + len(sample.refused):,} {what}" + (
-        "" if sample.ended else "; --all reads the rest"
+    corpus, sample = split[0], split[1][number]
+    role, amount = "training" if name == "train" else "held out", "all" if sample.ended else "the first"
+    what = {"pairs": "pairs", "judged": "answers"}.get(train.needs.data, "documents")
+    yield (
+        f"{role}: {sample.source.label} ({sample.format}), {amount} {len(sample.sizes) + len(sample.refused):,} {what}"
+        + ("" if sample.ended else "; --all reads the rest")
     )
-    if sample.encoder.template is not None:
-        yield f"  rendered by      {sample.encoder.template.name}"
+    if sample.template is not None:
+        yield f"  rendered by      {sample.template.name}"
     if sample.unwritten[0]:
         count, characters = sample.unwritten
         yield f"  not rendered     reasoning of {count:,} turns, {characters:,} characters"
@@ -215,25 +202,24 @@ def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: i
         yield f"  not read         {sample.unread}"
     if sample.refused:
         yield f"  refused          {len(sample.refused):,}, which would stop a run. The first: {sample.refused[0]}"
-    if not count:
+    if not sample.sizes:
         return
-    lengths, trained = np.array(sample.lengths), np.array(sample.trained)
+    lengths, trained = np.array(sample.sizes).T
     p95 = int(np.percentile(lengths, 95, method="higher"))
     yield (
         f"  tokens each      shortest {lengths.min():,}, median {int(np.median(lengths)):,}, 95 % up to {p95:,}, "
         f"longest {lengths.max():,}"
     )
     yield f"  trained          {trained.sum():,} of {lengths.sum():,} tokens ({trained.sum() / lengths.sum():.1%})"
-    long = lengths > length
-    if long.any():
+    if (long := lengths > length).any():
         lost = f", {(lengths - length)[long].sum():,} tokens lost" if sample.too_long == "truncate" else ""
         yield (
             f"  too long         {np.count_nonzero(long):,} ({long.mean():.1%}) have more than {length:,} tokens: "
             f"{_FATES[sample.too_long]} (data.too_long){lost}"
         )
-    own = split.corpus.sources == number
-    duplicates = split.corpus.duplicates[own]
-    unused = (split.corpus.pieces_of[own] == 0) & ~split.corpus.dropped_long[own] & ~duplicates
+    own = corpus.documents["source"] == number
+    fate, duplicates = corpus.documents["fate"][own], corpus.documents["fate"][own] == DUPLICATE
+    unused = (corpus.pieces_of[own] == 0) & (fate != DROPPED) & ~duplicates
     if unused.any():
         nothing = int(np.count_nonzero(unused & (trained == 0)))
         cut = int(np.count_nonzero(unused)) - nothing
@@ -244,36 +230,32 @@ def _source_lines(role: str, sample: SourceSample, split: SplitSample, number: i
         yield f"  duplicates       {np.count_nonzero(duplicates):,} equal an earlier or a held-out document: left out"
 
 
-def _split_lines(data: DataConfig, train: TrainConfig, split: SplitSample, *, is_train: bool) -> Iterator[str]:
+def _split_lines(data: DataConfig, train: TrainConfig, split: Split, *, is_train: bool) -> Iterator[str]:
     """Figures of a split: the mixture, and what packing leaves empty."""
-    corpus, samples, length = split.corpus, split.samples, data.sequence_length
-    if corpus.num_pieces == 0:
+    (corpus, samples), length = split, data.sequence_length
+    pieces, whole = corpus.pieces, all(sample.ended for sample in samples)
+    if len(pieces) == 0:
         yield "  packed           no document is left to train on"
         return
-    used = np.ones(corpus.num_pieces, np.int64)
+    used = np.ones(len(pieces), np.int64)
     if len(samples) > 1:
-        weights = [sample.source.config.weight for sample in samples if sample.source.config.weight is not None]
-        wanted = shares(weights) if weights and is_train else None
-        whole = all(sample.ended for sample in samples)
+        mixture = Mixture.of(data, [sample.source for sample in samples], train.seed)
+        wanted = mixture.wanted if is_train else None
         if wanted is not None and whole:
-            until_all = data.stopping_strategy == "all_exhausted"
-            everything, ended = np.ones(corpus.num_documents, bool), np.ones(len(samples), bool)
-            used = use_pieces(corpus, everything, wanted, ended, until_all=until_all, seed=train.seed)
-        piece_sources = corpus.sources[corpus.documents]
-        targets = np.bincount(piece_sources, weights=corpus.targets * used, minlength=len(samples))
+            used = mixture.use_pieces(corpus, np.ones(len(corpus.documents), bool), np.ones(len(samples), bool))
+        piece_sources = corpus.documents["source"][pieces["document"]]
+        targets = np.bincount(piece_sources, weights=pieces["targets"] * used, minlength=len(samples))
         yield "fraction of the trained tokens" + ("" if whole else " in the documents read")
         for number, sample in enumerate(samples):
             note = f" (wanted {wanted[number]:.1%})" if wanted is not None else ""
             yield f"  {targets[number] / targets.sum():6.1%}{note}  {sample.source.label}"
-    lengths = np.repeat(corpus.lengths, used)
+    lengths = np.repeat(pieces["length"], used)
     rows = pack(np.cumsum(lengths) - lengths, lengths, length).num_rows
     yield (
         f"packed in {rows:,} sequences of {length:,} tokens, {1 - lengths.sum() / (rows * length):.1%} padding"
         + (" (the last sequences of a small sample are half empty)" if rows < 20 else "")
     )
-    if is_train and all(sample.ended for sample in samples):
-        if train.needs.data == "prompts":  # Their number depends on section `rollout`.
-            return
+    if is_train and whole and train.needs.data != "prompts":  # Their number depends on section `rollout`.
         steps = f"{train.total_steps(rows):,}"
         yield f"optimizer steps of a run: {steps} (train.epochs, train.max_steps, train.global_batch)"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError, require
-from distlora.data.conversations import check_chat, kind_name, listed
+from distlora.data.formats import check_chat, kind_name, listed
 
 _GOOD = 'a good line: {"prompt": "What is a list?"} or {"messages": [{"role": "user", "content": "What is a list?"}]}'
 

@@ -26,8 +26,9 @@ from distlora.config.base import is_hub_name
 from distlora.config.errors import FILES
 from distlora.config.json_files import read_object
 from distlora.config.objectives import DataForm
+from distlora.data.answers import reads, to_answers
 from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
-from distlora.data.formats import Document, Reading, Record, good, head_with_key, resolve_format, to_document
+from distlora.data.formats import Document, Reading, Record, good, keys_of_messages, listed, resolve_format, to_document
 from distlora.system.atomic_io import sha256
 from distlora.system.hub_errors import DATASET, explained, unreachable
 
@@ -299,8 +300,9 @@ class Source:
     def _documents(
         self, records: Iterator[Record], format: str, has_template: bool, reading: Reading
     ) -> Iterator[Document]:
+        convert = to_answers if reads(format, reading) else to_document
         for record in records:
-            document = to_document(record, format, has_template, reading)
+            document = convert(record, format, has_template, reading)
             self.unread.update(document.unread)
             yield document
 
@@ -348,6 +350,21 @@ class Source:
             with path.open("rb") as file:
                 return [*_stamp(path), hashlib.sha256(file.read(_STREAM_HEAD)).hexdigest()]
         return sha256(path)
+
+
+def head_with_key(records: Iterator[Record], key: str) -> list[Record]:
+    """Return the records up to the first of which a message has `key`. Raises UserError if 1,000 have none."""
+    head, keys = list[Record](), set[str]()
+    for record in itertools.islice(records, 1000):
+        head.append(record)
+        keys |= keys_of_messages(list(record.value.values()) if isinstance(record.value, dict) else None)
+        if key in keys:
+            return head
+    place = head[0].place
+    raise UserError(
+        f"{place}: data.reasoning_key={key} is a key of no message in {len(head):,} records{nearest(key, keys)}; the "
+        f"keys there are {listed(dict.fromkeys(sorted(keys)))}; correct it, or leave it out"
+    )
 
 
 def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> dict[str, list[Source]]:

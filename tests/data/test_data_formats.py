@@ -6,17 +6,17 @@ import math
 import pytest
 
 from distlora.config import UserError
-from distlora.data.conversations import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from distlora.data.answers import reads, to_answers
 from distlora.data.formats import (
-    EXAMPLES,
-    REQUIRED_KEYS,
+    ALPACA_WITH_INPUT,
+    ALPACA_WITHOUT_INPUT,
+    FORMATS,
     Reading,
     Record,
-    head_with_key,
-    kind_of,
     resolve_format,
     to_document,
 )
+from distlora.data.sources import head_with_key
 from support.data_folders import chat
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": None}}}
@@ -29,7 +29,9 @@ def record(value):
 
 def canonical(value, format, *, columns=None, has_template=True):
     """Return the document's value."""
-    document = to_document(record(value), format, has_template, Reading(columns or {}))
+    reading = Reading(columns or {})
+    convert = to_answers if reads(format, reading) else to_document
+    document = convert(record(value), format, has_template, reading)
     assert (document.place, document.num_bytes) == ("data.jsonl:3", 10)
     return document.value
 
@@ -106,9 +108,9 @@ def test_a_broken_record_is_named_with_the_reason(format, value, complaint):
     assert str(error.value).isascii()
 
 
-@pytest.mark.parametrize("format", EXAMPLES)
+@pytest.mark.parametrize("format", FORMATS)
 def test_the_example_in_every_message_is_a_good_record_of_its_format(format):
-    value = json.loads(EXAMPLES[format])
+    value = json.loads(FORMATS[format].example)
     assert resolve_format(record(value), "auto") == format
     assert canonical(value, format)
 
@@ -192,7 +194,6 @@ def test_alpaca_is_a_chat_where_there_is_a_template():
         "system": "You are a dictionary.",
         "history": [["Hi", "Hello"]],
     }
-    assert kind_of("alpaca", has_template=True) == "chat"
     messages = canonical(value, "alpaca")["messages"]
     assert [item["role"] for item in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert [item["content"] for item in messages][1:] == ["Hi", "Hello", "Translate.\ncat", "chat"]
@@ -200,7 +201,6 @@ def test_alpaca_is_a_chat_where_there_is_a_template():
 
 
 def test_alpaca_is_its_own_prompt_where_there_is_none():
-    assert kind_of("alpaca", has_template=False) == "prompt_completion"
     value = {"instruction": "Write {x}.", "input": "cat {0}", "output": "chat"}
     with_input = canonical(value, "alpaca", has_template=False)
     expected = ALPACA_WITH_INPUT.replace("{instruction}", "Write {x}.").replace("{input}", "cat {0}")
@@ -221,7 +221,7 @@ def test_auto_refuses_what_fits_two_formats_or_none():
     with pytest.raises(UserError, match="it has 'question', 'answer', which fits no format; name the columns") as error:
         resolve_format(record({"question": "a", "answer": "b"}), "auto")
     assert "data.columns={prompt: question, completion: answer}" in str(error.value)
-    assert all(f'"{key}"' in str(error.value) for keys in REQUIRED_KEYS.values() for key in keys)
+    assert all(f'"{key}"' in str(error.value) for keys in FORMATS.values() for key in keys.required)
 
 
 def test_columns_rename_the_keys_of_the_data_and_decide_the_format():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
-from distlora.data.packing import copies, shares, volume
+from distlora.data.packing import Mixture, copies
 from distlora.data.prepare import summary
 from distlora.data.rows import PackedRows, read_meta
 from support.data_folders import CHATML, chat, prepare, write_lines, write_model
@@ -30,9 +30,9 @@ def mixtures(draw):
 @given(mixtures(), st.booleans())
 def test_every_source_misses_its_share_by_less_than_a_piece(mixture, until_all):
     targets, sources, weights = mixture
-    wanted = shares(weights)
+    wanted = np.array(weights) / sum(weights)
     sizes = np.bincount(sources, weights=targets)
-    whole = volume(sizes, wanted, np.ones(len(sizes), bool), until_all=until_all)
+    whole = Mixture(wanted, until_all, 0.0, 3).volume(sizes, np.ones(len(sizes), bool))
     used = copies(targets, sources, wanted, whole, seed=3)
     got = np.bincount(sources, weights=targets * used)
     for source, share in enumerate(wanted):

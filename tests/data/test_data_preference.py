@@ -18,10 +18,11 @@ import torch
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, UserError
 from distlora.config.file import build
-from distlora.data.formats import Reading, Record, check_objective, resolve_format, to_document
+from distlora.data.answers import check_objective, to_answers
+from distlora.data.encoding import Encoded
+from distlora.data.formats import Reading, Record, resolve_format
 from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, read_meta
-from distlora.data.turns import Encoded
 from support.data_folders import MARKED, prepare, write_lines, write_model
 
 
@@ -61,7 +62,7 @@ def pair_of(value: dict[str, Any], **columns: str) -> dict[str, Any]:
     record = Record("pairs.jsonl:1", 10, value)
     format = resolve_format(record, "auto", Reading(columns))
     assert format == "preference"
-    return to_document(record, format, True, Reading(columns)).value
+    return to_answers(record, format, True, Reading(columns)).value
 
 
 @pytest.mark.parametrize("form", CONVERSATIONS)
@@ -88,7 +89,7 @@ def test_what_comes_before_the_question_is_kept_and_not_trained() -> None:
         "messages": [said("system", "S"), ASKED, GOOD]
     }
     record = Record("pairs.jsonl:1", 10, {"instruction": "Who?", "chosen": "Me.", "rejected": "You."})
-    without = to_document(record, "preference", has_template=False).value
+    without = to_answers(record, "preference", has_template=False).value
     assert without["chosen"]["completion"] == "Me."
     assert "### Instruction:\nWho?\n" in without["chosen"]["prompt"], "in Alpaca's words, without a chat template"
 
@@ -125,7 +126,7 @@ def test_texts_keep_their_prompt_or_get_what_both_begin_with() -> None:
 )
 def test_what_is_no_pair_is_refused_by_its_place(value: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        to_document(Record("pairs.jsonl:1", 10, value), "preference", has_template=True)
+        to_answers(Record("pairs.jsonl:1", 10, value), "preference", has_template=True)
 
 
 def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> None:
@@ -163,7 +164,7 @@ JUDGED_ANSWERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 def judged(value: dict[str, Any], **columns: str) -> dict[str, Any]:
     record, reading = Record("judged.jsonl:1", 10, value), Reading(columns, judged=True)
-    return to_document(record, resolve_format(record, "auto", reading), True, reading).value
+    return to_answers(record, resolve_format(record, "auto", reading), True, reading).value
 
 
 @pytest.mark.parametrize("form", JUDGED_ANSWERS)

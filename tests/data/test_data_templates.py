@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distlora.config import UserError
+from distlora.config import DataConfig, UserError
 from distlora.data import chat_template
-from distlora.data.chat_template import NAMED, ChatTemplate, template_source
-from distlora.data.encoding import Encoder, PromptOnlyEncoder
+from distlora.data.chat_template import NAMED, ChatTemplate, Conversation, Turn, template_source
+from distlora.data.encoding import Encoder, TurnTokens
 from distlora.data.formats import Document
-from distlora.data.turns import Conversation, Turn, TurnTokens
 from support.chat_tokenizers import KINDS, chat_tokenizer
 from support.data_folders import CHATML, MARKED, chat, write_model
 
@@ -50,10 +49,10 @@ def load(tmp_path_factory):
     return build
 
 
-def encode(tokenizer, kind, *values, **options):
+def encode(tokenizer, *values, **options):
     """[(tokens, trained)] of documents at the places data.jsonl:1, data.jsonl:2, ..."""
     documents = [Document(f"data.jsonl:{line}", 1, value) for line, value in enumerate(values, start=1)]
-    encoder = Encoder(tokenizer, kind, "MODEL", **options)
+    encoder = Encoder(tokenizer, "MODEL", DataConfig(path="data.jsonl", **options))
     encoded = [(document.tokens, document.trained) for document in encoder.encode(documents)]
     assert {(tokens.dtype, trained.dtype) for tokens, trained in encoded} == {(np.dtype("int32"), np.dtype("uint8"))}
     return encoded
@@ -91,7 +90,7 @@ GOLDEN_CASES = [
 def test_the_trained_tokens_are_those_marked_by_hand(template, case, train_on):
     tokenizer = chat_tokenizer()
     value = {key: case[key] for key in ("messages", "tools") if key in case}
-    (encoded,) = encode(tokenizer, "chat", value, template=template, train_on=train_on)
+    (encoded,) = encode(tokenizer, value, template=template, train_on=train_on)
     assert segments(tokenizer, *encoded) == merged(case[train_on])
 
 
@@ -151,7 +150,7 @@ def test_qwen3_writes_reasoning_once_wherever_it_stands(load):
     for answer in (thought, inside):
         tokenizer = load(None)
         value = {"messages": [{"role": "user", "content": "Hi"}, answer]}
-        (encoded,) = encode(tokenizer, "chat", value, template="qwen3")
+        (encoded,) = encode(tokenizer, value, template="qwen3")
         assert trained_text(tokenizer, *encoded) == ["<think>\nHm.\n</think>\n\nHello<|im_end|>"]
 
 
@@ -167,8 +166,8 @@ def test_a_named_template_trains_the_same_tokens_by_its_marks_and_by_its_prefixe
         chat("A\n\nB", "- one\n- two\n\n```\nx = 1\n```", "C", "\u00e9 \U0001f600", "D", "3"),
     ]
     for train_on in ("assistant", "last"):
-        by_marks = encode(chat_tokenizer(), "chat", *values, template=name, train_on=train_on)
-        by_prefix = encode(chat_tokenizer(), "chat", *values, template=str(unmarked), train_on=train_on)
+        by_marks = encode(chat_tokenizer(), *values, template=name, train_on=train_on)
+        by_prefix = encode(chat_tokenizer(), *values, template=str(unmarked), train_on=train_on)
         for (tokens, trained), (prefix_tokens, prefix_trained) in zip(by_marks, by_prefix, strict=True):
             assert np.array_equal(tokens, prefix_tokens)
             assert np.array_equal(trained, prefix_trained)
@@ -207,7 +206,7 @@ def test_a_turns_ends_are_where_the_text_up_to_them_tokenized_by_itself_ends(kin
 def test_the_last_turn_can_be_trained_with_a_template_that_rewrites_earlier_ones(load):
     """The prompt is the conversation as the template writes it at inference: earlier turns without their thoughts."""
     tokenizer = load(FORGETFUL)
-    (encoded,) = encode(tokenizer, "chat", CONVERSATION, train_on="last")
+    (encoded,) = encode(tokenizer, CONVERSATION, train_on="last")
     prompt = tokenizer.apply_chat_template(CONVERSATION["messages"][:3], tokenize=False, add_generation_prompt=True)
     assert "Thought." not in prompt
     assert segments(tokenizer, *encoded) == [
@@ -228,7 +227,7 @@ def test_masks_of_other_tools_are_honoured(load, mask):
     for message in ours["messages"]:
         del message[name]
     ours["messages"][1]["train"] = False
-    found, expected, whole = encode(load(CHATML), "chat", masked, ours, value)
+    found, expected, whole = encode(load(CHATML), masked, ours, value)
     assert np.array_equal(found[1], expected[1])
     assert found[1].sum() < whole[1].sum()
 
@@ -238,8 +237,8 @@ def test_marks_without_the_end_of_turn_token_are_extended_to_it(load):
     assert inside in MARKED
     template = MARKED.replace(inside, "{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>' }}")
     for train_on in ("assistant", "last"):
-        (encoded,) = encode(load(template), "chat", CONVERSATION, train_on=train_on)
-        (expected,) = encode(load(MARKED), "chat", CONVERSATION, train_on=train_on)
+        (encoded,) = encode(load(template), CONVERSATION, train_on=train_on)
+        (expected,) = encode(load(MARKED), CONVERSATION, train_on=train_on)
         assert np.array_equal(encoded[0], expected[0])
         assert np.array_equal(encoded[1], expected[1])
 
@@ -256,7 +255,7 @@ def test_marks_that_take_in_the_header_or_the_line_break_after_the_turn_are_cut(
     )
     tokenizer = load(template)
     for value in (CONVERSATION, chat("Welcome.", "How many birds?", "Seven.", first="assistant")):
-        ((tokens, trained),) = encode(tokenizer, "chat", value)
+        ((tokens, trained),) = encode(tokenizer, value)
         answers = [m["content"] + "<|im_end|>" for m in value["messages"] if m["role"] == "assistant"]
         assert trained_text(tokenizer, tokens, trained) == answers
 
@@ -329,22 +328,22 @@ REFUSED = [
 @pytest.mark.parametrize(("template", "options", "documents", "message"), REFUSED, ids=[case[3] for case in REFUSED])
 def test_what_a_template_cannot_write_is_refused_by_place(load, template, options, documents, message):
     with pytest.raises(UserError, match=message):
-        encode(load(template), "chat", *documents, **options)
+        encode(load(template), *documents, **options)
 
 
 def test_a_prompt_whose_template_leaves_out_its_tools_is_refused(load):
     prompt = {"prompt": chat("Use weather.", "")["messages"][:1], "columns": {}, "tools": [CALL]}
     with pytest.raises(UserError, match=LEFT_OUT):
-        list(PromptOnlyEncoder(load(CHATML), "none").encode([Document("data.jsonl:1", 1, prompt)]))
+        encode(load(CHATML), prompt)
 
 
 def test_tools_are_refused_where_the_tokenizer_lacks_the_markers_for_them(load):
     tokenizer = load(None)
     tokenizer.add_tokens(["[INST]", "[/INST]"], special_tokens=True)
-    assert encode(tokenizer, "chat", CONVERSATION, template="mistral")
+    assert encode(tokenizer, CONVERSATION, template="mistral")
     value = answered("Hello") | {"tools": TOOLS}
     with pytest.raises(UserError, match=r"data\.jsonl:1: data\.template=mistral writes tools with \[AVAILABLE_TOOLS\]"):
-        encode(tokenizer, "chat", value, template="mistral")
+        encode(tokenizer, value, template="mistral")
 
 
 def test_eot_tokens_end_a_trained_turn_although_they_are_not_special(load):
@@ -353,32 +352,28 @@ def test_eot_tokens_end_a_trained_turn_although_they_are_not_special(load):
     template = CHATML.replace("<|im_end|>", "</turn>")
     tokenizer = load(template)
     tokenizer.add_tokens([AddedToken("</turn>", special=False, normalized=False), "</other>"])
-    encoder = Encoder(tokenizer, "chat", "MODEL", eot_tokens=["</turn>"])
-    (encoded,) = encoder.encode([Document("data.jsonl:1", 0, CONVERSATION)])
-    assert trained_text(tokenizer, encoded.tokens, encoded.trained) == [
-        "It is Paris.</turn>",
-        "There are seven.</turn>",
-    ]
+    (encoded,) = encode(tokenizer, CONVERSATION, eot_tokens=("</turn>",))
+    assert trained_text(tokenizer, *encoded) == ["It is Paris.</turn>", "There are seven.</turn>"]
     with pytest.raises(
         UserError, match=r"eot_tokens: the chat template in MODEL never writes </other>, and ends .*turn>"
     ):
-        Encoder(tokenizer, "chat", "MODEL", eot_tokens=["</other>"])
+        encode(tokenizer, CONVERSATION, eot_tokens=("</other>",))
     with pytest.raises(UserError, match=r"eot_tokens: <eot> is not one token .*model\.new_tokens=\["):
-        Encoder(tokenizer, "chat", "MODEL", eot_tokens=["<eot>"])
+        encode(tokenizer, CONVERSATION, eot_tokens=("<eot>",))
 
 
-@pytest.mark.parametrize("kind", ["text", "prompt_completion"])
-def test_a_tokenizer_without_an_end_of_text_is_refused_where_one_is_appended(load, kind):
+@pytest.mark.parametrize("value", [{"text": "a"}, {"prompt": "a", "completion": "b"}], ids=str)
+def test_a_tokenizer_without_an_end_of_text_is_refused_where_one_is_appended(load, value):
     tokenizer = load(CHATML, eos=False)
     with pytest.raises(UserError, match=r'set "eos_token" in MODEL/tokenizer_config\.json'):
-        Encoder(tokenizer, kind, "MODEL")
+        encode(tokenizer, value)
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_a_completion_is_trained_with_its_end_of_text_from_an_exact_boundary(load, bos):
     r"""Joined, '\n' + '\n\n' would begin with a token of two; apart, the prompt is what it is at inference."""
     tokenizer = load(None, bos=bos)
-    ((tokens, trained),) = encode(tokenizer, "prompt_completion", {"prompt": "Hello!\n", "completion": "\n\nParis."})
+    ((tokens, trained),) = encode(tokenizer, {"prompt": "Hello!\n", "completion": "\n\nParis."})
     prompt = tokenizer("Hello!\n").input_ids
     assert tokens[: len(prompt)].tolist() == prompt
     assert trained.tolist() == [0] * len(prompt) + [1] * (len(tokens) - len(prompt))
@@ -401,7 +396,7 @@ def test_a_completion_is_trained_with_its_end_of_text_from_an_exact_boundary(loa
 def test_a_completion_goes_on_where_the_prompt_ends_and_no_space_comes_between(kind, prompt, completion):
     """Llama 2's tokenizer puts a space in front of every text, and the model would learn to write it."""
     tokenizer = chat_tokenizer(kind)
-    ((tokens, trained),) = encode(tokenizer, "prompt_completion", {"prompt": prompt, "completion": completion})
+    ((tokens, trained),) = encode(tokenizer, {"prompt": prompt, "completion": completion})
     alone = tokenizer(prompt, add_special_tokens=kind == "llama3").input_ids
     assert tokens[: len(alone)].tolist() == alone
     assert trained.tolist() == [0] * len(alone) + [1] * (len(tokens) - len(alone))
@@ -412,7 +407,7 @@ def test_a_completion_goes_on_where_the_prompt_ends_and_no_space_comes_between(k
 @pytest.mark.parametrize("bos", [False, True])
 def test_every_token_of_a_text_is_trained_and_an_end_of_text_is_appended(load, bos):
     tokenizer = load(None, bos=bos)
-    (tokens, trained), (empty, _) = encode(tokenizer, "text", {"text": "The lazy dog."}, {"text": ""})
+    (tokens, trained), (empty, _) = encode(tokenizer, {"text": "The lazy dog."}, {"text": ""})
     assert tokens.tolist() == [*tokenizer("The lazy dog.").input_ids, tokenizer.eos_token_id]
     assert trained.all()
     assert len(empty) == 1 + bos
@@ -436,7 +431,7 @@ def with_marker(tokenizer):
 def test_a_turn_that_ends_in_a_marker_is_trained_up_to_its_end_of_turn_token(load, template):
     tokenizer = with_marker(load(template))
     value = chat("Hi", "a tool</tool_call>", "So?", "Yes.</tool_call>")
-    (encoded,) = encode(tokenizer, "chat", value)
+    (encoded,) = encode(tokenizer, value)
     assert trained_text(tokenizer, *encoded) == ["a tool</tool_call><|im_end|>", "Yes.</tool_call><|im_end|>"]
 
 
@@ -456,6 +451,6 @@ def test_a_template_without_end_is_refused_with_its_limit(load, monkeypatch, exp
         monkeypatch.setattr(chat_template, name, limit)
     handler, limits = signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(UserError, match=rf"^data\.jsonl:1: the chat template in MODEL .*({reason})"):
-        encode(tokenizer, "chat", chat("Hi", "Hello"))
+        encode(tokenizer, chat("Hi", "Hello"))
     assert (signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)) == (handler, limits)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)

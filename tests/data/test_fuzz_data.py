@@ -18,7 +18,7 @@ import pytest
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, DataConfig
 from distlora.config.file import build
-from distlora.data.conversations import ROLES
+from distlora.data.formats import ROLES
 from distlora.data.loader import StepLoader
 from distlora.data.rows import PackedRows
 from distlora.data.sources import find_sources

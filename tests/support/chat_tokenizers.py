@@ -27,9 +27,9 @@ def chat_tokenizer(kind: str = "llama3") -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from distlora.data.chat_template import NAMED
+    from distlora.data.chat_template import NAMED, TOOL_MARKERS
 
-    named = [token for template in NAMED.values() for token in (*template.tokens, *template.tool_tokens)]
+    named = " ".join([*NAMED.values(), *TOOL_MARKERS.values()]).split()
     markers = list(dict.fromkeys(["<pad>", "<s>", "</s>", *named]))
     if kind in ("llama3", "gpt2"):
         bpe = Tokenizer(models.BPE())

@@ -12,7 +12,6 @@ from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.config import ModelConfig, ModelSpec, UserError, require
 from distlora.config.base import is_hub_name, means_hub, place_of
-from distlora.data.formats import DATA_FORMATS
 from distlora.post.evaluate.request import NAMES as NAMES
 from distlora.post.evaluate.request import (
     NEW_TOKENS,
@@ -352,6 +351,4 @@ def holds_chats(text: Text) -> bool:
     """Return True if a chat template affects how the text is read."""
     from distlora.data.sources import check_sources
 
-    plain = {"text", "prompt_completion", None}
-    assert plain - {None} < set(DATA_FORMATS)
-    return bool(set(check_sources(text.data(), limit=HEAD_LINES)) - plain)
+    return bool(set(check_sources(text.data(), limit=HEAD_LINES)) - {"text", "prompt_completion", None})

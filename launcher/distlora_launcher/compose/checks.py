@@ -413,8 +413,8 @@ def check_data(data: DataConfig, objective: str, run_dir: str) -> None:
 
     For a data set on the hub, its name, configuration and split are checked, unless this run has read it before.
     """
+    from distlora.data.answers import check_objective
     from distlora.data.chat_template import template_source
-    from distlora.data.formats import check_objective
     from distlora.data.sources import check_sources, pinned_commits
 
     template_source(data.template)

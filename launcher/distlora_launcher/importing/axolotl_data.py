@@ -7,7 +7,7 @@ from typing import Any
 from distlora.config import UserError
 from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import template_choice
-from distlora.data.conversations import MASK_KEYS
+from distlora.data.formats import MASK_KEYS
 from distlora_launcher.importing.recipe import Imported, Keys, note_entry_key
 
 _BEGINNING = "begins with the beginning-of-text token where the tokenizer adds one to every text"

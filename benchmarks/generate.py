@@ -21,7 +21,7 @@ import torch
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.generation.engine import Engine
-from distlora.generation.requests import Request
+from distlora.generation.sampling import Request
 from distlora.parallel import Ranks
 from distlora.results.tables import Table
 from distlora.system.progress import say

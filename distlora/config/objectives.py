@@ -1,6 +1,6 @@
 """List the needs of each value of train.objective: its data, a reference, its own settings. No torch.
 
-The losses themselves are in `distlora/training/objectives/`, a file each.
+The losses themselves are in `distlora/training/objectives/`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,24 +1,25 @@
 """The last stage: rows to the batches of a rank. Any step by random access, so the data position is the step number.
 
-Letters: B rows of a micro-batch, L tokens of a row. Needs numpy and torch alone.
+Letters: B rows of a micro-batch, L tokens of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from distlora.data.packing import ROW_ORDER, build_rows, hash64, pack
-from distlora.data.rows import BAD, JUDGED, RIGHT, STARTS, TRAINED, PackedRows
+from distlora.config import TrainConfig
+from distlora.data.packing import build_rows, pack
+from distlora.data.rows import BAD, EMPTY, JUDGED, RIGHT, STARTS, TRAINED, PackedRows, RowOrder, open_split
+from distlora.parallel import Ranks
 
 IGNORED = -100
 """The label of a position that is not trained, as torch's and transformers' losses have it."""
-EMPTY = -1
-"""The index of a row that is not there: pad tokens, no label, the positions of one document."""
 
 
 _VERDICTS = np.zeros(1 + (JUDGED | BAD), np.int64)
@@ -79,48 +80,20 @@ class StepBatch:
 
 
 @dataclass(eq=False)
-class StepLoader:
-    """A pure function from the step to a rank's rows; holds no position.
+class StepLoader(RowOrder):
+    """Batches of a rank: a pure function from the step."""
 
-    A step takes `global_batch` consecutive rows of the epoch's order, whatever the ranks; the last step of an epoch
-    takes what is left. Micro-batch a of rank r takes those from (a * world + r) * micro_batch on, so the rows of a
-    step are the same set for every `world` and `micro_batch`; what is missing at the end is empty rows.
-    """
-
-    rows: PackedRows
-    _: KW_ONLY
-    global_batch: int
-    micro_batch: int
-    rank: int
-    world: int
-    seed: int
-    shuffle: bool
     slot: int | None = None
     """Adapter that the rows use, where trials share a base."""
     mismatched: bool = False
     """Give each step the prompts of its judged answers a second time, each with the answer before it in the order of
     the rows, the first with the last one. What is then longer than a row is cut. A step's only answer has no labels."""
-    _order: tuple[int, np.ndarray] | None = field(default=None, init=False)
-    """(epoch, order of its rows): computed once an epoch, not once a step."""
     _are_judged: bool = field(default=False, init=False)
     """True if the answers of the data are judged; then every row has some."""
 
     def __post_init__(self) -> None:
-        assert len(self.rows) > 0, "a split without rows is refused when it is prepared"
-        assert 0 <= self.rank < self.world, f"rank {self.rank} of {self.world}"
-        batches = self.global_batch, self.micro_batch
-        assert min(batches) > 0, f"batches of {batches} rows"
+        super().__post_init__()
         self._are_judged = bool((self.rows.flags[0] & JUDGED).any())
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps that visit every row once."""
-        return -(-len(self.rows) // self.global_batch)
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of each rank in each step."""
-        return -(-self.global_batch // (self.world * self.micro_batch))
 
     def batch(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of step `step` (from 0; epochs follow each other without end)."""
@@ -135,16 +108,6 @@ class StepLoader:
             rows=tuple(own.reshape(-1).tolist()),
             mismatched=self._mismatched(step_rows) if self.mismatched else (),
         )
-
-    def rows_of_ranks(self, step: int) -> np.ndarray:
-        """Return the rows of all ranks in a step: (accumulation, world, micro_batch) int64, -1 for an empty row."""
-        return self._deal(self.rows_of_step(step), self.accumulation)
-
-    def _deal(self, rows: np.ndarray, accumulation: int) -> np.ndarray:
-        """Return the rows as those of each micro-batch and rank."""
-        slots = np.full((accumulation, self.world, self.micro_batch), EMPTY, np.int64)
-        slots.reshape(-1)[: len(rows)] = rows
-        return slots
 
     def _mismatched(self, step_rows: np.ndarray) -> list[MicroBatch]:
         """Return this rank's micro-batches of mismatched prompts and answers. Every rank packs those of all ranks."""
@@ -166,23 +129,8 @@ class StepLoader:
         packing = pack(np.cumsum(lengths) - lengths, lengths, length, single=single)
         built = list(build_rows(packing, tokens[places], marks, self.rows.pad_token_id))
         columns = [np.concatenate([part[index] for part in built]) for index in (1, 2)]
-        micro_batches = -(-packing.num_rows // (self.world * self.micro_batch))
-        own = self._deal(np.arange(packing.num_rows), micro_batches)[:, self.rank]
+        own = self.deal(np.arange(packing.num_rows))[:, self.rank]
         return [self._assemble(indices, lambda rows: tuple(column[rows] for column in columns)) for indices in own]
-
-    def rows_of_step(self, step: int) -> np.ndarray:
-        """Return the rows of all ranks in a step, (n,) int64."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        return self._epoch_order(epoch)[within * self.global_batch : (within + 1) * self.global_batch]
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        """Return the order of the rows in an epoch: (N,) int64, a permutation keyed by (seed, epoch)."""
-        if self._order is None or self._order[0] != epoch:
-            order = np.arange(len(self.rows))
-            if self.shuffle:
-                order = np.argsort(hash64((ROW_ORDER, self.seed, epoch), len(self.rows)), kind="stable")
-            self._order = (epoch, order)
-        return self._order[1]
 
     def _assemble(self, indices: np.ndarray, read: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> MicroBatch:
         """Return the tensors of B rows, whose tokens and flags `read` returns; an index of -1 gives an empty row."""
@@ -214,3 +162,30 @@ class StepLoader:
         if self.rows.margins is None:
             return None
         return torch.from_numpy(np.where((indices == EMPTY)[:, None], np.float32(0), self.rows.margins[indices]))
+
+
+def open_data(
+    run_dir: Path, train: TrainConfig, ranks: Ranks, slot: int | None = None
+) -> tuple[StepLoader, StepLoader | None]:
+    """Return the loaders of the training rows and of the held-out rows, if there are any."""
+    rows, held_out = open_split(run_dir, "train"), open_split(run_dir, "eval")
+    assert rows is not None, "a preparation without training rows is refused"
+    evaluation = None if held_out is None else step_loader(held_out, train, ranks, shuffle=False, slot=slot)
+    return step_loader(rows, train, ranks, shuffle=True, slot=slot), evaluation
+
+
+def step_loader(
+    rows: PackedRows, train: TrainConfig, ranks: Ranks, *, shuffle: bool, slot: int | None = None
+) -> StepLoader:
+    """Return the loader of this rank's rows of each step."""
+    return StepLoader(
+        rows,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        rank=ranks.rank,
+        world=ranks.world,
+        seed=train.seed,
+        shuffle=shuffle,
+        slot=slot,
+        mismatched=train.needs.mismatched,
+    )

@@ -16,34 +16,23 @@ import numpy as np
 
 from distlora.config import DataConfig
 from distlora.data.encoding import Encoded, TooLong
-from distlora.data.rows import BAD, DOCUMENTS, JUDGED, MARGINS, RECORDS, REJECTED, RIGHT, STARTS, TRAINED, split_file
+from distlora.data.rows import (
+    BAD,
+    DOCUMENTS,
+    HELD_OUT,
+    JUDGED,
+    MARGINS,
+    MIXTURE,
+    RECORDS,
+    REJECTED,
+    RIGHT,
+    STARTS,
+    TRAINED,
+    below,
+    hash64,
+    split_file,
+)
 from distlora.data.sources import Source
-
-HELD_OUT, ROW_ORDER, MIXTURE, SAMPLES, PARTS = 1, 2, 3, 4, 5
-"""Uses of hashes: the first word, so that no two uses share a stream."""
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _scramble(state: np.ndarray) -> np.ndarray:
-    """Return the output function of splitmix64: a bijection of uint64 that mixes every bit into every other."""
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
-def hash64(words: tuple[int, ...], count: int, start: int = 0) -> np.ndarray:
-    """Return uint64 numbers `start` to `start + count`; the i-th depends on `words` (each below 2**64) and i alone."""
-    state = np.zeros(1, np.uint64)  # An array, since numpy warns when a uint64 scalar wraps around.
-    for word in words:
-        state = _scramble((state ^ np.uint64(word)) + _GOLDEN)
-    return _scramble(state + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)
-
-
-def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Return a mask of the uint64 hashes among the lowest `fraction` of all values."""
-    return hashes < np.uint64(int(fraction * 2**53) << 11)
-
 
 TRUNCATED, DROPPED, DUPLICATE = 1, 2, 3
 """Fates of a document: it lost its end; it was left out for its length, or because an equal one came before."""

@@ -24,29 +24,21 @@ from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import template_choice, template_source
 from distlora.data.encoding import Encoder
 from distlora.data.formats import MASK_KEYS, Document
-from distlora.data.packing import (
-    DROPPED,
-    DUPLICATE,
-    HELD_OUT,
-    TRUNCATED,
-    Corpus,
-    Mixture,
-    below,
-    count_sources,
-    hash64,
-    write_split,
-)
+from distlora.data.packing import DROPPED, DUPLICATE, TRUNCATED, Corpus, Mixture, count_sources, write_split
 from distlora.data.rows import (
     FORMAT_VERSION,
+    HELD_OUT,
     TEMPLATE_FILES,
     PackedRows,
+    below,
     cache_key,
     content_digest,
+    hash64,
     new_entry,
     read_meta,
 )
 from distlora.data.sources import Source, find_sources, pinned_commits
-from distlora.run_folder.layout import DATA_NAME, read_record
+from distlora.run_folder.layout import DATA_NAME
 from distlora.system.atomic_io import write_json
 from distlora.system.exit_codes import DONE, run_to_exit_code
 
@@ -124,15 +116,6 @@ def prepare_run(run_dir: str | Path) -> dict[str, Any]:
             counted |= source.describe()
     write_json(run_dir / DATA_NAME, record)
     return record
-
-
-def open_split(run_dir: str | Path, split: str) -> PackedRows | None:
-    """Return the rows of `train` or `eval` that RUN/data.json names; None for `eval` where nothing is held out."""
-    path = Path(run_dir) / DATA_NAME
-    if not path.is_file():
-        raise UserError(f"{run_dir} has no prepared data (no data.json); run `distlora data prepare {run_dir}`")
-    record = read_record(path)
-    return PackedRows.open(Path(record["cache"]), split) if split in record["splits"] else None
 
 
 def _settings(

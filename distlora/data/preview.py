@@ -25,8 +25,8 @@ from distlora.data.chat_template import ChatTemplate
 from distlora.data.encoding import Encoded, Encoder, TooLong
 from distlora.data.formats import Document
 from distlora.data.packing import DROPPED, DUPLICATE, Corpus, Mixture, pack
-from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of, open_split
-from distlora.data.rows import BAD, JUDGED, REJECTED, STARTS, TRAINED, PackedRows
+from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of
+from distlora.data.rows import BAD, JUDGED, REJECTED, STARTS, TRAINED, PackedRows, open_split
 from distlora.data.sources import Source, find_sources
 from distlora.system.exit_codes import BAD_INPUT, DONE
 

@@ -1,4 +1,4 @@
-"""Packed rows on disk: content-addressed cache entries, published whole, and the arrays in them. Needs numpy alone.
+"""Packed rows on disk: content-addressed cache entries, published whole, their arrays, and the order of rows in a run.
 
 An entry is a folder that is complete from the moment it has its name: it is written beside it, fsynced and renamed. The
 byte layout is in README.md.
@@ -15,7 +15,7 @@ import shutil
 import time
 import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,34 @@ import numpy as np
 from distlora.config import UserError
 from distlora.config.json_files import Shape, check_shape, read_object
 from distlora.config.objectives import OBJECTIVES
+from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.atomic_io import private_folder, sha256, sync
+
+HELD_OUT, ROW_ORDER, MIXTURE, SAMPLES, PARTS = 1, 2, 3, 4, 5
+"""Uses of hashes: the first word, so that no two uses share a stream."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _scramble(state: np.ndarray) -> np.ndarray:
+    """Return the output function of splitmix64: a bijection of uint64 that mixes every bit into every other."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def hash64(words: tuple[int, ...], count: int, start: int = 0) -> np.ndarray:
+    """Return uint64 numbers `start` to `start + count`; the i-th depends on `words` (each below 2**64) and i alone."""
+    state = np.zeros(1, np.uint64)  # An array, since numpy warns when a uint64 scalar wraps around.
+    for word in words:
+        state = _scramble((state ^ np.uint64(word)) + _GOLDEN)
+    return _scramble(state + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def below(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Return a mask of the uint64 hashes among the lowest `fraction` of all values."""
+    return hashes < np.uint64(int(fraction * 2**53) << 11)
+
 
 FORMAT_VERSION = 6
 """Grows when the layout or the meaning of a row changes; part of the cache key."""
@@ -43,6 +70,8 @@ RIGHT = 32
 """Bit of a flag, beside TRAINED: the label at this position is that of a right step, and not the next token."""
 
 
+EMPTY = -1
+"""The index of a row that is not there: pad tokens, no label, the positions of one document."""
 _COUNTED = (
     *("documents", "rows", "pairs", "tokens", "targets", "padding", "truncated", "split", "dropped", "dropped_long"),
     *("unused", "pieces", "largest_token"),
@@ -200,6 +229,77 @@ class PackedRows:
     def sequence_length(self) -> int:
         """Return the tokens per sequence."""
         return self.tokens.shape[1]
+
+
+@dataclass(eq=False)
+class RowOrder:
+    """The order of the rows, as a pure function from the step to each rank's rows; holds no position.
+
+    A step takes `global_batch` consecutive rows of the epoch's order, whatever the ranks; the last step of an epoch
+    takes what is left. Micro-batch a of rank r takes those from (a * world + r) * micro_batch on, so the rows of a
+    step are the same set for every `world` and `micro_batch`; what is missing at the end is empty rows.
+    """
+
+    rows: PackedRows
+    _: KW_ONLY
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world: int
+    seed: int
+    shuffle: bool
+    _order: tuple[int, np.ndarray] | None = field(default=None, init=False)
+    """(epoch, order of its rows): computed once an epoch, not once a step."""
+
+    def __post_init__(self) -> None:
+        assert len(self.rows) > 0, "a split without rows is refused when it is prepared"
+        assert 0 <= self.rank < self.world, f"rank {self.rank} of {self.world}"
+        batches = self.global_batch, self.micro_batch
+        assert min(batches) > 0, f"batches of {batches} rows"
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that visit every row once."""
+        return -(-len(self.rows) // self.global_batch)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of each rank in each step."""
+        return -(-self.global_batch // (self.world * self.micro_batch))
+
+    def rows_of_ranks(self, step: int) -> np.ndarray:
+        """Return the rows of all ranks in a step: (accumulation, world, micro_batch) int64, -1 for an empty row."""
+        return self.deal(self.rows_of_step(step), self.accumulation)
+
+    def deal(self, rows: np.ndarray, accumulation: int | None = None) -> np.ndarray:
+        """Return the rows as those of each micro-batch and rank; None: as few micro-batches as hold them."""
+        accumulation = accumulation or -(-len(rows) // (self.world * self.micro_batch))
+        slots = np.full((accumulation, self.world, self.micro_batch), EMPTY, np.int64)
+        slots.reshape(-1)[: len(rows)] = rows
+        return slots
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Return the rows of all ranks in a step, (n,) int64."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._epoch_order(epoch)[within * self.global_batch : (within + 1) * self.global_batch]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """Return the order of the rows in an epoch: (N,) int64, a permutation keyed by (seed, epoch)."""
+        if self._order is None or self._order[0] != epoch:
+            order = np.arange(len(self.rows))
+            if self.shuffle:
+                order = np.argsort(hash64((ROW_ORDER, self.seed, epoch), len(self.rows)), kind="stable")
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+def open_split(run_dir: str | Path, split: str) -> PackedRows | None:
+    """Return the rows of `train` or `eval` that RUN/data.json names; None for `eval` where nothing is held out."""
+    path = Path(run_dir) / DATA_NAME
+    if not path.is_file():
+        raise UserError(f"{run_dir} has no prepared data (no data.json); run `distlora data prepare {run_dir}`")
+    record = read_record(path)
+    return PackedRows.open(Path(record["cache"]), split) if split in record["splits"] else None
 
 
 def _load(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:

@@ -24,8 +24,7 @@ from distlora.checkpoint.state import SamplingChoice
 from distlora.config import UserError
 from distlora.generation.compiled_step import CompiledStep, fits
 from distlora.generation.prompts import context_limit
-from distlora.generation.requests import Request, Sample
-from distlora.generation.sampling import Choice, choose
+from distlora.generation.sampling import Request, Sample, choose
 from distlora.generation.stop_strings import StopStrings
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM, Past
@@ -366,28 +365,18 @@ class _Batch:
         self, ids: Tensor, positions: Tensor, last: Tensor, slots: Sequence[int | None] | None, step: Step
     ) -> Tensor:
         """Return the logits (N, V) fp32 after the token `last` (N,) of each row of ids and positions (N, T)."""
-        found: list[Tensor] = []
-
-        def read(hidden: Tensor) -> None:
-            rows = hidden[torch.arange(len(hidden), device=hidden.device), last.to(hidden.device)]
-            found.append(self._model.head.logits(rows))
-
         adapters = None
         if slots is not None and any(slot is not None for slot in slots):
             assert all(slot is not None for slot in slots), "requests name a slot or none does"
             adapters = torch.tensor(slots, device=self._device)
-        with self.cache.step(step), self._model.head.read_by(read):
-            self._model(ids, positions, ids, adapter_rows=adapters, past=Past(None, self.cache))
-        return found[0]
+        past = Past(None, self.cache, last.to(self._device))
+        with self.cache.step(step):
+            return self._model(ids, positions, None, adapter_rows=adapters, past=past)
 
     def _append(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Choose the next token of these rows, and let those go that have ended."""
-        requests = [row.request for row in rows]
-        choices = [
-            Choice(request.seed, row.length, request.temperature, request.top_p, request.top_k)
-            for row, request in zip(rows, requests, strict=True)
-        ]
-        tokens, logprobs = (each.tolist() for each in choose(logits, choices))
+        chosen = choose(logits, [row.request for row in rows], [row.length for row in rows])
+        tokens, logprobs = (column.tolist() for column in chosen)
         gone: set[_Row] = set()
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.tokens.append(token)

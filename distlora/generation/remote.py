@@ -21,10 +21,12 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distlora.config import UserError
-from distlora.generation.requests import Request, Sample
+
+if TYPE_CHECKING:  # It imports torch, and the launcher asks the server without it.
+    from distlora.generation.sampling import Request, Sample
 
 AT_ONCE = 64
 """Requests that wait for an answer together; the server batches them."""
@@ -103,6 +105,8 @@ class RemoteEngine:
             raise ServerError(f"{self.url} answers {path} in another form than vLLM's ({error!r})") from error
 
     def _complete(self, request: Request) -> Sample:
+        from distlora.generation.sampling import Sample
+
         body = {
             "model": self.adapter,
             "prompt": request.tokens,

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from distlora.generation.engine import Engine, aside, serves
-from distlora.generation.requests import Request, Sample
+from distlora.generation.sampling import Request, Sample
 from distlora.generation.transformers_path import Completion, Generator, generate, generate_all
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend

@@ -77,6 +77,8 @@ class Past:
     """(B, tokens in the cache + T) int64: 0 on the padding to the left of a prompt."""
     cache: Cache | PagedCache | None
     """Keys and values of earlier tokens, to which the decoder adds the new ones; None: every token is passed again."""
+    last: Tensor | None = None
+    """(B,) the token of each row after which the logits are wanted; None: the last of the T."""
 
 
 class CausalLM(nn.Module):
@@ -175,8 +177,8 @@ class CausalLM(nn.Module):
         `adapter_rows`, `step_rows`: Rows.adapters and Rows.places. `documents` are required if the model attends by
         documents; otherwise masks are made from the positions.
 
-        labels=None (generation): return the logits after the last position, (B, 1, vocabulary) fp32, for one document
-        per row; `past` precedes its T tokens.
+        labels=None (generation): return the logits after the last position, (B, 1, vocabulary) fp32, or after
+        `past.last`, (B, vocabulary), for one document per row; `past` precedes its T tokens.
         """
         reference, temperature = None, losses.temperature
         if losses.with_reference:
@@ -199,7 +201,11 @@ class CausalLM(nn.Module):
                 states = self.final_norm(reference.take())
                 states = states if temperature == 1.0 else states / temperature
             return self.head(hidden, labels, states, divergence=losses.divergence)
-        output: Tensor = self.head(hidden if labels is not None else hidden[:, -1:], labels, by_token=losses.by_token)
+        if labels is None and past is not None and past.last is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), past.last]
+        elif labels is None:
+            hidden = hidden[:, -1:]
+        output: Tensor = self.head(hidden, labels, by_token=losses.by_token)
         if balanced is None or labels is None or losses.by_token:
             return output
         return output + self.router_aux_loss * balance_sums(self.blocks, labels, balanced)

@@ -20,11 +20,9 @@ from distlora.checkpoint.state import (
     identity_of,
     load_state,
 )
-from distlora.config import Config, TrainConfig
+from distlora.config import Config
 from distlora.config.training import Cadence
-from distlora.data.loader import StepLoader
-from distlora.data.prepare import open_split
-from distlora.data.rows import PackedRows
+from distlora.data.loader import StepLoader, open_data
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
@@ -155,31 +153,4 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles,
         progress=progress,
         notes=notes,
         slot=slot,
-    )
-
-
-def open_data(
-    run_dir: Path, train: TrainConfig, ranks: Ranks, slot: int | None = None
-) -> tuple[StepLoader, StepLoader | None]:
-    """Return the loaders of the training rows and of the held-out rows, if there are any."""
-    rows, held_out = open_split(run_dir, "train"), open_split(run_dir, "eval")
-    assert rows is not None, "a preparation without training rows is refused"
-    evaluation = None if held_out is None else step_loader(held_out, train, ranks, shuffle=False, slot=slot)
-    return step_loader(rows, train, ranks, shuffle=True, slot=slot), evaluation
-
-
-def step_loader(
-    rows: PackedRows, train: TrainConfig, ranks: Ranks, *, shuffle: bool, slot: int | None = None
-) -> StepLoader:
-    """Return the loader of this rank's rows of each step."""
-    return StepLoader(
-        rows,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        rank=ranks.rank,
-        world=ranks.world,
-        seed=train.seed,
-        shuffle=shuffle,
-        slot=slot,
-        mismatched=train.needs.mismatched,
     )

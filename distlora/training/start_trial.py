@@ -23,7 +23,7 @@ from distlora.training.reporter import Reporter
 from distlora.training.trial import Hooks, Trained, Trial
 
 if TYPE_CHECKING:
-    from distlora.training.rollouts.loader import RolloutLoader
+    from distlora.training.rollouts import RolloutLoader
 
 
 def trial_of(

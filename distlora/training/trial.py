@@ -40,7 +40,7 @@ from distlora.training.optimizers import Optimizer, learning_rate
 from distlora.training.reporter import Reporter
 
 if TYPE_CHECKING:  # It imports parts of transformers that other runs do not need.
-    from distlora.training.rollouts.loader import RolloutLoader
+    from distlora.training.rollouts import RolloutLoader
 
 
 class NonFiniteError(FloatingPointError):

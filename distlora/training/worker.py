@@ -81,7 +81,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
             rollouts = None
             if config.train.needs.data == "prompts":
                 # Imported late: it imports parts of transformers that other runs do not need.
-                from distlora.training.rollouts.loader import open_rollouts
+                from distlora.training.rollouts import open_rollouts
 
                 loaders = (opened.loader, opened.eval_loader)
                 rollouts = stack.enter_context(

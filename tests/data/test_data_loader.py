@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from distlora.data.loader import StepLoader
-from distlora.data.packing import hash64
-from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows
+from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, hash64
 
 PAD, LENGTH = 3, 6
 

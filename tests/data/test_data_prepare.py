@@ -14,8 +14,8 @@ import yaml
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.config.file import as_mapping
 from distlora.data.loader import StepLoader
-from distlora.data.prepare import open_split, prepare_and_print, prepare_run, summary
-from distlora.data.rows import STARTS, read_meta
+from distlora.data.prepare import prepare_and_print, prepare_run, summary
+from distlora.data.rows import STARTS, open_split, read_meta
 from distlora.system.exit_codes import run_to_exit_code
 from support.data_folders import CHATML, chat, prepare, write_lines, write_model
 from support.small_disks import fill, small_disk

@@ -9,7 +9,8 @@ import yaml
 
 from distlora.config import Config, UserError
 from distlora.config.file import as_mapping, build
-from distlora.data.prepare import open_split, prepare_run, summary
+from distlora.data.prepare import prepare_run, summary
+from distlora.data.rows import open_split
 from distlora_launcher.cli import data as command
 from support.chat_tokenizers import chat_tokenizer
 from support.data_folders import chat, show_preview, show_row, write_lines

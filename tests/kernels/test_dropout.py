@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from distlora.data.loader import open_data
 from distlora.model.adapters import AdaptedLinear, StepRows
 from distlora.model.build import CausalLM
 from distlora.system import randomness
-from distlora.training.open_run import open_data
 from distlora_kernels import dropout as dropout_module
 from distlora_kernels.dropout import Dropout, dropped, philox, threshold_of
 from support.closeness import assert_adapters_close, assert_close, assert_losses_close

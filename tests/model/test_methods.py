@@ -24,11 +24,10 @@ from torch.distributed.tensor import DTensor
 from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.config.file import load_config
-from distlora.data.loader import StepBatch
+from distlora.data.loader import StepBatch, open_data
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.training import worker
-from distlora.training.open_run import open_data
 from distlora.training.publish import load_weights, weight_files
 from distlora.training.setup import Start, start_run_model
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distlora.config import Config
 from distlora.config.file import load_config
+from distlora.data.loader import open_data
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.parallel.integrity import DamagedWeightsError
@@ -26,7 +27,6 @@ from distlora.parallel.ranks import Traffic
 from distlora.parallel.stop_and_save import Control
 from distlora.run_folder.layout import step_of, steps
 from distlora.training import setup, worker
-from distlora.training.open_run import open_data
 from support.closeness import assert_adapters_close, assert_losses_close
 from support.collectives import Collectives
 from support.counted_step import only_collectives, our_step

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
+from distlora.data.loader import open_data
 from distlora.parallel import Ranks, on_demand, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.planner import traffic
 from distlora.planner.workload import Workload
 from distlora.training import setup
 from distlora.training import worker as train
-from distlora.training.open_run import open_data
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from support.closeness import assert_adapters_close
 from support.collectives import Collectives

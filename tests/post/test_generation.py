@@ -30,8 +30,7 @@ from distlora.generation import engine as engine_module
 from distlora.generation.compiled_step import fits
 from distlora.generation.engine import Engine, aside, serves
 from distlora.generation.prompts import PromptEncoder, context_limit, greedy
-from distlora.generation.requests import Request, Sample
-from distlora.generation.sampling import Choice
+from distlora.generation.sampling import Request, Sample
 from distlora.generation.sampling import choose as choose_tokens
 from distlora.generation.transformers_path import Completion, Generator, generate, generate_all
 from distlora.generation.writer import Writer
@@ -168,8 +167,8 @@ def test_tokens_are_drawn_by_their_probability_among_those_of_transformers() -> 
         for warper in ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else []):
             warped = warper(None, warped)
         expected = warped.softmax(-1)[0]
-        choices = [Choice(7, position, temperature, top_p, top_k) for position in range(count)]
-        drawn, log_p = choose_tokens(logits.expand(count, -1), choices)
+        request = Request([], 7, temperature=temperature, top_p=top_p, top_k=top_k)
+        drawn, log_p = choose_tokens(logits.expand(count, -1), [request] * count, range(count))
         assert bool((expected[drawn] > 0).all())
         deviation = (torch.bincount(drawn, minlength=700) - count * expected) / (count * expected).clamp(min=1).sqrt()
         assert float(deviation.abs().max()) < 5

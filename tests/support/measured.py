@@ -22,13 +22,14 @@ from torch import nn
 
 from distlora.checkpoint.state import Progress, identity_of
 from distlora.config import Config
+from distlora.data.loader import step_loader
 from distlora.data.rows import STARTS, TRAINED, PackedRows
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
 from distlora.parallel.stop_and_save import Control
 from distlora.training.compile_choice import decide_compile
 from distlora.training.loop import Trainer
-from distlora.training.open_run import OpenRun, step_loader
+from distlora.training.open_run import OpenRun
 from distlora.training.optimizers import Optimizer, build_optimizer
 from distlora.training.reporter import Reporter
 from distlora.training.setup import start_adapters, start_run_model

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from distlora.config import Config
 from distlora.config.file import load_config
+from distlora.data.loader import open_data
 from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, parallelize
 from distlora.training import setup, worker
-from distlora.training.open_run import open_data
 from support.small_models import make_run, read_metrics
 from support.worlds import World
 

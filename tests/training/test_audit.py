@@ -28,8 +28,8 @@ import transformers
 from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.config.file import load_config
+from distlora.data.loader import open_data
 from distlora.run_folder.layout import ROLLOUT_NAME
-from distlora.training.open_run import open_data
 from distlora.training.publish import weight_files
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.weights.peft_folder import WEIGHTS_NAME

@@ -14,7 +14,7 @@ import torch
 
 from distlora.config import UserError
 from distlora.data.loader import StepLoader
-from distlora.data.prepare import open_split
+from distlora.data.rows import open_split
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
 from distlora.training.objectives.documents import DocumentLosses
 from support.runs import run_once

@@ -20,15 +20,14 @@ from distlora.checkpoint.state import load_state
 from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.data.prepare import open_split
+from distlora.data.rows import open_split
 from distlora.generation.remote import ServerError
 from distlora.loading.peft_format import adapter_tensors
 from distlora.parallel import Backend, Ranks
 from distlora.run_folder.layout import ROLLOUT_NAME, steps
 from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
-from distlora.training.rollouts.loader import RewardsFailedError
-from distlora.training.rollouts.rollout import Rollout, advantages_of, pack_answers
+from distlora.training.rollouts import RewardsFailedError, Rollout, advantages_of, pack_answers
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
 from distlora_launcher.compose.checks import check_model

@@ -24,13 +24,12 @@ from distlora.architecture.spec import architecture_of
 from distlora.checkpoint.state import Identity, Progress, TrainState, check_matches, identity_of
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
-from distlora.data.loader import joined
+from distlora.data.loader import joined, open_data
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
 from distlora.training.loop import prepare as prepare_objective
 from distlora.training.objectives import objective_of
-from distlora.training.open_run import open_data
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
 from distlora.weights.peft_folder import read_teacher

@@ -10,7 +10,7 @@ import pytest
 from distlora.config import UserError
 from distlora.generation import remote
 from distlora.generation.remote import RemoteEngine, ServerError
-from distlora.generation.requests import Request
+from distlora.generation.sampling import Request
 from support.family_models import write_family_folder
 from support.peft_models import write_adapter
 from support.vllm_server import Server, serving

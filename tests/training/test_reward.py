@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from distlora.checkpoint.verify import verify
 from distlora.config import Config, UserError
 from distlora.config.file import load_config
-from distlora.data.prepare import open_split
-from distlora.data.rows import PackedRows
+from distlora.data.loader import open_data
+from distlora.data.rows import PackedRows, open_split
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.lm_head import LossForm
 from distlora.post.combine.request import find_member
@@ -29,7 +29,6 @@ from distlora.run_folder.layout import read_result
 from distlora.training import worker as training_worker
 from distlora.training.model_card import model_card
 from distlora.training.objectives import RewardModel
-from distlora.training.open_run import open_data
 from distlora.training.setup import Start, start_adapters, start_run_model
 from distlora_launcher.cli import generate
 from distlora_launcher.compose.checks import check_model

@@ -16,8 +16,8 @@ import torch
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import ModelConfig, UserError
-from distlora.data.prepare import check_vocabulary, open_split, prepare
-from distlora.data.rows import STARTS, PackedRows
+from distlora.data.prepare import check_vocabulary, prepare
+from distlora.data.rows import STARTS, PackedRows, open_split
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, from_rank_0
 from distlora.post.divergence import Readings, compare, evenly, let_go

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora.data.loader import EMPTY, IGNORED, MicroBatch, StepBatch, joined
+from distlora.data.loader import IGNORED, MicroBatch, StepBatch, joined
+from distlora.data.rows import EMPTY
 
 
 class Stack(NamedTuple):

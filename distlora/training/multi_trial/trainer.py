@@ -17,6 +17,7 @@ from distlora.checkpoint.saver import SaveError
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config, settings_by_name
 from distlora.config.json_files import Shape, read_object
+from distlora.data.loader import open_data
 from distlora.loading.load_base import Loaded
 from distlora.model.adapters import MOST_SLOTS
 from distlora.model.build import CausalLM, put_trial, remove_trial
@@ -42,7 +43,7 @@ from distlora.training.multi_trial.protocol import (
     verdict_file,
 )
 from distlora.training.multi_trial.stacks import stacks
-from distlora.training.open_run import OpenRun, open_data, open_run
+from distlora.training.open_run import OpenRun, open_run
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
 from distlora.training.setup import Start, start_run_model

@@ -1,20 +1,16 @@
-"""Objectives: what a run minimizes, a file each.
+"""Objectives: what a run minimizes, a file each but for the next-token loss (objective.py) and those of pairs.
 
 `config/objectives.py` says what each needs of the data, the model and the settings.
 """
 
 from distlora.config import RolloutConfig, TrainConfig
 from distlora.training.objectives.distill import Distill
-from distlora.training.objectives.dpo import DPO
 from distlora.training.objectives.grpo import GRPO, MismatchError
-from distlora.training.objectives.ipo import IPO
 from distlora.training.objectives.kto import KTO
-from distlora.training.objectives.next_token import NextToken
-from distlora.training.objectives.objective import Losses, Objective
-from distlora.training.objectives.orpo import ORPO
+from distlora.training.objectives.objective import Losses, NextToken, Objective
+from distlora.training.objectives.pairs import DPO, IPO, ORPO, SimPO
 from distlora.training.objectives.process_reward import ProcessReward
 from distlora.training.objectives.reward import RewardModel
-from distlora.training.objectives.simpo import SimPO
 
 __all__ = ["DPO", "GRPO", "Losses", "MismatchError", "NextToken", "Objective", "RewardModel", "objective_of"]
 

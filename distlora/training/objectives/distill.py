@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from distlora.config import RolloutConfig, TrainConfig
-from distlora.data.loader import MicroBatch, StepBatch
+from distlora.data.loader import MicroBatch
 from distlora.model.build import CausalLM
 from distlora.model.distillation import Divergence
 from distlora.model.lm_head import LossForm
@@ -25,10 +25,6 @@ class Distill(Objective):
         super().__init__(train, rollout)
         ratio = train.of_objective("kd_ratio") if "kd_ratio" in self.needs.settings else 1.0
         self.divergence = Divergence(train.of_objective("beta"), train.of_objective("kd_temperature"), ratio)
-
-    def units(self, batch: StepBatch) -> int:
-        """Return the target tokens of the step, over all ranks."""
-        return max(batch.global_targets, 1)
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the losses; in an evaluation also those of each token."""

@@ -1,9 +1,9 @@
 """GRPO (arXiv 2402.03300, equation 3; its KL estimate: equation 4), and what later papers changed in it.
 
 DAPO (arXiv 2503.14476, equation 8) and Dr. GRPO (arXiv 2503.20783) average the tokens otherwise, which the weights of
-the labels hold (training/rollouts/). GSPO (arXiv 2507.18071, equations 5 and 7) has one ratio per answer.
+the labels hold (training/rollouts.py). GSPO (arXiv 2507.18071, equations 5 and 7) has one ratio per answer.
 
-Letters: B rows, T tokens per row, D most documents per row.
+Letters: B rows, T tokens per row, D most documents per row, N answers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distlora.config import RolloutConfig, TrainConfig
-from distlora.data.loader import MicroBatch, StepBatch
+from distlora.data.loader import MicroBatch
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
+
+STD_FLOOR = 1e-4
+"""Constant that is added to a standard deviation before it divides, as in TRL."""
 
 
 class MismatchError(RuntimeError):
@@ -37,10 +41,6 @@ class GRPO(Objective):
         super().__init__(train, rollout)
         self._beta = train.of_objective("beta")
         self._high = rollout.epsilon if rollout.epsilon_high is None else rollout.epsilon_high
-
-    def units(self, batch: StepBatch) -> int:
-        """Return the sampled tokens that are trained in the step, over all ranks; 1 if there are none."""
-        return max(batch.global_targets, 1)
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the losses of the sampled tokens."""
@@ -105,3 +105,30 @@ def mean_by_answer(values: Tensor, answers: Tensor) -> Tensor:
     """Return at each token (B, T) the mean over its answer (B, D, T)."""
     means = sums_of(values, answers) / answers.sum(dim=-1).clamp(min=1)
     return torch.where(answers, means[:, :, None], 0.0).sum(dim=1)
+
+
+def advantages_of(totals: np.ndarray, group: int, scale: str) -> np.ndarray:
+    """Return (N,) fp32 advantages from the total rewards (N,), NaN for answers that are left out.
+
+    Reward less the mean of the group's, divided as `scale` (rollout.scale_rewards) says. 0 for what is left out.
+    """
+    groups = totals.reshape(-1, group)
+    values = groups - means_of_rows(groups)[:, None]
+    if scale == "group":
+        values = values / (deviations_of_rows(groups)[:, None] + STD_FLOOR)
+    elif scale == "batch":
+        values = values / (deviations_of_rows(totals[None]) + STD_FLOOR)
+    return np.nan_to_num(values.reshape(-1), nan=0.0).astype(np.float32)
+
+
+def means_of_rows(rows: np.ndarray) -> np.ndarray:
+    """Return the mean of each row's numbers; NaN without any."""
+    counts = np.count_nonzero(~np.isnan(rows), axis=1)
+    return np.nansum(rows, axis=1) / np.where(counts, counts, np.nan)
+
+
+def deviations_of_rows(rows: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of each row with Bessel's correction; NaN with fewer than two values."""
+    counts = np.count_nonzero(~np.isnan(rows), axis=1)
+    squares = np.nansum((rows - means_of_rows(rows)[:, None]) ** 2, axis=1)
+    return np.sqrt(squares / np.where(counts > 1, counts - 1, np.nan))

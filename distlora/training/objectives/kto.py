@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from distlora.data.loader import MicroBatch, StepBatch
+from distlora.data.loader import MicroBatch
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import LossForm
 from distlora.parallel import Backend
@@ -24,10 +24,6 @@ class KTO(Objective):
 
     _kl: Tensor | None = None
     """Estimate of this step, on the device."""
-
-    def units(self, batch: StepBatch) -> int:
-        """Return the judged answers of the step, over all ranks."""
-        return batch.global_pairs
 
     def prepare(self, model: CausalLM, mismatched: Iterable[MicroBatch], units: int, backend: Backend) -> None:
         """Estimate KL."""

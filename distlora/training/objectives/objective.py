@@ -1,4 +1,4 @@
-"""Define an objective: what a run minimizes, as sums over the ranks.
+"""Define an objective, what a run minimizes, as sums over the ranks; and the simplest one, the next-token loss.
 
 An objective turns a micro-batch into loss sums per row, with gradient, and sums of the metrics reported beside the
 loss. Both are divided by the step's number of units (target tokens, pairs) over all ranks and micro-batches, which the
@@ -46,9 +46,9 @@ class Objective(ABC):
         self.needs: ObjectiveNeeds = train.needs
         self.train, self.rollout = train, rollout
 
-    @abstractmethod
     def units(self, batch: StepBatch) -> int:
-        """Return the units of the step, over all ranks."""
+        """Return the units of the step, over all ranks: pairs, judged answers or labels; 1 if there are no labels."""
+        return batch.global_pairs if self.needs.data in ("pairs", "judged") else max(batch.global_targets, 1)
 
     def prepare(  # noqa: B027 (most objectives need nothing)
         self, model: CausalLM, mismatched: Iterable[MicroBatch], units: int, backend: Backend
@@ -67,6 +67,16 @@ class Objective(ABC):
 
     def check(self, step: int, figures: Mapping[str, float]) -> None:  # noqa: B027
         """Raise an error if the metrics of a step, counted from 1, show that the run must not go on."""
+
+
+class NextToken(Objective):
+    """Next-token loss: -log p of each target token."""
+
+    def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
+        """Compute the losses; in an evaluation also those of each token."""
+        losses = run(model, batch, send(batch, device), step, LossForm(by_token=step is None))
+        rows = losses.sum(dim=1) if step is None else losses
+        return Losses(rows, rows.new_zeros(0), losses if step is None else None)
 
 
 def send(batch: MicroBatch, device: torch.device) -> MicroBatch:

@@ -1,4 +1,4 @@
-"""Objectives of pairs: a chosen and a rejected answer to the same prompt, side by side in one row.
+"""Objectives of pairs (DPO, IPO, ORPO, SimPO): two answers to the same prompt, chosen and rejected, side by side.
 
 Letters: B rows, T tokens per row, P most pairs per row.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distlora.data.loader import MicroBatch, StepBatch
+from distlora.data.loader import MicroBatch
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
@@ -46,10 +46,6 @@ class PairObjective(Objective):
         """Return the weight of -log p of the chosen answer."""
         return self.train.of_objective("sft_weight")
 
-    def units(self, batch: StepBatch) -> int:
-        """Return the pairs of the step, over all ranks."""
-        return batch.global_pairs
-
     @abstractmethod
     def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
         """Return each pair's loss (B, P), and the rewards of its answers (B, P, 2), of which metrics are made."""
@@ -76,6 +72,80 @@ class PairObjective(Objective):
             figures = (chosen, rejected, chosen - rejected, (chosen > rejected).float(), *logps)
             sums = torch.stack([torch.where(is_pair, figure, 0.0).sum() for figure in figures])
         return Losses(losses.sum(dim=1), sums, losses if step is None else None)
+
+
+class DPO(PairObjective):
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7) and cDPO.
+
+    -log sigmoid(r(chosen) - r(rejected)) of each pair; with train.label_smoothing cDPO (`preference_loss`).
+    The reward of an answer is r = beta * (log p(answer) - log p_ref(answer)). The reference is the initial model.
+    """
+
+    def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        """Return each pair's loss and rewards."""
+        assert answers.ratios is not None
+        rewards = self.train.of_objective("beta") * answers.ratios
+        chosen, rejected = rewards.unbind(dim=-1)
+        return preference_loss(chosen - rejected, self.train.of_objective("label_smoothing")), rewards
+
+
+class IPO(PairObjective):
+    """IPO (Azar et al. 2023, arXiv 2310.12036, equation 17).
+
+    (h - 1 / (2 beta))^2 of each pair: beta is the paper's tau, h = h(chosen) - h(rejected).
+    h of an answer is log p(answer) - log p_ref(answer), here the mean over its tokens: TRL does so too, and says that
+    the paper's results were computed so. Rewards are beta * h, with the means that the loss compares; TRL logs them of
+    sums.
+    """
+
+    def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        """Return each pair's loss and rewards."""
+        assert answers.ratios is not None
+        beta, ratios = self.train.of_objective("beta"), answers.per_token(answers.ratios)
+        chosen, rejected = ratios.unbind(dim=-1)
+        return (chosen - rejected - 1 / (2 * beta)) ** 2, beta * ratios
+
+
+class ORPO(PairObjective):
+    """ORPO (Hong et al. 2024, arXiv 2403.07691, equations 6 and 7).
+
+    -log P(chosen) - beta * log sigmoid(log odds(chosen) - log odds(rejected)) of each pair, without a reference.
+    log P(answer) is the mean of log p over its tokens, odds = P / (1 - P), and beta is the paper's lambda. Rewards are
+    beta * log P(answer), as in TRL.
+
+    The first term is the paper's: the chosen answer given the prompt, a mean over the answer's tokens (LLaMA-Factory
+    has the same). TRL's ORPOTrainer takes the prompt's tokens into it, and the mean over all tokens of a rank's batch.
+    """
+
+    def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        """Return each pair's loss and rewards."""
+        beta = self.train.of_objective("beta")
+        # Below 0, because the odds of P = 1 are infinite; a row's missing answers have no tokens, and so P = 1.
+        logps = answers.per_token(answers.logps).clamp(max=-torch.finfo(torch.float32).tiny)
+        chosen, rejected = (logps - torch.log(-torch.expm1(logps))).unbind(dim=-1)
+        return beta * F.softplus(rejected - chosen) - logps[..., 0], beta * logps
+
+    @property
+    def sft_weight(self) -> float:
+        """Return 0: the loss has this term already."""
+        return 0.0
+
+
+class SimPO(PairObjective):
+    """SimPO (Meng et al. 2024, arXiv 2405.14734, equation 6).
+
+    -log sigmoid(r(chosen) - r(rejected) - gamma) of each pair, without a reference.
+    The reward of an answer is r = beta * log p(answer) / its tokens; gamma is train.target_margin. The defaults of the
+    authors' code are beta = 2 and gamma = 0.5. TRL's CPOTrainer has this loss with loss_type=simpo and cpo_alpha=0; its
+    defaults are beta = 0.1, gamma = 0.5 and cpo_alpha = 1, a term of the chosen answer (here train.sft_weight).
+    """
+
+    def pair_losses(self, answers: Answers) -> tuple[Tensor, Tensor]:
+        """Return each pair's loss and rewards."""
+        setting = self.train.of_objective
+        rewards = setting("beta") * answers.per_token(answers.logps)
+        chosen, rejected = rewards.unbind(dim=-1)
+        return preference_loss(chosen - rejected - setting("target_margin"), setting("label_smoothing")), rewards
 
 
 def preference_loss(margins: Tensor, label_smoothing: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distlora.data.loader import MicroBatch, StepBatch
+from distlora.data.loader import MicroBatch
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, run, send
@@ -17,10 +17,6 @@ from distlora.training.objectives.objective import Losses, Objective, run, send
 
 class ProcessReward(Objective):
     """-log p of each step's class, wrong (0) or right (1), at the step's last token."""
-
-    def units(self, batch: StepBatch) -> int:
-        """Return the labelled steps of answers in the optimizer step, over all ranks."""
-        return batch.global_targets
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the losses of the labels."""

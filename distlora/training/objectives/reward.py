@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distlora.data.loader import MicroBatch, StepBatch
+from distlora.data.loader import MicroBatch
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import LossForm
 from distlora.training.objectives.objective import Losses, Objective, run, send
@@ -23,10 +23,6 @@ class RewardModel(Objective):
     The reward r of an answer is the score at its last token that is not config.json's pad_token_id, where transformers'
     class takes it; often that is the end-of-text token too. A pair without a margin has 0.
     """
-
-    def units(self, batch: StepBatch) -> int:
-        """Return the pairs of the step, over all ranks."""
-        return batch.global_pairs
 
     def losses(self, model: CausalLM, batch: MicroBatch, device: torch.device, step: int | Tensor | None) -> Losses:
         """Compute the losses of the pairs."""

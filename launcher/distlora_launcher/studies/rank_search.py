@@ -29,7 +29,7 @@ import numpy as np
 from distlora.config import AdapterConfig, TrainConfig, UserError, require
 from distlora.config.json_files import Shape, object_or_empty, read_object
 from distlora.config.sweep import SweepConfig
-from distlora.data.packing import hash64
+from distlora.data.rows import hash64
 from distlora.planner import plan_of
 from distlora.planner.learning_rate import FULL_RATIO
 from distlora.planner.model import PlannedModel

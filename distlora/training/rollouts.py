@@ -1,4 +1,7 @@
-"""Give the trainer each step's answers: sampled and scored when those of the last rollout are used up."""
+"""Rollouts of online reinforcement learning: answers that the model samples, scored and packed for each step.
+
+Letters: N answers, G answers of a group (of one prompt), R rewards, L tokens per row, B rows of a micro-batch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +18,243 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distlora.architecture.safetensors_headers import read_header
 from distlora.checkpoint.state import Progress
 from distlora.config import Config, RolloutConfig, UserError, require
-from distlora.data.loader import EMPTY, StepBatch, StepLoader
-from distlora.data.packing import PARTS, SAMPLES, hash64
-from distlora.generation.engine import Engine
+from distlora.data.loader import IGNORED, MicroBatch, StepBatch
+from distlora.data.packing import assign_rows
+from distlora.data.rows import EMPTY, PARTS, SAMPLES, RowOrder, hash64
+from distlora.generation.engine import Engine, gathered
 from distlora.generation.prompts import PromptEncoder
-from distlora.generation.remote import RemoteEngine
-from distlora.generation.requests import Request
+from distlora.generation.remote import RemoteEngine, ServerError
+from distlora.generation.sampling import Request, Sample
 from distlora.model.build import CausalLM
-from distlora.parallel import Backend, watch
+from distlora.parallel import Backend, from_rank_0, watch
 from distlora.rewards.pool import RewardInput, RewardPool
 from distlora.run_folder.layout import ROLLOUT_ADAPTER_NAME, ROLLOUT_ID_NAME, ROLLOUT_NAME
 from distlora.system import atomic_io
+from distlora.training.objectives.grpo import advantages_of, deviations_of_rows, means_of_rows
 from distlora.training.publish import publish_result
-from distlora.training.rollouts.rollout import Rollout, figures_of, pack_answers, sums_of_rewards
-from distlora.training.rollouts.served import ServedEngine
+from distlora.weights.reader import TORCH_DTYPES, Reader
 
-_HELD_OUT = -1
-"""In place of a step: the answers to held-out prompts."""
 SHOWN = 3
 """Held-out prompts whose answers are written at each evaluation."""
+LENGTH_MULTIPLE = 64
+"""The rows of a step are as long as the fullest, rounded up to this, and at most data.sequence_length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """Answers to the prompts of one rollout, in the order of the prompts, G of each. The same on every rank."""
+
+    step: np.ndarray
+    """() int64: optimizer steps that were done when they were sampled."""
+    prompt_lengths: np.ndarray
+    """(N,) int64."""
+    lengths: np.ndarray
+    """(N,) int64: tokens of each answer."""
+    tokens: np.ndarray
+    """Flat int64: prompt and answer, one after the other."""
+    logps: np.ndarray
+    """Flat fp32: log-probability of each token of the answers, as the sampler reported it."""
+    ended: np.ndarray
+    """(N,) int64: 1 if the model ended the answer, 0 if max_new_tokens did."""
+    rewards: np.ndarray
+    """(N, R) float64: NaN where a reward does not apply or failed."""
+    failed: np.ndarray
+    """(N,) int64: 1 if a reward of the answer failed."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return it as the tensors of a checkpoint."""
+        arrays = {item.name: np.atleast_1d(getattr(self, item.name)) for item in fields(self)}
+        # No weight is fp64, so the files of checkpoints have no such dtype: its bits.
+        return {
+            name: torch.from_numpy(array.view(_STORED.get(array.dtype, array.dtype))) for name, array in arrays.items()
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Rollout:
+        """Read the file of a checkpoint. Raises UserError for a file that is none."""
+        remedy = "move its folder out of the run folder, then the checkpoint before it is used"
+        stored, names = read_header(path, remedy=remedy), {item.name for item in fields(cls)}
+        if stored.keys() != names or any(segment.dtype not in TORCH_DTYPES for segment in stored.values()):
+            raise UserError(
+                f"{path} is damaged: it holds {', '.join(stored)}, not {', '.join(sorted(names))}; {remedy}"
+            )
+        with Reader() as reader:
+            arrays = {
+                name: reader.read([segment], 0, segment.numel).view(segment.shape).numpy()
+                if segment.numel
+                else np.zeros(segment.shape, np.int64)  # Rewards, where there are none.
+                for name, segment in stored.items()
+            }
+        return cls(**arrays | {"step": arrays["step"].reshape(()), "rewards": arrays["rewards"].view(np.float64)})
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def totals(self, weights: Sequence[float]) -> np.ndarray:
+        """Return (N,) float64 sums of the rewards that apply, weighted (1 each without weights).
+
+        NaN if none applies, or one failed: the answer is left out of its group, as its sum would lack a term that the
+        others have.
+        """
+        if self.rewards.shape[1] == 0:  # They are trained on without rewards.
+            return np.zeros(len(self), np.float64)
+        applies = (~np.isnan(self.rewards)).any(axis=1)
+        return np.where(applies & (self.failed == 0), sums_of_rewards(self.rewards, weights), math.nan)
+
+
+_STORED = {np.dtype(np.float64): np.dtype(np.int64)}
+
+
+def sums_of_rewards(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """Return (N,) float64 weighted sums of the rewards (N, R) that apply; inf where one is no finite number of fp32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Summed from the first reward to the last, whatever their number is.
+        sums = (np.nan_to_num(rewards, nan=0.0) * (weights or 1.0)).cumsum(axis=1)[:, -1]
+        return np.where(np.isfinite(sums.astype(np.float32)), sums, np.inf)
+
+
+def figures_of(rollout: Rollout, totals: np.ndarray, names: Sequence[str], group: int) -> dict[str, float]:
+    """Return the metrics of a rollout, by TRL's names, without means of no reward.
+
+    entropy: its estimate from the sampled tokens.
+    """
+    groups = totals.reshape(-1, group)
+    deviations = deviations_of_rows(groups)
+    is_equal = np.where(np.isnan(groups).all(axis=1), np.nan, np.nan_to_num(deviations) < 1e-8)
+    figures = {
+        "reward": float(means_of_rows(totals[None])[0]),
+        "reward_std": float(means_of_rows(deviations[None])[0]),
+        "frac_reward_zero_std": float(means_of_rows(is_equal[None])[0]),
+        "completions/mean_length": float(rollout.lengths.mean()),
+        "completions/clipped_ratio": float(np.mean(rollout.ended == 0)),
+        "entropy": float(-rollout.logps.mean(dtype=np.float64)),
+        "rewards/failed": int(rollout.failed.sum()),
+    }
+    if not names:
+        figures = {name: value for name, value in figures.items() if "reward" not in name}
+    for number, name in enumerate(names):
+        figures[f"rewards/{name}/mean"] = float(means_of_rows(rollout.rewards[None, :, number])[0])
+    return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedAnswers:
+    """The answers of a step as rows: prompt and answer are a document, whose labels are the answer's tokens."""
+
+    rows: MicroBatch
+    """All rows."""
+    num_labels: int
+
+    def __len__(self) -> int:
+        return len(self.rows.input_ids)
+
+    def micro_batch(self, rows: np.ndarray, pad: int) -> MicroBatch:
+        """Return the rows of these numbers (B,), EMPTY for one without labels."""
+        numbers = torch.from_numpy(rows.astype(np.int64))
+        is_empty, chosen = numbers == EMPTY, numbers.clamp(min=0)
+        batch = MicroBatch._make(None if tensor is None else tensor[chosen] for tensor in self.rows)
+        batch.input_ids[is_empty], batch.labels[is_empty] = pad, IGNORED
+        batch.position_ids[is_empty] = torch.arange(batch.labels.shape[1])
+        return batch._replace(rows=numbers)
+
+
+def pack_answers(
+    rollout: Rollout,
+    answers: np.ndarray,
+    totals: np.ndarray,
+    settings: RolloutConfig,
+    *,
+    sequence_length: int,
+    pad: int,
+    with_kl: bool,
+) -> PackedAnswers:
+    """Pack the answers of these numbers, (n,) integers, for one optimizer step, with weights of rollout.loss_type.
+
+    Answers whose loss has no gradient whatever the model is do not run: those of a group with equal rewards, without a
+    KL term, and truncated ones that are masked. They count in the means all the same. `totals` (N,) of all answers.
+    """
+    advantages = advantages_of(totals, settings.num_generations, settings.scale_rewards)
+    counts = ~np.isnan(totals)
+    trains = counts & ((rollout.ended == 1) | (not settings.mask_truncated_completions))
+    runs = [answer for answer in answers.tolist() if trains[answer] and (with_kl or advantages[answer] != 0)]
+    lengths = rollout.lengths
+    num_labels = int(lengths[runs].sum())
+    # The sum of the weighted losses is divided by num_labels.
+    if settings.loss_type == "dapo":
+        weights = np.full(len(rollout), num_labels / max(int(lengths[answers][trains[answers]].sum()), 1))
+    else:
+        divisor = lengths if settings.loss_type == "grpo" else np.full(len(rollout), settings.max_new_tokens)
+        weights = num_labels / (max(int(np.count_nonzero(counts[answers])), 1) * divisor)
+    sizes = rollout.prompt_lengths + lengths
+    row_of = assign_rows(sizes[runs], sequence_length)
+    num_rows = max(int(row_of.max(initial=0)) + 1, 1)
+    fullest = int(np.bincount(row_of, weights=sizes[runs], minlength=1).max(initial=1))
+    length = min(-(-fullest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, sequence_length)
+    input_ids = np.full((num_rows, length), pad, np.int64)
+    labels = np.full((num_rows, length), IGNORED, np.int64)
+    position_ids = np.tile(np.arange(length), (num_rows, 1))
+    of_labels = np.zeros((3, num_rows, length), np.float32)
+    ends, logp_ends = np.cumsum(sizes), np.cumsum(lengths)
+    filled = np.zeros(num_rows, np.int64)
+    for row, answer in zip(row_of.tolist(), runs, strict=True):
+        start, size = int(filled[row]), int(sizes[answer])
+        filled[row] += size
+        tokens = rollout.tokens[ends[answer] - size : ends[answer]]
+        input_ids[row, start : start + size] = tokens
+        # Behind it another answer begins, or the padding.
+        position_ids[row, start:] = np.arange(length - start)
+        position_ids[row, start + size :] = np.arange(length - start - size)
+        # The label at a position is the next token.
+        places = slice(start + int(rollout.prompt_lengths[answer]) - 1, start + size - 1)
+        labels[row, places] = tokens[rollout.prompt_lengths[answer] :]
+        of_labels[0, row, places] = rollout.logps[logp_ends[answer] - lengths[answer] : logp_ends[answer]]
+        of_labels[1:, row, places] = np.array([[advantages[answer]], [weights[answer]]])
+    sampled = torch.from_numpy(of_labels)
+    whole = MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        rows=torch.arange(num_rows),
+        logps=sampled[0],
+        advantages=sampled[1],
+        weights=sampled[2],
+    )
+    return PackedAnswers(rows=whole, num_labels=num_labels)
+
+
+class ServedEngine:
+    """A server in the place of `Engine`. Rank 0 talks to it, and the others get its samples.
+
+    `publish` writes the adapter as a PEFT folder; every rank calls it.
+    """
+
+    def __init__(self, remote: RemoteEngine, folder: Path, publish: Callable[[Path], None], backend: Backend) -> None:
+        self._remote, self._folder, self._publish, self._backend = remote, folder, publish, backend
+        self._version = 0
+
+    def run(self, requests: Sequence[Request]) -> list[Sample]:
+        """Return the samples of all requests, in their order. Every rank calls it. Raises ServerError, on all."""
+        self._publish(self._folder)
+        samples: dict[int, Sample] = {}
+        error: ServerError | None = None
+        if self._backend.ranks.rank == 0:
+            try:
+                self._remote.load(self._folder, self._version)
+                samples = dict(enumerate(self._remote.run(requests)))
+            except ServerError as raised:
+                error = raised
+        self._version += 1
+        if from_rank_0(int(error is not None), self._backend.ranks):
+            raise error or ServerError("the vLLM server failed; the log of rank 0 says how")
+        return gathered(samples, len(requests), self._backend)
+
+    def close(self) -> None:
+        """Remove the adapter from the server."""
+        if self._backend.ranks.rank == 0:
+            self._remote.close()
 
 
 class RewardsFailedError(RuntimeError):
@@ -50,9 +269,9 @@ class RolloutLoader:
     ranks hold the whole rollout; a rank generates and scores its part of the answers.
     """
 
-    prompts: StepLoader
+    prompts: RowOrder
     """The prompts of each rollout, a row each."""
-    held_out: StepLoader | None
+    held_out: RowOrder | None
     _: KW_ONLY
     config: Config
     engine: Engine | ServedEngine
@@ -114,7 +333,8 @@ class RolloutLoader:
         first, last = (number * len(rollout) // settings.steps_per_generation for number in (part, part + 1))
         self._require_rewards(step, totals[order[first:last]])
         figures = figures_of(rollout, totals, self.config.data.rewards, settings.num_generations)
-        batch = self._packed(step, rollout, order[first:last], totals, settings)
+        batch = self._packed(rollout, order[first:last], totals, settings)
+        self._num_rows[step] = batch.global_rows
         self._figures, figures = {}, {**figures, **self._figures, "rollout/staleness": within}
         return replace(batch, figures=figures)
 
@@ -132,9 +352,7 @@ class RolloutLoader:
                 f"{self.pool.first_failure or 'each reward returned None, or the log of an earlier start says why'}"
             )
 
-    def _packed(
-        self, step: int, rollout: Rollout, answers: np.ndarray, totals: np.ndarray, settings: RolloutConfig
-    ) -> StepBatch:
+    def _packed(self, rollout: Rollout, answers: np.ndarray, totals: np.ndarray, settings: RolloutConfig) -> StepBatch:
         """Return this rank's micro-batches of these answers of a rollout, (n,) integers."""
         pad = self.prompts.rows.pad_token_id
         packed = pack_answers(
@@ -146,8 +364,7 @@ class RolloutLoader:
             pad=pad,
             with_kl=self.config.train.needs.reference,
         )
-        self._num_rows[step] = len(packed)
-        own = self.rows_of_ranks(step)[:, self.rank]
+        own = self.prompts.deal(np.arange(len(packed)))[:, self.rank]
         return StepBatch(
             micro_batches=[packed.micro_batch(rows, pad) for rows in own],
             global_targets=packed.num_labels,
@@ -158,10 +375,7 @@ class RolloutLoader:
 
     def rows_of_ranks(self, step: int) -> np.ndarray:
         """Return the rows of all ranks in a past step: (accumulation, world, micro_batch), -1 for an empty row."""
-        count, world, micro_batch = self._num_rows[step], self.prompts.world, self.prompts.micro_batch
-        slots = np.full((-(-count // (world * micro_batch)), world, micro_batch), EMPTY, np.int64)
-        slots.reshape(-1)[:count] = np.arange(count)
-        return slots
+        return self.prompts.deal(np.arange(self._num_rows[step]))
 
     def files(self, step: int) -> dict[str, dict[str, Tensor]]:
         """Return the file of a checkpoint after `step` steps: the rollout, if a next step trains on it."""
@@ -194,12 +408,12 @@ class RolloutLoader:
         batch = None
         if not self.config.train.needs.rewards:
             alone = replace(self.config.rollout, num_generations=1)
-            batch = self._packed(_HELD_OUT, rollout, np.arange(len(rollout)), np.zeros(len(rollout)), alone)
+            batch = self._packed(rollout, np.arange(len(rollout)), np.zeros(len(rollout)), alone)
         return {f"eval_{name}": value for name, value in figures.items()}, shown, batch
 
     def _answers(
         self,
-        prompts: StepLoader,
+        prompts: RowOrder,
         rows: np.ndarray,
         group: int,
         temperature: float,
@@ -243,7 +457,7 @@ class RolloutLoader:
         inputs = []
         mine = self.backend.ranks.part_of(len(samples))
         for index in dict.fromkeys([*range(min(SHOWN, len(samples))), *mine]):
-            texts[index] = self._decoded(samples[index].tokens)
+            texts[index] = self.encoder.tokenizer.decode(samples[index].tokens, skip_special_tokens=True)
         for index in mine:
             record = self._record(prompts, int(rows[index // group]))
             is_text = isinstance(record["prompt"], str)
@@ -295,12 +509,7 @@ class RolloutLoader:
             missing |= overflows
         return rewards, missing
 
-    def _decoded(self, tokens: list[int]) -> str:
-        text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
-    def _record(self, prompts: StepLoader, row: int) -> dict[str, Any]:
+    def _record(self, prompts: RowOrder, row: int) -> dict[str, Any]:
         assert prompts.rows.records is not None, "data of prompts"
         return prompts.rows.records[row]
 
@@ -308,8 +517,8 @@ class RolloutLoader:
 @contextlib.contextmanager
 def open_rollouts(
     config: Config,
-    prompts: StepLoader,
-    held_out: StepLoader | None,
+    prompts: RowOrder,
+    held_out: RowOrder | None,
     model: CausalLM,
     backend: Backend,
     data: Mapping[str, Any],

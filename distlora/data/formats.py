@@ -475,21 +475,15 @@ def check_meaning(value: dict[str, Any], place: str, names: Set[str]) -> None:
 
 def check_unicode(value: Any, place: str) -> None:
     """Refuse half a surrogate pair, on which tokenizers raise. Only JSON's escapes can bring one in."""
-    waiting = [value]
-    while waiting:  # No recursion: json nests deeper than Python's calls may.
-        item = waiting.pop()
-        if isinstance(item, dict):
-            waiting += [*item, *item.values()]
-        elif isinstance(item, list):
-            waiting += item
-        elif isinstance(item, str):
-            try:
-                item.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"{place}: half a surrogate pair (\\u{ord(item[error.start]):04x}) is not a character; "
-                    "write the pair, or the character itself in UTF-8"
-                ) from error
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: half a surrogate pair (\\u{ord(error.object[error.start]):04x}) is not a character; "
+            "write the pair, or the character itself in UTF-8"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{place}: its brackets are nested too deeply to be read; leave it out") from error
 
 
 def parse_string(text: str, place: str, what: str, advice: str) -> Any:

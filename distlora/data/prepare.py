@@ -123,46 +123,41 @@ def _settings(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the settings that decide the packed sequences, and the fingerprints of the sources."""
     fingerprints = [source.fingerprint() for of_split in sources.values() for source in of_split]
+    holds_out = "eval" not in sources and data.eval_fraction > 0
+    weights = [source.config.weight for source in sources["train"] if source.config.weight is not None]
+    config = Path(model.path).expanduser() / "config.json"
+    documents = architecture_of(read_config(config.parent), config).documents if config.is_file() else None
     settings: dict[str, Any] = {
         "sequence_length": data.sequence_length,
         "too_long": data.too_long,
         "num_training_sources": len(sources["train"]),
+        "new_tokens": list(model.new_tokens),
+        "special_tokens": dict(model.special_tokens),
+        "documents": "single" if documents == "single" else None,
+        "deduplicate": data.deduplicate and ("with columns" if train.needs.data == "prompts" else True),
+        "eval_fraction": data.eval_fraction if holds_out else None,
+        "weights": weights,
+        "stopping_strategy": data.stopping_strategy if weights else None,
+        "stream_rows": _needed_rows(train) if data.streaming else None,
+        "objective": train.objective if train.objective != "sft" else None,
     }
-    if model.new_tokens:
-        settings["new_tokens"] = list(model.new_tokens)
-    if model.special_tokens:
-        settings["special_tokens"] = dict(model.special_tokens)
-    if (path := Path(model.path).expanduser() / "config.json").is_file():
-        documents = architecture_of(read_config(path.parent), path).documents
-        settings |= {"documents": documents} if documents == "single" else {}
-    if data.deduplicate:
-        settings["deduplicate"] = "with columns" if train.needs.data == "prompts" else True
-    if all(found["format"] in ("text", "prompt_completion") for found in fingerprints):
+    if all(source["format"] in ("text", "prompt_completion") for source in fingerprints):
         for name in ("template", "train_on", "eot_tokens"):
             _require_default(data, name)
     else:
-        settings |= {"train_on": data.train_on, "masks": list(MASK_KEYS)}
-        if train.needs.data == "steps":
-            settings["step_separator"] = data.step_separator
-        if data.eot_tokens:
-            settings["eot_tokens"] = list(data.eot_tokens)
-        if (source := template_source(data.template)) is not None:
-            settings["template"] = hashlib.sha256(source.encode()).hexdigest()
-            if template_choice(data.template).is_fallback:
-                settings["template_is_fallback"] = True
-    holds_out = "eval" not in sources and data.eval_fraction > 0
-    weights = [source.config.weight for source in sources["train"]]
-    if holds_out:
-        settings["eval_fraction"] = data.eval_fraction
-    if weights[0] is not None:
-        settings |= {"weights": weights, "stopping_strategy": data.stopping_strategy}
-    if holds_out or weights[0] is not None:  # Otherwise the seed has no effect on the rows.
-        settings["seed"] = train.seed
-    if data.streaming:
-        settings["stream_rows"] = _needed_rows(train)
-    if train.objective != "sft":
-        settings["objective"] = train.objective
-    return settings, fingerprints
+        template = template_source(data.template)
+        settings |= {
+            "train_on": data.train_on,
+            "masks": list(MASK_KEYS),
+            "step_separator": data.step_separator if train.needs.data == "steps" else None,
+            "eot_tokens": list(data.eot_tokens),
+            "template": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+            "template_is_fallback": template is not None and template_choice(data.template).is_fallback,
+        }
+    effective = {name: value for name, value in settings.items() if value not in (None, False, [], {})}
+    if holds_out or weights:  # Otherwise the seed has no effect on the rows.
+        effective["seed"] = train.seed
+    return effective, fingerprints
 
 
 def _require_default(data: DataConfig, name: str) -> None:

@@ -3,13 +3,13 @@
 Imports no torch: the command refuses a broken file, or a flag out of range, before anything is loaded.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.config import UserError, require
+from distlora.config import require
+from distlora.data.files import read_file
 from distlora.data.formats import check_chat, kind_name, listed
 
 _GOOD = 'a good line: {"prompt": "What is a list?"} or {"messages": [{"role": "user", "content": "What is a list?"}]}'
@@ -39,24 +39,14 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     require(path.suffix in (".txt", ".jsonl"), f"--prompts={path} ends in {path.suffix!r}; name a .txt or .jsonl file")
     require(path.is_file(), f"--prompts={path} is not a file; name a .txt or .jsonl file")
-    try:
-        # With the byte order mark that Windows puts in front. Not str.splitlines, which also cuts at characters that a
-        # prompt may hold, such as U+2028.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts={path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    require(bool(numbered), f"--prompts={path} holds no prompt; write one per line")
+    records = list(read_file(path, "auto", "line"))
+    require(bool(records), f"--prompts={path} holds no prompt; write one per line")
     if path.suffix == ".txt":
-        return [Prompt(place=place, text=line) for place, line in numbered]
-    return [_from_json(place, line) for place, line in numbered]
+        return [Prompt(place=record.place, text=record.value["text"]) for record in records]
+    return [_prompt(record.place, record.value) for record in records]
 
 
-def _from_json(place: str, line: str) -> Prompt:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON ({error}); {_GOOD}") from error
+def _prompt(place: str, value: Any) -> Prompt:
     require(isinstance(value, dict), f"{place} is {kind_name(value)}, not an object; {_GOOD}")
     keys = {"prompt", "messages"} & value.keys()
     require(bool(keys), f"{place} has neither 'prompt' nor 'messages' among its keys: {listed(value)}; {_GOOD}")

@@ -25,7 +25,6 @@ from distlora.config import UserError
 from distlora.generation.compiled_step import CompiledStep, fits
 from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import Request, Sample, choose
-from distlora.generation.stop_strings import StopStrings
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM, Past
 from distlora.model.frozen_linear import FrozenTensor
@@ -39,6 +38,25 @@ FORWARDS = 32
 """Forwards between two checks whether any rank has work left, while no forward needs the other ranks."""
 DENSE_SHARE = 0.5
 """Part of the available host memory that dequantized weights may take."""
+
+
+MOST_BYTES = 4
+"""Bytes of a character in UTF-8. A token has one byte at least."""
+
+
+class StopStrings:
+    """Texts of which each ends a completion, wherever the tokens divide it."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        assert tokenizer is not None, "stop strings need a tokenizer"
+        self._tokenizer, self._texts = tokenizer, tuple(texts)
+        # A text, and one character before it that its first token may belong to.
+        self._size = MOST_BYTES * (max(map(len, texts)) + 2)
+
+    def ends(self, tokens: Sequence[int]) -> bool:
+        """Return whether the last token completed a text. Earlier ones have been asked about."""
+        tail = self._tokenizer.decode(list(tokens[-self._size :]), clean_up_tokenization_spaces=False)
+        return any(text in tail for text in self._texts)
 
 
 @dataclass(slots=True, eq=False)

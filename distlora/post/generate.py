@@ -25,8 +25,7 @@ from distlora.config import UserError, nearest
 from distlora.config.file import load_config
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
 from distlora.generation.prompts import PromptEncoder, sampling
-from distlora.generation.transformers_path import Completion
-from distlora.generation.writer import Writer
+from distlora.generation.writer import Completion, Writer
 from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained, run_on_ranks
 from distlora.post.trained import of_run

@@ -32,8 +32,7 @@ from distlora.generation.engine import Engine, aside, serves
 from distlora.generation.prompts import PromptEncoder, context_limit, greedy
 from distlora.generation.sampling import Request, Sample
 from distlora.generation.sampling import choose as choose_tokens
-from distlora.generation.transformers_path import Completion, Generator, generate, generate_all
-from distlora.generation.writer import Writer
+from distlora.generation.writer import Completion, Generator, Writer, generate, generate_all
 from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.build import CausalLM, put_trial
 from distlora.parallel import Backend, Ranks, fsdp2

@@ -32,8 +32,7 @@ from distlora.architecture.tokens import load_tokenizer
 from distlora.config import UserError, nearest
 from distlora.data.chat_template import ChatTemplate, start_tokens
 from distlora.generation.prompts import context_limit
-from distlora.generation.transformers_path import Completion
-from distlora.generation.writer import Writer
+from distlora.generation.writer import Completion, Writer
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, sum_over_ranks

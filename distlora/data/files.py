@@ -262,20 +262,8 @@ def _txt(path: Path, sample_by: str) -> Iterator[Record]:
 
 def _has_blank_lines(path: Path) -> bool:
     """Return whether a blank line separates two others near the start of the file."""
-    seen_text = seen_blank = False
-    num_bytes = 0
     with _open(path) as file:
-        for line in file:
-            if line.strip():
-                if seen_blank:
-                    return True
-                seen_text = True
-            else:
-                seen_blank = seen_text
-            num_bytes += len(line)
-            if num_bytes > _BLANK_LINES_WITHIN:
-                break
-    return False
+        return re.search(rb"\S[^\S\n]*\n[^\S\n]*\n\s*\S", file.read(_BLANK_LINES_WITHIN)) is not None
 
 
 def _parquet(path: Path) -> Iterator[Record]:

@@ -304,32 +304,21 @@ class Source:
         Local files count with all their bytes; streamed files with size, time and first MiB, since they may be too
         large to read twice. A Hub data set counts with its commit.
         """
-        settings: dict[str, Any] = {"columns": dict(self.config.columns), "split": self.config.split}
-        if self.config.ignore_columns:
-            settings["ignore_columns"] = list(self.config.ignore_columns)
-        if self.config.reasoning_key is not None:
-            settings["reasoning_key"] = self.config.reasoning_key
+        config = self.config
+        settings: dict[str, Any] = {"columns": dict(config.columns), "split": config.split}
+        settings |= {"ignore_columns": list(config.ignore_columns)} if config.ignore_columns else {}
+        settings |= {"reasoning_key": config.reasoning_key} if config.reasoning_key is not None else {}
         if self.commit is not None:
-            return settings | {
-                "hub": self.config.path,
-                "name": self.config.name,
-                "commit": self.commit,
-                "format": self.config.format,
-            }
-        if self.has_text:
-            settings["sample_by"] = self.config.sample_by
-        format = self.open(has_template=False)[0] if not self.is_saved else self.config.format
+            hub = {"hub": config.path, "name": config.name, "commit": self.commit, "format": config.format}
+            return settings | hub
+        settings |= {"sample_by": config.sample_by} if self.has_text else {}
+        format = self.open(has_template=False)[0] if not self.is_saved else config.format
         return settings | {"files": [self._digest(path) for path in self.files], "format": format}
 
     def describe(self) -> dict[str, Any]:
         """Return the source's entry in data.json: enough to find it again."""
-        return {
-            "path": self.config.path,
-            "name": self.config.name,
-            "split": self.config.split,
-            "revision": self.config.revision,
-            "commit": self.commit,
-        }
+        names = ("path", "name", "split", "revision")
+        return {name: getattr(self.config, name) for name in names} | {"commit": self.commit}
 
     def check_unchanged(self) -> None:
         """Refuse files that changed since the source was found: what was read would fit no fingerprint."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from distlora.config import TrainConfig
-from distlora.data.packing import build_rows, pack
+from distlora.data.packing import mismatched_rows
 from distlora.data.rows import BAD, EMPTY, JUDGED, RIGHT, STARTS, TRAINED, PackedRows, RowOrder, open_split
 from distlora.parallel import Ranks
 
@@ -111,25 +111,10 @@ class StepLoader(RowOrder):
 
     def _mismatched(self, step_rows: np.ndarray) -> list[MicroBatch]:
         """Return this rank's micro-batches of mismatched prompts and answers. Every rank packs those of all ranks."""
-        length = self.rows.sequence_length
-        tokens, flags = (array.reshape(-1) for array in self.rows.read(step_rows))
-        starts, targets = np.flatnonzero(flags & JUDGED), np.flatnonzero(flags & TRAINED)
-        bounds = np.append(np.flatnonzero(flags & STARTS), len(flags))
-        ends = bounds[np.searchsorted(bounds, starts, side="right")]
-        answers = targets[np.searchsorted(targets, starts)] + 1  # A label stands one position before its token.
-        prompts = map(np.arange, starts, answers)
-        others = map(np.arange, np.roll(answers, 1), np.roll(ends, 1))  # The answer before.
-        parts = [np.concatenate(pair)[:length] for pair in zip(prompts, others, strict=True)]
-        lengths, places = np.array([len(part) for part in parts]), np.concatenate(parts)
-        marks = np.append(0, flags[:-1] & TRAINED).astype(np.uint8)[places]
-        if len(starts) == 1:  # Its own answer says nothing of KL: without a label it adds 0.
-            marks[:] = 0
         # Where every row holds one answer, so do these: the model may mix documents, and the number of rows is known.
         single = bool(self.rows.pairs.max() == 1)
-        packing = pack(np.cumsum(lengths) - lengths, lengths, length, single=single)
-        built = list(build_rows(packing, tokens[places], marks, self.rows.pad_token_id))
-        columns = [np.concatenate([part[index] for part in built]) for index in (1, 2)]
-        own = self.deal(np.arange(packing.num_rows))[:, self.rank]
+        columns = mismatched_rows(*self.rows.read(step_rows), self.rows.pad_token_id, single=single)
+        own = self.deal(np.arange(len(columns[0])))[:, self.rank]
         return [self._assemble(indices, lambda rows: tuple(column[rows] for column in columns)) for indices in own]
 
     def _assemble(self, indices: np.ndarray, read: Callable[[np.ndarray], tuple[np.ndarray, ...]]) -> MicroBatch:

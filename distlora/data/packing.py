@@ -169,7 +169,7 @@ class Corpus:
 
 
 class Mixture(NamedTuple):
-    """How much of each source is used, and what is held out."""
+    """The part of each source that is used, and the part of its documents that is held out."""
 
     wanted: np.ndarray | None
     """(S,) float64: shares of the trained targets, summing to 1; None: every source is taken whole."""
@@ -462,3 +462,29 @@ def build_rows(
             out_tokens.reshape(-1, length),
             out_flags[:-1].reshape(-1, length),
         )
+
+
+def mismatched_rows(
+    tokens: np.ndarray, flags: np.ndarray, pad_token_id: int, *, single: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (tokens, flags) of rows with the judged prompts of other rows (n, L), each with the answer before it.
+
+    The first has the last one's. What is then longer than a row is cut. An only answer has no labels. `single`: each in
+    a row of its own.
+    """
+    length = tokens.shape[1]
+    tokens, flags = tokens.reshape(-1), flags.reshape(-1)
+    starts, targets = np.flatnonzero(flags & JUDGED), np.flatnonzero(flags & TRAINED)
+    bounds = np.append(np.flatnonzero(flags & STARTS), len(flags))
+    ends = bounds[np.searchsorted(bounds, starts, side="right")]
+    answers = targets[np.searchsorted(targets, starts)] + 1  # A label stands one position before its token.
+    prompts = map(np.arange, starts, answers)
+    others = map(np.arange, np.roll(answers, 1), np.roll(ends, 1))  # The answer before.
+    places = [np.concatenate(pair)[:length] for pair in zip(prompts, others, strict=True)]
+    lengths, source = np.array([len(place) for place in places]), np.concatenate(places)
+    marks = np.append(0, flags[:-1] & TRAINED).astype(np.uint8)[source]
+    if len(starts) == 1:  # Its own answer says nothing of KL: without a label it adds 0.
+        marks[:] = 0
+    packing = pack(np.cumsum(lengths) - lengths, lengths, length, single=single)
+    built = list(build_rows(packing, tokens[source], marks, pad_token_id))
+    return np.concatenate([rows for _, rows, _ in built]), np.concatenate([marked for _, _, marked in built])

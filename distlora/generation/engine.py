@@ -26,9 +26,9 @@ from distlora.generation.compiled_step import CompiledStep, fits
 from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import Request, Sample, choose
 from distlora.model.batch_invariant import batch_invariant
-from distlora.model.build import CausalLM, Past
+from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.model.paged_cache import BLOCK, PagedCache, Step
+from distlora.model.paged_cache import BLOCK, PagedCache, Past, Step
 from distlora.parallel import Backend
 from distlora_kernels import products
 

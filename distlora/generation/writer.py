@@ -30,7 +30,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from distlora.generation.engine import Engine, aside, serves
 from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import Request, Sample
-from distlora.model.build import CausalLM, Past
+from distlora.model.build import CausalLM
+from distlora.model.paged_cache import Past
 from distlora.parallel import Backend
 
 _BY_ENGINE = {"do_sample", "max_new_tokens", "temperature", "top_p", "top_k", "eos_token_id", "pad_token_id"}

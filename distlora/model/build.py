@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -52,14 +51,14 @@ from distlora.model.head_form import loss_head
 from distlora.model.hf_model import transformers_model
 from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import SUMS, LossForm, LossHead
-from distlora.model.paged_cache import PagedCache, cache_name
+from distlora.model.paged_cache import Past, cache_name
 from distlora.model.quantized_parameters import freeze_parameters
 from distlora.model.reward_head import SCORE, RewardHead
 from distlora.model.token_matrix import keep_token_matrices
 from distlora.weights.conversion import CheckpointLayout, layout_of
 
 if TYPE_CHECKING:
-    from transformers import Cache, PretrainedConfig
+    from transformers import PretrainedConfig
 
 Weight = TypeVar("Weight", AdaptedLinear, ExpertWeight)
 
@@ -67,18 +66,6 @@ INNER = re.compile(r"(\.inner)+\.")
 """What wrappers of modules add to a path."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class Past:
-    """Earlier context of generation. Training has none."""
-
-    attention_mask: Tensor | None
-    """(B, tokens in the cache + T) int64: 0 on the padding to the left of a prompt."""
-    cache: Cache | PagedCache | None
-    """Keys and values of earlier tokens, to which the decoder adds the new ones; None: every token is passed again."""
-    last: Tensor | None = None
-    """(B,) the token of each row after which the logits are wanted; None: the last of the T."""
 
 
 class CausalLM(nn.Module):

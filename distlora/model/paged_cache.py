@@ -13,13 +13,16 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distlora.model.batch_invariant import attend_rows
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 NAME = "distlora_paged"
 """Name of the attention function in transformers' AttentionInterface."""
@@ -183,3 +186,15 @@ def _attend_within(query: Tensor, key: Tensor, value: Tensor, scaling: float | N
     key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
     return output.transpose(1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """Earlier context of generation. Training has none."""
+
+    attention_mask: Tensor | None
+    """(B, tokens in the cache + T) int64: 0 on the padding to the left of a prompt."""
+    cache: Cache | PagedCache | None
+    """Keys and values of earlier tokens, to which the decoder adds the new ones; None: every token is passed again."""
+    last: Tensor | None = None
+    """(B,) the token of each row after which the logits are wanted; None: the last of the T."""

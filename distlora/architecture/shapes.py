@@ -322,6 +322,11 @@ DECODED_AT_ONCE = 2**24
 
 ADDED_AT_ONCE = 2**22
 """Elements of a trained head's bf16 gradient that are added to the fp32 sum at once: a CPU widens them first."""
+WIDENED_AT_ONCE = 1024
+"""Tokens whose states or gradients are widened to fp32 at once, for a score or trained rows of tokens."""
+CHECKED_AT_ONCE = {"cpu": 2**18, "cuda": 2**23}
+"""Words of gathered weights that a checksum has as int64: 2 MiB on the CPU, which fits a core's cache, and 64 MiB on a
+GPU."""
 
 
 def logit_bytes(itemsize: int, *, plain: bool, compiled: bool, capped: bool, distills: bool = False) -> float:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distlora.architecture.shapes import WIDENED_AT_ONCE
 from distlora.config import AdapterConfig
 from distlora.model.by_document import PackedRows
 from distlora.model.frozen_linear import FrozenLinear
@@ -372,10 +373,6 @@ def start_pair(pair: LoRAPair, weight: Adapted, config: AdapterConfig, *, seed: 
         pair.magnitude.data.copy_(initial_magnitude(weight.row_norms_squared))
 
 
-TOKENS_PER_PRODUCT = 1024
-"""Tokens whose gradients are widened to fp32 at once."""
-
-
 class TokenRows(Replicated):
     """Trained rows of an otherwise frozen embedding or LM head (PEFT's trainable tokens), by ascending token id.
 
@@ -453,7 +450,7 @@ def sum_by_slot(values: Tensor, slots: Tensor, num_slots: int) -> Tensor:
     """Sum values (T, H) by slots (T,) int64, -1 for none -> (num_slots, H) fp32."""
     total = torch.zeros(num_slots, values.shape[1], dtype=torch.float32, device=values.device)
     numbers = torch.arange(num_slots, device=values.device)[:, None]
-    for part, part_slots in zip(values.split(TOKENS_PER_PRODUCT), slots.split(TOKENS_PER_PRODUCT), strict=True):
+    for part, part_slots in zip(values.split(WIDENED_AT_ONCE), slots.split(WIDENED_AT_ONCE), strict=True):
         total.addmm_((numbers == part_slots).float(), part.float())
     return total
 
@@ -461,6 +458,6 @@ def sum_by_slot(values: Tensor, slots: Tensor, num_slots: int) -> Tensor:
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """Return weights^T values: weights (T, N) fp32, values (T, H) -> (N, H) fp32."""
     total = torch.zeros(weights.shape[1], values.shape[1], dtype=torch.float32, device=values.device)
-    for part, part_values in zip(weights.split(TOKENS_PER_PRODUCT), values.split(TOKENS_PER_PRODUCT), strict=True):
+    for part, part_values in zip(weights.split(WIDENED_AT_ONCE), values.split(WIDENED_AT_ONCE), strict=True):
         total.addmm_(part.t(), part_values.float())
     return total

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distlora.model.adapters import TOKENS_PER_PRODUCT, Replicated, weighted_sum
+from distlora.architecture.shapes import WIDENED_AT_ONCE
+from distlora.model.adapters import Replicated, weighted_sum
 from distlora.model.distillation import Divergence
 from distlora.model.lm_head import LossHead
 from distlora.system import randomness
@@ -74,13 +75,13 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return torch.cat([F.linear(part.float(), weight) for part in hidden.split(TOKENS_PER_PRODUCT)])
+        return torch.cat([F.linear(part.float(), weight) for part in hidden.split(WIDENED_AT_ONCE)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         hidden, weight = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden)
-        for part, out in zip(gradient.split(TOKENS_PER_PRODUCT), of_hidden.split(TOKENS_PER_PRODUCT), strict=True):
+        for part, out in zip(gradient.split(WIDENED_AT_ONCE), of_hidden.split(WIDENED_AT_ONCE), strict=True):
             out.copy_(part @ weight)
         return of_hidden, weighted_sum(gradient, hidden)

@@ -27,7 +27,7 @@ from distlora.model.experts import divided_parameters
 from distlora.model.layer_wrapper import Block
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.shards import Shards, all_gather
-from distlora.planner.traffic import padded
+from distlora.planner.workload import padded
 from distlora.system import host_memory, process_memory
 
 _all_gather = all_gather

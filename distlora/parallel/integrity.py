@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from distlora.architecture.shapes import CHECKED_AT_ONCE
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
@@ -280,8 +281,6 @@ are missed once in about 2^60, because the weights' upper bits are random. Trail
 """
 _WORD_BYTES = 4
 _LINE_BYTES = LINE * _WORD_BYTES
-_LINES_AT_ONCE = {"cpu": 16, "cuda": 512}
-"""Lines whose words are in memory as int64: 2 MiB on the CPU, which fits a core's cache, and 64 MiB on a GPU."""
 _KEY = (0x64697374, 0x6C6F7261)
 
 
@@ -309,7 +308,7 @@ def _line_sums(parts: Tensor) -> Tensor:
     """Return (P, lines) int64 from (P, n) uint8."""
     weights = _weights(parts.device)
     num_parts, num_bytes = parts.shape
-    lines = max(_LINES_AT_ONCE[parts.device.type] // max(num_parts, 1), 1)
+    lines = max(CHECKED_AT_ONCE[parts.device.type] // LINE // max(num_parts, 1), 1)
     whole = num_bytes - num_bytes % _LINE_BYTES
     sums = []
     # One buffer for all chunks: on a CPU fresh memory costs more than the sums.
@@ -325,7 +324,7 @@ def _line_sums(parts: Tensor) -> Tensor:
 def _short_line_sums(words: Tensor, weights: Tensor) -> Tensor:
     """Return (P,) int64 from (P, n) int32 with n < LINE."""
     num_parts, length = words.shape
-    at_once = min(_LINES_AT_ONCE[words.device.type] * LINE // length, max(num_parts, 1))
+    at_once = min(CHECKED_AT_ONCE[words.device.type] // length, max(num_parts, 1))
     buffer = torch.empty(at_once, length, dtype=torch.int64, device=words.device)
     sums = weights.new_empty(num_parts)
     for start in range(0, num_parts, at_once):

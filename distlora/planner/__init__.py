@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 from distlora.config import Config
 from distlora.config.file import as_mapping
-from distlora.planner.flops import StepFlops, step_flops
 from distlora.planner.machine import Machine
 from distlora.planner.memory.activations import Costs
 from distlora.planner.memory.device import DeviceBytes, device_bytes
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.sampling import Sampling, sampling_of
-from distlora.planner.speed.timing import StepTime, step_time
+from distlora.planner.speed.timing import StepFlops, StepTime, step_flops, step_time
 from distlora.planner.storage import DiskBytes, HostBytes, disk_bytes, host_bytes, keeps_on_host, trained_tensors
 from distlora.planner.traffic import StepBytes, step_traffic
 from distlora.planner.workload import Workload, trained_together
@@ -41,7 +40,7 @@ class Plan:
     @property
     def compute(self) -> StepFlops:
         """Operations of a step."""
-        return step_flops(self.work, self.model, ranks=self.machine.ranks, is_gpu=self.machine.is_gpu)
+        return step_flops(self.work, self.model, self.machine)
 
     @property
     def host(self) -> HostBytes:

@@ -37,6 +37,9 @@ WORTH = 0.01
 _OF_A_BRANCH: tuple[Kind, ...] = ("codes", "scales", "weights", "embeddings", "norms", "adapters", "optimizer")
 """Categories of memory that do not depend on how a step runs."""
 
+_TOGETHER = ("parallel.backend", "parallel.offload_base")
+"""Settings that are chosen and explained together: DeepSpeed alone offloads the base."""
+
 Settings = Mapping[str, Any]
 """Values by dotted name."""
 _GROUPS = {"quant.method": "quant", "gpu.name": "gpu", "cluster.launcher": "cluster"}
@@ -145,37 +148,66 @@ class Search:
     def _branches(self) -> Iterator[Search]:
         """Yield a search for each storage of the base, each number of ranks that shard it or divide experts."""
         for storage in self._storages():
-            for degree in self._shard_degrees():
-                for experts in self._expert_degrees({**storage, **degree}):
-                    config = self.config.if_valid({**storage, **degree, **experts})
+            for degree in self._free("parallel.shard_degree"):
+                shared = {**storage, "parallel.shard_degree": degree}
+                for experts in self._expert_degrees(shared):
+                    config = self.config.if_valid({**shared, **experts})
                     if config is not None:
                         yield dataclasses.replace(self, config=config)
 
     def _storages(self) -> list[Settings]:
         """Return the given backend and place of the base, and the others where several GPUs share it."""
-        config = self.config
-        given = {name: config.value_of(name) for name in ("parallel.backend", "parallel.offload_base")}
-        shards = self.machine.is_gpu and self.machine.ranks > 1 and config.adapter.trains_base is None
-        shards = shards and config.parallel.deepspeed_config is None  # That file sets the storage.
-        storages: list[Settings] = [{}]
-        for backend, offloads in (("fsdp2", False), ("zero3", False), ("zero3", True)) if shards else ():
-            other = {"parallel.backend": backend, "parallel.offload_base": offloads}
-            # FSDP2 alone has resident layers, and DeepSpeed alone a file of its settings.
-            if backend == "zero3" and config.parallel.resident_blocks != 0:
-                other["parallel.resident_blocks"] = 0
+        config, storages = self.config, list[Settings]([{}])
+        for other in self.storages:
+            # FSDP2 alone has resident layers.
+            if other["parallel.backend"] == "zero3" and config.parallel.resident_blocks != 0:
+                other = {**other, "parallel.resident_blocks": 0}
             new = {name for name, value in other.items() if value != config.value_of(name)}
-            if not new & set(self.fixed) and any(other[name] != given[name] for name in given):
+            if not new & set(self.fixed) and new & set(_TOGETHER):
                 storages.append(other)
         return storages
 
-    def _shard_degrees(self) -> list[Settings]:
-        """Return the numbers of ranks per replica of the base to try: as given, all, those of a node, one."""
-        setting, given, machine = "parallel.shard_degree", self.config.parallel.shard_degree, self.machine
-        if setting in self.fixed or machine.ranks == 1:
-            return [{}]
-        nodes = -(-machine.ranks // machine.ranks_per_machine)
-        values = [None, *(["node"] if nodes > 1 and machine.ranks_per_machine > 1 else []), 1]
-        return [{}, *({setting: value} for value in values if value != given)]
+    @property
+    def storages(self) -> list[Settings]:
+        """Backends and places of a base that several GPUs share, the least device memory last."""
+        config = self.config
+        if not self.machine.is_gpu or self.machine.ranks == 1 or config.adapter.trains_base is not None:
+            return []
+        if config.parallel.deepspeed_config is not None:  # That file sets the storage.
+            return []
+        pairs = (("fsdp2", False), ("zero3", False), ("zero3", True))
+        return [dict(zip(_TOGETHER, pair, strict=True)) for pair in pairs]
+
+    def values(self, setting: str) -> list[Any]:
+        """Return the values of a setting that keep the result, from the fastest to the least memory.
+
+        Empty for a setting without effect on this run. Leaves out what cannot be better: block accumulation without
+        sharding, and tiles for short sequences or experts.
+        """
+        config, machine, train = self.config, self.machine, self.config.train
+        shards = config.shard_degree(machine.ranks) > 1
+        match setting:
+            case "train.checkpointing":
+                return [*RECOMPUTES]
+            case "train.micro_batch":
+                return micro_batches(train, machine.ranks)[::-1]
+            case "train.accumulate":
+                return ["block", "step"] if shards else ["step"] if train.accumulate == "block" else []
+            case "train.mlp_tile" if not self.model.shapes.architecture.has_experts:
+                return [None, TILE] if config.data.sequence_length >= TILED_FROM else []
+            case "parallel.prefetch" if shards:
+                return [True, False]
+            case "parallel.shard_degree" if machine.ranks > 1:
+                each = machine.ranks_per_machine
+                return [1, *(["node"] if machine.ranks > each > 1 else []), None]
+            case "quant.dense_layers" | "parallel.resident_blocks":
+                return [0]
+        return []
+
+    def _free(self, setting: str) -> list[Any]:
+        """Return the values of a setting to try, the given one first."""
+        given = self.config.value_of(setting)
+        return [given, *(value for value in self.values(setting) if value != given and setting not in self.fixed)]
 
     def _expert_degrees(self, others: Settings) -> list[Settings]:
         """Return the numbers of ranks that divide the experts: as given, none, those of a replica."""
@@ -190,26 +222,10 @@ class Search:
         return [{setting: 1}, {setting: "replica"}] if divides else [{setting: 1}]
 
     def _ways(self) -> Iterator[Settings]:
-        """Yield each combination of free values of accumulation, checkpointing, MLP tiles and prefetch.
-
-        Leaves out combinations that cannot be better: block accumulation without sharding, and tiles for short
-        sequences or experts.
-        """
-        config = self.config
-        shards = config.shard_degree(self.machine.ranks) > 1
-        is_tiled = config.data.sequence_length >= TILED_FROM and not self.model.shapes.architecture.has_experts
-        values = {
-            "train.accumulate": self._free("train.accumulate", *(("step", "block") if shards else ())),
-            "train.checkpointing": self._free("train.checkpointing", *RECOMPUTES),
-            "train.mlp_tile": self._free("train.mlp_tile", *((None, TILE) if is_tiled else ())),
-            "parallel.prefetch": self._free("parallel.prefetch", *((True, False) if shards else ())),
-        }
-        for combination in itertools.product(*values.values()):
-            yield dict(zip(values, combination, strict=True))
-
-    def _free(self, setting: str, *values: Any) -> list[Any]:
-        given = self.config.value_of(setting)
-        return [given] if setting in self.fixed else [given, *(value for value in values if value != given)]
+        """Yield each combination of free values of accumulation, checkpointing, MLP tiles and prefetch."""
+        names = ("train.accumulate", "train.checkpointing", "train.mlp_tile", "parallel.prefetch")
+        for combination in itertools.product(*map(self._free, names)):
+            yield dict(zip(names, combination, strict=True))
 
     def _fitting(self) -> Iterator[Plan]:
         """Yield the plans of one branch that fit device memory."""
@@ -232,8 +248,7 @@ class Search:
     def _with_micro_batches(self, way: Settings) -> Iterator[Plan]:
         """Yield plans from the smallest micro-batch to the largest."""
         train, ranks = self.config.train, self.machine.ranks
-        numbers = [train.micro_batch] if "train.micro_batch" in self.fixed else micro_batches(train, ranks)
-        for number in numbers:
+        for number in sorted(self._free("train.micro_batch")):
             config = self.config.if_valid({**way, "train.micro_batch": number})
             if config is None:
                 continue
@@ -277,8 +292,6 @@ class Search:
 TOO_SLOW = 1.5
 """Ratio of step times above which NF4 is taken although 16 bits fit. Plans are at 0.86 to 1.46 times published
 speeds (README.md), so a smaller ratio may be an error of the plan, and 16 bits lose no precision."""
-_TOGETHER = ("parallel.backend", "parallel.offload_base")
-"""Settings that are explained together: DeepSpeed alone offloads the base."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

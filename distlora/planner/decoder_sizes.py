@@ -3,50 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
-from distlora.architecture.shapes import Asked, ModelShapes, computed_pairs
-from distlora.architecture.spec import Architecture, LayerKind
+from distlora.architecture.shapes import Adapter, Asked, ModelShapes, computed_pairs
+from distlora.architecture.spec import Architecture, LayerKind, Weight
+from distlora.planner.machine import Machine
 from distlora.planner.workload import Workload
 from distlora_kernels import native
-
-
-def ranks_of_blocks(work: Workload, shapes: ModelShapes) -> tuple[AdaptedRanks, ...]:
-    """Return the adapter ranks of each decoder layer; layers that are alike share one object."""
-    if work.adapter.method == "full":
-        return (AdaptedRanks(),) * shapes.num_layers
-    found = [_ranks_of_blocks(Asked(shapes, adapter)) for adapter in work.adapters]
-    if len(found) == 1:
-        return found[0]
-    kinds: dict[tuple[int, ...], AdaptedRanks] = {}
-    blocks = []
-    for trials in zip(*found, strict=True):
-        key = tuple(map(id, trials))
-        if key not in kinds:
-            names = {name for each in trials for name in each.by_name}
-            kinds[key] = AdaptedRanks(
-                by_name={name: sum(each.rank(name) for each in trials) for name in names},
-                of_one={name: max(each.rank(name) for each in trials) for name in names},
-            )
-        blocks.append(kinds[key])
-    return tuple(blocks)
-
-
-@functools.lru_cache(maxsize=16)
-def _ranks_of_blocks(asked: Asked) -> tuple[AdaptedRanks, ...]:
-    shapes = asked.shapes
-    kinds: dict[object, AdaptedRanks] = {}
-    found = []
-    for block in shapes.adapters(asked.config):
-        by_kind = sorted(block, key=lambda each: each.experts)  # Of names alike those of experts count.
-        ranks = {each.place.rpartition(".")[2]: each.rank for each in by_kind}
-        ranks |= {each.place: each.rank for each in block}
-        numels = {each.place.rpartition(".")[2]: each.numel for each in by_kind if each.experts > 1}
-        key = (*ranks.items(), *numels.items())
-        found.append(kinds.setdefault(key, AdaptedRanks(by_name=ranks, numels=numels)))
-    return tuple(found)
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
+from distlora_kernels.fused_threshold import max_fused_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,26 +68,22 @@ class ScaledHalf:
     inputs: float
     forward: tuple[float, float]
     backward: tuple[float, float]
-    linears: tuple[tuple[str, int, int, int, int], ...]
-    """(path, input columns, output columns, rows per token, experts) of each linear or weight of experts."""
+    paths: tuple[str, ...]
+    """Paths of its linears and weights of experts."""
 
     @classmethod
     def of(cls, kind: LayerKind, half: int) -> ScaledHalf | None:
         """Return the estimate of a half; None if formulas hold."""
-        memory, experts = kind.memory[half], kind.experts
+        memory = kind.memory[half]
         if memory is None:
             return None
         scale = kind.columns(half) / max(1, memory.columns)
         keeps, forward, backward = (
             (scale * pair[0], scale * pair[1]) for pair in (memory.keeps, memory.forward, memory.backward)
         )
-        linears: list[tuple[str, int, int, int, int]] = []
-        for weight in kind.weights:
-            if weight.packs and kind.half_of(weight.path) == half:
-                rows = (experts.chosen, experts.num_experts) if weight.kind == "experts" and experts else (1, 1)
-                *_, columns, inputs = weight.shape
-                linears.append((weight.path.removesuffix(".weight"), inputs, columns, *rows))
-        return cls(keeps=keeps, inputs=memory.inputs, forward=forward, backward=backward, linears=tuple(linears))
+        weights = (weight for weight in kind.weights if weight.packs and kind.half_of(weight.path) == half)
+        paths = tuple(weight.path.removesuffix(".weight") for weight in weights)
+        return cls(keeps=keeps, inputs=memory.inputs, forward=forward, backward=backward, paths=paths)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,13 +105,6 @@ class Decoder:
     """True if a norm follows attention and another the MLP (Gemma)."""
     head_norms: bool
     """True if queries and keys have norms."""
-    fused_linears: bool = False
-    """True if queries, keys and values are one linear, and gate and up another (Phi-3)."""
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    norms_in_fp32: bool = False
-    """True if norms multiply by their scale in fp32 (Gemma)."""
     caps_scores: bool = False
     """True if attention caps its scores (Gemma 2)."""
     head_form: Literal["plain", "softcap", "scale", "own"] = "plain"
@@ -186,7 +144,6 @@ class Decoder:
             (each.heads for each in (kind, *architecture.kinds) if each.heads), (1, 1, architecture.hidden)
         )
         shapes = {weight.path.removesuffix(".weight").rpartition(".")[2]: weight.shape for weight in kind.weights}
-        biases = {path.removesuffix(".bias").rpartition(".")[2] for path in kind.paths if path.endswith(".bias")}
         sinks = "sinks" in shapes
         return cls(
             hidden=architecture.hidden,
@@ -199,11 +156,6 @@ class Decoder:
             vocabulary=architecture.vocabulary,
             norms_after=kind.mlp is not None and kind.mlp[2] is not None,
             head_norms="q_norm" in shapes,
-            fused_linears="qkv_proj" in shapes,
-            qkv_bias=bool(biases & {"q_proj", "qkv_proj"}),
-            o_bias="o_proj" in biases,
-            mlp_bias="down_proj" in biases,
-            norms_in_fp32=architecture.norm_form == "gemma",
             caps_scores=architecture.attention == "eager" and not sinks,
             head_form=architecture.head_form.kind,
             sinks=sinks,
@@ -233,37 +185,134 @@ INPUTS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AdaptedRanks:
-    """Adapter ranks of a decoder layer by the names of linears and fused expert weights (the rank of one expert)."""
+class LayerLinear:
+    """A linear of a decoder layer, or a fused weight of its experts, with its adapter and its format."""
 
-    by_name: Mapping[str, int] = field(default_factory=dict)
-    """Ranks by name and by path in the layer, added up over trials trained together."""
-    of_one: Mapping[str, int] | None = None
-    """The largest rank of one trial; None for a single trial."""
-    numels: Mapping[str, int] = field(default_factory=dict)
-    """Elements of A and B of experts by name, of a single trial."""
+    path: str
+    """Its path in the layer."""
+    inputs: int
+    outputs: int
+    """Columns of its input and output; of experts those of one."""
+    has_bias: bool = False
+    format: str | None = None
+    """Format of the weight; None: it is dense."""
+    is_unread: bool = False
+    """True if backward does not need its output (`LayerKind.unread`)."""
+    rank: int = 0
+    """Rank of its adapter, or of one expert's; of trials trained together the sum of all. 0 without an adapter."""
+    largest: int = 0
+    """Largest rank of one trial."""
+    experts: int = 1
+    local: int = 1
+    """Experts, and how many of them a rank computes."""
+    chosen: int = 1
+    """Experts that a token goes through."""
+    adapter_numel: int = 0
+    """Elements of A and B of all experts."""
 
-    def rank(self, name: str) -> int:
-        """Return the rank of one linear, 0 without an adapter."""
-        return self.by_name.get(name, 0)
+    @property
+    def is_experts(self) -> bool:
+        """True of a fused weight, of which a rank may have one expert."""
+        return self.experts > 1 or self.chosen > 1
 
-    def largest(self, name: str) -> int:
-        """Return the largest rank that one trial has on one linear."""
-        return (self.by_name if self.of_one is None else self.of_one).get(name, 0)
+    @property
+    def numel(self) -> int:
+        """Number of elements on a rank."""
+        return self.local * self.outputs * self.inputs
 
-    def reading(self, tensor: str) -> int:
-        """Return the sum of the ranks of the linears that read one tensor, a key of INPUTS."""
-        return sum(self.rank(name) for name in INPUTS[tensor])
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes on a rank in its format, which it has."""
+        layout = FORMAT_LAYOUTS[self.format or ""]
+        return layout.num_groups((self.local * self.outputs, self.inputs)) * layout.group_bytes
 
 
-def formats_by_name(kind: LayerKind, formats: Sequence[str | None]) -> dict[str, str]:
-    """Return the formats of a decoder layer's quantized weights by name and by path in the layer, as AdaptedRanks."""
-    found: dict[str, str] = {}
-    for weight, format in zip(kind.weights, formats, strict=True):
-        if format is not None:
-            path = weight.path.removesuffix(".weight")
-            found |= {path.rpartition(".")[2]: format, path: format}
+Linears = Mapping[str, tuple[LayerLinear, ...]]
+"""Linears of a layer by what they read, a key of INPUTS, without those of a shared expert; each alone by its path."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedLayer:
+    """A decoder layer of a run."""
+
+    kind: LayerKind
+    decoder: Decoder
+    linears: Linears
+
+
+def layers_of(work: Workload, shapes: ModelShapes) -> list[PlannedLayer]:
+    """Return the decoder layers of a run; those that are alike are one object."""
+    architecture, known = shapes.architecture, dict[object, PlannedLayer]()
+    adapted = work.adapters if work.adapter.method != "full" else ()
+    adapters = [_adapters_by_layer(Asked(shapes, adapter)) for adapter in adapted]
+    found = []
+    for index, (number, formats) in enumerate(shapes.layer_formats(work.format)):
+        own, formats = [layers[index] for layers in adapters], () if index < work.dense_layers else formats
+        key = (number, formats, *map(id, own))
+        if key not in known:
+            kind = architecture.kinds[number]
+            decoder = Decoder.of(architecture, kind, expert_degree=work.expert_degree)
+            known[key] = PlannedLayer(kind, decoder, linears_of(decoder, kind, formats, own))
+        found.append(known[key])
     return found
+
+
+def linears_of(
+    decoder: Decoder,
+    kind: LayerKind,
+    formats: Sequence[str | None] = (),
+    adapters: Sequence[Mapping[str, Adapter]] = (),
+) -> Linears:
+    """Return the linears of a layer. `formats`: of its weights, () if all are dense. `adapters`: by path, per trial."""
+    groups: dict[str, tuple[LayerLinear, ...]] = {}
+    for weight, format in itertools.zip_longest(kind.weights, formats):
+        if weight.packs:
+            path = weight.path.removesuffix(".weight")
+            groups[path] = (_linear(path, weight, format, decoder.experts, kind, adapters),)
+    shared = "-" if decoder.shared is None else f"{decoder.shared[0]}."
+    own = {path.rpartition(".")[2]: each for path, (each,) in groups.items() if not path.startswith(shared)}
+    return groups | {read: tuple(each for name, each in own.items() if name in names) for read, names in INPUTS.items()}
+
+
+def _linear(
+    path: str,
+    weight: Weight,
+    format: str | None,
+    sizes: ExpertSizes | None,
+    kind: LayerKind,
+    adapters: Sequence[Mapping[str, Adapter]],
+) -> LayerLinear:
+    *count, outputs, inputs = weight.shape
+    own = [trial[path] for trial in adapters if path in trial]
+    ranks = [adapter.rank for adapter in own] or [0]
+    experts = sizes if weight.kind == "experts" else None
+    # Trials may share other factors, so that each expert has a copy of all.
+    copied = 0 if experts is None else experts.count * sum(ranks) * (inputs + outputs)
+    return LayerLinear(
+        path=path,
+        inputs=inputs,
+        outputs=outputs * (math.prod(count) if experts is None else 1),
+        has_bias=f"{path}.bias" in kind.paths,
+        format=format,
+        is_unread=path in kind.unread,
+        rank=sum(ranks),
+        largest=max(ranks),
+        experts=1 if experts is None else experts.count,
+        local=1 if experts is None else experts.local,
+        chosen=1 if experts is None else experts.chosen,
+        adapter_numel=own[0].numel if len(adapters) == 1 and own else copied,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _adapters_by_layer(asked: Asked) -> tuple[Mapping[str, Adapter], ...]:
+    """Return the adapters of each layer by path in it; layers that are alike share one object."""
+    known: dict[object, Mapping[str, Adapter]] = {}
+    found = []
+    for layer in asked.shapes.adapters(asked.config):
+        by_path = {each.place: each for each in layer}
+        found.append(known.setdefault(tuple((path, each.rank, each.numel) for path, each in by_path.items()), by_path))
+    return tuple(found)
 
 
 AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
@@ -299,11 +348,6 @@ def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | 
     return sum(documents) ** 2
 
 
-def scores_again(kind: AttentionKind) -> tuple[int, int]:
-    """Return how often forward and backward recompute the scores; the forward of tiles computes them twice."""
-    return {"documents": (0, 1), "tiles": (1, 1), "sdpa": (0, 1), "eager": (0, 0)}[kind]
-
-
 def fuses(work: Workload, architecture: Architecture, *, is_gpu: bool) -> bool:
     """Return True if norms are fused, by train.fused_kernels on a GPU or compiled on a CPU.
 
@@ -315,3 +359,71 @@ def fuses(work: Workload, architecture: Architecture, *, is_gpu: bool) -> bool:
     if is_gpu:
         return work.train.fused_kernels != "none"
     return work.train.compile is True or (work.train.compile == "auto" and native.unavailable_reason() is None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelOptions:
+    """The kernels of a run, by its settings and its device."""
+
+    itemsize: int = 2
+    """Bytes of an element of train.dtype."""
+    is_gpu: bool = True
+    attention: AttentionKind = "documents"
+    fused_norms: bool = False
+    """True if norms are fused, and the loss of plain logits; without DoRA gated MLPs and rotary embeddings too."""
+    norms_in_fp32: bool = False
+    """True if norms multiply by their scale in fp32 (Gemma)."""
+    dora: bool = False
+    dropout: bool = False
+    """True if adapters have dropout. Masks are not kept; on the CPU, and with DoRA, they are tensors."""
+    trains_base: bool = False
+    """True if norms and linears are trained themselves (adapter=full)."""
+    trials: int = 1
+    """Trials trained together: their adapters are side by side, and each row uses one of them."""
+    few_rows: int = 0
+    """Up to so many rows a weight in NF4 is decoded inside its product; 0: never."""
+    extends: bool = False
+    """True if base products may take the adapter's term as further columns (distlora_kernels.extension)."""
+    copies: bool = False
+    """True if products read copies of the adapters of this step (AdapterCopies)."""
+
+    @property
+    def fused(self) -> bool:
+        """True if gated MLPs and rotary embeddings are fused; with DoRA, they would overwrite what gradients read."""
+        return self.fused_norms and not self.dora
+
+    @classmethod
+    def planned(
+        cls, work: Workload, shapes: ModelShapes, machine: Machine, sizes: Decoder | None = None, **more: Any
+    ) -> Self:
+        """Return the options of a workload for a kind of layer, by default the largest. `more`: further fields."""
+        architecture, adapter = shapes.architecture, work.adapter
+        decodes = machine.is_gpu and work.train.dtype == "bf16"
+        return cls(
+            itemsize=work.itemsize,
+            is_gpu=machine.is_gpu,
+            attention=attention_kind(work, architecture, sizes or Decoder.of(architecture), is_gpu=machine.is_gpu),
+            fused_norms=fuses(work, architecture, is_gpu=machine.is_gpu),
+            norms_in_fp32=architecture.norm_form == "gemma",
+            dora=adapter.use_dora,
+            dropout=adapter.lora_dropout > 0,
+            trains_base=adapter.method == "full",
+            trials=len(work.adapters),
+            few_rows=max_fused_rows(machine.capability) if decodes else 0,
+            extends=decodes and len(work.adapters) == 1 and not (adapter.use_dora or adapter.lora_dropout),
+            copies=copied_adapters(work, shapes, machine)[0] > 0,
+            **more,
+        )
+
+
+def copied_adapters(work: Workload, shapes: ModelShapes, machine: Machine) -> tuple[int, int]:
+    """Return the number of linears whose adapters are copied once per step, and the bytes of the copies.
+
+    distlora.model.adapters.AdapterCopies has them: on a GPU, for one trial, in 16 bits.
+    """
+    itemsize = work.itemsize
+    if not machine.is_gpu or itemsize == 4 or len(work.adapters) > 1 or work.adapter.method == "full":
+        return 0, 0
+    found = [(each, count) for each, count in shapes.alike(work.adapter) if each.experts == 1]
+    nbytes = sum(count * sum(itemsize * -(-n // 8) * 8 for n in each.numels[:2]) for each, count in found)
+    return sum(count for _, count in found), nbytes

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 from distlora.planner import Plan
 from distlora.planner.choose import Change, typed
-from distlora.planner.flops import FLOPS
 from distlora.planner.memory import KINDS, PHASES
 from distlora.planner.plan_tables import SOURCES, largest, rounded, shares
 from distlora.planner.speed.rates import WAITS, missing_rates
 from distlora.planner.speed.sampling import Sampling
+from distlora.planner.speed.timing import FLOPS
 from distlora.planner.storage import trained_tensors
 from distlora.planner.suggest import LargerRun, MultiTrialPlan, Nearest
 from distlora.system.numbers import count, size

@@ -22,7 +22,6 @@ from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import AdapterConfig, ParallelConfig
 from distlora.config.base import PLAIN
 from distlora.config.deepspeed_file import offloads_base
-from distlora.planner import traffic
 from distlora.planner.machine import Machine
 from distlora.planner.memory.base import Trained, absmaxes, base_of, is_in_8_bits
 from distlora.planner.memory.device import DeviceBytes, decomposition_bytes
@@ -139,7 +138,7 @@ def trained_tensors(work: Workload, shapes: ModelShapes, *, stored: bool = False
         yield Tensor(f"{path}.lora_B.weight", up)
         if each.magnitude:
             yield Tensor(f"{path}.lora_magnitude_vector", (each.magnitude,))
-    for name, ids in traffic.trained_rows(work, shapes).items():
+    for name, ids in work.trained_rows(shapes).items():
         path = prefix + matrices[name]
         yield Tensor(f"{path}.token_adapter.trainable_tokens_delta", (len(ids), shapes.hidden))
     for name in work.adapter.modules_to_save:
@@ -308,7 +307,7 @@ def host_bytes(work: Workload, model: PlannedModel, machine: Machine, device: De
         offloaded = sorted((tensor.kept(shards) for tensor, n in base.counted() for _ in range(n)), reverse=True)
     inputs: list[int] = []
     if work.train.checkpointing == "offload":  # As `distlora.training.setup` reserves.
-        nbytes = work.tokens_at_once * shapes.hidden * traffic.DTYPE_BYTES[work.train.dtype]
+        nbytes = work.tokens_at_once * shapes.hidden * work.itemsize
         inputs = [nbytes] * shapes.num_layers * work.train.slices(machine.ranks)
     on_host, on_gpu = (trained.optimizer_bytes(work.optim.name, is_gpu=on_gpu) for on_gpu in (False, True))
     return HostBytes(

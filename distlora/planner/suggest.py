@@ -15,9 +15,7 @@ from distlora.config import ClusterConfig
 from distlora.config.plan import CHOSEN, GPUS
 from distlora.planner import Plan, plan_of
 from distlora.planner.choose import (
-    RECOMPUTES,
     RESERVE,
-    TILE,
     Choice,
     Search,
     Settings,
@@ -110,25 +108,21 @@ def nearest(plan: Plan) -> Nearest:
 
 def memory_saving_changes(plan: Plan) -> list[Settings]:
     """Return the single settings that take less memory and keep the result."""
-    config, model, machine = plan.config, plan.model, plan.machine
-    train, parallel, ranks = config.train, config.parallel, machine.ranks
+    search = Search(config=plan.config, model=plan.model, machine=plan.machine)
     singles: list[Settings] = []
-    for mode in RECOMPUTES[RECOMPUTES.index(train.checkpointing) + 1 :]:
-        singles.append({"train.checkpointing": mode})
-    singles += [{"train.micro_batch": n} for n in reversed(micro_batches(train, ranks)) if n < train.micro_batch]
-    singles += [{"train.accumulate": "step"}] if train.accumulate == "block" else []
-    singles += [{"quant.dense_layers": 0}] if config.quant.dense_layers != 0 else []
-    if train.mlp_tile is None and config.data.sequence_length >= 2 * TILE and not model.shapes.architecture.has_experts:
-        singles.append({"train.mlp_tile": TILE})
-    if ranks > 1:
-        singles += [{"parallel.resident_blocks": 0}] if parallel.resident_blocks != 0 else []
-        singles += [{"parallel.prefetch": False}] if parallel.prefetch else []
-        singles += [{"parallel.shard_degree": None}] if parallel.shard_degree is not None else []
-        if machine.is_gpu and not parallel.offload_base:
-            offload: dict[str, object] = {"parallel.backend": "zero3"} if parallel.backend != "zero3" else {}
-            singles.append(offload | {"parallel.offload_base": True})
-    if not machine.is_gpu:  # Processes share the memory of their node.
-        singles += [{"cluster.gpus_per_node": n} for n in range(machine.ranks_per_machine - 1, 0, -1)]
+    for setting in CHOSEN:
+        values, given = search.values(setting), plan.config.value_of(setting)
+        smaller = values[values.index(given) + 1 :] if given in values else values
+        singles += [{setting: value} for value in smaller]
+    offloaded = {
+        name: value
+        for each in search.storages[-1:]
+        for name, value in each.items()
+        if value != plan.config.value_of(name)
+    }
+    singles += [offloaded] if offloaded else []
+    if not plan.machine.is_gpu:  # Processes share the memory of their node.
+        singles += [{"cluster.gpus_per_node": n} for n in range(plan.machine.ranks_per_machine - 1, 0, -1)]
     return singles
 
 

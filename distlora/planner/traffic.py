@@ -16,15 +16,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distlora.architecture.shapes import ModelShapes
-from distlora.architecture.tokens import trained_indices
+from distlora.architecture.tokens import HEAD
+from distlora.planner.memory.base import base_of, unit_bytes
 from distlora.planner.workload import Workload
-from distlora_kernels.format_layouts import FORMAT_LAYOUTS
-
-DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,48 +82,6 @@ class StepBytes:
         return sharded + summed
 
 
-def padded(shape: Sequence[int], ranks: int) -> int:
-    """Numbers in a tensor whose rows are filled up to a multiple of the ranks."""
-    return ranks * -(-shape[0] // ranks) * math.prod(shape[1:])
-
-
-def weight_bytes(shape: Sequence[int], ranks: int, *, format: str | None, itemsize: int) -> int:
-    """Bytes of a weight as it is gathered: rows or whole groups, a multiple of the ranks of them."""
-    if format is None:
-        return itemsize * padded(shape, ranks)
-    sizes = FORMAT_LAYOUTS[format]
-    return padded((sizes.num_groups(shape),), ranks) * sizes.group_bytes
-
-
-def layers_bytes(
-    shapes: ModelShapes, ranks: int, *, format: str | None, itemsize: int, first: int = 0, divided: bool = False
-) -> int:
-    """Return the bytes of gathering each decoder layer from the layer `first` on. `format`: Workload.format.
-
-    `divided`: experts are divided over the ranks, or gathered on demand, and not with their layers.
-    """
-    total = 0
-    for (kind, formats), count in Counter(shapes.layer_formats(format)[first:]).items():
-        layer = zip(shapes.architecture.kinds[kind].weights, formats, strict=True)
-        moved = (each for each in layer if not (divided and each[0].kind == "experts"))
-        total += count * sum(weight_bytes(each.shape, ranks, format=kept, itemsize=itemsize) for each, kept in moved)
-    return total
-
-
-def matrix_bytes(
-    shapes: ModelShapes, ranks: int, formats: tuple[str | None, str | None], itemsize: int
-) -> tuple[int, int]:
-    """Return the bytes of embedding and LM head as they are gathered, which are equal if the two are tied."""
-    shape = (shapes.vocabulary, shapes.hidden)
-    first, second = (weight_bytes(shape, ranks, format=format, itemsize=itemsize) for format in formats)
-    return first, second
-
-
-def outside_numel(shapes: ModelShapes, ranks: int) -> int:
-    """Return the numbers of the decoder's weights outside of its layers, as they are gathered: the last norm."""
-    return sum(padded(weight.shape, ranks) for weight in shapes.architecture.outside)
-
-
 def passes_of(work: Workload, accumulation: int) -> int:
     """Return the forward and backward passes of a step."""
     return accumulation if work.train.accumulate == "step" else 1
@@ -147,9 +102,8 @@ def moved_blocks(work: Workload, shapes: ModelShapes) -> int:
 
 def moved_bytes(work: Workload, shapes: ModelShapes, shards: int) -> int:
     """Return the bytes of the layers that are gathered in each pass."""
-    itemsize, first = DTYPE_BYTES[work.train.dtype], shapes.num_layers - moved_blocks(work, shapes)
-    divided = work.has_experts_apart
-    return layers_bytes(shapes, shards, format=work.format, itemsize=itemsize, first=first, divided=divided)
+    first = shapes.num_layers - moved_blocks(work, shapes)
+    return base_of(work, shapes).total(lambda unit: unit_bytes(unit, shards), first)
 
 
 def chosen_share(experts: int, chosen: int, tokens: int, shards: int) -> float:
@@ -170,19 +124,19 @@ def on_demand_bytes(work: Workload, shapes: ModelShapes, shards: int, accumulati
     """Return the expected bytes of a step's gathers of chosen experts, and of the choices (parallel.experts)."""
     if work.parallel.experts == "gathered" or shards == 1:
         return 0
-    passes, itemsize, total = passes_of(work, accumulation), DTYPE_BYTES[work.train.dtype], 0
+    passes, total = passes_of(work, accumulation), 0
     tokens = shards * work.tokens_at_once * accumulation // passes
     needs, gathers = work.train.needs, gathers_per_pass(work)[0] * passes
     forwards = (1 if work.train.checkpointing == "none" else 2) + needs.reference + 2 * needs.mismatched
-    for (number, formats), count in Counter(shapes.layer_formats(work.format)).items():
-        kind = shapes.architecture.kinds[number]
-        if kind.experts is not None:
-            layer = zip(kind.weights, formats, strict=True)
-            moved = ((each.shape, kept) for each, kept in layer if each.kind == "experts")
-            whole = sum(weight_bytes(shape, shards, format=kept, itemsize=itemsize) for shape, kept in moved)
-            share = chosen_share(kind.experts.num_experts, kind.experts.chosen, tokens, shards)
+    base = base_of(work, shapes)
+    kinds = Counter(shapes.layer_formats(work.format))
+    for unit, ((number, _), count) in zip(base.kinds, kinds.items(), strict=True):
+        experts = shapes.architecture.kinds[number].experts
+        if experts is not None:
+            whole = sum(tensor.gathered(shards) for tensor in unit if tensor.divided)
+            share = chosen_share(experts.num_experts, experts.chosen, tokens, shards)
             total += count * gathers * round(share * whole)
-            total += count * accumulation * forwards * shards * kind.experts.num_experts
+            total += count * accumulation * forwards * shards * experts.num_experts
     return total
 
 
@@ -193,7 +147,7 @@ def exchanged_bytes(work: Workload, shapes: ModelShapes, accumulation: int) -> i
     backward. Each forward sends the number of rows of each expert first, and the adapters of rows that choose. At the
     most: a first layer whose input needs no gradient sends one less in backward.
     """
-    train, itemsize = work.train, DTYPE_BYTES[work.train.dtype]
+    train, itemsize = work.train, work.itemsize
     forwards, total = 1 if train.checkpointing == "none" else 2, 0
     mismatched = int(train.needs.mismatched)
     reference = int(train.needs.reference) + mismatched
@@ -219,28 +173,24 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     are not gathered. ZeRO-3 with parallel.prefetch may gather the last layer once a pass: then this is the most. Where
     mismatched answers interrupt the order of several passes, it gathers some layers for nothing: this is the least.
     """
-    adapter, itemsize, shards = work.adapter, DTYPE_BYTES[work.train.dtype], work.shard_degree(world)
-    full, whole = adapter.method == "full", adapter.modules_to_save
-    labels = work.train.needs.labels
-    scores = sum(map(math.prod, work.train.needs.score_shapes(shapes.hidden).values()))
-    tied = shapes.ties(adapter) and not labels
-    matrix, norm = padded((shapes.vocabulary, shapes.hidden), shards), outside_numel(shapes, shards)
-    embedding, head = matrix_bytes(shapes, shards, work.token_formats(shapes), itemsize)
-    head = 0 if labels else head
-    head_is_trained = full or "lm_head" in whole
+    adapter, shards, base = work.adapter, work.shard_degree(world), base_of(work, shapes)
+    full, needs = adapter.method == "full", work.train.needs
+    norm, embedding = unit_bytes(base.rest, shards), unit_bytes(base.embedding, shards)
+    head = 0 if needs.labels else unit_bytes(base.head or base.embedding, shards)
+    head_is_trained = full or HEAD in adapter.modules_to_save
     # FSDP2 keeps a tied matrix from the embedding to the head; ZeRO-3 gathers it for each.
-    together = tied and work.parallel.backend == "fsdp2"
-    ends = itemsize * norm * (2 if full else 1) + head * (2 if head_is_trained else 1) + (0 if together else embedding)
+    together = base.tied and work.parallel.backend == "fsdp2"
+    ends = norm * (2 if full else 1) + head * (2 if head_is_trained else 1) + (0 if together else embedding)
     on_demand = on_demand_bytes(work, shapes, shards, accumulation)
     of_layers, of_ends = gathers_per_pass(work)
     # FSDP2 keeps the last norm from a forward without gradient to the next forward.
-    kept = (of_ends - 1) * itemsize * norm if work.parallel.backend == "fsdp2" else 0
+    kept = (of_ends - 1) * norm if work.parallel.backend == "fsdp2" else 0
     gathered = passes_of(work, accumulation) * (of_layers * moved_bytes(work, shapes, shards) + of_ends * ends - kept)
     gathered += on_demand
-    scattered = 4 * matrix * len(whole)
-    if full:
-        of_blocks = layers_bytes(shapes, shards, format=None, itemsize=1)
-        scattered = 4 * (of_blocks + norm + (1 if tied else 2) * matrix)
+    scattered = sum(
+        4 * count * shards * tensor.shard_numel(shards) for tensor, count in base.counted() if tensor.trained
+    )
+    scores = sum(map(math.prod, needs.score_shapes(shapes.hidden).values()))
     reduced = 0 if full else 4 * sum(map(shapes.adapted_numel, work.adapters))
     reduced += 4 * (scores + shapes.hidden * token_rows(work, shapes)) + (4 if scattered and shards > 1 else 0)
     rows = scattered // shards if shards < world else 0
@@ -260,12 +210,6 @@ def step_traffic(work: Workload, shapes: ModelShapes, *, world: int, accumulatio
     )
 
 
-def trained_rows(work: Workload, shapes: ModelShapes) -> dict[str, tuple[int, ...]]:
-    """Return the trained ids of embedding and LM head by matrix; new tokens count as ids after the last."""
-    ids = range(shapes.vocabulary, shapes.vocabulary + len(work.new_tokens))
-    return trained_indices(work.adapter, tied=shapes.tied, new=tuple(ids))
-
-
 def token_rows(work: Workload, shapes: ModelShapes) -> int:
     """Return the number of trained token rows."""
-    return sum(map(len, trained_rows(work, shapes).values()))
+    return sum(map(len, work.trained_rows(shapes).values()))

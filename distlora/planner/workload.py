@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distlora.architecture.shapes import KEEP, ModelShapes
+from distlora.architecture.tokens import trained_indices
 from distlora.config import AdapterConfig, Config, OptimConfig, ParallelConfig, TrainConfig, UserError
+
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+"""Bytes of an element, by train.dtype."""
+
+
+def padded(shape: Sequence[int], ranks: int) -> int:
+    """Return the numbers in a tensor whose rows are filled up to a multiple of the ranks."""
+    return ranks * -(-shape[0] // ranks) * math.prod(shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +82,16 @@ class Workload:
         if self.format != KEEP or self.adapter.token_settings(self.new_tokens):
             return None, None
         return shapes.kept_tokens
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of train.dtype."""
+        return DTYPE_BYTES[self.train.dtype]
+
+    def trained_rows(self, shapes: ModelShapes) -> dict[str, tuple[int, ...]]:
+        """Return the trained ids of embedding and LM head by matrix; new tokens count as ids after the last."""
+        ids = range(shapes.vocabulary, shapes.vocabulary + len(self.new_tokens))
+        return trained_indices(self.adapter, tied=shapes.tied, new=tuple(ids))
 
     @property
     def tokens_at_once(self) -> int:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from distlora_kernels.buffers import COLUMNS_PER_CALL, COUNTERS
 from distlora_kernels.dispatch import on_device
 
 MASK = 0xFFFFFFFF
@@ -28,11 +29,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
-COLUMNS_PER_CALL = 8
 _HALF = 2**16
-
-_CPU_COUNTERS, _GPU_COUNTERS = 2**15, 2**22
-"""Counters computed at once: on a CPU the words stay in its cache, on a GPU they fill it."""
 
 
 def philox(
@@ -163,7 +160,7 @@ def random_halves(
     calls = -(-columns // COLUMNS_PER_CALL)
     column = torch.arange(calls, device=device)
     words = torch.empty(num_rows, calls, 4, dtype=torch.int32, device=device)
-    size = max(1, (_CPU_COUNTERS if device.type == "cpu" else _GPU_COUNTERS) // calls)
+    size = max(1, COUNTERS["cpu" if device.type == "cpu" else "cuda"] // calls)
     for start in range(0, num_rows, size):
         part = slice(start, start + size)
         counter = (column, position[part], row[part], _part(step, part))

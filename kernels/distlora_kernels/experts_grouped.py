@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distlora_kernels.buffers import RANK_MULTIPLE
 from distlora_kernels.dispatch import on_device
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertGradients, ExpertLinear, Routing
 from distlora_kernels.scratch import take_chosen
-
-_RANK_MULTIPLE = 8
 
 
 def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, Tensor | None]:
@@ -96,7 +95,7 @@ def _padded(adapter: ExpertAdapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     """Return a (G, R, I) and b (G, O, R) of each group in `dtype`, padded with zeros in R; a shared factor is one."""
     a, b, choice = adapter.a.to(dtype), adapter.b.to(dtype), adapter.scale
     if not isinstance(choice, ExpertChoice):
-        missing = -a.shape[1] % _RANK_MULTIPLE
+        missing = -a.shape[1] % RANK_MULTIPLE
         return F.pad(a, (0, 0, 0, missing)).contiguous(), F.pad(b, (0, missing)).contiguous()
     rank, experts = _rank(choice), max(len(a), len(b))
     a, b = a.expand(experts, -1, -1), b.expand(experts, -1, -1)
@@ -114,7 +113,7 @@ def _padded(adapter: ExpertAdapter, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 def _rank(choice: ExpertChoice) -> int:
     """Return the rank that adapters are padded to."""
-    return -(-max(choice.ranks) // _RANK_MULTIPLE) * _RANK_MULTIPLE
+    return -(-max(choice.ranks) // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
 def _without_padding(sums: Tensor, adapter: ExpertAdapter, factor: Tensor, rank_dim: int) -> Tensor:

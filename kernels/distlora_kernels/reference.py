@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distlora_kernels.buffers import STRIPE_ELEMENTS
 from distlora_kernels.format_layouts import GROUP as GROUP
 
 BLOCK = 64
@@ -187,10 +188,6 @@ def expert_linear(
     xa = torch.einsum("si,sri->sr", x, a[experts]) * gate
     y = torch.einsum("si,soi->so", x, weight[experts]) + torch.einsum("sr,sor->so", xa, b[experts])
     return y if bias is None else y + bias[experts]
-
-
-STRIPE_ELEMENTS = 2**20
-"""Products that magnitude_gradient holds at once, 4 MiB: with fewer, thread barriers cost more than the cache saves."""
 
 
 def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:

@@ -12,31 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
+from distlora_kernels.buffers import PROGRAMS, reads_once, split, split_over_rows, tile_of
 from distlora_kernels.dispatch import on_device
 from distlora_kernels.dropout import ChosenDropout, Dropout, stream_table
 from distlora_kernels.operands import RowChoice
-from distlora_kernels.skinny_triton import add_partials, down_kernel, dy_kernel, grad_kernel, tile_of, up_kernel
-
-_PROGRAMS = 128
-"""Programs that a sum is split for if the rows give fewer: about one per multiprocessor of an H100, each with three
-tiles of 16 KB in flight (3 TB/s at 1 us needs 23 KB per multiprocessor)."""
-_LARGEST_RANK_READ_ONCE = 32
-"""Largest rank for which `dy` reads dy once for both products; beyond it the parts of db cost as much as a read."""
-MOST_PARTS_BYTES = 2**28
-"""Most bytes of the parts of db when dy is read once: 32,768 rows of 32,768 features at rank 16. Beyond it dy is read
-twice (2 % of a linear's backward) to save memory."""
-
-
-class _Split(NamedTuple):
-    size: int
-    parts: int
-
-
-def _split(length: int, grain: int, programs: int, wanted: int = _PROGRAMS) -> _Split:
-    """Split `length` into equal parts, multiples of `grain`, for about `wanted` programs at `programs` per part."""
-    grains = triton.cdiv(length, grain)
-    size = triton.cdiv(grains, min(grains, max(1, wanted // programs))) * grain
-    return _Split(size, triton.cdiv(length, size))
+from distlora_kernels.skinny_triton import add_partials, down_kernel, dy_kernel, grad_kernel, up_kernel
 
 
 class _Rows(NamedTuple):
@@ -106,21 +86,21 @@ def down(
     """Return skinny.skinny_down; a may have any strides."""
     x = _row_contiguous(x)
     (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], choice)
-    tile = tile_of("down", by.rank, by.tokens, x.dtype, dropout is not None, copies=copy is not None)
+    tile = tile_of("down", by.rank, by.tokens, x.itemsize, dropout is not None, copies=copy is not None)
     tiles_of_a_row, pieces = triton.cdiv(by.tokens, tile.rows), triton.cdiv(by.rank, tile.ranks)
     programs = by.batch * tiles_of_a_row * pieces
-    split = _split(num_columns, tile.columns, programs)
+    share = split(num_columns, tile.columns, programs)
     out = x.new_empty(num_rows, by.rank) if out is None else out
-    sums = out if split.parts == 1 else out.new_empty(split.parts, *out.shape, dtype=torch.float32)
-    down_kernel[(programs, split.parts)](
+    sums = out if share.parts == 1 else out.new_empty(share.parts, *out.shape, dtype=torch.float32)
+    down_kernel[(programs, share.parts)](
         x, a, sums, copy, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
         stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_out=sums.stride(-2),
         stride_copy=None if copy is None else copy.stride(0), stride_split=out.numel(),
-        split_columns=split.size, tiles_of_a_row=tiles_of_a_row, **_dropout_words(dropout, num_rows),
+        split_columns=share.size, tiles_of_a_row=tiles_of_a_row, **_dropout_words(dropout, num_rows),
         BM=tile.rows, BK=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if split.parts > 1:
+    if share.parts > 1:
         _add(sums, out)
     return out
 
@@ -136,7 +116,7 @@ def up(
     xa = _row_contiguous(xa)
     num_rows, num_columns = xa.shape[0], b.shape[0]
     by = _rows_of(num_rows, b.shape[1], choice)
-    tile = tile_of("up", by.rank, by.tokens, xa.dtype, dropout is not None)
+    tile = tile_of("up", by.rank, by.tokens, xa.itemsize, dropout is not None)
     tiles_of_a_row, column_tiles = triton.cdiv(by.tokens, tile.rows), triton.cdiv(num_columns, tile.columns)
     out = xa.new_empty(num_rows, num_columns)
     up_kernel[(by.batch * tiles_of_a_row * column_tiles,)](
@@ -166,31 +146,31 @@ def dy(
     """
     dy, b, xa = _row_contiguous(dy), _row_contiguous(b), _row_contiguous(xa)
     (num_rows, num_columns), by = dy.shape, _rows_of(dy.shape[0], b.shape[1], choice)
-    tile = tile_of("dy", by.rank, by.tokens, dy.dtype)
+    tile = tile_of("dy", by.rank, by.tokens, dy.itemsize)
     stripes_of_a_row = triton.cdiv(by.tokens, tile.rows)
     stripes = by.batch * stripes_of_a_row
-    if by.rank > _LARGEST_RANK_READ_ONCE or stripes * num_columns * by.rank * 4 > MOST_PARTS_BYTES:
+    if not reads_once(stripes, num_columns, by.rank):
         db = b.new_empty(b.shape, dtype=torch.float32)
         _products_over_rows(xa, dy, db.T, choice, None, scale)
         return down(dy, b.T, choice, None, out, copy), db, None
     # Two programs per multiprocessor: one waits for its tile while the other multiplies.
-    split = _split(num_columns, tile.columns, stripes, wanted=2 * _PROGRAMS)
+    share = split(num_columns, tile.columns, stripes, wanted=2 * PROGRAMS)
     dxa = dy.new_empty(num_rows, by.rank) if out is None else out
-    sums = dxa if split.parts == 1 else dxa.new_empty(split.parts, *dxa.shape, dtype=torch.float32)
+    sums = dxa if share.parts == 1 else dxa.new_empty(share.parts, *dxa.shape, dtype=torch.float32)
     parts = b.new_empty(stripes, num_columns, by.rank, dtype=torch.float32)
     # At 32 ranks a tile of y does not fit the registers of sm_80.
     y = None if y is None or tile.ranks > 16 else _row_contiguous(y)
     products = None if y is None else b.new_empty(stripes, num_columns, dtype=torch.float32)
-    dy_kernel[(stripes, split.parts)](
+    dy_kernel[(stripes, share.parts)](
         dy, b, xa, sums, parts, copy, y, products, by.rows, by.spans,
         tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank, stride_dy=dy.stride(0), stride_b=b.stride(0),
         stride_xa=xa.stride(0), stride_out=sums.stride(-2), stride_copy=None if copy is None else copy.stride(0),
         stride_y=0 if y is None else y.stride(0), stride_split=dxa.numel(),
-        split_columns=split.size, stripes_of_a_row=stripes_of_a_row,
+        split_columns=share.size, stripes_of_a_row=stripes_of_a_row,
         BM=tile.rows, BK=tile.columns, BR=tile.ranks, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if split.parts > 1:
+    if share.parts > 1:
         _add(sums, dxa)
     db = b.new_empty(b.shape, dtype=torch.float32)
     _add(parts, db, scale=scale, choice=choice, rank_is_last=True)
@@ -217,9 +197,9 @@ def _products_over_rows(
     out is (R, I) fp32, contiguous or the transpose of a contiguous tensor.
     """
     (num_rows, num_columns), by = right.shape, _rows_of(right.shape[0], left.shape[1], choice)
-    tile = tile_of("grad", by.rank, by.tokens, right.dtype, dropout is not None)
+    tile = tile_of("grad", by.rank, by.tokens, right.itemsize, dropout is not None)
     column_tiles, pieces = triton.cdiv(num_columns, tile.columns), triton.cdiv(by.rank, tile.ranks)
-    stripe = _split(by.tokens, tile.rows, column_tiles * pieces * by.batch)
+    stripe = split_over_rows(tile, by.tokens, num_columns, by.rank, by.batch)
     stripes = by.batch * stripe.parts
     rank_is_last = out.stride(1) != 1
     parts = out.new_empty(stripes, *((num_columns, by.rank) if rank_is_last else (by.rank, num_columns)))

@@ -12,9 +12,6 @@ for 8 columns, so it runs on a tile of (rows, columns / 8) and its words are spr
 thread. In the first two rounds the counter's words are one per row or per column, so a call costs 8 full rounds.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 
@@ -324,45 +321,3 @@ def add_partials(
     if stride_out is not None:
         e = e // width * stride_out + e % width
     tl.store(out + e, total.to(out.dtype.element_ty), mask=inside)
-
-
-class Tile(NamedTuple):
-    """Tile of a kernel: rows, columns (or summed length per iteration), ranks."""
-
-    rows: int
-    columns: int
-    ranks: int
-    num_warps: int
-    num_stages: int
-
-
-def tile_of(
-    op: str, rank: int, tokens: int, dtype: torch.dtype, with_dropout: bool = False, *, copies: bool = False
-) -> Tile:
-    """Return the tile of an op for an adapter's rank and a row's tokens, without spills and within 99 KB.
-
-    With dropout there are twice the threads: the generator, not memory, is the bottleneck. A rank that is not a
-    multiple of 16 is read and written element by element, and the addresses fill registers: fewer rows at a time. A
-    copy at rank 16 spills on sm_89 in Triton 3.6 with one tile more in flight.
-    """
-    ranks, odd = min(max(16, triton.next_power_of_2(rank)), 64), rank % 16 != 0
-    warps = 8 if with_dropout or (op == "down" and ranks > 16) else 4
-    if dtype == torch.float32:
-        # No tensor cores (ieee): operands are in registers.
-        rows, columns = {"down": (32, 32), "up": (32, 64), "dy": (64, 32), "grad": (32, 64)}[op]
-        return Tile(_rows(rows, tokens), columns, min(ranks, 32), 4, 2)
-    if op == "down":
-        # More rows for more ranks: every tile of rows reads all of a from L2.
-        if ranks == 16:
-            return Tile(_rows(64, tokens), 128, ranks, warps, 3 if copies else 4)
-        return Tile(_rows(128, tokens), 64, ranks, warps, 4)
-    if op == "up":
-        return Tile(_rows(64 if with_dropout else 128, tokens), 128, ranks, 8, 2)
-    if op == "dy":
-        return Tile(_rows(128 if odd else 256, tokens), 64, ranks, 8, 3 if odd else 2)
-    rows = 32 if odd and ranks == 16 and not with_dropout else 64
-    return Tile(_rows(rows, tokens), 128, ranks, warps, 3 if with_dropout else 4)
-
-
-def _rows(most: int, tokens: int) -> int:
-    return min(most, max(16, triton.next_power_of_2(tokens)))

@@ -15,7 +15,7 @@ from distlora.data.loader import open_data
 from distlora.model.adapters import AdaptedLinear, StepRows
 from distlora.model.build import CausalLM
 from distlora.system import randomness
-from distlora_kernels import dropout as dropout_module
+from distlora_kernels.buffers import COUNTERS
 from distlora_kernels.dropout import Dropout, dropped, philox, threshold_of
 from support.closeness import assert_adapters_close, assert_close, assert_losses_close
 from support.family_models import dequantized
@@ -52,7 +52,7 @@ def test_rows_and_columns_depend_on_nothing_beside_them(monkeypatch: pytest.Monk
     assert torch.equal(mask([9], 3, 21), whole[1:2, :3, :21])
     end = Dropout(KEY, threshold_of(0.3), 5, torch.tensor([4, 9, 1, 7]), first=2)
     assert torch.equal(dropped(end, 4 * 4, 50).view(4, 4, 50), whole[:, 2:])
-    monkeypatch.setattr(dropout_module, "_CPU_COUNTERS", 20)
+    monkeypatch.setitem(COUNTERS, "cpu", 20)
     assert torch.equal(mask([4, 9, 1, 7], 6, 50), whole), "the pieces in which it is computed show"
 
 
@@ -63,7 +63,7 @@ def test_a_gpu_drops_what_the_cpu_drops(monkeypatch: pytest.MonkeyPatch) -> None
     on_cpu = dropped(Dropout(KEY, threshold_of(0.3), 5, rows), 3 * 7, 99)
     on_gpu = Dropout(KEY, threshold_of(0.3), 5, rows.cuda())
     assert torch.equal(dropped(on_gpu, 3 * 7, 99).cpu(), on_cpu)
-    monkeypatch.setattr(dropout_module, "_GPU_COUNTERS", 20)
+    monkeypatch.setitem(COUNTERS, "cuda", 20)
     assert torch.equal(dropped(on_gpu, 3 * 7, 99).cpu(), on_cpu)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distlora.config import AdapterConfig
 from distlora.model.adapters import AdaptedLinear, AdapterCopies, BlockContext, reset_adapters
 from distlora.model.frozen_linear import FrozenLinear, link_shared_inputs
-from distlora.planner.memory.device import copied_adapters
+from distlora.planner.decoder_sizes import copied_adapters
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 from distlora.training.setup import start_run_model
@@ -223,8 +223,8 @@ def test_copies_are_rounded_once_and_neighbours_and_as_large_as_planned(tmp_path
         linears[0].context.uses_start = False
         storage = copies_of(linears[1]).a.untyped_storage()
     work = Workload.of(config_for(tmp_path, **SECTIONS))
-    assert copied_adapters(work, model_in(tmp_path), machine_of()) == (len(linears), storage.nbytes())
-    assert copied_adapters(work, model_in(tmp_path), machine_of(is_gpu=False)) == (0, 0)
+    assert copied_adapters(work, model_in(tmp_path).shapes, machine_of()) == (len(linears), storage.nbytes())
+    assert copied_adapters(work, model_in(tmp_path).shapes, machine_of(is_gpu=False)) == (0, 0)
     assert copies_of(linears[1]) is None
 
 

@@ -17,7 +17,7 @@ from distlora.architecture.shapes import shapes_of
 from distlora.config import Config
 from distlora.parallel import Ranks
 from distlora.parallel.integrity import DamagedWeightsError
-from distlora.planner import traffic
+from distlora.planner.workload import padded
 from distlora.system import host_memory
 from distlora.training import worker
 from distlora.training.reporter import Reporter
@@ -46,7 +46,7 @@ def test_inside_the_block_eight_micro_batches_gather_what_one_does(world: World,
         if name == "one":
             once = traffic_of(config, world=2).gathered
     # The evaluation before the first step leaves the final norm (96 fp32) gathered.
-    norm = 4 * traffic.padded((96,), 2)
+    norm = 4 * padded((96,), 2)
     assert bytes_of["one"] == bytes_of["block"] == [once - norm, once]
     assert bytes_of["step"] == [8 * once - norm, 8 * once]
 
@@ -106,7 +106,7 @@ def test_blocks_that_stay_are_gathered_no_more_and_change_no_bit(
     step, passes = traffic_of(config, world=size).gathered, 2 if size == 2 else 1
     all_move = traffic_of(make_run(tmp_path / "all", folders, train=SETTINGS[size]), world=size).gathered
     assert all_move - step == passes * 2 * max(dense, resident) * bytes_of_a_block(config, size)
-    norm = 4 * traffic.padded((96,), size)  # As above: evaluations leave it gathered, as the first leaves the blocks.
+    norm = 4 * padded((96,), size)  # As above: evaluations leave it gathered, as the first leaves the blocks.
     assert gathered(metrics) == [step - norm, step, step - norm, step]
 
 
@@ -143,7 +143,7 @@ def test_auto_keeps_what_fits_on_the_rank_with_the_least_memory(
     assert losses == moving(size)[0]
     assert all(torch.equal(adapter[name], tensor) for name, tensor in moving(size)[1].items())
     step, passes = traffic_of(config, world=size).gathered, 2 if size == 2 else 1
-    saved, norm = passes * 2 * block, 4 * traffic.padded((96,), size)
+    saved, norm = passes * 2 * block, 4 * padded((96,), size)
     # Found out after the first step, gathered for good in the second.
     assert gathered(metrics) == [step - norm, step - saved + block, step - saved - norm, step - saved]
 

@@ -16,7 +16,7 @@ from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Ranks
 from distlora.parallel.ranks import Traffic
 from distlora.planner import traffic as wire
-from distlora.planner.workload import Workload
+from distlora.planner.workload import Workload, padded
 from distlora.training.setup import start_run_model
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_kernels.formats.nf4 import NF4
@@ -148,7 +148,7 @@ def test_ranks_of_a_node_read_frozen_units_in_each_others_memory(
     results = world.run(2, traffic_in_a_node, config=config, cannot=cannot)
     shapes = shapes_in(folders / "llama")
     # In bf16, in forward and backward.
-    trained = 2 * 2 * wire.padded((shapes.vocabulary, shapes.hidden), 2) if adapter else 0
+    trained = 2 * 2 * padded((shapes.vocabulary, shapes.hidden), 2) if adapter else 0
     for counts, traffic in results:
         assert counts.gathered == (traffic.gathered_bytes if cannot else trained)
         assert traffic.gathered_bytes > trained

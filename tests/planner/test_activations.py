@@ -10,14 +10,12 @@ import pytest
 
 from distlora.derive.shrink import build, shrink
 from distlora.model import experts
-from distlora.parallel import integrity
-from distlora.planner.memory import layer, step
+from distlora.planner.memory import layer
 from distlora.planner.memory.activations import Mode
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.memory.step import blocks_of
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
-from distlora_kernels import dropout, skinny_launch
 from support import activation_steps
 from support.accounting import Kept, Made
 from support.activation_steps import NARROW, TOKENS, WIDE, check_steps, load, loss, positions
@@ -140,13 +138,6 @@ def test_the_peak_with_experts_in_one_grouped_product_is_calculated_within_5_per
     monkeypatch.setattr(experts, "runs_grouped", lambda *arguments: True)
     loaded = load(tmp_path, family, sizes)
     check_steps(loaded._replace(costs=replace(loaded.costs, groups_experts=True)), ALL)
-
-
-def test_planner_and_kernels_have_the_same_bounds() -> None:
-    assert layer._COUNTERS == {"cpu": dropout._CPU_COUNTERS, "cuda": dropout._GPU_COUNTERS}
-    assert layer._PARTS_BYTES == skinny_launch.MOST_PARTS_BYTES
-    assert layer._RANK_READ_ONCE == skinny_launch._LARGEST_RANK_READ_ONCE
-    assert 8 * integrity._LINES_AT_ONCE["cuda"] * integrity.LINE == step._CHECKED
 
 
 MIXERS: dict[str, dict[str, int]] = {

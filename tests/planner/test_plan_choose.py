@@ -19,7 +19,6 @@ from distlora.config.plan import CHOSEN
 from distlora.planner import Machine, Plan, PlannedModel, plan_of
 from distlora.planner.choose import (
     RESERVE,
-    TOO_SLOW,
     Search,
     choose,
     cost_of,
@@ -33,7 +32,6 @@ from distlora.planner.suggest import (
     nearest,
     with_ranks,
 )
-from distlora.system.numbers import size
 from support.plan_inputs import cpu_machine, machine_of, model_of
 from support.small_models import config_with
 
@@ -194,28 +192,6 @@ def test_dense_layers_auto_is_as_many_as_fit(where: Machine) -> None:
     assert [change.typed for change in found.changes] == [f"quant.dense_layers={count}"]
     unknown = resolve_auto(search(said, model, dataclasses.replace(where, usable_bytes=None)))
     assert unknown.config.quant.dense_layers == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "where", "method"),
-    [("70b", machine("h100", 8), "none"), ("70b", machine("l40s", 8, usable=31), "nf4")],
-    ids=["fast links", "slow links"],
-)
-def test_quant_auto_compares_the_best_of_either_base(name: str, where: Machine, method: str) -> None:
-    said, model = config_of(8, quant={"method": "auto"}), model_of(name)
-    found = choose(search(said, model, where))
-    in_16_bits = choose(
-        search(said.with_settings({"quant.method": "none"}), model, where, ("parallel.offload_base",))
-    ).plan
-    in_nf4 = choose(search(said.with_settings({"quant.method": "nf4"}), model, where)).plan
-    assert has_room(in_16_bits, RESERVE)
-    assert has_room(in_nf4, RESERVE)
-    times = in_16_bits.time, in_nf4.time
-    assert (times[0].seconds > TOO_SLOW * times[1].seconds) == (method == "nf4")
-    assert found.plan == (in_nf4 if method == "nf4" else in_16_bits)
-    why = found.changes[0].why
-    assert all(f"{each.tokens_per_second:,.0f}" in why for each in times if each is not None), why
-    assert f"{size(in_16_bits.device.total)} of" in why
 
 
 def test_quant_auto_keeps_what_is_in_nf4_already_and_asks_for_no_gpu_that_it_does_not_know() -> None:

@@ -46,25 +46,18 @@ def config_of(folder: Path, **sections: dict[str, Any]) -> Config:
         ("llama-tied", ALL | {"modules_to_save": ["lm_head"]}),
         ("qwen3", {"target_modules": "qv", "rank_pattern": {"v_proj": 2}, "r": 8}),
         ("mixtral", ALL),
+        ("llama-tied", {"method": "full"}),
     ],
 )
 def test_what_is_trained_has_the_names_and_shapes_of_its_file(
     folders: Path, model: str, adapter: dict[str, Any]
 ) -> None:
-    config = config_of(folders / model, adapter=adapter)
-    planned = {
-        tensor.name: tensor.shape for tensor in trained_tensors(Workload.of(config), model_in(folders / model).shapes)
-    }
-    assert planned == {name: tuple(p.shape) for name, p in adapter_tensors(build_run_model(config)).items()}
-
-
-def test_everything_that_full_fine_tuning_saves_is_counted(folders: Path) -> None:
-    config = config_of(folders / "llama-tied", adapter={"method": "full"}, quant={"method": "none"})
-    planned = {
-        tensor.name: tensor.shape
-        for tensor in trained_tensors(Workload.of(config), model_in(folders / "llama-tied").shapes)
-    }
-    assert planned == {name: tuple(p.shape) for name, p in build_run_model(config).hf_state_dict().items()}
+    full = adapter.get("method") == "full"
+    config = config_of(folders / model, adapter=adapter, quant={"method": "none"} if full else {})
+    planned = trained_tensors(Workload.of(config), model_in(folders / model).shapes)
+    built = build_run_model(config)
+    saved = built.hf_state_dict() if full else adapter_tensors(built)
+    assert {tensor.name: tensor.shape for tensor in planned} == {name: tuple(p.shape) for name, p in saved.items()}
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from distlora.architecture.shapes import shapes_of
 from distlora.config import Config, UserError
 from distlora.config.plan import CONTEXT_BYTES, GPUS
 from distlora.planner.machine import LocalHardware, Machine, machine_of
-from distlora.planner.model import cached_snapshot, find_model
+from distlora.planner.model import find_model
 from distlora.system import host_memory
 from distlora_launcher.compose import planning
 from support.launcher_fakes import write_model
@@ -70,9 +67,6 @@ def test_an_unnamed_gpu_is_what_this_machine_has() -> None:
     assert machine(mixed).gpu == GPUS["l40s"], "one process uses the first"
     slice_of_one = machine(LocalHardware(devices=None, host_bytes=GIB))
     assert (slice_of_one.is_gpu, slice_of_one.usable_bytes, slice_of_one.name) == (True, None, "a GPU")
-    # Half of one that its driver shows is not a whole one.
-    part = machine(LocalHardware(devices=(("NVIDIA A100-SXM4-80GB", 40_000 * MIB),)))
-    assert (part.usable_bytes, part.name) == (40_000 * MIB - CONTEXT_BYTES, "A100 SXM, 39.1 GiB")
 
 
 def test_a_machine_without_a_gpu_has_its_memory_for_its_processes() -> None:
@@ -177,13 +171,6 @@ def test_of_gpus_that_the_driver_does_not_describe_nothing_is_claimed(
     assert driver.devices(files=0) == ()
 
 
-@contextlib.contextmanager
-def refuse(config: Config) -> Iterator[Config]:
-    """As the launcher's preview, of a name that the hub does not know."""
-    raise UserError("no such model")
-    yield config
-
-
 def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     found = planning.planned_model(
@@ -194,8 +181,6 @@ def test_a_model_that_is_built_in_needs_no_network(monkeypatch: pytest.MonkeyPat
     assert found.stored_bytes == 2 * 70_553_706_496
     with pytest.raises(UserError, match=r"nor built in \(did you mean 'Qwen/Qwen2.5-7B'\?\)"):
         find_model(config_of("model.path=Qwen/Qwen2.5-8B"))
-    with pytest.raises(UserError, match=r"is not built in \(did you mean 'Qwen/Qwen2.5-7B'\?\): no such model"):
-        find_model(config_of("model.path=Qwen/Qwen2.5-8B"), preview=refuse)
     with pytest.raises(UserError, match=r"data.sequence_length=8,192 is beyond the model's 4,096 positions"):
         find_model(config_of("model.path=NousResearch/Llama-2-7b-hf", "data.sequence_length=8192"))
 
@@ -207,18 +192,9 @@ def test_what_the_hub_s_cache_has_is_planned_for_as_it_is(tmp_path: Path, monkey
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0a1b")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert planning.hub_cache() == tmp_path
-    found = planning.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64"))
+    words = ("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")
+    found = planning.planned_model(config_of(*words))
     assert (found.name, found.source) == ("Qwen/Qwen2.5-7B", "hub cache")
-    settings = json.loads((repository / "snapshots" / "0a1b" / "config.json").read_text())
-    assert found.settings == settings
-    assert found.shapes == shapes_of(settings, "x")
-    assert found.stored_bytes == sum(
-        f.stat().st_size for f in (repository / "snapshots" / "0a1b").glob("*.safetensors")
-    )
-    assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "0a1b") is not None
-    assert cached_snapshot(tmp_path, "Qwen/Qwen2.5-7B", "v2") is None
+    assert found.settings == json.loads((repository / "snapshots" / "0a1b" / "config.json").read_text())
     (repository / "snapshots" / "0a1b" / "config.json").unlink()
-    assert (
-        planning.planned_model(config_of("model.path=Qwen/Qwen2.5-7B", "data.sequence_length=64")).source == "built in"
-    )
+    assert planning.planned_model(config_of(*words)).source == "built in"

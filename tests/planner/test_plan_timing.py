@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distlora.config import UserError
 from distlora.planner import Machine, plan_of, traffic
-from distlora.planner.flops import step_flops
 from distlora.planner.speed.rates import missing_rates, rates_of
 from distlora.planner.speed.scaling import ScalingRow, numbers_of, scaling
-from distlora.planner.speed.timing import StepTime, step_time
+from distlora.planner.speed.timing import StepTime, step_flops, step_time
 from distlora.planner.workload import Workload
 from support.plan_inputs import machine_of, model_of, timed_config
 
@@ -51,7 +49,7 @@ def test_no_step_is_faster_than_the_machine(name: str, ranks: int, per_machine: 
     step = traffic.step_traffic(
         Workload.of(config), model.shapes, world=ranks, accumulation=config.train.accumulation(ranks)
     )
-    flops = step_flops(Workload.of(config), model, ranks=ranks, is_gpu=True)
+    flops = step_flops(Workload.of(config), model, machine)
     assert time.seconds >= flops.total / machine.flops
     assert time.seconds >= sum(time.moved.values()) / machine.bandwidth
     if ranks > machine.ranks_per_machine:
@@ -111,8 +109,6 @@ def test_what_a_user_measured_is_reached_and_what_is_not_known_gives_no_time() -
     fp32 = timed_config(2, train={"dtype": "fp32"})
     assert step_time(Workload.of(fp32), model_of("8b"), machine) is None
     assert missing_rates(Workload.of(fp32), machine) == ("gpu.tflops",)
-    measured = dataclasses.replace(machine, flops=50e12, measured=frozenset({"tflops"}))
-    assert step_time(Workload.of(fp32), model_of("8b"), measured) is not None
     offload = timed_config(2, train={"checkpointing": "offload"})
     assert step_time(Workload.of(offload), model_of("8b"), dataclasses.replace(machine, host_link=None)) is None
     cpu = dataclasses.replace(machine, is_gpu=False, gpu=None, flops=None, bandwidth=None, link=None)
@@ -128,10 +124,6 @@ def test_the_length_of_a_run_gives_its_hours_and_its_cost() -> None:
     by_tokens = time_of("8b", machine, plan={"tokens": 64 * 2048 * 7 + 1})
     assert by_tokens.steps == 8
     assert time_of("8b", machine).hours is None
-    priced = time_of("8b", machine)
-    assert priced.cost_of_a_million_tokens == pytest.approx(8 * 2.0 / 3600 / priced.tokens_per_second * 1e6)
-    assert by_steps.cost == pytest.approx(100 * 64 * 2048 / 1e6 * (by_steps.cost_of_a_million_tokens or 0))
-    assert time_of("8b", machine_of(ranks=8)).cost_of_a_million_tokens is None
     with pytest.raises(UserError, match=r"plan\.tokens=9 has no effect with train\.max_steps=100"):
         timed_config(8, train={"max_steps": 100}, plan={"tokens": 9})
     plan = plan_of(timed_config(8), model_of("8b"), machine)
@@ -180,10 +172,6 @@ def test_rows_are_the_plans_own_time_from_1_to_1024_gpus() -> None:
     assert whole[8].tokens_per_second == plan.tokens_per_second
     assert all(row.rows == 2048 for row in rows)
     assert [row.machines for row in whole.values()] == [1, 1, 1, 1, 2, 4, 8, 16, 32, 64, 128]
-    assert whole[1].efficiency == 1.0
-    assert all(row.efficiency <= 1.0 for row in rows)
-    assert all(row.fits for row in rows), "8B in NF4 with a row at a time"
-    assert all(row.assumptions for row in rows)
 
 
 def test_more_gpus_with_as_many_rows_each_never_get_faster_each() -> None:
@@ -194,11 +182,6 @@ def test_more_gpus_with_as_many_rows_each_never_get_faster_each() -> None:
         efficiencies = [row.efficiency for row in found.values()]
         assert efficiencies == sorted(efficiencies, reverse=True), layout
         assert all(row.rows == 4 * ranks and row.accumulation == 4 for ranks, row in found.items())
-    one, each = (rows_of(rows, layout=layout)[1024] for layout in ("one replica", "replica per node"))
-    assert one.binds in ("network", "latency"), "a ring of 1,024 for each block"
-    assert each.binds == "compute"
-    assert each.tokens_per_second > one.tokens_per_second
-    assert each.efficiency / one.efficiency == pytest.approx(each.tokens_per_second / one.tokens_per_second)
 
 
 def test_what_cannot_be_said_is_refused() -> None:
@@ -209,13 +192,8 @@ def test_what_cannot_be_said_is_refused() -> None:
         scaling(plan_of(config, model, dataclasses.replace(machine, flops=None)))
 
 
-def test_settings_of_several_ranks_are_left_out_of_one(tmp_path: Path) -> None:
-    model, machine = model_of("8b"), machine_of(ranks=8)
-    file = tmp_path / "deepspeed.json"
-    file.write_text("{}")
-    offloaded = {"backend": "zero3", "offload_base": True, "deepspeed_config": str(file)}
-    for parallel in (offloaded, {"resident_blocks": 4}, {"shard_degree": 4}):
-        config = timed_config(8, parallel=parallel)
-        one, eight = scaling(plan_of(config, model, machine), numbers=(1, 8), layouts=("one replica",))
-        assert one.ranks == 1
-        assert eight.tokens_per_second > 4 * one.tokens_per_second
+@pytest.mark.parametrize("parallel", [{"backend": "zero3", "offload_base": True}, {"resident_blocks": 4}])
+def test_settings_of_several_ranks_are_left_out_of_one(parallel: dict[str, Any]) -> None:
+    plan = plan_of(timed_config(8, parallel=parallel), model_of("8b"), machine_of(ranks=8))
+    one, eight = scaling(plan, numbers=(1, 8), layouts=("one replica",))
+    assert eight.tokens_per_second > 4 * one.tokens_per_second

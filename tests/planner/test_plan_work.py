@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from distlora.planner.flops import step_flops
+from distlora.planner.decoder_sizes import KernelOptions
+from distlora.planner.flops import PRODUCT, active_weights
 from distlora.planner.model import model_in
 from distlora.planner.speed.launches import norm
-from distlora.planner.speed.timing import kernel_options, step_work
+from distlora.planner.speed.timing import step_flops, step_work
 from distlora.planner.workload import Workload
 from support.accounting import Moved
 from support.family_models import config_for, hf_config, load_ours, positions_of, tokens
@@ -31,7 +32,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2-untied", "qwen3-moe", "gpt-oss", "mistral-window"])
-def test_launches_compute_what_a_step_is_counted_to(name: str, tmp_path: Path) -> None:
+def test_launches_compute_what_mfu_counts(name: str, tmp_path: Path) -> None:
     hf_config(name).save_pretrained(tmp_path)
     model, is_mixture = model_in(tmp_path), name in ("qwen3-moe", "gpt-oss")
     for sections in SETTINGS:
@@ -44,11 +45,13 @@ def test_launches_compute_what_a_step_is_counted_to(name: str, tmp_path: Path) -
         train = {"global_batch": 6, "micro_batch": 2, "dtype": "bf16"} | sections.get("train", {})
         config = run_of(tmp_path, adapter=adapter, train=train, quant=sections.get("quant", {}))
         for is_gpu in (True, False):
-            machine = machine_of(is_gpu=is_gpu)
-            work = step_work(Workload.of(config), model, machine, document=9)
-            step = step_flops(Workload.of(config), model, ranks=1, is_gpu=is_gpu, document=9)
-            assert work.flops == pytest.approx(step.total, rel=1e-12), sections
-            assert set(work.moved) >= {"products", "elementwise", "attention", "head", "update"}
+            work, machine = Workload.of(config), machine_of(is_gpu=is_gpu)
+            step, active = step_flops(work, model, machine, document=9), active_weights(work, model)
+            per_token = active.model_flops(with_reference=config.train.needs.reference).per_token
+            per_token += PRODUCT * active.head if active.head_is_trained else 0  # Its logits are made again.
+            launched = step.total - step.by_kind["attention"] - step.by_kind.get("recomputation", 0)
+            assert launched == pytest.approx(per_token * step.tokens, rel=1e-12), sections
+            assert step.total > step.counted
 
 
 NOT_COUNTED_HERE = r"mm|addmm|bmm|add_|embedding|cos|sin|_scaled_dot_product.*"
@@ -80,10 +83,8 @@ def test_what_is_no_product_moves_the_bytes_that_operations_move(name: str, tmp_
     with Moved() as backwards:
         states.backward(gradient)
     config, machine = config_for(tmp_path, **sections), machine_of(is_gpu=False)
-    work, how = (
-        step_work(Workload.of(config), model_in(tmp_path), machine),
-        kernel_options(Workload.of(config), model_in(tmp_path), machine),
-    )
+    run, shapes = Workload.of(config), model_in(tmp_path)
+    work, how = step_work(run, shapes, machine), KernelOptions.planned(run, shapes.shapes, machine)
     for moved, launches, is_backward in (
         (forwards, [work for block in work.blocks for work in block.forward], False),
         (backwards, [work for block in work.blocks for work in block.backward], True),

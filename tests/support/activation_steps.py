@@ -23,7 +23,6 @@ from distlora.planner.decoder_sizes import AttentionKind
 from distlora.planner.memory.activations import Costs, Mode
 from distlora.planner.memory.base import base_of
 from distlora.planner.memory.gathered import CastCopies, copied_of
-from distlora.planner.memory.layer import Attention
 from distlora.planner.model import model_in
 from distlora.planner.workload import Workload
 from support.accounting import Kept, Made, flash_like
@@ -100,9 +99,9 @@ def load(
     shapes = shapes_of(settings, folder / "config.json")
     costs = Costs.of(Workload.of(config), model_in(folder), cpu_machine(1))
     if attention == "documents":
-        costs = replace(costs, attention=Attention())
-    assert costs.attention.kind == attention
-    costs = replace(costs, attention=replace(costs.attention, document=document))
+        costs = replace(costs, attention="documents")
+    assert costs.attention == attention
+    costs = replace(costs, document=document)
     return Loaded(model, costs, copied_of(Workload.of(config), base_of(Workload.of(config), shapes), 1))
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from distlora.architecture.shapes import Adapter
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.planner.decoder_sizes import AdaptedRanks, Decoder
+from distlora.planner.decoder_sizes import Decoder, linears_of
 from distlora.planner.memory.activations import Costs
 from support.accounting import Kept, flash_like
 from support.family_models import tokens
@@ -34,10 +35,13 @@ def check_kept(model: CausalLM, folder: Path, kept: Kept, *, remakes: bool) -> N
     ids, positions = tokens(1, 16).to(RANKS.device), torch.arange(16)[None]
     with kept.within(list(model.blocks)):
         model(ids, positions.to(RANKS.device), ids, documents=Documents.of(positions).to(RANKS.device))
-    linears = (each for each in model.adapted_linears() if ".layers.0." in each[0])
-    ranks = {path.rpartition(".")[2]: linear.pairs[0].rank for path, linear in linears}
+    adapters: dict[str, Adapter] = {}
+    for path, linear in model.adapted_linears():
+        _, _, place = path.partition(".layers.0.")
+        rank, (out, inner) = linear.pairs[0].rank, (linear.out_features, linear.in_features)
+        adapters[place] = Adapter(path, (rank, inner), (out, rank))
     decoder = Decoder.of(model.architecture)
-    sizes = AdaptedRanks(by_name=ranks)
-    costs = Costs(decoder=decoder, ranks=sizes, itemsize=4, fused=True, remakes=remakes, is_gpu=not remakes)
+    linears = linears_of(decoder, model.architecture.largest, adapters=[adapters])
+    costs = Costs(decoder=decoder, linears=linears, itemsize=4, fused_norms=True, remakes=remakes, is_gpu=not remakes)
     # The rotary tables are the blocks' together.
     assert costs.kept("none") == pytest.approx(kept.nbytes / 16 / 3, rel=0.03)

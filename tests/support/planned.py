@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.shapes import KEEP, ModelShapes, Weight, shapes_of
+from distlora.architecture.shapes import ModelShapes, Weight, shapes_of
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.parallel import Ranks
-from distlora.planner import Plan, plan_of, traffic
+from distlora.planner import Plan, plan_of
 from distlora.planner.memory import Phase
 from distlora.planner.memory import measured as beside_plan
 from distlora.planner.memory.device import DeviceBytes, device_bytes
 from distlora.planner.model import model_in
 from distlora.planner.traffic import StepBytes, step_traffic
-from distlora.planner.workload import Workload
+from distlora.planner.workload import Workload, padded
 from distlora.run_folder.layout import BEST_NAME, CHECKPOINTS, PUBLISHED, steps
 from distlora.training.memory_meter import StepMemory
+from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from support.memory_steps import measure_step
 from support.plan_inputs import cpu_machine
 from support.small_models import config_with
@@ -66,12 +67,12 @@ def traffic_of(config: Config, *, world: int) -> StepBytes:
     return step_traffic(work, shapes, world=world, accumulation=work.train.accumulation(world))
 
 
-def held_bytes(shapes: ModelShapes, shards: int, *, format: str | None, itemsize: int) -> int:
+def held_bytes(shapes: ModelShapes, shards: int, *, format: str, itemsize: int) -> int:
     """Return the most bytes of the frozen base per rank, without replicated parts of weights (NF4: 4 bytes)."""
-    tokens = shapes.kept_tokens if format == KEEP else (None, None)
-    matrices = traffic.matrix_bytes(shapes, shards, tokens, itemsize)[: 1 if shapes.tied else 2]
-    rest = sum(matrices) + itemsize * traffic.outside_numel(shapes, shards)
-    return (traffic.layers_bytes(shapes, shards, format=format, itemsize=itemsize) + rest) // shards
+    matrices = (1 if shapes.tied else 2) * padded((shapes.vocabulary, shapes.hidden), shards)
+    layers = (shapes.architecture.layer(index).weights for index in range(shapes.num_layers))
+    rest = itemsize * (matrices + sum(padded(weight.shape, shards) for weight in shapes.architecture.outside))
+    return (sum(block_bytes(layer, shards, format=format, itemsize=itemsize) for layer in layers) + rest) // shards
 
 
 def block_bytes(block: Iterable[Weight], ranks: int, *, format: str, itemsize: int) -> int:
@@ -79,10 +80,9 @@ def block_bytes(block: Iterable[Weight], ranks: int, *, format: str, itemsize: i
 
     `itemsize`: bytes per element that is not quantized.
     """
-    return sum(
-        traffic.weight_bytes(weight.shape, ranks, format=format if weight.packs else None, itemsize=itemsize)
-        for weight in block
-    )
+    layout = FORMAT_LAYOUTS[format]
+    packed = sum(padded((layout.num_groups(w.shape),), ranks) * layout.group_bytes for w in block if w.packs)
+    return packed + itemsize * sum(padded(weight.shape, ranks) for weight in block if not weight.packs)
 
 
 LENGTH, ROWS = 256, 2

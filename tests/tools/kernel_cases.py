@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from distlora_kernels import dora_triton, elementwise_triton, fused_triton, nf4_triton, skinny_triton
+from distlora_kernels.buffers import Tile, tile_of
 from distlora_kernels.formats import FORMATS, dequantize_triton
 from distlora_kernels.formats.base import Format
 from distlora_kernels.formats.gguf import Gguf
 from distlora_kernels.fused_triton import TileConfig
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP
-from distlora_kernels.skinny_triton import Tile, tile_of
 
 ALL_ARCHS = (80, 89, 90, 100)
 
@@ -252,7 +250,7 @@ def skinny() -> list[Case]:
         )  # fmt: skip
 
     def tile(op: str, rank: int = 16, *, dropped: bool = False, wide: bool = False, copies: bool = False) -> Tile:
-        return tile_of(op, rank, 8192, torch.float32 if wide else torch.bfloat16, dropped, copies=copies)
+        return tile_of(op, rank, 8192, 4 if wide else 2, dropped, copies=copies)
 
     dropout = {"dropped_rows": "*i64"}
     choice = {"batch_rows": "*i64", "spans": "*i32:16"}
@@ -280,7 +278,7 @@ def skinny() -> list[Case]:
             ]
     for rank in (16, 32, 48):
         cases.append(one(f"down R={rank} copy", down, tile("down", rank, copies=True), stride_ai="i32:1", **copy))
-    few = tile_of("down", 16, 16, torch.bfloat16)
+    few = tile_of("down", 16, 16, 2)
     sums = {"dxa": "*fp32:16"}
     for rank, types in ((16, {}), (32, {}), (8, of_8)):
         cases.append(one(f"dy R={rank}", dy, tile("dy", rank), **sums, **types))

@@ -18,7 +18,7 @@ from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.config import Config
 from distlora.parallel import Ranks
-from distlora.planner import traffic
+from distlora.planner.workload import padded
 from distlora.training import worker
 from distlora.training.memory_meter import Event, StepMemory, account, mark, recorded_events, start_recording
 from distlora.training.reporter import Reporter
@@ -98,7 +98,7 @@ def test_what_a_rank_holds_and_gathers_is_what_its_tensors_take(world: World, fo
     folder = folders / "llama"
     shapes = shapes_of(read_config(folder), folder / "config.json")
     adapters = sum(each.numel for block in shapes.adapters(config_for(folder).adapter) for each in block)
-    matrix = 2 * traffic.padded((shapes.vocabulary, shapes.hidden), size)
+    matrix = 2 * padded((shapes.vocabulary, shapes.hidden), size)
     for found in world.run(size, measured_step_of, folder=folder):
         held = found.held
         base = sum(held.get(kind, 0) for kind in ("codes", "scales", "weights", "embeddings", "norms"))
@@ -111,7 +111,7 @@ def test_what_a_rank_holds_and_gathers_is_what_its_tensors_take(world: World, fo
         if size > 1:
             # The head out of its all-gather, and the last norm, which stays gathered.
             assert found.part == "head"
-            assert found.at_peak["gathered"] == 2 * matrix + 2 * traffic.padded((shapes.hidden,), size)
+            assert found.at_peak["gathered"] == 2 * matrix + 2 * padded((shapes.hidden,), size)
 
 
 @pytest.mark.ci

@@ -7,28 +7,23 @@ test_activations.py compares the sums with what autograd saves and with what is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from distlora.architecture.shapes import ADDED_AT_ONCE, KEEP, ModelShapes, logit_bytes, rows_at_once, tokens_per_chunk
+from distlora.architecture.shapes import (
+    ADDED_AT_ONCE,
+    WIDENED_AT_ONCE,
+    logit_bytes,
+    rows_at_once,
+    tokens_per_chunk,
+)
 from distlora.architecture.spec import Architecture, LayerKind
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.planner import traffic
-from distlora.planner.decoder_sizes import (
-    INPUTS,
-    AdaptedRanks,
-    Decoder,
-    attention_kind,
-    formats_by_name,
-    fuses,
-    ranks_of_blocks,
-)
+from distlora.planner.decoder_sizes import INPUTS, Decoder, PlannedLayer, layers_of, linears_of
 from distlora.planner.machine import Machine
 from distlora.planner.memory import layer
 from distlora.planner.memory.layer import (
     INDEX_BYTES,
-    Attention,
     LayerRun,
     Operation,
     Peak,
@@ -47,8 +42,6 @@ _H100_PROCESSORS = 132
 """Streaming multiprocessors."""
 _LOSS_BYTES = 8
 """A logit of a chunk where no gradient is taken, in fp32, and log p."""
-_SCORED_AT_ONCE = 1024
-"""Tokens whose states a score widens to fp32 at once (adapters.TOKENS_PER_PRODUCT)."""
 _NORM_STEPS = 20
 """Five fp32 tensors of a norm of transformers in backward, bytes a column."""
 _OFFLOADED_IN_FLIGHT = 2
@@ -71,14 +64,6 @@ class Activations:
     """Part of `working`: NF4 weights as dense tensors, on the CPU and of experts without grouped products."""
 
 
-def _formats_of(work: Workload, shapes: ModelShapes, kind: LayerKind) -> Sequence[str | None]:
-    """Return the formats of a kind's weights, of quant=keep in its first layer."""
-    if work.format != KEEP:
-        return [work.format if weight.packs else None for weight in kind.weights]
-    kinds = shapes.architecture.kinds
-    return next(formats for number, formats in shapes.layer_formats(KEEP) if kinds[number] == kind)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs(LayerRun):
     """Bytes per token of a decoder layer and the LM head, with what the settings keep."""
@@ -97,63 +82,51 @@ class Costs(LayerRun):
     """True if the loss compares distributions of the two passes."""
 
     @classmethod
-    def of(cls, work: Workload, model: PlannedModel, machine: Machine, kind: LayerKind | None = None) -> Costs:
-        """Return the costs of a kind of decoder layer, by default the largest, with the adapters of the first layer.
+    def of(cls, work: Workload, model: PlannedModel, machine: Machine, layer: PlannedLayer | None = None) -> Costs:
+        """Return the costs of a decoder layer, by default of the first of the largest kind.
 
         Attention on a GPU is by documents if the kernel supports the model's heads (`flash_accumulators`). An unknown
         GPU counts as an H100.
         """
-        shapes, settings, gpu = model.shapes, model.settings, machine.gpu
-        adapter, architecture = work.adapter, shapes.architecture
-        kind = kind or architecture.largest
-        decoder = Decoder.of(architecture, kind, expert_degree=work.expert_degree)
-        sixteen_bits = work.train.dtype == "bf16"
-        full, rows = adapter.method == "full", traffic.trained_rows(work, shapes)
-        attention = Attention(kind=attention_kind(work, architecture, decoder, is_gpu=machine.is_gpu))
-        if attention.kind == "documents":
-            attention = Attention(
-                accumulators=flash_accumulators(
-                    _H100_PROCESSORS if gpu is None else gpu.processors,
-                    decoder.heads,
-                    work.tokens_at_once,
-                    work.train.micro_batch,
-                    deterministic=work.train.deterministic_attention,
-                ),
-                expands_keys=True,
-            )
-        balanced = work.train.router_aux_loss
+        shapes, settings, gpu, train = model.shapes, model.settings, machine.gpu, work.train
+        largest = shapes.architecture.largest
+        layer = layer or next(each for each in layers_of(work, shapes) if each.kind == largest)
+        decoder, rows = layer.decoder, work.trained_rows(shapes)
+        balanced = train.router_aux_loss
         if balanced is None:
             balanced = settings.get("router_aux_loss_coef", 0.001) if settings.get("output_router_logits") else 0
-        fused = fuses(work, architecture, is_gpu=machine.is_gpu)
-        return cls(
+        trains_base = work.adapter.method == "full"
+        costs = cls.planned(
+            *(work, shapes, machine, decoder),
             decoder=decoder,
-            ranks=ranks_of_blocks(work, shapes)[0],
-            itemsize=2 if sixteen_bits else 4,
-            fused=fused,
-            remakes=fused and not (machine.is_gpu or adapter.use_dora) and work.train.checkpointing == "none",
-            is_gpu=machine.is_gpu,
-            attention=attention,
-            dora=adapter.use_dora,
-            dropout=adapter.lora_dropout > 0,
-            formats=formats_by_name(kind, _formats_of(work, shapes, kind)),
-            groups_experts=machine.is_gpu and sixteen_bits and (gpu is None or gpu.capability[0] in (9, 10)),
-            balances=decoder.experts is not None and work.train.objective == "sft" and bool(balanced),
-            trains_base=full,
-            scores=work.train.needs.labels > 0,
-            trains_head=full or HEAD in adapter.modules_to_save,
-            trained_columns=len(rows.get(EMBEDDING if shapes.ties(adapter) else HEAD, ())),
+            linears=layer.linears,
+            groups_experts=machine.is_gpu and train.dtype == "bf16" and (gpu is None or gpu.capability[0] in (9, 10)),
+            balances=decoder.experts is not None and train.objective == "sft" and bool(balanced),
+            scores=train.needs.labels > 0,
+            trains_head=trains_base or HEAD in work.adapter.modules_to_save,
+            trained_columns=len(rows.get(EMBEDDING if shapes.ties(work.adapter) else HEAD, ())),
             adds_up_gradients=work.shard_degree(machine.ranks) > 1,
             decodes_head=work.token_formats(shapes)[1] is not None,
-            has_reference=work.train.needs.reference,
-            distills=work.train.needs.distributions,
-            trials=len(work.adapters),
+            has_reference=train.needs.reference,
+            distills=train.needs.distributions,
         )
+        accumulators = 0.0
+        if costs.attention == "documents":
+            accumulators = flash_accumulators(
+                _H100_PROCESSORS if gpu is None else gpu.processors,
+                decoder.heads,
+                work.tokens_at_once,
+                train.micro_batch,
+                deterministic=train.deterministic_attention,
+            )
+        remakes = costs.fused and not costs.is_gpu and train.checkpointing == "none"
+        return replace(costs, accumulators=accumulators, remakes=remakes)
 
     @property
     def uncounted(self) -> list[str]:
         """Parts that are not calculated, in words; empty if there are none."""
         found = []
-        if self.is_gpu and self.attention.kind == "sdpa":
+        if self.is_gpu and self.attention == "sdpa":
             found.append("what a GPU's attention with dense masks makes: it is taken for what the CPU's does")
         if self.has_reference:
             found.append("which tokens are of which pair: a few bytes a token and pair of a row")
@@ -167,7 +140,7 @@ class Costs(LayerRun):
     @property
     def norm_keeps_input(self) -> bool:
         """True if the first norm of a half keeps the input itself and not an fp32 copy."""
-        return self.fused or self.itemsize == 4
+        return self.fused_norms or self.itemsize == 4
 
     def attention_half(self, tokens: int = 1, row: int = 1) -> list[Operation]:
         """Return the operations of the attention half on `tokens` tokens in sequences of `row` tokens."""
@@ -214,9 +187,9 @@ class Costs(LayerRun):
         `sdpa` has boolean masks, `eager` adds them to the scores. They exist while layers run; layers that recompute
         attention keep them.
         """
-        if self.attention.kind in ("documents", "tiles"):
+        if self.attention in ("documents", "tiles"):
             return 0
-        return self.decoder.masks * row * (1 if self.attention.kind == "sdpa" else self.itemsize)
+        return self.decoder.masks * row * (1 if self.attention == "sdpa" else self.itemsize)
 
     def _masks(self, mode: Mode, row: int) -> int:
         return self.masks(row) if mode in ("block", "offload") else 0
@@ -259,7 +232,7 @@ class Costs(LayerRun):
     @property
     def _norm_steps(self) -> int:
         """Bytes per token that a norm of the hidden size takes in backward, the incoming gradient included."""
-        return 3 * self.boundary if self.fused else _NORM_STEPS * self.decoder.hidden
+        return 3 * self.boundary if self.fused_norms else _NORM_STEPS * self.decoder.hidden
 
     def chunk(self, tokens: int) -> int:
         """Logits at once."""
@@ -275,7 +248,7 @@ class Costs(LayerRun):
         return logit_bytes(
             self.itemsize,
             plain=form == "plain" and not (self.trains_head or self.trained_columns),
-            compiled=self.fused,
+            compiled=self.fused_norms,
             capped=form == "softcap",
             distills=self.distills,
         )
@@ -292,7 +265,7 @@ class Costs(LayerRun):
 
     def _widened(self, tokens: int) -> int:
         """Return the bytes of a chunk of states in fp32, which a score takes."""
-        return 0 if self.itemsize == 4 else 4 * self.decoder.hidden * min(tokens, _SCORED_AT_ONCE)
+        return 0 if self.itemsize == 4 else 4 * self.decoder.hidden * min(tokens, WIDENED_AT_ONCE)
 
     def _logits(self, tokens: int) -> float:
         """Return the most bytes of a chunk: its logits and their gradients, or those that products take or write.
@@ -304,7 +277,7 @@ class Costs(LayerRun):
         most = self.logit_bytes_at_peak * logits
         if not self.decodes_head:
             return most
-        held = e if self.fused or self.decoder.head_form != "plain" else e % 4 + 4
+        held = e if self.fused_norms or self.decoder.head_form != "plain" else e % 4 + 4
         decoded = hidden * (e * rows_at_once(vocabulary, hidden) + (4 + e) * (logits // vocabulary))
         return max(most, held * logits + decoded)
 
@@ -384,14 +357,14 @@ def has_formula(architecture: Architecture, kind: LayerKind, half: int, *, keeps
         return False
     if half == 1 and kind.experts is not None:
         return "gate_up_proj" in kind.experts.weights
-    run = LayerRun(decoder=Decoder.of(architecture, kind), ranks=AdaptedRanks(), is_gpu=False, tokens=row, row=row)
+    decoder = Decoder.of(architecture, kind)
+    run = LayerRun(decoder=decoder, linears=linears_of(decoder, kind), is_gpu=False, tokens=row, row=row)
     if half == 1:
         formulas = [layer.kept(mlp_half(run))]
     elif architecture.attention == "eager":
         # It keeps its output for the adapter of the linear after it alone.
-        with_output = layer.kept(attention_half(replace(run, attention=Attention(kind="eager"))))
-        formulas = [with_output - run.itemsize * run.decoder.queries]
+        formulas = [layer.kept(attention_half(replace(run, attention="eager"))) - run.itemsize * decoder.queries]
     else:
-        with_mask = layer.kept(attention_half(replace(run, attention=Attention(kind="sdpa"))))
+        with_mask = layer.kept(attention_half(replace(run, attention="sdpa")))
         formulas = [layer.kept(attention_half(run)), with_mask, with_mask - run.itemsize * row]
     return any(abs(formula - keeps) <= _CLOSE * keeps for formula in formulas)

@@ -1,7 +1,7 @@
 """List the base's tensors and a rank's trained parameters, gradients and optimizer states. Imports no torch.
 
 `model.frozen_linear.FrozenTensor` has the tensors of a packed weight, `model.build.build_model` what is trained and in
-which dtype. Both backends shard dim 0 into ceil(rows / ranks) rows per rank (`traffic.padded`); FSDP2 pads the last
+which dtype. Both backends shard dim 0 into ceil(rows / ranks) rows per rank (`padded`); FSDP2 pads the last
 ranks' in its first forward, so every rank has as much as the first. Adapters and trained token rows are fp32 and
 replicated, with flat gradient buffers (`distlora.parallel.gradients`). Trained parameters of the base are sharded: a
 rank holds its rows of their gradients from a unit's backward to the first backward of the next step.
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 from distlora.architecture.shapes import ModelShapes, Weight
 from distlora.architecture.tokens import EMBEDDING, HEAD
-from distlora.planner import traffic
 from distlora.planner.memory import Kind
-from distlora.planner.workload import Workload
+from distlora.planner.workload import Workload, padded
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 
 
@@ -44,15 +43,19 @@ class BaseTensor:
 
     def shard_numel(self, shards: int) -> int:
         """Numbers in a rank's rows."""
-        return traffic.padded(self.shape, shards) // shards
+        return padded(self.shape, shards) // shards
 
     def kept(self, shards: int) -> int:
         """Bytes of a rank's rows."""
         return self.itemsize * self.shard_numel(shards)
 
     def whole(self, shards: int) -> int:
-        """Bytes while it is gathered, filled up to a multiple of the ranks; none if it is divided."""
-        return 0 if self.divided else self.compute_itemsize * traffic.padded(self.shape, shards)
+        """Bytes while it is gathered with its unit; none if it is divided."""
+        return 0 if self.divided else self.gathered(shards)
+
+    def gathered(self, shards: int) -> int:
+        """Bytes while it is gathered, filled up to a multiple of the ranks."""
+        return self.compute_itemsize * padded(self.shape, shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,7 @@ def unit_bytes(unit: Iterable[BaseTensor], shards: int) -> int:
 
 def base_of(work: Workload, shapes: ModelShapes) -> Base:
     """Return the base as a run keeps it."""
-    itemsize = traffic.DTYPE_BYTES[work.train.dtype]
+    itemsize = work.itemsize
     adapter, full = work.adapter, work.adapter.method == "full"
     tied, scores = shapes.ties(adapter), work.train.needs.labels > 0
 
@@ -179,7 +182,12 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
         tied=tied and not scores,
         rest=tuple(outside),
         apart=max(experts, key=lambda each: sum(tensor.numel for weight in each for tensor in weight)),
-        replicated=sum(FORMAT_LAYOUTS[kept].replicated_bytes for _, formats in layers for kept in formats if kept),
+        replicated=sum(
+            count * FORMAT_LAYOUTS[kept].replicated_bytes
+            for (_, formats), count in Counter(layers).items()
+            for kept in formats
+            if kept
+        ),
     )
 
 
@@ -249,7 +257,7 @@ class Trained:
         if work.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
             blocks = (block for adapter in work.adapters for block in shapes.adapters(adapter))
             beside += sum({each.path: each.magnitude for block in blocks for each in block}.values())
-        rows = traffic.trained_rows(work, shapes)
+        rows = work.trained_rows(shapes)
         adapters.update(len(ids) * shapes.hidden for ids in rows.values())
         adapters.update(map(math.prod, work.train.needs.score_shapes(shapes.hidden).values()))
         of_base: Counter[int] = Counter()

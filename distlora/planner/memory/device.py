@@ -16,7 +16,7 @@ from distlora.architecture.shapes import ModelShapes, Weight
 from distlora.config.base import subspace_iterations
 from distlora.config.cluster import RESIDENCY_RESERVE
 from distlora.config.deepspeed_file import offloads_base, read_gathering
-from distlora.planner import traffic
+from distlora.planner.decoder_sizes import copied_adapters
 from distlora.planner.machine import Machine
 from distlora.planner.memory import KINDS, Kind, Phase
 from distlora.planner.memory.base import Base, Trained, base_of, unit_bytes
@@ -109,7 +109,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     held["resident"] += base.total(lambda unit: unit_bytes(unit, shards), 0, resident) if shards > 1 else 0
     if shards > 1 and work.parallel.backend == "zero3":
         held["resident"] += staying_bytes(base, shards, read_gathering(work.parallel))
-    held["adapters"] += trained.adapter_bytes + copied_adapters(work, model, machine)[1]
+    held["adapters"] += trained.adapter_bytes + copied_adapters(work, shapes, machine)[1]
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(work.optim.name, is_gpu=machine.is_gpu)
     held["scratch"] += scratch_bytes(work, model) if machine.is_gpu else widened_bytes(work)
@@ -123,19 +123,6 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
         moments=moments,
         beside=beside_tensors(work, base, trained, machine, largest=step.largest),
     )
-
-
-def copied_adapters(work: Workload, model: PlannedModel, machine: Machine) -> tuple[int, int]:
-    """Return the number of linears whose adapters are copied once per step, and the bytes of the copies.
-
-    distlora.model.adapters.AdapterCopies has them: on a GPU, for one trial, in 16 bits.
-    """
-    itemsize = traffic.DTYPE_BYTES[work.train.dtype]
-    if not machine.is_gpu or itemsize == 4 or len(work.adapters) > 1 or work.adapter.method == "full":
-        return 0, 0
-    found = [(each, count) for each, count in model.shapes.alike(work.adapter) if each.experts == 1]
-    nbytes = sum(count * sum(itemsize * -(-n // 8) * 8 for n in each.numels[:2]) for each, count in found)
-    return sum(count for _, count in found), nbytes
 
 
 def decomposing_bytes(work: Workload, shapes: ModelShapes) -> int:
@@ -163,7 +150,7 @@ def decomposition_bytes(work: Workload, shape: tuple[int, ...]) -> int:
 def buffer_bytes(model: PlannedModel, work: Workload) -> int:
     """Return the bytes of the decoder's buffers: rotary frequencies and the like; those that training makes fp32."""
     masters = work.adapter.method == "full"
-    sizes = {"fp32": 4, "dtype": 4 if masters else traffic.DTYPE_BYTES[work.train.dtype]}
+    sizes = {"fp32": 4, "dtype": 4 if masters else work.itemsize}
     return sum(count * sizes[dtype] for dtype, count in model.shapes.architecture.buffers)
 
 
@@ -184,7 +171,7 @@ def _packed_shapes(work: Workload, model: PlannedModel) -> list[tuple[tuple[int,
 def dense_bytes(work: Workload, model: PlannedModel) -> int:
     """Return the bytes of a rank's dense copies of quant.dense_layers: whole weights, its part of divided experts."""
     layers = _packed_shapes(work, model)[: work.dense_layers] if work.dense_layers else []
-    return traffic.DTYPE_BYTES[work.train.dtype] * sum(math.prod(shape) for shapes in layers for shape in shapes)
+    return work.itemsize * sum(math.prod(shape) for shapes in layers for shape in shapes)
 
 
 def scratch_bytes(work: Workload, model: PlannedModel) -> int:
@@ -194,7 +181,7 @@ def scratch_bytes(work: Workload, model: PlannedModel) -> int:
     """
     layers = dict.fromkeys(_packed_shapes(work, model)[work.dense_layers :])
     largest = max((scratch_numel(shape) for shapes in layers for shape in shapes), default=0)
-    return traffic.DTYPE_BYTES[work.train.dtype] * largest
+    return work.itemsize * largest
 
 
 def widened_bytes(work: Workload) -> int:
@@ -212,10 +199,9 @@ _CALLING_THREADS = 2
 """Forward's and autograd's: each has a workspace of cuBLAS."""
 _WORKSPACE, _WORKSPACE_OF_HOPPER = 2 * 4096 * 1024 + 8 * 16 * 1024, 32 * _MIB
 """One of them, by the GPU's capability (CUDAContext's CublasHandlePool.cpp: parseChosenWorkspaceSize)."""
-_RECEIVING, _SENDING = 10 * _MIB, 2 * _MIB
-"""NCCL's buffers of one connection of a channel: its three protocols' (init.cc: DEFAULT_BUFFSIZE of 4 MiB,
-DEFAULT_LL128_BUFFSIZE of 4.7, DEFAULT_LL_BUFFSIZE of 0.5) in pages of 2 MiB at the receiving end, a page at the sending
-one; such allocations were counted in github.com/NVIDIA/nccl/issues/1685."""
+_CONNECTION = 12 * _MIB
+"""NCCL's buffers of one connection of a channel: three protocols' at the receiving end, a page at the sending one, as
+counted in github.com/NVIDIA/nccl/issues/1685."""
 _CHANNELS = {True: 32, False: 4}
 """Over NVLink, as that issue's log has them on 8 H100; over PCIe, where a few are as fast as the bus."""
 
@@ -264,7 +250,7 @@ def _nccl(work: Workload, machine: Machine, shards: int) -> int:
     if 1 < shards < machine.ranks:
         connections += 1 if work.adapter.trains_base is None else 2
     channels = _CHANNELS[machine.has_nvlink is not False]
-    return channels * connections * (_RECEIVING + _SENDING)
+    return channels * connections * _CONNECTION
 
 
 def _lost(nbytes: int) -> int:

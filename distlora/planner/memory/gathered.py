@@ -249,7 +249,11 @@ def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit,
 
 @functools.lru_cache(maxsize=64)
 def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
-    """Return the gathered bytes by part of a step from the second on, without tensors that stay gathered."""
+    """Return the gathered bytes by part of a step from the second on, without tensors that stay gathered.
+
+    The coordinator's rules are followed step by step. Two layers would be a bound for dense models; where a layer has
+    more elements than the embedding, buffers hold parts of two units, and that misses 7 % of DeepSeek-V3 on eight GPUs.
+    """
     rest, embedding, blocks, head = _units(base, shards, gathering)
     tensors: list[_Tensor] = []
 

@@ -16,34 +16,25 @@ expert that it chooses, so nothing depends on balanced routing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length
-from distlora.planner.decoder_sizes import AdaptedRanks, AttentionKind, Decoder, ExpertSizes, ScaledHalf
+from distlora.planner.decoder_sizes import Decoder, ExpertSizes, KernelOptions, LayerLinear, Linears, ScaledHalf
 from distlora_kernels import extension
+from distlora_kernels.buffers import (
+    COLUMNS_PER_CALL,
+    COUNTER_BYTES,
+    COUNTERS,
+    RANK_MULTIPLE,
+    STRIPE_BYTES,
+    parts_bytes,
+)
 from distlora_kernels.format_layouts import GROUP, is_nf4
 
 _ROWS_A_DOCUMENT, _DOCUMENT = 128, 256
 """Of flash attention's accumulators beside the tokens; tokens of a document, where nothing says."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attention:
-    """Memory that an attention implementation keeps and allocates."""
-
-    kind: AttentionKind = "documents"
-    document: int | None = None
-    """Tokens of the longest document, which `tiles` have memory for; None: a row."""
-    accumulators: float = 0
-    """fp32 copies of the queries' gradient that the backward of `documents` has (`flash_accumulators`)."""
-    expands_keys: bool = False
-    """True if that backward makes gradients of keys and values for each head of the queries."""
-
-
-BY_DOCUMENTS = Attention()
-"""Attention by documents, without what a kernel makes for itself."""
 
 
 def flash_accumulators(processors: int, heads: int, tokens: int, rows: int, *, deterministic: bool) -> float:
@@ -71,39 +62,6 @@ def tiles_make(sizes: Decoder, longest: int) -> tuple[int, int]:
     forward = scores + wide + rows + (2 * size + 4) * queries
     backward = 2 * scores + 2 * wide + 4 * of_keys + 2 * rows + of_keys + 2 * size * queries
     return forward, backward
-
-
-_PARTS_BYTES = 2**28
-"""What distlora_kernels.skinny_launch lets the parts of dB take before it reads dY twice."""
-_RANK_READ_ONCE = 32
-_PROGRAMS = 128
-"""What it has of programs, if the rows alone give fewer."""
-
-
-def parts_of_db(tokens: int, columns: int, rank: int, itemsize: int) -> int | None:
-    """Return the bytes of the parts of dB by stripe (skinny_launch.dy); None if dY is read twice instead."""
-    rows = 64 if itemsize == 4 else 128 if rank % 16 else 256
-    parts = -(-tokens // rows) * 4 * columns * rank
-    return None if rank > _RANK_READ_ONCE or parts > _PARTS_BYTES else parts
-
-
-def parts_over_rows(tokens: int, columns: int, rank: int, itemsize: int) -> int:
-    """Return the bytes of the parts of dA or dB that keep each processor busy (skinny_launch)."""
-    rows, tile, ranks = (32, 64, 32) if itemsize == 4 else (64, 128, 64)
-    if itemsize != 4 and rank % 16 and rank <= 16:
-        rows = 32
-    programs = -(-columns // tile) * -(-rank // min(ranks, max(16, 1 << (rank - 1).bit_length())))
-    grains = -(-tokens // rows)
-    size = -(-grains // min(grains, max(1, _PROGRAMS // programs)))
-    return -(-grains // size) * 4 * columns * rank
-
-
-_COUNTERS = {"cpu": 2**15, "cuda": 2**22}
-"""What distlora_kernels.dropout has of counters at once, by device."""
-_COUNTER_BYTES = 8 * 8
-"""Of one in philox: eight int64. Each makes the words of eight inputs."""
-STRIPE_BYTES = 3 * 4 * 2**20
-"""Two operands and their product, fp32, of the rows that dora_reference takes at once for a magnitude's gradient."""
 
 
 class TransientMemory(NamedTuple):
@@ -175,57 +133,35 @@ def backward_peak(operations: Sequence[Operation], tokens: int) -> Peak:
     return max(peaks)
 
 
-class Linear(NamedTuple):
-    """One of those that read a tensor."""
-
-    name: str
-    columns: int
-    """Columns of its output."""
-    bias: bool
-    output_is_kept: bool = False
-    """True if the next operation keeps its output itself."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LayerRun:
-    """A running decoder layer: its sizes, settings, and the tokens that it runs."""
+class LayerRun(KernelOptions):
+    """A running decoder layer: its sizes, linears and kernels, and the tokens that it runs."""
 
     decoder: Decoder
-    ranks: AdaptedRanks
-    itemsize: int = 2
-    """b: bytes per element of the run's dtype."""
-    is_gpu: bool = True
-    attention: Attention = BY_DOCUMENTS
+    linears: Linears
     tokens: int = 1
     """Tokens that it runs at once; some memory has a bound for all of them."""
     row: int = 1
     """Tokens per sequence, which dense masks and scores grow with."""
-    fused: bool = False
-    """True if norms are fused; without DoRA also gated MLPs and rotary embeddings."""
+    document: int | None = None
+    """Tokens of the longest document, which attention by `tiles` has memory for; None: a row."""
+    accumulators: float = 0
+    """fp32 copies of the queries' gradient that the backward of attention by `documents` has (`flash_accumulators`); it
+    then makes gradients of keys and values for each head of the queries."""
     remakes: bool = False
     """True if outputs of compiled norms and gated products are made again in backward and not kept."""
-    dora: bool = False
-    dropout: bool = False
-    """True if adapters have dropout. Masks are not kept; on the CPU, and with DoRA, they are tensors."""
-    formats: Mapping[str, str] = field(default_factory=dict)
-    """Formats of quantized weights (`formats_by_name`): their dense weights are in scratch memory on a GPU, and tensors
-    like others on the CPU."""
     groups_experts: bool = False
     """True if experts are one grouped product (distlora_kernels.experts.runs_grouped)."""
     balances: bool = False
     """True if a loss balances the routers."""
-    trains_base: bool = False
-    """True if norms and linears are trained themselves (adapter=full)."""
     adds_up_gradients: bool = False
     """True if gradients of the trained base stay whole, in the run's dtype, until the layer's backward is done, as
     with sharding."""
-    trials: int = 1
-    """Trials trained together: their adapters are side by side, and each row uses one of them."""
 
     @property
-    def fused_mlp(self) -> bool:
-        """True if the MLP is fused; with DoRA, it would overwrite outputs that gradients read."""
-        return self.fused and not self.dora
+    def is_adapted(self) -> bool:
+        """True if the layer has adapters."""
+        return any(linear.rank for group in self.linears.values() for linear in group)
 
     def norm(self, columns: int, rows: int = 1) -> Operation:
         """Return a norm of `rows` vectors per token with `columns` columns together.
@@ -234,84 +170,82 @@ class LayerRun:
         residual stream is fp32 in an fp32 run. A fused norm keeps x, and makes the gradient of x.
         """
         b = self.itemsize
-        if self.fused:
+        if self.fused_norms:
             return Operation(b * columns + 4 * rows, (TransientMemory(2 * b * columns),), b * columns)
         # What a trained scale is multiplied with.
-        normalized = (4 if self.decoder.norms_in_fp32 else b) * columns if self.trains_base else 0
+        normalized = (4 if self.norms_in_fp32 else b) * columns if self.trains_base else 0
         return Operation(
             4 * columns + 4 * rows + normalized,
             (TransientMemory(20 * columns - b * columns - normalized),),
             b * columns,
         )
 
-    def linears(self, inputs: int, outputs: Sequence[Linear], *, made: bool = False) -> Operation:
-        """Return linears that read one tensor, `made` by a norm or a gated product (lora_torch.py, lora_gpu.py)."""
+    def reads(
+        self, group: Sequence[LayerLinear], *, made: bool = False, kept: Collection[LayerLinear] = ()
+    ) -> Operation:
+        """Return linears that read one tensor, `made` by a norm or a gated product (lora_torch.py, lora_gpu.py).
+
+        `kept`: linears whose output the next operation keeps itself.
+        """
+        inputs = group[0].inputs if group else 0
         if self.trains_base:
-            return self._trained(inputs, outputs)
-        b, ranks = self.itemsize, {linear.name: self.ranks.rank(linear.name) for linear in outputs}
+            return self._trained(inputs, group)
+        b, adapted = self.itemsize, [linear for linear in group if linear.rank]
         # Of a pack a row has the columns of its own trial's adapter; on a GPU all have as many.
-        largest = sum(self.ranks.largest(linear.name) for linear in outputs)
-        columns = largest if self.is_gpu else sum(ranks.values()) / self.trials
-        keeps = b * (inputs + columns) if any(ranks.values()) else 0
+        largest = sum(linear.largest for linear in group)
+        columns = largest if self.is_gpu else sum(linear.rank for linear in group) / self.trials
+        keeps = b * (inputs + columns) if adapted else 0
         if self.dora:
             # Of v + bias and of v beside x W^T backward reads v, a tensor of its own; else y itself.
-            own = [each for each in outputs if ranks[each.name] and not self._keeps_output(each)]
-            keeps += b * sum(linear.columns for linear in own)
-        if not self.is_gpu:
-            moments = self._on_cpu(inputs, outputs, ranks)
-            if made and self.remakes and keeps:
-                keeps -= b * inputs
-                moments = [moment._replace(bytes=moment.bytes + b * inputs) for moment in moments]
-        else:  # Products over tokens are made in parts of one adapter's columns.
-            moments = self._on_gpu(inputs, outputs, {name: self.ranks.largest(name) for name in ranks})
+            shared = [] if self.dropout else [linear for linear in kept if not linear.has_bias]
+            keeps += b * sum(linear.outputs for linear in adapted if linear not in shared)
+        moments = self._on_gpu(inputs, group) if self.is_gpu else self._on_cpu(inputs, group)
+        if made and self.remakes and keeps and not self.is_gpu:
+            keeps -= b * inputs
+            moments = [moment._replace(bytes=moment.bytes + b * inputs) for moment in moments]
         # dA and dB of all of them, in fp32.
-        fixed = sum(4 * rank * (inputs + linear.columns) for linear in outputs if (rank := ranks[linear.name]))
+        fixed = sum(4 * linear.rank * (inputs + linear.outputs) for linear in adapted)
         stacks = joins = 0.0
         if self.trials > 1:
             stacks = fixed
             # B of each row's own adapter, as it lies in memory alone (lora_torch.py).
-            joins = sum(4 * ranks[linear.name] * linear.columns for linear in outputs) if not self.is_gpu else 0
+            joins = sum(4 * linear.rank * linear.outputs for linear in adapted) if not self.is_gpu else 0
         backward = tuple(moment._replace(fixed=moment.fixed + fixed + joins) for moment in moments)
         # Forward goes from one weight to the next as backward does, in the other order.
-        dense = max(moment.dense for moment in moments)
+        dense = max((moment.dense for moment in moments), default=0)
         return Operation(keeps, backward, b * inputs, dense=dense, stacks=stacks, joins=joins)
 
-    def _trained(self, inputs: int, outputs: Sequence[Linear]) -> Operation:
+    def _trained(self, inputs: int, group: Sequence[LayerLinear]) -> Operation:
         """Return trained linears, which keep their input and make dX and dW; one process casts dW to fp32."""
-        b = self.itemsize
-        whole = sum(inputs * linear.columns for linear in outputs)
-        largest = max(inputs * linear.columns for linear in outputs)
+        b, sizes = self.itemsize, [inputs * linear.outputs for linear in group]
         if self.adds_up_gradients:
-            return Operation(b * inputs, (TransientMemory(2 * b * inputs, b * whole),), b * inputs, gradients=b * whole)
-        fixed = largest * (b if b == 4 else b + 4)
-        made = b * inputs * (1 if len(outputs) == 1 else 2)
+            whole = b * sum(sizes)
+            return Operation(b * inputs, (TransientMemory(2 * b * inputs, whole),), b * inputs, gradients=whole)
+        fixed = max(sizes) * (b if b == 4 else b + 4)
+        made = b * inputs * (1 if len(group) == 1 else 2)
         return Operation(b * inputs, (TransientMemory(made, fixed),), b * inputs)
 
-    def _keeps_output(self, linear: Linear) -> bool:
-        """Return True if the next operation keeps the tensor that DoRA's backward reads."""
-        return linear.output_is_kept and not linear.bias and not self.dropout
-
-    def _on_cpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[TransientMemory]:
+    def _on_cpu(self, inputs: int, group: Sequence[LayerLinear]) -> list[TransientMemory]:
         """Return the backward on the CPU, from the last linear to the first: one dX each, added to the others.
 
         A dequantized weight lives until the next linear has its own, made of its fp32 absmax (nf4_cpu.py). Dropout of
         trials trained together is applied in place, one trial after the other.
         """
         b, moments, before = self.itemsize, [], 0.0
-        for index, linear in enumerate(reversed(outputs)):
-            weight = b * inputs * linear.columns if linear.name in self.formats else 0
+        for index, linear in enumerate(reversed(group)):
+            weight = b * inputs * linear.outputs if linear.format is not None else 0
             total, own = (b * inputs if index else 0), 0.0
-            if ranks[linear.name]:
+            if linear.rank:
                 if self.dora:  # k dY, and with dropout (k - 1) dY.
-                    own = b * linear.columns * (2 if self.dropout else 1)
-                    moments.append(TransientMemory(total + own + self._stripe(linear.columns), dense=before))
+                    own = b * linear.outputs * (2 if self.dropout else 1)
+                    moments.append(TransientMemory(total + own + self._stripe(linear.outputs), dense=before))
                 if self.dropout:  # Random words, the mask made of them, what it leaves of x.
                     words = (3 * inputs + self._counters(inputs)) / self.trials
                     moments.append(TransientMemory(total + own + inputs * (1 - 1 / self.trials) + words, dense=before))
                     own += inputs
                     moments.append(TransientMemory(total + own + b * inputs / self.trials, dense=before))
             moments.append(TransientMemory(total + own, dense=before + weight * (1 + 4 / 64 / b)))
-            dropped = self.dropout and ranks[linear.name] and self.trials == 1
+            dropped = self.dropout and linear.rank and self.trials == 1
             moments.append(TransientMemory(total + own + b * inputs * (2 if dropped else 1), dense=weight))
             before = weight
         return moments
@@ -322,44 +256,48 @@ class LayerRun:
             return self._at_most(12 * columns, STRIPE_BYTES)
         return min(12 * columns * self.row, STRIPE_BYTES) / self.tokens
 
-    def _on_gpu(self, inputs: int, outputs: Sequence[Linear], ranks: dict[str, int]) -> list[TransientMemory]:
-        """Return the backward on a GPU: adapter gradients linear by linear, then one dX for all."""
-        b, adapted = self.itemsize, [linear for linear in outputs if ranks[linear.name]]
-        quantized = [linear.columns for linear in adapted if linear.name in self.formats]
-        scaled = self._copied(inputs, quantized, sum(ranks.values()))
+    def _on_gpu(self, inputs: int, group: Sequence[LayerLinear]) -> list[TransientMemory]:
+        """Return the backward on a GPU: adapter gradients linear by linear, then one dX for all.
+
+        Products over tokens are made in parts of one adapter's columns.
+        """
+        b, adapted = self.itemsize, [linear for linear in group if linear.rank]
+        scaled = self._copied(inputs, adapted)
         moments = []
         for linear in adapted:
-            rank = ranks[linear.name]
-            folds = is_nf4(self.formats.get(linear.name)) and not self.dropout and b == 2
+            folds = is_nf4(linear.format) and not self.dropout and b == 2
             if self.dora and not folds:
                 # k dY: of all linears in the place of dY without dropout; with it, (k - 1) dY of all of them.
-                scaled += b * linear.columns
-                moments.append(TransientMemory(scaled + (b * linear.columns if self.dropout else 0)))
-            once = parts_of_db(self.tokens, linear.columns, rank, b)
-            moments.append(
-                TransientMemory(scaled, parts_over_rows(self.tokens, linear.columns, rank, b) if once is None else once)
-            )
+                scaled += b * linear.outputs
+                moments.append(TransientMemory(scaled + (b * linear.outputs if self.dropout else 0)))
+            parts = parts_bytes("dy", self.tokens, linear.outputs, linear.largest, b)
+            moments.append(TransientMemory(scaled, parts))
         if adapted:  # dA: of those that see the same input together.
-            groups = [ranks[each.name] for each in adapted] if self.dropout else [sum(ranks.values())]
-            moments.append(
-                TransientMemory(scaled, max(parts_over_rows(self.tokens, inputs, rank, b) for rank in groups))
+            ranks = [linear.largest for linear in adapted]
+            parts = max(
+                parts_bytes("grad", self.tokens, inputs, rank, b) for rank in (ranks if self.dropout else [sum(ranks)])
             )
+            moments.append(TransientMemory(scaled, parts))
         if self.dropout and len(adapted) > 1:
             moments.append(TransientMemory(scaled + 2 * b * inputs))
         if self.dropout and self.dora:
             moments.append(TransientMemory(scaled + 2 * b * inputs + 3 * inputs + self._counters(inputs)))
         return [*moments, TransientMemory(scaled + b * inputs)]
 
-    def _copied(self, inputs: int, outs: Sequence[int], rank: int) -> float:
+    def _copied(self, inputs: int, adapted: Sequence[LayerLinear]) -> float:
         """Return the bytes per token of a dY that is copied for dX (distlora_kernels.extension)."""
         if self.dora or self.dropout or self.trials > 1:
             return 0.0
+        outs = [linear.outputs for linear in adapted if linear.format is not None]
+        rank = sum(linear.largest for linear in adapted)
         carrier = extension.carrier(self.tokens, inputs, dict(enumerate(outs)), rank, self.itemsize)
         return 0.0 if carrier is None else self.itemsize * (outs[carrier] + extension.padded(rank))
 
     def _counters(self, inputs: int) -> float:
         """Return the bytes that generating a dropout mask takes."""
-        return self._at_most(inputs / 8 * _COUNTER_BYTES, _COUNTERS["cuda" if self.is_gpu else "cpu"] * _COUNTER_BYTES)
+        return self._at_most(
+            inputs / COLUMNS_PER_CALL * COUNTER_BYTES, COUNTERS["cuda" if self.is_gpu else "cpu"] * COUNTER_BYTES
+        )
 
     def _at_most(self, of_token: float, bound: float) -> float:
         """Bytes a token of what has a bound for all of them."""
@@ -368,7 +306,7 @@ class LayerRun:
     def rotary(self) -> Operation:
         """Return apply_rotary_pos_emb: gradients of inputs, four products with the tables; fused, in place."""
         b, sizes = self.itemsize, self.decoder
-        made = 0 if self.fused_mlp else 4 * b * sizes.queries
+        made = 0 if self.fused else 4 * b * sizes.queries
         return Operation(0, (TransientMemory(made),), b * (sizes.queries + 2 * sizes.keys))
 
     def attends(self) -> Operation:
@@ -376,19 +314,19 @@ class LayerRun:
         b, sizes = self.itemsize, self.decoder
         leaves = b * (sizes.queries + 2 * sizes.keys)
         # Values that are a part of what one linear gives keep all of it.
-        values = sizes.queries + 2 * sizes.keys if sizes.fused_linears else sizes.keys
+        values = sizes.keys if len(self.linears["qkv"]) > 1 else sizes.queries + 2 * sizes.keys
         keeps = b * (2 * sizes.queries + sizes.keys + values) + 4 * sizes.heads
-        if self.attention.kind == "tiles":
-            forward, backward = tiles_make(sizes, self.attention.document or self.row)
+        if self.attention == "tiles":
+            forward, backward = tiles_make(sizes, self.document or self.row)
             return Operation(keeps, (TransientMemory(leaves, backward),), leaves, forward / self.tokens)
-        if self.attention.kind == "documents":
+        if self.attention == "documents":
             rounded = -(-sizes.head_size // 32) * 32
-            made = leaves + 4 * self.attention.accumulators * sizes.heads * rounded
-            if self.attention.expands_keys and sizes.keys < sizes.queries:
+            made = leaves + 4 * self.accumulators * sizes.heads * rounded
+            if self.accumulators and sizes.keys < sizes.queries:
                 made += 2 * b * sizes.queries
             return Operation(keeps, (TransientMemory(made),), leaves)
         # Keys and values are repeated for each head of the queries.
-        if self.attention.kind == "sdpa":
+        if self.attention == "sdpa":
             keeps = 4 * b * sizes.queries + 4 * sizes.heads + b * self.row
             return Operation(keeps, (TransientMemory(3 * b * sizes.queries),), leaves)
         return self._eager(leaves)
@@ -419,30 +357,24 @@ class LayerRun:
         A fused product keeps no act(gate), and writes gradients over gate and up.
         """
         b, inner = self.itemsize, self.decoder.inner
-        if self.fused_mlp:
+        if self.fused:
             return Operation(2 * b * inner, (TransientMemory(0),), 2 * b * inner)
         return Operation(3 * b * inner, (TransientMemory(2 * b * inner),), 2 * b * inner)
 
 
 def attention_half(run: LayerRun) -> list[Operation]:
     """Return the operations from a layer's input to the output of attention."""
-    sizes = run.decoder
+    sizes, qkv, o = run.decoder, run.linears["qkv"], run.linears["o"]
     # Values go to attention as the linear gives them, queries and keys rotated.
-    as_given = run.attention.kind in ("documents", "tiles") or sizes.keys == sizes.queries
-    if sizes.fused_linears:
-        columns = sizes.queries + 2 * sizes.keys
-        qkv = [Linear("qkv_proj", columns, sizes.qkv_bias, as_given)]
-    else:
-        qkv = [Linear("q_proj", sizes.queries, sizes.qkv_bias), Linear("k_proj", sizes.keys, sizes.qkv_bias)]
-        qkv.append(Linear("v_proj", sizes.keys, sizes.qkv_bias, as_given))
-    operations = [run.norm(sizes.hidden), run.linears(sizes.hidden, qkv, made=True)]
+    as_given = run.attention in ("documents", "tiles") or sizes.keys == sizes.queries
+    operations = [run.norm(sizes.hidden), run.reads(qkv, made=True, kept=qkv[-1:] if as_given else ())]
     if sizes.head_norms:
         # The gradients of queries, keys and values are there together.
         leaves = run.itemsize * (sizes.queries + 2 * sizes.keys)
         operations.append(run.norm(sizes.queries, sizes.heads)._replace(leaves=leaves))
         operations.append(run.norm(sizes.keys, sizes.key_heads)._replace(leaves=leaves))
-    output = run.linears(sizes.queries, [Linear("o_proj", sizes.hidden, sizes.o_bias)])
-    if run.ranks.reading("o") or run.trains_base:
+    output = run.reads(o)
+    if run.trains_base or any(linear.rank for linear in o):
         output = output._replace(keeps=output.keeps - run.itemsize * sizes.queries)  # It is attention's output.
     operations += [run.rotary(), run.attends(), output]
     return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations
@@ -450,39 +382,33 @@ def attention_half(run: LayerRun) -> list[Operation]:
 
 def mlp_half(run: LayerRun) -> list[Operation]:
     """Return the operations of a dense MLP, from attention's output to the layer's output."""
-    sizes = run.decoder
-    if sizes.fused_linears:
-        read = [Linear("gate_up_proj", 2 * sizes.inner, sizes.mlp_bias, output_is_kept=True)]
-    else:
-        names = ("gate_proj", "up_proj")
-        read = [Linear(name, sizes.inner, sizes.mlp_bias, output_is_kept=True) for name in names]
-    down = run.linears(sizes.inner, [Linear("down_proj", sizes.hidden, sizes.mlp_bias)], made=True)
-    operations = [run.norm(sizes.hidden), run.linears(sizes.hidden, read, made=True), run.gates(), down]
-    return [*operations, run.norm(sizes.hidden)] if sizes.norms_after else operations
+    hidden, read = run.decoder.hidden, run.linears["gate_up"]
+    down = run.reads(run.linears["down"], made=True)
+    operations = [run.norm(hidden), run.reads(read, made=True, kept=read), run.gates(), down]
+    return [*operations, run.norm(hidden)] if run.decoder.norms_after else operations
 
 
 def scaled_half(run: LayerRun, half: ScaledHalf) -> list[Operation]:
     """Return a half that is estimated from a shrunk model's as one operation, with the adapters of its linears."""
     # Measured in bf16, with attention that keeps scores if query and value heads differ in size.
-    of_run, row = run.itemsize / 2, 0 if run.attention.kind in ("documents", "tiles") else run.row
+    of_run, row = run.itemsize / 2, 0 if run.attention in ("documents", "tiles") else run.row
 
     def nbytes(pair: tuple[float, float]) -> float:
         return of_run * (pair[0] + pair[1] * row)
 
     keeps, fixed, dense, gradients, stacks, joins = nbytes(half.keeps), 0.0, 0.0, 0.0, 0.0, 0.0
-    for path, inputs, columns, rows, count in half.linears:
-        linear = run.linears(inputs, [Linear(path, columns, bias=False)])
-        keeps += half.inputs * rows * linear.keeps
-        fixed = max(fixed, *(count * moment.fixed for moment in linear.backward))
-        dense = max(dense, linear.dense)
-        gradients, stacks, joins = gradients + linear.gradients, stacks + linear.stacks, max(joins, linear.joins)
+    for path in half.paths:
+        (linear,) = run.linears[path]
+        made = run.reads([linear])
+        keeps += half.inputs * linear.chosen * made.keeps
+        fixed = max(fixed, *(linear.experts * moment.fixed for moment in made.backward))
+        dense = max(dense, made.dense)
+        gradients, stacks, joins = gradients + made.gradients, stacks + made.stacks, max(joins, made.joins)
     backward = (TransientMemory(nbytes(half.backward), fixed, dense),)
     boundary = run.itemsize * run.decoder.hidden
     return [Operation(keeps, backward, boundary, nbytes(half.forward), dense, gradients, stacks, joins)]
 
 
-_RANK_MULTIPLE = 8
-"""What grouped products round ranks up to."""
 INDEX_BYTES = 4 * 8
 """A row's entries in a Routing: tokens, order, inverse, experts, int64."""
 
@@ -492,6 +418,7 @@ def expert_half(run: LayerRun) -> list[Operation]:
     experts, b, hidden = run.decoder.experts, run.itemsize, run.decoder.hidden
     assert experts is not None
     rows, one = experts.chosen, b * experts.chosen * experts.inner
+    (gate_up,), (down,) = run.linears["gate_up"], run.linears["down"]
     # The router: softmax, chosen experts and weights, the Routing, and the balance loss. Backward adds the gradient of
     # its input to that of the expert rows (distlora/model/experts.py).
     keeps = rows * (8 + b) if experts.router == "chosen" else 4 * experts.count + rows * (8 + 4) + 4
@@ -509,10 +436,10 @@ def expert_half(run: LayerRun) -> list[Operation]:
         # The rows of a token, each its own; backward turns them into one a choice and adds them up.
         Operation(0, (TransientMemory(b * hidden * (rows + 1)),), b * hidden),
         *exchanged,
-        _linear(run, experts, "gate_up_proj", hidden, 2 * experts.inner),
+        _of_experts(run, experts, gate_up, hidden, 2 * experts.inner),
         # The activation keeps gate, up and act(gate); GPT-OSS the clamped gate, its sigmoid, their product, and up + 1.
         Operation((6 if experts.clamps else 3) * one, (TransientMemory(2 * one),), 2 * one),
-        _linear(run, experts, "down_proj", experts.inner, hidden),
+        _of_experts(run, experts, down, experts.inner, hidden),
         Operation(b * rows * hidden + wide * rows, (TransientMemory(3 * wide * rows * hidden),), b * rows * hidden),
         *_shared_expert(run),
     ]
@@ -523,35 +450,31 @@ def _shared_expert(run: LayerRun) -> list[Operation]:
     if run.decoder.shared is None:
         return []
     path, inner = run.decoder.shared
-    read = [Linear(f"{path}.{name}", inner, bias=False, output_is_kept=True) for name in ("gate_proj", "up_proj")]
-    down = Linear(f"{path}.down_proj", run.decoder.hidden, bias=False)
+    read = [each for name in ("gate_proj", "up_proj") for each in run.linears[f"{path}.{name}"]]
     gates = replace(run, decoder=replace(run.decoder, inner=inner)).gates()
-    return [run.linears(run.decoder.hidden, read), gates, run.linears(inner, [down])]
+    return [run.reads(read, kept=read), gates, run.reads(run.linears[f"{path}.down_proj"])]
 
 
-def _linear(run: LayerRun, experts: ExpertSizes, name: str, inputs: int, outputs: int) -> Operation:
+def _of_experts(run: LayerRun, experts: ExpertSizes, linear: LayerLinear, inputs: int, outputs: int) -> Operation:
     """Return the linear of all experts (experts_torch.py or experts_grouped.py).
 
     It makes dX of all rows, with grouped products also the adapter's part of it, dA and dB of all experts in fp32, and
     A and B in the run's dtype. If experts are divided, these are of a rank's own experts.
     """
-    b, rank = run.itemsize, run.ranks.rank(name)
-    rows, weight = experts.chosen, inputs * outputs
+    b, rank, rows, weight = run.itemsize, linear.rank, experts.chosen, inputs * outputs
     dense = 0
-    if name in run.formats and not run.groups_experts:
+    if linear.format is not None and not run.groups_experts:
         # Of an expert that begins within a group, the rest of its first and last group too (formats/base.py).
         dense = b * (weight if weight % GROUP == 0 else min(weight + 2 * GROUP, weight * experts.local))
     if rank == 0:
         return Operation(0, (TransientMemory(b * rows * inputs, dense=dense),), b * rows * inputs, dense=dense)
-    # Trials may share other factors, so that each expert has a copy of all.
-    numel = run.ranks.numels.get(name, experts.count * rank * (inputs + outputs))
-    fixed = numel // experts.degree * (4 + b)
+    fixed = linear.adapter_numel // experts.degree * (4 + b)
     if experts.degree > 1:  # The gradient of a rank's experts becomes one of all experts, zero elsewhere.
-        fixed += 4 * numel
+        fixed += 4 * linear.adapter_numel
     if not run.groups_experts:
         made = TransientMemory(b * rows * inputs, fixed, dense)
         return Operation(b * rows * (inputs + rank), (made,), b * rows * inputs, dense=dense)
-    padded = -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
+    padded = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
     sums = b * experts.local * padded * max(inputs, outputs)
     return Operation(
         b * rows * (inputs + padded),

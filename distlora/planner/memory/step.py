@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from distlora.architecture.shapes import CHECKED_AT_ONCE
 from distlora.planner import traffic
-from distlora.planner.decoder_sizes import formats_by_name, ranks_of_blocks
+from distlora.planner.decoder_sizes import layers_of
 from distlora.planner.machine import Machine
 from distlora.planner.memory import Kind, Phase
 from distlora.planner.memory.activations import Activations, Costs
@@ -21,9 +22,6 @@ from distlora.planner.memory.gathered import CastCopies, copied_of, gathered_of
 from distlora.planner.memory.layer import Operation, Peak
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
-
-_CHECKED = 8 * 512 * 2**14
-"""Bytes of 512 lines of words as int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,7 @@ class Step:
         """The place of the first block that a gradient comes to."""
         if self.trained.embeds or self.costs.trains_base:
             return 0
-        frozen = itertools.takewhile(lambda blocks: not blocks.costs.ranks.by_name, self.blocks)
+        frozen = itertools.takewhile(lambda blocks: not blocks.costs.is_adapted, self.blocks)
         return sum(blocks.count for blocks in frozen)
 
     def _kept_from(self, place: int) -> int:
@@ -200,7 +198,7 @@ class Step:
         """Return the memory of a layer in forward, of the last one, or of copying out a unit."""
         runs = max(self._runs_in(blocks.costs) for blocks in self.blocks)
         # A checksum of gathered weights in the first forward, and with train.verify after each save (integrity.py).
-        checks = _CHECKED if self.is_gpu and self.shards > 1 else 0
+        checks = 8 * CHECKED_AT_ONCE["cuda"] if self.is_gpu and self.shards > 1 else 0
         last: dict[Kind, int] = {
             "kept": self._kept,
             "working": int(runs.bytes) - int(runs.dense) + self.copied.block + checks,
@@ -303,22 +301,19 @@ def _sent(unit: tuple[BaseTensor, ...], shards: int) -> int:
 
 def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once: int, tokens: int) -> list[Blocks]:
     """Return the decoder layers of a run that keeps `tokens` tokens and runs `at_once` of them together."""
-    row, mode, architecture = work.sequence_length, work.train.checkpointing, model.shapes.architecture
-    costs_of = [replace(Costs.of(work, model, machine, kind), formats={}) for kind in architecture.kinds]
-    kinds = [costs_of.index(costs_of[kind]) for kind in architecture.kind_of_layer]
-    known: dict[tuple[int, int, object], Blocks] = {}
-    found = []
-    by_layer = model.shapes.layer_formats(work.format)
-    named = {(kind, formats): formats_by_name(architecture.kinds[kind], formats) for kind, formats in set(by_layer)}
-    packed = [None if index < work.dense_layers else by_layer[index] for index in range(len(kinds))]
-    layers = zip(kinds, ranks_of_blocks(work, model.shapes), packed, strict=True)
-    for same, alike in itertools.groupby(layers, key=lambda layer: (layer[0], id(layer[1]), layer[2])):
-        ranks = [each for _, each, _ in alike]
-        if same not in known:
-            costs = replace(costs_of[same[0]], ranks=ranks[0], formats={} if same[2] is None else named[same[2]])
+    row, mode = work.sequence_length, work.train.checkpointing
+    known: dict[int, Costs] = {}
+    for layer in (layers := layers_of(work, model.shapes)):
+        if id(layer) not in known:
+            costs = Costs.of(work, model, machine, layer)
+            # Kinds may differ in what memory does not depend on, such as windows.
+            known[id(layer)] = next((each for each in known.values() if each == costs), costs)
+    alike = [list(group) for _, group in itertools.groupby((known[id(layer)] for layer in layers), key=id)]
+    found: dict[int, Blocks] = {}
+    for costs, *_ in alike:
+        if id(costs) not in found:
             activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=work.train.mlp_tile, row=row)
             stacked = tokens // at_once * costs.stacked(mode)
             kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row) + stacked)
-            known[same] = Blocks(len(ranks), costs, activations, kept)
-        found.append(replace(known[same], count=len(ranks)))
-    return found
+            found[id(costs)] = Blocks(0, costs, activations, kept)
+    return [replace(found[id(group[0])], count=len(group)) for group in alike]

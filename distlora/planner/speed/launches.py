@@ -4,22 +4,20 @@ Each launch reads its operands and writes its result once. The launches of linea
 kernels/distlora_kernels/lora_gpu.py; other operations are those that transformers' code calls (a norm: eight in fp32),
 or a fused kernel (one). tests/planner/test_plan_work.py compares both.
 
-Letters: M rows (tokens), S rows of experts (M x experts that a token chooses), I in features, O out features, R rank,
-E bytes of an element, V vocabulary, H hidden size.
+Letters: M rows (tokens), S rows of experts (M x experts that a token chooses), E bytes of an element.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from distlora.architecture.shapes import GRADIENT_PARTS, logit_bytes, tokens_per_chunk
-from distlora.planner.decoder_sizes import AttentionKind, Decoder, ScaledHalf
-from distlora.planner.flops import PAIR_BACKWARD, PAIR_FORWARD, SCORES_AGAIN
+from distlora.planner.decoder_sizes import Decoder, KernelOptions, LayerLinear, PlannedLayer, ScaledHalf
+from distlora.planner.flops import PAIR_BACKWARD, PAIR_FORWARD
 from distlora.planner.memory.base import UPDATE_BYTES
-from distlora.planner.traffic import weight_bytes
 from distlora_kernels import extension
 from distlora_kernels.format_layouts import is_nf4
 
@@ -30,6 +28,8 @@ Unit = Literal["matrices", "attention", "decoding"]
 """What operations run at: a library's product, attention's kernel, a product that decodes a packed weight."""
 
 FP32 = 4
+SCORES_AGAIN = 2
+"""Operations a pair and column by which scores are made again, in place of keeping them."""
 _PART_ROWS = 256
 """Rows of dY that one fp32 part of B's gradient is summed over (skinny_triton.py)."""
 
@@ -45,198 +45,125 @@ class KernelLaunch:
     launches: int = 1
     padding: float = 0.0
     """Operations of a product that only fill up its last step, not among `flops`."""
-    rereads: float = 0.0
-    """Bytes of a product's result that it reads first, because it accumulates (beta = 1); part of `nbytes`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KernelOptions:
-    """Options of a run's computation."""
-
-    itemsize: int
-    """E, of train.dtype."""
-    few_rows: int = 0
-    """Up to so many rows a weight in NF4 is decoded inside its product; 0: never."""
-    extends: bool = False
-    """True if base products may take the adapter's term as further columns (distlora_kernels.extension)."""
-    copies: bool = False
-    """True if products read copies of the adapters of this step (AdapterCopies)."""
-    trains_base: bool = False
-    """True if the weights of decoder layers have gradients (adapter=full)."""
-    norms_in_fp32: bool = False
-    """True if norms multiply by their weight in fp32 (Gemma)."""
-    fused_norms: bool = False
-    """True if norms are fused, and the loss of plain logits."""
-    fused: bool = False
-    """True if gated MLPs and rotary embeddings are too."""
-    is_gpu: bool = True
-    """False: the LM head takes fewer tokens at once."""
-    attention: AttentionKind = "documents"
-
-
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A linear of a block, or a fused weight of experts."""
-
-    out: int
-    features: int
-    rank: int = 0
-    """Rank of its adapter, or of one expert's; 0 without an adapter."""
-    experts: int = 1
-    chosen: int = 1
-    """Experts that a token goes through."""
-    is_dora: bool = False
-    trials: int = 1
-    """Trials trained together; each row uses the adapter of its own trial, of rank `rank`."""
-    stacked: int = 0
-    """Sum of the ranks of all trials."""
-    format: str | None = None
-    """Format of the weight; None: it is dense."""
-    skips: bool = False
-    """True if recomputation leaves out its product, whose output nothing reads."""
-
-    @property
-    def is_experts(self) -> bool:
-        """True of a fused weight, of which a rank may have one expert."""
-        return self.experts > 1 or self.chosen > 1
-
-    @property
-    def others(self) -> int:
-        """Columns of other trials' adapters."""
-        return max(0, self.stacked - self.rank)
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.experts * self.out * self.features
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the weight in its format."""
-        return weight_bytes((self.experts * self.out, self.features), 1, format=self.format, itemsize=0)
-
-    @property
-    def adapter_numel(self) -> int:
-        """Number of elements of the adapter."""
-        return self.experts * self.rank * (self.out + self.features)
 
 
 def gemm(kind: MovedKind, m: int, n: int, k: int, how: KernelOptions, *, accumulates: bool = False) -> KernelLaunch:
     """Return a product (M, K) x (K, N) that reads both and writes the result; reads it too if it accumulates."""
-    rereads = how.itemsize * m * n if accumulates else 0
-    return KernelLaunch(kind, how.itemsize * (m * k + k * n + m * n) + rereads, 2.0 * m * n * k, rereads=rereads)
+    results = 2 if accumulates else 1
+    return KernelLaunch(kind, how.itemsize * (m * k + k * n + results * m * n), 2.0 * m * n * k)
 
 
 Pass = Literal["forward", "base alone", "recomputation", "backward"]
 """`base alone`: forward without adapters."""
 
 
-def linears(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass = "forward") -> Iterator[KernelLaunch]:
+def linears(
+    group: Sequence[LayerLinear], m: int, how: KernelOptions, which: Pass = "forward"
+) -> Iterator[KernelLaunch]:
     """Yield the launches of linears that read one tensor of M rows."""
     if not group:
         return iter(())
-    if which == "backward":
-        return _backward(group, m, how)
-    return _forward(group, m, how, which)
-
-
-def _forward(group: Sequence[Linear], m: int, how: KernelOptions, which: Pass) -> Iterator[KernelLaunch]:
-    adapted = which != "base alone"
     if group[0].is_experts:
-        yield from _experts_forward(group[0], m, how, adapted=adapted)
-        return
-    with_adapter = [linear for linear in group if linear.rank and adapted]
-    skipped = [linear for linear in group if which == "recomputation" and linear.skips]
+        return _experts_backward(group[0], m, how) if which == "backward" else _experts_forward(group[0], m, how, which)
+    return _backward(group, m, how) if which == "backward" else _forward(group, m, how, which)
+
+
+def _forward(group: Sequence[LayerLinear], m: int, how: KernelOptions, which: Pass) -> Iterator[KernelLaunch]:
+    with_adapter = [linear for linear in group if linear.rank and which != "base alone"]
+    skipped = [linear for linear in group if which == "recomputation" and skips(linear, how)]
     yield from _casts([linear for linear in with_adapter if linear not in skipped], how)
     if not how.copies:
-        yield from (KernelLaunch("adapters", (FP32 + how.itemsize) * each.rank * each.features) for each in skipped)
+        yield from (KernelLaunch("adapters", (FP32 + how.itemsize) * each.largest * each.inputs) for each in skipped)
     yield from _other_trials(with_adapter, 1, how)
-    ranks, features = sum(linear.rank for linear in with_adapter), group[0].features
+    ranks, inputs = sum(linear.largest for linear in with_adapter), group[0].inputs
     extends = (
         how.extends
         and all(is_nf4(linear.format) and not _decodes(linear, m, how) for linear in with_adapter)
-        and features % 64 == 0
+        and inputs % 64 == 0
         and extension.extends(
             m,
-            written=sum(linear.out for linear in with_adapter),
-            copied=features,
+            written=sum(linear.outputs for linear in with_adapter),
+            copied=inputs,
             rank=ranks,
             products=len(with_adapter),
             itemsize=how.itemsize,
         )
     )
     if with_adapter:
-        yield gemm("adapters", m, ranks, features, how)
+        yield gemm("adapters", m, ranks, inputs, how)
     if extends:  # The copy of the input, and x A^T once more for backward.
-        yield KernelLaunch("adapters", how.itemsize * m * features, launches=0)
+        yield KernelLaunch("adapters", how.itemsize * m * inputs, launches=0)
         yield KernelLaunch("adapters", 2 * how.itemsize * m * ranks)
     for linear in group:
         has_adapter = linear in with_adapter
         if linear in skipped:
             continue
         if _decodes(linear, m, how):
-            yield _decoded(linear, m, linear.rank * linear.out if has_adapter else 0, how)
+            yield _decoded(linear, m, linear.largest * linear.outputs if has_adapter else 0, how)
             continue
         if linear.format is not None:
             yield _dequantize(linear, how)
         if has_adapter:
             yield (
-                _term(m, linear.out, linear.rank, ranks, how)
+                _term(m, linear.outputs, linear.largest, ranks, how)
                 if extends
-                else gemm("adapters", m, linear.out, linear.rank, how)
+                else gemm("adapters", m, linear.outputs, linear.largest, how)
             )
-        yield gemm("products", m, linear.out, linear.features, how, accumulates=has_adapter and not extends)
-        if linear.is_dora and has_adapter:
+        yield gemm("products", m, linear.outputs, linear.inputs, how, accumulates=has_adapter and not extends)
+        if how.dora and has_adapter:
             yield from _dora(linear, m, how, backward=False)
 
 
-def _backward(group: Sequence[Linear], m: int, how: KernelOptions) -> Iterator[KernelLaunch]:
+def _backward(group: Sequence[LayerLinear], m: int, how: KernelOptions) -> Iterator[KernelLaunch]:
     """Yield the launches for the gradients of the input, of adapters and of trained weights."""
-    if group[0].is_experts:
-        yield from _experts_backward(group[0], m, how)
-        return
-    features, ranks = group[0].features, sum(linear.rank for linear in group)
-    separate = [linear.rank for linear in group if linear.rank and not _decodes(linear, m, how)]
+    inputs, adapted = group[0].inputs, [linear for linear in group if linear.rank]
+    ranks = sum(linear.largest for linear in adapted)
+    separate = [linear.largest for linear in adapted if not _decodes(linear, m, how)]
     outs = {
-        index: linear.out
+        index: linear.outputs
         for index, linear in enumerate(group)
         if how.extends and linear.rank and linear.format is not None and not _decodes(linear, m, how)
     }
-    carrier = extension.carrier(m, features, outs, ranks, how.itemsize)
-    yield from _casts([linear for linear in group if linear.rank], how)
-    yield from _other_trials([linear for linear in group if linear.rank], 2, how)
+    carrier = extension.carrier(m, inputs, outs, ranks, how.itemsize)
+    yield from _casts(adapted, how)
+    yield from _other_trials(adapted, 2, how)
     for index, linear in enumerate(group):
         if linear.rank:
-            yield gemm("adapters", m, linear.rank, linear.out, how)
+            yield gemm("adapters", m, linear.largest, linear.outputs, how)
             yield _parts(linear, m)
         if index == carrier:  # The copy of dY.
-            yield KernelLaunch("adapters", how.itemsize * m * linear.out, launches=0)
+            yield KernelLaunch("adapters", how.itemsize * m * linear.outputs, launches=0)
         if _decodes(linear, m, how):
-            yield _decoded(linear, m, linear.rank * features, how)
+            yield _decoded(linear, m, linear.largest * inputs, how)
             if index > 0:
-                yield KernelLaunch("products", 3 * how.itemsize * m * features)
+                yield KernelLaunch("products", 3 * how.itemsize * m * inputs)
         else:
             if linear.format is not None:
                 yield _dequantize(linear, how)
             first = index == 0 if carrier is None else index == carrier
             accumulates = not first or (ranks > 0 and carrier is None)
-            yield gemm("products", m, features, linear.out, how, accumulates=accumulates)
+            yield gemm("products", m, inputs, linear.outputs, how, accumulates=accumulates)
         if how.trains_base:
-            yield gemm("products", linear.out, features, m, how)
+            yield gemm("products", linear.outputs, inputs, m, how)
             # Added to what earlier micro-batches left, in fp32.
             yield KernelLaunch("update", (how.itemsize + 2 * FP32) * linear.numel)
-        if linear.is_dora and linear.rank:
+        if how.dora and linear.rank:
             yield from _dora(linear, m, how, backward=True)
     if ranks:
         if carrier is not None:
-            yield _term(m, features, ranks, ranks, how)
+            yield _term(m, inputs, ranks, ranks, how)
         elif separate:
-            yield gemm("adapters", m, features, sum(separate), how)
-        yield gemm("adapters", ranks, features, m, how)
+            yield gemm("adapters", m, inputs, sum(separate), how)
+        yield gemm("adapters", ranks, inputs, m, how)
         yield KernelLaunch("adapters", 0.0)  # The second launch of a sum that is split.
 
 
-def _decodes(linear: Linear, m: int, how: KernelOptions) -> bool:
+def skips(linear: LayerLinear, how: KernelOptions) -> bool:
+    """Return whether recomputation leaves out a product, which nothing reads but DoRA's magnitude."""
+    return linear.is_unread and not (how.dora and linear.rank > 0)
+
+
+def _decodes(linear: LayerLinear, m: int, how: KernelOptions) -> bool:
     """Return whether the product of M rows decodes the weight itself."""
     return is_nf4(linear.format) and m <= how.few_rows
 
@@ -249,46 +176,40 @@ def _term(m: int, n: int, rank: int, side_by_side: int, how: KernelOptions) -> K
     )
 
 
-def _casts(adapted: Sequence[Linear], how: KernelOptions) -> Iterator[KernelLaunch]:
+def _casts(adapted: Sequence[LayerLinear], how: KernelOptions) -> Iterator[KernelLaunch]:
     """Yield the casts of A, and of B times s, from fp32 masters. DoRA scales B in each pass."""
-    for linear in adapted:
-        if how.copies and not linear.is_dora:
-            continue
-        yield KernelLaunch("adapters", (FP32 + how.itemsize) * linear.rank * linear.features)
-        yield KernelLaunch("adapters", (FP32 + how.itemsize) * linear.rank * linear.out)
+    for linear in adapted if how.dora or not how.copies else ():
+        yield KernelLaunch("adapters", (FP32 + how.itemsize) * linear.largest * linear.inputs)
+        yield KernelLaunch("adapters", (FP32 + how.itemsize) * linear.largest * linear.outputs)
 
 
-def _other_trials(adapted: Sequence[Linear], products: int, how: KernelOptions) -> Iterator[KernelLaunch]:
+def _other_trials(adapted: Sequence[LayerLinear], products: int, how: KernelOptions) -> Iterator[KernelLaunch]:
     """Yield the casts and reads of other trials' adapters for `products` products; their rows are among the M."""
-    for linear in adapted:
-        if linear.trials > 1:
-            weights = linear.others * (linear.out + linear.features)
-            yield KernelLaunch(
-                "adapters",
-                (FP32 + (1 + products) * how.itemsize) * weights,
-                launches=2 * products * (linear.trials - 1),
-            )
+    for linear in adapted if how.trials > 1 else ():
+        nbytes = (linear.rank - linear.largest) * (linear.outputs + linear.inputs)
+        nbytes *= FP32 + (1 + products) * how.itemsize
+        yield KernelLaunch("adapters", nbytes, launches=2 * products * (how.trials - 1))
 
 
-def _dequantize(linear: Linear, how: KernelOptions) -> KernelLaunch:
+def _dequantize(linear: LayerLinear, how: KernelOptions) -> KernelLaunch:
     return KernelLaunch("dequantization", linear.packed_bytes + how.itemsize * linear.numel)
 
 
-def _decoded(linear: Linear, m: int, adapter: int, how: KernelOptions) -> KernelLaunch:
+def _decoded(linear: LayerLinear, m: int, adapter: int, how: KernelOptions) -> KernelLaunch:
     """One product whose weight is decoded in it, with the adapter's term, of so many weights."""
-    nbytes = linear.packed_bytes + how.itemsize * m * (linear.out + linear.features)
+    nbytes = linear.packed_bytes + how.itemsize * m * (linear.outputs + linear.inputs)
     return KernelLaunch("products", nbytes, 2.0 * m * (linear.numel + adapter), "decoding")
 
 
-def _parts(linear: Linear, m: int) -> KernelLaunch:
+def _parts(linear: LayerLinear, m: int) -> KernelLaunch:
     """B's gradient, in the pass over dY: one fp32 part for 256 rows, written and read again."""
-    nbytes = 2.0 * FP32 * -(-m // _PART_ROWS) * linear.out * linear.rank
-    return KernelLaunch("adapters", nbytes, 2.0 * m * linear.rank * linear.out)
+    nbytes = 2.0 * FP32 * -(-m // _PART_ROWS) * linear.outputs * linear.largest
+    return KernelLaunch("adapters", nbytes, 2.0 * m * linear.largest * linear.outputs)
 
 
-def _dora(linear: Linear, m: int, how: KernelOptions, *, backward: bool) -> Iterator[KernelLaunch]:
+def _dora(linear: LayerLinear, m: int, how: KernelOptions, *, backward: bool) -> Iterator[KernelLaunch]:
     """Norms, and magnitudes: folded into a weight in NF4, passes over y and dY for any other (kernels/README.md)."""
-    out, features, rank = linear.out, linear.features, linear.rank
+    out, features, rank = linear.outputs, linear.inputs, linear.largest
     if not backward:
         if is_nf4(linear.format):
             nbytes = linear.packed_bytes + how.itemsize * rank * (out + features)
@@ -308,41 +229,41 @@ def _dora(linear: Linear, m: int, how: KernelOptions, *, backward: bool) -> Iter
         yield KernelLaunch("adapters", 2 * FP32 * rank * out)
 
 
-def _experts_forward(linear: Linear, m: int, how: KernelOptions, *, adapted: bool) -> Iterator[KernelLaunch]:
+def _experts_forward(linear: LayerLinear, m: int, how: KernelOptions, which: Pass) -> Iterator[KernelLaunch]:
     """Yield the forward of a fused weight whose experts are one grouped product (experts_grouped.py)."""
     rows, e = linear.chosen * m, how.itemsize
     if linear.format is not None:
         yield _dequantize(linear, how)
-    yield _grouped("products", linear, rows, linear.out, linear.features, how)
-    if linear.rank and adapted:
-        yield KernelLaunch("adapters", (FP32 + e) * linear.adapter_numel, launches=2)
-        yield _grouped("adapters", linear, rows, linear.rank, linear.features, how)
-        yield _grouped("adapters", linear, rows, linear.out, linear.rank, how)
-        yield KernelLaunch("adapters", 3 * e * rows * linear.out)  # Added to the base's product.
+    yield _grouped("products", linear, rows, linear.outputs, linear.inputs, how)
+    if linear.rank and which != "base alone":
+        yield KernelLaunch("adapters", (FP32 + e) * _adapter_numel(linear), launches=2)
+        yield _grouped("adapters", linear, rows, linear.rank, linear.inputs, how)
+        yield _grouped("adapters", linear, rows, linear.outputs, linear.rank, how)
+        yield KernelLaunch("adapters", 3 * e * rows * linear.outputs)  # Added to the base's product.
 
 
-def _experts_backward(linear: Linear, m: int, how: KernelOptions) -> Iterator[KernelLaunch]:
+def _experts_backward(linear: LayerLinear, m: int, how: KernelOptions) -> Iterator[KernelLaunch]:
     rows, e = linear.chosen * m, how.itemsize
     if linear.format is not None:
         yield _dequantize(linear, how)
-    yield _grouped("products", linear, rows, linear.features, linear.out, how)
+    yield _grouped("products", linear, rows, linear.inputs, linear.outputs, how)
     if linear.rank:
-        yield KernelLaunch("adapters", 2 * (FP32 + e) * linear.adapter_numel, launches=4)
-        yield _grouped("adapters", linear, rows, linear.rank, linear.out, how)
-        for size in (linear.features, linear.out):  # Gradients of A and of B.
-            nbytes = e * (rows * (size + linear.rank) + linear.experts * linear.rank * size)
+        yield KernelLaunch("adapters", 2 * (FP32 + e) * _adapter_numel(linear), launches=4)
+        yield _grouped("adapters", linear, rows, linear.rank, linear.outputs, how)
+        for size in (linear.inputs, linear.outputs):  # Gradients of A and of B.
+            nbytes = e * (rows * (size + linear.rank) + linear.local * linear.rank * size)
             yield KernelLaunch("adapters", nbytes, 2.0 * rows * linear.rank * size)
-        yield _grouped("adapters", linear, rows, linear.features, linear.rank, how)
-        yield KernelLaunch("adapters", 3 * e * rows * linear.features)
+        yield _grouped("adapters", linear, rows, linear.inputs, linear.rank, how)
+        yield KernelLaunch("adapters", 3 * e * rows * linear.inputs)
 
 
-def _grouped(kind: MovedKind, linear: Linear, rows: int, n: int, k: int, how: KernelOptions) -> KernelLaunch:
+def _adapter_numel(linear: LayerLinear) -> int:
+    return linear.local * linear.rank * (linear.outputs + linear.inputs)
+
+
+def _grouped(kind: MovedKind, linear: LayerLinear, rows: int, n: int, k: int, how: KernelOptions) -> KernelLaunch:
     """Return a grouped product of (S, K) rows by the (K, N) matrices of all experts."""
-    return KernelLaunch(kind, how.itemsize * (rows * k + linear.experts * k * n + rows * n), 2.0 * rows * n * k)
-
-
-Groups = Mapping[str, tuple[Linear, ...]]
-"""The linears of a decoder layer that share an input, by the keys of `INPUTS`; each linear alone by its path."""
+    return KernelLaunch(kind, how.itemsize * (rows * k + linear.local * k * n + rows * n), 2.0 * rows * n * k)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -350,15 +271,14 @@ class BlockWork:
     """A micro-batch in a block. Blocks that are alike have the same object: none is compared with another."""
 
     forward: tuple[KernelLaunch, ...]
+    recomputation: tuple[KernelLaunch, ...]
     backward: tuple[KernelLaunch, ...]
-    """Launches of backward, with recomputation before it."""
     reference: tuple[KernelLaunch, ...]
     """The rows once more without adapters (DPO)."""
 
 
 def block_work(
-    decoder: Decoder,
-    groups: Groups,
+    layer: PlannedLayer,
     how: KernelOptions,
     *,
     m: int,
@@ -374,32 +294,31 @@ def block_work(
     """
 
     def attention_half(which: Pass) -> tuple[KernelLaunch, ...]:
-        return tuple(_attention_half(decoder, groups, how, m, pairs, which))
+        return tuple(_attention_half(layer, how, m, pairs, which))
 
     def mlp_half(which: Pass) -> tuple[KernelLaunch, ...]:
-        halves = (_mlp_half(decoder, groups, how, tile, which) for tile in tiles)
+        halves = (_mlp_half(layer, how, tile, which) for tile in tiles)
         return tuple(itertools.chain.from_iterable(halves))
 
     again = () if checkpointing == "none" else mlp_half("recomputation")
     if checkpointing in ("block", "offload"):
         again = attention_half("recomputation") + again
     if checkpointing == "offload":  # The input goes to the host and comes back.
-        again += (KernelLaunch("elementwise", 2 * how.itemsize * m * decoder.hidden, launches=0),)
+        again += (KernelLaunch("elementwise", 2 * how.itemsize * m * layer.decoder.hidden, launches=0),)
     return BlockWork(
         attention_half("forward") + mlp_half("forward"),
-        again + mlp_half("backward") + attention_half("backward"),
+        again,
+        mlp_half("backward") + attention_half("backward"),
         attention_half("base alone") + mlp_half("base alone") if reference else (),
     )
 
 
-def _attention_half(
-    decoder: Decoder, groups: Groups, how: KernelOptions, m: int, pairs: int, which: Pass
-) -> Iterator[KernelLaunch]:
+def _attention_half(layer: PlannedLayer, how: KernelOptions, m: int, pairs: int, which: Pass) -> Iterator[KernelLaunch]:
     """Yield the launches of the attention half; in backward their order does not count."""
-    backward = which == "backward"
+    decoder, backward = layer.decoder, which == "backward"
     queries, keys = decoder.queries, decoder.keys
     if decoder.halves[0] is not None:
-        yield from _scaled_half(decoder.halves[0], groups, how, m, which)
+        yield from _scaled_half(decoder.halves[0], layer, how, m, which)
         if decoder.attends:
             yield from attention(decoder, how, m, pairs, backward=backward)
         return
@@ -409,16 +328,16 @@ def _attention_half(
     yield rotary((queries + keys) * m, how, backward=backward)
     yield from attention(decoder, how, m, pairs, backward=backward)
     for name in ("qkv", "o"):
-        yield from linears(groups[name], m, how, which)
+        yield from linears(layer.linears[name], m, how, which)
     yield from after(decoder, how, m, backward=backward)
 
 
-def _mlp_half(decoder: Decoder, groups: Groups, how: KernelOptions, m: int, which: Pass) -> Iterator[KernelLaunch]:
+def _mlp_half(layer: PlannedLayer, how: KernelOptions, m: int, which: Pass) -> Iterator[KernelLaunch]:
     """Yield the launches of the MLP half, dense or experts; in backward their order does not count."""
-    backward = which == "backward"
+    decoder, backward = layer.decoder, which == "backward"
     e, hidden, experts = how.itemsize, decoder.hidden, decoder.experts
     if decoder.halves[1] is not None:
-        yield from _scaled_half(decoder.halves[1], groups, how, m, which)
+        yield from _scaled_half(decoder.halves[1], layer, how, m, which)
         return
     yield norm(hidden * m, how, backward=backward)
     if experts is not None:
@@ -434,20 +353,22 @@ def _mlp_half(decoder: Decoder, groups: Groups, how: KernelOptions, m: int, whic
         yield KernelLaunch("elementwise", e * hidden * (5 * rows + m), launches=4)
     yield gated(decoder.mlp_columns * m, how, backward=backward)
     for name in ("gate_up", "down"):
-        yield from linears(groups[name], m, how, which)
+        yield from linears(layer.linears[name], m, how, which)
     if decoder.shared is not None:
         path, inner = decoder.shared
         yield gated(inner * m, how, backward=backward)
         for name in ("gate_proj", "up_proj", "down_proj"):
-            yield from linears(groups[f"{path}.{name}"], m, how, which)
+            yield from linears(layer.linears[f"{path}.{name}"], m, how, which)
     yield from after(decoder, how, m, backward=backward)
 
 
-def _scaled_half(half: ScaledHalf, groups: Groups, how: KernelOptions, m: int, which: Pass) -> Iterator[KernelLaunch]:
+def _scaled_half(
+    half: ScaledHalf, layer: PlannedLayer, how: KernelOptions, m: int, which: Pass
+) -> Iterator[KernelLaunch]:
     """Yield the launches of a half without formulas: its linears one by one, and passes over what it keeps."""
     yield KernelLaunch("elementwise", (4 if which == "backward" else 2) * half.keeps[0] * how.itemsize / 2 * m)
-    for path, *_ in half.linears:
-        yield from linears(groups[path], m, how, which)
+    for path in half.paths:
+        yield from linears(layer.linears[path], m, how, which)
 
 
 def after(decoder: Decoder, how: KernelOptions, m: int, *, backward: bool = False) -> Iterator[KernelLaunch]:
@@ -552,23 +473,17 @@ def head_work(
     size = tokens_per_chunk(vocabulary, at_peak, on_cpu=not how.is_gpu) if vocabulary else 0
     for tokens, times in chunks(m, size) if vocabulary else ():
         logits = vocabulary * tokens
-        product = (e * (hidden * (tokens + vocabulary) + logits), 2.0 * logits * hidden)
-        weight = (e * (hidden * (tokens + vocabulary) + logits) + 3 * FP32 * hidden * vocabulary, product[1])
-        passes = (2, 1) if trained else (1, 1)
+        moved, flops = e * (hidden * (tokens + vocabulary) + logits), 2.0 * logits * hidden
         if stored:
             products = times * (1 + reference + backward)
             yield KernelLaunch("dequantization", products * (stored + e * hidden * vocabulary), launches=products)
-        for _ in range(passes[0]):
-            yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
-            yield KernelLaunch("head", times * of_loss * logits, launches=launches[0] * times)
-        if backward:
-            yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
-            yield KernelLaunch("head", times * of_gradient * logits, launches=launches[1] * times)
+        losses = (2 if trained else 1) + reference  # A trained head makes its logits again, for the gradient.
+        for passes, number in [(of_loss, launches[0])] * losses + [(of_gradient, launches[1])] * backward:
+            yield KernelLaunch("head", times * moved, times * flops, launches=times)
+            yield KernelLaunch("head", times * passes * logits, launches=number * times)
         if trained:
-            yield KernelLaunch("head", times * weight[0], times * weight[1], launches=2 * times)
-        if reference:
-            yield KernelLaunch("head", times * product[0], times * product[1], launches=times)
-            yield KernelLaunch("head", times * of_loss * logits, launches=launches[0] * times)
+            moved += 3 * FP32 * hidden * vocabulary
+            yield KernelLaunch("head", times * moved, times * flops, launches=2 * times)
     if trained_rows:
         yield KernelLaunch(
             "head", 3 * (e * hidden * (m + trained_rows) + 2 * FP32 * trained_rows * m), 6.0 * m * trained_rows * hidden

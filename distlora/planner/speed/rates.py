@@ -84,9 +84,9 @@ _LINK_SOURCE = "about what nccl-tests show of NVLink, and PCIe after its headers
 _LAUNCH_SECONDS = 3e-6
 _LAUNCH_SOURCE = "from the end of one kernel to the start of the next, an estimate, not measured"
 
-_BASE_SECONDS = 8.4e-6
-_STEP_SECONDS = {"nvlink": 3.4e-6, "pcie": 5.7e-6, "network": 14e-6}
-_TREE_STEP_SECONDS = {"nvlink": 4.0e-6, "pcie": 4.0e-6, "network": 14e-6}
+_BASE_SECONDS, _STEP_SECONDS, _STEP_SECONDS_ACROSS = 8.4e-6, 3.4e-6, 14e-6
+"""Seconds before a collective, and of each step within a node (by NVLink) and between nodes. PCIe and trees change a
+training step by less than 1 %."""
 _LATENCY_SOURCE = "NCCL's own model (src/graph/tuning.cc, the protocol Simple)"
 _GLOO_SECONDS = 1e-4
 """A step of gloo's between processes of one machine: an assumption without a source."""
@@ -109,11 +109,10 @@ class Rates:
     network: float | None
     base: float
     """Seconds of any collective before its first step."""
-    ring_step: float
-    """Seconds of each step of a ring within a node."""
-    ring_step_across: float
-    tree_step: float
-    tree_step_across: float
+    step: float
+    """Seconds of each step of a ring or a tree within a node."""
+    step_across: float
+    """Seconds of each step between nodes."""
     assumptions: tuple[str, ...]
     """Assumptions, one sentence each."""
 
@@ -125,7 +124,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
     "launches": ("launch",),
     "links within a node": ("link",),
     "the network": ("network",),
-    "starts of collectives": ("base", "ring_step", "ring_step_across", "tree_step", "tree_step_across"),
+    "starts of collectives": ("base", "step", "step_across"),
 }
 """Rates that a step's time depends on, by the measurement that would settle them."""
 _IN_SECONDS = ("launch", *LEVERS["starts of collectives"])
@@ -162,7 +161,6 @@ def rates_of(work: Workload, machine: Machine) -> Rates | None:
     is_gpu = machine.is_gpu
     link = machine.link if machine.ranks_per_machine > 1 else None
     network = machine.network if machine.ranks > machine.ranks_per_machine else None
-    inside = "nvlink" if machine.has_nvlink else "pcie"
     attention = _ATTENTION.get(machine.capability, _ATTENTION_ELSEWHERE) if is_gpu else 1.0
     usual = {
         "tflops": (_MATRICES.get(machine.capability, _MATRICES_ELSEWHERE), _MATRICES_SOURCE),
@@ -191,12 +189,12 @@ def rates_of(work: Workload, machine: Machine) -> Rates | None:
         )
     if is_gpu and machine.ranks > 1:
         assumptions.append(
-            f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS[inside] * 1e6:.1f} us "
+            f"a collective is a ring (a sum may be a tree), whose steps cost {_STEP_SECONDS * 1e6:.1f} us "
             f"within a node, and {_BASE_SECONDS * 1e6:.1f} us before the first: {_LATENCY_SOURCE}"
         )
         if network is not None:
-            across = _STEP_SECONDS["network"] * 1e6
-            assumptions.append(f"a step of a ring between nodes costs {across:.0f} us: {_LATENCY_SOURCE}")
+            across = _STEP_SECONDS_ACROSS * 1e6
+            assumptions.append(f"a step between nodes costs {across:.0f} us: {_LATENCY_SOURCE}")
     matrices, host_link = peak * reached["tflops"][0], machine.host_link
     return Rates(
         peak=peak,
@@ -209,10 +207,8 @@ def rates_of(work: Workload, machine: Machine) -> Rates | None:
         host_link=None if host_link is None else host_link * reached["host_gb_per_second"][0],
         network=None if network is None else network * reached["network_gb_per_second"][0],
         base=_BASE_SECONDS if is_gpu else _GLOO_SECONDS,
-        ring_step=_STEP_SECONDS[inside] if is_gpu else _GLOO_SECONDS,
-        ring_step_across=_STEP_SECONDS["network"],
-        tree_step=_TREE_STEP_SECONDS[inside] if is_gpu else _GLOO_SECONDS,
-        tree_step_across=_TREE_STEP_SECONDS["network"],
+        step=_STEP_SECONDS if is_gpu else _GLOO_SECONDS,
+        step_across=_STEP_SECONDS_ACROSS,
         assumptions=tuple(assumptions),
     )
 
@@ -245,10 +241,9 @@ class CollectiveCost:
         if self.host:
             assert rates.host_link is not None
             found["host_link"] = self.host / rates.host_link
-        latency = self.steps * rates.ring_step + self.steps_across * rates.ring_step_across
+        latency = self.steps * rates.step + self.steps_across * rates.step_across
         if self.tree_steps is not None:
-            tree = self.tree_steps * rates.tree_step + self.tree_steps_across * rates.tree_step_across
-            latency = min(latency, tree)
+            latency = min(latency, self.tree_steps * rates.step + self.tree_steps_across * rates.step_across)
         latency += self.collectives * rates.base
         if latency:
             found["latency"] = latency
@@ -284,7 +279,7 @@ def step_collectives(work: Workload, model: PlannedModel, machine: Machine) -> S
     micro_batches = work.train.accumulation(world)
     passes = traffic.passes_of(work, micro_batches)
     step = traffic.step_traffic(work, shapes, world=world, accumulation=micro_batches)
-    shards, itemsize = step.shards, traffic.DTYPE_BYTES[work.train.dtype]
+    shards, itemsize = step.shards, work.itemsize
     rings = _Rings(world, shards, machine.ranks_per_machine)
     moved = traffic.moved_bytes(work, shapes, shards)
     block = moved // max(1, traffic.moved_blocks(work, shapes))

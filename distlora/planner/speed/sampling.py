@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from distlora.architecture.shapes import CACHE_SHARE, MOST_ROWS
 from distlora.config import Config
 from distlora.planner import traffic
+from distlora.planner.decoder_sizes import KernelOptions
 from distlora.planner.machine import Machine
 from distlora.planner.memory.base import base_of
 from distlora.planner.memory.device import DeviceBytes
@@ -20,7 +21,7 @@ from distlora.planner.memory.gathered import unit_bytes
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.launches import KernelLaunch, gemm
 from distlora.planner.speed.rates import rates_of, total
-from distlora.planner.speed.timing import blocks_of, kernel_options, seconds_of_launches
+from distlora.planner.speed.timing import blocks_of, seconds_of_launches
 from distlora.planner.workload import Workload
 
 
@@ -63,7 +64,7 @@ def sampling_of(
     if train.needs.data != "prompts" or rollout.url is not None:
         return None
     shapes, shards = model.shapes, work.shard_degree(machine.ranks)
-    itemsize = traffic.DTYPE_BYTES[train.dtype]
+    itemsize = work.itemsize
     answers = train.global_batch * rollout.steps_per_generation
     own = -(-answers // machine.ranks)
     per_token = sum(
@@ -107,7 +108,8 @@ def _token_seconds(
     token = replace(
         work, sequence_length=1, train=replace(work.train, micro_batch=rows, mlp_tile=None, checkpointing="none")
     )
-    shapes, how, shards = model.shapes, kernel_options(token, model, machine), work.shard_degree(machine.ranks)
+    shapes, shards = model.shapes, work.shard_degree(machine.ranks)
+    how = KernelOptions.planned(token, shapes, machine)
     launches = [launch for block in blocks_of(token, model, how, None) for launch in block.forward]
     launches.append(gemm("head", rows, shapes.vocabulary, shapes.hidden, how))
     launches.append(KernelLaunch("attention", rows * cached))

@@ -9,35 +9,20 @@ optimizer. Each second counts for one resource, so that the terms add up to the 
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from distlora.architecture.spec import LayerKind, Weight
 from distlora.planner import traffic
-from distlora.planner.decoder_sizes import (
-    INPUTS,
-    AdaptedRanks,
-    Decoder,
-    attention_kind,
-    formats_by_name,
-    fuses,
-    pairs_computed,
-    ranks_of_blocks,
-)
-from distlora.planner.flops import active_weights, cut, skips, step_flops
+from distlora.planner.decoder_sizes import KernelOptions, copied_adapters, layers_of, pairs_computed
+from distlora.planner.flops import active_weights, counted_flops, cut
 from distlora.planner.machine import Machine
-from distlora.planner.memory.device import copied_adapters
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.launches import (
     FP32,
     BlockWork,
-    Groups,
     KernelLaunch,
-    KernelOptions,
-    Linear,
     MovedKind,
     block_work,
     head_work,
@@ -59,7 +44,6 @@ from distlora.planner.speed.rates import (
 )
 from distlora.planner.workload import Workload
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
-from distlora_kernels.fused_threshold import max_fused_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,33 +66,77 @@ class StepWork:
     """Layers that are gathered in each pass, forward and backward."""
     update: tuple[KernelLaunch, ...]
 
-    def __iter__(self) -> Iterator[tuple[KernelLaunch, int]]:
-        """Yield (launch, number of times) of a whole step."""
+    def __iter__(self) -> Iterator[tuple[str, KernelLaunch, int]]:
+        """Yield (pass, launch, number of times) of a whole step."""
         layers_of = Counter(map(id, self.blocks))  # By what they are, each would be hashed to its last launch.
-        forwards = 2 if self.head_of_mismatched else 1
         for key, block in {id(block): block for block in self.blocks}.items():
-            layers = layers_of[key]
-            for work in (*forwards * (*block.forward, *block.reference), *block.backward):
-                yield work, layers * self.micro_batches
-        for work in (*self.head, *self.head_of_mismatched):
-            yield work, self.passes
-        for work in self.gathers:
-            yield work, (1 + forwards) * self.moved_blocks * self.passes
-        for work in self.update:
-            yield work, 1
+            times = layers_of[key] * self.micro_batches
+            passes = {name: getattr(block, name) for name in ("forward", "recomputation", "backward", "reference")}
+            if self.head_of_mismatched:
+                passes["mismatched"] = (*block.forward, *block.reference)
+            for name, launches in passes.items():
+                yield from ((name, launch, times) for launch in launches)
+        for name, launches in (("head", self.head), ("mismatched", self.head_of_mismatched)):
+            yield from ((name, launch, self.passes) for launch in launches)
+        gathers = (3 if self.head_of_mismatched else 2) * self.moved_blocks * self.passes
+        yield from (("gathers", launch, gathers) for launch in self.gathers)
+        yield from (("update", launch, 1) for launch in self.update)
 
     @property
     def moved(self) -> dict[MovedKind, float]:
         """Bytes of device memory, by kind."""
         found: dict[MovedKind, float] = {}
-        for work, number in self:
+        for _, work, number in self:
             found[work.kind] = found.get(work.kind, 0.0) + work.nbytes * number
         return found
 
+
+FLOPS = {
+    "forward": "forward",  # Of the decoder layers' linears, and of the experts that tokens choose.
+    "backward": "backward",
+    "adapters": "adapters",
+    "attention": "attention",  # In all passes, with scores made again and pairs that a mask hides.
+    "head": "head",
+    "reference": "the reference",
+    "mismatched": "mismatched answers",  # Policy and reference, forward alone.
+    "recomputation": "recomputation",
+}
+"""Categories of operations, in words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepFlops:
+    """Operations of one rank in an optimizer step, of all rows that it runs, empty ones among them."""
+
+    by_kind: Mapping[str, int]
+    """Operations by category (FLOPS), without empty ones."""
+    counted: int
+    """Operations that MFU counts."""
+    tokens: int
+    """Tokens that the rank runs."""
+
     @property
-    def flops(self) -> float:
-        """Operations of a whole step."""
-        return sum(work.flops * number for work, number in self)
+    def total(self) -> int:
+        """Operations that are computed."""
+        return sum(self.by_kind.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return every figure, for programs."""
+        return {"operations": dict(self.by_kind), "counted_by_mfu": self.counted, "tokens": self.tokens}
+
+
+def step_flops(work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepFlops:
+    """Return the operations of a step's launches. `document`: tokens of each packed document; None: one a sequence."""
+    found: Counter[str] = Counter()
+    for name, launch, number in step_work(work, model, machine, document=document):
+        if launch.flops:
+            own = name == "mismatched" or (name not in ("forward", "backward") and launch.kind != "attention")
+            found[name if own or launch.kind == "products" else launch.kind] += round(launch.flops) * number
+    return StepFlops(
+        by_kind={kind: found[kind] for kind in FLOPS if found[kind]},
+        counted=counted_flops(work, model, ranks=machine.ranks, document=document),
+        tokens=work.train.accumulation(machine.ranks) * work.tokens_at_once,
+    )
 
 
 def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepWork:
@@ -116,7 +144,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     ranks, shards = machine.ranks, work.shard_degree(machine.ranks)
     micro_batches = work.train.accumulation(ranks)
     passes = traffic.passes_of(work, micro_batches)
-    how, shapes = kernel_options(work, model, machine), model.shapes
+    shapes, how = model.shapes, KernelOptions.planned(work, model.shapes, machine)
     active, (_, head) = active_weights(work, model), work.token_formats(shapes)
     gathered = 0.0
     if shards > 1:
@@ -155,7 +183,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
         )
         for backward in (True, False)
     ]
-    copied, nbytes = copied_adapters(work, model, machine)
+    copied, nbytes = copied_adapters(work, shapes, machine)
     copies = [KernelLaunch("update", (1 + FP32 / how.itemsize) * nbytes, launches=1 + copied)] if copied else []
     return StepWork(
         blocks=blocks_of(work, model, how, document),
@@ -178,82 +206,25 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     )
 
 
-def kernel_options(work: Workload, model: PlannedModel, machine: Machine) -> KernelOptions:
-    """Return the options of a workload's computation on a machine."""
-    architecture = model.shapes.architecture
-    decoder = Decoder.of(architecture)
-    fused = fuses(work, architecture, is_gpu=machine.is_gpu)
-    decodes = machine.is_gpu and work.train.dtype == "bf16"
-    return KernelOptions(
-        itemsize=traffic.DTYPE_BYTES[work.train.dtype],
-        few_rows=max_fused_rows(machine.capability) if decodes else 0,
-        extends=decodes and len(work.adapters) == 1 and not (work.adapter.use_dora or work.adapter.lora_dropout),
-        copies=copied_adapters(work, model, machine)[0] > 0,
-        trains_base=work.adapter.method == "full",
-        norms_in_fp32=decoder.norms_in_fp32,
-        fused_norms=fused,
-        fused=fused and not work.adapter.use_dora,
-        is_gpu=machine.is_gpu,
-        attention=attention_kind(work, architecture, decoder, is_gpu=machine.is_gpu),
-    )
-
-
 def blocks_of(work: Workload, model: PlannedModel, how: KernelOptions, document: int | None) -> tuple[BlockWork, ...]:
     """Return the work of a micro-batch in each decoder layer. `document`: tokens of each packed document."""
-    length, architecture = work.sequence_length, model.shapes.architecture
-    rows, tile = work.train.micro_batch, work.train.mlp_tile or length
-    tiles = [rows * part for part in cut(length, tile)]
-    found: dict[object, BlockWork] = {}
-    blocks = []
-    layers = zip(model.shapes.layer_formats(work.format), ranks_of_blocks(work, model.shapes), strict=True)
-    for index, ((number, formats), ranks) in enumerate(layers):
-        key = (id(ranks), number, None if index < work.dense_layers else formats)
-        if key not in found:
-            kind = architecture.kinds[number]
-            named = {} if index < work.dense_layers else formats_by_name(kind, formats)
-            decoder = Decoder.of(architecture, kind, expert_degree=work.expert_degree)
-            documents = cut(length, document)
-            seen = pairs_computed(how.attention, documents, kind.window, decoder.heads // decoder.key_heads)
-            found[key] = block_work(
-                decoder,
-                _groups(work, decoder, kind, ranks, named),
+    length, rows, tile = work.sequence_length, work.train.micro_batch, work.train.mlp_tile or work.sequence_length
+    tiles, documents = [rows * part for part in cut(length, tile)], cut(length, document)
+    found: dict[int, BlockWork] = {}
+    layers = layers_of(work, model.shapes)
+    for layer in layers:
+        if id(layer) not in found:
+            groups = layer.decoder.heads // layer.decoder.key_heads
+            found[id(layer)] = block_work(
+                layer,
                 how,
                 m=rows * length,
-                pairs=rows * seen,
+                pairs=rows * pairs_computed(how.attention, documents, layer.kind.window, groups),
                 checkpointing=work.train.checkpointing,
                 tiles=tiles,
                 reference=work.train.needs.reference,
             )
-        blocks.append(found[key])
-    return tuple(blocks)
-
-
-def _groups(
-    work: Workload, decoder: Decoder, kind: LayerKind, ranks: AdaptedRanks, formats: Mapping[str, str]
-) -> Groups:
-    """Return the linears of a decoder layer with these adapter ranks and formats."""
-    experts = decoder.experts
-
-    def linear(name: str, weight: Weight) -> Linear:
-        *count, out, features = weight.shape
-        if weight.kind == "experts" and experts is not None:
-            return Linear(out, features, ranks.rank(name), experts.local, experts.chosen, format=formats.get(name))
-        return Linear(
-            out * math.prod(count),
-            features,
-            ranks.largest(name),
-            is_dora=work.adapter.use_dora,
-            trials=len(work.adapters),
-            stacked=ranks.rank(name),
-            format=formats.get(name),
-            skips=name in kind.unread and skips(work, adapted=ranks.rank(name) > 0),
-        )
-
-    shared = "-" if decoder.shared is None else decoder.shared[0]
-    packed = {weight.path.removesuffix(".weight"): weight for weight in kind.weights if weight.packs}
-    groups = {path: (linear(path, weight),) for path, weight in packed.items()}
-    own = {path.rpartition(".")[2]: each for path, (each,) in groups.items() if not path.startswith(f"{shared}.")}
-    return groups | {read: tuple(each for name, each in own.items() if name in names) for read, names in INPUTS.items()}
+    return tuple(found[id(layer)] for layer in layers)
 
 
 Part = Literal["mismatched", "forward", "backward", "head", "first gathers", "last sum", "update"]
@@ -345,7 +316,7 @@ def step_time(
     collectives = step_collectives(work, model, machine)
     parts = _parts(done, collectives, rates, prefetch=work.parallel.prefetch)
     by_term = plus(*parts.values())
-    flops = step_flops(work, model, ranks=machine.ranks, is_gpu=machine.is_gpu, document=document)
+    counted = counted_flops(work, model, ranks=machine.ranks, document=document)
     seconds = total(by_term)
     # Rows that are missing are run as empty ones, and count for nothing.
     rows = work.train.global_batch / (machine.ranks * work.train.accumulation(machine.ranks) * work.train.micro_batch)
@@ -356,7 +327,7 @@ def step_time(
         moved=done.moved,
         tokens=tokens,
         ranks=machine.ranks,
-        mfu=flops.counted * rows / seconds / rates.peak,
+        mfu=counted * rows / seconds / rates.peak,
         steps=work.steps,
         price_per_hour=machine.price_per_hour,
         assumptions=(*rates.assumptions, *_assumptions(work, machine, document)),
@@ -373,7 +344,7 @@ def _parts(work: StepWork, collectives: StepCollectives, rates: Rates, *, prefet
     for index, block in enumerate(work.blocks):
         key = (id(block), index >= resident)
         if key not in known:
-            directions = ((*block.forward, *block.reference), block.backward)
+            directions = ((*block.forward, *block.reference), (*block.recomputation, *block.backward))
             own, again = (times(seconds_of_launches(launches, rates), together) for launches in directions)
             copied = copies if key[1] else {}
             known[key] = _Stage(plus(own, copied), key[1]), _Stage(plus(again, copied), key[1])

@@ -27,7 +27,7 @@ from distlora.checkpoint.state import Identity, Progress, TrainState
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.parallel import Ranks, join_ranks, leave_ranks
-from distlora.results.tables import Table
+from distlora.results.record import Table
 from distlora.run_folder.layout import TRAINER_NAME
 from distlora.system.progress import say
 from distlora.training.publish import restore, trainer_tensors, weight_files
@@ -228,7 +228,7 @@ def main() -> int:
                 rows += run_each(rank_main, [(rank, world, port, way, folder, out, kept) for rank in range(world)])[0]
     heading = f"Adapters on every linear of a random Llama of {parameters / 1e6:.0f}M parameters; medians, on rank 0"
     notes = measurement_notes("transformers", "peft", "bitsandbytes", threads=THREADS)
-    show("A save and a resume of a run", [Table(heading, [HEAD, *rows])], notes)
+    show("A save and a resume of a run", [Table(heading, HEAD, rows)], notes)
     return 0
 
 

@@ -23,7 +23,7 @@ from distlora.config.file import build
 from distlora.generation.engine import Engine
 from distlora.generation.sampling import Request
 from distlora.parallel import Ranks
-from distlora.results.tables import Table
+from distlora.results.record import Table
 from distlora.system.progress import say
 from distlora.training.setup import start_run_model
 from distlora_kernels import processor
@@ -87,7 +87,7 @@ def main() -> int:
             required = f"{WANTED}" if count in (1, 8, 32) else ""
             rows.append([f"{count}", *rates, *(f"{ratio:.2f}" for ratio in ratios), required])
     heads = ["prompts at once", *(f"{name}, tokens/s" for name in both), "ratio", "ratio by CPU seconds", "required"]
-    table = Table(f"greedy, {options.tokens} tokens after prompts of {PROMPT_TOKENS}", [heads, *rows])
+    table = Table(f"greedy, {options.tokens} tokens after prompts of {PROMPT_TOKENS}", heads, rows)
     show("Generation", [table], measurement_notes("transformers", "bitsandbytes"))
     return 0
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distlora.results.tables import Table
+from distlora.results.record import Table
 from distlora_kernels import elementwise, fused, reference, scratch
 from distlora_kernels.dispatch import interpreted
 from distlora_kernels.formats import FORMATS, Format
@@ -568,7 +568,7 @@ LEGEND = (
 def tables_of(rows: Sequence[Row]) -> list[Table]:
     """Return a table per section."""
     sections = dict.fromkeys(row.section for row in rows)
-    return [Table(name, [HEADINGS, *(row.cells() for row in rows if row.section == name)]) for name in sections]
+    return [Table(name, HEADINGS, [row.cells() for row in rows if row.section == name]) for name in sections]
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from distlora.architecture.safetensors_headers import read_headers
-from distlora.results.tables import Table
+from distlora.results.record import Table
 from distlora.system.progress import say
 from distlora_kernels.nf4_cpu import has_bitsandbytes
 from distlora_launcher.launch.workers import ON_CPU
@@ -131,7 +131,7 @@ def table_and_verdicts(loads: Loads, largest: int) -> tuple[Table, list[str]]:
                 f"({_verdict(beside <= 0.02)}: 2%)"
             )
     heading = f"{THREADS} threads in all; medians of {len(peers)} rounds; memory of one process"
-    return Table(heading, rows), verdicts
+    return Table(heading, rows[0], rows[1:]), verdicts
 
 
 def _ranks(ranks: int) -> str:

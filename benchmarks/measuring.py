@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed.tensor import DTensor
 
-from distlora.results.tables import Table, as_markdown
+from distlora.results.record import Record, Table
 from distlora_kernels import processor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # For support.measured, which tests share.
@@ -58,7 +58,7 @@ def names_of(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
 
 def show(heading: str, tables: Sequence[Table], notes: str, *, sentences: Sequence[str] = ()) -> None:
     """Print the results as Markdown."""
-    print(as_markdown(heading, "", sentences, None, tables, notes), flush=True)
+    print(Record(title=heading, findings=sentences, tables=tables, notes=notes).markdown(), flush=True)
 
 
 def spread(values: Sequence[float]) -> str:

@@ -38,9 +38,9 @@ from distlora.checkpoint.files import write_files
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.file import build
 from distlora.parallel import Ranks
-from distlora.post.merge.merge import merge_to
+from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Trained, base_spec
-from distlora.results.tables import Table
+from distlora.results.record import Table
 from distlora.system.progress import say
 from distlora.training.publish import weight_files
 from distlora.training.setup import start_run_model
@@ -329,7 +329,7 @@ def table_of(group: Sequence[Measured]) -> Table:
         for reference in references:
             cells += [spread(reference.ratios(each)), f"{reference.over_imports / each.over_imports:.2f}"]
         rows.append([*cells, f"{each.ran}; failed: {each.failed}" if each.failed else each.ran])
-    return Table(group[0].problem, rows)
+    return Table(group[0].problem, rows[0], rows[1:])
 
 
 def sentences(groups: Sequence[Sequence[Measured]]) -> Iterator[str]:

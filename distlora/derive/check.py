@@ -43,13 +43,8 @@ from distlora.derive.shrink import shrink
 from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.adapters import adapter_parameters
 from distlora.parallel import Ranks, join_ranks, leave_ranks
-from distlora.system.exit_codes import DONE, run_to_exit_code
+from distlora.system.exit_codes import DONE
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
-
-
-def main(request: CheckRequest) -> int:
-    """Print the table of checks; return the exit code."""
-    return run_to_exit_code(lambda: run(request))
 
 
 def run(request: CheckRequest) -> int:

@@ -1,24 +1,43 @@
-"""A plan in words: a few lines at a run's start, and the page of `distlora plan`. Imports no torch.
+"""A plan in words: a few lines at a run's start, the page of `distlora plan`, tables and figures of several plans.
 
-GB are 1e9 bytes, as data sheets and disks have them.
+GB are 1e9 bytes, as data sheets and disks have them. Imports no torch.
 """
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
 
 from distlora.planner import Plan
 from distlora.planner.choose import Change, typed
-from distlora.planner.memory import KINDS, PHASES
-from distlora.planner.plan_tables import SOURCES, largest, rounded, shares
+from distlora.planner.memory import KINDS, PHASES, Kind
 from distlora.planner.speed.rates import WAITS, missing_rates
 from distlora.planner.speed.sampling import Sampling
+from distlora.planner.speed.scaling import OWN, ScalingRow
 from distlora.planner.speed.timing import FLOPS
 from distlora.planner.storage import trained_tensors
 from distlora.planner.suggest import LargerRun, MultiTrialPlan, Nearest
+from distlora.results.figures import Curve, Figure, Style, save_png, save_stacked_bars
+from distlora.results.record import Table
 from distlora.system.numbers import count, size
+
+Name = TypeVar("Name")
+
+SOURCES = {"folder": "its folder", "hub cache": "its config.json", "built in": "the table of known models"}
+"""Source of a model's sizes in words."""
+BASES = {"nf4": "NF4", "keep": "kept", "mixed": "mixed", "none": "bf16"}
+"""Format of the base by quant.method."""
+RECOMPUTED = {
+    "none": "recompute none",
+    "selective": "recompute MLPs",
+    "block": "recompute layers",
+    "offload": "recompute layers",
+}
+"""Recomputation in backward by train.checkpointing."""
+
 
 WIDTH = 100
 """Characters of a line."""
@@ -381,3 +400,164 @@ def settings(plan: Plan) -> str:
         }
     values |= {name: value for name, (value, default) in rare.items() if value != default}
     return " ".join(typed(name, value) for name, value in values.items())
+
+
+def largest(by_kind: Mapping[Kind, int], count: int = 3) -> str:
+    """Return the largest categories: `codes of the base weights 17.1 GB, ...`."""
+    kinds = sorted(by_kind.items(), key=lambda each: -each[1])[:count]
+    return ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in kinds)
+
+
+def rounded(parts: Mapping[Name, float], step: float) -> dict[Name, int]:
+    """Round each part to whole steps so that they add up to their rounded sum; the largest remainders round up."""
+    found = {name: int(value // step) for name, value in parts.items()}
+    left = round(sum(parts.values()) / step) - sum(found.values())
+    for name in sorted(parts, key=lambda name: parts[name] % step, reverse=True)[:left]:
+        found[name] += 1
+    return found
+
+
+def shares(parts: Mapping[Name, float]) -> list[tuple[Name, int]]:
+    """Return the percentage of each part, largest first, 100 in all; parts of 0 % are left out."""
+    percents = rounded(parts, sum(parts.values()) / 100)
+    ordered = sorted(percents.items(), key=lambda each: (-each[1], -parts[each[0]]))
+    return [(name, percent) for name, percent in ordered if percent]
+
+
+LEGEND = (
+    "A cell: peak memory per GPU, tokens/s of all GPUs, and the fastest settings that fit:",
+    "- NF4, bf16: format of the base; full: every parameter is trained",
+    "- recompute: parts recomputed in backward (train.checkpointing); x N: sequences at once (train.micro_batch)",
+    "- slices: a layer runs all sequences of a step in turn (train.accumulate=block); tiles: tokens (train.mlp_tile)",
+    "- resident: layers that stay gathered (parallel.resident_blocks); replicas: copies of the base and GPUs per "
+    "replica (parallel.shard_degree)",
+    "- on the host: offloaded to host memory, and the host memory per node (parallel.offload_base)",
+    "- no: memory needed with the current settings; `distlora plan` of one model and GPU says what would fit",
+)
+"""Explanation of a cell."""
+
+
+def matrix(plans: Mapping[tuple[str, str], Plan | None]) -> Iterator[str]:
+    """Yield a table of plans by (model, machine), a row per model; None: the settings are not possible there."""
+    models, machines = (list(dict.fromkeys(key[place] for key in plans)) for place in (0, 1))
+    rows = [[model, *(cell(plans[model, machine]) for machine in machines)] for model in models]
+    yield Table("", ["", *machines], rows).markdown()
+    yield ""
+    yield from LEGEND
+
+
+def cell(plan: Plan | None) -> str:
+    """Return a plan in a cell: `17.4 GB, 1,210 tok/s: NF4, recompute layers, x 1`, or its need if it does not fit."""
+    if plan is None:
+        return "not possible"
+    needed, usable = plan.device.total / 1e9, plan.machine.usable_bytes
+    if plan.fits is False:
+        return f"no: {needed:.1f} GB" + ("" if usable is None else f" of {usable / 1e9:.1f}")
+    time = plan.time
+    speed = "" if time is None else f", {time.tokens_per_second:,.0f} tok/s"
+    return f"{needed:.1f} GB{speed}: {', '.join(how(plan))}"
+
+
+def how(plan: Plan) -> Iterator[str]:
+    """Yield the settings that a plan fits with, in a few words each."""
+    config = plan.config
+    train, parallel = config.train, config.parallel
+    yield "full" if config.adapter.method == "full" else BASES[config.quant.method]
+    yield RECOMPUTED[train.checkpointing]
+    yield f"x {train.micro_batch}"
+    if train.accumulate == "block":
+        yield "slices"
+    if train.mlp_tile is not None:
+        yield f"tiles of {train.mlp_tile:,}"
+    if parallel.offload_base or train.checkpointing == "offload":
+        what = ["base"] * parallel.offload_base + ["inputs"] * (train.checkpointing == "offload")
+        yield f"{' and '.join(what)} on the host ({size(plan.host.machine)})"
+    if parallel.resident_blocks:
+        yield f"{parallel.resident_blocks} resident"
+    if plan.work.expert_degree > 1:
+        yield f"experts over {plan.work.expert_degree}"
+    if plan.traffic.shards < plan.machine.ranks:
+        yield f"{plan.machine.ranks // plan.traffic.shards} replicas of {plan.traffic.shards}"
+
+
+def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
+    """Yield a table per fabric: a row per number of GPUs, the ways to shard the base side by side, the assumptions."""
+    for fabric in dict.fromkeys(row.fabric for row in rows):
+        found = [row for row in rows if row.fabric == fabric]
+        layouts = list(dict.fromkeys(row.layout for row in found))
+        by_place = {(row.ranks, row.layout): row for row in found}
+        header = ["GPUs", "nodes", "sequences per step"]
+        for layout in layouts:
+            header += [f"{layout}: s per step", "tokens/s", "per GPU", "MFU", "waits for"]
+        lines = []
+        for ranks in dict.fromkeys(row.ranks for row in found):
+            first = next(row for row in found if row.ranks == ranks)
+            cells = [f"{ranks:,}", f"{first.machines:,}", f"{first.rows:,}"]
+            for layout in layouts:
+                cells += _scaling_cells(by_place.get((ranks, layout)))
+            lines.append(cells)
+        yield f"over {'the links of the node' if fabric == OWN else fabric}:"
+        yield ""
+        yield Table("", header, lines).markdown()
+        yield ""
+    yield "Assumptions:"
+    yield from (f"- {each}" for each in dict.fromkeys(each for row in rows for each in row.assumptions))
+
+
+LEVERED = (1, 8, 64, 512)
+"""GPUs whose leverage a table shows."""
+
+
+def leverage_table(rows: Sequence[ScalingRow]) -> Iterator[str]:
+    """Yield the fraction of tokens/s that remains if an assumed rate is halved, largest effect first."""
+    shown = [row for row in rows if row.fabric == OWN and row.layout == "one replica" and row.ranks in LEVERED]
+    levers = sorted(shown[0].if_half, key=lambda lever: min(row.if_half[lever] for row in shown))
+    header = ["half of the rate", *(f"{row.ranks:,} GPU{'s' if row.ranks > 1 else ''}" for row in shown)]
+    yield "Fraction of the tokens/s of one replica that remains if one rate is half of the assumed one:"
+    yield ""
+    rates = [[lever, *(f"{row.if_half[lever]:.0%}" for row in shown)] for lever in levers]
+    yield Table("", header, rates).markdown()
+
+
+def _scaling_cells(row: ScalingRow | None) -> list[str]:
+    if row is None:
+        return [""] * 5
+    fits = "" if row.fits is not False else " (does not fit)"
+    return [
+        f"{row.seconds:,.0f}{fits}" if row.seconds >= 100 else f"{row.seconds:.3g}{fits}",
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.tokens_of_a_rank:,.0f} ({row.efficiency:.0%})",
+        f"{row.mfu:.0%}",
+        WAITS[row.binds],
+    ]
+
+
+_STYLES: dict[str, Style] = {"one replica": "line points", "replica per node": "dashed points"}
+
+
+def plot_scaling(rows: Sequence[ScalingRow], title: str, path: Path) -> None:
+    """Draw a line for each fabric and each way to shard the base."""
+    fabrics, numbers = (
+        list(dict.fromkeys(values)) for values in zip(*((row.fabric, row.ranks) for row in rows), strict=True)
+    )
+    curves = []
+    for layout, fabric in dict.fromkeys((row.layout, row.fabric) for row in rows):
+        own = [row for row in rows if (row.layout, row.fabric) == (layout, fabric)]
+        x, y = [numbers.index(row.ranks) for row in own], [row.tokens_of_a_rank for row in own]
+        colour = fabrics.index(fabric)
+        curves.append(Curve(name=f"{layout}, {fabric}", x=x, y=y, style=_STYLES[layout], colour=colour))
+    words = [f"{number:,}" for number in numbers]
+    figure = Figure(
+        title="tokens/s per GPU", x_name="GPUs", x_words=words, curves=curves, y_scale="linear", from_zero=True
+    )
+    save_png([figure], path, title=title)
+
+
+def plot_memory(plans: Mapping[str, Plan], title: str, path: Path) -> None:
+    """Draw a bar per plan, of its memory by category in GB (1e9 bytes) on the available memory."""
+    rows = {
+        name: {KINDS[kind]: plan.device.by_kind.get(kind, 0) / 1e9 for kind in KINDS} for name, plan in plans.items()
+    }
+    usable = {name: plan.machine.usable_bytes for name, plan in plans.items()}
+    limits = {name: nbytes / 1e9 for name, nbytes in usable.items() if nbytes is not None}
+    save_stacked_bars(rows, limits, path, title=title, x_name="peak memory per rank in GB; grey: available")

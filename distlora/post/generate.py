@@ -30,7 +30,7 @@ from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained, run_on_ranks
 from distlora.post.trained import of_run
 from distlora.run_folder.layout import DATA_NAME, read_record
-from distlora.system.progress import PROGRESS_SECONDS, quieten, say, still
+from distlora.system.progress import PROGRESS_SECONDS, say, still
 
 COMMANDS = ("/help", "/reset", "/system", "/exit")
 HELP = "/reset starts again, /system TEXT sets the system message, Ctrl-C stops an answer, Ctrl-D or /exit leaves"
@@ -245,7 +245,6 @@ def answer_file(
 
 def main(request: GenerateRequest) -> int:
     """Answer prompts; return the exit code. Errors of several ranks go to the launcher."""
-    quieten()
     return run_on_ranks(
         lambda ranks: run(request, ranks),
         when_memory_is_out="shard the model over several GPUs with --processes N, or reduce the number of tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from distlora.model.build import CausalLM, build_model
 from distlora.parallel import Backend, Ranks, join_ranks, leave_ranks
 from distlora.post.trained import BASE_ALONE, BY_FLAG, Trained, versions
 from distlora.run_folder.layout import CHECKPOINTS, STATE_NAME, Result, newest, read_result, steps
-from distlora.system.exit_codes import DONE, FAILED, run_to_exit_code
+from distlora.system.exit_codes import DONE, FAILED
 from distlora.system.progress import say
 from distlora.training.publish import load_weights
 from distlora.training.setup import Start, start_model
@@ -115,30 +115,19 @@ def result_of(trained: Trained, checkpoint: str | None) -> Result:
     return replace(read_result(trained.run_dir, checkpoint), folder=folder)
 
 
-def run_on_ranks(
-    work: Callable[[Ranks], None], *, when_memory_is_out: str, names: Mapping[str, str] | None = None
-) -> int:
-    """Do `work` on this rank and return the exit code.
-
-    0 done, 2 bad input, 130 Ctrl-C, 1 if a GPU runs out of memory, which prints `when_memory_is_out`. With several
-    ranks, errors go to the launcher. `names` maps settings to the command's arguments for UserErrors.
-    """
+def run_on_ranks(work: Callable[[Ranks], None], *, when_memory_is_out: str) -> int:
+    """Do `work` on this rank and return the exit code: 1 if the GPU of a single rank runs out of memory, else 0."""
     ranks = join_ranks()
+    try:
+        work(ranks)
+    except torch.OutOfMemoryError as error:
+        if ranks.world > 1:
+            raise
+        say(f"error: {str(error).partition('. ')[0]}; {when_memory_is_out}")
+        return FAILED
     if ranks.world > 1:
-        with named_settings(names or {}):
-            work(ranks)
         leave_ranks(ranks)
-        return DONE
-
-    def alone() -> int:
-        try:
-            work(ranks)
-        except torch.OutOfMemoryError as error:
-            say(f"error: {str(error).partition('. ')[0]}; {when_memory_is_out}")
-            return FAILED
-        return DONE
-
-    return run_to_exit_code(alone, names=names)
+    return DONE
 
 
 def made_on(device: torch.device, *packages: str) -> dict[str, Any]:

@@ -117,6 +117,26 @@ class Name:
         return replace(of_run(config, weights, foreign=foreign), place=self.place, run_dir=folder)
 
 
+UNNAMED = Name(place="")
+"""Stands in a request until the launcher has found the model."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Named:
+    """The arguments that name a trained model."""
+
+    run: str
+    """RUN: folder of a run, or an adapter in PEFT format with --model."""
+    checkpoint: str | None = None
+    """NAME: checkpoint of the run: step_100, or best (lowest held-out loss). Default: the result."""
+    adapter: str | None = None
+    """PATH|base: another LoRA adapter for the run's base, or the base alone (base)."""
+    model: str | None = None
+    """BASE: base model of an adapter without a run: a folder or a name on the hub."""
+    quant: Quant | None = None
+    """Base precision during training, for an adapter without a run (default: that of a sum's runs, else nf4)."""
+
+
 def require_language_model(train: TrainConfig, place: str | Path) -> None:
     """Refuse the run at `place` if it trained a reward model."""
     if train.needs.labels == 0:

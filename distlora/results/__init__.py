@@ -1,1 +1,1 @@
-"""Write results as tables, plots and files. Imports no torch."""
+"""Show what a command found: its values once, as text, Markdown, JSON, pictures and pages. Imports no torch."""

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from distlora.run_folder.layout import checkpoint_folders, step_of
 from distlora_launcher.launch.bound import start_command
-from distlora_launcher.report.progress import NewMetrics
+from distlora_launcher.report.records import NewMetrics
 from distlora_launcher.terminal.output import show, warn
 
 LOOK_SECONDS = 0.2

@@ -37,13 +37,13 @@ HOMES = {
     "huggingface_hub": "distlora_launcher distlora.system distlora.data distlora.architecture.checkpoint_files",
     "peft": "distlora.derive.check distlora.post distlora_launcher.demo",
     "accelerate": "",
-    "lm_eval": "distlora.post.evaluate",
+    "lm_eval": "distlora.post.evaluate_harness",
     "liger_kernel": "distlora.model.fused_modules",
     "gguf": "distlora.post.export distlora.derive.gguf_header distlora.weights.low_bit.gguf",
     "llama_cpp": "distlora.post.export",
     "math_verify": "distlora.rewards",
     "jsonschema": "distlora.rewards",
-    "matplotlib": "distlora.results distlora.analysis distlora.planner distlora_launcher",
+    "matplotlib": "distlora.results distlora_launcher.studies",
     "optuna": "distlora_launcher.studies",
 }
 ONLY_IN_WORKERS = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"} | {

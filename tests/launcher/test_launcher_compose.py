@@ -17,7 +17,7 @@ from distlora.config.cluster import ParallelConfig
 from distlora.config.field_docs import sections
 from distlora.config.file import as_mapping
 from distlora.config.plan import CHOSEN
-from distlora.post.evaluate.request import Text
+from distlora.post.evaluate import Text
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import compose_config, compose_run
 from support.launcher_fakes import every_nth

@@ -14,9 +14,8 @@ from markupsafe import Markup
 from distlora.config import UserError
 from distlora.run_folder.layout import REPORT_NAME
 from distlora_launcher.cli.main import main
-from distlora_launcher.report.final_report import write_final_report
 from distlora_launcher.report.records import PageStatus, read_run
-from distlora_launcher.report.run_page import run_report
+from distlora_launcher.report.run_page import run_report, write_final_report
 from support.damage import Reader, any_json, any_lines, any_yaml, holds, holds_without
 from support.report_folders import STATE, SUMMARY, Page, make_folder, metrics, reported, write, write_lines
 
@@ -201,7 +200,7 @@ READERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("file", READERS)
 def test_damage_does_not_stop_the_report(file: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distlora_launcher.report.charts._svg", lambda *_: Markup(""))  # 0.1 to 2 s for each page.
+    monkeypatch.setattr("distlora.results.figures._svg", lambda *_: Markup(""))  # 0.1 to 2 s for each page.
     reader = Reader(file=file, damages=READERS[file], read=read_page, examples=6)
     holds(reader, place)
     holds_without(reader, place)

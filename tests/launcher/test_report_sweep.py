@@ -160,7 +160,7 @@ def read_page(folder: Path) -> Page:
     [("sweep/sweep.yaml", any_yaml), ("sweep/results.json", any_json), ("sweep/importance.json", any_json)],
 )
 def test_no_damage_stops_it(file: str, damages: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distlora_launcher.report.charts._svg", lambda *_: Markup(""))  # 0.1 to 2 s for each page.
+    monkeypatch.setattr("distlora.results.figures._svg", lambda *_: Markup(""))  # 0.1 to 2 s for each page.
     reader = Reader(file=file, damages=damages, read=read_page, examples=8)
     holds(reader, place)
     holds_without(reader, place)

@@ -18,7 +18,7 @@ from distlora.model.buffers import made_buffers
 from distlora.model.build import DTYPES
 from distlora.model.lm_head import LossForm
 from distlora.parallel import Ranks
-from distlora.post.merge.parameters import parameters_of
+from distlora.post.merged_parameters import parameters_of
 from distlora.post.weights import open_base
 from support.family_models import SINGLE, VARIANTS, FolderOf, architecture, config_for, load_ours, tokens
 from support.small_models import SHAPES

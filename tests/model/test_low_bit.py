@@ -20,7 +20,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.low_bit_headers import LowBitSegment
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
-from distlora.post.merge.merge import merge_to
+from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Name
 from distlora.training.publish import publish_result
 from distlora.weights.low_bit import CODECS

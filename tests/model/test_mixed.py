@@ -15,11 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora.analysis.quantization.request import RESULT_NAME, QuantizationRequest
-from distlora.analysis.quantization.roundtrip import block_weights, find_weights
-from distlora.analysis.quantization.sensitivity import measure_sensitivity
-from distlora.analysis.quantization.worker import put_through, read_rows
-from distlora.analysis.quantization.worker import run as analyse
+from distlora.analysis.quantization import QuantizationRequest
+from distlora.analysis.quantization_worker import put_through, read_rows
+from distlora.analysis.quantization_worker import run as analyse
+from distlora.analysis.roundtrip import block_weights, find_weights, measure_sensitivity
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, UserError
 from distlora.config.base import MIXED_FORMATS
@@ -132,7 +131,7 @@ def test_the_estimate_is_the_divergence_of_small_errors(measured: Path, tmp_path
 
 
 def test_the_analysis_has_the_harm_of_each_format_to_each_weight(measured: Path) -> None:
-    found = json.loads((measured / "harm" / RESULT_NAME).read_text())
+    found = json.loads((measured / "harm" / "quantization.json").read_text())
     assert found["formats"] == list(MIXED_FORMATS)
     assert len(found["tensors"]) == 7
     for tensor in found["tensors"]:
@@ -295,6 +294,8 @@ def check_composed(words: list[str]) -> None:
 
 
 def test_harm_of_an_analysis_without_formats_is_refused(tmp_path: Path) -> None:
-    (tmp_path / RESULT_NAME).write_text(json.dumps({"tensors": [{"name": "a", "shape": [1], "formats": {"nf4": {}}}]}))
+    (tmp_path / "quantization.json").write_text(
+        json.dumps({"tensors": [{"name": "a", "shape": [1], "formats": {"nf4": {}}}]})
+    )
     with pytest.raises(UserError, match="has no harm by format, so --formats was not given"):
         read_harm(tmp_path)

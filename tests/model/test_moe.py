@@ -466,7 +466,7 @@ def test_a_run_with_shared_factors_is_planned_saved_as_peft_reads_it_and_resumed
     capsys.readouterr()
     for adapter, count in ((None, 3 * 6), (str(result.parent), 3 * 4 * 6)):
         name, out = Name(place=str(tmp_path / "run"), adapter=adapter), tmp_path / f"{count}"
-        assert export_worker.run(ExportRequest(name=name, format="vllm", out=str(out), dtype=None)) == 0
+        assert export_worker.run(ExportRequest(run="", name=name, format="vllm", out=str(out), dtype=None)) == 0
         assert sum(".experts." in key for key in read_header(out / "adapter_model.safetensors")) == count
     printed = capsys.readouterr().out
     assert printed.count("--enable-moe-shared-loras") == 1

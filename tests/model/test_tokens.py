@@ -25,7 +25,7 @@ from distlora.generation.prompts import PromptEncoder
 from distlora.loading.peft_format import adapter_tensors, load_peft_adapter
 from distlora.parallel import Ranks
 from distlora.planner.model import find_model
-from distlora.post.merge.output_folder import write_stops
+from distlora.post.merged_folder import write_stops
 from distlora.post.trained import of_run
 from distlora.run_folder.layout import read_record, read_result
 from distlora.training import worker

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora.analysis.quantization import report, roundtrip
-from distlora.analysis.quantization.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, QuantizationRequest
-from distlora.analysis.quantization.roundtrip import Sums, block_weights, find_weights, measure, measure_references
-from distlora.analysis.quantization.worker import put_through, read_rows
-from distlora.analysis.quantization.worker import run as analyse
+from distlora.analysis import roundtrip
+from distlora.analysis.quantization import QuantizationRequest, record
+from distlora.analysis.quantization_worker import put_through, read_rows
+from distlora.analysis.quantization_worker import run as analyse
+from distlora.analysis.roundtrip import Sums, block_weights, find_weights, measure, measure_references
 from distlora.data.loader import StepLoader
 from distlora.parallel import Ranks
 from distlora.post.divergence import Readings, evenly
@@ -133,7 +133,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "text.txt").write_text("One line.\nAnother.\n")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "old").mkdir()
-    (tmp_path / "old" / REPORT_NAME).write_text("figures")
+    (tmp_path / "old" / "report.md").write_text("figures")
     quantized = MODEL_CONFIG | {"quantization_config": {"quant_method": "hqq", "bits": 4}}
     write_model(tmp_path / "gptq")
     (tmp_path / "gptq" / "config.json").write_text(json.dumps(quantized))
@@ -180,7 +180,7 @@ def test_mistakes_are_named_before_torch_is_imported(
 def test_an_analysis_from_weights_to_report(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     request = request_for(folders, tmp_path / "out", model=str(folders / "llama-tied"))
     analyse(request)
-    found = json.loads((tmp_path / "out" / RESULT_NAME).read_text())
+    found = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert len(found["tensors"]) == 21
     assert set(found["linears"]) == {
         *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -202,17 +202,17 @@ def test_an_analysis_from_weights_to_report(folders: Path, tmp_path: Path, capsy
     assert formats["fp32"]["points"] == formats["fp32"]["divergence"] == 0
     assert formats["nf4"]["perplexity"] == pytest.approx(math.exp(formats["nf4"]["loss"]))
     assert formats["int4"]["divergence"] > formats["nf4"]["divergence"] > 0
-    text = (tmp_path / "out" / REPORT_NAME).read_text()
+    text = (tmp_path / "out" / "report.md").read_text()
     shown = capsys.readouterr().out
-    for sentence in report.reading(found):
+    for sentence in record(found).findings:
         assert sentence in text
         assert sentence in shown
-    assert PLOT_NAME in text
-    heads = ("| fp32 |  |  |  |  |  | ", "| bf16 | 0.0017 | ")
-    fp32, bf16 = (next(line for line in text.splitlines() if line.startswith(head)) for head in heads)
-    assert fp32.endswith(f"| {formats['fp32']['perplexity']:,.2f} |  |  |")
-    assert bf16.endswith("|  |  |  |")
-    assert (tmp_path / "out" / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert "quantization.png" in text
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    fp32, bf16 = (next(cells[2:-1] for cells in lines if cells[1:2] == [name]) for name in ("fp32", "bf16"))
+    assert fp32 == ["", "", "", "", "", f"{formats['fp32']['perplexity']:,.2f}", "", ""]
+    assert (bf16[0], bf16[5:]) == ("0.0017", ["", "", ""])
+    assert (tmp_path / "out" / "quantization.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_checkpoint_in_nf4_has_nothing_to_compare_with(

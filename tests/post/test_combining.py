@@ -22,9 +22,9 @@ from torch import Tensor
 
 from distlora.config import UserError
 from distlora.parallel import Ranks
-from distlora.post.combine import worker
-from distlora.post.combine.request import METHODS, CombineRequest
-from distlora.post.merge.request import check_mergeable
+from distlora.post import combine_worker as worker
+from distlora.post.combine import METHODS, CombineRequest
+from distlora.post.merge import check_mergeable
 from distlora.post.trained import Name, base_spec
 from distlora.post.weights import adapted_rows, open_base, read_factors
 from distlora.system.command_worker import from_json, to_json

@@ -17,11 +17,11 @@ from distlora.config.file import build
 from distlora.data.loader import StepLoader
 from distlora.model.lm_head import IGNORED_LABEL
 from distlora.parallel import Ranks
-from distlora.post.evaluate import worker
-from distlora.post.evaluate.measure import load, open_rows
-from distlora.post.evaluate.request import EvaluateRequest, Subject, Text, held_out
-from distlora.post.merge.merge import merge_to
-from distlora.post.merge.request import Receipt, measured_table
+from distlora.post import evaluate_worker as worker
+from distlora.post.evaluate import EvaluateRequest, Subject, Text, held_out, measured_table
+from distlora.post.evaluate_worker import load, open_rows
+from distlora.post.merge import MergeRequest, Receipt
+from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Name
 from distlora.training import worker as train
 from distlora_launcher.cli import merge as merging
@@ -47,13 +47,13 @@ def request_for(run_dir: Path, *more: Subject, **settings: Any) -> EvaluateReque
     text = held_out(name.read(), "the run")
     adapted = Subject(label="adapted", kind="adapted", name=name)
     base = Subject(label="base", kind="base", name=replace(name, adapter="base"))
-    return EvaluateRequest(subjects=(adapted, base, *more), text=text, dtype="fp32", **settings)
+    return EvaluateRequest(places=[], subjects=(adapted, base, *more), source=text, dtype="fp32", **settings)
 
 
 def whole_logits(subject: Subject, request: EvaluateRequest) -> tuple[Tensor, Tensor, Tensor]:
     """(logits (targets, V) in fp64, targets, the row of each): what no evaluation ever holds."""
     model, _ = load(subject, "fp32", SINGLE)
-    rows, _ = open_rows(request.text, subject.read(), SINGLE)
+    rows, _ = open_rows(request.source, subject.read(), SINGLE)
     loader = StepLoader(rows, global_batch=len(rows), micro_batch=len(rows), rank=0, world=1, seed=0, shuffle=False)
     (batch,) = loader.batch(0).micro_batches
     at = batch.labels != IGNORED_LABEL
@@ -90,7 +90,7 @@ def evaluate(ranks: Ranks, run_dir: Path, model: Path) -> dict[str, Any]:
     """One that is rounded too, whose weights change after they were loaded."""
     rounded = Subject(label="rounded", kind="model", model=str(model), rounded="fp16")
     request = request_for(run_dir, rounded)
-    return worker.run(replace(request, text=replace(request.text, most_rows=4)), ranks)
+    return worker.run(replace(request, source=replace(request.source, most_rows=4)), ranks)
 
 
 def test_sharded_ranks_find_what_one_finds(world: World, run_dir: Path, folders: Path) -> None:
@@ -130,7 +130,7 @@ def test_the_command_asks_for_a_run_its_base_and_models(
     labels = [subject.label for subject in request.subjects]
     assert labels == ["run", str(folders / "llama"), "base llama in nf4"]
     assert [subject.kind for subject in request.subjects] == ["adapted", "model", "base"]
-    assert (request.text.run, request.text.most_rows, request.dtype) == (str(run_dir), 7, "fp32")
+    assert (request.source.run, request.source.most_rows, request.dtype) == (str(run_dir), 7, "fp32")
     adapter = run_dir.parent / "elsewhere"
     adapter.symlink_to(run_dir / "adapter")
     request = ask(
@@ -139,7 +139,7 @@ def test_the_command_asks_for_a_run_its_base_and_models(
         *("--text", str(folders / "text.jsonl"), "--dtype", "bf16"),
     )
     assert [subject.label for subject in request.subjects] == ["elsewhere"]
-    assert (request.text.sequence_length, request.dtype) == (512, "bf16")
+    assert (request.source.sequence_length, request.dtype) == (512, "bf16")
     trained = request.subjects[0].read()
     assert (trained.spec.quant.method, trained.weights, trained.foreign) == ("none", adapter, True)
 
@@ -152,7 +152,9 @@ def test_a_text_is_read_once_for_all_and_written_down(
     request = ask(asked, *words, "--out", str(tmp_path / "figures.json"), "--dtype", "fp32")
     plain = request.subjects[0]
     others = (replace(plain, label="again"), replace(plain, label="nf4", quant="nf4"))
-    request = replace(request, subjects=(plain, *others), text=replace(request.text, cache_dir=str(tmp_path / "cache")))
+    request = replace(
+        request, subjects=(plain, *others), source=replace(request.source, cache_dir=str(tmp_path / "cache"))
+    )
     worker.deliver(request, worker.run(request, SINGLE))
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["text"]["rows"] == 6 < found["text"]["rows_in_all"]
@@ -173,7 +175,7 @@ def test_another_tokenizer_is_refused(folders: Path, tmp_path: Path) -> None:
     text = Text(name="text", path=str(tmp_path / "text.jsonl"), sequence_length=64, cache_dir=str(tmp_path / "cache"))
     subjects = tuple(Subject(label=str(p), kind="model", model=str(p)) for p in (folders / "llama", tmp_path / "other"))
     with pytest.raises(UserError, match="another tokenizer"):
-        worker.run(EvaluateRequest(subjects=subjects, text=text, dtype="fp32"), SINGLE)
+        worker.run(EvaluateRequest(places=[], subjects=subjects, source=text, dtype="fp32"), SINGLE)
 
 
 MERGED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -192,7 +194,7 @@ def merge(run: Path, out: Path, **settings: Any) -> EvaluateRequest:
     name = Name(place=str(run))
     trained = name.read()
     merge_to(trained, out, **{"onto": "trained", "dtype": torch.float32, "say": print, **settings})
-    request = merging.to_measure(merging.MergeArguments(run=str(run)), name, trained, out)
+    request = merging.to_measure(MergeRequest(run=str(run), name=name, out=str(out), dtype="fp32"), trained)
     assert request is not None
     return request
 

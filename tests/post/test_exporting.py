@@ -29,7 +29,7 @@ from distlora.post.weights import open_base, read_factors
 from distlora.training.setup import start_run_model
 from distlora.weights.peft_folder import read_peft_adapter, with_layout
 from distlora.weights.reader import Reader
-from distlora_launcher.cli.export import ExportArguments, checked
+from distlora_launcher.cli.export import checked
 from distlora_launcher.cli.main import main
 from support.bitsandbytes_weights import quantize
 from support.converters import patched_converter  # noqa: F401  (a fixture)
@@ -97,7 +97,7 @@ def test_a_weight_in_bitsandbytes_form_is_ours_byte_for_byte(place: Path, tmp_pa
     import bitsandbytes.functional as bnb
 
     named = Name(place=str(place / "lora"))
-    request = ExportRequest(name=named, format="bnb", out=str(tmp_path / "out"), dtype="bf16", check=False)
+    request = ExportRequest(run="", name=named, format="bnb", out=str(tmp_path / "out"), dtype="bf16", no_check=True)
     assert worker.run(request) == 0
     assert json.loads((tmp_path / "out" / "export.json").read_text())["check"] is None
     tensors: dict[str, torch.Tensor] = {}
@@ -217,7 +217,7 @@ def test_an_unfinished_run_of_all_linears_goes_to_earlier_peft_and_to_vllm(
     name, out = Name(place=str(run_dir)), tmp_path / "early"
     trained = name.read()
     assert (trained.spec.adapter.target_modules, trained.spec.adapter.target_parameters) == ("all-linear", ())
-    request = ExportRequest(name=name, format="peft", out=str(out), dtype=None, version="0.18")
+    request = ExportRequest(run="", name=name, format="peft", out=str(out), dtype=None, version="0.18")
     refuse(trained, request)
     assert worker.run(request) == 0
     record = json.loads((out / "export.json").read_text())
@@ -235,7 +235,7 @@ def test_an_unfinished_run_of_all_linears_goes_to_earlier_peft_and_to_vllm(
     assert "largest relative error of dW, as PEFT 0.18 computes it: 0e+00 (limit 1e-06)" in capsys.readouterr().out
     out = tmp_path / "vllm"
     for version, is_read in (("0.33", True), ("9.0", False)):
-        request = ExportRequest(name=name, format="vllm", out=str(out), dtype=None, version=version)
+        request = ExportRequest(run="", name=name, format="vllm", out=str(out), dtype=None, version=version)
         refuse(trained, request)
         assert worker.run(request) == 0
         printed = capsys.readouterr()
@@ -298,7 +298,7 @@ def test_a_damaged_export_is_not_left_behind(
     monkeypatch.setattr(hf_folder, "write", damaged)
     name = Name(place=str(place / "lora"))
     for dtype in ("fp32", "bf16"):
-        request = ExportRequest(name=name, format="hf", out=str(tmp_path / dtype), dtype=dtype)
+        request = ExportRequest(run="", name=name, format="hf", out=str(tmp_path / dtype), dtype=dtype)
         assert worker.run(request) == 1
         said = capsys.readouterr()
         assert "NOT MET" in said.out
@@ -312,7 +312,7 @@ def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path
     shutil.copytree(place / "pissa", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     command = [sys.executable, "-m", "distlora_launcher.cli.main", "export", "run", "--for", "peft"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, no_check=True)
     assert ended.returncode == 0, ended.stderr
     assert "bound 1.0e-04: met" in ended.stdout
     out = tmp_path / "run" / "exports" / "peft"
@@ -323,7 +323,7 @@ def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path
 def test_a_gguf_file_is_named_after_its_run_and_dtype(place: Path) -> None:
     def name(run: Path, form: str, **options: Any) -> str:
         options["for_" if FORMATS[form].adapter else "format"] = form
-        return Path(checked(ExportArguments(run=str(run), **options))[0].out).relative_to(place).as_posix()
+        return Path(checked(ExportRequest(run=str(run), **options))[0].out).relative_to(place).as_posix()
 
     assert name(place / "lora", "gguf", dtype="q8_0") == "lora/exports/lora-q8_0.gguf"
     assert name(place / "lora", "llama.cpp") == "lora/exports/lora-lora-fp32.gguf"
@@ -388,7 +388,7 @@ def test_runs_that_bitsandbytes_cannot_hold_are_refused(
     make_run(tmp_path / "run", place, "llama", **sections)
     (tmp_path / "run" / ("model" if "adapter" in sections else "adapter")).mkdir()
     name = Name(place=str(tmp_path / "run"))
-    request = ExportRequest(name=name, format="bnb", out="out", dtype="bf16")
+    request = ExportRequest(run="", name=name, format="bnb", out="out", dtype="bf16")
     with pytest.raises(UserError, match=says):
         refuse(name.read(), request)
 
@@ -397,8 +397,13 @@ def test_rows_that_bitsandbytes_gets_wrong_on_a_cpu_are_not_checked(folders: Pat
     run(tmp_path, "run", str(folders / "llama"), adapter={"r": 4}, data={"path": str(folders / "text.jsonl")})
     name = Name(place=str(tmp_path / "run"))
     with pytest.raises(UserError, match=r"rows of 96 weights: of 32, 96, 160.*add --no-check"):
-        worker.run(ExportRequest(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32"))
-    assert worker.run(ExportRequest(name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32", check=False)) == 0
+        worker.run(ExportRequest(run="", name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32"))
+    assert (
+        worker.run(
+            ExportRequest(run="", name=name, format="bnb", out=str(tmp_path / "out"), dtype="fp32", no_check=True)
+        )
+        == 0
+    )
     assert bnb_folder.taken_back(name.read(), tmp_path / "out").difference == 0
 
 

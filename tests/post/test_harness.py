@@ -17,11 +17,10 @@ from distlora.config import UserError
 from distlora.model.adapters import LoRAPair
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.post.evaluate import worker
-from distlora.post.evaluate.request import EvaluateRequest
-from distlora.post.evaluate.worker import shown
+from distlora.post import evaluate_worker as worker
+from distlora.post.evaluate import EvaluateRequest, table_of
 from distlora.system.command_worker import from_json, to_json
-from distlora_launcher.cli.evaluate import EvaluateArguments, checked
+from distlora_launcher.cli.evaluate import checked
 from distlora_launcher.terminal.arguments import read
 from support.family_models import SINGLE, dequantized, load_ours
 from support.peft_models import write_adapter
@@ -100,7 +99,7 @@ def adapted_in_transformers(folder: Path, ours: CausalLM) -> Any:
 def test_figures_are_those_of_the_harness_own_model(folders: Path, tasks: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from distlora.post.evaluate.harness import HarnessModel
+    from distlora.post.evaluate_harness import HarnessModel
 
     ours, backend = load_ours(folders / "llama", SINGLE)
     theirs = adapted_in_transformers(folders / "llama", ours)
@@ -135,7 +134,7 @@ def adapter(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request_of(*words: str | Path) -> EvaluateRequest:
-    options = read(EvaluateArguments, "distlora eval", [str(word) for word in words])
+    options = read(EvaluateRequest, "distlora eval", [str(word) for word in words])
     return from_json(EvaluateRequest, to_json(checked(options)))
 
 
@@ -154,7 +153,7 @@ def test_the_command_puts_models_beside_each_other_question_by_question(
     rolling = [model["tasks"]["tiny_rolling"]["word_perplexity"] for model in (adapted, base)]
     assert rolling[0]["value"] != rolling[1]["value"]
     assert rolling[1]["difference"] is None, "several questions make one perplexity"
-    assert "tiny_choice, acc_norm" in shown(found).text()
+    assert "tiny_choice, acc_norm" in table_of(found).text()
     assert json.loads(json.dumps(found)) == found
 
 
@@ -187,7 +186,7 @@ def test_a_draft_changes_the_number_of_forwards_and_no_token(folders: Path, adap
     assert alone["tokens"] == helped["tokens"] == alone["target_forwards"] == 24 * found["prompts"]
     assert alone["draft_forwards"] == 0 < helped["draft_forwards"]
     assert helped["target_forwards"] < alone["target_forwards"]
-    assert f"{found['prompts']} of {found['prompts']} answers" in shown(found).text()
+    assert f"{found['prompts']} of {found['prompts']} answers" in table_of(found).text()
     with pytest.raises(UserError, match="--max-new-tokens 480"):
         worker.run(request_of(*words, "--draft", folders / "llama", "--max-new-tokens", "481"), SINGLE)
 

@@ -11,16 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora.analysis.intrinsic import report, search
-from distlora.analysis.intrinsic.request import (
-    PLOT_NAME,
-    REPORT_NAME,
-    REQUEST_NAME,
-    RESULT_NAME,
-    TRAININGS_NAME,
-    IntrinsicRequest,
-)
-from distlora.analysis.intrinsic.training import (
+from distlora.analysis import intrinsic as search
+from distlora.analysis.intrinsic import REQUEST_NAME, TRAININGS_NAME, IntrinsicRequest, record
+from distlora.analysis.intrinsic_worker import run as analyse
+from distlora.analysis.subspace_training import (
     Bench,
     FlatParameters,
     Projection,
@@ -29,7 +23,6 @@ from distlora.analysis.intrinsic.training import (
     layer_of,
     random_weights,
 )
-from distlora.analysis.intrinsic.worker import run as analyse
 from distlora.system.command_worker import to_json
 from distlora.training import worker as train
 from distlora_launcher.cli import analyze
@@ -101,7 +94,8 @@ def test_gradients_go_through_the_subspace(folders: Path, scales_layers: bool) -
 def request_for(folders: Path, out: Path, **settings: Any) -> IntrinsicRequest:
     out.mkdir(exist_ok=True)
     values: dict[str, Any] = {
-        "models": ((str(folders / "llama-tied"), "tiny"),),
+        "models": [str(folders / "llama-tied")],
+        "names": ("tiny",),
         "data": str(folders / "text.jsonl"),
         "eval_data": None,
         "out": str(out),
@@ -177,17 +171,17 @@ def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
 ) -> None:
     whole = request_for(folders, tmp_path / "whole", random=True, also=(40,), seeds=1)
     analyse(whole, SINGLE)
-    found = json.loads((tmp_path / "whole" / RESULT_NAME).read_text())
+    found = json.loads((tmp_path / "whole" / "intrinsic.json").read_text())
     shown = capsys.readouterr().out
     assert [(arm["start"], list(arm["subspaces"])) for arm in found["arms"]] == [
         ("pretrained", ["none", "layers"]),
         ("random", ["none", "layers"]),
     ]
-    text = (tmp_path / "whole" / REPORT_NAME).read_text()
-    for sentence in report.reading(found):
+    text = (tmp_path / "whole" / "report.md").read_text()
+    for sentence in record(found).findings:
         assert sentence in text
         assert sentence in shown
-    assert (tmp_path / "whole" / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "whole" / "intrinsic.png").read_bytes().startswith(b"\x89PNG")
     for arm in found["arms"]:
         for scaling, found_in in arm["subspaces"].items():
             assert found_in["least"] == (6 if scaling == "layers" else 1)
@@ -206,7 +200,7 @@ def test_an_analysis_that_was_killed_goes_on_to_the_same_result(
     monkeypatch.setattr(Bench, "run", lambda self, training: trained.append(training) or train_one(self, training))
     analyse(cut, SINGLE)
     assert len(trained) == len(done) - len(done) // 2
-    assert json.loads((tmp_path / "cut" / RESULT_NAME).read_text()) == found
+    assert json.loads((tmp_path / "cut" / "intrinsic.json").read_text()) == found
     trained.clear()
     analyse(cut, SINGLE)  # The line that was cut has cost no other.
     assert trained == []
@@ -227,6 +221,6 @@ def test_an_analysis_is_not_written_over_another(
     assert [to_json(request) for request in handed] == [(tmp_path / "out" / REQUEST_NAME).read_text()] * 2
     assert main([*asked, "--steps", "7"]) == 2
     assert "out holds an analysis with other options" in capsys.readouterr().err
-    (tmp_path / "out" / RESULT_NAME).write_text("{}")
+    (tmp_path / "out" / "intrinsic.json").write_text("{}")
     assert main(asked) == 2
     assert "out holds a finished analysis" in capsys.readouterr().err

@@ -18,8 +18,8 @@ from distlora.architecture.safetensors_headers import INDEX_NAME, header_bytes, 
 from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
 from distlora.post.load_trained import load_trained
-from distlora.post.merge.merge import merge_to
-from distlora.post.merge.request import MergeRequest, Receipt
+from distlora.post.merge import MergeRequest, Receipt
+from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Name
 from distlora.post.weights import open_base, read_factors
 from distlora.system.atomic_io import sha256
@@ -327,8 +327,8 @@ SMALL = QWEN25_1_5B | {
 CHILD = """
 import re, sys
 from pathlib import Path
-from distlora.post.merge.merge import run
-from distlora.post.merge.request import MergeRequest
+from distlora.post.merge_worker import run
+from distlora.post.merge import MergeRequest
 from distlora.system.command_worker import from_json
 
 def peak():
@@ -346,7 +346,7 @@ def peaks(tmp_path: Path, config: dict[str, object]) -> tuple[int, int, int]:
     write_large_model(tmp_path / "base", config)
     write_large_adapter(tmp_path / "adapter", config)
     name = Name(place=str(tmp_path / "adapter"), base=str(tmp_path / "base"))
-    request = MergeRequest(name=name, out=str(tmp_path / "merged"))
+    request = MergeRequest(run="", name=name, out=str(tmp_path / "merged"))
     finished = subprocess.run(
         [sys.executable, "-c", CHILD, to_json(request)], capture_output=True, text=True, check=False
     )

@@ -78,7 +78,7 @@ REFUSED = [
     ("eval RUN/adapter", "write"),
     (f"{EVAL} --rowz 1", "--rows"),
     (f"{EVAL} --tasks tiny_choice", "their own text"),
-    ("eval models/llama --tasks a,,b", "empty name"),
+    ("eval models/llama --tasks a,,b", "names nothing between two commas"),
     ("eval models/llama --tasks a --tasks-folder empty", "no YAML"),
     ("eval models/llama --tasks a --limit 0", "--limit=0"),
     (f"{EVAL} --fewshot 2", "add --tasks"),

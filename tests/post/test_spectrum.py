@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora.analysis.spectrum import singular, worker
-from distlora.analysis.spectrum.changes import Change, open_changes
-from distlora.analysis.spectrum.request import PLOT_NAME, REPORT_NAME, RESULT_NAME, SpectrumRequest
+from distlora.analysis import singular
+from distlora.analysis import spectrum_worker as worker
+from distlora.analysis.spectrum import SpectrumRequest
+from distlora.analysis.spectrum_worker import Change, open_changes
 from distlora.model.experts import ExpertWeight
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import Name, Trained
@@ -20,7 +21,7 @@ from distlora.post.weights import Factors
 from distlora.system.command_worker import from_json, to_json
 from distlora.training import worker as training_worker
 from distlora.weights.reader import Reader
-from distlora_launcher.cli.analyze import SpectrumArguments, check_spectrum
+from distlora_launcher.cli.analyze import check_spectrum
 from distlora_launcher.cli.main import main
 from distlora_launcher.terminal.arguments import read
 from support.closeness import relative_error
@@ -46,7 +47,7 @@ def with_values(out_features: int, in_features: int, values: Tensor, seed: int =
 
 
 def request(**values: Any) -> SpectrumRequest:
-    return SpectrumRequest(first=Name(place="run"), first_name="run", out="out", **values)
+    return SpectrumRequest(run="", first=Name(place="run"), first_name="run", out="out", **values)
 
 
 def change(before: Tensor, after: Tensor, factors: Factors | None = None) -> Change:
@@ -204,9 +205,9 @@ def test_the_command_equals_dense_svds(pissa: Path, full: Path, tmp_path: Path, 
         "--threshold",
         "0.5,0.99",
     ]
-    asked = check_spectrum(read(SpectrumArguments, "distlora analyze spectrum", words))
-    found = worker.run(from_json(SpectrumRequest, to_json(asked)))
-    assert json.loads((tmp_path / "out" / RESULT_NAME).read_text()) == found
+    asked = check_spectrum(read(SpectrumRequest, "distlora analyze spectrum", words))
+    found = worker.analyse(from_json(SpectrumRequest, to_json(asked)))
+    assert json.loads((tmp_path / "out" / "spectrum.json").read_text()) == found
     sides = {"first": changes_of(asked.first.read()), "against": changes_of(Name(place=str(full)).read())}
     assert [weight["name"] for weight in found["weights"]] == list(sides["first"])
     for weight in found["weights"]:
@@ -231,8 +232,8 @@ def test_the_command_equals_dense_svds(pissa: Path, full: Path, tmp_path: Path, 
         assert torch.allclose(told, principal, atol=TIGHT)
     shares = [values["energy_share"] for values in found["first"]["linears"].values()]
     assert sum(shares) == pytest.approx(1)
-    report = (tmp_path / "out" / REPORT_NAME).read_text()
+    report = (tmp_path / "out" / "report.md").read_text()
     assert "Do they change the same directions?" in report
-    assert (tmp_path / "out" / PLOT_NAME).stat().st_size > 20_000
+    assert (tmp_path / "out" / "spectrum.png").stat().st_size > 20_000
     assert "intruders are" in capsys.readouterr().out
     assert main(["analyze", "spectrum", str(pissa), "--out", str(tmp_path / "out")]) == 2

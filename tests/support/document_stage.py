@@ -28,7 +28,7 @@ import torch
 from distlora.config import Config
 from distlora.config.base import is_hub_name
 from distlora.generation.remote import RemoteEngine
-from distlora.post.merge.merge import merge_to
+from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Name
 from distlora.training import worker
 from distlora_launcher.cli import cancel as cancelling

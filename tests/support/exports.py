@@ -72,6 +72,7 @@ def export(
     named = Name(place=str(place / run), **name)
     trained = named.read()
     request = ExportRequest(
+        run="",
         name=named,
         format=form,
         out=str(out),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distlora.analysis.quantization.request import QuantizationRequest
+from distlora.analysis.quantization import QuantizationRequest
 
 
 def request_for(folder: Path, out: Path, **settings: Any) -> QuantizationRequest:

@@ -23,7 +23,7 @@ from distlora.data.loader import open_data
 from distlora.data.rows import PackedRows, open_split
 from distlora.loading.peft_format import adapter_tensors
 from distlora.model.lm_head import LossForm
-from distlora.post.combine.request import find_member
+from distlora.post.combine import find_member
 from distlora.post.trained import Name
 from distlora.run_folder.layout import read_result
 from distlora.training import worker as training_worker

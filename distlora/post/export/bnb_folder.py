@@ -26,8 +26,8 @@ from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, 
 from distlora.post.export.client_check import Ours
 from distlora.post.export.formats import Export, Reading
 from distlora.post.load_trained import check_base, weights_in
-from distlora.post.merge.merge import DTYPES
-from distlora.post.merge.output_folder import Clock, check_space, copy_companions, each, file_of
+from distlora.post.merge_worker import DTYPES
+from distlora.post.merged_folder import Clock, check_space, copy_companions, each, file_of
 from distlora.post.trained import Trained
 from distlora.post.weights import Base, BaseWeight, open_base, require_whole_tensors
 from distlora.run_folder.layout import STATE_NAME
@@ -49,7 +49,7 @@ def write(export: Export) -> None:
     base = open_base(trained.spec, trained.initial_adapter_dir)
     quantized = [weight for weight in base.weights.values() if weight.is_nf4 and not weight.kept]
     dtype = str(DTYPES[export.request.dtype or "fp32"]).removeprefix("torch.")
-    if export.request.check:
+    if not export.request.no_check:
         odd = next((w for w in base.weights.values() if w.is_nf4 and w.shape[-1] % 64 == 32), None)
         if odd is not None:  # bitsandbytes (0.50) would compute the check incorrectly.
             raise UserError(

@@ -30,8 +30,7 @@ from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
 from distlora.post.load_trained import load_in_fp32, weights_in
 from distlora.post.trained import Trained, with_adapter
 from distlora.post.weights import open_base
-from distlora.system.exit_codes import DONE, run_to_exit_code
-from distlora.system.progress import Progress, quieten, say
+from distlora.system.progress import Progress, say
 from distlora.weights.reader import Reader
 
 
@@ -51,17 +50,11 @@ def run(request: ExportRequest) -> dict[str, Any]:
     }
 
 
-def main(request: ExportRequest) -> int:
-    """Print the readings of the client as JSON; return the exit code."""
-    quieten()
+def main(request: ExportRequest) -> None:
+    """Print the readings of the client as JSON."""
     transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # PEFT and transformers warn about each other.
-
-    def work() -> int:
-        print(json.dumps(run(request)))
-        return DONE
-
-    return run_to_exit_code(work)
+    print(json.dumps(run(request)))
 
 
 EXACT, EXACT_RELATIVE = 1e-4, 1e-5

@@ -20,8 +20,8 @@ from distlora.architecture.spec import architecture_of
 from distlora.architecture.targets import select_adapted
 from distlora.config import require
 from distlora.post.export.consumers import CONSUMERS, served, targets, unserved
-from distlora.post.merge.request import check_mergeable
-from distlora.post.trained import Name, Trained
+from distlora.post.merge import check_mergeable
+from distlora.post.trained import UNNAMED, Name, Named, Trained
 
 DTYPES = ("fp32", "bf16", "fp16")
 PEFT_OLDEST = "0.17"
@@ -29,25 +29,40 @@ PEFT_OLDEST = "0.17"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExportRequest:
-    """The request of `distlora export`. Folders are absolute, defaults filled in."""
+class ExportRequest(Named):
+    """Export a trained model, or its adapter, to the format of another tool, and check it.
 
-    name: Name
-    format: str
-    """A key of FORMATS."""
-    out: str
-    """New folder or file for the result."""
-    dtype: str | None
-    """Dtype of the written weights or of the client's computation; None if the format has no choice."""
-    onto: Literal["trained", "original"] = "trained"
-    """Base that a merged format adds dW to (`distlora merge`)."""
+    The tool loads the export in another process, on the CPU, and its outputs are compared with the model as trained.
+    For vLLM and SGLang every tensor is bound by the rules of their loaders, and the change of each weight compared. An
+    export that differs by more than the printed bound is removed.
+
+    example: distlora export runs/first --format gguf
+    """
+
+    format: str = ""
+    """FORMAT: write the whole model; one of the formats below."""
+    for_: str = ""
+    """CONSUMER: write the adapter alone, in the layout that this consumer reads; one of the consumers below."""
     version: str | None = None
-    """Release of the consumer that the adapter is for; None for the one that the format was written from."""
-    check: bool = True
+    """X: release of the consumer (default: the one that the layout was written from)."""
+    out: str = ""
+    """PLACE: new folder or file for the export (default: RUN/exports/NAME or ADAPTER-NAME; of GGUF
+    RUN/exports/RUN-DTYPE.gguf)."""
+    dtype: str | None = None
+    """DTYPE: dtype of the weights, or the tool's compute dtype: fp32, bf16, fp16, q8_0 (default: that of the base)."""
+    llama_cpp: str | None = None
+    """FOLDER: a checkout of llama.cpp whose converter writes GGUF (default: one that pip downloads once, 77 MB)."""
+    onto: Literal["trained", "original"] = "trained"
+    """Base of a merged format: as in training, dequantized (trained), or as on disk (original)."""
+    no_check: bool = False
+    """Skip the check; needs neither the other tool nor memory for a whole model."""
+
+    # Found by the launcher, which resolves those above; a field with a docstring would be an argument.
+    name: Name = UNNAMED
+    # Checkout or archive with llama.cpp's converter, for GGUF (llama_cpp.py).
     converter: str | None = None
-    """Checkout or archive with llama.cpp's converter, for GGUF (llama_cpp.py)."""
+    # Temporary place of the export, for the check.
     place: str | None = None
-    """Temporary place of the export, for the check."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,8 +23,8 @@ from distlora.architecture.config_checks import read_config
 from distlora.config import UserError, require
 from distlora.post.export.formats import Export
 from distlora.post.export.llama_cpp import ADAPTERS, OUT_TYPES, convert, unpacked
-from distlora.post.merge.merge import DTYPES
-from distlora.post.merge.parameters import open_adapter
+from distlora.post.merge_worker import DTYPES
+from distlora.post.merged_parameters import open_adapter
 from distlora.post.weights import Base, Factors, open_base
 from distlora.system import atomic_io
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME

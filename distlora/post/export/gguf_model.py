@@ -26,9 +26,9 @@ from distlora.post.export.client_check import TEXT, Ours, fill
 from distlora.post.export.formats import ROPES, Export, Reading
 from distlora.post.export.llama_cpp import MODELS, OUT_TYPES, convert, unpacked
 from distlora.post.load_trained import weights_in
-from distlora.post.merge.merge import DTYPES, merge_to
-from distlora.post.merge.output_folder import check_space
-from distlora.post.merge.parameters import open_adapter, parameters_of, pieces
+from distlora.post.merge_worker import DTYPES, merge_to
+from distlora.post.merged_folder import check_space
+from distlora.post.merged_parameters import open_adapter, parameters_of, pieces
 from distlora.post.trained import Trained
 from distlora.post.weights import open_base
 from distlora.system import atomic_io

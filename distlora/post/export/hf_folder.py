@@ -15,8 +15,8 @@ from distlora.architecture.config_checks import read_config
 from distlora.architecture.spec import architecture_of
 from distlora.post.export.client_check import Ours, fill
 from distlora.post.export.formats import Export, Reading
-from distlora.post.merge.merge import DTYPES, merge_to
-from distlora.post.merge.parameters import open_adapter, parameters_of, pieces
+from distlora.post.merge_worker import DTYPES, merge_to
+from distlora.post.merged_parameters import open_adapter, parameters_of, pieces
 from distlora.post.weights import open_base
 from distlora.weights.reader import Reader
 

@@ -29,7 +29,7 @@ from distlora.post.export.consumers import target_modules as targets_of
 from distlora.post.export.formats import Export, release
 from distlora.post.export.repository import collect, write_files
 from distlora.post.load_trained import result_of, weights_in
-from distlora.post.merge.parameters import open_adapter
+from distlora.post.merged_parameters import open_adapter
 from distlora.post.weights import Factors, error_line, open_base
 from distlora.run_folder.layout import TEMPLATE_NAME
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME

@@ -26,8 +26,8 @@ from distlora.post.trained import Trained, versions
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
 from distlora.system.command_worker import encode_call
-from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, run_to_exit_code
-from distlora.system.progress import Progress, quieten, say, still
+from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
+from distlora.system.progress import Progress, say, still
 from distlora.weights.peft_folder import WEIGHTS_NAME
 
 
@@ -42,7 +42,7 @@ def run(request: ExportRequest) -> int:
             size = sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
             say(f"written in {time.monotonic() - began:.1f} s, {size / 1e6:,.1f} MB")
             has_client = bool(FORMATS[request.format].clients)
-            found = checked(request, place) if request.check and has_client else None
+            found = checked(request, place) if has_client and not request.no_check else None
             if found is None and has_client:
                 record_says = "; export.json records no check" if place.is_dir() else ""
                 say(f"warning: nothing has compared it with the trained model{record_says}")
@@ -123,9 +123,3 @@ def table(readings: list[Reading], request: ExportRequest, moved: float | None, 
     if moved is not None:
         lines.append(f"  (the adapter itself moves them by up to {moved:.2g})")
     return lines
-
-
-def main(request: ExportRequest) -> int:
-    """Export; return the exit code: 1 if the tool computes other outputs."""
-    quieten()
-    return run_to_exit_code(lambda: run(request))

@@ -44,5 +44,5 @@ def main(arguments: list[str]) -> int:
         composed = compose_run([], may_lack_paths=True)
         model = planned_model(composed.config.with_settings({"model.path": name}), any_length=True)
     become(
-        "distlora.derive.check:main", CheckRequest(config=json.dumps(model.settings), place=name, ranks=options.ranks)
+        "distlora.derive.check:run", CheckRequest(config=json.dumps(model.settings), place=name, ranks=options.ranks)
     )

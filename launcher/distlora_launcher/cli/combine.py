@@ -8,7 +8,7 @@ from pathlib import Path
 
 from distlora.config import ModelConfig, UserError, require
 from distlora.config.base import place_of
-from distlora.post.combine.request import (
+from distlora.post.combine import (
     METHODS,
     CombineRequest,
     check,
@@ -20,13 +20,13 @@ from distlora.post.combine.request import (
 from distlora.post.trained import quant_of
 from distlora.system.exit_codes import require_package
 from distlora.weights.peft_folder import read_peft_adapter
-from distlora_launcher.compose.checks import check_writable
+from distlora_launcher.cli.named import new_place
 from distlora_launcher.compose.hub import localize
 from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import listed, read
-from distlora_launcher.terminal.output import shown
+from distlora_launcher.terminal.output import shown, warn
 
-WORKER = "distlora.post.combine.worker:main"
+WORKER = "distlora.post.combine_worker:main"
 
 
 def main(arguments: list[str]) -> int:
@@ -41,16 +41,14 @@ def main(arguments: list[str]) -> int:
     options = read(CombineRequest, "distlora combine", arguments, epilog=f"methods:\n{methods}")
     request = checked(options, shlex.join(["distlora", "combine", *arguments]))
     names = " and ".join(member.place for member in request.members)
-    print(f"combining {names} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
+    warn(f"combining {names} (importing torch takes a few seconds)")
     become(WORKER, request)
 
 
 def checked(options: CombineRequest, command: str) -> CombineRequest:
     """Return the request with what the arguments name. Raises UserError for anything that can be checked before."""
     require(options.out != "", "--out FOLDER is missing; name a new folder for the result")
-    out = Path(options.out).expanduser().absolute()
-    require(not out.exists(), f"--out={options.out} exists already; name another folder, or remove it")
-    check_writable(out, "--out")
+    out = new_place(options.out)
     base = None if options.model is None else local_base(options.model)
     members = tuple(find_member(*split(word), base) for word in options.adapters)
     folders = [member.folder for member in members]

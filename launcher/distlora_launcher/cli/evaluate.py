@@ -1,29 +1,17 @@
 """`distlora eval RUN|MODEL ...`: what models make of a text, base, adapted and merged side by side."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.config import ModelConfig, ModelSpec, UserError, require
 from distlora.config.base import is_hub_name, means_hub, place_of
-from distlora.post.evaluate.request import NAMES as NAMES
-from distlora.post.evaluate.request import (
-    NEW_TOKENS,
-    Draft,
-    EvaluateRequest,
-    Subject,
-    Tasks,
-    Text,
-    check_out,
-    held_out,
-)
-from distlora.post.trained import BASE_ALONE, Quant, Trained, base_spec
+from distlora.post.evaluate import NAMES as NAMES
+from distlora.post.evaluate import EvaluateRequest, Subject, Text, check_out, held_out
+from distlora.post.trained import BASE_ALONE, Named, Quant, Trained, base_spec
 from distlora.system.exit_codes import require_package
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora_launcher.cli import named
@@ -31,88 +19,30 @@ from distlora_launcher.compose.checks import HEAD_LINES, gpu_count, row_tokens
 from distlora_launcher.compose.hub import localize, with_small_files
 from distlora_launcher.launch.workers import become, check_processes, run_several
 from distlora_launcher.terminal.arguments import read
-from distlora_launcher.terminal.output import name_of, shown
+from distlora_launcher.terminal.output import name_of, shown, warn
 
-WORKER = "distlora.post.evaluate.worker:main"
+WORKER = "distlora.post.evaluate_worker:main"
 MERGE_RECEIPT = "merge.json"
 """File that `distlora merge` leaves in a model's folder."""
 ROWS, DRAFT_ROWS = 128, 8
 """Default numbers of rows to measure, and to continue with a draft."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateArguments:
-    """Compare models on the same text: loss, perplexity, and differences from the first model.
-
-    Each difference has a standard error; the KL divergence of the predictions is printed too. The base of each run is
-    added. --checkpoint, --adapter and --quant apply to every RUN, --model to every adapter without a run.
-
-    example: distlora eval runs/first runs/second --text held_out.jsonl
-    """
-
-    places: list[str]
-    """RUN|MODEL: folder of a run, an adapter in PEFT format with --model, or a model in Hugging Face format (a folder
-    or a name on the hub)."""
-    checkpoint: str | None = None
-    """NAME: checkpoint of the runs: step_100, or best (lowest held-out loss). Default: the result."""
-    adapter: str | None = None
-    """PATH|base: another LoRA adapter for the run's base, or the base alone (base)."""
-    model: str | None = None
-    """BASE: base model of an adapter without a run: a folder or a name on the hub."""
-    quant: Quant | None = None
-    """Precision: load a model in NF4, in the low bits that it ships (keep) or in 16 bits; for an adapter without a run,
-    its base during training (default: nf4)."""
-    text: str | None = None
-    """FILE: documents in any format of data.path (default: the held-out data of the first RUN; for chats, the
-    answers)."""
-    rows: int | None = None
-    """N: maximum number of sequences, evenly spaced (default: 128)."""
-    sequence_length: int | None = None
-    """N: tokens per sequence of --text (default: as in the run; without a run 1,024, or the context length if
-    shorter)."""
-    dtype: Literal["bf16", "fp32"] | None = None
-    """Compute dtype (default: that of the first run; without a run bf16 on a GPU, fp32 on a CPU)."""
-    no_base: bool = False
-    """Leave out the bases of the runs."""
-    processes: int = 1
-    """N: shard each model over N processes, one per GPU."""
-    json: bool = False
-    """Print JSON instead of the table."""
-    out: str | None = None
-    """FILE: write the figures as JSON to this new file."""
-    tasks: str | None = None
-    """NAME,NAME: evaluate on tasks of lm-evaluation-harness instead of a text, and compare with the first model per
-    question."""
-    tasks_folder: str | None = None
-    """DIR: folder of the tasks' YAML files (default: the harness's own); Python code that they name is executed."""
-    fewshot: int | None = None
-    """N: few-shot examples before each question (default: the task's own)."""
-    limit: int | None = None
-    """N: use only the first N questions of each task."""
-    chat: bool = False
-    """Apply the chat template to the questions of --tasks."""
-    draft: str | None = None
-    """MODEL: measure speculative decoding with this smaller draft model of the same vocabulary, beside greedy decoding:
-    the merged RUN continues the first 64 tokens of --rows sequences (default: 8)."""
-    max_new_tokens: int | None = None
-    """N: tokens per answer with --draft (default: 64)."""
-
-
 def main(arguments: list[str]) -> int:
     """Check the arguments, then become the worker, or run several. Returns the exit code of several."""
-    options = read(EvaluateArguments, "distlora eval", arguments)
+    options = read(EvaluateRequest, "distlora eval", arguments)
     check_out(options.out)
     check_processes(options.processes)
     request = checked(options)
     names = ", ".join(subject.label for subject in request.subjects)
-    on = ", ".join(request.tasks.names) if request.tasks is not None else request.text.name if request.text else ""
-    print(f"evaluating {names} on {on} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
+    on = ", ".join(request.tasks) if request.source is None else request.source.name
+    warn(f"evaluating {names} on {on} (importing torch takes a few seconds)")
     if options.processes > 1:
         return run_several(WORKER, request, options.processes)
     become(WORKER, request)
 
 
-def checked(options: EvaluateArguments) -> EvaluateRequest:
+def checked(options: EvaluateRequest) -> EvaluateRequest:
     """Return the request, with its models on this node.
 
     Raises UserError for anything that can be checked before the run.
@@ -139,66 +69,50 @@ def checked(options: EvaluateArguments) -> EvaluateRequest:
     if not options.no_base and options.adapter != BASE_ALONE and options.draft is None:
         subjects += bases_of(runs, [subject for subject in subjects if subject.name is not None])
     dtype = options.dtype or (runs[0].spec.dtype if runs else "bf16" if gpu_count() else "fp32")
-    tasks, draft = checked_tasks(options), checked_draft(options, subjects)
-    text = None
-    if tasks is None:
+    check_tasks(options)
+    draft, source = local_draft(options, subjects), None
+    if not options.tasks:
         usual = ROWS if options.draft is None else DRAFT_ROWS
         rows = usual if options.rows is None else options.rows
-        text = text_of(options.text, subjects[0], runs, rows=rows, sequence_length=options.sequence_length)
+        source = text_of(options.text, subjects[0], runs, rows=rows, sequence_length=options.sequence_length)
         for subject in subjects:
             folder = subject.read().base
-            check_config(read_config(folder), folder / "config.json", sequence_length=text.sequence_length)
-    return EvaluateRequest(
+            check_config(read_config(folder), folder / "config.json", sequence_length=source.sequence_length)
+    return dataclasses.replace(
+        options,
         subjects=tuple(subjects),
-        text=text,
+        source=source,
         dtype=dtype,
-        tasks=tasks,
         draft=draft,
         out=None if options.out is None else str(Path(options.out).absolute()),
-        as_json=options.json,
+        tasks_folder=None if options.tasks_folder is None else str(Path(options.tasks_folder).expanduser().absolute()),
     )
 
 
-def checked_tasks(options: EvaluateArguments) -> Tasks | None:
-    """Return the tasks. Raises UserError for their options without --tasks, and if the harness is not installed."""
-    if options.tasks is None:
-        for flag in ("tasks_folder", "fewshot", "limit"):
-            value = getattr(options, flag)
-            require(
-                value is None,
-                f"--{flag.replace('_', '-')}={value} belongs to --tasks; add --tasks NAME, or leave it out",
-            )
-        require(not options.chat, "--chat belongs to --tasks; add --tasks NAME, or leave it out")
-        return None
-    for flag in ("text", "rows", "sequence_length", "draft"):
-        value = getattr(options, flag)
-        require(
-            value is None,
-            f"--{flag.replace('_', '-')}={value} has no effect with --tasks, which have their own text; leave one out",
-        )
+def check_tasks(options: EvaluateRequest) -> None:
+    """Raise UserError for their options without --tasks, and if the harness is not installed."""
+    ours, theirs = ("tasks_folder", "fewshot", "limit", "chat"), ("text", "rows", "sequence_length", "draft")
+    for flag in theirs if options.tasks else ours:
+        value, name = getattr(options, flag), flag.replace("_", "-")
+        if options.tasks:
+            reason = f"--{name}={value} has no effect with --tasks, which have their own text; leave one out"
+        else:
+            reason = f"--{name}={value} belongs to --tasks; add --tasks NAME, or leave it out"
+        require(value is None or value is False, reason)
+    if not options.tasks:
+        return
     require_package("lm_eval", "--tasks")
-    folder = None if options.tasks_folder is None else Path(options.tasks_folder).expanduser().absolute()
     require(
-        folder is None or any(folder.rglob("*.yaml")),
+        options.tasks_folder is None or any(Path(options.tasks_folder).expanduser().rglob("*.yaml")),
         f"--tasks-folder={options.tasks_folder} holds no YAML file of a task; name the folder that does",
     )
-    return Tasks(
-        names=tuple(options.tasks.split(",")),
-        folder=None if folder is None else str(folder),
-        fewshot=options.fewshot,
-        limit=options.limit,
-        as_chat=options.chat,
-    )
 
 
-def checked_draft(options: EvaluateArguments, subjects: Sequence[Subject]) -> Draft | None:
-    """Return the draft. Raises UserError for its options without --draft, and without exactly one target."""
-    new_tokens = options.max_new_tokens
+def local_draft(options: EvaluateRequest, subjects: Sequence[Subject]) -> str | None:
+    """Return the draft's folder. Raises UserError for its options without --draft, and without exactly one target."""
     if options.draft is None:
-        require(
-            new_tokens is None,
-            f"--max-new-tokens={new_tokens} belongs to --draft; add --draft MODEL, or leave it out",
-        )
+        tokens = options.max_new_tokens
+        require(tokens is None, f"--max-new-tokens={tokens} belongs to --draft; add --draft MODEL, or leave it out")
         return None
     require(len(subjects) == 1, f"--draft={options.draft} helps one model, and {len(subjects)} are named; name one")
     require(options.processes == 1, "--draft runs a merged model in one process; leave --processes out")
@@ -208,9 +122,8 @@ def checked_draft(options: EvaluateArguments, subjects: Sequence[Subject]) -> Dr
         f"--draft={options.draft} helps a model whose weights are not quantized; name the run, which is merged for it",
     )
     draft = model_subject(options.draft, None)
-    assert draft.model is not None
     require(draft.quant == "none", f"--draft={options.draft} is stored in NF4; name a model with 16- or 32-bit weights")
-    return Draft(model=draft.model, new_tokens=NEW_TOKENS if new_tokens is None else new_tokens)
+    return draft.model
 
 
 def is_trained(place: str) -> bool:
@@ -219,10 +132,10 @@ def is_trained(place: str) -> bool:
     return (folder / "config.yaml").is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
-def trained_subject(place: str, options: EvaluateArguments) -> tuple[Subject, Trained]:
+def trained_subject(place: str, options: EvaluateRequest) -> tuple[Subject, Trained]:
     """Return the subject of a run or an adapter."""
     is_adapter = (Path(place).expanduser() / ADAPTER_CONFIG).is_file()
-    flags = named.Named(
+    flags = Named(
         run=place,
         checkpoint=None if is_adapter else options.checkpoint,
         adapter=None if is_adapter else options.adapter,

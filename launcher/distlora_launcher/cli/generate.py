@@ -12,7 +12,7 @@ from distlora.post.trained import find_weights, require_language_model
 from distlora_launcher.compose.hub import restore
 from distlora_launcher.launch.workers import become, check_processes, run_several
 from distlora_launcher.terminal.arguments import read
-from distlora_launcher.terminal.output import shown
+from distlora_launcher.terminal.output import shown, warn
 
 WORKER = "distlora.post.generate:main"
 
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
         "put the model back there",
     )
     what = "the base alone" if weights is None else shown(weights)
-    print(f"loading {config.model.path} with {what} (importing torch takes a few seconds)", file=sys.stderr, flush=True)
+    warn(f"loading {config.model.path} with {what} (importing torch takes a few seconds)")
     if options.processes > 1:
         return run_several(WORKER, request, options.processes)
     become(WORKER, request)

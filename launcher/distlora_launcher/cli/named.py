@@ -3,33 +3,16 @@
 import contextlib
 import dataclasses
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, DataConfig, ModelSpec, require
 from distlora.config.base import place_of
-from distlora.post.trained import Name, Quant, Trained, read_combined
+from distlora.post.trained import Name, Named, Trained, read_combined
 from distlora.system.progress import say
-from distlora_launcher.compose.checks import check_data, check_model
+from distlora_launcher.compose.checks import check_data, check_model, check_writable
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.terminal.output import shown
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Named:
-    """The arguments that name a trained model."""
-
-    run: str
-    """RUN: folder of a run, or an adapter in PEFT format with --model."""
-    checkpoint: str | None = None
-    """NAME: checkpoint of the run: step_100, or best (lowest held-out loss). Default: the result."""
-    adapter: str | None = None
-    """PATH|base: another LoRA adapter for the run's base, or the base alone (base)."""
-    model: str | None = None
-    """BASE: base model of an adapter without a run: a folder or a name on the hub."""
-    quant: Quant | None = None
-    """Base precision during training, for an adapter without a run (default: that of a sum's runs, else nf4)."""
 
 
 def named(options: Named) -> tuple[Name, Trained]:
@@ -84,6 +67,14 @@ def default_place(trained: Trained, options: Named, name: str, *, inside: str = 
         return trained.run_dir / inside / full
     place = Path(trained.place).expanduser().absolute()
     return place.with_name(f"{place.name}-{full}")
+
+
+def new_place(out: str, default: Path | None = None) -> Path:
+    """Return the absolute place of --out, or the default. Raises UserError if it exists or cannot be made."""
+    place = Path(out).expanduser().absolute() if out or default is None else default
+    require(not place.exists(), f"--out={shown(place)} exists already; remove it, or name another place with --out")
+    check_writable(place, "--out")
+    return place
 
 
 def num_weights(trained: Trained) -> int:

@@ -6,9 +6,8 @@ Nothing is started, and nothing is downloaded but the config.json of a model tha
 import dataclasses
 import json
 import re
-import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,17 @@ from distlora.planner import Plan, suggest
 from distlora.planner.choose import Change, Search, choose, typed
 from distlora.planner.machine import machine_of
 from distlora.planner.model import PlannedModel
-from distlora.planner.plan_tables import leverage_table, matrix, scaling_tables
-from distlora.planner.report import assumptions, machines_of, page, settings
+from distlora.planner.report import (
+    assumptions,
+    leverage_table,
+    machines_of,
+    matrix,
+    page,
+    plot_memory,
+    plot_scaling,
+    scaling_tables,
+    settings,
+)
 from distlora.planner.speed.scaling import FABRICS, Scaling, scaling
 from distlora.planner.suggest import Fitting, LargerRun, MultiTrialPlan, Nearest, larger_runs
 from distlora.system.exit_codes import DONE
@@ -33,7 +41,7 @@ from distlora_launcher.compose.planning import check_planned, choices, planned_m
 from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.studies.multi_trial import compose_for_plan, plan_together
 from distlora_launcher.terminal.arguments import read
-from distlora_launcher.terminal.output import shown
+from distlora_launcher.terminal.output import shown, warn
 
 PROGRAM = "distlora plan"
 REPORT_FROM = 20
@@ -176,9 +184,9 @@ def main(arguments: list[str]) -> int:
             if options.assumptions:
                 print("\n".join(["", *assumptions(result.plan)]))
         if options.plot is not None:
-            draw(result.bars(), settings(result.plan), options.plot)
+            plot_memory(result.bars(), settings(result.plan), options.plot)
     if options.plot is not None:
-        print(f"drawn in {shown(options.plot)}", file=sys.stderr)
+        warn(f"drawn in {shown(options.plot)}")
     return DONE
 
 
@@ -274,7 +282,7 @@ def show_table(options: PlanArguments) -> None:
     models, machines = options.models or MODELS, options.gpus or MACHINES
     cells = len(models) * len(machines)
     if cells >= REPORT_FROM:
-        print(f"choosing the settings of {cells} plans (a few seconds)", file=sys.stderr, flush=True)
+        warn(f"choosing the settings of {cells} plans (a few seconds)")
     found = plans(models, machines, options.settings, config_dir=options.config_dir)
     if options.json:
         rows = [
@@ -286,7 +294,7 @@ def show_table(options: PlanArguments) -> None:
         print("\n".join(matrix(found)))
     if options.plot is not None:
         bars = {f"{model}, {gpus}": plan for (model, gpus), plan in found.items() if plan is not None}
-        draw(bars, "memory per rank, with the fastest settings that fit", options.plot)
+        plot_memory(bars, "memory per rank, with the fastest settings that fit", options.plot)
 
 
 def plans(
@@ -370,13 +378,4 @@ def show_scaling(options: PlanArguments) -> None:
         if options.assumptions:
             print("\n".join(["", *leverage_table(rows)]))
     if options.plot is not None:
-        from distlora.planner.plan_tables import plot_scaling
-
         plot_scaling(rows, f"{plan.model.name} on {plan.machine.name}, calculated", options.plot)
-
-
-def draw(found: Mapping[str, Plan], title: str, path: Path) -> None:
-    """Draw a bar per plan."""
-    from distlora.planner.plan_tables import plot_memory
-
-    plot_memory(found, title, path)

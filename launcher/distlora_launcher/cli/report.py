@@ -11,9 +11,8 @@ from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE
 from distlora_launcher.cli.status import Status, headline, statuses
 from distlora_launcher.launch.lock import CONFIG_NAME
-from distlora_launcher.report.final_report import commands_always, commands_when_done
 from distlora_launcher.report.records import PageStatus, read_run
-from distlora_launcher.report.run_page import run_report
+from distlora_launcher.report.run_page import commands_always, commands_when_done, run_report
 from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import say, shown
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.run_folder.layout import find_result
+from distlora.config.json_files import object_or_empty
+from distlora.results.record import Table
+from distlora.run_folder.layout import DATA_NAME, find_result
 from distlora.run_folder.submission import SLURM, read_submission
 from distlora.run_folder.sweep import is_sweep_folder
 from distlora.system import progress
@@ -18,9 +20,9 @@ from distlora_launcher.jobs.script import SCRIPT_NAME
 from distlora_launcher.launch.failures import Ending, read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.launch.processes import Process
-from distlora_launcher.report.progress import (
+from distlora_launcher.report.records import (
     Figures,
-    Saved,
+    NewestSave,
     age,
     newest_saved,
     read_figures,
@@ -29,7 +31,7 @@ from distlora_launcher.report.progress import (
     was_started,
 )
 from distlora_launcher.terminal.arguments import read
-from distlora_launcher.terminal.output import aligned, shown
+from distlora_launcher.terminal.output import shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +69,7 @@ class Status:
     figures: Figures
     total_steps: int | None
     seconds_left: float | None
-    saved: Saved | None
+    saved: NewestSave | None
     ending: Ending
     result: Path | None
     """Folder of the published result."""
@@ -158,7 +160,8 @@ def status_of(run_dir: Path, job_id: str | None, job: Job | None, unknown: str |
     except (UserError, OSError) as error:
         damaged = str(error)
     processes, ending, result = holders(run_dir), read_ending(run_dir), find_result(run_dir)
-    figures, total = read_figures(run_dir), None if config is None else total_steps(run_dir, config.train)
+    figures, data = read_figures(run_dir), object_or_empty(run_dir / DATA_NAME)
+    total = None if config is None else total_steps(config, data)
     state = _state(run_dir, job, processes, ending, result)
     return Status(
         run_dir=run_dir,
@@ -222,21 +225,13 @@ def describe(status: Status) -> str:
 
 def table(folder: Path, found: list[Status]) -> str:
     """Return a table with one line per run of a folder."""
-    rows = [("run", "state", "step", "loss", "held-out", "where")]
+    columns = {"run": "", "state": "", "step": "", "loss": ".4f", "held-out": ".4f", "where": ""}
+    rows = []
     for status in found:
-        figures = status.figures
-        total = f"/{status.total_steps}" if status.total_steps is not None else ""
-        rows.append(
-            (
-                status.run_dir.name,
-                status.state,
-                f"{figures.step}{total}",
-                "" if figures.loss is None else f"{figures.loss:.4f}",
-                "" if figures.eval_loss is None else f"{figures.eval_loss:.4f}",
-                _where(status),
-            )
-        )
-    lines = aligned(rows)
+        figures, total = status.figures, f"/{status.total_steps}" if status.total_steps is not None else ""
+        cells = [status.run_dir.name, status.state, f"{figures.step}{total}", figures.loss, figures.eval_loss]
+        rows.append([*("" if cell is None else cell for cell in cells), _where(status)])
+    lines = [Table("", columns, rows).text()]
     unknown = next((status.unknown for status in found if status.unknown is not None), None)
     lines += [f"{status.run_dir.name}: {status.damaged}" for status in found if status.damaged is not None]
     if unknown is not None:

@@ -23,8 +23,7 @@ from distlora.planner.choose import Choice, Search, choose, resolve_auto
 from distlora.planner.learning_rate import with_learning_rate
 from distlora.planner.machine import LocalHardware, Machine, machine_of, used_device
 from distlora.planner.model import PlannedModel, find_model
-from distlora.planner.plan_tables import largest
-from distlora.planner.report import lines, needs, verdict
+from distlora.planner.report import largest, lines, needs, verdict
 from distlora.planner.storage import keeps_on_host
 from distlora.planner.suggest import nearest
 from distlora.planner.workload import Workload

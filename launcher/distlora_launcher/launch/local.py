@@ -38,7 +38,7 @@ from distlora_launcher.launch.lock import CONFIG_NAME, lock_run, remove_records
 from distlora_launcher.launch.processes import Forwarder, forwarding
 from distlora_launcher.launch.rendezvous import Rendezvous
 from distlora_launcher.launch.workers import import_while, run_workers
-from distlora_launcher.report.final_report import write_final_report
+from distlora_launcher.report.run_page import write_final_report
 from distlora_launcher.terminal.output import say, shown
 
 

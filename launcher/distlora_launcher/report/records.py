@@ -1,6 +1,11 @@
-"""Read what a run folder holds for its report, in whatever state it is; what cannot be read is listed as a problem."""
+"""Read what a run folder holds for its report and its status, in whatever state it is.
+
+What cannot be read for a report is listed as a problem; of the newest figures it is None. Imports no torch.
+"""
 
 import contextlib
+import os
+import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +18,12 @@ from distlora.config.errors import in_one_line
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
 from distlora.planner.memory.measured import RECORDED
+from distlora.results.figures import Curve, Style, is_number
 from distlora.run_folder.expert_load import EXPERT_TOKENS, ExpertTokens, expert_tokens_in
 from distlora.run_folder.layout import (
     BEST_NAME,
     BEST_STEP_NAME,
+    CHECKPOINTS,
     DATA_NAME,
     ENVIRONMENT,
     MANIFEST_NAME,
@@ -27,17 +34,14 @@ from distlora.run_folder.layout import (
     checkpoint_folders,
     find_result,
     step_of,
+    steps,
 )
+from distlora.system.numbers import length
 
 SAMPLES_NAME = "samples.jsonl"
-MAX_POINTS = 600
-"""Points of a drawn curve: more than a screen has columns for it."""
 SMOOTHED_FROM = 12
 """Values from which their mean is drawn beside them."""
 _LINE_KEYS = ("step", "time")
-_MAX_NUMBER = 1e200
-"""Larger numbers are left out: sums of them leave what a float holds."""
-
 
 _NUMBER = (float, type(None))
 _PLAN: Shape = RECORDED | {
@@ -95,6 +99,10 @@ class Series:
         """Return the value at exactly this step."""
         index = bisect_left(self.steps, step)
         return self.values[index] if index < len(self) and self.steps[index] == step else None
+
+    def curve(self, name: str, *, colour: int = 0, style: Style = "line", is_named: bool = True) -> Curve:
+        """Return the series as a curve to draw."""
+        return Curve(name=name, x=self.steps, y=self.values, colour=colour, style=style, is_named=is_named)
 
     def lowest(self) -> tuple[float, float]:
         """Return (step, value) of the smallest value."""
@@ -273,13 +281,19 @@ def _saved_folder(folder: Path, name: str, what: str, step: int | None, *, is_wh
     return Saved(name=name, what=what, step=step, nbytes=nbytes, is_whole=is_whole)
 
 
-def read_metrics(path: Path) -> Metrics:
-    """Read the figures of a run; lines that are no record are counted. Raises OSError if the file cannot be read."""
+def read_metrics(path: Path, *, tail: int | None = None) -> Metrics:
+    """Read the figures of a run, or of the last `tail` bytes of its file; lines that are no record are counted.
+
+    Raises OSError if the file cannot be read.
+    """
     found = Metrics()
     if not path.is_file():  # Reading a pipe would wait for a writer.
         return found
     points: dict[tuple[bool, str], dict[int, float]] = {}
-    lines = path.read_bytes().split(b"\n")
+    with path.open("rb") as file:
+        cut = max(0, file.seek(0, os.SEEK_END) - tail) if tail is not None else 0
+        file.seek(cut)
+        lines = file.read().split(b"\n")[1 if cut else 0 :]
     for number, line in enumerate(lines):
         entry = _entry(line)
         if entry is None:
@@ -330,25 +344,6 @@ def window_of(series: Series) -> int:
     return max(5, len(series) // 16) | 1
 
 
-def thinned(series: Series, most: int = MAX_POINTS) -> Series:
-    """Return at most `most` points: both ends, and the smallest and largest value of each part, so no spike is lost."""
-    count = len(series)
-    if count <= most:
-        return series
-    kept = {0, count - 1}
-    parts = most // 2 - 1
-    for part in range(parts):
-        inside = range(count * part // parts, count * (part + 1) // parts)
-        kept |= {min(inside, key=series.values.__getitem__), max(inside, key=series.values.__getitem__)}
-    indices = sorted(kept)
-    return Series([series.steps[index] for index in indices], [series.values[index] for index in indices])
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a JSON value is a number whose sums stay within a float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _MAX_NUMBER
-
-
 def _entry(line: bytes) -> dict[str, Any] | None:
     if not line.startswith(b"{"):
         return None
@@ -358,3 +353,117 @@ def _entry(line: bytes) -> dict[str, Any] | None:
         return None
     step = entry.get("step")
     return entry if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 1 << 53 else None
+
+
+TAIL_BYTES = 256 * 1024
+"""Bytes read from the end of metrics.jsonl: some hundred steps."""
+PACE_STEPS = 20
+"""Number of steps that the pace is averaged over: single steps differ by up to half."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """The newest metrics; None for what was not logged yet."""
+
+    step: int = 0
+    loss: float | None = None
+    eval_loss: float | None = None
+    """Newest held-out loss after a step."""
+    tokens_per_second: float | None = None
+    """Mean over the last PACE_STEPS steps."""
+    peak_memory_bytes: float | None = None
+    """Peak bytes of tensors per rank so far, which the plan predicts."""
+    time: float | None = None
+    """Time of the newest line, in seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewestSave:
+    """The newest checkpoint."""
+
+    step: int
+    path: Path
+    time: float
+    """Time of the save, in seconds since 1970."""
+
+
+class NewMetrics:
+    """The lines of a run's metrics.jsonl that were written since the last look."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / METRICS_NAME
+        self._file, self._read = 0, 0
+        """Inode of the file, which a resume replaces, and bytes read of it."""
+
+    def look(self) -> list[dict[str, Any]]:
+        """Return the new whole lines; damaged ones, of an earlier start, are left out."""
+        try:
+            with self._path.open("rb") as file:
+                if (inode := os.fstat(file.fileno()).st_ino) != self._file:
+                    self._file, self._read = inode, 0
+                file.seek(self._read)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        records = []
+        for line in whole.splitlines():
+            with contextlib.suppress(UserError):
+                records.append(parse_object(line, METRICS_NAME, ""))
+        return [record for record in records if isinstance(record.get("step"), int)]
+
+
+def read_figures(run_dir: Path) -> Figures:
+    """Read the newest metrics of a run from the end of metrics.jsonl."""
+    metrics = Metrics()
+    with contextlib.suppress(OSError):
+        metrics = read_metrics(run_dir / METRICS_NAME, tail=TAIL_BYTES)
+    training, held_out = metrics.training, metrics.held_out.get("eval_loss")
+    newest = {name: training[name].values[-1] for name in ("loss", "peak_memory_bytes") if name in training}
+    rates = [rate for rate in training["tokens_per_second"].values if rate] if "tokens_per_second" in training else []
+    rates = rates[-PACE_STEPS:]
+    return Figures(
+        step=metrics.step,
+        eval_loss=held_out.values[-1] if held_out is not None and held_out.steps[-1] > 0 else None,
+        tokens_per_second=len(rates) / sum(1 / rate for rate in rates) if rates else None,
+        time=metrics.ended,
+        **newest,
+    )
+
+
+def total_steps(config: Config, data: Mapping[str, Any]) -> int | None:
+    """Return the number of steps of the whole run, given its data.json; None while its data is not prepared."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    try:
+        rows = int(data["splits"]["train"]["rows"])
+    except (LookupError, TypeError, ValueError):
+        return None
+    return config.train.total_steps(config.rows_per_epoch(rows)) if rows else None
+
+
+def seconds_left(figures: Figures, total: int | None, tokens_per_step: int) -> float | None:
+    """Return the seconds until the end at the pace of the last steps; None if that is not known."""
+    if total is None or not figures.tokens_per_second or figures.step == 0:
+        return None
+    tokens = (total - figures.step) * tokens_per_step
+    return max(0.0, tokens / figures.tokens_per_second)
+
+
+def newest_saved(run_dir: Path) -> NewestSave | None:
+    """Return the newest checkpoint by name, unverified."""
+    for folder in reversed(steps(run_dir / CHECKPOINTS)):
+        with contextlib.suppress(OSError):  # It was pruned just now.
+            return NewestSave(step=step_of(folder), path=folder, time=(folder / MANIFEST_NAME).stat().st_mtime)
+    return None
+
+
+def was_started(run_dir: Path) -> bool:
+    """Return whether workers have ever written something."""
+    return (run_dir / METRICS_NAME).exists() or any((run_dir / "logs").glob("rank_*"))
+
+
+def age(moment: float) -> str:
+    """Return the time since a moment (seconds since 1970) as `12 s`, `3 min`, `2 h` or `5 days`."""
+    return length(max(0.0, time.time() - moment))

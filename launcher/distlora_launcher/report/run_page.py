@@ -1,20 +1,35 @@
-"""Build the report of a run from its records (`run_report`)."""
+"""Build the report of a run from its records (`run_report`), with the commands to type next; write it at the end."""
 
-import dataclasses
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast, get_type_hints
+from typing import Any, cast
 
-from distlora.config import Config
-from distlora.config.file import as_plain, settings_by_name
+from distlora.config import Config, DataConfig, ModelConfig
+from distlora.config.file import settings_by_name
+from distlora.config.json_files import object_or_empty
 from distlora.planner.memory import KINDS, PHASES
 from distlora.planner.memory.measured import grouped
+from distlora.results.figures import Curve, Figure, as_text, draw
+from distlora.results.page import difference, loss, render
+from distlora.results.record import Table
 from distlora.run_folder.expert_load import idle_experts, imbalance
+from distlora.run_folder.layout import DATA_NAME, METRICS_NAME, REPORT_NAME, find_result
+from distlora.system import atomic_io
 from distlora.system.numbers import count, length, moment, number, size
-from distlora_launcher.report.charts import Chart, Line, draw
-from distlora_launcher.report.records import SMOOTHED_FROM, PageStatus, RunRecords, Sample, Series, smoothed, window_of
-from distlora_launcher.report.render import difference, loss, render
+from distlora_launcher.report.records import (
+    SMOOTHED_FROM,
+    PageStatus,
+    RunRecords,
+    Sample,
+    Series,
+    read_run,
+    smoothed,
+    total_steps,
+    window_of,
+)
+from distlora_launcher.terminal.output import say, shown, warn
 
 MAX_SAMPLES, MAX_PROMPTS = 12, 40
 """Samples per prompt, the first and the last among them, and prompts."""
@@ -59,14 +74,15 @@ def run_report(run: RunRecords, status: PageStatus) -> str:
         outcome=_outcome(run),
         notes=_notes(run, status),
         figures=list(_figures(run)),
-        charts=draw(list(_charts(run))),
+        charts=draw(_charts(run)),
         memory=_memory(run),
         plan_note=_plan_note(run),
-        comparison=list(_comparison(run)),
+        comparison=_comparison(run),
         experts=_experts(run),
         samples=_samples(run.samples),
         settings=None if run.config is None else _settings(run.config),
         sources=_sources(run.data),
+        saved=_saved(run),
         environment=_environment(run),
     )
 
@@ -134,7 +150,7 @@ def _figures(run: RunRecords) -> Iterator[tuple[str, str, str | None]]:
         mean = fmean(series.values[-window:], None if weights is None else weights[-window:])
         yield "training loss", loss(mean), f"mean{_over(run)} of the last {window:,} steps" if window > 1 else None
     if training:
-        total = _total_steps(run)
+        total = None if run.config is None else total_steps(run.config, run.data)
         yield "steps", f"{run.metrics.step:,}", None if total is None else f"of {total:,}"
     if (seconds := summary.get("train_seconds")) is not None:
         yield "training time", length(seconds), "of the steps alone"
@@ -153,52 +169,37 @@ def _figures(run: RunRecords) -> Iterator[tuple[str, str, str | None]]:
         yield "trained parameters", count(trained), share
 
 
-def _total_steps(run: RunRecords) -> int | None:
-    if run.config is None:
-        return None
-    train = run.config.train
-    if train.max_steps is not None:
-        return train.max_steps
-    rows = run.data.get("splits", {}).get("train", {}).get("rows")
-    return train.total_steps(run.config.rows_per_epoch(rows)) if rows else None
-
-
-def _charts(run: RunRecords) -> Iterator[Chart]:
-    training, config, plan = run.metrics.training, run.config, run.plan
+def _charts(run: RunRecords) -> Iterator[Figure]:
+    training, config = run.metrics.training, run.config
+    speed, peak = (run.plan.get("time") or {}).get("tokens_per_second"), run.plan.get("device", {}).get("peak")
     yield _loss_chart(run)
     if "lr" in training:
-        yield Chart(title="Learning rate", lines=[Line(name="lr", series=training["lr"])], from_zero=True)
+        yield Figure(title="Learning rate", curves=[training["lr"].curve("lr")], from_zero=True)
     if "grad_norm" in training:
-        clip = None if config is None else config.optim.max_grad_norm
-        lines = _with_mean("", training["grad_norm"], run)
-        levels = [("clipped at", clip)] if clip else []
-        yield Chart(title="Gradient norm", unit="before clipping", lines=lines, levels=levels)
+        levels = [("clipped at", None if config is None else config.optim.max_grad_norm or None)]
+        curves = _with_mean("", training["grad_norm"], run)
+        yield Figure(title="Gradient norm", unit="before clipping", curves=curves, levels=levels)
     if "tokens_per_second" in training:
-        planned = (plan.get("time") or {}).get("tokens_per_second")
-        levels = [] if planned is None else [("planned", planned)]
-        lines = _with_mean("", training["tokens_per_second"])
-        yield Chart(title="Speed", unit="tokens/s", lines=lines, levels=levels, from_zero=True)
+        curves, levels = _with_mean("", training["tokens_per_second"]), [("planned", speed)]
+        yield Figure(title="Speed", unit="tokens/s", curves=curves, levels=levels, from_zero=True)
     peaks = training.get("peak_memory_bytes")
     if peaks is not None and not peaks.is_constant:  # The table has a single value.
-        planned = plan.get("device", {}).get("peak")
-        levels = [] if planned is None else [("planned", planned)]
-        lines = [Line(name="measured", series=peaks)]
-        yield Chart(
-            title="Peak memory", unit="per rank so far", lines=lines, levels=levels, kind="bytes", from_zero=True
-        )
+        curves, levels = [peaks.curve("measured")], [("planned", peak)]
+        unit = "per rank so far"
+        yield Figure(title="Peak memory", unit=unit, curves=curves, levels=levels, kind="bytes", from_zero=True)
     if "mfu" in training:
-        lines = _with_mean("", training["mfu"])
-        yield Chart(title="MFU", unit="of the GPU's peak", lines=lines, kind="share", from_zero=True)
+        curves = _with_mean("", training["mfu"])
+        yield Figure(title="MFU", unit="of the GPU's peak", curves=curves, kind="share", from_zero=True)
     for name, series in training.items():
         if name not in _CHARTED | _TRAFFIC and not name.startswith("memory") and not series.is_constant:
-            lines = _with_mean("training", series)
+            curves = _with_mean("training", series)
             if (held_out := run.metrics.held_out.get(f"eval_{name}")) is not None:
-                lines.append(_held_out(held_out))
+                curves.append(_held_out(held_out))
             kind = "share" if name in ("rewards/accuracies", "answers/chosen", "experts/unused") else "number"
-            yield Chart(title=_TITLES.get(name, name), lines=lines, kind=cast(Any, kind))
+            yield Figure(title=_TITLES.get(name, name), curves=curves, kind=cast(Any, kind))
 
 
-def _loss_chart(run: RunRecords) -> Chart:
+def _loss_chart(run: RunRecords) -> Figure:
     training, held_out, note = run.metrics.training.get("loss"), run.metrics.held_out.get("eval_loss"), None
     lines = [] if training is None else _with_mean("training", training, run)
     if held_out is not None:
@@ -209,11 +210,11 @@ def _loss_chart(run: RunRecords) -> Chart:
         note = f"Not drawn because not finite: {name} of step {step:,}" + (f", and {others:,} more" if others else "")
     unit = "token" if run.config is None else run.config.train.needs.unit.removeprefix("target_").removesuffix("s")
     scale = "" if "reward" in run.metrics.training else "nats "  # GRPO's loss is no log-probability.
-    return Chart(title="Loss", unit=f"{scale}per {unit}", lines=lines, is_wide=True, note=note)
+    return Figure(title="Loss", unit=f"{scale}per {unit}", curves=lines, is_wide=True, note=note)
 
 
-def _held_out(series: Series) -> Line:
-    return Line(name="held out", series=series, colour=1, style="dotted points")
+def _held_out(series: Series) -> Curve:
+    return series.curve("held out", colour=1, style="dotted points")
 
 
 def _over(run: RunRecords) -> str:
@@ -222,17 +223,17 @@ def _over(run: RunRecords) -> str:
     return next((words for name, words in names.items() if name in run.metrics.training), "")
 
 
-def _with_mean(name: str, series: Series, weighted: RunRecords | None = None) -> list[Line]:
+def _with_mean(name: str, series: Series, weighted: RunRecords | None = None) -> list[Curve]:
     """Return a curve, and if it has many values also its running mean, weighted by the steps' tokens of a run."""
     if len(series) < SMOOTHED_FROM or series.is_constant:
-        return [Line(name=name or "each step", series=series)]
+        return [series.curve(name or "each step")]
     name = f"{name}, " if name else ""
     window, weights, over = window_of(series), None, ""
     if weighted is not None:
         weights, over = weighted.metrics.weights(series), _over(weighted)
     return [
-        Line(name=f"{name}each step", series=series, style="faint"),
-        Line(name=f"{name}mean{over} of {window:,} steps", series=smoothed(series, window, weights)),
+        series.curve(f"{name}each step", style="faint"),
+        smoothed(series, window, weights).curve(f"{name}mean{over} of {window:,} steps"),
     ]
 
 
@@ -293,15 +294,13 @@ def _categories(values: Mapping[str, Any], prefix: str) -> dict[str, float]:
     }
 
 
-def _comparison(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (figure, planned, measured, difference) of the figures that the plan or the run knows."""
+def _comparison(run: RunRecords) -> Table | None:
+    """Return the figures that the plan or the run knows."""
     plan, summary = run.plan, run.summary
-    if not plan:
-        return
     wire, disk = plan.get("wire", {}), plan.get("disk", {})
     saved = {saved.what: saved.nbytes for saved in run.saved}
     reduced = None if "reduced" not in wire else wire["reduced"] + wire.get("reduced_rows", 0)
-    rows: list[tuple[str, Any, Any]] = [
+    figures: list[tuple[str, Any, Any]] = [
         ("tokens/s", (plan.get("time") or {}).get("tokens_per_second"), summary.get("tokens_per_second")),
         (_RESIDENT, None, summary.get("resident_memory_bytes")),
         (_GATHERED, wire.get("gathered"), summary.get("gathered_bytes_per_step")),
@@ -311,13 +310,15 @@ def _comparison(run: RunRecords) -> Iterator[tuple[str, str, str, str]]:
         ("a checkpoint", disk.get("checkpoint"), saved.get("checkpoint")),
         ("the result", disk.get("result"), saved.get("result")),
     ]
-    for name, planned, measured in rows:
+    rows = []
+    for name, planned, measured in figures:
         if (not planned and not measured) or (_trials(run) > 1 and name not in _SHARED_BY_TRIALS):
             continue
         write = number if name == "tokens/s" else size
-        shown = ["" if value is None else write(value) for value in (planned, measured)]
-        both = planned is not None and measured is not None
-        yield name, shown[0] or "not planned", shown[1], difference(planned, measured) if both else ""
+        texts = ["" if value is None else write(value) for value in (planned, measured)]
+        gap = "" if planned is None or measured is None else difference(planned, measured)
+        rows.append([name, texts[0] or "not planned", texts[1], gap])
+    return Table("", ["figure", "planned", "measured", "difference"], rows) if plan and rows else None
 
 
 _LEVELS = ".\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
@@ -329,17 +330,18 @@ def _experts(run: RunRecords) -> dict[str, Any] | None:
     if run.metrics.expert_tokens is None:
         return None
     step, load = run.metrics.expert_tokens
-    frozen, idle, rows = run.summary.get("expert_layers_without_adapter", []), idle_experts(load), []
+    frozen, idle = run.summary.get("expert_layers_without_adapter", []), idle_experts(load)
+    rows: list[list[str | float]] = []
     for layer, tokens in sorted(load.items()):
         mean = sum(tokens) / len(tokens)
         bars = "".join(_LEVELS[0 if not n else min(1 + int(4 * n / mean), len(_LEVELS) - 1)] for n in tokens)
         notes = [idle.get(layer, ""), "no adapters" if str(layer) in frozen else ""]
-        rows.append(
-            (layer, tokens.index(max(tokens)), f"{imbalance(tokens):.2f} x", "; ".join(filter(None, notes)), bars)
-        )
+        over = f"{imbalance(tokens):.2f} x"
+        rows.append([layer, tokens.index(max(tokens)), over, "; ".join(filter(None, notes)), bars])
     count = sum(not n for tokens in load.values() for n in tokens)
     unused = f"No token chose {count:,} of {sum(map(len, load.values())):,} experts." if count else ""
-    return {"step": step, "rows": rows, "unused": unused}
+    columns = ["layer", "busiest expert", "over the mean", "no token", "load"]
+    return {"step": step, "table": Table("", columns, rows), "unused": unused}
 
 
 def _samples(samples: Sequence[Sample]) -> list[tuple[str, list[Sample], int]]:
@@ -360,7 +362,12 @@ def _samples(samples: Sequence[Sample]) -> list[tuple[str, list[Sample], int]]:
 def _settings(config: Config) -> dict[str, Any]:
     """Return (setting, value, default) of changed settings, and by section (setting, value) of the others."""
     values = {name: value for name, value in settings_by_name(config).items() if name != "run_dir"}
-    defaults = default_settings()
+    required: dict[str, Any] = {
+        "model": ModelConfig(path=NO_DEFAULT),
+        "data": DataConfig(path=NO_DEFAULT),
+        "run_dir": NO_DEFAULT,
+    }
+    defaults = settings_by_name(Config(**required))
     unchanged: dict[str, list[tuple[str, Any]]] = {}
     for name, value in values.items():
         if value == defaults.get(name):
@@ -369,34 +376,27 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"changed": changed, "unchanged": unchanged, "count": len(values) - len(changed)}
 
 
-def default_settings() -> dict[str, Any]:
-    """Return the default of each setting by its full name, as plain values; NO_DEFAULT if it must be set."""
-    defaults: dict[str, Any] = {}
-    hints = get_type_hints(Config)
-    for section in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(hints[section.name]):
-            for setting in dataclasses.fields(hints[section.name]):
-                defaults[f"{section.name}.{setting.name}"] = _default(setting)
-        else:
-            defaults[section.name] = _default(section)
-    return defaults
-
-
-def _default(item: dataclasses.Field[Any]) -> Any:
-    if item.default is not dataclasses.MISSING:
-        return as_plain(item.default)
-    return NO_DEFAULT if item.default_factory is dataclasses.MISSING else as_plain(item.default_factory())
-
-
-def _sources(data: Mapping[str, Any]) -> list[tuple[str, list[int | None], str]]:
-    """Return (split, its counts, its sources) of training and held-out data."""
+def _sources(data: Mapping[str, Any]) -> Table | None:
+    """Return the counts and the sources of training and held-out data."""
+    columns = {"": "", "documents": ",", "sequences": ",", "trained tokens": ",", "tokens": ",", "from": ""}
     rows = []
     for split, title in (("train", "training"), ("eval", "held out")):
         counts = data.get("splits", {}).get(split)
         if counts is not None:
-            numbers = [counts.get(name) for name in ("documents", "rows", "targets", "tokens")]
-            rows.append((title, numbers, ", ".join(map(_source, counts.get("sources", [])))))
-    return rows
+            numbers = [counts.get(name, "") for name in ("documents", "rows", "targets", "tokens")]
+            rows.append([title, *numbers, ", ".join(map(_source, counts.get("sources", [])))])
+    return Table("", columns, rows) if rows else None
+
+
+def _saved(run: RunRecords) -> Table | None:
+    columns = {"folder": "", "what": "", "step": ",", "held-out loss": "", "size": ""}
+    losses, rows = run.metrics.held_out.get("eval_loss"), []
+    for saved in run.saved:
+        at = None if losses is None or saved.step is None else losses.at(saved.step)
+        what = saved.what if saved.is_whole else f"{saved.what}, incomplete"
+        step = "" if saved.step is None else saved.step
+        rows.append([saved.name, what, step, "" if at is None else loss(at), size(saved.nbytes)])
+    return Table("", columns, rows) if rows else None
 
 
 def _source(source: Mapping[str, Any]) -> str:
@@ -409,8 +409,8 @@ def _source(source: Mapping[str, Any]) -> str:
     return " ".join(parts) + (f" ({share:.0%})" if isinstance(share, float) and share < 1 else "")
 
 
-def _environment(run: RunRecords) -> list[tuple[str, Any]]:
-    """Return (name, value) of the base, the machine and the versions."""
+def _environment(run: RunRecords) -> Table | None:
+    """Return the base, the machine and the versions."""
     model, machine = run.plan.get("model", {}), run.plan.get("machine", {})
     rows: list[tuple[str, Any]] = []
     if run.config is not None:
@@ -428,4 +428,62 @@ def _environment(run: RunRecords) -> list[tuple[str, Any]]:
     if "name" in machine and "ranks" in machine:
         ranks = machine["ranks"]
         rows.append(("planned for", f"{machine['name']}, {ranks:,} process{'es' if ranks > 1 else ''}"))
-    return rows + list(run.state.get("environment", {}).items())
+    rows += run.state.get("environment", {}).items()
+    return Table("", ["", ""], [[name, as_text(value)] for name, value in rows]) if rows else None
+
+
+MAX_METRICS_BYTES = 4_000_000
+"""Largest metrics.jsonl of which a report is made as the run ends: some ten thousand steps, 0.3 s."""
+
+
+def write_final_report(run_dir: Path) -> None:
+    """Write the report of a run whose workers have ended well. A failure is printed and costs the run nothing."""
+    command = f"distlora report {shown(run_dir)}"
+    try:
+        if (run_dir / METRICS_NAME).stat().st_size > MAX_METRICS_BYTES:
+            say(f"write a report of it with: {command}")
+            return
+        write_report(run_dir)
+        say(f"report {shown(run_dir / REPORT_NAME)}")
+    except Exception as error:
+        warn(f"no report was written ({type(error).__name__}: {error}); the run is complete; try {command}")
+
+
+def write_report(run_dir: Path) -> None:
+    """Write RUN/report.html of a run that has its result, even while its launcher still holds the lock."""
+    result = find_result(run_dir)
+    headline = f"is done: {shown(result)}" if result is not None else "is done"
+    standing = PageStatus(
+        state="done",
+        headline=headline,
+        commands=(*commands_when_done(run_dir, result), *commands_always(run_dir)),
+    )
+    atomic_io.write_text(run_dir / REPORT_NAME, run_report(read_run(run_dir), standing))
+
+
+def commands_when_done(run_dir: Path, result: Path | None) -> list[tuple[str, str]]:
+    """Return (command, what it does) for a run with a result."""
+    run, is_adapter = shlex.quote(str(run_dir)), result is not None and result.name == "adapter"
+    splits = object_or_empty(run_dir / DATA_NAME).get("splits")
+    text = "" if isinstance(splits, dict) and "eval" in splits else " --text FILE"
+    commands = [
+        (f"distlora generate {run}", "chat with the result"),
+        (f"distlora eval {run}{text}", f"compare it with the base on {'documents' if text else 'the held-out data'}"),
+    ]
+    if is_adapter:
+        commands.append((f"distlora merge {run}", "merge the adapter into the base: a Hugging Face model folder"))
+    commands.append((f"distlora export {run} --format gguf", "make a GGUF file for llama.cpp or Ollama"))
+    commands.append((f"distlora push {run} ORG/NAME", "upload it to the Hugging Face hub, with a model card"))
+    if is_adapter:
+        train = f"distlora train ... adapter.init_from={shlex.quote(str(result))}"
+        commands.append((train, "train it further, on other data or for longer"))
+    return commands
+
+
+def commands_always(run_dir: Path) -> list[tuple[str, str]]:
+    """Return (command, what it does) for a run in any state."""
+    run = shlex.quote(str(run_dir))
+    return [
+        (f"distlora verify {run}", "check every byte of its checkpoints and records"),
+        (f"distlora report {run}", "write this report again"),
+    ]

@@ -7,23 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import SweepConfig
+from distlora.results.figures import PAGE_COLOURS, Curve, Figure, draw, is_number, thinned
+from distlora.results.page import loss, render, shorten
 from distlora.run_folder.layout import METRICS_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, WAITING, TrialRecord, best_of, counted, ranked, words_of
 from distlora.system.numbers import count, number, size
-from distlora_launcher.report.charts import COLOURS, Chart, Figure, Line, draw, parallel_coordinates
 from distlora_launcher.report.records import (
     SMOOTHED_FROM,
     PageStatus,
     Series,
-    is_number,
     read_metrics,
     recorded,
     series_of,
     smoothed,
-    thinned,
     window_of,
 )
-from distlora_launcher.report.render import loss, render, shorten
 
 MAX_CURVE_POINTS = 150
 """Points of a trial's training loss."""
@@ -90,7 +88,7 @@ def training_losses(sweep: Path, trials: Sequence[TrialRecord], problems: list[s
             if series is not None:
                 weights, is_long = metrics.weights(series), len(series) >= SMOOTHED_FROM
                 curve = smoothed(series, window_of(series), weights) if is_long else series
-                losses[trial] = thinned(curve, MAX_CURVE_POINTS)
+                losses[trial] = Series(*thinned(curve.steps, curve.values, MAX_CURVE_POINTS))
     return losses
 
 
@@ -111,7 +109,7 @@ def sweep_report(sweep: SweepRecords, status: PageStatus) -> str:
         ranks=draw(_rank_chart(sweep)),
         table=_table(sweep),
         charts=draw(_curves(sweep)),
-        coordinates=_coordinates(sweep),
+        by_setting=draw(_by_setting(sweep)),
         better="lower" if sweep.direction == "minimize" else "higher",
         importance=sorted(importance.items(), key=lambda item: -item[1]),
         failures=[
@@ -124,7 +122,7 @@ def sweep_report(sweep: SweepRecords, status: PageStatus) -> str:
     )
 
 
-def _rank_chart(sweep: SweepRecords) -> list[Chart]:
+def _rank_chart(sweep: SweepRecords) -> list[Figure]:
     """Return the value by rank of a rank search, with that of full fine-tuning as a level."""
     if sweep.settings is None or sweep.settings.method != "rank_search":
         return []
@@ -135,9 +133,9 @@ def _rank_chart(sweep: SweepRecords) -> list[Chart]:
     full = [("full fine-tuning", t.value) for t in complete if t.value and t.values.get("adapter") == "full"]
     order = sorted(ranks)
     series = Series(range(len(order)), [ranks[rank] or 0.0 for rank in order])
-    line = Line(name=sweep.metric, series=series, style="line points")
+    line = series.curve(sweep.metric, style="line points")
     words = [f"{rank:,}" for rank in order]
-    return [Chart(title=f"{sweep.metric} by rank", lines=[line], levels=full, x_name="r", x_words=words)]
+    return [Figure(title=f"{sweep.metric} by rank", curves=[line], levels=full, x_name="r", x_words=words)]
 
 
 def _best_figures(sweep: SweepRecords, best: TrialRecord) -> Iterator[tuple[str, str, None]]:
@@ -176,30 +174,29 @@ def _table(sweep: SweepRecords) -> dict[str, Any] | None:
     }
 
 
-def _curves(sweep: SweepRecords) -> list[Chart]:
+def _curves(sweep: SweepRecords) -> list[Figure]:
     held_out = {trial.number: series_of(trial.evaluations) for trial in sweep.trials}
     if all(len(series) < 2 for series in held_out.values()):
         held_out = {}  # The table has the single values.
-    best = "; the best one is drawn strong" if len(sweep.trials) > len(COLOURS) else ""
+    best = "; the best one is drawn strong" if len(sweep.trials) > len(PAGE_COLOURS) else ""
     return [
-        Chart(title=sweep.metric, unit=f"by trial{best}", lines=_lines(sweep, held_out, "line points"), is_wide=True),
-        Chart(
+        Figure(title=sweep.metric, unit=f"by trial{best}", curves=_lines(sweep, held_out, "line points"), is_wide=True),
+        Figure(
             title="Training loss",
             unit=f"by trial, smoothed{best}",
-            lines=_lines(sweep, sweep.losses, "line"),
+            curves=_lines(sweep, sweep.losses, "line"),
             is_wide=True,
         ),
     ]
 
 
-def _lines(sweep: SweepRecords, series: Mapping[int, Series], style: Any) -> list[Line]:
+def _lines(sweep: SweepRecords, series: Mapping[int, Series], style: Any) -> list[Curve]:
     """Return a curve per trial: few in a colour each, of many the best over the others in grey."""
     trials = [trial for trial in ranked(sweep.trials, sweep.direction) if len(series.get(trial.number, ()))]
-    best, are_few = sweep.best, len(trials) <= len(COLOURS)
+    best, are_few = sweep.best, len(trials) <= len(PAGE_COLOURS)
     lines = [
-        Line(
-            name=_name(trial, is_best=trial == best),
-            series=series[trial.number],
+        series[trial.number].curve(
+            _name(trial, is_best=trial == best),
             colour=place if are_few else 0,
             style="muted" if not are_few and trial != best else style,
             is_named=are_few or trial == best,
@@ -214,12 +211,27 @@ def _name(trial: TrialRecord, *, is_best: bool) -> str:
     return f"{trial.number}: {values if len(values) <= 60 else values[:58] + '...'}{' (best)' if is_best else ''}"
 
 
-def _coordinates(sweep: SweepRecords) -> Figure | None:
-    # Full fine-tuning in a rank search has settings of its own, which are no axis of the other trials.
-    names = [name for name in sweep.searched if all(name in trial.values for trial in sweep.trials)]
-    trials = [trial for trial in sweep.trials if trial.state != WAITING]
-    values = [([*(trial.values.get(name) for name in names), trial.value], trial == sweep.best) for trial in trials]
-    return parallel_coordinates([*names, sweep.metric], values)
+def _by_setting(sweep: SweepRecords) -> Iterator[Figure]:
+    """Yield the compared value over each setting that all trials have, with the best trial in a colour of its own."""
+    trials = [trial for trial in sweep.trials if trial.state != WAITING and trial.value is not None]
+    for name in sweep.searched if len(trials) > 1 else ():
+        if not all(name in trial.values for trial in sweep.trials):
+            continue  # Full fine-tuning in a rank search has settings of its own.
+        values = [trial.values[name] for trial in trials]
+        words = [] if all(map(is_number, values)) else list(dict.fromkeys(map(shorten, values)))
+        x = [words.index(shorten(value)) for value in values] if words else values
+        curves = [
+            Curve(
+                name="the best trial" if is_best else "other trials",
+                x=[place for place, trial in zip(x, trials, strict=True) if (trial == sweep.best) == is_best],
+                y=[trial.value or 0.0 for trial in trials if (trial == sweep.best) == is_best],
+                style="points",
+                colour=is_best,
+            )
+            for is_best in (False, True)
+        ]
+        is_log = not words and min(x) > 0 and max(x) >= 8 * min(x)
+        yield Figure(title=name, curves=curves, x_name=name, x_words=words, x_scale="log" if is_log else "linear")
 
 
 def _settings(sweep: SweepRecords) -> dict[str, Any]:

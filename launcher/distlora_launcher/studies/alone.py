@@ -16,7 +16,7 @@ from distlora.training.trackers.wandb_agent import VARIABLES
 from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.failures import read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
-from distlora_launcher.report.progress import read_figures
+from distlora_launcher.report.records import read_figures
 from distlora_launcher.studies.placement import Outcome, Placement, Trial
 from distlora_launcher.studies.sweep import LOGS, Sweep
 

@@ -34,7 +34,7 @@ from distlora.planner import plan_of
 from distlora.planner.learning_rate import FULL_RATIO
 from distlora.planner.model import PlannedModel
 from distlora.planner.report import needs
-from distlora.results.tables import Table
+from distlora.results.record import Table
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, check_paired, read_documents
 from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord
@@ -236,7 +236,7 @@ class Comparison:
                     row["verdict"],
                 ]
             )
-        return Table("Ranks", lines)
+        return Table("Ranks", lines[0], lines[1:])
 
     def sentences(self) -> Iterator[str]:
         """Yield the recommendation and its reason, the gain of full fine-tuning, failures and warnings."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.results.tables import Table
+from distlora.results.record import Record, Table
 from distlora.run_folder import sweep as sweep_folder
 from distlora.run_folder.layout import REPORT_NAME
 from distlora.run_folder.sweep import (
@@ -28,13 +28,12 @@ from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.submit import live_jobs
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.launch.processes import Process
-from distlora_launcher.report.final_report import write_report
-from distlora_launcher.report.progress import read_figures
-from distlora_launcher.report.records import PageStatus, recorded
+from distlora_launcher.report.records import PageStatus, read_figures, recorded
+from distlora_launcher.report.run_page import write_report
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
 from distlora_launcher.studies.sources import Due, Source, make_source
 from distlora_launcher.studies.sweep import Sweep, load_sweep
-from distlora_launcher.terminal.output import aligned, say, shown, warn
+from distlora_launcher.terminal.output import say, shown, warn
 
 RESULTS_MD = "results.md"
 CONCLUSION_NAME = "conclusion.json"
@@ -48,33 +47,19 @@ def best_of(sweep: Sweep, trials: Sequence[TrialRecord]) -> TrialRecord | None:
     return sweep_folder.best_of(trials, sweep.settings.direction)
 
 
-def table_rows(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = None) -> list[list[str]]:
-    """Return the table's lines, headings first."""
+def results_table(sweep: Sweep, trials: Sequence[TrialRecord], *, longest: int | None = None) -> Table:
+    """Return the trials, best first; reasons have at most `longest` characters."""
     settings = list(dict.fromkeys(name for trial in trials for name in trial.values))
-    lines = [["trial", *settings, sweep.settings.metric, "step", "time", "state", ""]]
-    best = best_of(sweep, trials)
+    columns = {"trial": "", **dict.fromkeys(settings, ""), sweep.settings.metric: ".4f", "step": ","}
+    rows, best = [], best_of(sweep, trials)
     for trial in ranked(trials, sweep.settings.direction):
         note = "best" if trial == best else " ".join((trial.reason or "").split())
-        lines.append(
-            [
-                str(trial.number),
-                *(
-                    " ".join(format_value(trial.values[name]).split()) if name in trial.values else ""
-                    for name in settings
-                ),
-                "" if trial.value is None else f"{trial.value:.4f}",
-                "" if trial.step is None else f"{trial.step:,}",
-                "" if trial.seconds is None else length(trial.seconds),
-                trial.state,
-                note if longest is None or len(note) <= longest else note[: longest - 4] + " ...",
-            ]
-        )
-    return lines
-
-
-def format_table(sweep: Sweep, trials: Sequence[TrialRecord]) -> str:
-    """Return the table for a terminal."""
-    return "\n".join(aligned(table_rows(sweep, trials, longest=LONGEST_REASON)))
+        texts = [format_value(trial.values[name]) if name in trial.values else "" for name in settings]
+        figures = ["" if value is None else value for value in (trial.value, trial.step)]
+        note = note if longest is None or len(note) <= longest else note[: longest - 4] + " ..."
+        time = "" if trial.seconds is None else length(trial.seconds)
+        rows.append([str(trial.number), *texts, *figures, time, trial.state, note])
+    return Table("", columns | {"time": "", "state": "", "note": ""}, rows)
 
 
 def summary_lines(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
@@ -89,16 +74,12 @@ def summary_lines(sweep: Sweep, trials: Sequence[TrialRecord]) -> list[str]:
 
 def write_table(sweep: Sweep, trials: Sequence[TrialRecord], source: Source) -> None:
     """Write SWEEP/results.md, and SWEEP/conclusion.json if the source concludes something."""
-    parts = [
-        f"# {sweep.folder.name}",
-        Table("Trials", table_rows(sweep, trials)).markdown(),
-        "\n".join(f"- {line}" for line in summary_lines(sweep, trials)),
-    ]
     conclusion = source.conclusion(trials)
     if conclusion:
-        parts.append("\n".join(conclusion))
         atomic_io.write_json(sweep.folder / CONCLUSION_NAME, source.figures(trials))
-    atomic_io.write_text(sweep.folder / RESULTS_MD, "\n\n".join(parts) + "\n")
+    findings, table = summary_lines(sweep, trials), results_table(sweep, trials)
+    found = Record(title=sweep.folder.name, findings=findings, tables=[table], notes="\n".join(conclusion))
+    atomic_io.write_text(sweep.folder / RESULTS_MD, found.markdown())
 
 
 def format_value(value: Any) -> str:
@@ -176,7 +157,7 @@ def describe_status(status: SweepStatus) -> str:
             f"  SLURM job {job.job_id}: {job.state.lower()}{why}{'' if job.nodes is None else f' on {job.nodes}'}"
         ]
     if status.trials:
-        lines += [format_table(status.sweep, status.trials)]
+        lines += [results_table(status.sweep, status.trials, longest=LONGEST_REASON).text()]
     lines += summary_lines(status.sweep, status.trials)
     return "\n".join([*lines, f"next: {status.next}"])
 

@@ -49,7 +49,7 @@ from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.local import create_run, prepare
 from distlora_launcher.launch.processes import Forwarder, forwarding
 from distlora_launcher.studies.multi_trial import plan_first_run
-from distlora_launcher.studies.results import format_table, summary_lines
+from distlora_launcher.studies.results import LONGEST_REASON, results_table, summary_lines
 from distlora_launcher.studies.sources import Listed, Source, make_source
 from distlora_launcher.studies.sweep import (
     LOGS,
@@ -152,7 +152,7 @@ def run_workers_here(sweep: Sweep, processes: int) -> int:
 def show_results(sweep: Sweep, trials: Sequence[TrialRecord], source: Source) -> int:
     """Print the table. Returns 1 if no trial is complete, else 0."""
     trials = at_rest(trials)  # The workers have ended.
-    say(f"\n{format_table(sweep, trials)}\n")
+    say(f"\n{results_table(sweep, trials, longest=LONGEST_REASON).text()}\n")
     for line in [*summary_lines(sweep, trials), *source.conclusion(trials)]:
         say(line)
     return DONE if any(trial.state == COMPLETE for trial in trials) else FAILED

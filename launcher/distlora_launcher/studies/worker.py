@@ -27,7 +27,7 @@ from distlora.system.numbers import length
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.launch.processes import Forwarder, block, forwarding
-from distlora_launcher.report.progress import NewMetrics
+from distlora_launcher.report.records import NewMetrics
 from distlora_launcher.studies.alone import POLL_SECONDS, Alone
 from distlora_launcher.studies.multi_trial import Together
 from distlora_launcher.studies.placement import Outcome, Placement, Trial

@@ -9,7 +9,6 @@ import select
 import shutil
 import sys
 import termios
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -109,12 +108,6 @@ def name_of(place: str) -> str:
         return place
     path = Path(place)
     return f"{path.parent.name}/{path.name}" if path.name == "model" else path.name
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _write(stream: TextIO, text: str) -> None:

@@ -1,1 +1,0 @@
-"""Measure the intrinsic dimension of fine-tuning: `distlora analyze intrinsic`."""

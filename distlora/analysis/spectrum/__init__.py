@@ -1,1 +1,0 @@
-"""Measure how training changed the singular values and vectors of a base's weights."""

@@ -1,1 +1,0 @@
-"""Evaluate base, adapted and merged models side by side."""

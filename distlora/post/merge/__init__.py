@@ -1,1 +1,0 @@
-"""Merge a base and its adapter into one model in Hugging Face format, streamed, with a receipt."""

@@ -1,7 +1,5 @@
 """Mixtures: shares of the trained tokens, what is left out or repeated, and that choices depend on the data alone."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,8 +10,6 @@ from distlora.data.packing import Mixture, copies
 from distlora.data.prepare import summary
 from distlora.data.rows import PackedRows, read_meta
 from support.data_folders import CHATML, chat, prepare, write_lines, write_model
-
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 @st.composite
@@ -141,18 +137,3 @@ def test_a_streamed_mixture_reads_both_sources_as_far_as_their_shares_need(prepa
     assert meta["ended"] == [True, False], "reading on would not help: the first source ends the mixture"
     assert counts["sources"][0]["documents"] == 40
     assert counts["sources"][1]["documents"] < 300
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the sample data of {SHARED} is not on this machine")
-def test_alpaca_and_wikipedia_are_mixed_by_trained_tokens_within_two_percent(tmp_path, folders, prepared):
-    """Seven to three, in both strategies, on the tokenizer of the small models (which has a chat template)."""
-    sources = [
-        {"path": str(SHARED / "alpaca_en_demo.json"), "weight": 0.7},
-        {"path": str(SHARED / "wiki_demo.txt"), "weight": 0.3},
-    ]
-    for strategy in ("first_exhausted", "all_exhausted"):
-        meta, entry = prepared(sources, model_path=folders / "llama", sequence_length=512, stopping_strategy=strategy)
-        shares_got = [source["share"] for source in meta["splits"]["train"]["sources"]]
-        assert shares_got == pytest.approx([0.7, 0.3], abs=0.02)
-        assert PackedRows.open(entry, "train").targets.sum() == meta["splits"]["train"]["targets"]
-        assert meta["splits"]["train"]["documents"] > 500

@@ -144,10 +144,8 @@ def check_config(
     limit = settings.get("max_position_embeddings")
     if isinstance(limit, int) and sequence_length is not None and sequence_length > limit:
         raise UserError(
-            field="data.sequence_length",
-            value=f"{sequence_length:,}",
-            reason=f"is beyond the model's {limit:,} positions (max_position_embeddings in {place})",
-            cure=f"set {{field}}={limit} or less",
+            f"{{data.sequence_length}}={sequence_length:,} is beyond the model's {limit:,} positions "
+            f"(max_position_embeddings in {place}); set {{data.sequence_length}}={limit} or less"
         )
     return architecture
 
@@ -181,9 +179,8 @@ def _check_rope(
         original = 4096 if architecture.model_type == "phi3" else settings.get("max_position_embeddings")
     if isinstance(original, int) and sequence_length is not None and sequence_length > original:
         raise UserError(
-            field="data.sequence_length",
-            value=f"{sequence_length:,}",
-            reason=f"is beyond {original:,} tokens (original_max_position_embeddings in {place}), where longrope picks "
-            "its factors by the longest document of the batch and packed documents differ from single ones",
-            cure=f"set {{field}}={original} or less",
+            f"{{data.sequence_length}}={sequence_length:,} is beyond {original:,} tokens "
+            f"(original_max_position_embeddings in {place}), where longrope picks its factors by the longest document "
+            "of the batch and packed documents differ from single ones; set {data.sequence_length}="
+            f"{original} or less"
         )

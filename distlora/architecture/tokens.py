@@ -72,18 +72,13 @@ def load_tokenizer(
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         raise UserError(
-            field="model.path",
-            value=str(model_dir),
-            reason=f"holds no tokenizer that can be loaded: {reason}",
-            cure="copy its files into it again (tokenizer.save_pretrained writes them)",
+            f"{{model.path}}={model_dir} holds no tokenizer that can be loaded: {reason}; copy its files into it again "
+            "(tokenizer.save_pretrained writes them)"
         ) from error
     if not isinstance(tokenizer.model_max_length, (int, float)):  # Every call compares with it.
         raise UserError(
-            field="model.path",
-            value=str(model_dir),
-            reason=f"holds model_max_length={short(tokenizer.model_max_length)} in tokenizer_config.json, which is "
-            "not a number of tokens",
-            cure="copy the tokenizer's files into it again",
+            f"{{model.path}}={model_dir} holds model_max_length={short(tokenizer.model_max_length)} in "
+            "tokenizer_config.json, which is not a number of tokens; copy the tokenizer's files into it again"
         )
     beside = model_dir / "chat_template.json"  # Of the processor of a model of images and text.
     if tokenizer.chat_template is None and beside.is_file():

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from distlora.config.errors import nearest, require, require_choice, require_choices, require_positive
+from distlora.config.errors import (
+    Refusals,
+    count_from,
+    nearest,
+    positive,
+    require,
+    require_choice,
+    twice,
+)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -81,7 +89,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 Number = TypeVar("Number", int, float)
 
-_PATTERN = r"(.*\.)?({})$"
+PATTERN = r"(.*\.)?({})$"
 """Matches from the start of a path, or after a dot, to its end."""
 
 
@@ -107,22 +115,6 @@ class ModelConfig:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     """Special tokens to replace: bos_token, eos_token, pad_token or unk_token, by texts of the vocabulary or of
     `new_tokens`: {eos_token: <|im_end|>}. eos_token ends documents, answers and generation."""
-
-    def __post_init__(self) -> None:
-        for key, text in self.special_tokens.items():
-            require(
-                key in SPECIAL_TOKENS,
-                f"model.special_tokens has no {key!r}{nearest(key, SPECIAL_TOKENS)}; set {', '.join(SPECIAL_TOKENS)} "
-                "there, and write texts that the vocabulary lacks in model.new_tokens",
-            )
-            require(text.strip() != "", f"model.special_tokens.{key} is empty; write the token's text, or leave it out")
-        for text in self.new_tokens:
-            require(
-                text.strip() == text != "",
-                f"model.new_tokens has {text!r}, which is empty or has spaces around it; write the token's text alone",
-            )
-        twice = [text for index, text in enumerate(self.new_tokens) if text in self.new_tokens[:index]]
-        require(not twice, f"model.new_tokens names {twice[0]} twice; leave one out" if twice else "")
 
     @property
     def changes_tokenizer(self) -> bool:
@@ -200,46 +192,6 @@ class AdapterConfig:
     """Modules trained whole beside the adapters, and saved with them: embed_tokens, lm_head or both. They take 16 bytes
     per parameter, sharded over the ranks: 34 GB for both of a 70B model. Tied ones are trained separately."""
 
-    def __post_init__(self) -> None:
-        require_choices("adapter", self)
-        require(self.r > 0, f"adapter.r={self.r} is not a valid rank; set adapter.r=1 or more (16 is a common start)")
-        require_positive("adapter", self, "lora_alpha")
-        check_init(self.init)
-        require(
-            not (self.decomposes and self.init_from is not None),
-            f"adapter.init={self.init} has no effect with adapter.init_from={self.init_from}, which holds A and B; "
-            "leave one of them out",
-        )
-        require(
-            not self.init_from_loftq or self.init_from is not None,
-            "adapter.init_from_loftq=true has no effect without adapter.init_from, whose file records it; leave it out",
-        )
-        require(
-            not (self.decomposes and self.use_dora),
-            f"adapter.init={self.init} cannot be combined with adapter.use_dora=true; set adapter.use_dora=false or "
-            "adapter.init=kaiming",
-        )
-        require(
-            len(self.target_modules) > 0 or len(self.target_parameters) > 0,
-            "adapter.target_modules is empty; set adapter.target_modules=all-linear",
-        )
-        require(
-            0 <= self.lora_dropout < 1,
-            f"adapter.lora_dropout={self.lora_dropout} is not a fraction below 1; set adapter.lora_dropout=0.05 or 0",
-        )
-        _check_indices(self.trainable_token_indices)
-        _check_saved_modules(self.modules_to_save, self.trainable_token_indices)
-        for setting, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            for key, value in pattern.items():
-                where = f"adapter.{setting}.{key}"
-                require(0 < value < math.inf, f"{where}={value} must be positive; set it to a number above 0")
-                try:
-                    re.compile(_PATTERN.format(key))
-                except re.error as error:
-                    require(
-                        False, f"{where}: {key!r} is not a valid regular expression ({error}); write a module's name"
-                    )
-
     @property
     def decomposes(self) -> bool:
         """Return whether the start is computed from the base's weights."""
@@ -299,40 +251,6 @@ class AdapterConfig:
         return self.alpha_of(path) / (rank**0.5 if self.use_rslora else rank)
 
 
-def _check_saved_modules(
-    names: tuple[str, ...], indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
-) -> None:
-    """Refuse modules that cannot be trained whole, and rows that are trained twice."""
-    for index, name in enumerate(names):
-        require(
-            name in SAVED_MODULES,
-            f"adapter.modules_to_save has {name!r}{nearest(name, SAVED_MODULES)}; only {' and '.join(SAVED_MODULES)} "
-            f"can be trained fully beside adapters, and adapter=full trains everything",
-        )
-        require(name not in names[:index], f"adapter.modules_to_save names {name} twice; leave one out")
-    chosen = indices if isinstance(indices, Mapping) else {SAVED_MODULES[0]: indices or ()}
-    for name in names:
-        require(
-            not chosen.get(name),
-            f"adapter.trainable_token_indices trains rows of {name}, which adapter.modules_to_save trains fully; leave "
-            "it out of one of them",
-        )
-
-
-def _check_indices(named: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None) -> None:
-    """Refuse negative and repeated token ids."""
-    setting = "adapter.trainable_token_indices"
-    for matrix, ids in named.items() if isinstance(named, Mapping) else ((None, named or ()),):
-        where = setting if matrix is None else f"{setting}.{matrix}"
-        if matrix is not None:
-            require_choice(f"{setting}'s matrix", matrix, ("embed_tokens", "lm_head"))
-            require(len(ids) > 0, f"{where} is empty; leave {matrix} out")
-        negative = next((id for id in ids if id < 0), None)
-        require(negative is None, f"{where} has {negative}, and ids of tokens start at 0; write the token's id")
-        twice = next((id for index, id in enumerate(ids) if id in ids[:index]), None)
-        require(twice is None, f"{where} has {twice} twice; leave one out")
-
-
 def _by_pattern(pattern: Mapping[str, Number], path: str, default: Number) -> Number:
     """Return the value of the first key that means `path`."""
     return next((value for key, value in pattern.items() if matches(key, path)), default)
@@ -340,7 +258,7 @@ def _by_pattern(pattern: Mapping[str, Number], path: str, default: Number) -> Nu
 
 def matches(key: str, path: str) -> bool:
     """Return whether a key of rank_pattern or alpha_pattern means `path`, by PEFT's rule (get_pattern_key)."""
-    return re.match(_PATTERN.format(key), path) is not None
+    return re.match(PATTERN.format(key), path) is not None
 
 
 DENSE = "bf16"
@@ -386,45 +304,6 @@ class QuantConfig:
     cache_gb: float | None = 200.0
     """Largest size of the cache in GB (1e9 bytes); the least recently used base is removed first. null: no limit."""
 
-    def __post_init__(self) -> None:
-        require_choice("quant.method", self.method, ("nf4", "keep", "mixed", "none", "auto"))
-        self._check_mixed()
-        dense = self.dense_layers
-        require(
-            dense == "auto" or (isinstance(dense, int) and dense >= 0),
-            f"quant.dense_layers={dense} is not a valid number of layers; set it to 0 or more, or to auto (as many "
-            "as fit)",
-        )
-        require(
-            dense == 0 or self.method != "none",
-            f"quant.dense_layers={dense} has no effect with quant=none, which dequantizes nothing; leave it out, or "
-            "set quant=nf4",
-        )
-        require(
-            self.cache_gb is None or 0 < self.cache_gb < math.inf,
-            f"quant.cache_gb={self.cache_gb} is not a positive number of gigabytes; set quant.cache_gb=200, null for "
-            "no limit, or quant.cache=false to keep nothing",
-        )
-
-    def _check_mixed(self) -> None:
-        """Refuse settings of quant=mixed without it, and formats that it does not have."""
-        for name in ("budget", "harm", "formats"):
-            require(
-                self.method == "mixed" or getattr(self, name) is None,
-                f"quant.{name} has no effect with quant={self.method}; leave it out, or set quant=mixed",
-            )
-        require(
-            self.budget is None or 4 < self.budget <= 32,
-            f"quant.budget={self.budget} is not a number of bits per weight that formats of 4.13 to 16 bits can meet; "
-            "set quant.budget=4.5",
-        )
-        names: set[str] = set()
-        for format, weights in (self.formats or {}).items():
-            require_choice("quant.formats' key", format, MIXED_FORMATS[1:])
-            twice = sorted(names.intersection(weights))
-            require(not twice, f"quant.formats has {twice[0] if twice else ''} twice; leave one out")
-            names.update(weights)
-
     @property
     def default_format(self) -> str | None:
         """Format of the large weights of the layers, unless `formats` has another; None: dense. UserError for `auto`.
@@ -460,15 +339,106 @@ class QuantConfig:
         """Number of dense layers; 0 for `auto`, before it is resolved."""
         return self.dense_layers if isinstance(self.dense_layers, int) else 0
 
-    def check_layers(self, num_layers: int) -> None:
-        """Refuse more dense layers than a model has."""
-        require(
-            self.num_dense <= num_layers,
-            f"quant.dense_layers={self.dense_layers} is more than the {num_layers:,} layers of this model; set "
-            f"quant.dense_layers={num_layers}, or auto (as many as fit)",
-        )
-
     @property
     def keeps_shards(self) -> bool:
         """Return whether quantized shards are kept between runs."""
         return self.cache and self.is_nf4
+
+
+def check_model(model: ModelConfig) -> Refusals:
+    """Check the tokens."""
+    for key, text in model.special_tokens.items():
+        if key not in SPECIAL_TOKENS:
+            yield (
+                f"model.special_tokens has no {key!r}{nearest(key, SPECIAL_TOKENS)}; set {', '.join(SPECIAL_TOKENS)} "
+                "there, and write texts that the vocabulary lacks in model.new_tokens"
+            )
+        if not text.strip():
+            yield f"model.special_tokens.{key} is empty; write the token's text, or leave it out"
+    for text in model.new_tokens:
+        if not text.strip() == text != "":
+            what = f"model.new_tokens has {text!r}, which is empty or has spaces around it"
+            yield f"{what}; write the token's text alone"
+    if (text := twice(model.new_tokens)) is not None:
+        yield f"model.new_tokens names {text} twice; leave one out"
+
+
+def check_adapter(adapter: AdapterConfig) -> Refusals:
+    """Check ranks, starts and trained rows."""
+    if adapter.r <= 0:
+        yield "r= is not a valid rank; set {field}=1 or more (16 is a common start)"
+    yield from positive(adapter, "lora_alpha")
+    check_init(adapter.init)
+    if adapter.decomposes and adapter.init_from is not None:
+        other = f"adapter.init_from={adapter.init_from}"
+        yield f"init= has no effect with {other}, which holds A and B; leave one of them out"
+    if adapter.init_from_loftq and adapter.init_from is None:
+        yield "init_from_loftq= has no effect without adapter.init_from, whose file records it; leave it out"
+    if adapter.decomposes and adapter.use_dora:
+        cure = "set adapter.use_dora=false or adapter.init=kaiming"
+        yield f"init= cannot be combined with adapter.use_dora=true; {cure}"
+    if not adapter.target_modules and not adapter.target_parameters:
+        yield "adapter.target_modules is empty; set adapter.target_modules=all-linear"
+    if not 0 <= adapter.lora_dropout < 1:
+        yield "lora_dropout= is not a fraction below 1; set {field}=0.05 or 0"
+    yield from _trained_rows(adapter)
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key, value in getattr(adapter, setting).items():
+            where = f"adapter.{setting}.{key}"
+            if not 0 < value < math.inf:
+                yield f"{where}={value} must be positive; set it to a number above 0"
+            try:
+                re.compile(PATTERN.format(key))
+            except re.error as error:
+                yield f"{where}: {key!r} is not a valid regular expression ({error}); write a module's name"
+
+
+def _trained_rows(adapter: AdapterConfig) -> Refusals:
+    """Check ids of tokens, and modules that are trained whole."""
+    indices, setting = adapter.trainable_token_indices, "adapter.trainable_token_indices"
+    for matrix, ids in indices.items() if isinstance(indices, Mapping) else [("", indices or ())]:
+        where = f"{setting}.{matrix}" if matrix else setting
+        if matrix:
+            require_choice(f"{setting}'s matrix", matrix, SAVED_MODULES)
+            if not ids:
+                yield f"{where} is empty; leave {matrix} out"
+        if (negative := next((id for id in ids if id < 0), None)) is not None:
+            yield f"{where} has {negative}, and ids of tokens start at 0; write the token's id"
+        if (repeated := twice(ids)) is not None:
+            yield f"{where} has {repeated} twice; leave one out"
+    whole = adapter.modules_to_save
+    for name in whole:
+        if name not in SAVED_MODULES:
+            yield (
+                f"adapter.modules_to_save has {name!r}{nearest(name, SAVED_MODULES)}; only "
+                f"{' and '.join(SAVED_MODULES)} can be trained fully beside adapters, and adapter=full trains "
+                "everything"
+            )
+    if (again := twice(whole)) is not None:
+        yield f"adapter.modules_to_save names {again} twice; leave one out"
+    rows = indices if isinstance(indices, Mapping) else {SAVED_MODULES[0]: indices or ()}
+    for name in filter(rows.get, whole):
+        what = f"{setting} trains rows of {name}, which adapter.modules_to_save trains fully"
+        yield f"{what}; leave it out of one of them"
+
+
+def check_quant(quant: QuantConfig) -> Refusals:
+    """Check the format of the base and its cache."""
+    for name in ("budget", "harm", "formats"):
+        if quant.method != "mixed" and getattr(quant, name) is not None:
+            yield f"quant.{name} has no effect with quant={quant.method}; leave it out, or set quant=mixed"
+    if quant.budget is not None and not 4 < quant.budget <= 32:
+        bits = "a number of bits per weight that formats of 4.13 to 16 bits can meet"
+        yield f"budget= is not {bits}; set {{field}}=4.5"
+    for format in quant.formats or {}:
+        require_choice("quant.formats' key", format, MIXED_FORMATS[1:])
+    if (name := twice(name for names in (quant.formats or {}).values() for name in names)) is not None:
+        yield f"quant.formats has {name} twice; leave one out"
+    if quant.dense_layers != "auto" and not count_from(quant.dense_layers, least=0):
+        yield "dense_layers= is not a valid number of layers; set it to 0 or more, or to auto (as many as fit)"
+    if quant.dense_layers != 0 and quant.method == "none":
+        cure = "leave it out, or set quant=nf4"
+        yield f"dense_layers= has no effect with quant=none, which dequantizes nothing; {cure}"
+    if quant.cache_gb is not None and not 0 < quant.cache_gb < math.inf:
+        cure = "set quant.cache_gb=200, null for no limit, or quant.cache=false to keep nothing"
+        yield f"cache_gb= is not a positive number of gigabytes; {cure}"

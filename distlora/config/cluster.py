@@ -5,16 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distlora.config.errors import UserError, require, require_choices, require_positive
-
-_ENDPOINT = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
-_TIME_LIMIT = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
-"""Time limits of sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_CREDENTIAL = re.compile(
-    r"((^|[_\s,])(API)?(KEY|TOKEN|SECRET|PAT|PWD|CREDENTIALS?)|PASS(WORD|WD|PHRASE)?)=|://[^/\s]+@", re.IGNORECASE
-)
-"""Assignments to variables like WANDB_API_KEY and HF_TOKEN, not NCCL_IB_PKEY; URLs with a user."""
+from distlora.config.errors import Refusals, UserError, count_from, positive
 
 SLURM_ONLY = (
     "partition",
@@ -35,38 +26,6 @@ OWN_OPTION = dict.fromkeys((*SLURM_ONLY, "signal_seconds", "requeue", "environme
     "rdzv_endpoint": "torchrun"
 }
 """The option of the group that has a field."""
-
-OPTION_SETTINGS = {
-    ("--nodes", "-N"): "cluster.nodes",
-    ("--partition", "-p"): "cluster.partition",
-    ("--account", "-A"): "cluster.account",
-    ("--qos", "-q"): "cluster.qos",
-    ("--time", "-t"): "cluster.time_limit",
-    ("--cpus-per-task", "-c"): "cluster.cpus_per_task",
-    ("--mem",): "cluster.memory",
-    ("--signal",): "cluster.signal_seconds",
-    ("--requeue", "--no-requeue"): "cluster.requeue",
-    ("--job-name", "-J"): "name",
-    ("--array", "-a"): "-m, which makes an array",
-    ("--container-image", "--container-mounts"): "cluster.container and cluster.container_mounts",
-}
-"""Options of sbatch that settings of ours stand for."""
-FIXED_OPTIONS = (
-    "--ntasks",
-    "-n",
-    "--ntasks-per-node",
-    "--chdir",
-    "-D",
-    "--output",
-    "-o",
-    "--error",
-    "-e",
-    "--open-mode",
-)
-"""Options of sbatch that the script needs as it has them."""
-
-LEAST_RUNNING_SECONDS = 60
-"""SLURM may warn of the time limit up to a minute early."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,97 +84,6 @@ class ClusterConfig:
     have the next ones. null: one made from the job's id."""
     max_parallel: int | None = None
     """Jobs of a sweep (-m) that run at the same time; null: as many as SLURM gives."""
-
-    def __post_init__(self) -> None:
-        require_choices("cluster", self)
-        require_positive("cluster", self, "nodes", "gpus_per_node", "timeout_seconds", "signal_seconds")
-        for name in ("cpus_per_task", "max_parallel"):
-            require_positive("cluster", self, name)
-        require(
-            self.max_restarts >= 0,
-            f"cluster.max_restarts={self.max_restarts} is not a valid count; set it to 0 for no restart, or more",
-        )
-        self._check_launcher()
-        require(
-            self.port is None or 1024 <= self.port < 65536,
-            f"cluster.port={self.port} is not a valid port for users; set cluster.port=29500 or leave it out",
-        )
-        require(
-            self.time_limit is None or _TIME_LIMIT.fullmatch(self.time_limit) is not None,
-            f"cluster.time_limit={self.time_limit} is not a valid time for sbatch; write cluster.time_limit=12:00:00 "
-            "(hours, minutes, seconds) or 2-00:00:00 (days first)",
-        )
-        if self.time_limit is not None:
-            seconds = sbatch_seconds(self.time_limit)
-            require(
-                seconds > self.signal_seconds + LEAST_RUNNING_SECONDS,
-                f"cluster.time_limit={self.time_limit} is {seconds} s, and the run gets the signal to stop up to "
-                f"{self.signal_seconds + LEAST_RUNNING_SECONDS} s before (cluster.signal_seconds={self.signal_seconds} "
-                "and SLURM's minute), so no time is left to train; set a longer cluster.time_limit",
-            )
-        self._check_options()
-        for name in ("setup", "sbatch"):
-            require(
-                not any(_CREDENTIAL.search(word) for word in getattr(self, name)),
-                f"cluster.{name} has a credential, and RUN and trackers would show it; leave it out and export it "
-                "before the command: jobs get your environment",
-            )
-        for name in self.environment:
-            require(
-                _VARIABLE.fullmatch(name) is not None,
-                f"cluster.environment.{name} is not a valid name of an environment variable; write letters, digits and "
-                "_",
-            )
-            require(
-                _CREDENTIAL.search(f"{name}={self.environment[name]}") is None,
-                f"cluster.environment.{name} is a credential by its name or value, and RUN and trackers would show it; "
-                f"leave it out and run `export {name}=...` before the command: jobs get your environment",
-            )
-
-    def _check_options(self) -> None:
-        """Refuse options of sbatch that the script has from another setting, or needs as they are."""
-        for option in self.sbatch:
-            require(
-                option.startswith("-") and "\n" not in option,
-                f"cluster.sbatch has {option!r}, which is not an option of sbatch; write it as --name=value",
-            )
-            name = re.split(r"[=\s]", option, maxsplit=1)[0] if option.startswith("--") else option[:2]
-            for names, setting in OPTION_SETTINGS.items():
-                require(name not in names, f"cluster.sbatch has {option}, which is written from {setting}; set that")
-            require(
-                name not in FIXED_OPTIONS,
-                f"cluster.sbatch has {option}, which the script must set itself (slurm/README.md); leave it out",
-            )
-
-    def _check_launcher(self) -> None:
-        """Refuse nodes that the launcher cannot start, and settings that it does not read."""
-        require(
-            self.nodes == 1 or self.launcher != "local",
-            f"cluster.nodes={self.nodes} with cluster=local, which starts workers on this node only; set "
-            "cluster=slurm, or cluster=torchrun and cluster.rdzv_endpoint=host:port on each node",
-        )
-        require(
-            self.launcher != "torchrun" or self.nodes == 1 or self.rdzv_endpoint is not None,
-            f"cluster=torchrun with cluster.nodes={self.nodes} needs a rendezvous endpoint; set "
-            "cluster.rdzv_endpoint=host:29500 with the name of one of the nodes, the same on each",
-        )
-        require(
-            self.rdzv_endpoint is None or self.launcher == "torchrun",
-            f"cluster.rdzv_endpoint={self.rdzv_endpoint} has no effect with cluster={self.launcher}; leave it out, or "
-            "set cluster=torchrun",
-        )
-        for name in SLURM_ONLY:
-            value = getattr(self, name)
-            require(
-                self.launcher == "slurm" or value is None or value == (),
-                f"cluster.{name}={value} has no effect with cluster={self.launcher}; leave it out, or set "
-                "cluster=slurm",
-            )
-        require(
-            self.rdzv_endpoint is None or _ENDPOINT.fullmatch(self.rdzv_endpoint) is not None,
-            f"cluster.rdzv_endpoint={self.rdzv_endpoint} is not host:port; write the name of one node and a free "
-            "port of it, as in node01:29500",
-        )
 
     @property
     def on_each_node(self) -> bool:
@@ -282,60 +150,6 @@ class ParallelConfig:
     bucket_mb: float = 4.0
     """MiB of adapter gradients in one all-reduce. Smaller buckets overlap earlier and cost more launches."""
 
-    def __post_init__(self) -> None:
-        require_choices("parallel", self)
-        require(
-            self.backend == "zero3" or not self.offload_base,
-            "parallel.offload_base=true is DeepSpeed's: FSDP2 keeps its shards where they are computed with; add "
-            "parallel=zero3",
-        )
-        require(
-            self.backend == "zero3" or self.deepspeed_config is None,
-            f"parallel.deepspeed_config={self.deepspeed_config} has no effect with parallel.backend={self.backend}; "
-            "add parallel=zero3, or leave it out",
-        )
-        require(
-            self.shard_degree in (None, "node") or (isinstance(self.shard_degree, int) and self.shard_degree > 0),
-            f"parallel.shard_degree={self.shard_degree} is not a valid number of ranks; set it to 1 or more, to node "
-            "(the ranks of one node), or to null (all ranks)",
-        )
-        require(
-            self.resident_blocks == "auto" or (isinstance(self.resident_blocks, int) and self.resident_blocks >= 0),
-            f"parallel.resident_blocks={self.resident_blocks} is not a valid number of blocks; set it to 0 or more, or "
-            "to auto (as many as fit)",
-        )
-        require(
-            self.backend == "fsdp2" or self.resident_blocks == 0,
-            f"parallel.resident_blocks={self.resident_blocks} is FSDP2's: DeepSpeed keeps small tensors "
-            "gathered, by stage3_param_persistence_threshold of parallel.deepspeed_config; leave it out, or set "
-            "parallel=fsdp2",
-        )
-        require_positive("parallel", self, "bucket_mb")
-        require(
-            self.expert_degree == "replica" or (isinstance(self.expert_degree, int) and self.expert_degree > 0),
-            f"parallel.expert_degree={self.expert_degree} is not a valid number of ranks; set it to 1 (every rank "
-            "gathers all experts), or to replica (the ranks that shard a replica)",
-        )
-        require(
-            self.backend == "fsdp2" or self.expert_degree == 1,
-            f"parallel.expert_degree={self.expert_degree} is FSDP2's: DeepSpeed gathers whole layers; leave it out, or "
-            "set parallel=fsdp2",
-        )
-        require(
-            self.backend == "zero3" or self.experts == "gathered",
-            f"parallel.experts={self.experts} needs parallel=zero3: FSDP2 gathers whole layers; add parallel=zero3, or "
-            "leave it out",
-        )
-
-    def check_blocks(self, num_blocks: int) -> None:
-        """Refuse what a model of so many decoder blocks has not."""
-        count = self.resident_blocks
-        require(
-            isinstance(count, str) or count <= num_blocks,
-            f"parallel.resident_blocks={count} is more than the {num_blocks:,} blocks of this model; set "
-            f"parallel.resident_blocks={num_blocks}, or auto (as many as fit)",
-        )
-
 
 FIRST_TORCH = (2, 12)
 """First torch whose FSDP2 shards frozen uint8 parameters; torch 2.11 makes every sharded parameter require a gradient.
@@ -350,3 +164,128 @@ def check_torch(version: str) -> None:
             f"torch {version} cannot shard 4-bit weights (its FSDP2 refuses frozen uint8 parameters); "
             "install torch >= 2.12, or keep the base whole on every process with parallel.shard_degree=1"
         )
+
+
+_ENDPOINT = re.compile(r"[^\s:]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}")
+_TIME_LIMIT = re.compile(r"(\d+-\d{1,2}(:\d{1,2}){0,2}|\d+(:\d{1,2}){0,2})")
+"""Time limits of sbatch: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on."""
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_CREDENTIAL = re.compile(
+    r"((^|[_\s,])(API)?(KEY|TOKEN|SECRET|PAT|PWD|CREDENTIALS?)|PASS(WORD|WD|PHRASE)?)=|://[^/\s]+@", re.IGNORECASE
+)
+"""Assignments to variables like WANDB_API_KEY and HF_TOKEN, not NCCL_IB_PKEY; URLs with a user."""
+SBATCH_SETTINGS = {
+    ("--nodes", "-N"): "cluster.nodes",
+    ("--partition", "-p"): "cluster.partition",
+    ("--account", "-A"): "cluster.account",
+    ("--qos", "-q"): "cluster.qos",
+    ("--time", "-t"): "cluster.time_limit",
+    ("--cpus-per-task", "-c"): "cluster.cpus_per_task",
+    ("--mem",): "cluster.memory",
+    ("--signal",): "cluster.signal_seconds",
+    ("--requeue", "--no-requeue"): "cluster.requeue",
+    ("--job-name", "-J"): "name",
+    ("--array", "-a"): "-m, which makes an array",
+    ("--container-image", "--container-mounts"): "cluster.container and cluster.container_mounts",
+}
+"""Options of sbatch that settings of ours stand for."""
+SCRIPT_OPTIONS = "--ntasks -n --ntasks-per-node --chdir -D --output -o --error -e --open-mode".split()  # noqa: SIM905
+"""Options of sbatch that the script needs as it has them."""
+LEAST_RUNNING_SECONDS = 60
+"""SLURM may warn of the time limit up to a minute early."""
+
+
+def check_cluster(cluster: ClusterConfig) -> Refusals:
+    """Check nodes, processes and what the scheduler gets."""
+    yield from positive(cluster, "nodes gpus_per_node timeout_seconds signal_seconds cpus_per_task max_parallel")
+    if cluster.max_restarts < 0:
+        yield "max_restarts= is not a valid count; set it to 0 for no restart, or more"
+    yield from _launcher(cluster)
+    if cluster.port is not None and not 1024 <= cluster.port < 65536:
+        yield "port= is not a valid port for users; set {field}=29500 or leave it out"
+    limit = cluster.time_limit
+    if limit is not None and _TIME_LIMIT.fullmatch(limit) is None:
+        yield (
+            "time_limit= is not a valid time for sbatch; write {field}=12:00:00 (hours, minutes, seconds) or "
+            "2-00:00:00 (days first)"
+        )
+    elif limit is not None and sbatch_seconds(limit) <= cluster.signal_seconds + LEAST_RUNNING_SECONDS:
+        yield (
+            f"time_limit= is {sbatch_seconds(limit)} s, and the run gets the signal to stop up to "
+            f"{cluster.signal_seconds + LEAST_RUNNING_SECONDS} s before "
+            f"(cluster.signal_seconds={cluster.signal_seconds} and SLURM's minute), so no time is left to train; set a "
+            "longer cluster.time_limit"
+        )
+    for option in cluster.sbatch:
+        if not option.startswith("-") or "\n" in option:
+            yield f"cluster.sbatch has {option!r}, which is not an option of sbatch; write it as --name=value"
+        name = re.split(r"[=\s]", option, maxsplit=1)[0] if option.startswith("--") else option[:2]
+        if setting := next((setting for names, setting in SBATCH_SETTINGS.items() if name in names), None):
+            yield f"cluster.sbatch has {option}, which is written from {setting}; set that"
+        if name in SCRIPT_OPTIONS:
+            what = "which the script must set itself (slurm/README.md)"
+            yield f"cluster.sbatch has {option}, {what}; leave it out"
+    shown = "and RUN and trackers would show it"
+    for name in ("setup", "sbatch"):
+        if any(map(_CREDENTIAL.search, getattr(cluster, name))):
+            cure = "leave it out and export it before the command: jobs get your environment"
+            yield f"cluster.{name} has a credential, {shown}; {cure}"
+    for name, value in cluster.environment.items():
+        if _VARIABLE.fullmatch(name) is None:
+            cure = "write letters, digits and _"
+            yield f"cluster.environment.{name} is not a valid name of an environment variable; {cure}"
+        if _CREDENTIAL.search(f"{name}={value}"):
+            cure = f"leave it out and run `export {name}=...` before the command: jobs get your environment"
+            yield f"cluster.environment.{name} is a credential by its name or value, {shown}; {cure}"
+
+
+def _launcher(cluster: ClusterConfig) -> Refusals:
+    """Check that the launcher can start the nodes, and reads what is set."""
+    launcher, endpoint = cluster.launcher, cluster.rdzv_endpoint
+    if cluster.nodes > 1 and launcher == "local":
+        yield (
+            f"cluster.nodes={cluster.nodes} with cluster=local, which starts workers on this node only; set "
+            "cluster=slurm, or cluster=torchrun and cluster.rdzv_endpoint=host:port on each node"
+        )
+    if cluster.on_each_node and endpoint is None:
+        yield (
+            f"cluster=torchrun with cluster.nodes={cluster.nodes} needs a rendezvous endpoint; set "
+            "cluster.rdzv_endpoint=host:29500 with the name of one of the nodes, the same on each"
+        )
+    if endpoint is not None and launcher != "torchrun":
+        yield f"rdzv_endpoint= has no effect with cluster={launcher}; leave it out, or set cluster=torchrun"
+    for name in SLURM_ONLY if launcher != "slurm" else ():
+        if getattr(cluster, name) not in (None, ()):
+            yield f"{name}= has no effect with cluster={launcher}; leave it out, or set cluster=slurm"
+    if endpoint is not None and _ENDPOINT.fullmatch(endpoint) is None:
+        yield "rdzv_endpoint= is not host:port; write the name of one node and a free port of it, as in node01:29500"
+
+
+def check_parallel(parallel: ParallelConfig) -> Refusals:
+    """Check how the base is sharded."""
+    is_zero3, degree, blocks = parallel.backend == "zero3", parallel.shard_degree, parallel.resident_blocks
+    if parallel.offload_base and not is_zero3:
+        why = "FSDP2 keeps its shards where they are computed with"
+        yield f"parallel.offload_base=true is DeepSpeed's: {why}; add parallel=zero3"
+    if parallel.deepspeed_config is not None and not is_zero3:
+        cure = "add parallel=zero3, or leave it out"
+        yield f"deepspeed_config= has no effect with parallel.backend={parallel.backend}; {cure}"
+    if degree not in (None, "node") and not count_from(degree, least=1):
+        cure = "set it to 1 or more, to node (the ranks of one node), or to null (all ranks)"
+        yield f"shard_degree= is not a valid number of ranks; {cure}"
+    if blocks != "auto" and not count_from(blocks, least=0):
+        yield "resident_blocks= is not a valid number of blocks; set it to 0 or more, or to auto (as many as fit)"
+    if blocks != 0 and is_zero3:
+        yield (
+            "resident_blocks= is FSDP2's: DeepSpeed keeps small tensors gathered, by "
+            "stage3_param_persistence_threshold of parallel.deepspeed_config; leave it out, or set parallel=fsdp2"
+        )
+    yield from positive(parallel, "bucket_mb")
+    if parallel.expert_degree != "replica" and not count_from(parallel.expert_degree, least=1):
+        cure = "set it to 1 (every rank gathers all experts), or to replica (the ranks that shard a replica)"
+        yield f"expert_degree= is not a valid number of ranks; {cure}"
+    if parallel.expert_degree != 1 and is_zero3:
+        yield "expert_degree= is FSDP2's: DeepSpeed gathers whole layers; leave it out, or set parallel=fsdp2"
+    if parallel.experts != "gathered" and not is_zero3:
+        cure = "add parallel=zero3, or leave it out"
+        yield f"experts= needs parallel=zero3: FSDP2 gathers whole layers; {cure}"

@@ -1,19 +1,25 @@
 """The data: where documents come from, what in them is trained, how they fill rows."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
 from distlora.config.base import cache_root
-from distlora.config.errors import require, require_choices
-from distlora.config.rewards import check_rewards
+from distlora.config.errors import Refusals, default_of, nearest, positive, require_choices, twice
 
 DATA_FORMATS = ("auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "prompt_only", "steps")
 
 Format = Literal[
     "auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "prompt_only", "steps"
 ]
+
+
+BUILT_IN = {"exact_match": "answer", "regex": "pattern", "math": "answer", "json_schema": "schema"} | {
+    "unit_tests": "tests"
+}
+"""Built-in rewards, and the column of a record that each reads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,18 +60,6 @@ class SourceConfig(ReadingConfig):
     weight: float | None = None
     """Share of the trained tokens in a mixture, relative to the other sources' weights; null in all: everything once.
     """
-
-    def __post_init__(self) -> None:
-        require_choices("data", self)
-        require(
-            self.weight is None or 0 < self.weight < math.inf,
-            f"data.sources: weight={self.weight} of {self.path} is not a valid weight; set it above 0, or remove the "
-            "source",
-        )
-
-
-def _written(value: Any) -> str:
-    return "null" if value is None else str(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,55 +131,6 @@ class DataConfig(ReadingConfig):
     Linux namespaces; `limits`: resource limits alone, for containers that forbid namespaces and isolate by themselves.
     """
 
-    def __post_init__(self) -> None:
-        require_choices("data", self)
-        require(
-            self.sequence_length >= 2,
-            f"{{data.sequence_length}}={self.sequence_length} leaves no token to predict; set it to 2 or more",
-        )
-        require(
-            0 <= self.eval_fraction < 1,
-            f"data.eval_fraction={self.eval_fraction} is not a fraction of the documents; set it from 0 to below 1",
-        )
-        require(
-            (self.path is None) != (not self.sources),
-            "data.path and data.sources exclude each other; set one of them"
-            if self.sources
-            else "data.path is not set; add data.path=FILE (or a folder, or a hub data set), or data.sources=[...]",
-        )
-        require(
-            not (self.deduplicate and self.streaming),
-            "data.deduplicate=true compares all documents, and data.streaming=true reads only some of them; set one of "
-            "them to false",
-        )
-        check_rewards(self)
-        self._check_without_effect()
-        weighted = [source.weight is not None for source in self.sources]
-        require(
-            all(weighted) or not any(weighted),
-            "data.sources: some have a weight and some have none; give all of them a weight, or none",
-        )
-        require(
-            any(weighted) or self.stopping_strategy == "first_exhausted",
-            f"data.stopping_strategy={self.stopping_strategy} needs weights in data.sources; add them, or leave it out",
-        )
-        require(
-            self.eval_split is None or self.eval_path is not None or not self.sources,
-            "data.eval_split belongs to one data set, and data.sources names several; set data.eval_path too",
-        )
-
-    def _check_without_effect(self) -> None:
-        """Refuse settings of a single source beside data.sources; a held-out source may use some of them."""
-        if not self.sources:
-            return
-        for name in (item.name for item in fields(ReadingConfig) if item.name != "path"):
-            value, default = getattr(self, name), getattr(ReadingConfig(), name)
-            require(
-                value == default or (self.eval_path is not None and name not in ("split", "revision")),
-                f"data.{name}={value} has no effect beside data.sources; it belongs into each entry of data.sources "
-                f"(leave it out, or set data.{name}={_written(default)} where a recipe sets it)",
-            )
-
     @property
     def formats(self) -> tuple[Format, ...]:
         """Every format that is set: of `path` and eval_path, and of the mixture's sources."""
@@ -209,3 +154,88 @@ class DataConfig(ReadingConfig):
         if path != self.path:
             settings |= {"name": self.name if self.path is None else None, "revision": None}
         return SourceConfig(**settings | {"path": path})
+
+
+def check_source(source: SourceConfig) -> Refusals:
+    """Check a source of a mixture."""
+    if source.weight is not None and not 0 < source.weight < math.inf:
+        what = f"data.sources: weight={source.weight} of {source.path} is not a valid weight"
+        yield f"{what}; set it above 0, or remove the source"
+
+
+def check_data(data: DataConfig) -> Refusals:
+    """Check where documents come from and how they are read."""
+    for source in data.sources:
+        require_choices("data", source)
+        yield from check_source(source)
+    if data.sequence_length < 2:
+        yield "sequence_length= leaves no token to predict; set it to 2 or more"
+    if not 0 <= data.eval_fraction < 1:
+        yield "eval_fraction= is not a fraction of the documents; set it from 0 to below 1"
+    if data.path is not None and data.sources:
+        yield "data.path and data.sources exclude each other; set one of them"
+    if data.path is None and not data.sources:
+        places = "data.path=FILE (or a folder, or a hub data set), or data.sources=[...]"
+        yield f"data.path is not set; add {places}"
+    if data.deduplicate and data.streaming:
+        why = "compares all documents, and data.streaming=true reads only some of them"
+        yield f"data.deduplicate=true {why}; set one of them to false"
+    yield from _rewards(data)
+    for item in fields(ReadingConfig) if data.sources else ():
+        value, used = getattr(data, item.name), data.eval_path is not None and item.name not in ("split", "revision")
+        default = default_of(item)
+        if item.name != "path" and value != default and not used:  # A held-out source may use some of them.
+            yield (
+                f"{item.name}= has no effect beside data.sources; it belongs into each entry of data.sources (leave it "
+                f"out, or set {{field}}={'null' if default is None else default} where a recipe sets it)"
+            )
+    weighted = [source.weight is not None for source in data.sources]
+    if any(weighted) and not all(weighted):
+        yield "data.sources: some have a weight and some have none; give all of them a weight, or none"
+    if not any(weighted) and data.stopping_strategy != "first_exhausted":
+        yield "stopping_strategy= needs weights in data.sources; add them, or leave it out"
+    if data.eval_split is not None and data.eval_path is None and data.sources:
+        yield "data.eval_split belongs to one data set, and data.sources names several; set data.eval_path too"
+
+
+def _rewards(data: DataConfig) -> Refusals:
+    """Check `data.rewards` and `data.reward_*`, which online reinforcement learning reads."""
+    yield from positive(data, "reward_timeout reward_processes reward_memory_gb")
+    is_own = any(name not in BUILT_IN for name in data.rewards)
+    for item in fields(data):
+        needed = is_own if item.name in ("reward_folder", "reward_digests") else bool(data.rewards)
+        if item.name.startswith("reward") and not needed and getattr(data, item.name) != default_of(item):
+            own = "a function of yours in " * bool(data.rewards)
+            yield f"{item.name}= has no effect without {own}data.rewards; leave it out"
+    for name in data.rewards:
+        if name not in BUILT_IN and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) is None:
+            yield (
+                f"data.rewards=[{name}] is neither a built-in reward ({', '.join(BUILT_IN)}) nor a function's "
+                f"name{nearest(name, BUILT_IN)}; write a function of yours as module.function"
+            )
+    if (name := twice(data.rewards)) is not None:
+        yield f"data.rewards names {name} twice; leave one of them out"
+    weights = data.reward_weights
+    if len(weights) not in (0, len(data.rewards)):
+        what = f"data.reward_weights has {len(weights)} numbers, and data.rewards {len(data.rewards)} names"
+        yield f"{what}; set one weight per reward, or none"
+    if weights and not any(weights):
+        yield "reward_weights= gives each answer a total of 0, so nothing is trained; set another number for one"
+    if (weight := next((weight for weight in weights if not math.isfinite(weight)), None)) is not None:
+        yield f"data.reward_weights: {weight} is not a valid weight; set a finite number"
+    columns = {BUILT_IN[name] for name in data.rewards if name in BUILT_IN}
+    for column in data.reward_columns:
+        if column not in columns:
+            yield (
+                f"data.reward_columns={{{column}: ...}} renames a column that no built-in reward of data.rewards reads "
+                f"({', '.join(sorted(columns)) or 'there is none'}){nearest(column, columns)}; leave it out"
+            )
+    runs_code = "unit_tests" in data.rewards
+    if runs_code and not data.rewards_execute_code:
+        yield (
+            "data.rewards=[unit_tests] runs code that the model writes, and data.rewards_execute_code=false; read "
+            "what docs/rl.md says of its limits, then add data.rewards_execute_code=true"
+        )
+    for setting, default in (("rewards_execute_code", False), ("rewards_isolation", "namespaces")):
+        if not runs_code and getattr(data, setting) != default:
+            yield f"{setting}= has no effect without data.rewards=[unit_tests]; leave it out"

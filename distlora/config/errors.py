@@ -9,7 +9,9 @@ import math
 import re
 import reprlib
 import typing
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field
 from typing import Any
 
 _START, _END = 1500, 500
@@ -23,21 +25,13 @@ _SETTING = re.compile(r"\{([a-z]+\.\w+)\}(=?)")
 class UserError(ValueError):
     """Report bad input: the value, the reason and what to type instead. Ends a command with exit code 2.
 
-    A check of a setting gives `field`, `value`, `reason` and `cure`, in which `{field}` stands for its name. Any
-    message may have `{section.name}` for the name of a setting. `named` replaces both by the argument that the user of
+    A message may have `{section.name}` for the name of a setting. `named` replaces it by the argument that the user of
     a command typed (`--text` for data.path).
 
     Values from damaged files are shown printable and short.
     """
 
-    def __init__(
-        self, *lines: str, field: str | None = None, value: object = None, reason: str = "", cure: str = ""
-    ) -> None:
-        if field is not None:
-            text = f"{reason}; {cure}" if cure else reason
-            shown = value if isinstance(value, str) else short(value)
-            lines = (f"{{{field}}}={shown} " + text.replace("{field}", f"{{{field}}}"),)
-        self.field, self.value, self.reason, self.cure = field, value, reason, cure
+    def __init__(self, *lines: str) -> None:
         self._lines = lines
         super().__init__(*(in_one_line(_with_names(line, {})) for line in lines))
 
@@ -105,34 +99,71 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_positive(section: str, config: Any, *names: str) -> None:
-    """Raise UserError unless each of the fields is None or a finite number above 0."""
-    for name in names:
-        value = getattr(config, name)
-        require(
-            value is None or 0 < value < math.inf,
-            f"{section}.{name}={value} must be positive; set {section}.{name} to a number above 0",
+Refusals = Iterator[str]
+"""Sentences of a section's checks, each for what it refuses.
+
+`name= ...` at the beginning becomes `section.name=VALUE ...`, and `{field}` the setting's name (`refusal`).
+"""
+
+
+def positive(section: Any, names: str) -> Refusals:
+    """Refuse fields that are neither None nor a finite number above 0."""
+    for name in names.split():
+        value = getattr(section, name)
+        if value is not None and not 0 < value < math.inf:
+            yield f"{name}= must be positive; set {{field}} to a number above 0"
+
+
+def share(section: Any, names: str) -> Refusals:
+    """Refuse fields that are neither None nor a number from 0 to 1."""
+    for name in names.split():
+        value = getattr(section, name)
+        if value is not None and not 0 <= value <= 1:
+            yield f"{name}= is not a fraction; set {{field}} from 0 to 1"
+
+
+def at_least_zero(section: Any, **sentences: str) -> Refusals:
+    """Refuse fields that are neither None nor 0 or more and finite."""
+    for name, sentence in sentences.items():
+        value = getattr(section, name)
+        if value is not None and not 0 <= value < math.inf:
+            yield f"{name}= {sentence}"
+
+
+def both(section: Any, first: str, second: str, what: str) -> Refusals:
+    """Refuse two fields that set `what` if both have a value; a recipe may have set one of them."""
+    other = getattr(section, second)
+    if getattr(section, first) is not None and other not in (None, "auto"):
+        yield (
+            f"{first}= and {{section}}.{second}={other} both set {what}; leave one of them out, or where a recipe sets "
+            f"it, set it to null ({{section}}.{second}=null)"
         )
 
 
-def refuse_both(section: str, config: Any, first: str, second: str, what: str) -> None:
-    """Raise UserError if both of two fields that set `what` have a value; a recipe may have set one of them."""
-    one, other = getattr(config, first), getattr(config, second)
-    require(
-        one is None or other in (None, "auto"),
-        f"{section}.{first}={one} and {section}.{second}={other} both set {what}; leave one of them out, or where a "
-        f"recipe sets it, set it to null ({section}.{second}=null)",
-    )
+def default_of(item: Field[Any]) -> Any:
+    """Return the default of a dataclass's field."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
-def require_share(section: str, config: Any, *names: str) -> None:
-    """Raise UserError unless each of the fields is None or a number from 0 to 1."""
-    for name in names:
-        value = getattr(config, name)
-        require(
-            value is None or 0 <= value <= 1,
-            f"{section}.{name}={value} is not a fraction; set {section}.{name} from 0 to 1",
-        )
+def twice(items: Iterable[Any]) -> Any:
+    """Return the first item that occurs more than once; None if there is none."""
+    return next((item for item, count in Counter(items).items() if count > 1), None)
+
+
+def count_from(value: Any, *, least: int) -> bool:
+    """Return whether a value is a whole number from `least` on."""
+    return isinstance(value, int) and value >= least
+
+
+def refusal(name: str, section: Any, sentence: str) -> UserError:
+    """Return the error of a check of the section `name`. The setting is a placeholder in it (see UserError)."""
+    start = re.match(r"(\w+)= ", sentence)
+    text = sentence.replace("{section}", name)
+    if start is None:
+        return UserError(text)
+    value, setting = getattr(section, start[1]), f"{{{name}.{start[1]}}}"
+    shown = [*value] if isinstance(value, tuple) else value
+    return UserError(f"{setting}={shown} {text[start.end() :].replace('{field}', setting)}")
 
 
 def require_choice(setting: str, value: object, choices: Iterable[str]) -> None:

@@ -3,11 +3,11 @@
 import math
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Literal
 
-from distlora.config.errors import require, require_choice, require_choices
+from distlora.config.errors import Refusals, require_choice
 
 CONTEXT_BYTES = int(0.6 * 2**30)
 """Device memory that CUDA's context and libraries take beside torch's allocator."""
@@ -118,15 +118,6 @@ class GpuConfig:
     price_per_hour: float | None = None
     """Price of one GPU per hour in any currency; null to report no cost."""
 
-    def __post_init__(self) -> None:
-        require_choice("gpu.name", self.name, ("auto", *GPUS))
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            require(
-                name == "name" or value is None or 0 < value < math.inf,
-                f"gpu.{name}={value} is not above 0; set a positive number, or leave it out",
-            )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
@@ -143,9 +134,17 @@ class PlanConfig:
     """Total training tokens, for planned hours and cost if train.max_steps is not set; data that is not prepared has no
     known length."""
 
-    def __post_init__(self) -> None:
-        require_choices("plan", self)
-        require(
-            self.tokens is None or self.tokens > 0,
-            f"plan.tokens={self.tokens} is not a valid number of tokens; set plan.tokens=10000000, or leave it out",
-        )
+
+def check_gpu(gpu: GpuConfig) -> Refusals:
+    """Check the figures of the GPU."""
+    require_choice("gpu.name", gpu.name, ("auto", *GPUS))
+    for item in fields(gpu):
+        value = getattr(gpu, item.name)
+        if item.name != "name" and value is not None and not 0 < value < math.inf:
+            yield f"{item.name}= is not above 0; set a positive number, or leave it out"
+
+
+def check_plan(plan: PlanConfig) -> Refusals:
+    """Check the planned length."""
+    if plan.tokens is not None and plan.tokens <= 0:
+        yield "tokens= is not a valid number of tokens; set {field}=10000000, or leave it out"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from distlora.config.errors import require, require_choices, require_positive
+from distlora.config.errors import Refusals, at_least_zero, positive
 
 MOST_DIFFERENCE = {"fp32": 1e-4, "bf16": 0.2}
 """Default of rollout.max_logprob_difference by train.dtype: several times what sums in another order make of it, which
@@ -74,42 +74,6 @@ class RolloutConfig:
     """Largest mean difference, in nats, between the log-probabilities that the sampler reported and those that training
     computes at the same weights; a run that exceeds it fails. null: 1e-4 in fp32, 0.2 in bf16."""
 
-    def __post_init__(self) -> None:
-        require_choices("rollout", self)
-        numbers = "num_generations max_new_tokens temperature steps_per_generation num_iterations epsilon epsilon_high"
-        require_positive("rollout", self, *numbers.split(), "max_failed_steps", "max_logprob_difference")
-        require(
-            self.epsilon <= 1,
-            f"rollout.epsilon={self.epsilon} would clip at a negative ratio; set it to at most 1 (0.2 is usual)",
-        )
-        require(
-            0 <= self.eval_temperature < float("inf"),
-            f"rollout.eval_temperature={self.eval_temperature} is not a temperature; set 0 (the likeliest token) or "
-            "more",
-        )
-        require(
-            not self.batch_invariant or self.temperature == 1,
-            f"rollout.batch_invariant=true: training divides hidden states by rollout.temperature={self.temperature:g}"
-            ", and sampling the logits, which rounds otherwise; set rollout.temperature=1",
-        )
-        require(
-            self.url is None or not set("@?#") & set(self.url),
-            "rollout.url has a user, a password or a query, which RUN/config.yaml and messages would show; write only "
-            "http://host:port, and export the server's key as VLLM_API_KEY",
-        )
-        require(
-            self.url is None or self.url.startswith(("http://", "https://")),
-            f"rollout.url={self.url} is not an address; set rollout.url=http://localhost:8000",
-        )
-        require(
-            self.url is None or not self.batch_invariant,
-            f"rollout.batch_invariant=true has no effect on a server (rollout.url={self.url}); leave one out",
-        )
-        require(
-            all(self.stop),
-            "rollout.stop has an empty text, which would end every answer at once; leave it out",
-        )
-
     @property
     def changed(self) -> list[str]:
         """Names of the settings that differ from the defaults."""
@@ -118,3 +82,30 @@ class RolloutConfig:
     def most_difference(self, dtype: str) -> float:
         """Return the bound of the mean difference of log-probabilities, in nats."""
         return MOST_DIFFERENCE[dtype] if self.max_logprob_difference is None else self.max_logprob_difference
+
+
+def check_rollout(rollout: RolloutConfig) -> Refusals:
+    """Check how answers are sampled."""
+    numbers = "num_generations max_new_tokens temperature steps_per_generation num_iterations epsilon epsilon_high"
+    yield from positive(rollout, f"{numbers} max_failed_steps max_logprob_difference")
+    if rollout.epsilon > 1:
+        yield "epsilon= would clip at a negative ratio; set it to at most 1 (0.2 is usual)"
+    yield from at_least_zero(rollout, eval_temperature="is not a temperature; set 0 (the likeliest token) or more")
+    if rollout.batch_invariant and rollout.temperature != 1:
+        yield (
+            "rollout.batch_invariant=true: training divides hidden states by "
+            f"rollout.temperature={rollout.temperature:g}, and sampling the logits, which rounds otherwise; set "
+            "rollout.temperature=1"
+        )
+    if rollout.url is not None and set("@?#") & set(rollout.url):
+        yield (
+            "rollout.url has a user, a password or a query, which RUN/config.yaml and messages would show; write only "
+            "http://host:port, and export the server's key as VLLM_API_KEY"
+        )
+    if rollout.url is not None and not rollout.url.startswith(("http://", "https://")):
+        yield "url= is not an address; set {field}=http://localhost:8000"
+    if rollout.url is not None and rollout.batch_invariant:
+        server = f"a server (rollout.url={rollout.url})"
+        yield f"rollout.batch_invariant=true has no effect on {server}; leave one out"
+    if not all(rollout.stop):
+        yield "rollout.stop has an empty text, which would end every answer at once; leave it out"

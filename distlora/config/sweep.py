@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distlora.config.errors import require, require_choices, require_positive
+from distlora.config.errors import Refusals, count_from, positive
 
 METHODS = ("grid", "random", "optuna", "rank_search")
 
@@ -52,14 +52,11 @@ class SweepConfig:
     full_lr: float | None = None
     """Learning rate of the full fine-tuning; null: a tenth of optim.lr."""
 
-    def __post_init__(self) -> None:
-        require_choices("sweep", self)
-        require_positive("sweep", self, "trials", "workers", "rank_start", "rank_most", "bootstrap", "full_lr")
-        require(
-            self.packed == "auto" or (isinstance(self.packed, int) and self.packed > 0),
-            f"sweep.packed={self.packed} is not a valid number of trials; set sweep.packed=4, or auto",
-        )
-        require(
-            0 < self.confidence < 1,
-            f"sweep.confidence={self.confidence} is not a valid probability; set sweep.confidence=0.95",
-        )
+
+def check_sweep(sweep: SweepConfig) -> Refusals:
+    """Check the numbers of a sweep."""
+    yield from positive(sweep, "trials workers rank_start rank_most bootstrap full_lr")
+    if sweep.packed != "auto" and not count_from(sweep.packed, least=1):
+        yield "packed= is not a valid number of trials; set {field}=4, or auto"
+    if not 0 < sweep.confidence < 1:
+        yield "confidence= is not a valid probability; set {field}=0.95"

@@ -1,19 +1,11 @@
 """Settings of the run: optimizer, schedule, steps, checkpoints, evaluations and the experiment tracker."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from distlora.config.errors import (
-    refuse_both,
-    require,
-    require_choice,
-    require_choices,
-    require_positive,
-    require_share,
-    short,
-)
+from distlora.config.errors import Refusals, at_least_zero, both, positive, require_choice, share
 from distlora.config.objectives import OBJECTIVES, ObjectiveNeeds
 
 DEFAULT_LR = 2e-4
@@ -65,43 +57,6 @@ class OptimConfig:
     """Fraction of all steps over which warmup_stable_decay decays."""
     min_lr_ratio: float = 0.0
     """Final learning rate of a decaying schedule, relative to lr."""
-
-    def __post_init__(self) -> None:
-        require_choices("optim", self)
-        require_positive("optim", self, "lr", "loraplus_lr_ratio", "eps")
-        require(
-            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            f"optim.betas={list(self.betas)} must be two numbers from 0 to below 1; set optim.betas=[0.9,0.999]",
-        )
-        require(
-            0 <= self.weight_decay < math.inf,
-            f"optim.weight_decay={self.weight_decay} is not a valid decay; set optim.weight_decay=0 or more",
-        )
-        require(
-            0 <= self.max_grad_norm < math.inf,
-            f"optim.max_grad_norm={self.max_grad_norm} is not a valid norm; set it above 0, or to 0 to turn clipping "
-            "off",
-        )
-        require_share("optim", self, "warmup_ratio", "decay_ratio", "min_lr_ratio")
-        require(
-            self.schedule != "constant" or self.min_lr_ratio == 0,
-            f"optim.min_lr_ratio={self.min_lr_ratio} has no effect with optim.schedule=constant; leave it out",
-        )
-        require(
-            self.schedule == "warmup_stable_decay" or self.decay_ratio == DEFAULT_DECAY,
-            f"optim.decay_ratio={self.decay_ratio} has no effect with optim.schedule={self.schedule}; leave it out, or "
-            "set optim.schedule=warmup_stable_decay",
-        )
-        require(
-            self.warmup_steps is None or self.warmup_steps >= 0,
-            f"optim.warmup_steps={self.warmup_steps} is not a number of steps; set it to 0 or more",
-        )
-        refuse_both("optim", self, "warmup_steps", "warmup_ratio", "the length of the warm-up")
-        require(
-            self.schedule != "warmup_stable_decay" or (self.warmup_ratio or 0) + self.decay_ratio <= 1,
-            f"optim.warmup_ratio={self.warmup_ratio} and optim.decay_ratio={self.decay_ratio} together are more than "
-            "all steps; lower one of them",
-        )
 
     @property
     def peak_lr(self) -> float:
@@ -274,98 +229,6 @@ class TrainConfig:
     sample_tokens: int = 64
     """Most tokens per sample."""
 
-    def __post_init__(self) -> None:
-        self._check_intervals()
-        numbers = (
-            "epochs max_steps global_batch micro_batch log_every save_every evals_per_epoch saves_per_epoch "
-            "save_minutes keep early_stopping_patience sample_every sample_tokens loss_watchdog_threshold "
-            "loss_watchdog_patience neftune_alpha kd_temperature center_rewards desirable_weight undesirable_weight "
-            "mlp_tile"
-        )
-        require_positive("train", self, *numbers.split())
-        require(
-            self.neftune_alpha is None or self.objective == "sft",
-            f"train.neftune_alpha={self.neftune_alpha} is for train.objective=sft, not {self.objective}; leave it out",
-        )
-        require_choices("train", self)
-        require(
-            self.teacher is None or self.needs.distributions,
-            f"train.teacher={self.teacher} has no effect with train.objective={self.objective}; leave it out, or set "
-            "train.objective=distill",
-        )
-        require_share("train", self, "kd_ratio")
-        if self.needs.distributions:
-            require_share("train", self, "beta")
-        elif self.beta != 0 or self.needs.reference_weight != "beta":
-            require_positive("train", self, "beta")
-        if not isinstance(self.compile, bool):
-            require_choice("train.compile", self.compile, ("auto", "true", "false"))
-        require(
-            self.label_smoothing is None or 0 <= self.label_smoothing < 0.5,
-            f"train.label_smoothing={self.label_smoothing} must be from 0 to below 0.5; set train.label_smoothing=0.1",
-        )
-        for name in ("target_margin", "sft_weight"):
-            value = getattr(self, name)
-            require(
-                value is None or 0 <= value < math.inf,
-                f"train.{name}={value} must be 0 or more; leave it out for its default",
-            )
-        for name in sorted({name for needs in OBJECTIVES.values() for name in needs.settings} - {*self.needs.settings}):
-            users = [objective for objective, needs in OBJECTIVES.items() if name in needs.settings]
-            require(
-                getattr(self, name) is None,
-                f"train.{name}={getattr(self, name)} has no effect with train.objective={self.objective}; leave it "
-                f"out, or set train.objective={users[0]}" + (f" (of {', '.join(users)})" if len(users) > 1 else ""),
-            )
-        require(
-            self.mlp_tile is None or self.checkpointing != "none",
-            f"train.mlp_tile={self.mlp_tile} recomputes each tile of an MLP, and train.checkpointing=none nothing; set "
-            "train.checkpointing=selective, which recomputes MLPs alone",
-        )
-        require(
-            self.router_aux_loss is None or 0 <= self.router_aux_loss < math.inf,
-            f"train.router_aux_loss={self.router_aux_loss} is not a valid weight; set it to 0.001, or to 0 for none",
-        )
-        require(
-            not self.router_aux_loss or self.objective == "sft",
-            f"train.router_aux_loss={self.router_aux_loss} belongs to a per-token loss, not to train.objective="
-            f"{self.objective}; leave it out",
-        )
-        require(0 <= self.seed < 2**63, f"train.seed={self.seed} must be from 0 to 2^63 - 1; set train.seed=0")
-        require(
-            0 <= self.early_stopping_threshold < math.inf,
-            f"train.early_stopping_threshold={self.early_stopping_threshold} is not a valid difference; set it to 0 or "
-            "more",
-        )
-        require(
-            self.early_stopping_threshold == 0 or self.early_stopping_patience is not None,
-            f"train.early_stopping_threshold={self.early_stopping_threshold} has no effect without "
-            "train.early_stopping_patience; set both",
-        )
-        for name in ("early_stopping_patience", "load_best_at_end"):
-            require(
-                not getattr(self, name) or self.evaluates,
-                f"train.{name}={getattr(self, name)} needs evaluations during training; set train.eval_every",
-            )
-        require(
-            (self.sample_every is None) == (not self.sample_prompts),
-            "train.sample_every and train.sample_prompts belong together; set both or neither",
-        )
-
-    def _check_intervals(self) -> None:
-        """Refuse settings of evaluations, checkpoints and the loss watchdog that exclude each other."""
-        if isinstance(self.eval_every, str):
-            require_choice("train.eval_every", self.eval_every, ("auto", "null", "a number of steps"))
-        else:
-            require_positive("train", self, "eval_every")
-        refuse_both("train", self, "evals_per_epoch", "eval_every", "the steps between evaluations")
-        refuse_both("train", self, "saves_per_epoch", "save_every", "the steps between checkpoints")
-        require(
-            self.loss_watchdog_threshold is not None or self.loss_watchdog_patience == 3,
-            f"train.loss_watchdog_patience={self.loss_watchdog_patience} has no effect without "
-            "train.loss_watchdog_threshold; set both",
-        )
-
     @property
     def needs(self) -> ObjectiveNeeds:
         """Return what the objective needs."""
@@ -472,16 +335,6 @@ class TrackerConfig:
     artifact: bool = False
     """Upload the result: to wandb as the artifact adapter-<run id> (offline, `wandb sync` does), to MLflow as files."""
 
-    def __post_init__(self) -> None:
-        for name in ("project", "entity", "group", "tags", "artifact"):
-            value, default = getattr(self, name), self.__dataclass_fields__[name].default
-            users = [tracker for tracker, settings in TRACKERS.items() if name in settings]
-            require(
-                value == default or self.supports(name),
-                f"tracker.{name}={short(value)} has no effect with tracker={'+'.join(self.names) or 'none'}; leave it "
-                f"out, or set tracker={users[0]} (of {', '.join(users)})",
-            )
-
     @property
     def names(self) -> tuple[str, ...]:
         """Trackers that are on."""
@@ -490,3 +343,102 @@ class TrackerConfig:
     def supports(self, setting: str) -> bool:
         """Return whether a setting has an effect on one of the trackers that are on."""
         return any(setting in TRACKERS[name] for name in self.names)
+
+
+def check_optim(optim: OptimConfig) -> Refusals:
+    """Check the optimizer and the schedule."""
+    yield from positive(optim, "lr loraplus_lr_ratio eps")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        yield "betas= must be two numbers from 0 to below 1; set {field}=[0.9,0.999]"
+    yield from at_least_zero(
+        optim,
+        weight_decay="is not a valid decay; set {field}=0 or more",
+        max_grad_norm="is not a valid norm; set it above 0, or to 0 to turn clipping off",
+        warmup_steps="is not a number of steps; set it to 0 or more",
+    )
+    yield from share(optim, "warmup_ratio decay_ratio min_lr_ratio")
+    if optim.schedule == "constant" and optim.min_lr_ratio != 0:
+        yield "min_lr_ratio= has no effect with optim.schedule=constant; leave it out"
+    decays = optim.schedule == "warmup_stable_decay"
+    if not decays and optim.decay_ratio != DEFAULT_DECAY:
+        cure = "leave it out, or set optim.schedule=warmup_stable_decay"
+        yield f"decay_ratio= has no effect with optim.schedule={optim.schedule}; {cure}"
+    yield from both(optim, "warmup_steps", "warmup_ratio", "the length of the warm-up")
+    if decays and (optim.warmup_ratio or 0) + optim.decay_ratio > 1:
+        what = f"and optim.decay_ratio={optim.decay_ratio} together are more than all steps"
+        yield f"warmup_ratio= {what}; lower one of them"
+
+
+_POSITIVE = """epochs max_steps global_batch micro_batch log_every save_every evals_per_epoch saves_per_epoch
+    save_minutes keep early_stopping_patience sample_every sample_tokens loss_watchdog_threshold
+    loss_watchdog_patience neftune_alpha kd_temperature center_rewards desirable_weight undesirable_weight mlp_tile"""
+
+
+def check_train(train: TrainConfig) -> Refusals:
+    """Check steps, batches, intervals and what the objective reads."""
+    if isinstance(train.eval_every, str):
+        require_choice("train.eval_every", train.eval_every, ("auto", "null", "a number of steps"))
+    else:
+        yield from positive(train, "eval_every")
+    yield from both(train, "evals_per_epoch", "eval_every", "the steps between evaluations")
+    yield from both(train, "saves_per_epoch", "save_every", "the steps between checkpoints")
+    if train.loss_watchdog_threshold is None and train.loss_watchdog_patience != 3:
+        yield "loss_watchdog_patience= has no effect without train.loss_watchdog_threshold; set both"
+    yield from positive(train, _POSITIVE)
+    if not isinstance(train.compile, bool):
+        require_choice("train.compile", train.compile, ("auto", "true", "false"))
+    yield from _objective(train)
+    if train.mlp_tile is not None and train.checkpointing == "none":
+        why = "recomputes each tile of an MLP, and train.checkpointing=none nothing"
+        yield f"mlp_tile= {why}; set train.checkpointing=selective, which recomputes MLPs alone"
+    yield from at_least_zero(
+        train,
+        router_aux_loss="is not a valid weight; set it to 0.001, or to 0 for none",
+        early_stopping_threshold="is not a valid difference; set it to 0 or more",
+    )
+    if not 0 <= train.seed < 2**63:
+        yield "seed= must be from 0 to 2^63 - 1; set {field}=0"
+    if train.early_stopping_threshold != 0 and train.early_stopping_patience is None:
+        yield "early_stopping_threshold= has no effect without train.early_stopping_patience; set both"
+    for name in ("early_stopping_patience", "load_best_at_end"):
+        if getattr(train, name) and not train.evaluates:
+            yield f"{name}= needs evaluations during training; set train.eval_every"
+    if (train.sample_every is None) != (not train.sample_prompts):
+        yield "train.sample_every and train.sample_prompts belong together; set both or neither"
+
+
+def _objective(train: TrainConfig) -> Refusals:
+    """Check the settings of the objective, and those that have no effect on it."""
+    name, needs = train.objective, train.needs
+    if train.neftune_alpha is not None and name != "sft":
+        yield f"neftune_alpha= is for train.objective=sft, not {name}; leave it out"
+    if train.router_aux_loss and name != "sft":
+        yield f"router_aux_loss= belongs to a per-token loss, not to train.objective={name}; leave it out"
+    if train.teacher is not None and not needs.distributions:
+        cure = "leave it out, or set train.objective=distill"
+        yield f"teacher= has no effect with train.objective={name}; {cure}"
+    yield from share(train, "kd_ratio")
+    if needs.distributions:
+        yield from share(train, "beta")
+    elif train.beta != 0 or needs.reference_weight != "beta":
+        yield from positive(train, "beta")
+    if train.label_smoothing is not None and not 0 <= train.label_smoothing < 0.5:
+        yield "label_smoothing= must be from 0 to below 0.5; set {field}=0.1"
+    less = "must be 0 or more; leave it out for its default"
+    yield from at_least_zero(train, target_margin=less, sft_weight=less)
+    others = {setting for other in OBJECTIVES.values() for setting in other.settings} - {*needs.settings}
+    for setting in sorted(others):
+        users = [objective for objective, other in OBJECTIVES.items() if setting in other.settings]
+        if getattr(train, setting) is not None:
+            among = f" (of {', '.join(users)})" if len(users) > 1 else ""
+            cure = f"leave it out, or set train.objective={users[0]}{among}"
+            yield f"{setting}= has no effect with train.objective={name}; {cure}"
+
+
+def check_tracker(tracker: TrackerConfig) -> Refusals:
+    """Check that each setting has an effect on a tracker that is on."""
+    for item in fields(tracker):
+        users = [name for name, settings in TRACKERS.items() if item.name in settings]
+        if users and getattr(tracker, item.name) != item.default and not tracker.supports(item.name):
+            cure = f"leave it out, or set tracker={users[0]} (of {', '.join(users)})"
+            yield f"{item.name}= has no effect with tracker={'+'.join(tracker.names) or 'none'}; {cure}"

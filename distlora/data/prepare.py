@@ -71,12 +71,8 @@ def prepare(
     """
     model_dir = Path(model.path).expanduser()
     if not model_dir.is_dir():
-        raise UserError(
-            field="model.path",
-            value=model.path,
-            reason="is not a folder",
-            cure="set {field} to a local Hugging Face model",
-        )
+        cure = "set {model.path} to a local Hugging Face model"
+        raise UserError(f"{{model.path}}={model.path} is not a folder; {cure}")
     sources = sources or find_sources(data)
     settings, fingerprints = _settings(model, data, train, sources)
     cache_dir = Path(data.cache_dir).expanduser().absolute()

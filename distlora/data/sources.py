@@ -478,19 +478,15 @@ def _absent(path: Path, field: str) -> UserError:
     folder = next((parent for parent in path.parents if not _PATTERN.search(str(parent))), path.parent)
     if _PATTERN.search(str(path)):
         return UserError(
-            field=field,
-            value=str(path),
-            reason="does not exist, and patterns are not expanded",
-            cure=f"name the folder, {folder}, whose files are all read, or list the files in "
-            "data.sources=[{path: FILE}, {path: FILE}]",
+            f"{{{field}}}={path} does not exist, and patterns are not expanded; name the folder, {folder}, whose files "
+            "are all read, or list the files in data.sources=[{path: FILE}, {path: FILE}]"
         )
     siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-    return UserError(
-        field=field,
-        value=str(path),
-        reason=f"does not exist{nearest(path.name, siblings, cutoff=FILES)}",
-        cure="name a file, a folder, or a data set on the hub (org/name)",
+    hint, cure = (
+        nearest(path.name, siblings, cutoff=FILES),
+        "name a file, a folder, or a data set on the hub (org/name)",
     )
+    return UserError(f"{{{field}}}={path} does not exist{hint}; {cure}")
 
 
 def check_sources(
@@ -519,7 +515,7 @@ def _files(path: Path, field: str, is_saved: bool) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if not path.is_dir():
-        raise UserError(field=field, value=str(path), reason="is neither a file nor a folder", cure="name one of them")
+        raise UserError(f"{{{field}}}={path} is neither a file nor a folder; name one of them")
     inside = sorted(
         file
         for file in path.rglob("*")
@@ -529,22 +525,16 @@ def _files(path: Path, field: str, is_saved: bool) -> tuple[Path, ...]:
         return tuple(inside)
     files = [file for file in inside if is_data_file(file)]
     if not files:
-        raise UserError(
-            field=field,
-            value=str(path),
-            reason="holds no file of a known format (jsonl, json, parquet, csv, tsv or txt)",
-            cure="name the data",
-        )
+        formats = "jsonl, json, parquet, csv, tsv or txt"
+        raise UserError(f"{{{field}}}={path} holds no file of a known format ({formats}); name the data")
     named = {str(file.relative_to(path)): _SPLIT_NAMES.search(file.relative_to(path).as_posix()) for file in files}
     splits = {match[1].lower() for match in named.values() if match}
     if any(name.startswith("train") for name in splits) and not all(name.startswith("train") for name in splits):
         other = next(name for name, match in named.items() if match and not match[1].lower().startswith("train"))
         first = next(name for name, match in named.items() if match and match[1].lower().startswith("train"))
         raise UserError(
-            field=field,
-            value=str(path),
-            reason="holds several splits, and all of its files would be read",
-            cure=f"set {{data.path}}={path / first} and {{data.eval_path}}={path / other}",
+            f"{{{field}}}={path} holds several splits, and all of its files would be read; set {{data.path}}="
+            f"{path / first} and {{data.eval_path}}={path / other}"
         )
     return tuple(files)
 

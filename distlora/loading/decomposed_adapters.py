@@ -39,7 +39,6 @@ from distlora.weights.decompose import Sketch, principal_part, quantization_erro
 from distlora.weights.initial_adapter_file import (
     INITIAL_ADAPTER_NAME,
     InitialAdapterRecord,
-    check_ranks,
     digest_of,
     initial_adapter_path,
     read_initial_adapter_record,
@@ -66,7 +65,7 @@ def initialize_from_base(
     """Fill every adapter from the run's initial adapter, or compute and save it. Every rank must call it.
 
     `restores`: the file must exist. `boundary` marks each decomposition, on every rank alike. Raises UserError if the
-    file is missing, damaged or made from another base, if a rank is too large, and for NaN or Inf weights.
+    file is missing, damaged or made from another base, and for NaN or Inf weights.
     """
     read = require_initial_adapter if restores else read_initial_adapter_record
     record = read(run_dir, spec.adapter, base)
@@ -74,7 +73,6 @@ def initialize_from_base(
         say(f"reading the initial adapter ({record.method}) from {INITIAL_ADAPTER_NAME}")
         _fill(model, run_dir)
         return
-    check_ranks(spec.adapter, {path: _shape(linear) for path, linear in model.adapted_linears()})
     began = time.monotonic()
     _decompose(model, spec, base, backend, say, boundary)
     watch.at(None, f"saving {INITIAL_ADAPTER_NAME}", long=True)

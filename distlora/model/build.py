@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config
-from distlora.architecture.config_checks import check_config, check_train
+from distlora.architecture.config_checks import check_config
 from distlora.architecture.kept_weights import KeptTokens, KeptWeight, kept_by, kept_tokens
 from distlora.architecture.spec import Architecture, WeightKind
-from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
+from distlora.architecture.targets import check_patterns, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
 from distlora.config import AdapterConfig, ModelSpec, QuantConfig, TrainConfig, require
 from distlora.model.adapters import (
@@ -184,7 +184,7 @@ class CausalLM(nn.Module):
             hidden = hidden / temperature
         if reference is not None:
             with torch.no_grad():
-                assert self.final_norm is not None, "check_train refuses DPO"
+                assert self.final_norm is not None, "check_train refuses a reference"
                 states = self.final_norm(reference.take())
                 states = states if temperature == 1.0 else states / temperature
             return self.head(hidden, labels, states, divergence=losses.divergence)
@@ -359,9 +359,7 @@ def build_model(
     full = spec.adapter.method == "full"
     place = base.folder / "config.json"
     architecture = architecture or check_config(base.config, place, sequence_length=sequence_length, full=full)
-    check_router_loss(train if training else None, architecture, base.config)
     train = train or TrainConfig()
-    check_train(train, architecture)
     hf_config = read_hf_config(base.folder)
     text_key = architecture.text_config
     text_config = hf_config if text_key is None else getattr(hf_config, text_key)
@@ -424,7 +422,7 @@ def _balance_routers(model: CausalLM, train: TrainConfig) -> None:
     layouts = [model.architecture.layer(index).experts for index in range(len(model.blocks))]
     routers = ["" if layout is None else layout.router for layout in layouts]
     weight = weight_of(train, model.hf_config)
-    if weight > 0 and any(routers):  # Otherwise check_router_loss has refused a run.
+    if weight > 0 and any(routers):
         model.router_aux_loss = weight
         place_routers(model.blocks, routers, next(layout.chosen for layout in layouts if layout is not None))
 

@@ -64,7 +64,6 @@ def parallelize(
             required = parallel.expert_degree != "replica"  # The ranks of a resume may be others.
             divide_experts(model, backend.shards, ranks.device.type, traffic, required=required)
         fsdp2.shard(model, backend.shards, ranks.device, prefetch=prefetch, traffic=traffic)
-        parallel.check_blocks(len(model.blocks))
         count, backend.residency = parallel.resident_blocks, Residency(model.blocks, backend.shards, ranks.device)
         # A layer with a dense copy of its weights is not gathered again.
         dense = sum(block.dense_dtype is not None for block in model.blocks)

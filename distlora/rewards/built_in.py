@@ -1,7 +1,7 @@
 """Rewards that verify an answer: 1.0 if it is right, 0.0 if not, None if the record says null for its column.
 
-Each is called with a completion's text and the value of its column (`distlora.config.rewards.BUILT_IN`). A fault of the
-record (an invalid pattern, an answer that is no mathematics) raises; one of the completion is 0.0.
+Each is called with a completion's text and the value of its column (`distlora.config.documents.BUILT_IN`). A fault of
+the record (an invalid pattern, an answer that is no mathematics) raises; one of the completion is 0.0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from distlora.config import DataConfig
-from distlora.config.rewards import BUILT_IN
+from distlora.config.documents import BUILT_IN
 from distlora.rewards import sandbox
 
 PACKAGES = {"math": "math_verify", "json_schema": "jsonschema"}

@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from distlora.config import DataConfig, UserError, nearest
-from distlora.config.rewards import BUILT_IN
+from distlora.config.documents import BUILT_IN
 from distlora.rewards import sandbox
 from distlora.rewards.built_in import PACKAGES
 from distlora.rewards.pool import RewardPool

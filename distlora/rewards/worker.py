@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from distlora.config import DataConfig, UserError, require
+from distlora.config.documents import BUILT_IN
 from distlora.config.errors import in_one_line, short
 from distlora.config.file import build
-from distlora.config.rewards import BUILT_IN
 from distlora.rewards import sandbox
 from distlora.rewards.built_in import reward_function
 from distlora.system.atomic_io import sha256

@@ -11,13 +11,13 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.safetensors_headers import read_header, read_header_and_metadata
-from distlora.config import AdapterConfig, UserError, require
+from distlora.config import AdapterConfig, UserError
 
 INITIAL_ADAPTER_NAME = "initial_adapter.safetensors"
 METHOD_KEY, BASE_KEY, DIGEST_KEY = "distlora_init", "distlora_base", "distlora_digest"
@@ -136,16 +136,4 @@ def _digest_of_file(path: Path, state: tuple[int, ...]) -> str:
         return digest_of(
             (name, segment.shape, os.pread(stream.fileno(), segment.num_bytes, segment.offset))
             for name, segment in sorted(read_header(path).items())
-        )
-
-
-def check_ranks(adapter: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError for a rank above the number of singular values. `shapes`: (out, in) of adapted linears."""
-    for path, shape in shapes.items():
-        rank, most = adapter.rank_of(path), min(shape)
-        require(
-            rank <= most or not adapter.decomposes,
-            f"adapter.init={adapter.init} needs {rank} singular values of {path}, which has {most} (its weight is "
-            f"{' x '.join(map(str, shape))}); set adapter.r={most} or less"
-            f"{', or its entry in adapter.rank_pattern' if adapter.rank_pattern else ''}",
         )

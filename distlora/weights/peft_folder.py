@@ -21,6 +21,7 @@ from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_endin
 from distlora.architecture.tokens import EMBEDDING
 from distlora.config import AdapterConfig, UserError, nearest, require
 from distlora.config.base import is_hub_name
+from distlora.config.checks import check_section
 from distlora.config.errors import named_settings
 from distlora.config.json_files import Shape, check_shape, read_object
 from distlora.system.atomic_io import sha256
@@ -406,7 +407,7 @@ def _settings(values: dict[str, Any], path: Path, paths: list[str], parameters: 
         "alpha_pattern": {key: float(value) for key, value in (values.get("alpha_pattern") or {}).items()},
     }
     try:
-        AdapterConfig(r=rank, lora_alpha=alpha, **patterns)  # type: ignore[arg-type]
+        check_section("adapter", AdapterConfig(r=rank, lora_alpha=alpha, **patterns))  # type: ignore[arg-type]
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     for name, pattern in patterns.items():

@@ -7,7 +7,6 @@ Only `load` does, to hold a model in the calling process.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from distlora_launcher.cli.plan import PlanResult, plan_run
 from distlora_launcher.cli.status import Status, statuses
 from distlora_launcher.compose.checks import check_run_dir
 from distlora_launcher.compose.compose import MAPPINGS, compose_config
-from distlora_launcher.compose.options import known_models
+from distlora_launcher.compose.overrides import known_models
 from distlora_launcher.follow import Command, Follower
 from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.launch.local import remove_if_empty
@@ -165,9 +164,8 @@ def train(
     is_path = data is None or isinstance(data, str | Path)
     path: Any = data if is_path else DOCUMENTS_NAME
     words = as_overrides(model=model, data=path, recipe=recipe, run_dir=run_dir, settings=settings)
-    with _own_hydra():
-        words = _with_config(config, words)
-        composed = compose_config(words)
+    words = _with_config(config, words)
+    composed = compose_config(words)
     check_callbacks(callbacks, composed.cluster.launcher)
     folder = Path(composed.run_dir)
     words += as_overrides(run_dir=folder)  # Of two values the last one counts.
@@ -203,8 +201,7 @@ def plan(
     Raises UserError for settings that `train` refuses.
     """
     words = as_overrides(model=model, data=data, recipe=recipe, gpu=gpu, settings=settings)
-    with _own_hydra():
-        return plan_run(_with_config(config, words))
+    return plan_run(_with_config(config, words))
 
 
 def load(
@@ -333,17 +330,3 @@ def _write_documents(documents: Iterable[Mapping[str, Any]], path: Path) -> Path
     atomic_io.private_folder(path.parent)
     path.write_text("".join(lines), encoding="utf-8")
     return path
-
-
-@contextlib.contextmanager
-def _own_hydra() -> Iterator[None]:
-    """Compose settings even within another Hydra application, whose state is put back afterwards."""
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-
-    hydra, settings = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
-    GlobalHydra.instance().clear()
-    try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = hydra, settings

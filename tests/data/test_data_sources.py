@@ -6,6 +6,7 @@ import json
 import pytest
 
 from distlora.config import DataConfig, SourceConfig, UserError
+from distlora.config.checks import check_section
 from distlora.data.sources import check_sources, find_source
 from support.data_folders import write_lines
 
@@ -152,4 +153,4 @@ def test_a_fingerprint_changes_with_the_content_and_the_reading_but_not_with_the
 @pytest.mark.parametrize(("setting", "value"), [("name", "x"), ("split", "test"), ("columns", {"text": "body"})])
 def test_settings_of_one_source_have_no_effect_beside_several_and_are_refused(setting, value):
     with pytest.raises(UserError, match=rf"data\.{setting}=.* it belongs into each entry of data\.sources"):
-        DataConfig(sources=(SourceConfig(path="a.jsonl"),), **{setting: value})
+        check_section("data", DataConfig(sources=(SourceConfig(path="a.jsonl"),), **{setting: value}))

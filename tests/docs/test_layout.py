@@ -30,7 +30,7 @@ HOMES = {
     "mlflow": "distlora.training.trackers.mlflow_run",
     "trackio": "distlora.training.trackers.trackio_run",
     "swanlab": "distlora.training.trackers.swanlab_run",
-    "hydra": "distlora_launcher",
+    "hydra": "distlora_launcher.compose distlora_launcher.studies",
     "omegaconf": "distlora_launcher",
     "bitsandbytes": "distlora_kernels distlora.training.optimizers",
     "datasets": "distlora.data",
@@ -146,7 +146,7 @@ PATCHES = {
     "function.__globals__ copy.__kwdefaults__",
     "distlora.model.quantized_parameters": "module.__class__",
     "distlora.parallel.zero3": "deepspeed.ops.__compatible_ops__",
-    "distlora_launcher.api": "GlobalHydra.instance().hydra HydraConfig.instance().cfg",
+    "distlora_launcher.compose.compose": "GlobalHydra.instance().hydra HydraConfig.instance().cfg",
 }
 """What a module sets in the code of others, or reads of the code of functions. The reason stands beside it."""
 SET = re.compile(r"sys\.modules|vars\(|.*\.(__\w+__|forward)$")

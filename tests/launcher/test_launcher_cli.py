@@ -118,6 +118,9 @@ def test_help_of_train_has_the_meaning_of_every_setting(capsys: pytest.CaptureFi
         ("train -c mine.yaml", "`distlora train mine.yaml` reads a settings file"),
         ("train --config-name mine.yaml", "write distlora train FILE.yaml"),
         ("train --learning_rate 1e-4", "did you mean 'optim.lr'?); settings have no dashes"),
+        ("train --hydra-help", "there is no option --hydra-help any more; `distlora train --help` lists the settings"),
+        ("train -m hydra/sweeper=optuna", "leave it out, or search by results with `distlora sweep`"),
+        ("train -m optim.lr=interval(0,1)", "write a list of values, or search it with `distlora sweep ... optim.lr="),
     ],
 )
 def test_a_wrong_command_or_option_is_answered_with_the_right_one(
@@ -197,9 +200,7 @@ def test_a_run_has_its_settings_in_its_folder(place: Path, steps: Steps, capsys:
 
 def test_jobs_of_a_sweep_run_in_turn_until_a_signal_and_a_failure_ends_none(place: Path, steps: Steps):
     steps.train_codes = [1, 143, 0]
-    with pytest.raises(SystemExit) as stop:
-        train("-m", "train.seed=0,1,2", "run_dir=runs/sweep")
-    assert stop.value.code == 143
+    assert train("-m", "train.seed=0,1,2", "run_dir=runs/sweep") == 143
     assert steps.trained == [place / "runs" / "sweep" / "0", place / "runs" / "sweep" / "1"]
     seeds = [yaml.safe_load((run / "config.yaml").read_text())["train"]["seed"] for run in steps.trained]
     assert seeds == [0, 1]
@@ -269,3 +270,14 @@ def test_resume_prepares_lost_data_and_checks_the_model_again(
     assert main(["resume", str(stopped_run)]) == 0
     assert capsys.readouterr().out == "run is complete: run/adapter\n"
     assert len(steps.trained) == 5
+
+
+def test_commands_and_a_resume_read_a_run_whose_settings_are_refused_today(steps: Steps, stopped_run: Path):
+    config = stopped_run / "config.yaml"
+    text = config.read_text().replace("schedule: cosine", "schedule: constant")
+    config.write_text(text.replace("min_lr_ratio: 0.0", "min_lr_ratio: 0.5"))
+    assert load_config(stopped_run).optim.min_lr_ratio == 0.5
+    assert train("optim.schedule=constant", "optim.min_lr_ratio=0.5", "run_dir=other") == 2
+    assert main(["status", "run"]) == 0
+    assert main(["resume", "run"]) == 0
+    assert steps.trained == [stopped_run] * 2

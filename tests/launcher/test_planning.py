@@ -43,7 +43,6 @@ def shows(monkeypatch: pytest.MonkeyPatch) -> Shows:
 
     def show(found: LocalHardware) -> None:
         monkeypatch.setattr(planning, "found_here", lambda **_: found)
-        planning._decided.clear()
 
     return show
 

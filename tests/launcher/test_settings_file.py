@@ -14,8 +14,8 @@ from distlora.config.file import as_mapping
 from distlora_launcher.cli.init import FIRST, PLACES, starter_text
 from distlora_launcher.cli.main import main
 from distlora_launcher.cli.plan import plan_run
-from distlora_launcher.compose.compose import compose_config, compose_sweep
-from distlora_launcher.compose.options import known_models
+from distlora_launcher.compose.compose import compose_config, compose_sweep, expand_sweep
+from distlora_launcher.compose.overrides import known_models
 from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.studies.start import parse_sweep
 from support.damage import YAML_TRICKS
@@ -113,7 +113,9 @@ def test_a_typed_option_wins_over_the_recipe(capsys: pytest.CaptureFixture[str])
     assert compose_config(words).model.path == "Qwen/Qwen2.5-14B-Instruct"
     assert compose_config([*words, "model.path=org/name"]).model.path == "org/name"
     assert compose_config([words[0], words[2]]).model.path == "Qwen/Qwen2.5-7B-Instruct"
-    models = {run.config.model.path for run in compose_sweep([words[0], "model=qwen25_14b,qwen25_3b", words[2]])}
+    models = {
+        run.config.model.path for run in compose_sweep(expand_sweep([words[0], "model=qwen25_14b,qwen25_3b", words[2]]))
+    }
     assert models == {"Qwen/Qwen2.5-14B-Instruct", "Qwen/Qwen2.5-3B-Instruct"}
     assert main(["train", *words, "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["path"] == "Qwen/Qwen2.5-14B-Instruct"

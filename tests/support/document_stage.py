@@ -119,16 +119,13 @@ def no_process_starts() -> Iterator[None]:
     def become(executable: str, command: Sequence[str], environment: dict[str, str]) -> NoReturn:
         raise StartsError(command)
 
-    def over_to_hydra(arguments: list[str], **_: Any) -> NoReturn:
-        raise StartsError(arguments)
-
     def begun(*_: Any, **__: Any) -> NoReturn:
         raise StartsError
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "Popen", Popen)
         patch.setattr(os, "execve", become)
-        patch.setattr(train, "run_hydra", over_to_hydra)
+        patch.setattr(train, "run_jobs", begun)
         patch.setattr(local, "make_run", begun)
         patch.setattr(sweeps, "make_sweep", begun)
         patch.setattr(sweeps, "pinned", lambda sweep, config: sweep)  # It asks the hub for the model's commit.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.spec import Architecture, architecture_of
-from distlora.config import Config
+from distlora.config import Config, check_settings
 from distlora.config.file import build
 from distlora.derive.prove import move_adapters_off_start
 from distlora.derive.shrink import shrink
@@ -171,7 +171,9 @@ def config_for(folder: Path, **sections: dict[str, Any]) -> Config:
         "train": {"dtype": "fp32"},
         "run_dir": "none",
     }
-    return build(Config, base | sections)
+    config = build(Config, base | sections)
+    check_settings(config)
+    return config
 
 
 def load_ours(folder: Path, ranks: Ranks = SINGLE, **sections: dict[str, Any]) -> tuple[CausalLM, Backend]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from distlora.config import Config
+from distlora.config import Config, check_settings
 from distlora.config.file import as_mapping, build
 
 if TYPE_CHECKING:
@@ -126,7 +126,9 @@ def config_with(
 ) -> Config:
     """Return a config of the sections of `base`, overridden by `sections`."""
     values = {name: {**base.get(name, {}), **sections.get(name, {})} for name in base.keys() | sections.keys()}
-    return build(Config, {**values, "run_dir": run_dir})
+    config = build(Config, {**values, "run_dir": run_dir})
+    check_settings(config)
+    return config
 
 
 def write_type(folders: Path, model: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -160,7 +161,10 @@ def test_a_run_starts_from_an_adapter_of_a_language_model_and_from_peft_s_reward
     starts = {}
     for name in ("reward", "sft"):
         config = prepare(tmp_path / f"run_{name}", folders, preferences)
-        config = with_initial_adapter(config.with_settings({"adapter.init_from": str(tmp_path / name)}), [])
+        adapter = dataclasses.replace(config.adapter, init_from=str(tmp_path / name))
+        config = dataclasses.replace(
+            config, adapter=with_initial_adapter(adapter, [], quant=config.quant.method, labels=1)
+        )
         check_model(config)
         model, backend, _ = start_run_model(config, SINGLE)
         start_adapters(model, config.spec, backend, config.train, restores=False)
@@ -172,7 +176,7 @@ def test_a_run_starts_from_an_adapter_of_a_language_model_and_from_peft_s_reward
     assert 0.8 < starts["sft"].std() / model.hf_config.initializer_range < 1.2
     sft = config.with_settings({"train.objective": "sft", "adapter.init_from": str(tmp_path / "reward")})
     with pytest.raises(UserError, match=r"is a model of rewards: .* replaces its LM head, .*train.objective=reward"):
-        with_initial_adapter(sft, [])
+        with_initial_adapter(sft.adapter, [], quant=sft.quant.method)
     with pytest.raises(UserError, match="it predicts no tokens"):
         Name(place=str(tmp_path / "reward"), base=str(folders / "llama")).read()
 

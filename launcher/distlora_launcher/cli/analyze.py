@@ -16,8 +16,8 @@ from distlora.post.trained import BASE_ALONE, Named
 from distlora.results.record import REPORT_NAME
 from distlora.system import atomic_io
 from distlora.system.command_worker import to_json
-from distlora_launcher.cli.named import check_base, check_text, named
-from distlora_launcher.compose.checks import ROW_TOKENS, check_writable, row_tokens
+from distlora_launcher.cli.named import check_text, named
+from distlora_launcher.compose.checks import ROW_TOKENS, check_base, check_writable, row_tokens
 from distlora_launcher.compose.hub import localize, with_small_files
 from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import read, subject
@@ -187,7 +187,7 @@ def check_intrinsic(options: intrinsic.IntrinsicRequest) -> intrinsic.IntrinsicR
     for model in models:
         with with_small_files(request.spec(model).model) as small, for_full_fine_tuning():
             spec = dataclasses.replace(request.spec(model), model=small)
-            check_base(spec, sequence_length=request.sequence_length, training=True)
+            check_base(spec, sequence_length=request.sequence_length, train=request.train_settings())
     check_text(request.data_settings())
     request = dataclasses.replace(request, models=[localize(request.spec(model).model).path for model in models])
     settle(request, out)

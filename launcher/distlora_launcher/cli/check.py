@@ -11,7 +11,7 @@ from distlora.architecture.config_checks import CheckRequest
 from distlora.config import require
 from distlora.config.base import place_of
 from distlora_launcher.compose.compose import compose_run
-from distlora_launcher.compose.options import known_models
+from distlora_launcher.compose.overrides import known_models
 from distlora_launcher.compose.planning import planned_model
 from distlora_launcher.launch.workers import become
 from distlora_launcher.terminal.arguments import read

@@ -96,7 +96,8 @@ def preview_documents(options: PreviewArguments) -> int:
     from distlora.data.preview import preview
 
     with with_small_files(config.model) as model:
-        check_model_folder(dataclasses.replace(config, model=model))  # Weights are not needed.
+        spec = dataclasses.replace(config.spec, model=model)
+        check_model_folder(spec, config.data.sequence_length)  # Weights are not needed.
         check_data(config.data, config.train.objective, config.run_dir)
         return preview(
             model,

@@ -15,7 +15,7 @@ from distlora.post.trained import BASE_ALONE, Named, Quant, Trained, base_spec
 from distlora.system.exit_codes import require_package
 from distlora.weights.peft_folder import CONFIG_NAME as ADAPTER_CONFIG
 from distlora_launcher.cli import named
-from distlora_launcher.compose.checks import HEAD_LINES, gpu_count, row_tokens
+from distlora_launcher.compose.checks import HEAD_LINES, check_base, gpu_count, row_tokens
 from distlora_launcher.compose.hub import localize, with_small_files
 from distlora_launcher.launch.workers import become, check_processes, run_several
 from distlora_launcher.terminal.arguments import read
@@ -212,7 +212,7 @@ def model_subject(place: str, quant: Quant | None) -> Subject:
             f"--quant={quant}: {place} is stored in NF4; leave --quant out",
         )
         held: Quant = "nf4" if in_nf4 or quant == "nf4" else "keep" if quant == "keep" else "none"
-        named.check_base(dataclasses.replace(base_spec(path, held), model=here))
+        check_base(dataclasses.replace(base_spec(path, held), model=here))
     local = localize(model).path
     merged = (Path(local) / MERGE_RECEIPT).is_file()
     label = place if is_hub_name(path) else shown(folder)

@@ -165,9 +165,10 @@ def complete(words: list[str]) -> int:
         if typed[1] not in TAKE_SETTINGS:
             return DONE
         os.environ["COMP_LINE"] = line.replace(f" {typed[1]}", "", 1)
-    from distlora_launcher.cli.train import run_hydra
+    from distlora_launcher.compose.compose import complete_words
 
-    return run_hydra(words, program=sys.argv[0])
+    complete_words(words[1:])
+    return DONE
 
 
 if __name__ == "__main__":

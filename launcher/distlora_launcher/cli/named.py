@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.config import Config, DataConfig, ModelSpec, require
+from distlora.config import DataConfig, require
 from distlora.config.base import place_of
 from distlora.post.trained import Name, Named, Trained, read_combined
 from distlora.system.progress import say
-from distlora_launcher.compose.checks import check_data, check_model, check_writable
+from distlora_launcher.compose.checks import check_data, check_writable
 from distlora_launcher.compose.hub import localize, restore
 from distlora_launcher.terminal.output import shown
 
@@ -80,13 +80,6 @@ def new_place(out: str, default: Path | None = None) -> Path:
 def num_weights(trained: Trained) -> int:
     """Return the number of weights of the base."""
     return sum(segment.numel for segment in CheckpointFiles(trained.base).headers.values())
-
-
-def check_base(spec: ModelSpec, *, sequence_length: int = 2, training: bool = False) -> None:
-    """Refuse a model that a command without a run cannot use, or cannot train. Raises UserError."""
-    data = DataConfig(path=spec.model.path, sequence_length=sequence_length)
-    config = Config(model=spec.model, data=data, quant=spec.quant, adapter=spec.adapter, run_dir=spec.model.path)
-    check_model(config, training=training)
 
 
 def check_text(data: DataConfig) -> None:

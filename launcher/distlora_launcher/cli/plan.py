@@ -36,7 +36,7 @@ from distlora.system.exit_codes import DONE
 from distlora.training.multi_trial.protocol import check_pack
 from distlora_launcher.compose.checks import check_parallel, check_writable
 from distlora_launcher.compose.compose import UNSET, compose_run, expand_home
-from distlora_launcher.compose.options import known_models
+from distlora_launcher.compose.overrides import known_models
 from distlora_launcher.compose.planning import check_planned, choices, planned_model
 from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.studies.multi_trial import compose_for_plan, plan_together

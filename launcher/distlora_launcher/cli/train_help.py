@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from distlora.config import UserError, nearest
 from distlora.config.field_docs import Setting, sections
 from distlora.config.plan import GPUS
-from distlora_launcher.compose.options import options_of
+from distlora_launcher.compose.overrides import options_of
 
 USAGE = """usage: distlora train [FILE.yaml] [setting=value ...] [option ...]
 
@@ -30,7 +30,6 @@ options:
   --dry-run          print the job script of cluster=slurm; submit nothing
   -m, --multirun     start one run per value: train.seed=0,1 (`distlora sweep` also compares them)
   --config-dir DIR   folder with your own recipes and groups
-  --hydra-help       options of Hydra, whose grammar settings have
   --version          print the version
 
 choices of several settings, as group=option:

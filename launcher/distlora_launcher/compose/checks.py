@@ -1,11 +1,19 @@
-"""Checks without torch, before any process starts: the model's folder, the beginning of the data, this node.
+"""Check a run before any process starts, without torch. Each refusal names the value, the reason and what to type.
 
-Each refusal is a UserError with the value, the reason and what to type instead. The ranges of single settings are
-checked in distlora.config.
+The stages, in their order:
+
+typed    `check_settings` in distlora.config: values alone, as the settings are composed
+files    the run folder, the DeepSpeed file, the beginning of the data
+model    the base's folder and headers, and settings that it does not support
+machine  this node: GPUs, packages, folders to write, the user's code, what an earlier start has fixed
+
+A new run passes all of them. A resume passes model and machine again, as the base and the node may have changed; a node
+of a SLURM job passes `check_machine`. Workers read RUN/config.yaml and trust it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -16,7 +24,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
@@ -33,6 +43,7 @@ from distlora.config import (
     ClusterConfig,
     Config,
     DataConfig,
+    ModelConfig,
     ModelSpec,
     OptimConfig,
     ParallelConfig,
@@ -50,7 +61,7 @@ from distlora.config.objectives import OBJECTIVES
 from distlora.rewards.find import check_functions, import_functions
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
-from distlora.weights.initial_adapter_file import check_ranks, needs_initial_adapter, require_initial_adapter
+from distlora.weights.initial_adapter_file import needs_initial_adapter, require_initial_adapter
 from distlora.weights.peft_folder import (
     WEIGHTS_NAME,
     check_fits,
@@ -71,35 +82,33 @@ ROW_TOKENS = 1024
 def check(config: Config, *, new_run: bool) -> None:
     """Refuse a run that cannot work. new_run: refuse a folder that holds a run, unless several nodes share it."""
     try:
-        if new_run and not config.cluster.on_each_node:
-            check_run_dir(Path(config.run_dir))
-        if config.cluster.launcher != "slurm":  # The node that submits may differ from those that run.
-            check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
-            if not new_run and config.train.compile == "auto":
-                check_compiled_before(Path(config.run_dir))
-            if config.rollout.url is not None:
-                # Imported late, as consumers are: other commands need neither.
-                from distlora.generation.remote import RemoteEngine
-
-                RemoteEngine(config.rollout.url, stop_tokens=(), run=config.name).connect()
-            for name in config.tracker.names:
-                if name != "wandb":  # It is always installed; a node that lacks it says so, and trains.
-                    require_package(name, f"tracker={name}")
-        check_parallel(config.parallel, config.cluster.ranks)
-        check_data(config.data, config.train.objective, config.run_dir)
+        if new_run:
+            if not config.cluster.on_each_node:
+                check_run_dir(Path(config.run_dir))
+            check_parallel(config.parallel, config.cluster.ranks)
+            check_data(config.data, config.train.objective, config.run_dir)
         check_functions(config.data, on_this_node=config.cluster.launcher != "slurm")
-        check_model(config)  # Last, as it takes seconds for a model that is new here.
-        goes_on = not new_run and bool(checkpoint_folders(Path(config.run_dir)))
-        if goes_on:
-            settings = fixed_settings(config)
-            check_newest_settings(Path(config.run_dir) / CHECKPOINTS, settings)
-        is_reference = config.train.refers_to_start
-        needed = needs_initial_adapter(config.adapter, is_reference=is_reference, restores=True)
-        if goes_on and config.adapter.decomposes and needed:
-            require_initial_adapter(config.run_dir, config.adapter, CheckpointFiles(config.model.path))
+        check_model(config)
+        if not new_run and checkpoint_folders(Path(config.run_dir)):
+            check_newest_settings(Path(config.run_dir) / CHECKPOINTS, fixed_settings(config))
+            needed = needs_initial_adapter(config.adapter, is_reference=config.train.refers_to_start, restores=True)
+            if config.adapter.decomposes and needed:
+                require_initial_adapter(config.run_dir, config.adapter, CheckpointFiles(config.model.path))
         check_writable(Path(config.data.cache_dir), "data.cache_dir")
-        if config.cluster.launcher != "slurm":  # Last, as it takes as long as the user's imports.
-            import_functions(config.data)
+        if config.cluster.launcher == "slurm":  # The node that submits may differ from those that run.
+            return
+        check_machine(config.cluster, config.parallel, config.quant, config.optim, config.train)
+        if not new_run and config.train.compile == "auto":
+            check_compiled_before(Path(config.run_dir))
+        if config.rollout.url is not None:
+            # Imported late, as consumers are: other commands need neither.
+            from distlora.generation.remote import RemoteEngine
+
+            RemoteEngine(config.rollout.url, stop_tokens=(), run=config.name).connect()
+        for name in config.tracker.names:
+            if name != "wandb":  # It is always installed; a node that lacks it says so, and trains.
+                require_package(name, f"tracker={name}")
+        import_functions(config.data)  # Last, as it takes as long as the user's imports.
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
 
@@ -165,27 +174,18 @@ def check_machine(
     if is_sharded and quant.method != "none":
         check_torch(importlib.metadata.version("torch"))
     check_gpu_count(cluster)
-    if gpu_count() == 0 and optim.name.startswith("paged_"):
-        same = {"paged_adamw": "adamw", "paged_adamw_8bit": "adamw_8bit"}[optim.name]
-        raise UserError(
-            field="optim.name",
-            value=optim.name,
-            reason="pages optimizer states between a GPU and the host, and this node has no GPU",
-            cure=f"set {{field}}={same}",
-        )
+    require(
+        gpu_count() > 0 or not optim.name.startswith("paged_"),
+        f"optim.name={optim.name} pages optimizer states between a GPU and the host, and this node has no GPU; set "
+        f"optim.name={optim.name.removeprefix('paged_')}",
+    )
     if optim.name not in ("adamw", "muon"):
         require_package("bitsandbytes", f"optim.name={optim.name}", otherwise=", or set optim.name=adamw")
     if train.fused_kernels == "liger":
-        if gpu_count() == 0:
-            raise UserError(
-                field="train.fused_kernels",
-                value="liger",
-                reason="is for GPUs, and this node has none",
-                cure="leave it out",
-            )
+        require(gpu_count() > 0, "train.fused_kernels=liger is for GPUs, and this node has none; leave it out")
         require_package("liger_kernel", "train.fused_kernels=liger", otherwise=", or set train.fused_kernels=own")
     if train.compile is True and (reason := _reason_against_compiling()) is not None:
-        raise UserError(field="train.compile", value="true", reason=reason, cure="set {field}=false")
+        raise UserError(f"train.compile=true {reason}; set train.compile=false")
 
 
 def _reason_against_compiling() -> str | None:
@@ -219,13 +219,11 @@ def check_parallel(parallel: ParallelConfig, ranks: int) -> None:
         require(not error, f"parallel.deepspeed_config={parallel.deepspeed_config}: DeepSpeed refuses {error}")
     for setting in ("offload_base", "deepspeed_config", "resident_blocks"):
         value = getattr(parallel, setting)
-        if value and ranks == 1:
-            raise UserError(
-                field=f"parallel.{setting}",
-                value="true" if value is True else value,
-                reason="has no effect with one process, which does not shard the base",
-                cure="leave it out, or start more processes with cluster.gpus_per_node=2",
-            )
+        require(
+            not value or ranks > 1,
+            f"parallel.{setting}={'true' if value is True else value} has no effect with one process, which does not "
+            "shard the base; leave it out, or start more processes with cluster.gpus_per_node=2",
+        )
 
 
 @functools.cache
@@ -246,87 +244,120 @@ def _schema_error(section: str) -> str:
     return str(json.loads(finished.stdout.splitlines()[-1]))  # DeepSpeed's log lines come before it.
 
 
-def check_model(config: Config, *, training: bool = True) -> None:
-    """Refuse a folder without a supported model, damaged weights, and settings that the model does not support.
-
-    `training`: False for commands that train nothing, whose settings of training mean nothing.
-    A model on the hub is checked by its small files and the headers of its weights, before the rest is downloaded.
-    """
-    if is_hub_name(config.model.path) or gguf_file(config.model.path) is not None:
+@contextlib.contextmanager
+def _local(model: ModelConfig) -> Iterator[ModelConfig]:
+    """Yield the model with a local folder: of one on the hub the small files and headers, before it is downloaded."""
+    if is_hub_name(model.path) or gguf_file(model.path) is not None:
         from distlora_launcher.compose.hub import with_small_files
 
-        with with_small_files(config.model) as local:
-            check_model(dataclasses.replace(config, model=local), training=training)
-        return
-    architecture = check_model_folder(config)
-    base = CheckpointFiles(Path(config.model.path))
-    kept_by(config.spec, base, architecture)
-    check_tensors(base, architecture)
-    require(
-        config.train.needs.labels == 0 or "score.weight" not in base.headers,
-        f"{base.folder} holds a score already (score.weight), and train.objective={config.train.objective} starts a "
-        "new one; set model.path to a language model, or save the score with an adapter and set adapter.init_from",
-    )
-    check_model_sizes(config.parallel, config.train, architecture)
-    check_router_loss(config.train if training else None, architecture, base.config)
-    config.quant.check_layers(architecture.num_layers)
-    if config.adapter.method == "lora":
-        targets = select_adapted(config.adapter, architecture)
-        check_patterns(config.adapter, targets)
+        with with_small_files(model) as local:
+            yield local
+    else:
+        yield model
+
+
+def check_model(config: Config) -> None:
+    """Refuse a folder without a supported model, damaged weights, and settings that the model does not support."""
+    adapter, train, url = config.adapter, config.train, config.rollout.url
+    with _local(config.model) as model:
+        spec = dataclasses.replace(config.spec, model=model)
+        base, architecture = check_base(spec, sequence_length=config.data.sequence_length)
+        require(
+            train.needs.labels == 0 or "score.weight" not in base.headers,
+            f"{base.folder} holds a score already (score.weight), and train.objective={train.objective} starts a "
+            "new one; set model.path to a language model, or save the score with an adapter and set adapter.init_from",
+        )
+        check_model_sizes(config.parallel, config.quant, train, architecture, base.config)
+        if adapter.method == "full":
+            return
         goes_on = bool(checkpoint_folders(Path(config.run_dir)))
-        is_reference = config.train.refers_to_start
-        if needs_initial_adapter(config.adapter, is_reference=is_reference, restores=goes_on):
-            check_initial_adapter(config.spec, architecture)
-        if training and config.train.teacher is not None:
-            read_teacher(config.train.teacher, config.adapter, config.quant.method, architecture)
-        if config.rollout.url is not None:
+        if needs_initial_adapter(adapter, is_reference=train.refers_to_start, restores=goes_on):
+            check_initial_adapter(spec, architecture)
+        if train.teacher is not None:
+            read_teacher(train.teacher, adapter, config.quant.method, architecture)
+        if url is not None:
             from distlora.post.export.consumers import CONSUMERS, check_read_as_written
 
+            targets = select_adapted(adapter, architecture)
             try:
-                check_read_as_written(CONSUMERS["vllm"], base.config, architecture, config.adapter, targets)
+                check_read_as_written(CONSUMERS["vllm"], base.config, architecture, adapter, targets)
             except UserError as error:
                 raise UserError(
-                    f"rollout.url={config.rollout.url}: vLLM would not sample with the adapter as trained: {error}; "
-                    "choose other adapter.target_modules, or leave rollout.url out"
+                    f"rollout.url={url}: vLLM would not sample with the adapter as trained: {error}; choose other "
+                    "adapter.target_modules, or leave rollout.url out"
                 ) from error
-        shapes = {path: weight.shape for path, weight in architecture.adaptable() if weight.kind == "linear"}
-        check_ranks(config.adapter, {path: shapes[path] for path in targets if path in shapes})
 
 
-def check_model_folder(config: Config) -> Architecture:
+def check_base(
+    spec: ModelSpec, *, sequence_length: int = 2, train: TrainConfig | None = None
+) -> tuple[CheckpointFiles, Architecture]:
+    """Return the files and the architecture of a base. Refuse one that is damaged, or that cannot have the adapter.
+
+    train: settings of a command that trains without a run.
+    """
+    with _local(spec.model) as model:
+        spec = dataclasses.replace(spec, model=model)
+        architecture = check_model_folder(spec, sequence_length)
+        base = CheckpointFiles(spec.path)
+        kept_by(spec, base, architecture)
+        check_tensors(base, architecture)
+        check_router_loss(train, architecture, base.config)
+        if spec.adapter.method == "lora":
+            check_patterns(spec.adapter, select_adapted(spec.adapter, architecture))
+        return base, architecture
+
+
+def check_model_folder(spec: ModelSpec, sequence_length: int) -> Architecture:
     """Return the architecture of the model's folder. Refuse a folder without config.json or a tokenizer.
 
     Weights are not needed. Raises UserError also for settings that config.json rules out.
     """
+    folder, model = spec.path, spec.model
     require(
-        config.model.revision is None or config.model.name is not None,
-        f"model.revision={config.model.revision} has no effect on the folder {config.model.path}; leave it out",
+        model.revision is None or model.name is not None,
+        f"model.revision={model.revision} has no effect on the folder {model.path}; leave it out",
     )
-    folder = Path(config.model.path)
     require(
-        config.model.gguf_file is None or (folder / NOTE_NAME).is_file(),
-        f"model.gguf_file={config.model.gguf_file} has no effect on the folder {folder}; leave it out, and set "
+        model.gguf_file is None or (folder / NOTE_NAME).is_file(),
+        f"model.gguf_file={model.gguf_file} has no effect on the folder {folder}; leave it out, and set "
         "model.path to the GGUF file to train on it",
     )
     if not folder.is_dir():
         raise _no_folder(folder)
-    model = read_config(folder)
+    settings = read_config(folder)
     alternatives = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
     if not any(all((folder / name).is_file() for name in names) for names in alternatives):
         raise UserError(
             f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt); "
             "copy the tokenizer's files into it (tokenizer.save_pretrained writes them)"
         )
-    full = config.adapter.method == "full"
-    architecture = check_config(model, folder / "config.json", sequence_length=config.data.sequence_length, full=full)
-    check_before_tokenizer(config.spec, model)
+    full = spec.adapter.method == "full"
+    architecture = check_config(settings, folder / "config.json", sequence_length=sequence_length, full=full)
+    check_before_tokenizer(spec, settings)
     return architecture
 
 
-def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, architecture: Architecture) -> None:
-    """Refuse settings that a model does not support."""
-    parallel.check_blocks(architecture.num_layers)
+def check_model_sizes(
+    parallel: ParallelConfig,
+    quant: QuantConfig,
+    train: TrainConfig,
+    architecture: Architecture,
+    settings: Mapping[str, Any],
+) -> None:
+    """Refuse settings that a model does not support, by its config.json (`settings`) alone."""
+    layers, blocks, dense = architecture.num_layers, parallel.resident_blocks, quant.num_dense
+    require(
+        isinstance(blocks, str) or blocks <= layers,
+        f"parallel.resident_blocks={blocks} is more than the {layers:,} blocks of this model; set "
+        f"parallel.resident_blocks={layers}, or auto (as many as fit)",
+    )
+    require(
+        dense <= layers,
+        f"quant.dense_layers={dense} is more than the {layers:,} layers of this model; set "
+        f"quant.dense_layers={layers}, or auto (as many as fit)",
+    )
     check_train(train, architecture)
+    check_router_loss(train, architecture, settings)
     if train.attention == "sdpa":
         without = "train.attention=sdpa has no effect"
         why = f"{without} on {architecture.model_type}, whose attention goes through dense masks anyway; leave it out"
@@ -344,18 +375,14 @@ def check_model_sizes(parallel: ParallelConfig, train: TrainConfig, architecture
 
 def _no_folder(folder: Path) -> UserError:
     if folder.exists():
-        return UserError(
-            field="model.path",
-            value=str(folder),
-            reason="is a file",
-            cure="point it at the folder that holds config.json and the safetensors",
-        )
+        cure = "point it at the folder that holds config.json and the safetensors"
+        return UserError(f"{{model.path}}={folder} is a file; {cure}")
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
     hint = nearest(folder.name, siblings, cutoff=FILES)
     if not hint and not folder.parent.exists():
         hint = "; a model on the Hugging Face hub is named by its owner and its name, {model.path}=org/name"
     hint = hint or "; set {model.path} to a model's folder in Hugging Face format, or to its name on the hub (org/name)"
-    return UserError(field="model.path", value=str(folder), reason=f"does not exist{hint}")
+    return UserError(f"{{model.path}}={folder} does not exist{hint}")
 
 
 def row_tokens(folder: Path) -> int:

@@ -1,44 +1,50 @@
 """Compose a `Config` from command-line overrides: Hydra composes conf/, distlora.config checks and types the result.
 
-Hydra raises a dozen kinds of exceptions for a mistyped override, which explain.py turns into UserErrors.
+This is the only way from words to settings, for the commands and the Python API. `train -m` is a list of such words,
+one entry per job. Hydra raises a dozen kinds of exceptions for a mistyped override, which overrides.py turns into
+UserErrors.
 """
 
 import dataclasses
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, Node, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError
 from omegaconf.resolvers import oc
 
-from distlora.config import TARGET_PRESETS, Config, GpuConfig, UserError, require
+from distlora.config import TARGET_PRESETS, AdapterConfig, Config, GpuConfig, UserError, check_settings, require
 from distlora.config.base import cache_root, means_hub
+from distlora.config.documents import BUILT_IN
 from distlora.config.file import build
 from distlora.config.plan import GPUS
-from distlora.config.rewards import BUILT_IN
 from distlora.config.training import TRACKERS
 from distlora.planner.mixed import with_formats
 from distlora.rewards.find import source_digests
 from distlora.run_folder.sweep import words_of
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
-from distlora_launcher.compose.explain import EXAMPLE, EXPLAINED, REQUIRED, explain, refuse_unusable
-from distlora_launcher.compose.options import (
+from distlora_launcher.compose.overrides import (
     CONF_MODULE,
+    EXAMPLE,
+    EXPLAINED,
+    REQUIRED,
+    explain,
     leaves,
     over_recipes,
     parsed,
-    restore_options,
+    refuse_unusable,
     user_settings,
     without_replaced,
 )
@@ -49,7 +55,7 @@ UNSET = "/dev/null/unset"
 """Stands for a path that may still be missing; no folder can be there."""
 
 MOST_JOBS_CHECKED = 64
-"""Jobs of a sweep that are checked before the first one starts; the others are checked as they start."""
+"""Jobs of a sweep whose model and data are checked before the first one starts."""
 
 
 PATHS = (
@@ -96,7 +102,7 @@ def _path_of_environment(name: str, *default: Any, _node_: Node) -> str | None:
     RUN, trackers and model cards show the settings, so another value, which may be a credential, is refused unseen.
     """
     key = _node_._get_full_key(None)
-    is_path = key in (*PATHS, "data.template", "run_dir", "hydra.run.dir", "hydra.sweep.dir")
+    is_path = key in (*PATHS, "data.template", "run_dir", "hydra.run.dir")
     if not is_path and not re.fullmatch(r"(data\.sources\[\d+\]\.path|hydra\.searchpath\[\d+\])", key):
         reason = "an environment variable can be read in settings that are paths only"
     elif name in os.environ and not os.path.isabs(os.environ[name]):
@@ -152,43 +158,44 @@ def compose_run(overrides: Sequence[str], *, config_dir: str | None = None, may_
 
     may_lack_paths: model.path and data.path may be missing; they are UNSET then.
     """
-    overrides = [with_new_keys(word) for word in overrides]
-    refuse_unusable(overrides)
-    with _initialized(config_dir) as prefix:
-        return _compose_one([*prefix, *overrides], may_lack_paths)
+    with _hydra(overrides, config_dir) as words:
+        return _compose_one(words, may_lack_paths)
+
+
+def expand_sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> list[list[str]]:
+    """Return the overrides of each job of `train -m`: one job per combination of the values, as Hydra orders them.
+
+    Of two overrides of one setting the last counts. Raises UserError for values that cannot be listed, an interval.
+    """
+    values: dict[str, list[str]] = {}
+    for override in parse_overrides(overrides, config_dir=config_dir):
+        key, word = override.get_key_element(), str(override.input_line)
+        if override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            cure = f"write a list of values, or search it with `distlora sweep ... {word}`"
+            require(not override.is_sweep_override(), f"{word} has no list of values for the jobs of -m; {cure}")
+            values[key] = [word]
+    return [list(job) for job in itertools.product(*values.values())]
 
 
 def compose_sweep(
-    overrides: Sequence[str],
-    *,
-    config_dir: str | None = None,
-    may_lack_paths: bool = False,
-    most: int | None = MOST_JOBS_CHECKED,
+    jobs: Sequence[Sequence[str]], *, config_dir: str | None = None, may_lack_paths: bool = False
 ) -> list[Composed]:
-    """Return the settings of the jobs of a `-m` run in Hydra's order, at most `most` of them (None: all).
+    """Return the settings of the jobs of `expand_sweep`. Their run folders are their numbers in run_dir.
 
-    A sweeper other than Hydra's chooses its values later: then the list has one entry, the settings that all jobs
-    share.
+    A time in run_dir is that of the first job.
     """
-    overrides = [with_new_keys(word) for word in overrides]
-    refuse_unusable(overrides)
-    with _initialized(config_dir) as prefix:
-        try:
-            words = parsed(overrides)
-            if any(override.key_or_group == "hydra/sweeper" for override in words):
-                shared = [o.input_line for o in words if not o.is_sweep_override() and o.input_line is not None]
-                return [_compose_one([*prefix, *shared], may_lack_paths)]
-            jobs = BasicSweeper.split_arguments(words, max_batch_size=None)[0]
-        except EXPLAINED as error:
-            raise explain(error, overrides) from error
-        everywhere = set(jobs[0]).intersection(*jobs)
-        return [
-            dataclasses.replace(
-                _compose_one([*prefix, *job], may_lack_paths),
-                job_overrides=tuple(word for word in job if word not in everywhere),
-            )
-            for job in jobs[:most]
-        ]
+    runs: list[Composed] = []
+    everywhere = set(jobs[0]).intersection(*jobs)
+    for number, job in enumerate(jobs):
+        with _hydra(job, config_dir) as words:
+            run = _compose_one(words, may_lack_paths, number)
+        folder = str(Path(runs[0].config.run_dir).parent) if runs else run.config.run_dir
+        config = dataclasses.replace(run.config, run_dir=f"{folder}/{number}")
+        distinct = tuple(word for word in job if word not in everywhere)
+        runs.append(dataclasses.replace(run, config=config, job_overrides=distinct))
+    return runs
 
 
 def merge_file(settings: Mapping[str, Any], overrides: Sequence[str], *, config_dir: str | None = None) -> list[str]:
@@ -197,47 +204,59 @@ def merge_file(settings: Mapping[str, Any], overrides: Sequence[str], *, config_
     `settings`: by dotted name, and options by group. An option or a recipe on the command line replaces what the file
     has for the same settings.
     """
-    refuse_unusable(overrides)
-    with _initialized(config_dir):
-        try:
-            return [*without_replaced(words_of(settings), overrides), *overrides]
-        except EXPLAINED as error:
-            raise explain(error, overrides) from error
-
-
-def with_typed_options(overrides: Sequence[str], *, config_dir: str | None = None) -> list[str]:
-    """Return overrides with which Hydra's own application composes what `compose_run` does (`over_recipes`)."""
-    with _initialized(config_dir):
-        return [*words_of(over_recipes(overrides)), *overrides]
+    with _hydra(overrides, config_dir):
+        return [*without_replaced(words_of(settings), overrides), *overrides]
 
 
 def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) -> list[Override]:
     """Return the overrides of a command line, parsed. Raises UserError for one that cannot be parsed."""
-    refuse_unusable(overrides)
-    with _initialized(config_dir):
-        try:
-            return parsed(overrides)
-        except EXPLAINED as error:
-            raise explain(error, overrides) from error
+    with _hydra(overrides, config_dir):
+        return parsed(overrides)
 
 
 def compose_section(section: str, overrides: Sequence[str], *, config_dir: str | None = None) -> dict[str, Any]:
     """Return the plain values of a group of conf/ that is not part of a run's settings (`sweep`)."""
-    overrides = [with_new_keys(word) for word in overrides]
-    refuse_unusable(overrides)
-    with _initialized(config_dir) as prefix:
-        try:
-            composed = hydra_compose("config", overrides=[*prefix, *overrides])
-            values: Any = OmegaConf.to_container(composed[section], resolve=True)
-        except EXPLAINED as error:
-            raise explain(error, overrides) from error
+    with _hydra(overrides, config_dir) as words:
+        values: Any = OmegaConf.to_container(hydra_compose("config", overrides=words)[section], resolve=True)
     return _string_keys(values)
+
+
+def print_settings(
+    overrides: Sequence[str],
+    *,
+    cfg: Literal["job", "hydra", "all"] | None = None,
+    info: str = "all",
+    package: str | None = None,
+    resolve: bool = False,
+    config_dir: str | None = None,
+) -> None:
+    """Print the composed settings (`cfg`), or where they come from (`info`, as in Hydra's --info).
+
+    package: print this section alone. resolve: replace interpolations by their values. Exits with code 1 for a package
+    that does not exist.
+    """
+    with _hydra(overrides, config_dir) as words:
+        hydra_compose("config", overrides=words)
+        words = [*words_of(over_recipes(words)), *words]
+        hydra: Any = GlobalHydra.instance().hydra
+        if cfg is None:
+            hydra.show_info(info, config_name="config", overrides=words)
+        else:
+            hydra.show_cfg("config", words, cfg, package, resolve)
+
+
+def complete_words(words: list[str]) -> None:
+    """Answer the shell functions of Hydra's tab completion: install=SHELL, uninstall=SHELL, query=SHELL."""
+    with _hydra([], None):
+        hydra: Any = GlobalHydra.instance().hydra
+        hydra.shell_completion("config", words)
 
 
 def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: bool = False) -> Config:
     """Return the settings of a run in the folder `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     values.pop("sweep", None)  # What makes many runs of it (studies/).
+    typed_run_dir = str(values["run_dir"])
     require(
         not isinstance(values.get("recipe"), dict),
         "the file of recipe= lacks its first line, `# @package _global_`; add it, or write distlora train "
@@ -254,11 +273,18 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     if missing:
         lines = [f"{key} is not set" + (f": {REQUIRED[key]}" if key in REQUIRED else "") for key in missing]
         raise UserError(*lines, EXAMPLE)
-    config = _absolute(build(Config, _string_keys(values) | {"run_dir": run_dir}))
+    values = _string_keys(values) | {"run_dir": run_dir}
+    _make_absolute(values)
+    config = build(Config, values)
+    check_settings(config)
+    if any(name not in BUILT_IN for name in config.data.rewards):
+        folder = config.data.reward_folder or os.getcwd()
+        digests = source_digests(config.data.rewards, folder)
+        config = config.with_settings({"data.reward_folder": folder, "data.reward_digests": digests})
     unresolved: Any = OmegaConf.to_container(composed, resolve=False)
     if config.cluster.on_each_node and not may_lack_paths:
         require(
-            "${now" not in str(unresolved["run_dir"]) or Path(values["run_dir"]).name != Path(run_dir).name,
+            "${now" not in str(unresolved["run_dir"]) or Path(typed_run_dir).name != Path(run_dir).name,
             "run_dir is not set, and by default it has the time in its name, which differs between the "
             f"{config.cluster.nodes} nodes (cluster.nodes); add run_dir=runs/{config.name} or another folder that all "
             "nodes share",
@@ -266,26 +292,33 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     return config
 
 
-def _compose_one(overrides: list[str], may_lack_paths: bool) -> Composed:
-    try:
-        composed = hydra_compose("config", overrides=overrides, return_hydra_config=True)
-        with open_dict(composed):
-            composed.hydra.job.num, composed.hydra.job.id = 0, "0"  # For names such as trial-${hydra:job.num}.
-            HydraConfig.instance().set_config(composed)
-            # Not composed.run_dir: an override of hydra.run.dir (wandb agents write one) names the folder too.
-            run_dir = composed.hydra.run.dir
-            del composed["hydra"]
-        restore_options(composed, overrides)
-        config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
-        config = with_formats(with_initial_adapter(config, overrides))
-        return Composed(config=config, fixed=user_settings(config.plan, overrides))
-    except EXPLAINED as error:
-        raise explain(error, overrides) from error
+def _compose_one(overrides: list[str], may_lack_paths: bool, number: int = 0) -> Composed:
+    composed = hydra_compose("config", overrides=overrides, return_hydra_config=True)
+    if replaced := words_of(over_recipes(overrides)):
+        composed = hydra_compose("config", overrides=[*replaced, *overrides], return_hydra_config=True)
+    with open_dict(composed):
+        composed.hydra.job.num, composed.hydra.job.id = number, str(number)  # For names such as trial-${hydra:job.num}.
+        HydraConfig.instance().set_config(composed)
+        # Not composed.run_dir: an override of hydra.run.dir (wandb agents write one) names the folder too.
+        run_dir = composed.hydra.run.dir
+        del composed["hydra"]
+    config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
+    labels = config.train.needs.labels
+    adapter = with_initial_adapter(config.adapter, overrides, quant=config.quant.method, labels=labels)
+    typed, config = config, with_formats(dataclasses.replace(config, adapter=adapter))
+    if config != typed:  # Files have settings too.
+        check_settings(config)
+    return Composed(config=config, fixed=user_settings(config.plan, overrides))
 
 
 @contextmanager
-def _initialized(config_dir: str | None) -> Iterator[list[str]]:
-    """Initialize Hydra with conf/ for the duration; yield the overrides that add the folder of `--config-dir`."""
+def _hydra(overrides: Sequence[str], config_dir: str | None) -> Iterator[list[str]]:
+    """Initialize Hydra with conf/ for the block; yield the overrides to compose, with the folder of `--config-dir`.
+
+    The block may run within another Hydra application, whose state is put back. What Hydra raises is explained.
+    """
+    words = [with_new_keys(word) for word in overrides]
+    refuse_unusable(words)
     prefix = []
     if config_dir is not None:
         if not Path(config_dir).is_dir():
@@ -293,8 +326,16 @@ def _initialized(config_dir: str | None) -> Iterator[list[str]]:
                 f"--config-dir {config_dir} is not a folder; name the one that holds your groups, as recipe/NAME.yaml"
             )
         prefix = [f"hydra.searchpath=['file://{Path(config_dir).absolute()}']"]
-    with initialize_config_module(CONF_MODULE, version_base=VERSION_BASE):
-        yield prefix
+    others, settings = GlobalHydra.instance().hydra, HydraConfig.instance().cfg
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(CONF_MODULE, version_base=VERSION_BASE):
+            try:
+                yield [*prefix, *words]
+            except EXPLAINED as error:
+                raise explain(error, words) from error
+    finally:
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = others, settings
 
 
 def _string_keys(value: Any) -> Any:
@@ -302,20 +343,17 @@ def _string_keys(value: Any) -> Any:
     return {str(k): _string_keys(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _absolute(config: Config) -> Config:
-    """Return settings with absolute paths, for workers and for a resume from another folder; hub names stay."""
-    paths = {name: config.value_of(name) for name in PATHS}
-    if config.data.template is not None and config.data.template.endswith(".jinja"):
-        paths["data.template"] = config.data.template
-    changed: dict[str, Any] = {name: _absolute_path(name, path) for name, path in paths.items() if path is not None}
-    changed["data.sources"] = tuple(
-        dataclasses.replace(source, path=_absolute_path(f"data.sources[{index}].path", source.path))
-        for index, source in enumerate(config.data.sources)
-    )
-    if any(name not in BUILT_IN for name in config.data.rewards):
-        folder = changed.setdefault("data.reward_folder", os.getcwd())
-        changed["data.reward_digests"] = source_digests(config.data.rewards, folder)
-    return dataclasses.replace(config.with_settings(changed), run_dir=_absolute_path("run_dir", config.run_dir))
+def _make_absolute(values: dict[str, Any]) -> None:
+    """Make the paths in composed values absolute, for workers and a resume from another folder; hub names stay."""
+    data: dict[str, Any] = values["data"] if isinstance(values["data"], dict) else {}
+    template = data.get("template")
+    names = [*PATHS, *["data.template"] * (isinstance(template, str) and template.endswith(".jinja"))]
+    places = [(name, values.get(name.partition(".")[0]), name.partition(".")[2]) for name in names]
+    sources = data["sources"] if isinstance(data.get("sources"), list) else []
+    places += [(f"data.sources[{number}].path", source, "path") for number, source in enumerate(sources)]
+    for name, section, key in [*places, ("run_dir", values, "run_dir")]:
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = _absolute_path(name, section[key])
 
 
 def _absolute_path(name: str, path: str) -> str:
@@ -329,35 +367,37 @@ def _absolute_path(name: str, path: str) -> str:
         raise UserError(f"{name}={path}: {error} write the path from / on") from error
 
 
-def with_initial_adapter(config: Config, overrides: Iterable[str]) -> Config:
+def with_initial_adapter(
+    adapter: AdapterConfig, overrides: Iterable[str], *, quant: str, labels: int = 0
+) -> AdapterConfig:
     """Return the settings with those of the adapter at init_from; unchanged if there is none.
 
-    overrides: the command line. Raises UserError for an override that the adapter contradicts.
+    overrides: the command line. labels: outputs of the score that replaces the LM head. Raises UserError for an
+    override that the adapter contradicts.
     """
-    if config.adapter.init_from is None:
-        return config
+    if adapter.init_from is None:
+        return adapter
     try:
-        initial = read_peft_adapter(config.adapter.init_from, labels=config.train.needs.labels)
+        initial = read_peft_adapter(adapter.init_from, labels=labels)
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    check_quantization(initial, config.quant.method)
+    check_quantization(initial, quant)
     keys = {word.lstrip("+").partition("=")[0]: word for word in overrides}
     typed = {key.split(".")[1]: word for key, word in keys.items() if key.startswith("adapter.")}
     if keys.get("adapter") == "adapter=dora":
         typed.setdefault("use_dora", keys["adapter"])
     for name, value in initial.settings.items():
-        chosen = getattr(config.adapter, name)
-        if name in typed and _comparable(chosen) != _comparable(value):
+        if name in typed and _comparable(getattr(adapter, name)) != _comparable(value):
             raise UserError(
-                f"{typed[name]} contradicts adapter.init_from={config.adapter.init_from}, whose {name} is "
-                f"{_shown(value)} ({CONFIG_NAME}); leave adapter.{name} out, or start without init_from"
+                f"{typed[name]} contradicts adapter.init_from={adapter.init_from}, whose {name} is {_shown(value)} "
+                f"({CONFIG_NAME}); leave adapter.{name} out, or start without init_from"
             )
     if "init" in typed:
         raise UserError(
-            f"{typed['init']} has no effect with adapter.init_from={config.adapter.init_from}, which holds A and B; "
-            "leave one of them out"
+            f"{typed['init']} has no effect with adapter.init_from={adapter.init_from}, which holds A and B; leave one "
+            "of them out"
         )
-    return dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **initial.settings))
+    return dataclasses.replace(adapter, **initial.settings)
 
 
 def _comparable(value: Any) -> Any:

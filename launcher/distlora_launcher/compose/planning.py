@@ -14,8 +14,7 @@ from pathlib import Path
 
 from distlora.architecture.kept_weights import check_nf4_base
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
-from distlora.architecture.targets import check_router_loss
-from distlora.config import Config, UserError, require
+from distlora.config import Config, UserError, check_settings, require
 from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import GPUS, find_gpu
 from distlora.planner import Plan, plan_of
@@ -29,26 +28,17 @@ from distlora.planner.suggest import nearest
 from distlora.planner.workload import Workload
 from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders, compiled_before, path_before
 from distlora.system import atomic_io, host_memory
-from distlora.weights.initial_adapter_file import check_ranks
 from distlora_kernels import processor
 from distlora_launcher.compose.checks import check_model_sizes, gpu_count, visible_gpus
 from distlora_launcher.compose.hub import with_small_files
 from distlora_launcher.terminal.output import say, warn
 
-_decided: dict[tuple[str, frozenset[str]], Choice] = {}
-"""Choices of `decide` by settings without the run folder. A command decides before it hands over to Hydra and again in
-each job, and a search takes a third of a second."""
-
 
 def decide(config: Config, fixed: Collection[str]) -> Choice:
     """Return the settings of a run that is to start. Raises UserError with the nearest fit for what cannot fit."""
-    key = repr(dataclasses.replace(config, run_dir="")), frozenset(fixed)
-    if key not in _decided:
-        _decided[key] = choices(config, fixed)
-    choice = _decided[key]
+    choice = choices(config, fixed)
     require_fit(choice.plan)
-    plan = dataclasses.replace(choice.plan, config=dataclasses.replace(choice.config, run_dir=config.run_dir))
-    return dataclasses.replace(choice, plan=plan)
+    return choice
 
 
 def choices(config: Config, fixed: Collection[str]) -> Choice:
@@ -59,10 +49,6 @@ def choices(config: Config, fixed: Collection[str]) -> Choice:
     """
     model, machine = planned_model(config), machine_here(config)
     config, rate = with_learning_rate(config, model)
-    return dataclasses.replace(_choose(config, fixed, model, machine), rate=rate)
-
-
-def _choose(config: Config, fixed: Collection[str], model: PlannedModel, machine: Machine) -> Choice:
     check_planned(config, model)
     search = Search(config=config, model=model, machine=machine, fixed=frozenset(fixed))
     if config.plan.mode == "auto":
@@ -72,22 +58,24 @@ def _choose(config: Config, fixed: Collection[str], model: PlannedModel, machine
             machine.usable_bytes is not None,
             f"plan=auto chooses by GPU memory, which is unknown for {where}; add gpu=h100, or gpu.memory_gib=80",
         )
-        unavailable: tuple[str, ...] = ()
         if launcher == "local":
             try:
                 check_deepspeed()
             except UserError:
-                unavailable = ("parallel.backend", "parallel.offload_base")
-        return choose(dataclasses.replace(search, fixed=frozenset({*fixed, *unavailable})))
-    return resolve_auto(search)
+                zero3 = ("parallel.backend", "parallel.offload_base")
+                search = dataclasses.replace(search, fixed=frozenset({*fixed, *zero3}))
+        choice = choose(search)
+    else:
+        choice = resolve_auto(search)
+    check_settings(choice.config)  # quant=auto has become one that other settings may exclude.
+    return dataclasses.replace(choice, rate=rate)
 
 
 def check_planned(config: Config, model: PlannedModel) -> None:
     """Raise UserError for settings that `check_model` refuses, of a model whose config.json alone is present."""
     spec = config.spec
-    check_model_sizes(config.parallel, config.train, model.shapes.architecture)
-    check_router_loss(config.train, model.shapes.architecture, model.settings)
-    config.quant.check_layers(model.shapes.num_layers)
+    architecture = model.shapes.architecture
+    check_model_sizes(config.parallel, config.quant, config.train, architecture, model.settings)
     if (degree := config.parallel.expert_degree) != 1:
         ranks = config.expert_degree(config.cluster.ranks)
         divides = model.shapes.shards_whole_experts(Workload.of(config).format, ranks)
@@ -102,7 +90,7 @@ def check_planned(config: Config, model: PlannedModel) -> None:
             f"16,384 weights alike; set parallel.expert_degree=1, or another parallel.shard_degree",
         )
     require(
-        config.parallel.experts == "gathered" or any(kind.experts for kind in model.shapes.architecture.kinds),
+        config.parallel.experts == "gathered" or any(kind.experts for kind in architecture.kinds),
         f"parallel.experts={config.parallel.experts} has no effect on {model.name}, which has no mixture of experts; "
         "leave it out",
     )
@@ -118,8 +106,14 @@ def check_planned(config: Config, model: PlannedModel) -> None:
         "optim=muon updates the adapters of linears, and only experts have adapters, which AdamW updates; set "
         "optim=adamw",
     )
-    if spec.adapter.decomposes:
-        check_ranks(spec.adapter, {each.path: (each.up[0], each.down[1]) for each in adapters})
+    for each in adapters if spec.adapter.decomposes else ():
+        rank, shape = spec.adapter.rank_of(each.path), (each.up[0], each.down[1])
+        require(
+            rank <= min(shape),
+            f"adapter.init={spec.adapter.init} needs {rank} singular values of {each.path}, which has {min(shape)} "
+            f"(its weight is {shape[0]} x {shape[1]}); set adapter.r={min(shape)} or less"
+            f"{', or its entry in adapter.rank_pattern' if spec.adapter.rank_pattern else ''}",
+        )
 
 
 def planned(config: Config, *, run_dir: Path | None = None, runs_here: bool = False) -> Plan:

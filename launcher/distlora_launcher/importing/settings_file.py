@@ -21,8 +21,7 @@ from distlora.config.file import coerce, parse_yaml
 from distlora.config.peer_names import peer_hint, same_setting
 from distlora.run_folder.sweep import words_of
 from distlora_launcher.compose.compose import merge_file
-from distlora_launcher.compose.explain import nearest_setting
-from distlora_launcher.compose.options import options_of
+from distlora_launcher.compose.overrides import nearest_setting, options_of
 from distlora_launcher.importing import import_settings
 
 SUFFIXES = (".yaml", ".yml")

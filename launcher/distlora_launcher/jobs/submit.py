@@ -65,8 +65,9 @@ def make_script(runs: Sequence[Config], *, sweeps: bool) -> str:
             f"cluster.{field.name} is {' and '.join(values)} in this sweep, and the tasks of an array are alike; start "
             "one sweep for each",
         )
-    tasks = [dataclasses.replace(run, run_dir=f"{config.run_dir}/{number}") for number, run in enumerate(runs)]
-    script = render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=tasks if sweeps else ())
+    if sweeps:
+        config = dataclasses.replace(config, run_dir=str(Path(config.run_dir).parent))
+    script = render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=runs if sweeps else ())
     check_shell(config.cluster.setup, script)
     return script
 
@@ -256,12 +257,8 @@ class ArrayRuns:
     def __init__(self) -> None:
         self.runs: list[Config] = []
 
-    def add(self, plan: Plan, number: int) -> int:
+    def add(self, plan: Plan) -> int:
         """Make one run and prepare its data. Returns the exit code."""
-        require(
-            Path(plan.config.run_dir).name == str(number),
-            f"{plan.config.run_dir}: the run folders of an array are its tasks' numbers; leave hydra.sweep.subdir out",
-        )
         code, config = make_run(plan)
         if code == DONE:
             self.runs.append(config)

@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.override_parser.types import IntervalSweep, Override
 
 from distlora.config import Config, UserError, require
+from distlora.config.checks import check_section
 from distlora.config.errors import short
 from distlora.config.file import build, parse_yaml
 from distlora.config.json_files import Shape, check_shape
@@ -25,7 +26,7 @@ from distlora_launcher.compose.compose import (
     parse_overrides,
     section_of,
 )
-from distlora_launcher.compose.options import leaves
+from distlora_launcher.compose.overrides import leaves
 from distlora_launcher.launch.local import write_new
 
 
@@ -212,6 +213,7 @@ def read_section(
             f"sweep.space.{setting}='\"a,b\"', or {setting}=a,b without sweep.space",
         )
     settings = build(SweepConfig, values | {"space": space_values}, prefix="sweep.")
+    check_section("sweep", settings)
     others = [word for word in overrides if section_of(word) != "sweep"]
     return settings, *split(others, settings.space, config_dir=config_dir)
 

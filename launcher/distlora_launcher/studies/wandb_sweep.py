@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import Override
 
 from distlora.config import ClusterConfig, Config, DataConfig, QuantConfig, TrackerConfig, UserError, require
 from distlora.config.base import means_hub
+from distlora.config.checks import check_section
 from distlora.config.file import as_mapping, build
 from distlora.config.json_files import read_object
 from distlora.config.sweep import SweepConfig
@@ -347,6 +348,8 @@ def parse_agents(arguments: Sequence[str]) -> AgentsRequest:
     if not isinstance(workers, int) or workers < 1:
         raise UserError(f"sweep.workers={workers} is not a number of agents; set sweep.workers=2")
     of_cluster = [word for word in overrides if word.startswith("cluster")]
+    cluster = build(ClusterConfig, compose_section("cluster", of_cluster), prefix="cluster.")
+    check_section("cluster", cluster)
     folder = Path(str(values.get("run_dir", agent_runs_folder(sweeps[0].rpartition("/")[2])))).expanduser().absolute()
     count = [] if options.count is None else ["--count", str(options.count)]
     settings = words_of({"run_dir": str(folder), "sweep.workers": workers})
@@ -355,7 +358,7 @@ def parse_agents(arguments: Sequence[str]) -> AgentsRequest:
         folder=folder,
         count=options.count,
         workers=workers,
-        cluster=build(ClusterConfig, compose_section("cluster", of_cluster), prefix="cluster."),
+        cluster=cluster,
         words=(sweeps[0], *count, *settings, *of_cluster),
     )
 

@@ -75,3 +75,14 @@ def test_keeping_shipped_bytes_takes_no_more_than_quantizing(tmp_path: Path) -> 
     for figures in by_rank:
         # Half of 131M bf16 weights, half of 270M at 8 bits, and 14 MB of fp32 adapters.
         assert figures.kept_bytes < 0.71 * parameters
+
+
+@pytest.mark.slow
+def test_start_from_cache_reads_2_percent_over_its_shard(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    measure(tmp_path / "model", world=RANKS, cache=tmp_path / "cache")
+    by_rank = measure(tmp_path / "model", world=RANKS, cache=tmp_path / "cache")
+    check_memory(by_rank, tmp_path / "model")
+    for figures in by_rank:
+        assert figures.from_cache
+        assert figures.base_bytes < figures.read_bytes <= 1.02 * figures.base_bytes

@@ -26,12 +26,12 @@ from distlora.planner.workload import Workload
 from distlora.training import setup
 from distlora.training import worker as train
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
-from support.closeness import assert_adapters_close
+from support.closeness import assert_adapters_close, assert_losses_close
 from support.collectives import Collectives
 from support.loaded_shards import check_slices, own_rows
 from support.planned import block_bytes, traffic_of
 from support.runs import adapters_after, outcome, result_of, run_until
-from support.small_models import make_run, read_metrics, write_model_folder
+from support.small_models import NEW_TOKENS, make_run, read_metrics, write_model_folder
 from support.tiers import ci
 from support.worlds import Alone
 
@@ -214,6 +214,28 @@ def test_a_run_goes_on_with_the_other_backend(alone: Alone, folders: Path, tmp_p
     losses, adapter = outcome(alone, 3, tmp_path / "run")
     assert_adapters_close(adapter, expected)
     assert len(losses) == len(expected_losses)
+
+
+METHODS = {
+    "dora": {"adapter": {"use_dora": True}},
+    "pissa": {"adapter": {"init": "pissa_niter_4"}},
+    "loftq": {"adapter": {"init": "loftq"}},
+    "dropout": {"adapter": {"lora_dropout": 0.1}},
+    "unquantized": {"quant": {"method": "none"}},
+    "new tokens": {"new_tokens": NEW_TOKENS},
+    "experts": {"model": "mixtral"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_that_of_one_rank(alone: Alone, folders: Path, tmp_path: Path, name: str) -> None:
+    sections = {"train": {"micro_batch": 2, "verify": True, "save_every": 4}} | METHODS[name]
+    make_run(tmp_path / "alone", folders, **sections)
+    make_run(tmp_path / "zero3", folders, **sections, parallel=ZERO3 | {"offload_base": True})
+    expected, found = outcome(alone, 1, tmp_path / "alone"), outcome(alone, 3, tmp_path / "zero3")
+    assert_losses_close(found[0], expected[0])
+    assert_adapters_close(found[1], expected[1])
 
 
 def test_rows_in_host_memory_are_sent_while_the_host_goes_on_and_stay_where_they_are() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from distlora.config.file import as_mapping, load_config
@@ -132,6 +136,31 @@ def wandb_exit_codes(run_dir: Path) -> list[int]:
     """Return the exit codes of a run's starts from wandb's logs."""
     logs = [read_wandb_log(folder) for folder in sorted((run_dir / "wandb").glob("offline-run-*"))]
     return [record.exit.exit_code for log in logs for record in log if record.WhichOneof("record_type") == "exit"]
+
+
+@pytest.mark.slow
+def test_sigterm_twice_to_every_process_saves_and_ends_with_75(folders: Path, tmp_path: Path) -> None:
+    """As SLURM's scancel does: wandb's own process gets it too."""
+    run_dir = tmp_path / "run"
+    with subprocess.Popen(
+        train(run_dir, folders, 50), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    ) as run:
+        deadline = time.monotonic() + 120
+        while not list(run_dir.glob("checkpoints/step_*")):
+            assert time.monotonic() < deadline, "no checkpoint appeared in time"
+            assert run.poll() is None, "the run ended before its first checkpoint"
+            time.sleep(0.02)
+        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+        assert any("wandb" in process.name() for process in processes)
+        for _ in range(2):
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        output, _ = run.communicate(timeout=120)
+    assert run.returncode == 75, output
+    assert json.loads((run_dir / "stopped.json").read_text())["signal"] == "SIGTERM"
+    assert wandb_exit_codes(run_dir)[-1] == 75
 
 
 @pytest.mark.ci

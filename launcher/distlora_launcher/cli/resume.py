@@ -37,9 +37,10 @@ def resume(folder: Path) -> int:
     from distlora.config.file import load_config
     from distlora.run_folder.sweep import is_sweep_folder
     from distlora.system.exit_codes import DONE
-    from distlora_launcher.jobs.submit import in_job, is_job, is_sweep, resubmit_run, resume_in_job, resume_sweep
+    from distlora_launcher.jobs.submit import in_job, is_job, resubmit_run, resume_in_job
     from distlora_launcher.launch.local import is_complete, resume_run
     from distlora_launcher.launch.node import resume_multi_node
+    from distlora_launcher.studies.listed import is_array, resume_array
     from distlora_launcher.studies.wandb_sweep import is_agents_folder, recorded_words, start_agents
 
     folder = folder.expanduser().absolute()
@@ -49,8 +50,8 @@ def resume(folder: Path) -> int:
         return resume_trials(folder)
     if is_agents_folder(folder):
         return start_agents(recorded_words(folder))
-    if is_sweep(folder):
-        return resume_sweep(folder)
+    if is_array(folder):
+        return resume_array(folder)
     config = load_config(folder)
     if is_complete(folder):
         return DONE

@@ -2,14 +2,13 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from distlora.config import ClusterConfig, UserError, require
 from distlora.config.peer_names import peer_hint
 from distlora.planner.choose import Choice
-from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
+from distlora.system.exit_codes import BAD_INPUT, DONE
 from distlora_launcher.cli.resume import resume
 from distlora_launcher.cli.train_help import help_text
 from distlora_launcher.compose.checks import check, check_run_dir
@@ -25,7 +24,6 @@ from distlora_launcher.compose.compose import (
 from distlora_launcher.compose.planning import decide, say_choice
 from distlora_launcher.importing.settings_file import SUFFIXES, with_file
 from distlora_launcher.jobs.submit import (
-    ArrayRuns,
     check_with_slurm,
     in_job,
     is_job,
@@ -35,6 +33,7 @@ from distlora_launcher.jobs.submit import (
 )
 from distlora_launcher.launch.local import start_run
 from distlora_launcher.launch.node import start_multi_node
+from distlora_launcher.studies.listed import run_each, submit_all
 from distlora_launcher.studies.wandb_sweep import add_run_dir, check_agent, find_begun_run, note_end
 from distlora_launcher.terminal.arguments import nearest_option
 from distlora_launcher.terminal.output import say, shown
@@ -98,7 +97,16 @@ def main(arguments: list[str]) -> int:
         check_with_slurm(script)
         if options.dry_run:
             return DONE
-    return run_jobs(runs, jobs, choices) if multirun else start_composed(choices[0])
+    if not multirun:
+        return start_composed(choices[0])
+    if is_job(first.cluster) and not in_job():
+        return submit_all(jobs, choices)
+
+    def start(number: int) -> int:
+        run = runs[number]
+        return start_composed(choices[number] if choices else decide(run.config, run.fixed), is_alone=False)
+
+    return run_each(jobs, start)
 
 
 def refuse_sweep_settings(typed: Sequence[str], words: Sequence[str]) -> None:
@@ -185,45 +193,17 @@ def unknown_option(word: str, options: Sequence[str], file: str | None) -> UserE
     return UserError(f"there is no option {word}{nearest_option(word, [*options, '--help'])}; {hint}")
 
 
-def run_jobs(runs: Sequence[Composed], jobs: Sequence[Sequence[str]], choices: Sequence[Choice]) -> int:
-    """Run the jobs of -m in turn, or submit them as one array. Returns the first exit code that is not 0.
-
-    A job that fails does not end the others, unless they are submitted together. A signal or a stop ends all. choices:
-    those of each job, or none where a job is planned as it starts.
-    """
-    codes: list[int] = []
-    array, submits = ArrayRuns(), False
-    try:
-        for number, (run, words) in enumerate(zip(runs, jobs, strict=True)):
-            print(f"\njob {number}: {' '.join(words)}", flush=True)
-            try:
-                choice = choices[number] if choices else decide(run.config, run.fixed)
-                codes.append(start_composed(choice, array))
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                codes.append(BAD_INPUT)
-            if codes[-1] not in (DONE, FAILED, BAD_INPUT):
-                return codes[-1]
-        submits = set(codes) <= {DONE}
-    finally:
-        array.close(submits=submits)
-    return next((code for code in codes if code != DONE), DONE)
-
-
-def start_composed(choice: Choice, array: ArrayRuns | None = None) -> int:
-    """Start or submit a run whose settings are complete; one of -m with the others of its `array`.
-
-    Returns the exit code.
-    """
+def start_composed(choice: Choice, *, is_alone: bool = True) -> int:
+    """Start or submit a run whose settings are complete; `is_alone`: no others follow. Returns the exit code."""
     say_choice(choice)
     config = choice.config
     if is_job(config.cluster) and not in_job():
-        return submit_run(choice.plan) if array is None else array.add(choice.plan)
+        return submit_run(choice.plan)
     if is_job(config.cluster):
         code = start_in_job(choice.plan)
     else:
         code = start_multi_node(config) if config.cluster.on_each_node else start_run(choice.plan)
     note_end(Path(config.run_dir), code)
-    if code == DONE and array is None:
+    if code == DONE and is_alone:
         say(f"try it with: distlora generate {shown(Path(config.run_dir))}")
     return code

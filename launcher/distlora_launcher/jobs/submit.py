@@ -11,7 +11,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,16 +28,14 @@ from distlora_launcher.compose.hub import restore
 from distlora_launcher.compose.planning import keep, planned
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
-from distlora_launcher.jobs.script import SCRIPT_NAME, array_option, check_shell, render, write_script
+from distlora_launcher.jobs.script import SCRIPT_NAME, check_shell, render, write_script
 from distlora_launcher.launch.local import (
-    forget_run,
     is_prepared,
     make_run,
     prepare,
     print_resume_hint,
-    remove_if_empty,
 )
-from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
+from distlora_launcher.launch.lock import lock_run
 from distlora_launcher.launch.processes import forwarding
 from distlora_launcher.terminal.output import say, shown
 
@@ -249,82 +246,3 @@ def run_step(run_dir: Path) -> int:
     if code == DONE:
         say(f"done: {shown(find_result(run_dir) or run_dir)}")
     return code if code >= 0 else 128 - code
-
-
-class ArrayRuns:
-    """The runs of a sweep while they are made; then all of them are submitted, or none."""
-
-    def __init__(self) -> None:
-        self.runs: list[Config] = []
-
-    def add(self, plan: Plan) -> int:
-        """Make one run and prepare its data. Returns the exit code."""
-        code, config = make_run(plan)
-        if code == DONE:
-            self.runs.append(config)
-        return code
-
-    def close(self, *, submits: bool) -> None:
-        """Submit the runs, or remove them if one could not be made, so that the folder can be used again."""
-        if not self.runs:
-            return
-        folder = Path(self.runs[0].run_dir).parent
-        if submits:
-            submit_array(folder, self.runs)
-            return
-        for run in self.runs:
-            forget_run(Path(run.run_dir))
-        remove_if_empty(folder)
-        print("error: not every run could be prepared, so nothing is submitted", file=sys.stderr)
-
-
-def submit_array(folder: Path, runs: Sequence[Config]) -> None:
-    """Write the array's script and submit it. Raises UserError as `submit_script` does.
-
-    A script changed by hand is kept and gets the tasks as an option.
-    """
-    config = dataclasses.replace(runs[0], run_dir=str(folder))
-    options = []
-    if not write_script(folder, render(config, gpus=scheduler.has_gpus(config.cluster.partition), tasks=runs)):
-        numbers = [int(Path(run.run_dir).name) for run in runs]
-        options = [array_option((folder / SCRIPT_NAME).read_text(encoding="utf-8"), numbers)]
-    for run in runs:
-        (Path(run.run_dir) / "logs").mkdir(exist_ok=True)
-        make_cache(run.cluster, run.quant)
-    submission = submit_script(folder, *options)
-    write_submission(folder, submission)
-    for run in runs:
-        task = f"{submission.job_id}_{Path(run.run_dir).name}"
-        write_submission(Path(run.run_dir), dataclasses.replace(submission, job_id=task))
-    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    say(f"submitted {count} in {shown(folder)} as SLURM job array {submission.job_id}")
-    say(f"watch with: distlora status {shown(folder)}")
-    say(f"stop with: distlora cancel {shown(folder)}   (one alone: {shown(Path(runs[0].run_dir))})")
-
-
-def is_sweep(folder: Path) -> bool:
-    """Return whether a folder is that of a SLURM sweep."""
-    return (folder / SCRIPT_NAME).is_file() and not (folder / CONFIG_NAME).exists()
-
-
-def resume_sweep(folder: Path) -> int:
-    """Submit the runs of a sweep that are neither done nor in a live job, as one array. Returns the exit code."""
-    numbers = sorted(int(path.parent.name) for path in folder.glob(f"*/{CONFIG_NAME}") if path.parent.name.isdigit())
-    unfinished = [folder / str(number) for number in numbers if find_result(folder / str(number)) is None]
-    ended = [run for run in unfinished if live_job(run) is None]
-    if not ended:
-        state = "is complete" if not unfinished else "waits or runs; `distlora status` shows its runs"
-        say(f"{shown(folder)} {state}")
-        return DONE
-    runs = [load_config(run) for run in ended]
-    other = next((run for run in runs if not is_job(run.cluster)), None)
-    if other is not None:
-        raise UserError(
-            f"{other.run_dir} is not a run of cluster=slurm; resume it alone: `distlora resume {other.run_dir}`"
-        )
-    for run in runs:
-        code = make_ready(Path(run.run_dir))
-        if code != DONE:
-            return code
-    submit_array(folder, runs)
-    return DONE

@@ -8,21 +8,8 @@ from distlora.config import UserError
 from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import template_choice
 from distlora.data.formats import MASK_KEYS
-from distlora_launcher.importing.recipe import Imported, Keys, note_entry_key
+from distlora_launcher.importing.recipe import NOTES, Imported, Keys, note_entry_key
 
-_BEGINNING = "begins with the beginning-of-text token where the tokenizer adds one to every text"
-_SYSTEM = "writes the system message in the first user turn"
-NEAR_TEMPLATES = {
-    "chatml": _BEGINNING,
-    "phi_35": _BEGINNING,
-    "alpaca": "opens with Alpaca's sentence where there is no system message",
-    "deepseek_v3": "ends turns with the tokenizer's own end of text",
-    "mistral_v2v3": _SYSTEM,
-    "mistral_v3_tekken": _SYSTEM,
-    "pixtral": _SYSTEM,
-    "qwen3": "leaves the reasoning of earlier turns out, as Qwen's own template",
-}
-"""Templates of Axolotl of which ours renders another text (tests/golden/peer_layouts.json has both)."""
 TOKENIZERS_OWN = "tokenizer_default"
 
 
@@ -31,21 +18,19 @@ def template_of(name: str | None, jinja: str | None, imported: Imported) -> str 
     if name == "jinja" and jinja is not None and jinja.endswith(".jinja") and "\n" not in jinja:
         return jinja
     if name == "jinja":
-        imported.note("unsupported", "chat_template_jinja", "save it as FILE.jinja and set data.template=FILE.jinja")
+        imported.tell("chat_template_jinja")
         return None
     if name is None or name == TOKENIZERS_OWN:
         return None
     try:
         written = template_choice(name).replacement
     except UserError:
-        reason = "the tokenizer's own template is used; set data.template to a .jinja file"
-        imported.note("unsupported", f"chat_template={name}", reason)
+        imported.tell("chat_template={name}", name=name)
         return None
     if written is None:
-        reason = "the tokenizer's own template is used, not Axolotl's copy of it"
-        imported.note("changed", f"chat_template={name}", reason)
-    elif name in NEAR_TEMPLATES:
-        imported.note("changed", f"chat_template={name}", f"ours {NEAR_TEMPLATES[name]}")
+        imported.tell("chat_template={name} | copy", name=name)
+    elif f"chat_template={name} | near" in NOTES:
+        imported.tell(f"chat_template={name} | near")
     return name
 
 
@@ -67,23 +52,19 @@ AS_THEY_ARE = ("", "passthrough", "user_defined.default")
 """Types whose texts go to the tokenizer as the data has them, unless a format is set."""
 
 
-PREFERENCES: dict[str, dict[str, tuple[tuple[str, ...], float | None]]] = {
+PREFERENCES: dict[str, dict[str, tuple[str, float | None]]] = {
     "dpo": {
-        "beta": (("rl_beta", "dpo_beta"), 0.1),
-        "label_smoothing": (("dpo_label_smoothing",), None),
-        "sft_weight": (("rpo_alpha",), None),
+        "beta": ("rl_beta dpo_beta", 0.1),
+        "label_smoothing": ("dpo_label_smoothing", None),
+        "sft_weight": ("rpo_alpha", None),
     },
-    "ipo": {"beta": (("rl_beta", "dpo_beta"), 0.1), "sft_weight": (("rpo_alpha",), None)},
-    "orpo": {"beta": (("rl_beta", "orpo_alpha"), 0.1)},
-    "simpo": {
-        "beta": (("rl_beta",), 0.1),
-        "target_margin": (("simpo_gamma",), 0.5),
-        "sft_weight": (("cpo_alpha",), 1.0),
-    },
+    "ipo": {"beta": ("rl_beta dpo_beta", 0.1), "sft_weight": ("rpo_alpha", None)},
+    "orpo": {"beta": ("rl_beta orpo_alpha", 0.1)},
+    "simpo": {"beta": ("rl_beta", 0.1), "target_margin": ("simpo_gamma", 0.5), "sft_weight": ("cpo_alpha", 1.0)},
     "kto": {
-        "beta": (("rl_beta",), 0.1),
-        "desirable_weight": (("kto_desirable_weight",), None),
-        "undesirable_weight": (("kto_undesirable_weight",), None),
+        "beta": ("rl_beta", 0.1),
+        "desirable_weight": ("kto_desirable_weight", None),
+        "undesirable_weight": ("kto_undesirable_weight", None),
     },
 }
 """Our settings of each value of `rl`: their keys in Axolotl, and the value that TRL's trainer takes without one."""
@@ -107,19 +88,14 @@ def convert_objective(keys: Keys, imported: Imported) -> None:
     train = imported.section("train")
     train["objective"] = kind
     for name, (theirs, default) in PREFERENCES[kind].items():
-        value = keys.number(*theirs)
+        value = keys.number(*theirs.split())
         if (value := default if value is None else value) is not None:
             train[name] = value
-    if kind == "orpo":
-        reason = "the loss of the chosen answer is a mean over its tokens; Axolotl's is over the prompt's too"
-        imported.note("changed", "rl=orpo", reason)
-    elif kind == "kto":
-        reason = "the estimate of KL is over the global batch; Axolotl's is over each GPU's micro-batch"
-        imported.note("changed", "rl=kto", reason)
+    if kind in ("orpo", "kto"):
+        imported.tell(f"rl={kind}")
     elif train.get("sft_weight"):
-        key = PREFERENCES[kind]["sft_weight"][0][0]
-        reason = "the loss of the chosen answer is a mean over its tokens; Axolotl's is over all of a GPU's batch"
-        imported.note("changed", f"{key}={train['sft_weight']:g}", reason)
+        key = PREFERENCES[kind]["sft_weight"][0]
+        imported.tell("{key}={weight:g} | sft_weight", key=key, weight=train["sft_weight"])
 
 
 def preference_columns(entry: Keys, imported: Imported, shared: _Shared) -> tuple[dict[str, Any], bool, str | None]:
@@ -134,11 +110,7 @@ def preference_columns(entry: Keys, imported: Imported, shared: _Shared) -> tupl
         return _renamed(_answers(entry)), True, template_of(base, None, imported)
     if name in AS_THEY_ARE:
         return _renamed({"prompt": entry.text("field_prompt") or "prompt", **_answers(entry)}), False, None
-    imported.note(
-        "refused",
-        f"{entry.place}type",
-        "has no equivalent; write prompt, chosen and rejected as texts, or as messages, which data.template renders",
-    )
+    imported.tell("{place}type | pairs", place=entry.place)
     return {}, False, None
 
 
@@ -156,16 +128,19 @@ def _check_roles(entry: Keys, imported: Imported) -> None:
     mapping = {str(key): str(value) for key, value in entry.mapping("message_property_mappings").items()}
     names = tuple(entry.text(f"message_field_{ours}") or mapping.get(ours, ours) for ours in ("role", "content"))
     if names not in (("role", "content"), ("from", "value")):
-        imported.note(
-            "refused",
-            f"{entry.place}message_property_mappings",
-            f"rename {names[0]} and {names[1]} to role and content",
-        )
-    for ours, theirs in entry.mapping("roles").items():
-        words = [str(word) for word in (theirs if isinstance(theirs, list) else [theirs])]
+        imported.tell("{place}message_property_mappings", place=entry.place, role=names[0], content=names[1])
+    for ours, words in _words_by_role(entry):
         odd = [word for word in words if word != ours]
         if odd and names[0] == "role":
-            imported.note("refused", f"{entry.place}roles.{ours}", f"rename {', '.join(odd)} to {ours} in the data")
+            imported.tell("{place}roles.{ours}", place=entry.place, ours=ours, odd=", ".join(odd))
+
+
+def _words_by_role(entry: Keys) -> list[tuple[str, list[str]]]:
+    """Return (role, the data's words for it) of an entry's `roles`."""
+    roles = entry.mapping("roles").items()
+    return [
+        (ours, [str(word) for word in (theirs if isinstance(theirs, list) else [theirs])]) for ours, theirs in roles
+    ]
 
 
 # Prompt strategies by type. What follows a : or a . chooses another wording of the prompt.
@@ -186,8 +161,6 @@ ROLES = {
     "tool": ("tool", "observation"),
 }
 """The words for a speaker that distlora reads by itself, by role."""
-
-EVERY_TOKEN = "trains every token of a chat, its system messages and headers of turns too"
 
 FILE_TYPES = {"json": (".json", ".jsonl"), "csv": (".csv",), "parquet": (".parquet",), "text": (".txt",)}
 """Values of path that name a reader for data_files, and of ds_type: the files that we read so, by their endings."""
@@ -224,18 +197,18 @@ def convert_data(keys: Keys, imported: Imported) -> None:
     data["train_on"] = _one(sources, "train_on", imported) or "assistant"
     is_chat = any(source.is_chat for source in sources)
     if template not in (None, TOKENIZERS_OWN) and not is_chat:
-        imported.note("idle", f"chat_template={template}", "no data set uses it")
+        imported.tell("chat_template={template} | unused", template=template)
     if turns := keys.words("eot_tokens"):
         if is_chat and not keys.flag("tokenizer_use_mistral_common"):
             data["eot_tokens"] = turns
         else:
-            imported.note("idle", f"eot_tokens=[{', '.join(turns)}]", "no chat template writes them")
+            imported.tell("eot_tokens=[{turns}]", turns=", ".join(turns))
     if keys.flag("dataset_exact_deduplication"):
         data["deduplicate"] = True
     data["sequence_length"] = keys.integer("sequence_len") or 512
     if any(source.format == "preference" for source in sources):
         data["sequence_length"] *= 2
-        imported.note("changed", "sequence_len", "a sequence holds both answers of a pair, so its length is doubled")
+        imported.tell("sequence_len")
     data["too_long"] = _too_long(keys, imported, {source.format for source in sources})
     _held_out(keys, imported, shared, sources)
 
@@ -255,34 +228,25 @@ def _sources(entry: Keys, imported: Imported, shared: _Shared) -> list[_Source]:
     """Return the entry as one source, or one a file where it lists files."""
     source = _Source()
     place: dict[str, Any] = {name: entry.text(name) for name in ("name", "split", "revision")}
-    place = {name: value for name, value in place.items() if value is not None}
     columns = _format(entry, imported, source, shared)
-    if reasoning := _reasoning(entry, imported):
-        place["reasoning_key"] = reasoning
-    if columns:
-        place["columns"] = columns
+    place |= {"reasoning_key": _reasoning(entry, imported), "columns": columns or None}
+    place = {name: value for name, value in place.items() if value is not None}
     if shared.trains_inputs and source.format == "alpaca":
-        imported.note(
-            "unsupported", "train_on_inputs", f"the prompts of {entry.place}path are not trained, as without it"
-        )
+        imported.tell("train_on_inputs | prompts", place=entry.place)
     elif shared.trains_inputs and source.is_chat and source.format != "preference":
         source.train_on = "all"
-        imported.note("changed", "train_on_inputs", f"data.train_on=all {EVERY_TOKEN}")
+        imported.tell("train_on_inputs")
     path, files = entry.text("path"), entry.words("data_files")
     reader = entry.text("ds_type")
     if reader is not None and not any((path or "").endswith(suffix) for suffix in FILE_TYPES.get(reader, ())):
-        imported.note("unsupported", f"{entry.place}ds_type={reader}", "a file is read by the ending of its name")
+        imported.tell("{place}ds_type={reader}", place=entry.place, reader=reader)
     if path is not None and re.match(r"\w+://", path):
-        imported.note(
-            "unsupported", f"{entry.place}path={path}", "copy it to this node, and set its path in the recipe"
-        )
+        imported.tell("{place}path={path}", place=entry.place, path=path)
     if files and path in FILE_TYPES:
         paths = files
     else:
         if files:
-            imported.note(
-                "unsupported", f"{entry.place}data_files", f"all of {path} is read; download these files and name them"
-            )
+            imported.tell("{place}data_files", place=entry.place, path=path)
         paths = [] if path is None else [path]
     for name, value in entry.unread():
         note_entry_key(entry, name, value, imported)
@@ -300,8 +264,7 @@ def _format(entry: Keys, imported: Imported, source: _Source, shared: _Shared) -
         return columns
     kind = entry.any("type")
     if isinstance(kind, dict):
-        reason = 'prompts are not put together from columns; write lines of {"prompt": ..., "completion": ...}'
-        imported.note("refused", f"{entry.place}type (a custom format)", reason)
+        imported.tell("{place}type (a custom format)", place=entry.place)
         return {}
     name = str(kind or "")
     base = re.split(r"[:.]", name)[0]
@@ -315,18 +278,11 @@ def _format(entry: Keys, imported: Imported, source: _Source, shared: _Shared) -
     if base in ("alpaca", "alpaca_chat", "alpaca_w_system"):
         source.format = "alpaca"
         if name not in OWN_WORDING:
-            reason = "the prompt has Stanford Alpaca's words, not those of this type"
-            imported.note("changed", f"{entry.place}type={name}", reason)
-        imported.note(
-            "changed",
-            f"{entry.place}type={name}",
-            "where the tokenizer has a chat template, it renders the turns in place of Alpaca's text",
-        )
+            imported.tell("{place}type={name} | words", place=entry.place, name=name)
+        imported.tell("{place}type={name} | template", place=entry.place, name=name)
         return dict(ALPACA_COLUMNS.get(name, {}))
-    advice = 'lines of {"prompt": ..., "completion": ...} or {"messages": [...]}'
-    if base == "input_output":
-        advice += '; a segment that is not trained is a prompt, or a message with "train": false'
-    imported.note("refused", f"{entry.place}type={name or '(not set)'}", f"no equivalent; convert the data to {advice}")
+    which = " | segments" if base == "input_output" else ""
+    imported.tell("{place}type={name}" + which, place=entry.place, name=name or "(not set)")
     return {}
 
 
@@ -348,8 +304,7 @@ def judged_columns(entry: Keys, imported: Imported, source: _Source) -> dict[str
         return _renamed({"instruction": JUDGED_QUESTIONS[form], "output": "completion"})
     written = [name for name in ("prompt_format", "completion_format") if names.get(name)]
     if written or f"{base}.{form}".strip(".") not in AS_THEY_ARE:
-        reason = "no equivalent; write prompt, completion and label, the first two as texts or as messages"
-        imported.note("refused", f"{entry.place}type", reason)
+        imported.tell("{place}type | judged", place=entry.place)
     source.format = "prompt_completion"
     return _renamed({key: str(names.get(f"field_{key}") or key) for key in ("prompt", "completion", "label")})
 
@@ -361,8 +316,7 @@ def _reasoning(entry: Keys, imported: Imported) -> str | None:
     if theirs == given and given in ("reasoning_content", "thinking"):  # Templates are given both as they are.
         return None
     if given != "reasoning_content":
-        reason = f"templates are given reasoning_content and thinking; rename {theirs} to what the template reads"
-        imported.note("unsupported", f"{entry.place}template_thinking_key={given}", reason)
+        imported.tell("{place}template_thinking_key={given}", place=entry.place, given=given, theirs=theirs)
         return None
     return theirs
 
@@ -382,12 +336,10 @@ def _chat(entry: Keys, imported: Imported, source: _Source, shared: _Shared, *, 
     else:
         columns = {} if messages == "messages" else {"messages": messages}
         if (role, content) != ("role", "content"):
-            imported.note(
-                "refused", f"{entry.place}message_property_mappings", f"rename {role} and {content} to role and content"
-            )
+            imported.tell("{place}message_property_mappings", place=entry.place, role=role, content=content)
     for ours, theirs in mapping.items():
         if ours != theirs:
-            imported.note("refused", f"{entry.place}message_property_mappings.{ours}", f"rename {theirs} in the data")
+            imported.tell("{place}message_property_mappings.{ours}", place=entry.place, ours=ours, theirs=theirs)
     tools = entry.text("field_tools")
     if tools not in (None, "tools"):
         columns["tools"] = tools
@@ -401,22 +353,18 @@ def _trained(entry: Keys, imported: Imported, source: _Source) -> None:
     trained = {_role(word) for word in (entry.words("roles_to_train") or ["assistant"])}
     if {"user", "assistant"} <= trained:
         source.train_on = "all"
-        imported.note("changed", f"{entry.place}roles_to_train", f"data.train_on=all {EVERY_TOKEN}")
+        imported.tell("{place}roles_to_train | all", place=entry.place)
     elif trained != {"assistant"}:
-        imported.note("unsupported", f"{entry.place}roles_to_train", "the assistant's turns are trained, or all tokens")
+        imported.tell("{place}roles_to_train", place=entry.place)
     for name in ("train_on_eos", "train_on_eot"):
         if entry.text(name) not in (None, "turn"):
-            imported.note(
-                "unsupported", f"{entry.place}{name}", "the end of each trained turn is trained, and no other"
-            )
+            imported.tell("{place}{name} | ends", place=entry.place, name=name)
     flag = entry.text("message_field_training")
     if flag not in (None, *MASK_KEYS):
-        imported.note("refused", f"{entry.place}message_field_training={flag}", "rename it to train in the data")
-    for ours, theirs in entry.mapping("roles").items():
-        words = theirs if isinstance(theirs, list) else [theirs]
-        odd = [str(word) for word in words if _role(str(word)) != ours]
-        if odd:
-            imported.note("refused", f"{entry.place}roles.{ours}", f"rename {', '.join(odd)} to {ours} in the data")
+        imported.tell("{place}message_field_training={flag}", place=entry.place, flag=flag)
+    for ours, words in _words_by_role(entry):
+        if odd := [word for word in words if _role(word) != ours]:
+            imported.tell("{place}roles.{ours}", place=entry.place, ours=ours, odd=", ".join(odd))
 
 
 def _role(word: str) -> str:
@@ -427,7 +375,7 @@ def _one(sources: list[_Source], name: str, imported: Imported) -> Any:
     """Return the value that all chats share; the first chat's where they differ."""
     values = list(dict.fromkeys(getattr(source, name) for source in sources if source.is_chat))
     if len(values) > 1:
-        imported.note("unsupported", f"data.{name}", f"one for all data sets: {values[0]} is written, not {values[1:]}")
+        imported.tell("data.{name}", name=name, first=values[0], others=values[1:])
     return values[0] if values else None
 
 
@@ -435,28 +383,20 @@ def _too_long(keys: Keys, imported: Imported, formats: set[str]) -> str:
     """Axolotl drops what is longer than a row, unless told to cut it off; plain text it always splits."""
     strategy = keys.text("excess_length_strategy") or "drop"
     if strategy == "raise":
-        imported.note(
-            "unsupported", "excess_length_strategy=raise", "documents that are too long are dropped, and counted"
-        )
+        imported.tell("excess_length_strategy=raise")
         strategy = "drop"
     if formats == {"text"}:
         return "split"
-    if "text" in formats:
-        if strategy == "drop":
-            imported.note(
-                "changed", "excess_length_strategy", "one rule for all data: text is split, the rest truncated"
-            )
-        return "auto"
-    return strategy
+    if "text" in formats and strategy == "drop":
+        imported.tell("excess_length_strategy")
+    return "auto" if "text" in formats else strategy
 
 
 def _held_out(keys: Keys, imported: Imported, shared: _Shared, sources: list[_Source]) -> None:
     data = imported.section("data")
     share = keys.number("val_set_size") or 0.0
     if share >= 1:
-        imported.note(
-            "unsupported", f"val_set_size={share:g}", "a fraction is needed; 0.05 is written to data.eval_fraction"
-        )
+        imported.tell("val_set_size={share:g}", share=share)
         share = 0.05
     data["eval_fraction"] = share
     tests = _entries(keys.any("test_datasets"), "test_datasets")
@@ -464,14 +404,13 @@ def _held_out(keys: Keys, imported: Imported, shared: _Shared, sources: list[_So
     found = [source for entry in tests for source in _sources(entry, aside, shared)]
     if not found:
         if tests:
-            imported.note("unsupported", "test_datasets", "none of them has a path; no data set is held out")
+            imported.tell("test_datasets | no path")
         return
     test = found[0]
     data["eval_path"] = test.settings["path"]
     data["eval_split"] = test.settings.get("split", "train")
     if len(found) > 1:
-        reason = f"one is evaluated on, {data['eval_path']}; join the others to it"
-        imported.note("unsupported", "test_datasets", reason)
+        imported.tell("test_datasets", path=data["eval_path"])
     imported.notes += [note for note in aside.notes if note.group != "changed" and note.key.startswith(tests[0].place)]
     if len(sources) != 1:
         own = {name: test.settings.get(name) for name in ("format", "columns", "name", "reasoning_key")}
@@ -486,5 +425,5 @@ def _held_out(keys: Keys, imported: Imported, shared: _Shared, sources: list[_So
         own |= {"template": test.template, "train_on": test.train_on}
     for name, value in read.items():
         if own[name] != value:
-            reason = f"the held-out documents are read with {name}={value or 'null'}, as the training data is"
-            imported.note("unsupported", f"test_datasets: {name}={own[name] or '(not set)'}", reason)
+            theirs, ours = own[name] or "(not set)", value or "null"
+            imported.tell("test_datasets: {name}={theirs}", name=name, theirs=theirs, ours=ours)

@@ -139,6 +139,11 @@ class Imported:
         if (note := Note(group, key, reason)) not in self.notes:
             self.notes.append(note)
 
+    def tell(self, name: str, /, **values: Any) -> None:
+        """Add the note `name` of NOTES, with these values in its key and its reason."""
+        group, reason = NOTES[name]
+        self.note(group, name.partition(" | ")[0].format(**values), reason.format(**values))
+
     @property
     def not_carried(self) -> list[Note]:
         """Return the notes of keys that were not carried over exactly."""
@@ -199,6 +204,10 @@ def report(imported: Imported, *, source: Path, out: Path | None) -> str:
 _DATA = yaml.safe_load(resources.files(__package__).joinpath("axolotl_keys.yaml").read_text("utf-8"))
 _UNSUPPORTED: list[dict[str, Any]] = _DATA["config"]
 WHEN_OFF: dict[str, tuple[Group, str]] = _DATA["when_off"]
+NOTES: dict[str, tuple[Group, str]] = {
+    name: (group, reason) for group, rows in _DATA["notes"].items() for name, reason in rows.items()
+}
+"""Group and reason of the notes of keys that are converted."""
 _DATA_SET_KEYS = {name: (row["group"], row["reason"]) for row in _DATA["data_set"] for name in row["keys"]}
 
 SECRETS = ("_key", "_secret", "_url")

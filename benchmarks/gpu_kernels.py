@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distlora.results.record import Table
-from distlora_kernels import elementwise, fused, reference, scratch
+from distlora_kernels import elementwise, fused, operands, reference
 from distlora_kernels.dispatch import interpreted
 from distlora_kernels.formats import FORMATS, Format
 from distlora_kernels.formats.base import dtype_of
@@ -277,7 +277,7 @@ def _timed(run: Callable[[], object], flush: Tensor) -> float:
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Return the peak bytes of one run over the memory before it: outputs, temporaries and our scratch."""
-    scratch.reserve(device, 0)
+    operands.reserve_scratch(device, 0)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

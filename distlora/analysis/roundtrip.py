@@ -32,8 +32,8 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import ModelSpec, UserError
 from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
+from distlora.loading.fill_weight import DoubleQuantizedAbsmax, requantized, run_size
 from distlora.loading.load_base import find_base, segments_of
-from distlora.loading.quantize import DoubleQuantizedAbsmax, requantized, run_size
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM, build_model
 from distlora.model.experts import ExpertWeight

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.gguf_note import read_gguf_note, stored_parts
+from distlora.architecture.gguf_folder import read_gguf_note, stored_parts
 from distlora.architecture.low_bit_headers import meaning_of
 from distlora.architecture.low_bit_methods import with_low_bit
 from distlora.architecture.safetensors_headers import Segment, read_headers

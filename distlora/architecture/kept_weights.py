@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.low_bit_bnb import BNB_NF4
-from distlora.architecture.low_bit_headers import USE_16_BIT, LowBitSegment
+from distlora.architecture.low_bit_headers import BNB_NF4, USE_16_BIT, LowBitSegment
 from distlora.architecture.low_bit_methods import expected_parts, is_converted, quantization_method, with_low_bit
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, Segment
 from distlora.architecture.spec import Architecture

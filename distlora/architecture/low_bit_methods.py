@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.architecture.low_bit_bnb import BNB_NF4 as BNB_NF4
-from distlora.architecture.low_bit_bnb import QUANT_STATE, check_bnb, find_bnb
 from distlora.architecture.low_bit_headers import (
     ACTIVATIONS,
     DOWNLOAD_AGAIN,
     PARTS,
+    QUANT_STATE,
     USE_16_BIT,
     LowBitTensor,
     Parts,
     as_tiles,
+    check_bnb,
     check_fields,
     check_value,
+    find_bnb,
     is_block,
     scale_shape,
     trimmed,
     weight_shape,
 )
+from distlora.architecture.low_bit_headers import BNB_NF4 as BNB_NF4
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment
 from distlora.config import UserError, require
 from distlora.config.errors import short

@@ -16,7 +16,7 @@ from torch import Tensor
 from distlora.config import UserError
 from distlora.loading.tensor_files import DeferredTensor, write_tensors
 from distlora.parallel import Backend
-from distlora.parallel.shards import HostRows
+from distlora.parallel.ranks import HostRows
 from distlora.run_folder.layout import replaced_folder, temporary_folder
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256

@@ -27,7 +27,7 @@ from distlora.checkpoint.state import Progress, TrainState
 from distlora.config import UserError
 from distlora.loading.tensor_files import DeferredTensor
 from distlora.parallel import Backend, Ranks, from_rank_0, watch
-from distlora.parallel.shards import HostRows
+from distlora.parallel.ranks import HostRows
 from distlora.run_folder.layout import (
     BEST_NAME,
     CHECKPOINT_PATTERN,

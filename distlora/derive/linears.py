@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlora.architecture.peft_names import peft_refusal
 from distlora.architecture.spec import Role
+from distlora.architecture.targets import peft_refusal
 from distlora.model.hf_model import Call, calls_of
 
 Mixing = Literal["attention", "mixer"]

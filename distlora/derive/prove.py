@@ -26,11 +26,10 @@ from distlora.config import AdapterConfig, ModelConfig, ModelSpec, QuantConfig, 
 from distlora.derive.probes import move_off_start, probe, random_tokens
 from distlora.loading.load_base import load_base
 from distlora.model.adapters import LoRAPair, adapter_parameters, reset_adapters
-from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, build_model
 from distlora.model.experts import ExpertPair
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.model.hf_model import transformers_model
+from distlora.model.hf_model import materialize_buffers, transformers_model
 from distlora.model.lm_head import IGNORED_LABEL
 from distlora.parallel import Backend, Ranks, parallelize
 

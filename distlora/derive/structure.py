@@ -14,9 +14,8 @@ from torch import nn
 from distlora.architecture.spec import Architecture, ExpertLayout, LayerKind, Weight
 from distlora.config import UserError
 from distlora.derive.shrink import layer_kinds
-from distlora.model.experts import find_experts
+from distlora.model.experts import find_experts, find_large_parameters
 from distlora.model.hf_model import decoder_path, layers_path, path_in
-from distlora.model.quantized_parameters import find_large_parameters
 from distlora.weights.conversion import disk_names_of, layout_of
 
 

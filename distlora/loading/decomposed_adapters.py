@@ -29,7 +29,6 @@ from distlora.config.base import is_pissa, subspace_iterations
 from distlora.config.json_files import read_object
 from distlora.loading.load_base import find_base, segments_of
 from distlora.loading.peft_format import adapter_tensors
-from distlora.loading.quantize import CHUNK_GROUPS
 from distlora.loading.tensor_files import DeferredTensor
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.build import CausalLM
@@ -160,7 +159,7 @@ def _initialize(linear: AdaptedLinear, path: str, weight: Tensor, adapter: Adapt
     check_finite(f"{path}.weight", weight)
     (pair,) = linear.pairs
     if not adapter.pissa:
-        weight = quantization_error(weight, chunk_groups=CHUNK_GROUPS)
+        weight = quantization_error(weight)
     iterations = subspace_iterations(adapter.init)
     sketch = None if iterations is None else Sketch(seed, f"{path}.sketch", iterations)
     factors = principal_part(weight, pair.A.shape[0], scaling=pair.scaling, sketch=sketch)

@@ -12,13 +12,12 @@ from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, check_stored_shape
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
-from distlora.loading.fill_kept import fill_kept
-from distlora.loading.quantize import copy_into, fill_row_norms, load_matrix, quantize_into
+from distlora.loading.fill_weight import copy_into, fill_kept, fill_row_norms, load_matrix, quantize_into
 from distlora.loading.quantized_cache import QuantizedCache, QuantizedCacheSettings
 from distlora.model.adapters import AdaptedLinear, adapter_parameters
-from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
+from distlora.model.hf_model import stored_buffers
 from distlora.parallel import Backend, watch, whole_shape
 from distlora.weights.conversion import Source, find_sources, names_without_a_place
 from distlora.weights.decompose import LowRankFactors, Residual

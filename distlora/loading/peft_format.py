@@ -18,7 +18,7 @@ from distlora.model.adapters import DEFAULT_ADAPTER, LoRAPair, TokenRows
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertPair
 from distlora.model.frozen_linear import FrozenLinear
-from distlora.model.reward_head import SCORE, RewardHead
+from distlora.model.lm_head import SCORE, RewardHead
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
     WEIGHTS_NAME,

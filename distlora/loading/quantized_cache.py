@@ -1,6 +1,6 @@
 """Quantized-weights cache: a start reads its groups from the cache instead of quantizing them again.
 
-An entry is a folder of quantized weights as `distlora export --format bnb` writes them (`weights/low_bit/nf4.py`), a
+An entry is a folder of quantized weights as `distlora export --format bnb` writes them (`weights/low_bit/codecs.py`), a
 file per decoder layer; fused experts and merged tensors have the model's names. All ranks write their groups into one
 temporary folder, which then gets its name. A start on any number of ranks reads its groups from it, as from any
 checkpoint in NF4, and the rest from the base.
@@ -30,18 +30,18 @@ from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.kept_weights import is_kept
-from distlora.architecture.low_bit_bnb import nf4_config, nf4_tensors
+from distlora.architecture.low_bit_headers import nf4_config, nf4_tensors
 from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError, require
 from distlora.config.json_files import read_object
-from distlora.loading.fill_kept import fill_kept
+from distlora.loading.fill_weight import fill_kept
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, watch
 from distlora.parallel.integrity import checksums
 from distlora.system import atomic_io, numbers
 from distlora.weights.conversion import Source
-from distlora.weights.low_bit.nf4 import write_groups, write_statistics
+from distlora.weights.low_bit.codecs import write_groups, write_statistics
 from distlora.weights.quantized_cache_folder import ENTRY_NAME, make_room, remove, remove_leftovers, touch
 from distlora.weights.reader import Reader
 from distlora.weights.writer import Files, lay_out_files, write_index

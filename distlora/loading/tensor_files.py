@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, header_bytes, lay_out
 from distlora.parallel import Backend
-from distlora.parallel.shards import HostRows
+from distlora.parallel.ranks import HostRows
 from distlora.system import atomic_io
 from distlora.weights.reader import DTYPE_NAMES, Reader
 

@@ -35,26 +35,23 @@ from distlora.model.adapters import (
 )
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
 from distlora.model.batch_invariant import attend
-from distlora.model.buffers import made_buffers, stored_buffers
 from distlora.model.by_document import ByDocument, PackedRows
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.experts import (
     ExpertWeight,
     balance_sums,
     balanced_positions,
+    freeze_parameters,
     place_routers,
     replace_experts,
     weight_of,
 )
-from distlora.model.frozen_linear import FrozenLinear, fused_paths, link_shared_inputs
+from distlora.model.frozen_linear import FrozenLinear, fused_paths, keep_token_matrices, link_shared_inputs
 from distlora.model.head_form import loss_head
-from distlora.model.hf_model import transformers_model
+from distlora.model.hf_model import made_buffers, stored_buffers, transformers_model
 from distlora.model.layer_wrapper import Block, Reference
-from distlora.model.lm_head import SUMS, LossForm, LossHead
+from distlora.model.lm_head import SCORE, SUMS, LossForm, LossHead, RewardHead
 from distlora.model.paged_cache import Past, cache_name
-from distlora.model.quantized_parameters import freeze_parameters
-from distlora.model.reward_head import SCORE, RewardHead
-from distlora.model.token_matrix import keep_token_matrices
 from distlora.weights.conversion import CheckpointLayout, layout_of
 
 if TYPE_CHECKING:

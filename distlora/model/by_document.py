@@ -16,12 +16,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from distlora.model.wrapper import Wrapper
-
 if TYPE_CHECKING:
     from distlora.model.adapters import BlockContext, Rows
 
+
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
+
+
+class Wrapper(nn.Module):
+    """Module around `inner`, whose attributes it has: transformers' code reads those of what it wraps."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
 
 
 class PackedRows:

@@ -22,9 +22,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from distlora.model.adapters import BlockContext, Rows
-from distlora.model.by_document import ByDocument, describe, join, map_leaves
+from distlora.model.by_document import ByDocument, Wrapper, describe, join, map_leaves
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.model.wrapper import Wrapper
 from distlora.system.host_memory import bytes_of, take_chunk, take_places
 from distlora_kernels import elementwise
 

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from distlora.architecture.spec import Architecture
 from distlora.model.adapters import BlockContext
+from distlora.model.by_document import Wrapper
 from distlora.model.layer_wrapper import Block
-from distlora.model.wrapper import Wrapper
-from distlora_kernels.saved import save, saved_tensors
+from distlora_kernels.lora_linear import save, saved_tensors
 
 
 class HandsOn(nn.Module):

@@ -15,8 +15,16 @@ from distlora.parallel.backend import Backend
 from distlora.parallel.expert_parallel import divide_experts
 from distlora.parallel.fsdp2 import ComputeCopies, Residency
 from distlora.parallel.gradients import Gradients
-from distlora.parallel.ranks import Ranks, from_rank_0, join_ranks, leave_ranks, max_over_ranks, sum_over_ranks
-from distlora.parallel.shards import Shards, whole_shape
+from distlora.parallel.ranks import (
+    Ranks,
+    Shards,
+    from_rank_0,
+    join_ranks,
+    leave_ranks,
+    max_over_ranks,
+    sum_over_ranks,
+    whole_shape,
+)
 
 __all__ = [
     "Backend",

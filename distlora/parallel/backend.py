@@ -20,8 +20,7 @@ from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel.fsdp2 import Residency, free_bytes
 from distlora.parallel.gradients import GradientReducer, Gradients, Launches, ShardedGradients
 from distlora.parallel.integrity import FrozenWeights, compare_trained
-from distlora.parallel.ranks import Ranks, Traffic
-from distlora.parallel.shards import HostRows, Shards, local_rows, pieces, stream_rows
+from distlora.parallel.ranks import HostRows, Ranks, Shards, Traffic, local_rows, pieces, stream_rows
 from distlora.system import host_memory
 
 Collected = TypeVar("Collected")

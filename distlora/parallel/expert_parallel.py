@@ -26,8 +26,7 @@ from distlora.config import UserError
 from distlora.model.build import CausalLM
 from distlora.model.by_document import ByDocument
 from distlora.model.experts import Experts, ExpertWeight
-from distlora.parallel.ranks import Traffic
-from distlora.parallel.shards import Shards
+from distlora.parallel.ranks import Shards, Traffic
 from distlora_kernels.format_layouts import shards_whole_experts
 
 

@@ -25,8 +25,7 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.experts import divided_parameters
 from distlora.model.layer_wrapper import Block
-from distlora.parallel.ranks import Traffic
-from distlora.parallel.shards import Shards, all_gather
+from distlora.parallel.ranks import Shards, Traffic, all_gather
 from distlora.planner.workload import padded
 from distlora.system import host_memory, process_memory
 

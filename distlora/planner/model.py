@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
-from distlora.architecture.gguf_folder import gguf_file
-from distlora.architecture.gguf_note import NOTE_NAME
+from distlora.architecture.gguf_folder import NOTE_NAME, gguf_file
 from distlora.architecture.kept_weights import expected_headers, kept_tokens, kept_weights, nothing_to_keep
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, read_index

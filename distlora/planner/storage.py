@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from distlora.architecture.low_bit_bnb import nf4_tensors
+from distlora.architecture.low_bit_headers import nf4_tensors
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.safetensors_headers import DTYPE_BYTES, header_bytes, lay_out
 from distlora.architecture.shapes import Asked, ModelShapes

@@ -15,7 +15,7 @@ from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.architecture.tokens import EMBEDDING, HEAD
 from distlora.config import UserError
 from distlora.loading.decomposed_adapters import plain_form
-from distlora.loading.quantize import mean_row
+from distlora.loading.fill_weight import mean_row
 from distlora.model.experts import ExpertWeight
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge import Onto

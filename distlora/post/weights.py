@@ -23,14 +23,14 @@ from distlora.architecture.kept_weights import is_kept, is_transposed
 from distlora.architecture.safetensors_headers import Segment, read_header
 from distlora.config import ModelSpec, UserError
 from distlora.loading.decomposed_adapters import load_initial_factors
+from distlora.loading.fill_weight import DoubleQuantizedAbsmax, requantized, run_size
 from distlora.loading.load_base import find_base
 from distlora.loading.peft_format import transposed_factors
-from distlora.loading.quantize import DoubleQuantizedAbsmax, requantized, run_size
 from distlora.model.adapters import AdaptedLinear
-from distlora.model.buffers import stored_buffers
 from distlora.model.build import CausalLM, build_model
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
+from distlora.model.hf_model import stored_buffers
 from distlora.weights.conversion import Source
 from distlora.weights.decompose import LowRankFactors, Residual
 from distlora.weights.peft_folder import WEIGHTS_NAME, PeftAdapter

@@ -30,18 +30,18 @@ from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend
-from distlora.parallel.shards import local_rows
+from distlora.parallel.ranks import local_rows
 from distlora.planner.memory import KINDS, Kind, measured
 from distlora.planner.memory.measured import MeasuredRank
 from distlora.training.optimizers import Optimizer
-from distlora_kernels import products, scratch
+from distlora_kernels import operands, products
 
 Part = Literal["start", "forward", "head", "head_backward", "block", "update"]
 """Part of a micro-batch: up to the last norm; last norm and head; their backward; the layers' backward and the rest of
 the step before the update."""
 _MARK = "distlora: "
 _GATHERS = ("FSDP::", "DeepSpeed::", "OnDemand::")
-"""Names of the backends' gathers in a profile: torch's FSDP2, and zero3.py and on_demand.py of distlora/parallel."""
+"""Names of the backends' gathers in a profile: torch's FSDP2, and distlora/parallel/zero3.py."""
 _REDUCES = ("FSDP::post_backward_reduce", "FSDP::post_backward_rs_wait")
 _ADDS_UP = ("FSDP::post_backward_accumulate", "FSDP::post_backward_reshard")
 """Function in which FSDP2 allocates unsharded fp32 gradients of all micro-batches but the last."""
@@ -212,7 +212,7 @@ def _of_training(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[t
                 yield value, "optimizer"
     device = model.head.weight.device
     if device.type == "cuda":
-        yield scratch.buffer(device), "scratch"
+        yield operands.scratch_buffer(device), "scratch"
     elif (blocks := products.widened_blocks()) is not None:
         yield blocks, "scratch"
 

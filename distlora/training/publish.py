@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.architecture.config_checks import MODELOPT_CONFIG
-from distlora.architecture.gguf_note import NOTE_NAME
+from distlora.architecture.gguf_folder import NOTE_NAME
 from distlora.architecture.safetensors_headers import SINGLE_NAME, SOURCE_DTYPES, Segment, read_header, read_headers
 from distlora.architecture.tokens import tokenizer_files
 from distlora.checkpoint.files import atomic_folder, write_files

@@ -26,19 +26,19 @@ from distlora.loading.peft_format import keep_teacher, load_peft_adapter
 from distlora.loading.quantized_cache import QuantizedCacheSettings
 from distlora.model import attention, fused_modules
 from distlora.model.adapters import reset_adapters
-from distlora.model.buffers import materialize_buffers
 from distlora.model.build import DTYPES, CausalLM, build_model
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.frozen_linear import FrozenTensor
+from distlora.model.hf_model import materialize_buffers
 from distlora.model.layer_wrapper import HostInputs
+from distlora.model.lm_head import RewardHead
 from distlora.model.mlp import place_mlps
-from distlora.model.reward_head import RewardHead
 from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.system import host_memory
 from distlora.system.progress import still
 from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter
 from distlora.weights.peft_folder import read_teacher
-from distlora_kernels import products, scratch
+from distlora_kernels import operands, processor, products
 from distlora_kernels.extension import scratch_numel
 
 Log = Callable[[str], None]
@@ -149,7 +149,9 @@ def cache_settings(
         return None
     made_on = device.type  # No test shows that every GPU computes the same bits of a decomposition.
     if spec.adapter.pissa:
-        made_on = f"{torch.__version__} {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}"
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        # Products on a CPU have other bits with other instructions: torch's, and those of our path.
+        made_on = f"{torch.__version__} {gpu or f'cpu {torch.backends.cpu.get_cpu_capability()} {processor.path()}'}"
     return QuantizedCacheSettings(
         folder=Path(quant.cache_dir).expanduser().absolute(),
         limit=None if quant.cache_gb is None else int(quant.cache_gb * 1e9),
@@ -197,7 +199,7 @@ def reserve_scratch(model: CausalLM, dtype: torch.dtype, device: torch.device) -
     weights = (m for block in blocks for m in block.modules() if isinstance(m, FrozenTensor) and m.quantized)
     largest = max((dtype.itemsize * scratch_numel(weight.stored.shape) for weight in weights), default=0)
     if largest > 0:
-        scratch.reserve(device, largest)
+        operands.reserve_scratch(device, largest)
         model.notes.append(f"{largest / 2**20:,.0f} MiB of scratch memory for dequantized weights: one at a time")
 
 

@@ -26,7 +26,7 @@ from distlora.model.adapters import AdaptedLinear, LoRAPair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenLinear
-from distlora.model.reward_head import RewardHead
+from distlora.model.lm_head import RewardHead
 from distlora.parallel import Backend, Gradients, whole_shape
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.stop_and_save import Control

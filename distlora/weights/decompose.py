@@ -89,24 +89,11 @@ def _randomized(tall_TN: Tensor, rank: int, sketch: Sketch) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def quantization_error(weight_OI: Tensor, *, chunk_groups: int) -> Tensor:
-    """Return W - dequantize(NF4(W)), (O, I) fp32, computed `chunk_groups` groups at a time."""
-    flat = weight_OI.reshape(-1)
-    chunks = flat.split(chunk_groups * nf4.GROUP)
-    codes, absmax = (torch.cat(parts) for parts in zip(*map(nf4.quantize_blocks, chunks), strict=True))
-    num_blocks = -(-flat.numel() // nf4.BLOCK)
-    offset = torch.tensor(
-        nf4.absmax_offset(nf4.absmax_group_sums(absmax), num_blocks), dtype=torch.float32, device=flat.device
-    )
-    scales, group_scale = nf4.quantize_absmax(absmax, offset, num_blocks)
-    error = torch.empty_like(flat, dtype=torch.float32)
-    for index, chunk in enumerate(chunks):
-        groups = slice(index * chunk_groups, (index + 1) * chunk_groups)
-        parts = (codes[groups], scales[groups], group_scale[groups], offset)
-        restored = nf4.NF4.dequantize(parts, shape=(chunk.numel(),), dtype=torch.float32)
-        first = index * chunk_groups * nf4.GROUP
-        torch.sub(chunk.float(), restored, out=error[first : first + chunk.numel()])
-    return error.view_as(weight_OI)
+def quantization_error(weight_OI: Tensor) -> Tensor:
+    """Return W - dequantize(NF4(W)), (O, I) fp32."""
+    parts = nf4.nf4_quantize(weight_OI)
+    restored = nf4.NF4.dequantize(parts, shape=tuple(weight_OI.shape), dtype=torch.float32)
+    return torch.sub(weight_OI.float(), restored, out=restored)
 
 
 class Residual:

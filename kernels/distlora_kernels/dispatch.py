@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+MOST_THREADS = 16
+"""Most threads of `in_threads`; each has its work memory."""
 _interpreting = False
 
 
@@ -80,3 +82,21 @@ def threads_of_one(count: int) -> Iterator[ThreadPoolExecutor]:
     """Yield a pool of threads in which torch has one thread each, so that operations do not wait for each other."""
     with one_thread(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield pool
+
+
+def in_threads(work: Callable[[int], None], numbers: range) -> None:
+    """Call `work` with each number, each of torch's threads with its own: a piece is too short to be shared by them."""
+    threads = min(torch.get_num_threads(), len(numbers), MOST_THREADS)
+    inference = torch.is_inference_mode_enabled()
+
+    def run(first: int) -> None:
+        with torch.inference_mode(inference):  # A thread does not inherit the mode.
+            for number in numbers[first::threads]:
+                work(number)
+
+    if threads < 2:
+        for number in numbers:
+            work(number)
+        return
+    with threads_of_one(threads) as pool:
+        list(pool.map(run, range(threads)))

@@ -86,9 +86,6 @@ def scaled_rows(weight: FrozenWeight, factor: Tensor) -> FrozenWeight:
     assert weight.is_nf4, "no other format has an absmax to scale"
     assert columns % BLOCK == 0, f"rows of {columns} are not whole blocks"
     assert (factor.shape, factor.dtype) == ((rows,), torch.float32), f"{tuple(factor.shape)} {factor.dtype}"
-    if not uses_triton(parts[0]):
-        scaled = reference.scaled_absmax(parts, rows, columns, factor)
-        return FrozenWeight((parts[0], scaled), weight.shape, NF4_ABSMAX)
     from distlora_kernels import dora_triton
 
     with on_device_of(parts[0]):
@@ -107,13 +104,10 @@ def dy_gradients(
     assert magnitude.shape == dy.shape[1:], shapes
     assert dy.dtype == y.dtype == b.dtype == xa.dtype, f"{dy.dtype}, {y.dtype}, {b.dtype}, {xa.dtype}"
     magnitude = magnitude.contiguous()
-    if not uses_triton(dy):
-        db = (dy.T.float() @ xa.float()).mul_(scale)
-        return dy @ b, db, reference.magnitude_gradient(dy, y, magnitude)
-    from distlora_kernels import dora_triton, skinny_launch
+    from distlora_kernels import dora_triton, skinny
 
     with on_device_of(dy):
-        dxa, db, stripes = skinny_launch.dy(dy, b, xa, scale, None, y=y)
+        dxa, db, stripes = skinny.dy_products(dy, b, xa, scale, None, y=y)
         if stripes is None:
             return dxa, db, dora_triton.magnitude_gradient(dy.contiguous(), y.contiguous(), magnitude)
         return dxa, db, dora_triton.add_stripes(stripes, magnitude)

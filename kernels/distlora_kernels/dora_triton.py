@@ -55,7 +55,7 @@ def scaled_absmax_kernel(
 
 
 def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
-    """Return reference.scaled_absmax."""
+    """Return the absmax (G, 256) fp32 of a quantized weight, each times its row's factor; padding is 0."""
     scales = parts[1].contiguous()
     group_scale = offset = dynamic_map = None
     if len(parts) == 4:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from torch.autograd.function import once_differentiable
 
 from distlora_kernels import experts_grouped, experts_torch
 from distlora_kernels.dispatch import check_compilation
-from distlora_kernels.formats import Format
 from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertLinear, FrozenWeight, Routing
 
 __all__ = ["ExpertAdapter", "ExpertChoice", "Routing", "combine", "dispatch", "expert_linear", "runs_grouped"]
@@ -85,39 +84,34 @@ def expert_linear(
         adapter: The experts' adapters; the gradient of a shared factor is summed over the experts.
         bias: (E, O), without gradient.
     """
-    a, b, scale = (None, None, None) if adapter is None else adapter
     check_compilation()
-    y: Tensor = _ExpertLinear.apply(
-        x, a, b, bias, _Form(weight.shape, weight.format, transposed, scale, routing), *weight.parts
-    )
+    a, b = (None, None) if adapter is None else adapter[:2]
+    # Without tensors, which autograd keeps and frees.
+    form = _with_tensors(ExpertLinear(weight, transposed, adapter, None), None, None, None, ())
+    y: Tensor = _ExpertLinear.apply(x, a, b, bias, form, routing, *weight.parts)
     return y
 
 
-class _Form(NamedTuple):
-    """The non-tensor part of an expert linear."""
-
-    shape: tuple[int, ...]
-    format: Format | None
-    transposed: bool
-    scale: float | ExpertChoice | None
-    routing: Routing
-
-    def joined(self, a: Tensor | None, b: Tensor | None, bias: Tensor | None, parts: Sequence[Tensor]) -> ExpertLinear:
-        adapter = None
-        if self.scale is not None:
-            assert a is not None
-            assert b is not None
-            adapter = ExpertAdapter(a, b, self.scale)
-        return ExpertLinear(FrozenWeight(tuple(parts), self.shape, self.format), self.transposed, adapter, bias)
+def _with_tensors(linear: ExpertLinear, a: Any, b: Any, bias: Tensor | None, parts: Sequence[Tensor]) -> ExpertLinear:
+    """Return the linear with these tensors in place of its own."""
+    adapter = None if linear.adapter is None else linear.adapter._replace(a=a, b=b)
+    return linear._replace(weight=linear.weight._replace(parts=tuple(parts)), adapter=adapter, bias=bias)
 
 
 class _ExpertLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor | None, b: Tensor | None, bias: Tensor | None, form: _Form, *parts: Tensor
+        ctx: Any,
+        x: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        bias: Tensor | None,
+        form: ExpertLinear,
+        routing: Routing,
+        *parts: Tensor,
     ) -> Tensor:
-        y, gated = _path(form.routing).forward(x, form.joined(a, b, bias, parts), form.routing)
-        ctx.form = form
+        y, gated = _path(routing).forward(x, _with_tensors(form, a, b, bias, parts), routing)
+        ctx.form, ctx.routing = form, routing
         # x for dA, s x A^T for dB.
         ctx.save_for_backward(None if a is None else x, gated, a, b, bias, *parts)
         return y
@@ -126,10 +120,10 @@ class _ExpertLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gated, a, b, bias, *parts = ctx.saved_tensors
-        linear = ctx.form.joined(a, b, bias, parts)
+        linear, routing = _with_tensors(ctx.form, a, b, bias, parts), ctx.routing
         dy, needs = dy.contiguous(), ctx.needs_input_grad[:3]
-        gradients = _path(ctx.form.routing).backward(x, linear, ctx.form.routing, gated, dy, needs)
-        return (*gradients, None, None, *(None for _ in parts))
+        gradients = _path(routing).backward(x, linear, routing, gated, dy, needs)
+        return (*gradients, None, None, None, *(None for _ in parts))
 
 
 def _path(routing: Routing) -> ModuleType:

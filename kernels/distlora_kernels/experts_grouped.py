@@ -1,6 +1,6 @@
 """Run expert linears as grouped products (torch.nn.functional.grouped_mm): the path of GPUs in 16 bits.
 
-Nothing is read on the host. The fused weight is dequantized into the scratch that every linear uses (scratch.py), in
+Nothing is read on the host. The fused weight is dequantized into the scratch that every linear uses (operands.py), in
 low bits without the experts that no token chose: a product reads nothing of a group without rows. grouped_mm does not
 accumulate into its output, so the adapter's term is added to the rounded product of the base, as in PEFT. Ranks are
 padded to a multiple of 8, since rows must be 16 bytes.
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from distlora_kernels.buffers import RANK_MULTIPLE
 from distlora_kernels.dispatch import on_device
-from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertGradients, ExpertLinear, Routing
-from distlora_kernels.scratch import take_chosen
+from distlora_kernels.operands import ExpertAdapter, ExpertChoice, ExpertGradients, ExpertLinear, Routing, take_chosen
 
 
 def forward(x: Tensor, linear: ExpertLinear, routing: Routing) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distlora_kernels.dispatch import compute_capability, on_device_of, uses_triton
+from distlora_kernels.dispatch import compute_capability, on_device_of
 from distlora_kernels.formats.nf4 import Nf4
 from distlora_kernels.fused_threshold import max_fused_rows
 from distlora_kernels.operands import FrozenWeight
@@ -55,17 +55,11 @@ def fused_linear(
     _check_pair(xa, None if b is None else b.T, (m, o), x.dtype)
     assert addend is None or addend.shape == (m, o), f"addend {tuple(addend.shape)}"
     assert bias is None or bias.shape == (o,), f"bias {tuple(bias.shape)}"
-    if uses_triton(x):
-        from distlora_kernels import fused_triton
+    from distlora_kernels import fused_triton
 
-        addend, xa, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (addend, xa, b, bias))
-        with on_device_of(x):
-            return fused_triton.linear(x.contiguous(), weight.parts, o, addend=addend, xa=xa, b=b, bias=bias)
-    dense = weight.dense(x.dtype)
-    y = x @ dense.T if xa is None or b is None else torch.addmm(xa @ b.T, x, dense.T)
-    for term in (addend, bias):
-        y = y if term is None else y + term.to(y.dtype)
-    return y
+    addend, xa, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (addend, xa, b, bias))
+    with on_device_of(x):
+        return fused_triton.linear(x.contiguous(), weight.parts, o, addend=addend, xa=xa, b=b, bias=bias)
 
 
 def fused_linear_dx(dy: Tensor, weight: FrozenWeight, *, dxa: Tensor | None = None, a: Tensor | None = None) -> Tensor:
@@ -76,14 +70,11 @@ def fused_linear_dx(dy: Tensor, weight: FrozenWeight, *, dxa: Tensor | None = No
     m, (o, i) = dy.shape[0], weight.shape
     _check_weight(dy, o, weight)
     _check_pair(dxa, a, (m, i), dy.dtype)
-    if uses_triton(dy):
-        from distlora_kernels import fused_triton
+    from distlora_kernels import fused_triton
 
-        dxa, a = (None if tensor is None else tensor.contiguous() for tensor in (dxa, a))
-        with on_device_of(dy):
-            return fused_triton.dx(dy.contiguous(), weight.parts, i, dxa=dxa, a=a)
-    dense = weight.dense(dy.dtype)
-    return dy @ dense if dxa is None or a is None else torch.addmm(dxa @ a, dy, dense)
+    dxa, a = (None if tensor is None else tensor.contiguous() for tensor in (dxa, a))
+    with on_device_of(dy):
+        return fused_triton.dx(dy.contiguous(), weight.parts, i, dxa=dxa, a=a)
 
 
 def _check_weight(rows: Tensor, columns: int, weight: FrozenWeight) -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora_kernels import dora, scratch
+from distlora_kernels import dora, operands
 from distlora_kernels.dropout import ChosenDropout, Dropout, apply_dropout
 from distlora_kernels.extension import carrier, extends, padded
 from distlora_kernels.formats.nf4 import BLOCK
@@ -86,7 +86,7 @@ class _Base:
 
     def __init__(self, weight: FrozenWeight, x: Tensor) -> None:
         self.weight = weight
-        self.dense = None if choose_variant(x, weight) == "fused" else scratch.take(weight, x.dtype)
+        self.dense = None if choose_variant(x, weight) == "fused" else operands.take_dense(weight, x.dtype)
         """The dense weight in x's dtype, valid until the next is taken; None if it is decoded inside the product."""
 
     def output(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +115,7 @@ def _extended(linear: Linear, wide: _Extended) -> Tensor:
     adapter, columns = linear.adapter, wide.rows.shape[1]
     assert adapter is not None
     up, room = _scaled_up(adapter, wide.rows.dtype), wide.rows.stride(0) - linear.weight.shape[1]
-    dense = scratch.take_beside(linear.weight, up, first_rank=wide.first_rank, columns=room)[:, :columns]
+    dense = operands.take_beside(linear.weight, up, first_rank=wide.first_rank, columns=room)[:, :columns]
     return wide.rows @ dense.T if linear.bias is None else torch.addmm(linear.bias, wide.rows, dense.T)
 
 
@@ -210,7 +210,7 @@ class _Carried(NamedTuple):
     def input_gradient(self, linears: Sequence[Linear]) -> Tensor:
         """Return its dY W and the adapters' terms, (M, I)."""
         rank = self.rows.shape[1] - self.out
-        dense = scratch.take_above(linears[self.linear].weight, self.rows.dtype, rows=rank)
+        dense = operands.take_above(linears[self.linear].weight, self.rows.dtype, rows=rank)
         for index, columns in self.columns.items():
             dense[self.out :][columns].copy_(_adapter(linears, index).a)
         return self.rows @ dense
@@ -224,7 +224,7 @@ def _carried(linears: Sequence[Linear], saved: Sequence[SavedLinear], dys: dict[
         is_plain = adapter is not None and saved[index].magnitude is None and _is_plain(adapter)
         if adapter is not None and is_plain and choose_variant(dy, weight) == "scratch":
             ranks[index] = _width(adapter)
-            if scratch.extends(weight):
+            if operands.uses_scratch(weight):
                 outs[index] = dy.shape[1]
     rank = sum(ranks.values())
     first = next(iter(dys.values()))
@@ -273,7 +273,7 @@ def _input_gradient(
     for index, dy in through_dropout.items():
         weight, dropout = linears[index].weight, _adapter(linears, index).dropout
         assert dropout is not None
-        dx = fused_linear_dx(dy, weight) if index in fused else dy @ scratch.take(weight, dy.dtype)
+        dx = fused_linear_dx(dy, weight) if index in fused else dy @ operands.take_dense(weight, dy.dtype)
         add(apply_dropout(dx, dropout))
     for index, dy in dys.items():
         weight = linears[index].weight
@@ -283,9 +283,9 @@ def _input_gradient(
             dxa_and_a = inside.get(index, (None, None))
             add(fused_linear_dx(dy, weight, dxa=dxa_and_a[0], a=dxa_and_a[1]))
         elif total is None:
-            total = dy @ scratch.take(weight, dy.dtype)
+            total = dy @ operands.take_dense(weight, dy.dtype)
         else:
-            torch.addmm(total, dy, scratch.take(weight, dy.dtype), out=total)
+            torch.addmm(total, dy, operands.take_dense(weight, dy.dtype), out=total)
     return total
 
 
@@ -334,7 +334,7 @@ def _pays(x: Tensor, group: Sequence[Linear], rank: int) -> bool:
         assert adapter is not None
         if adapter.magnitude is not None or not _is_plain(adapter) or choose_variant(x, weight) == "fused":
             return False
-        if not (weight.is_nf4 and scratch.extends(weight)):
+        if not (weight.is_nf4 and operands.uses_scratch(weight)):
             return False
     (m, features), written = x.shape, sum(linear.weight.shape[0] for linear in group)
     return features % BLOCK == 0 and extends(

@@ -15,10 +15,11 @@ Letters: M rows, I in features, O out features, R rank (all adapters of the line
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,6 @@ from torch.autograd.function import once_differentiable
 
 from distlora_kernels import lora_native, lora_torch
 from distlora_kernels.dispatch import check_compilation, uses_triton
-from distlora_kernels.dropout import ChosenDropout, Dropout
-from distlora_kernels.formats import Format
 from distlora_kernels.operands import (
     Adapter,
     Copies,
@@ -39,7 +38,6 @@ from distlora_kernels.operands import (
     SavedDora,
     SavedLinear,
 )
-from distlora_kernels.saved import save, saved_tensors
 
 __all__ = ["Adapter", "Copies", "FrozenWeight", "Linear", "Magnitude", "RowChoice", "lora_linear", "lora_linears"]
 
@@ -63,14 +61,16 @@ def lora_linears(x: Tensor, linears: Sequence[Linear], *, unread: bool = False) 
     gradient of DoRA reads them.
     """
     check_compilation()
-    forms = tuple(_Form.of(linear) for linear in linears)
-    tensors = [tensor for linear in linears for tensor in _tensors(linear)]
+    by_linear = [_tensors(linear) for linear in linears]
+    # Without tensors, which autograd keeps and frees. The copies stay: they outlive the step's backward.
+    forms = [_with_tensors(linear, (None,) * len(own)) for linear, own in zip(linears, by_linear, strict=True)]
+    tensors = [tensor for own in by_linear for tensor in own]
     rows = x.flatten(0, -2)
     with torch.no_grad():
         inputs, xas = _path(rows, linears).project(rows, linears)
     keeper = None
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (rows, *tensors)):
-        adapted = any(form.scale is not None for form in forms)
+        adapted = any(linear.adapter is not None for linear in linears)
         # x for dA, x A^T for dB.
         keeper = save((rows if adapted else None, *xas, *tensors), rows.device)
     has_magnitude = any(linear.adapter is not None and linear.adapter.magnitude is not None for linear in linears)
@@ -78,26 +78,6 @@ def lora_linears(x: Tensor, linears: Sequence[Linear], *, unread: bool = False) 
         inputs = None
     ys = _LoRALinears.apply(keeper, rows, forms, inputs, *tensors)
     return tuple(y.unflatten(0, x.shape[:-1]) for y in ys)
-
-
-class _Form(NamedTuple):
-    """The non-tensor part of a linear."""
-
-    shape: tuple[int, ...]
-    num_parts: int
-    format: Format | None
-    scale: float | RowChoice | None
-    """None without an adapter."""
-    dropout: Dropout | ChosenDropout | None
-    copies: Copies | None
-    """Not saved: they outlive the step's backward."""
-
-    @staticmethod
-    def of(linear: Linear) -> _Form:
-        adapter, (parts, shape, format) = linear.adapter, linear.weight
-        if adapter is None:
-            return _Form(shape, len(parts), format, None, None, None)
-        return _Form(shape, len(parts), format, adapter.scale, adapter.dropout, adapter.copies)
 
 
 _NUM_TENSORS = 5
@@ -116,14 +96,33 @@ def _tensors(linear: Linear) -> tuple[Tensor | None, ...]:
     return (a, b, masters, row_norms_squared, linear.bias, *linear.weight.parts)
 
 
+def _with_tensors(linear: Linear, tensors: Sequence[Any]) -> Linear:
+    """Return the linear with these tensors in the places of those that `_tensors` returns."""
+    a, b, masters, row_norms_squared, bias, *parts = tensors
+    adapter = linear.adapter
+    if adapter is not None:
+        magnitude = None if masters is None else Magnitude(masters, row_norms_squared)
+        adapter = adapter._replace(a=a, b=b, magnitude=magnitude)
+    return Linear(linear.weight._replace(parts=tuple(parts)), adapter, bias)
+
+
+def _by_linear(forms: Sequence[Linear], values: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Yield, of what there is for each tensor of all linears, that of each linear."""
+    start = 0
+    for form in forms:
+        stop = start + _NUM_TENSORS + len(form.weight.parts)
+        yield values[start:stop]
+        start = stop
+
+
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keeper: Tensor | None, x: Tensor, forms: tuple[_Form, ...], inputs: Any, *tensors: Tensor | None
+        ctx: Any, keeper: Tensor | None, x: Tensor, forms: Sequence[Linear], inputs: Any, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        linears = _joined(forms, tensors)
+        linears = [_with_tensors(*pair) for pair in zip(forms, _by_linear(forms, tensors), strict=True)]
         if inputs is None:
-            ys = [x.new_full((), math.nan).expand(len(x), form.shape[0]) for form in forms]
+            ys = [x.new_full((), math.nan).expand(len(x), form.weight.shape[0]) for form in forms]
             magnitudes = [None] * len(forms)
         else:
             ys, magnitudes = _path(x, linears).forward(x, linears, inputs, with_backward=keeper is not None)
@@ -143,45 +142,68 @@ class _LoRALinears(torch.autograd.Function):
         saved = [
             SavedLinear(xa, SavedDora.of(after[size * index : size * (index + 1)])) for index, xa in enumerate(xas)
         ]
-        places = list(_places(forms))
-        wanted = ctx.needs_input_grad[4:]
-        needs = Needs(
-            ctx.needs_input_grad[1], *(tuple(wanted[place + offset] for place in places) for offset in range(3))
-        )
+        wanted = _by_linear(forms, ctx.needs_input_grad[4:])
+        needs = Needs(ctx.needs_input_grad[1], *zip(*(own[:3] for own in wanted), strict=True))
         first = next((dy for dy in dys if dy is not None), None)
         if first is None:
             return (None,) * (4 + len(tensors))
-        linears = _joined(forms, tensors)
+        linears = [_with_tensors(*pair) for pair in zip(forms, _by_linear(forms, tensors), strict=True)]
         gradients = _path(first, linears).backward(x, linears, saved, dys, needs)
-        results: list[Tensor | None] = [None] * len(tensors)
-        for place, *by_kind in zip(places, gradients.a, gradients.b, gradients.magnitude, strict=True):
-            results[place : place + len(by_kind)] = by_kind
+        results: list[Tensor | None] = []
+        for own, *by_kind in zip(linears, gradients.a, gradients.b, gradients.magnitude, strict=True):
+            results += by_kind + [None] * (len(_tensors(own)) - len(by_kind))
         return (None, gradients.x, None, None, *results)
 
 
 def _path(tensor: Tensor, linears: Sequence[Linear]) -> ModuleType:
-    """Return the module that computes forward and backward on this tensor's device; torch's if there are no rows."""
-    if not uses_triton(tensor) or tensor.shape[0] == 0:
+    """Return the module that computes forward and backward on this tensor's device.
+
+    torch's if there are no rows, and in fp64: Triton's kernels add in fp32.
+    """
+    if not uses_triton(tensor) or tensor.shape[0] == 0 or tensor.dtype == torch.float64:
         return lora_native if lora_native.covers(tensor, linears) else lora_torch
     from distlora_kernels import lora_gpu
 
     return lora_gpu
 
 
-def _places(forms: Sequence[_Form]) -> Iterator[int]:
-    """Yield the start of each linear's tensors."""
-    start = 0
-    for form in forms:
-        yield start
-        start += _NUM_TENSORS + form.num_parts
+class _Save(torch.autograd.Function):
+    """Saves what a backward needs before the products that follow are computed.
+
+    torch's activation checkpointing ends a recomputation with the last tensor that it saves, and an autograd function's
+    tensors are saved when its forward is done. Saved here they come first, in a node of their own: a product that is
+    last in a layer, and whose output nothing saves, is not recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, trigger: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return trigger.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None]:
+        return None, None
 
 
-def _joined(forms: Sequence[_Form], tensors: Sequence[Any]) -> tuple[Linear, ...]:
-    """Rebuild the linears from their forms and tensors."""
-    linears = []
-    for form, start in zip(forms, _places(forms), strict=True):
-        a, b, masters, norms, bias, *parts = tensors[start : start + _NUM_TENSORS + form.num_parts]
-        magnitude = None if masters is None else Magnitude(masters, norms)
-        adapter = None if form.scale is None else Adapter(a, b, form.scale, form.dropout, magnitude, form.copies)
-        linears.append(Linear(FrozenWeight(tuple(parts), form.shape, form.format), adapter, bias))
-    return tuple(linears)
+def save(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Save tensors; return the first argument of the function whose backward needs them, an empty tensor.
+
+    Autograd frees them after that backward. Do not call it where nothing needs a gradient: the result requires one.
+    """
+    check_compilation()
+    node: Tensor = _Save.apply(_trigger(device), tensors)
+    return node
+
+
+def saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
+    """Return the tensors in the backward of the function whose first argument `save` returned."""
+    tensors: tuple[Tensor | None, ...] = ctx.next_functions[0][0].saved_tensors
+    return tensors
+
+
+@functools.cache
+def _trigger(device: torch.device) -> Tensor:
+    """Return the tensor that has autograd record a node; no gradient arrives at it."""
+    return torch.empty(0, device=device, requires_grad=True)

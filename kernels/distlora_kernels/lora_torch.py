@@ -16,9 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distlora_kernels import dora, scratch
+from distlora_kernels import dora
 from distlora_kernels.dropout import ChosenDropout, Dropout, dropped
-from distlora_kernels.operands import Adapter, Gradients, Linear, Needs, RowChoice, SavedDora, SavedLinear
+from distlora_kernels.operands import (
+    Adapter,
+    Gradients,
+    Linear,
+    Needs,
+    RowChoice,
+    SavedDora,
+    SavedLinear,
+    take_dense,
+)
 from distlora_kernels.products import product
 
 
@@ -128,7 +137,7 @@ def forward(
     ys: list[Tensor] = []
     magnitudes: list[SavedDora | None] = []
     for (frozen, adapter, bias), projected in zip(linears, inputs, strict=True):
-        weight, saved_dora = scratch.take(frozen, x.dtype), None
+        weight, saved_dora = take_dense(frozen, x.dtype), None
         if adapter is None or (adapter.magnitude is None and all(part.adapter is None for part in projected)):
             y = product(x, weight.T, add=bias)
         elif adapter.magnitude is None:
@@ -212,7 +221,7 @@ def backward(
             assert x is not None
             dxas = _adapter_gradients(gradients, index, adapter, x, parts, linear_saved, scaled, needs)
         if needs.x:
-            weight = scratch.take(linear.weight, dy.dtype)
+            weight = take_dense(linear.weight, dy.dtype)
             dx = _input_gradient(dxas, dy, dropped_dy, weight)
             gradients.x = dx if gradients.x is None else gradients.x.add_(dx)
     return gradients

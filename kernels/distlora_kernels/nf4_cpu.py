@@ -10,20 +10,19 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from distlora_kernels import reference
-from distlora_kernels.dispatch import threads_of_one
+from distlora_kernels.dispatch import in_threads
 from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES, NF4_LEVELS, num_groups
 
 PIECE_GROUPS = 16
 """Groups quantized at once: 262,144 weights, whose 3.5 MiB of work memory stay in a core's cache and are reused."""
-MOST_THREADS = 16
-"""Most threads; each has its work memory."""
 BINS = 32
 """Bins per half of [-1, 1]. They are narrower than the least distance of two midpoints, 0.08."""
 
@@ -37,22 +36,15 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     groups = num_groups(flat.numel())
     codes = torch.empty(groups, GROUP_BYTES, dtype=torch.uint8)
     absmax = torch.empty(groups, BLOCKS_PER_GROUP)
-    pieces = [slice(first, min(first + PIECE_GROUPS, groups)) for first in range(0, groups, PIECE_GROUPS)]
+    work = threading.local()
 
-    inference = torch.is_inference_mode_enabled()
+    def quantize(number: int) -> None:
+        if not hasattr(work, "memory"):
+            work.memory = _Work(min(groups, PIECE_GROUPS))
+        piece = slice(number * PIECE_GROUPS, (number + 1) * PIECE_GROUPS)
+        work.memory.quantize(flat[piece.start * GROUP : piece.stop * GROUP], codes[piece], absmax[piece])
 
-    def quantize(thread_pieces: Sequence[slice]) -> None:
-        with torch.inference_mode(inference):  # A thread does not inherit the mode.
-            work = _Work(min(groups, PIECE_GROUPS))
-            for piece in thread_pieces:
-                work.quantize(flat[piece.start * GROUP : piece.stop * GROUP], codes[piece], absmax[piece])
-
-    threads = min(torch.get_num_threads(), len(pieces), MOST_THREADS)
-    if threads < 2:
-        quantize(pieces)
-    else:
-        with threads_of_one(threads) as pool:
-            list(pool.map(quantize, [pieces[number::threads] for number in range(threads)]))
+    in_threads(quantize, range(-(-groups // PIECE_GROUPS)))
     return codes, absmax
 
 

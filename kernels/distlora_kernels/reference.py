@@ -1,7 +1,7 @@
 """Define every op of this package in plain torch. The code is simple, not fast.
 
-Letters: G double-quantization groups (256 blocks of 64 weights: 16,384), M rows of the input, I in features, O out
-features, R adapter rank. Formats and formulas are bitsandbytes' (the folder's README.md has the byte layout).
+Letters: G double-quantization groups (256 blocks of 64 weights: 16,384), M rows of the input, O out features, R
+adapter rank. Formats and formulas are bitsandbytes' (the folder's README.md has the byte layout).
 """
 
 from __future__ import annotations
@@ -148,58 +148,6 @@ def dequantize_blocks(
     nibbles = torch.stack((codes >> 4, codes & 15), dim=-1).view(-1, BLOCK)
     weights = values[nibbles.long()] * absmax.view(-1, 1)
     return weights.view(-1)[: torch.Size(shape).numel()].view(shape).to(dtype)
-
-
-def lora_linear(
-    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor | float, bias: Tensor | None = None
-) -> Tensor:
-    """Return y = x W^T + (gate * (x A^T)) B^T + bias, (..., O) in x's dtype.
-
-    Args:
-        x: (..., I).
-        weight: (O, I).
-        a: (R, I).
-        b: (O, R).
-        gate: The scale s of one adapter; or (M, R) for several adapters side by side in a and b, with s where the row
-            uses the column's adapter and 0 elsewhere.
-        bias: (O,).
-    """
-    flat = x.flatten(0, -2)
-    delta = (flat @ a.to(x.dtype).T * gate).to(x.dtype) @ b.to(x.dtype).T
-    y = delta + flat @ weight.T
-    return (y if bias is None else y + bias).unflatten(0, x.shape[:-1])
-
-
-def expert_linear(
-    x: Tensor,
-    experts: Tensor,
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    gate: Tensor | float,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """Return y (S, O): y_s = W_e x_s + gate_s B_e (A_e x_s) + bias_e with e = experts[s].
-
-    Shapes: x (S, I), weight (E, O, I), a (E, R, I), b (E, O, R), bias (E, O), gate a number or (S, R). a or b may be
-    (1, ...): shared by all experts.
-    """
-    a, b = (factor.expand(weight.shape[0], -1, -1) for factor in (a, b))
-    xa = torch.einsum("si,sri->sr", x, a[experts]) * gate
-    y = torch.einsum("si,soi->so", x, weight[experts]) + torch.einsum("sr,sor->so", xa, b[experts])
-    return y if bias is None else y + bias[experts]
-
-
-def scaled_absmax(parts: list[Tensor], rows: int, columns: int, factor: Tensor) -> Tensor:
-    """Return the absmax (G, 256) fp32 of a quantized weight, each times its row's factor; padding is 0."""
-    absmax = parts[1]
-    if len(parts) == 4:
-        _, scales, group_scale, offset = parts
-        absmax = dynamic_map().to(scales.device)[scales.int()] * group_scale[:, None] + offset
-    scaled = torch.zeros_like(absmax)
-    blocks = columns // BLOCK
-    scaled.view(-1)[: rows * blocks] = (absmax.view(-1)[: rows * blocks].view(rows, blocks) * factor[:, None]).flatten()
-    return scaled
 
 
 def dora_norms(row_norms_squared: Tensor, wa: Tensor, gram: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -4,31 +4,35 @@ Each product reads the large operand once:
 
     down   xa  = d(x) a^T                            forward, one product for all linears of an input (a stacked)
     up     y   = xa b^T + bias, or d(dxa a)          the base GEMM of forward or dX then accumulates into it
-    dy     dxa = dy b,  db = scale * dy^T xa         backward, dy read once for both (skinny_launch.py has the
+    dy     dxa = dy b,  db = scale * dy^T xa         backward, dy read once for both (`dy_products` has the
     exception) grad   da  = dxa^T d(x)
 
 d zeroes the dropped inputs (dropout.py). With a choice the adapters lie side by side (rows of a, columns of b), and xa
 and dxa are compact: row m has the columns of its adapter, then zeros up to the largest rank; all zeros for -1. A
 non-finite value in one adapter's rows then reaches no other adapter's gradient, and each adapter may have its dropout.
-Sums are fp32 (fp64 for fp64 inputs), rounded once, in a fixed order: equal inputs give equal bits.
+Sums are fp32, rounded once, in a fixed order: equal inputs give equal bits.
 
 Letters: M rows, I in features, O out features, R rank (of all adapters together), N adapters, B rows of the batch.
-Dense tensors may be slices of wider ones. The torch operations of this file are the definition; they run on the CPU,
-and in fp64 everywhere.
+Dense tensors may be slices of wider ones. This file chooses tiles, splits and buffers of partial sums for the kernels
+of skinny_triton.py; docs/benchmarks.md has their predicted costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
-from distlora_kernels.dispatch import on_device_of, uses_triton
-from distlora_kernels.dropout import ChosenDropout, Dropout, dropped
-from distlora_kernels.operands import RowChoice, per_column
+from distlora_kernels.buffers import PROGRAMS, reads_once, split, split_over_rows, tile_of
+from distlora_kernels.dispatch import on_device, on_device_of
+from distlora_kernels.dropout import ChosenDropout, Dropout, stream_table
+from distlora_kernels.operands import RowChoice
+from distlora_kernels.skinny_triton import add_partials, down_kernel, dy_kernel, grad_kernel, up_kernel
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def skinny_down(
@@ -46,18 +50,8 @@ def skinny_down(
     """
     _check(x, a, rank=a.shape[0], choice=choice, dropout=dropout)
     assert x.shape[1] == a.shape[1], f"x {tuple(x.shape)}, a {tuple(a.shape)}"
-    if _in_triton(x):
-        from distlora_kernels import skinny_launch
-
-        with on_device_of(x):
-            return skinny_launch.down(x, a, choice, dropout, out, copy)
-    seen = _zeroed(x, dropout)
-    if choice is None:
-        return _placed(seen @ a.T, x, out, copy)
-    xa = x.new_zeros(x.shape[0], max(choice.ranks))
-    for part, columns, rank in _adapter_parts(choice, x.shape[0]):
-        xa[part, :rank] = seen[part] @ a[columns].T
-    return xa
+    with on_device_of(x):
+        return _down(x, a, choice, dropout, out, copy)
 
 
 def skinny_up(
@@ -79,17 +73,8 @@ def skinny_up(
         assert dropout is None, "skinny_up takes a bias or a dropout of its result, not both"
         assert bias.shape == b.shape[:1], f"bias {tuple(bias.shape)}, b {tuple(b.shape)}"
         assert bias.dtype == xa.dtype, f"bias {bias.dtype}, xa {xa.dtype}"
-    if _in_triton(xa):
-        from distlora_kernels import skinny_launch
-
-        with on_device_of(xa):
-            return skinny_launch.up(xa, b, bias, choice, dropout)
-    if choice is None:
-        return _zeroed(xa @ b.T, dropout) if bias is None else torch.addmm(bias, xa, b.T)
-    y = xa.new_zeros(xa.shape[0], b.shape[0]) if bias is None else bias.expand(xa.shape[0], -1).contiguous()
-    for part, columns, rank in _adapter_parts(choice, xa.shape[0]):
-        y[part] = torch.addmm(y[part], xa[part, :rank], b[:, columns].T)
-    return _zeroed(y, dropout)
+    with on_device_of(xa):
+        return _up(xa, b, bias, choice, dropout)
 
 
 def skinny_dy(
@@ -111,20 +96,8 @@ def skinny_dy(
     _check(dy, b, xa, rank=b.shape[1], choice=choice)
     _check_columns(xa, b.shape[1], choice)
     assert dy.shape == (xa.shape[0], b.shape[0]), f"dy {tuple(dy.shape)}, b {tuple(b.shape)}, xa {tuple(xa.shape)}"
-    if _in_triton(dy):
-        from distlora_kernels import skinny_launch
-
-        with on_device_of(dy):
-            return skinny_launch.dy(dy, b, xa, scale, choice, out=out, copy=copy)[:2]
-    wide = _wide(dy)
-    if choice is None:
-        return _placed(dy @ b, dy, out, copy), (dy.T.to(wide) @ xa.to(wide)).mul_(scale)
-    dxa = dy.new_zeros(dy.shape[0], max(choice.ranks))
-    db = torch.zeros(b.shape, dtype=wide, device=b.device)
-    for part, columns, rank in _adapter_parts(choice, dy.shape[0]):
-        dxa[part, :rank] = dy[part] @ b[:, columns]
-        db[:, columns] += dy[part].T.to(wide) @ xa[part, :rank].to(wide)
-    return dxa, db.mul_(per_column(tuple(scale * each for each in choice.scales), choice.ranks, wide, b.device))
+    with on_device_of(dy):
+        return dy_products(dy, b, xa, scale, choice, out=out, copy=copy)[:2]
 
 
 def skinny_grad(
@@ -135,19 +108,8 @@ def skinny_grad(
     _check(dxa, x, rank=rank, choice=choice, dropout=dropout)
     _check_columns(dxa, rank, choice)
     assert dxa.shape[0] == x.shape[0], f"dxa {tuple(dxa.shape)}, x {tuple(x.shape)}"
-    if _in_triton(x):
-        from distlora_kernels import skinny_launch
-
-        with on_device_of(x):
-            return skinny_launch.grad(dxa, x, choice, dropout)
-    wide = _wide(x)
-    seen = _zeroed(x, dropout)
-    if choice is None:
-        return dxa.T.to(wide) @ seen.to(wide)
-    da = torch.zeros(rank, x.shape[1], dtype=wide, device=x.device)
-    for part, columns, rank in _adapter_parts(choice, x.shape[0]):
-        da[columns] += dxa[part, :rank].T.to(wide) @ seen[part].to(wide)
-    return da
+    with on_device_of(x):
+        return _grad(dxa, x, choice, dropout)
 
 
 def _check(
@@ -172,34 +134,226 @@ def _check(
         assert len(dropout.streams) == len(choice.ranks), f"{len(dropout.streams)} of {len(choice.ranks)} adapters"
 
 
-def _placed(product: Tensor, rows: Tensor, out: Tensor | None, copy: Tensor | None) -> Tensor:
-    if copy is not None:
-        copy.copy_(rows)
-    return product if out is None else out.copy_(product)
-
-
 def _check_columns(compact: Tensor, rank: int, choice: RowChoice | None) -> None:
     columns = rank if choice is None else max(choice.ranks)
     assert compact.shape[1] == columns, f"{tuple(compact.shape)} for a rank of {columns}"
 
 
-def _in_triton(tensor: Tensor) -> bool:
-    """Return whether the kernels run. They add in fp32, so fp64 uses torch on a GPU too."""
-    return uses_triton(tensor) and tensor.dtype != torch.float64
+class _Rows(NamedTuple):
+    """The choice of adapters as the kernels take it."""
+
+    batch: int
+    tokens: int
+    rank: int
+    """Largest rank of an adapter: the columns of xa and dxa."""
+    rows: Tensor | None = None
+    """(B,) int64: adapter of each row."""
+    spans: Tensor | None = None
+    """(N, 2) int32: first column and rank of each adapter."""
+    alignment: int = 16
+    """Largest power of 2, up to 16, that divides every rank and first column."""
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+def _rows_of(num_rows: int, rank: int, choice: RowChoice | None) -> _Rows:
+    if choice is None:
+        return _Rows(1, num_rows, rank)
+    rows, ranks = choice.rows, choice.ranks
+    alignment = min(rank & -rank for rank in (16, *ranks))
+    batch = rows.shape[0]
+    return _Rows(batch, num_rows // batch, max(ranks), rows, _spans(ranks, rows.device), alignment)
 
 
-def _zeroed(x: Tensor, dropout: Dropout | ChosenDropout | None) -> Tensor:
-    return x if dropout is None else x.masked_fill(dropped(dropout, *x.shape), 0)
+@functools.lru_cache(maxsize=1024)
+def _spans(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([(sum(ranks[:n]), rank) for n, rank in enumerate(ranks)], dtype=torch.int32, device=device)
 
 
-def _adapter_parts(choice: RowChoice, num_rows: int) -> Iterator[tuple[slice, slice, int]]:
-    """Yield (inputs, columns of b, rank) of each row of the batch that uses an adapter."""
-    tokens = num_rows // choice.rows.shape[0]
-    for row, adapter in enumerate(choice.rows.tolist()):
-        assert -1 <= adapter < len(choice.ranks), f"row {row} has adapter {adapter} of {len(choice.ranks)}"
-        if adapter >= 0:
-            yield slice(row * tokens, (row + 1) * tokens), choice.columns(adapter), choice.ranks[adapter]
+@functools.lru_cache(maxsize=1024)
+def _owners(ranks: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return (R, 2) int32: adapter of each column, and its index there."""
+    places = [(n, place) for n, rank in enumerate(ranks) for place in range(rank)]
+    return torch.tensor(places, dtype=torch.int32, device=device)
+
+
+def _dropout_words(dropout: Dropout | ChosenDropout | None, num_rows: int) -> dict[str, Any]:
+    absent = dict.fromkeys(("dropped_rows", "streams", "steps"))
+    words = dict.fromkeys(("dropped_tokens", "first_token", "key0", "key1", "threshold", "step"), 0)
+    if dropout is None:
+        return absent | words
+    words |= {"dropped_tokens": num_rows // dropout.rows.shape[0], "first_token": dropout.first}
+    if isinstance(dropout, ChosenDropout):
+        streams = stream_table(dropout.streams, dropout.rows.device)
+        return words | {"dropped_rows": dropout.rows, "streams": streams, "steps": dropout.steps}
+    # Signed, so that Triton takes every word as an int32.
+    signed = {"key0": dropout.key[0], "key1": dropout.key[1], "step": dropout.step}
+    signed = {name: (word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for name, word in signed.items()}
+    return absent | words | signed | {"dropped_rows": dropout.rows, "threshold": dropout.threshold}
+
+
+def _row_contiguous(matrix: Tensor) -> Tensor:
+    """Return the matrix, or a copy with contiguous rows."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _down(
+    x: Tensor,
+    a: Tensor,
+    choice: RowChoice | None,
+    dropout: Dropout | ChosenDropout | None,
+    out: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> Tensor:
+    """Return skinny_down; a may have any strides."""
+    x = _row_contiguous(x)
+    (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], choice)
+    tile = tile_of("down", by.rank, by.tokens, x.itemsize, dropout is not None, copies=copy is not None)
+    tiles_of_a_row, pieces = triton.cdiv(by.tokens, tile.rows), triton.cdiv(by.rank, tile.ranks)
+    programs = by.batch * tiles_of_a_row * pieces
+    share = split(num_columns, tile.columns, programs)
+    out = x.new_empty(num_rows, by.rank) if out is None else out
+    sums = out if share.parts == 1 else out.new_empty(share.parts, *out.shape, dtype=torch.float32)
+    down_kernel[(programs, share.parts)](
+        x, a, sums, copy, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_out=sums.stride(-2),
+        stride_copy=None if copy is None else copy.stride(0), stride_split=out.numel(),
+        split_columns=share.size, tiles_of_a_row=tiles_of_a_row, **_dropout_words(dropout, num_rows),
+        BM=tile.rows, BK=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=by.alignment,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if share.parts > 1:
+        _add(sums, out)
+    return out
+
+
+def _up(
+    xa: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    choice: RowChoice | None,
+    dropout: Dropout | ChosenDropout | None,
+) -> Tensor:
+    """Return skinny_up."""
+    xa = _row_contiguous(xa)
+    num_rows, num_columns = xa.shape[0], b.shape[0]
+    by = _rows_of(num_rows, b.shape[1], choice)
+    tile = tile_of("up", by.rank, by.tokens, xa.itemsize, dropout is not None)
+    tiles_of_a_row, column_tiles = triton.cdiv(by.tokens, tile.rows), triton.cdiv(num_columns, tile.columns)
+    out = xa.new_empty(num_rows, num_columns)
+    up_kernel[(by.batch * tiles_of_a_row * column_tiles,)](
+        xa, b, bias, out, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_xa=xa.stride(0), stride_bo=b.stride(0), stride_br=b.stride(1),
+        tiles_of_a_row=tiles_of_a_row, column_tiles=column_tiles, **_dropout_words(dropout, num_rows),
+        BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=triton.cdiv(by.rank, tile.ranks),
+        SPAN_ALIGNMENT=by.alignment, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def dy_products(
+    dy: Tensor,
+    b: Tensor,
+    xa: Tensor,
+    scale: float,
+    choice: RowChoice | None,
+    *,
+    y: Tensor | None = None,
+    out: Tensor | None = None,
+    copy: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return skinny_dy, and with y (M, O) the sums of dy * y by stripe of rows, (stripes, O) fp32.
+
+    The sums are None if another kernel must read dy again for them.
+    """
+    dy, b, xa = _row_contiguous(dy), _row_contiguous(b), _row_contiguous(xa)
+    (num_rows, num_columns), by = dy.shape, _rows_of(dy.shape[0], b.shape[1], choice)
+    tile = tile_of("dy", by.rank, by.tokens, dy.itemsize)
+    stripes_of_a_row = triton.cdiv(by.tokens, tile.rows)
+    stripes = by.batch * stripes_of_a_row
+    if not reads_once(stripes, num_columns, by.rank):
+        db = b.new_empty(b.shape, dtype=torch.float32)
+        _products_over_rows(xa, dy, db.T, choice, None, scale)
+        return _down(dy, b.T, choice, None, out, copy), db, None
+    # Two programs per multiprocessor: one waits for its tile while the other multiplies.
+    share = split(num_columns, tile.columns, stripes, wanted=2 * PROGRAMS)
+    dxa = dy.new_empty(num_rows, by.rank) if out is None else out
+    sums = dxa if share.parts == 1 else dxa.new_empty(share.parts, *dxa.shape, dtype=torch.float32)
+    parts = b.new_empty(stripes, num_columns, by.rank, dtype=torch.float32)
+    # At 32 ranks a tile of y does not fit the registers of sm_80.
+    y = None if y is None or tile.ranks > 16 else _row_contiguous(y)
+    products = None if y is None else b.new_empty(stripes, num_columns, dtype=torch.float32)
+    dy_kernel[(stripes, share.parts)](
+        dy, b, xa, sums, parts, copy, y, products, by.rows, by.spans,
+        tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank, stride_dy=dy.stride(0), stride_b=b.stride(0),
+        stride_xa=xa.stride(0), stride_out=sums.stride(-2), stride_copy=None if copy is None else copy.stride(0),
+        stride_y=0 if y is None else y.stride(0), stride_split=dxa.numel(),
+        split_columns=share.size, stripes_of_a_row=stripes_of_a_row,
+        BM=tile.rows, BK=tile.columns, BR=tile.ranks, SPAN_ALIGNMENT=by.alignment,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if share.parts > 1:
+        _add(sums, dxa)
+    db = b.new_empty(b.shape, dtype=torch.float32)
+    _add(parts, db, scale=scale, choice=choice, rank_is_last=True)
+    return dxa, db, products
+
+
+def _grad(dxa: Tensor, x: Tensor, choice: RowChoice | None, dropout: Dropout | ChosenDropout | None) -> Tensor:
+    """Return skinny_grad."""
+    da = x.new_empty(dxa.shape[1] if choice is None else sum(choice.ranks), x.shape[1], dtype=torch.float32)
+    _products_over_rows(_row_contiguous(dxa), _row_contiguous(x), da, choice, dropout, None)
+    return da
+
+
+def _products_over_rows(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    choice: RowChoice | None,
+    dropout: Dropout | ChosenDropout | None,
+    scale: float | None,
+) -> None:
+    """Compute out = scale * left^T d(right) of left (M, R), right (M, I); `scale` None is without choice.scales.
+
+    out is (R, I) fp32, contiguous or the transpose of a contiguous tensor.
+    """
+    (num_rows, num_columns), by = right.shape, _rows_of(right.shape[0], left.shape[1], choice)
+    tile = tile_of("grad", by.rank, by.tokens, right.itemsize, dropout is not None)
+    column_tiles, pieces = triton.cdiv(num_columns, tile.columns), triton.cdiv(by.rank, tile.ranks)
+    stripe = split_over_rows(tile, by.tokens, num_columns, by.rank, by.batch)
+    stripes = by.batch * stripe.parts
+    rank_is_last = out.stride(1) != 1
+    parts = out.new_empty(stripes, *((num_columns, by.rank) if rank_is_last else (by.rank, num_columns)))
+    grad_kernel[(column_tiles * pieces, stripes)](
+        left, right, parts, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_dxa=left.stride(0), stride_x=right.stride(0),
+        stride_or=1 if rank_is_last else num_columns, stride_oi=by.rank if rank_is_last else 1,
+        stripe_tokens=stripe.size, stripes_of_a_row=stripe.parts, **_dropout_words(dropout, num_rows),
+        BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=by.alignment,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    _add(parts, out.T if rank_is_last else out, scale=scale, choice=choice, rank_is_last=rank_is_last)
+
+
+def _add(
+    partials: Tensor,
+    out: Tensor,
+    *,
+    scale: float | None = None,
+    choice: RowChoice | None = None,
+    rank_is_last: bool = False,
+) -> None:
+    """Sum partials (S, ...) over dim 0 into `out`, times `scale`; the rows of `out` may be apart.
+
+    With a choice, sum the rows of each adapter into its columns; with a scale also times choice.scales.
+    """
+    count, size, stride_out = partials.shape[0], out.numel(), None if out.is_contiguous() else out.stride(0)
+    width, rank = (0, 2) if rank_is_last else (1, 1)
+    add_partials[(triton.cdiv(size, 512),)](
+        partials, out, None if choice is None else choice.rows,
+        None if choice is None else _owners(choice.ranks, out.device),
+        on_device(choice.scales, out.device) if choice is not None and scale is not None else None,
+        size=size, num_partials=count, partial_size=partials.stride(0),
+        partials_of_a_row=1 if choice is None else count // choice.rows.shape[0], scale=1.0 if scale is None else scale,
+        width=out.shape[width], all_ranks=0 if choice is None else sum(choice.ranks), max_rank=partials.shape[rank],
+        stride_out=stride_out, RANK_IS_LAST=rank_is_last, BLOCK=512, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -39,7 +39,7 @@ HOMES = {
     "accelerate": "",
     "lm_eval": "distlora.post.evaluate_harness",
     "liger_kernel": "distlora.model.fused_modules",
-    "gguf": "distlora.post.export distlora.derive.gguf_header distlora.weights.low_bit.gguf",
+    "gguf": "distlora.post.export distlora.derive.gguf distlora.weights.low_bit.codecs",
     "llama_cpp": "distlora.post.export",
     "math_verify": "distlora.rewards",
     "jsonschema": "distlora.rewards",
@@ -144,7 +144,7 @@ PATCHES = {
     "distlora.derive.probes": "inspect.getsource",
     "distlora.model.fused_modules": "module.forward forward.__code__ function.__code__ function.__closure__ "
     "function.__globals__ copy.__kwdefaults__",
-    "distlora.model.quantized_parameters": "module.__class__",
+    "distlora.model.experts": "module.__class__",
     "distlora.parallel.zero3": "deepspeed.ops.__compatible_ops__",
     "distlora_launcher.compose.compose": "GlobalHydra.instance().hydra HydraConfig.instance().cfg",
 }

@@ -25,12 +25,10 @@ from distlora_kernels import dispatch
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
 from distlora_kernels.formats import FORMATS
 from distlora_kernels.formats.base import Format, dtype_of
-from distlora_kernels.formats.codes import E2M1
-from distlora_kernels.formats.flat import BlockFormat
+from distlora_kernels.formats.flat import E2M1, BlockFormat
 from distlora_kernels.formats.fp8_block import FP8_BLOCK, in_tiles
 from distlora_kernels.formats.gguf import Gguf
-from distlora_kernels.formats.int4 import Int4
-from distlora_kernels.formats.int8 import INT8
+from distlora_kernels.formats.integers import INT8, Int4
 from distlora_kernels.reference import GROUP
 from support.tiers import ci, diagonal
 

@@ -14,8 +14,8 @@ from torch import nn
 from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
 from distlora.loading.tensor_files import write_model
-from distlora.model.buffers import made_buffers
 from distlora.model.build import DTYPES
+from distlora.model.hf_model import made_buffers
 from distlora.model.lm_head import LossForm
 from distlora.parallel import Ranks
 from distlora.post.merged_parameters import parameters_of

@@ -20,14 +20,12 @@ from torch import Tensor
 
 from distlora.architecture import gguf_folder
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.architecture.gguf_folder import gguf_file
-from distlora.architecture.gguf_note import stored_parts
+from distlora.architecture.gguf_folder import gguf_file, stored_parts
 from distlora.architecture.kept_weights import KeptTokens, kept_tokens
 from distlora.config import ModelConfig, UserError
-from distlora.derive.gguf import describe
-from distlora.derive.gguf_header import read_gguf_header
+from distlora.derive.gguf import describe, read_gguf_header
 from distlora.model.adapters import adapter_parameters
-from distlora.model.token_matrix import TokenEmbedding
+from distlora.model.frozen_linear import TokenEmbedding
 from distlora.parallel import Ranks
 from distlora.planner.model import model_in
 from distlora.planner.traffic import step_traffic

@@ -20,15 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distlora.architecture.peft_names import EXPERT_NAMES, MAMBA_TYPES, peft_refusal
-from distlora.architecture.targets import peft_paths
+from distlora.architecture.targets import EXPERT_NAMES, MAMBA_TYPES, peft_paths, peft_refusal
 from distlora.config import AdapterConfig
 from distlora.derive.linears import conversion_of, peft_reasons, router_linears
 from distlora.derive.shrink import build, decoder_layers, shrink
 from distlora.model.adapters import BlockContext
-from distlora.model.experts import ExpertWeight, find_routers, replace_experts
+from distlora.model.experts import ExpertWeight, ReadWeight, find_routers, freeze_parameters, replace_experts
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.model.quantized_parameters import ReadWeight, freeze_parameters
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME, read_peft_adapter
 from distlora_kernels.formats import nf4
 from support.closeness import relative_error

@@ -24,7 +24,7 @@ from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Name
 from distlora.training.publish import publish_result
 from distlora.weights.low_bit import CODECS
-from distlora.weights.low_bit.nf4 import read_groups
+from distlora.weights.low_bit.codecs import read_groups
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.checks import check_model
 from support.damage import Reader as Damage

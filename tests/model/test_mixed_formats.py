@@ -25,7 +25,7 @@ from distlora.training.setup import start_run_model
 from distlora_kernels import experts_grouped, experts_torch
 from distlora_kernels.formats import Format
 from distlora_kernels.formats.fp8_block import FP8_BLOCK, in_tiles
-from distlora_kernels.formats.int8 import INT8
+from distlora_kernels.formats.integers import INT8
 from distlora_kernels.lora_linear import Adapter, FrozenWeight, Linear, lora_linears
 from distlora_kernels.operands import ExpertLinear, Routing
 from support.closeness import assert_adapters_close, assert_losses_close

@@ -30,7 +30,7 @@ from distlora.run_folder.layout import TRAINER_NAME
 from distlora.training import setup, worker
 from distlora.training.optimizers import Optimizer
 from distlora.training.publish import trainer_tensors, weight_files
-from distlora_kernels import scratch
+from distlora_kernels import operands
 from distlora_kernels.operands import FrozenWeight
 from support.small_models import make_run
 
@@ -143,7 +143,7 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
     settings = dict(settings)
     # With its index, as tensors and the workers have it: the scratch is kept by device.
     device = torch.device("cuda", torch.cuda.current_device())
-    monkeypatch.setattr(scratch, "_buffers", {})
+    monkeypatch.setattr(operands, "_buffers", {})
     quant = {"dense_layers": settings.pop("dense_layers", 0)}
     config = make_run(tmp_path / "run", folders, train={"dtype": "bf16", **settings}, quant=quant)
     offloads = settings.get("checkpointing") == "offload"
@@ -170,7 +170,7 @@ def test_steps_of_a_sharded_base_equal_those_of_a_whole_one(
             assert after.keys() == before.keys()
             for name, packed in before.items():
                 assert torch.equal(after[name], packed), f"{name} has other bytes after {STEPS} steps"
-            assert len(scratch._buffers) == 1, "weights are dequantized on a stream beside the one that computes"
+            assert len(operands._buffers) == 1, "weights are dequantized on a stream beside the one that computes"
             del model
     assert torch.cuda.memory_stats()["num_alloc_retries"] == 0
 

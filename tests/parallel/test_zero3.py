@@ -19,7 +19,7 @@ from torch import Tensor
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.data.loader import open_data
-from distlora.parallel import Ranks, on_demand, zero3
+from distlora.parallel import Ranks, zero3
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.planner import traffic
 from distlora.planner.workload import Workload
@@ -130,7 +130,7 @@ def poisoned(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 def adapters_of_poisoned(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
     """Train with experts that hold NaN where no token chose them, and return this rank's own adapters."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(on_demand, "undefined", poisoned)
+        patch.setattr(zero3, "undefined", poisoned)
         return adapters_after(ranks, run_dir=run_dir)
 
 

@@ -15,8 +15,8 @@ from distlora import derive
 from distlora.config import AdapterConfig, Config
 from distlora.config.file import build
 from distlora.derive.shrink import shrink
-from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM, put_trial
+from distlora.model.hf_model import materialize_buffers
 from distlora.planner import plan_of
 from distlora.planner.decoder_sizes import pairs
 from distlora.planner.flops import active_weights, cut

@@ -200,6 +200,8 @@ def test_the_converter_runs_no_code_of_a_base(tmp_path: Path, monkeypatch: pytes
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.3}}, "attention_factor=1.3"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=true"),
+        ({"attention_bias": True}, None),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.1 * math.log(4) + 1}}, None),
         ({"model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh"}, None),
     ],

@@ -13,7 +13,7 @@ from transformers import modeling_gguf_pytorch_utils as reading
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations import GGUF_CONFIG_MAPPING
 
-from distlora.architecture.gguf_note import NOTE_NAME
+from distlora.architecture.gguf_folder import NOTE_NAME
 from distlora.derive.gguf import _ATTRIBUTES, describe
 
 TYPES = ("Q4_K", "Q8_0", "Q6_K", "Q4_1", "Q5_K", "F16", "Q4_0", "BF16", "Q5_0", "F32", "Q5_1", "IQ4_NL", "Q2_K")

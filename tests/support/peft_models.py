@@ -15,8 +15,8 @@ from distlora.architecture.spec import Architecture
 from distlora.config.file import load_config
 from distlora.loading.load_base import load_base
 from distlora.loading.peft_format import adapter_tensors
-from distlora.model.buffers import materialize_buffers
 from distlora.model.build import CausalLM
+from distlora.model.hf_model import materialize_buffers
 from distlora.post.trained import Name, Trained
 from distlora.training.publish import publish_result
 from support.family_models import config_for, load_ours, write_family_folder

@@ -15,7 +15,7 @@ import transformers
 from distlora.data.loader import StepBatch
 from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.build import CausalLM
-from distlora.model.reward_head import RewardHead
+from distlora.model.lm_head import RewardHead
 from support.family_models import dequantized
 from support.small_models import tokenizer
 

@@ -23,7 +23,7 @@ from distlora.checkpoint import saver as saver_module
 from distlora.checkpoint.saver import SaveError, Saver, Snapshot, choose
 from distlora.checkpoint.state import Identity, Progress, TrainState, load_state
 from distlora.config import UserError
-from distlora.parallel import Backend, Ranks, Shards, shards
+from distlora.parallel import Backend, Ranks, Shards
 from distlora.run_folder import layout as folders_on_disk
 from distlora.run_folder.layout import TRAINER_NAME, fault, newest, step_folder, steps
 from distlora.system import atomic_io
@@ -350,7 +350,7 @@ def save_on(ranks: Ranks, *, run_dir: Path, in_background: bool, cut: bool) -> l
         pytest.MonkeyPatch.context() as patch,
         make_saver(run_dir, state, ranks=ranks, in_background=in_background) as saver,
     ):
-        patch.setattr(shards, "PIECE_BYTES", 4096)  # Of a rank's rows of 60 kB.
+        patch.setattr("distlora.parallel.ranks.PIECE_BYTES", 4096)  # Of a rank's rows of 60 kB.
         saver.save(state.train(1))
         saver.wait()
         outcomes.append(f"saved {saver.saved_step}")

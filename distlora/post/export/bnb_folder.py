@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.low_bit_bnb import nf4_config, nf4_tensors
-from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
+from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4, nf4_config, nf4_tensors
 from distlora.config import UserError, require
 from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, trained_config, trained_part
 from distlora.post.export.client_check import Ours
@@ -33,7 +32,7 @@ from distlora.post.weights import Base, BaseWeight, open_base, require_whole_ten
 from distlora.run_folder.layout import STATE_NAME
 from distlora.system import atomic_io
 from distlora.training.publish import header_marks
-from distlora.weights.low_bit.nf4 import write_groups, write_statistics
+from distlora.weights.low_bit.codecs import write_groups, write_statistics
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
 from distlora.weights.writer import Files, Plan, lay_out_files, write_index

@@ -8,6 +8,7 @@ Letters: O out features, I in features, R rank, E experts.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import tomllib
@@ -145,8 +146,8 @@ def targets(
                 found |= _expert_targets(row, layer, path, weight.shape, stacks)
         elif inside in row.split:
             sizes = _sizes(inside, weight.shape[0], shapes, layer)
-            for name, size, first in zip(row.split[inside], sizes, _starts(sizes), strict=True):
-                rows = slice(first, first + size)
+            for name, size, end in zip(row.split[inside], sizes, itertools.accumulate(sizes), strict=True):
+                rows = slice(end - size, end)
                 found[layer + name] = Target(path=path, rows=rows, shape=(size, weight.shape[1]))
         elif inside in row.linears:
             found[path] = Target(path=path, rows=slice(None), shape=(weight.shape[0], weight.shape[1]))
@@ -188,13 +189,6 @@ def _sizes(linear: str, rows: int, shapes: Mapping[str, tuple[int, ...]], layer:
         return [rows // 2, rows - rows // 2]
     values = shapes[f"{layer}linear_attn.in_proj_z"][0]
     return [(rows - values) // 2, (rows - values) // 2, values]
-
-
-def _starts(sizes: Iterable[int]) -> list[int]:
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
-    return starts[:-1]
 
 
 def _grouped(consumer: Consumer, name: str, target: Target, found: Mapping[str, Target]) -> Target | None:

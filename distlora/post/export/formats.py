@@ -205,18 +205,23 @@ ROPES = {
 
 
 def _refuse_unread(model: Mapping[str, Any], place: Path) -> None:
-    """Refuse what llama.cpp or its converter reads otherwise, without a word, in a config.json."""
+    """Refuse what llama.cpp or its converter reads otherwise, without a word, in a config.json, or has no place for."""
     text = architecture_of(model, place).text(model)
-    plain = text.get("model_type", model.get("model_type")) in PLAIN
+    kind = text.get("model_type", model.get("model_type"))
+    plain = kind in PLAIN
     found = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    wrong = {f"hidden_act={text.get('hidden_act')!r}": plain and text.get("hidden_act", "silu") != "silu"}
+    wrong = {
+        f"hidden_act={text.get('hidden_act')!r}": plain and text.get("hidden_act", "silu") != "silu",
+        # The converter writes all biases, and llama.cpp does not load a file with one that it has no place for.
+        "attention_bias=true": kind in ("qwen3", "qwen3_moe") and bool(text.get("attention_bias")),
+    }
     for rope in [each for each in found.values() if isinstance(each, dict)] or [found]:
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        yarn, attention = kind == "yarn", rope.get("attention_factor")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        yarn, attention = rope_type == "yarn", rope.get("attention_factor")
         usual = 0.1 * math.log(rope.get("factor") or 1) + 1 if yarn else 1.0
         part = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1))
         wrong |= {
-            f"rope_type={kind!r}": kind not in ROPES,
+            f"rope_type={rope_type!r}": rope_type not in ROPES,
             "YaRN with truncate=false": yarn and rope.get("truncate") is False,
             f"YaRN with attention_factor={attention}": (
                 yarn and attention is not None and not math.isclose(attention, usual, rel_tol=1e-6)
@@ -226,8 +231,8 @@ def _refuse_unread(model: Mapping[str, Any], place: Path) -> None:
     for what, is_there in wrong.items():
         require(
             not is_there,
-            f"--format=gguf: {place} has {what}, and llama.cpp computes something else without a word; write --format "
-            "hf",
+            f"--format=gguf: {place} has {what}, and llama.cpp computes something else, or does not load the file; "
+            "write --format hf",
         )
 
 

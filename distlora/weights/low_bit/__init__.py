@@ -7,14 +7,13 @@ from distlora.weights.low_bit.codecs import (
     BnbInt8Codec,
     Codec,
     Fp4Codec,
+    GgufCodec,
     GptqCodec,
+    Nf4Codec,
     PackedCodec,
     ScaledCodec,
 )
-from distlora.weights.low_bit.gguf import GgufCodec
-from distlora.weights.low_bit.nf4 import Nf4Codec
-from distlora_kernels.formats.mxfp4 import MXFP4
-from distlora_kernels.formats.nvfp4 import NVFP4
+from distlora_kernels.formats.fp4 import MXFP4, NVFP4
 
 CODECS: dict[str, Codec] = {
     "scaled": ScaledCodec(),

@@ -3,28 +3,43 @@
 A value is what the reference library computes before it rounds to a dtype: fp32, or bf16 where that is exact. Rounding
 it once gives the library's value bit for bit. A codec reads the parts of whole rows of a stored matrix; the last band
 is kept by the reader, because consecutive ranges of a weight often lie in the same one.
+
+bitsandbytes' NF4 is written too. Its blocks follow the flat order of a weight, whatever its rows are, and its tensors
+are those of ours without the padding of the last group, so groups are read and written alone, by any number of ranks.
+The cache of quantized weights and `distlora export --format bnb` write them; both are read like any checkpoint that
+bitsandbytes made.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distlora.architecture.low_bit_headers import LowBitTensor
+from distlora.architecture.gguf_folder import GgufTensor, format_name
+from distlora.architecture.low_bit_headers import LowBitTensor, Nf4Tensor, nf4_state
+from distlora.architecture.safetensors_headers import Segment
 from distlora.config import UserError
+from distlora_kernels import reference
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS, TILE
-from distlora_kernels.formats import codes as numbers
-from distlora_kernels.formats.flat import BlockFormat
+from distlora_kernels.formats import FORMATS
+from distlora_kernels.formats.flat import E2M1, BlockFormat, e4m3, look_up, nibbles
+from distlora_kernels.formats.fp4 import MXFP4
 from distlora_kernels.formats.fp8_block import in_tiles
-from distlora_kernels.formats.mxfp4 import MXFP4
+from distlora_kernels.formats.nf4 import NF4, NF4_ABSMAX, Nf4
+from distlora_kernels.reference import BLOCK, BLOCKS_PER_GROUP, GROUP, GROUP_BYTES
 
 if TYPE_CHECKING:
     from distlora.weights.reader import Reader
+    from distlora.weights.writer import Files
 
 
 class MatrixRows(NamedTuple):
@@ -198,8 +213,8 @@ class Fp4Codec(Codec):
         """Return rows of a stored matrix."""
         if self.reciprocal:
             codes, scales, scale_2 = self._parts(at)
-            scale = numbers.look_up(numbers.e4m3(scales.device), scales).mul_(scale_2)
-            values = numbers.nibbles(codes, numbers.E2M1).view(*scale.shape, -1)
+            scale = look_up(e4m3(scales.device), scales).mul_(scale_2)
+            values = nibbles(codes, E2M1).view(*scale.shape, -1)
             return values.mul_(scale[..., None]).flatten(1)
         values = self.format.decode(*self.row_blocks(at)).view(at.num_rows, -1)
         return values.bfloat16() if self.format is MXFP4 else values
@@ -341,3 +356,156 @@ class AwqCodec(IntegerCodec):
         words = (reader.read_columns(tensor.parts[part], first // 8, -(-stop // 8)) for part in ("codes", "zeros"))
         codes, zeros = (unpacked(each, 4, interleaved=True).T[first % 8 :][: at.num_rows] for each in words)
         return codes.contiguous(), zeros, reader.read_columns(tensor.parts["scales"], first, stop).T
+
+
+MAP_ULPS = 4
+"""Tolerance for a stored 8-bit map, in ulps: bitsandbytes recomputes it on each machine, and torch.linspace's last bits
+depend on the processor (2 ulps seen).
+"""
+
+
+PADDING = {"codes": reference.ZERO_CODE * 17, "scales": reference.ZERO_SCALE}
+"""Codes of 0, in both nibbles, and the index of 0 in the 8-bit map."""
+
+
+class Nf4Codec(Codec):
+    """level * absmax in fp32, with the absmax stored or double-quantized (functional.dequantize_4bit)."""
+
+    def rows(self, at: MatrixRows) -> Tensor:
+        """Return rows of the weight."""
+        rows, width = at.tensor.shape[-2:]
+        start, end = ((at.matrix * rows + row) * width for row in (at.first, at.stop))
+        low, high = start // GROUP, reference.num_groups(end)
+        parts = (*read_groups(at.tensor, at.reader, low, high), *self.replicated(at.tensor, at.reader))
+        flat = _format(at.tensor).dequantize(parts, shape=((high - low) * GROUP,), dtype=torch.float32)
+        return flat[start - low * GROUP : end - low * GROUP].view(at.num_rows, -1)
+
+    def replicated(self, tensor: LowBitTensor, reader: Reader) -> tuple[Tensor, ...]:
+        """Return the offset with double quantization. Raises UserError for other maps than distlora's."""
+        assert isinstance(tensor, Nf4Tensor)
+        if tensor.parts["quant_map"] not in reader.checked:  # Once per tensor, not for each band of its rows.
+            _check_maps(tensor, reader)
+            reader.checked.add(tensor.parts["quant_map"])
+        return () if tensor.offset is None else (torch.tensor(tensor.offset, dtype=torch.float32),)
+
+
+def _check_maps(tensor: Nf4Tensor, reader: Reader) -> None:
+    """Raise UserError for other maps than distlora's."""
+    levels = reader.read([tensor.parts["quant_map"]], 0, 16)
+    if not torch.equal(levels, torch.tensor(reference.NF4_LEVELS)):
+        raise UserError(
+            f"{tensor.name}.quant_map holds {levels.tolist()}, which are not NF4's levels; set {{model.path}} to "
+            "the 16-bit checkpoint"
+        )
+    if tensor.offset is None:
+        return
+    entries, ours = reader.read([tensor.parts["nested_quant_map"]], 0, 256), reference.dynamic_map()
+    if not bool(((entries - ours).abs() <= MAP_ULPS * torch.finfo(ours.dtype).eps * ours.abs()).all()):
+        worst = int((entries - ours).abs().nan_to_num(torch.inf).argmax())
+        raise UserError(
+            f"{tensor.name}.nested_quant_map is not bitsandbytes' dynamic map (entry {worst} is "
+            f"{entries[worst]:.7g}, not {ours[worst]:.7g}); set {{model.path}} to the 16-bit checkpoint"
+        )
+
+
+def _format(tensor: LowBitTensor) -> Nf4:
+    return NF4 if "group_scale" in tensor.parts else NF4_ABSMAX
+
+
+def read_groups(tensor: LowBitTensor, reader: Reader, first: int, stop: int) -> list[Tensor]:
+    """Return the parts of groups [first, stop) of the weight, padded to whole groups: each (groups, ...)."""
+    groups = []
+    for part in _format(tensor).parts:
+        stored, size = tensor.parts[part.name], math.prod(part.shape)
+        values = reader.read([stored], first * size, min(stop * size, stored.numel))
+        missing = (stop - first) * size - len(values)
+        values = torch.nn.functional.pad(values, (0, missing), value=PADDING.get(part.name, 0))
+        groups.append(values.view(stop - first, *part.shape))
+    return groups
+
+
+def write_groups(files: Files, name: str, shape: Sequence[int], first: int, parts: Sequence[Tensor]) -> None:
+    """Write codes (g, 8192), scales (g, 256) and group_scale (g,) of groups `first` onwards, those that are given.
+
+    `files` is laid out by `nf4_tensors`.
+    """
+    numel = math.prod(shape)
+    written = (
+        (name, GROUP_BYTES, -(-numel // 2)),
+        (f"{name}.absmax", BLOCKS_PER_GROUP, -(-numel // BLOCK)),
+        (f"{name}.nested_absmax", 1, reference.num_groups(numel)),
+    )
+    for part, (tensor, size, stop) in zip(parts, written, strict=False):
+        files.write(tensor, first * size, part.reshape(-1)[: stop - first * size])
+
+
+def write_statistics(files: Files, name: str, shape: Sequence[int], offset: Tensor, dtype: str) -> None:
+    """Write what all groups share: both maps, and the quant_state with the offset. `dtype`: `nf4_state`."""
+    files.write(f"{name}.quant_map", 0, torch.tensor(reference.NF4_LEVELS, dtype=torch.float32))
+    files.write(f"{name}.nested_quant_map", 0, reference.dynamic_map())
+    state, text = nf4_state(name, shape, float(offset), dtype)
+    files.write(state, 0, torch.frombuffer(bytearray(text), dtype=torch.uint8))
+
+
+DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class GgufCodec(Codec):
+    """ggml's blocks, row by row, in fp32: the values of gguf.quants.dequantize."""
+
+    def rows(self, at: MatrixRows) -> Tensor:
+        """Return rows of a stored matrix."""
+        before = at.matrix * at.tensor.shape[-2] if at.matrix else 0
+        return self._decoded(at.tensor, at.reader, before + at.first, before + at.stop).view(at.num_rows, -1)
+
+    def blocks(self, tensor: LowBitTensor, reader: Reader, first: int, count: int) -> tuple[Tensor, ...]:
+        """Return the bytes of blocks."""
+        assert isinstance(tensor, GgufTensor)
+        _, weights, num_bytes = tensor.types[0]
+        per_row = tensor.width // weights
+        row, stop = first // per_row, -(-(first + count) // per_row)
+        ((_, content),) = _stored_rows(tensor, reader, row, stop)
+        return (content.view(-1, num_bytes)[first - row * per_row :][:count],)
+
+    def _decoded(self, tensor: LowBitTensor, reader: Reader, first: int, stop: int) -> Tensor:
+        assert isinstance(tensor, GgufTensor)
+        values = torch.cat([decode(kind, content) for kind, content in _stored_rows(tensor, reader, first, stop)])
+        return values.sub_(1) if tensor.minus_one else values
+
+
+def _stored_rows(tensor: GgufTensor, reader: Reader, first: int, stop: int) -> list[tuple[str, Tensor]]:
+    """Return the bytes of the parameter's rows [first, stop), by (type, bytes) of neighbours of one type."""
+    pieces = list[tuple[str, Segment]]()
+    for run in range(bisect.bisect_right(tensor.runs, (first, sys.maxsize)) - 1, len(tensor.runs)):
+        row, start, count = tensor.runs[run]
+        if row >= stop:
+            break
+        low, high = start + max(first - row, 0), start + min(stop - row, count)
+        for (kind, weights, block_bytes), part in zip(tensor.types, tensor.parts.values(), strict=True):
+            row_bytes = tensor.width // weights * block_bytes
+            begin, end = max(low, 0), min(high, part.num_bytes // row_bytes)
+            if begin < end:
+                size = (end - begin) * row_bytes
+                pieces.append((kind, Segment(part.file, part.offset + begin * row_bytes, size, "U8", (size,))))
+            low, high = (each - part.num_bytes // row_bytes for each in (low, high))
+    found = []
+    for kind, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
+        segments = [segment for _, segment in group]
+        found.append((kind, reader.read(segments, 0, sum(segment.num_bytes for segment in segments))))
+    return found
+
+
+def decode(kind: str, content: Tensor) -> Tensor:
+    """Return the flat weights of bytes of whole blocks, in fp32."""
+    if kind in DENSE:
+        return content.view(DENSE[kind]).float()
+    format = FORMATS.get(format_name(kind))
+    if format is not None:
+        (part,), length = format.parts, len(content)
+        groups = content.new_zeros(-(-length // part.nbytes), part.nbytes)
+        groups.view(-1)[:length] = content
+        shape = (length * GROUP // part.nbytes,)
+        return format.dequantize((groups,), shape=shape, dtype=torch.float32)
+    import gguf  # The types that no format of the kernels holds.
+
+    return torch.from_numpy(gguf.quants.dequantize(content.numpy(), gguf.GGMLQuantizationType[kind]).copy())

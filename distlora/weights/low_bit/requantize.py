@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from distlora.weights.low_bit import CODECS
 from distlora.weights.low_bit.codecs import Fp4Codec, MatrixRows, PackedCodec, powers_of_two
 from distlora.weights.reader import TORCH_DTYPES
-from distlora_kernels.formats.codes import E2M1
+from distlora_kernels.formats.flat import E2M1
 
 _MIDDLES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 """Middles of neighbouring e2m1 magnitudes; those of which the even code is the upper one are a little lower."""

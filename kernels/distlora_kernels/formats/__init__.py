@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from distlora_kernels.formats import fp8_block, gguf, int4, int8, mxfp4, nf4, nvfp4
+from distlora_kernels.formats import fp4, fp8_block, gguf, integers, nf4
 from distlora_kernels.formats.base import Format as Format
 
 FORMATS: dict[str, Format] = {
     format.name: format
     for format in (
-        *(nf4.NF4, nf4.NF4_ABSMAX, mxfp4.MXFP4, nvfp4.NVFP4, *int4.INT4),
-        *(int8.INT8, fp8_block.FP8_BLOCK, *gguf.GGUF),
+        *(nf4.NF4, nf4.NF4_ABSMAX, fp4.MXFP4, fp4.NVFP4, *integers.INT4),
+        *(integers.INT8, fp8_block.FP8_BLOCK, *gguf.GGUF),
     )
 }

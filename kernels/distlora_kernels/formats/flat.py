@@ -1,17 +1,19 @@
 """Decode blocks on the CPU: a piece of blocks at a time, each thread its own pieces; rows of an embedding; quantize.
 
 A format decodes blocks to fp32, in which its formula is exact or the reference library's; the result is rounded once.
+At the end of the file are the tables of the numbers that codes stand for, one copy per device.
 """
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from distlora_kernels.dispatch import on_device_of, threads_of_one, uses_triton
+from distlora_kernels.dispatch import in_threads, on_device_of, uses_triton
 from distlora_kernels.formats.base import Format, place
 from distlora_kernels.reference import GROUP
 
@@ -19,8 +21,6 @@ PIECE = 16 * GROUP
 """Weights that are decoded at once: 1 MiB in fp32, which stays in a core's cache. Of a tiled format, a row of tiles."""
 GPU_PIECE = 2**22
 """Weights of an embedding's rows that a GPU decodes at once: 16 MiB in fp32, several times."""
-MOST_THREADS = 16
-"""Most threads; each has its work memory."""
 
 
 class BlockFormat(Format):
@@ -130,19 +130,34 @@ def quantize(blocks: Tensor, largest: int, dtype: torch.dtype) -> tuple[Tensor, 
     return codes.view(torch.uint8), scales
 
 
-def in_threads(work: Callable[[int], None], numbers: range) -> None:
-    """Call `work` with each number, each of torch's threads with its own: a piece is too short to be shared by them."""
-    threads = min(torch.get_num_threads(), len(numbers), MOST_THREADS)
-    inference = torch.is_inference_mode_enabled()
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Numbers of 1 sign, 2 exponent and 1 mantissa bit (OCP Microscaling Formats 1.0, table 1)."""
 
-    def run(first: int) -> None:
-        with torch.inference_mode(inference):  # A thread does not inherit the mode.
-            for number in numbers[first::threads]:
-                work(number)
 
-    if threads < 2:
-        for number in numbers:
-            work(number)
-        return
-    with threads_of_one(threads) as pool:
-        list(pool.map(run, range(threads)))
+@functools.cache
+def e4m3(device: torch.device) -> Tensor:
+    """Return (256,) fp32: every float8_e4m3fn; torch's own conversion takes 5 times as long."""
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+
+
+@functools.cache
+def half_e8m0(device: torch.device) -> Tensor:
+    """Return (256,) fp32: 2^(code - 128), half of each ue8m0 number, as the last one is beyond fp32."""
+    return torch.tensor([2.0 ** (code - 128) for code in range(256)], device=device)
+
+
+@functools.cache
+def _pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return (256,) complex64: the two numbers of every byte as one element, as torch looks up single elements."""
+    pairs = [(levels[byte & 15], levels[byte >> 4]) for byte in range(256)]
+    return torch.tensor(pairs, device=device).view(torch.complex64).view(256)
+
+
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Return the entries of a table (256,) in the shape of `index` uint8; table[index] takes 10 times as long."""
+    return torch.index_select(table, 0, index.reshape(-1).int()).view(index.shape)
+
+
+def nibbles(codes: Tensor, levels: tuple[float, ...]) -> Tensor:
+    """Return the numbers of 4-bit codes, (n, bytes) uint8 -> (n, 2 bytes) fp32; the low nibble is the first."""
+    return look_up(_pairs(levels, codes.device), codes).view(torch.float32)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels.format_layouts import GROUP, TILE
-from distlora_kernels.formats.codes import e4m3, look_up
-from distlora_kernels.formats.flat import BlockFormat, quantize
+from distlora_kernels.formats.flat import BlockFormat, e4m3, look_up, quantize
 
 LARGEST = 448
 

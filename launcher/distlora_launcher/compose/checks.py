@@ -30,8 +30,7 @@ from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
-from distlora.architecture.gguf_folder import gguf_file
-from distlora.architecture.gguf_note import NOTE_NAME
+from distlora.architecture.gguf_folder import NOTE_NAME, gguf_file
 from distlora.architecture.kept_weights import kept_by, nf4_outside_layers
 from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape

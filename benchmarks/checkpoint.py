@@ -22,15 +22,14 @@ from typing import Any
 
 import torch
 
-from distlora.checkpoint.saver import Saver, choose, environment
+from distlora.checkpoint.saver import Saver, checkpoint_files, choose, environment
 from distlora.checkpoint.state import Identity, Progress, TrainState
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.parallel import Ranks, join_ranks, leave_ranks
 from distlora.results.record import Table
-from distlora.run_folder.layout import TRAINER_NAME
 from distlora.system.progress import say
-from distlora.training.publish import restore, trainer_tensors, weight_files
+from distlora.training.publish import restore
 from measuring import (
     libraries_print_to_stderr,
     load_base,
@@ -126,8 +125,7 @@ class Turns:
 
 def files_of(run: Started) -> dict[str, Any]:
     """Return the contents of a checkpoint."""
-    trainer = trainer_tensors(run.optimizer, run.trained, run.backend)
-    return {**weight_files(run.model, run.config.spec), TRAINER_NAME: trainer}
+    return checkpoint_files(run.model, run.config.spec, run.optimizer, run.trained, run.backend)
 
 
 def saver_of(run: Started, *, in_background: bool) -> Saver:

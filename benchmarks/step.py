@@ -34,15 +34,15 @@ import torch
 import step_worker
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.shapes import ARCHITECTURES
-from distlora.checkpoint.files import write_files
 from distlora.config import Config, ModelConfig, UserError
 from distlora.config.file import build
+from distlora.loading.peft_format import weight_files
+from distlora.loading.tensor_files import write_files
 from distlora.parallel import Ranks
 from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Trained, base_spec
 from distlora.results.record import Table
 from distlora.system.progress import say
-from distlora.training.publish import weight_files
 from distlora.training.setup import start_run_model
 from distlora_kernels import native
 from distlora_launcher.compose.checks import gpu_count

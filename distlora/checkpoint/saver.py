@@ -15,24 +15,29 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distlora import __version__
-from distlora.checkpoint.files import Files, atomic_folder, write_files
 from distlora.checkpoint.state import Progress, TrainState
-from distlora.config import UserError
-from distlora.loading.tensor_files import DeferredTensor
+from distlora.config import ModelSpec, UserError
+from distlora.loading.peft_format import weight_files
+from distlora.loading.tensor_files import DeferredTensor, Files, atomic_folder, write_files
+from distlora.model.adapters import DEFAULT_ADAPTER
+from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, from_rank_0, watch
 from distlora.parallel.ranks import HostRows
 from distlora.run_folder.layout import (
     BEST_NAME,
     CHECKPOINT_PATTERN,
+    CHECKPOINTS,
+    MANIFEST_NAME,
     PUBLISHED,
     STATE_NAME,
+    TRAINER_NAME,
     fault,
     newest,
     set_aside,
@@ -41,9 +46,9 @@ from distlora.run_folder.layout import (
     steps,
     temporary_folder,
     tidy,
-    write_manifest,
 )
-from distlora.system import host_memory
+from distlora.system import atomic_io, host_memory
+from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of, write_stopped
 from distlora_kernels import native, processor
 
 _NONE, _NONE_WHOLE = -1, -2
@@ -100,6 +105,36 @@ def environment(world: int, device: torch.device, *, compiles: bool = False) -> 
         # A name with a dot, so that checkpoints without it do not differ.
         **({} if is_cuda else {"cpu.path": processor.path()}),
     }
+
+
+class States(Protocol):
+    """The states of an optimizer (`training/optimizers.py`)."""
+
+    per_element: tuple[str, ...]
+    """States with the shape of their parameter."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return the states by `<state>/<parameter>`."""
+
+
+def checkpoint_files(
+    model: CausalLM,
+    spec: ModelSpec,
+    optimizer: States,
+    trained: Mapping[str, nn.Parameter],
+    backend: Backend,
+    adapter: str = DEFAULT_ADAPTER,
+) -> dict[str, Any]:
+    """Return the files of a checkpoint: trained weights, and optimizer states sharded like their parameters.
+
+    `trained`: the parameters by name.
+    """
+    states = optimizer.state_tensors()
+    for path, state in states.items():
+        key, _, name = path.partition("/")
+        if key in optimizer.per_element:
+            states[path] = backend.spread(state, trained[name])
+    return {**weight_files(model, spec, adapter), TRAINER_NAME: states}
 
 
 class Snapshot:
@@ -330,7 +365,11 @@ class Saver:
             with atomic_folder(folder, backend) as temporary:
                 sums = write_files(temporary, {**files, STATE_NAME: asdict(state)}, backend, metadata=self._metadata)
                 if backend.writes:
-                    write_manifest(temporary, sums, state.identity.base_fingerprint)
+                    manifest = {
+                        "files": dict(sorted(sums.items())),
+                        "base_fingerprint": state.identity.base_fingerprint,
+                    }
+                    atomic_io.write_json(temporary / MANIFEST_NAME, manifest)
         except OSError as error:
             remedy = _REMEDIES.get(error.errno or 0, "check that disk, and that it is writable")
             newest = "no checkpoint" if self.saved_step is None else f"the newest is of step {self.saved_step}"
@@ -353,6 +392,23 @@ class Saver:
                         self._say(f"WARNING: {line}")
                 except OSError as error:
                     self._say(f"WARNING: old checkpoints could not be removed ({error}); check the disk")
+
+
+@contextlib.contextmanager
+def noting_stop(run_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> Iterator[None]:
+    """Write RUN/stopped.json if the block ends by a request to stop. Its checkpoint is complete on disk."""
+    try:
+        yield
+    except Stopped as stop:
+        if ranks.rank == 0:
+            saved = steps(run_dir / CHECKPOINTS)  # The loss watchdog may have left the last step out.
+            try:
+                write_stopped(run_dir, stop.signum, saved[-1] if saved else None)
+            except OSError as error:
+                say(f"WARNING: {STOPPED_NAME} could not be written to {run_dir} ({error})")
+            state = f"step {step_of(saved[-1])} is saved" if saved else "nothing was trained yet"
+            say(f"stopping on {name_of(stop.signum)}: {state}")
+        raise
 
 
 class Keeper:

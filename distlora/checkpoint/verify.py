@@ -52,7 +52,7 @@ _DATA: Shape = {"cache": str, "content": str, "splits": {"*": dict}}
 _LINE: Shape = {"step": int}
 _RECORDS = (SUMMARY_NAME, PLAN_NAME, COMPILED_NAME, "stopped.json", "slurm.json")
 _LEFT_OVER = re.compile(r"\..+\.(tmp|old)|\..+-[0-9a-f]{16}|\.config\.yaml\.\d+")
-"""Temporary names of atomic_io.py, checkpoint/files.py and the launcher."""
+"""Temporary names of atomic_io.py, loading/tensor_files.py and the launcher."""
 _EXPONENTS = {
     "F64": ("<u8", 0x7FF << 52),
     "F32": ("<u4", 0xFF << 23),

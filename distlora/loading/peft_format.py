@@ -10,6 +10,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from distlora.architecture.safetensors_headers import SINGLE_NAME
 from distlora.architecture.targets import match_ending, peft_paths, select_targets
 from distlora.architecture.tokens import EMBEDDING
 from distlora.config import AdapterConfig, ModelSpec, UserError
@@ -21,6 +22,8 @@ from distlora.model.frozen_linear import FrozenLinear
 from distlora.model.lm_head import SCORE, RewardHead
 from distlora.parallel import Backend, whole_shape
 from distlora.weights.peft_folder import (
+    CONFIG_NAME,
+    NF4_MARK,
     WEIGHTS_NAME,
     PeftAdapter,
     check_fits,
@@ -31,6 +34,21 @@ from distlora.weights.peft_folder import (
 from distlora.weights.peft_modules import check_modules, check_rows
 
 _PREFIX = "base_model.model."
+
+
+def weight_files(model: CausalLM, spec: ModelSpec, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
+    """Return the files of a checkpoint with trained weights: an adapter in PEFT's format, or the whole model.
+
+    PiSSA's adapter belongs to the base without the run's initial adapter.
+    """
+    if spec.adapter.method == "full":
+        return {SINGLE_NAME: model.hf_state_dict()}
+    return {CONFIG_NAME: adapter_config(spec, model, adapter), WEIGHTS_NAME: stored_tensors(model, adapter)}
+
+
+def header_marks(adapter: AdapterConfig) -> dict[str, str]:
+    """Return the header metadata of a run's adapter: a mark if it belongs to the NF4 base only."""
+    return NF4_MARK if adapter.for_nf4 else {}
 
 
 def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str, nn.Parameter]:

@@ -40,7 +40,7 @@ class Ranks:
     watching: watch.Watch | None = None
     """Hang watch, which ends this process when the ranks hang."""
     control: dist.ProcessGroup | None = None
-    """Gloo group of all workers for agreements beside training (`parallel/stop_and_save.py`)."""
+    """Gloo group of all workers for agreements beside training (`watch.Control`)."""
     timeout: timedelta | None = None
     """Seconds after which torch ends a collective; None: torch's default."""
 

@@ -1,4 +1,6 @@
-"""Detect ranks that hang: end the run and report where each rank is (README.md, Hang watch).
+"""Marks of what each rank does, at which ranks agree to stop or save, and by which ranks that hang are found.
+
+A rank that hangs ends the run, and the report says where each rank is (README.md, Hang watch).
 
 The training thread marks its position (`at`), which is one assignment. One thread posts the position to the workers'
 store every second. The other notices that its rank has not moved for too long, and reads all positions twice. Every
@@ -10,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import sys
 import threading
@@ -19,10 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import DistError, PrefixStore, TCPStore
 
 from distlora.run_folder import error_file
+from distlora.system import stop_signals
 from distlora.system.exit_codes import FAILED
+from distlora.system.stop_signals import Stopped
 
 LONG_SECONDS = 3600.0
 """Seconds that ranks may wait for each other outside steps.
@@ -36,6 +43,9 @@ A node that writes 100 GB, or a library that holds the GIL, delays posts by many
 BEAT_SECONDS = 1.0
 """Seconds between two posts; less if the limit is below ten of them."""
 
+READ_SECONDS = 2.0
+"""Seconds in which the launcher reads the error and kills all ranks: one that is stopped hears no other signal."""
+
 _ALARM = "alarm"
 _STOPPED = "its process is stopped, or its node is down"
 _COLLECTIVES = (str(Path(torch.__file__).parent / "distributed"), str(Path(__file__).parent))
@@ -48,7 +58,7 @@ _here: _Mark = (0, None, "starting", None, True, 0)
 
 
 Marker = Callable[..., None]
-"""`at`, or a function that also agrees with the other ranks (`stop_and_save.py`) and may raise to end the work."""
+"""`at`, or a function that also agrees with the other ranks (`Control.boundary`) and may raise to end the work."""
 
 
 class HungError(RuntimeError):
@@ -68,6 +78,78 @@ def moved() -> None:
     """Report progress at the last mark, for work that ends by time limits of its own. Ranks need not call it alike."""
     global _here
     _here = (*_here[:5], _here[5] + 1)
+
+
+class Control:
+    """Let all ranks agree to stop or to save, without waiting for each other.
+
+    A signal reaches one rank alone, and clocks differ. So at every boundary between two pieces of work each rank starts
+    an all-reduce (max) of its requests and reads the result of the boundary before: all act at the same boundary. Every
+    rank makes one and reaches the same boundaries in the same order.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, *, save_minutes: float | None) -> None:
+        """Start without a request.
+
+        group: `Ranks.control`, a gloo group of its own: behind the training collectives the all-reduce would queue, and
+        reading a number from NCCL waits for the device. save_minutes: minutes between saves; None: never by the clock.
+        """
+        self.save_is_due = False
+        """True once the ranks have agreed to save after the current step."""
+        self._group = group
+        self._save_seconds = math.inf if save_minutes is None else 60 * save_minutes
+        self._counted_from = time.monotonic()
+        self._under_way: tuple[Tensor, dist.Work] | None = None
+        self._word = torch.zeros(2, dtype=torch.int64)
+        """Pending all-reduce. One tensor serves all of them, so that a step whose memory is measured frees nothing
+        earlier."""
+        self._under_way_is_old = False
+        """True if the pending request for a save was made before the last save."""
+
+    def boundary(self, step: int | None, phase: str, part: int | None = None, *, long: bool = False) -> None:
+        """Mark the next piece of work, as `at` does, and act on the agreement.
+
+        Raises Stopped, on every rank alike.
+        """
+        at(step, phase, part, long=long)
+        if self._group is None:
+            signum, save = self._wishes().tolist()
+        else:
+            signum, save = self._take()
+        if signum > 0:
+            raise Stopped(signum)
+        if save > 0:
+            # Before this rank's next request, so that one request leads to one save.
+            self.save_is_due, self._counted_from = True, time.monotonic()
+        if self._group is not None:
+            word = self._wishes()
+            self._under_way = word, dist.all_reduce(word, dist.ReduceOp.MAX, self._group, async_op=True)
+
+    def saved(self) -> None:
+        """Restart the clock and drop earlier requests to save. Every rank calls it alike."""
+        self.save_is_due, self._counted_from = False, time.monotonic()
+        self._under_way_is_old = self._under_way is not None
+
+    def end(self) -> None:
+        """Wait for the pending all-reduce after the last boundary, and ignore its result."""
+        self._take()
+
+    def _wishes(self) -> Tensor:
+        """Return (2,) int64, valid until the next call: the signal that this process got, or 0; 1 if a save is due."""
+        save = time.monotonic() - self._counted_from >= self._save_seconds
+        self._word[0], self._word[1] = stop_signals.requested() or 0, int(save)
+        return self._word
+
+    def _take(self) -> tuple[int, int]:
+        """Return the requests of all ranks at the boundary before; zeros at the first."""
+        if self._under_way is None:
+            return 0, 0
+        (word, work), self._under_way = self._under_way, None
+        work.wait()
+        signum, save = word.tolist()
+        if self._under_way_is_old:
+            save, self._under_way_is_old = 0, False
+        return signum, save
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,4 +406,5 @@ def end_process(error: HungError, verdict: Verdict) -> None:
         error_file.leave(error, about=min(verdict.culprits, default=None))
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     finally:  # Both writes fail on a full disk.
+        time.sleep(READ_SECONDS)
         os._exit(FAILED)

@@ -25,9 +25,9 @@ from distlora import __version__
 from distlora.architecture.safetensors_headers import read_header
 from distlora.architecture.targets import match_ending, peft_paths
 from distlora.architecture.tokens import EMBEDDING
-from distlora.checkpoint.files import new_folder, write_files
 from distlora.config import UserError, require
 from distlora.config.json_files import read_object
+from distlora.loading.tensor_files import new_folder, write_files
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.post.combine import CombineRequest
 from distlora.post.trained import COMBINED, base_spec

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlora.checkpoint.files import new_folder
+from distlora.loading.tensor_files import new_folder
 from distlora.post.merge import (
     SHIPPED,
     MergeRequest,

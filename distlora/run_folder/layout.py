@@ -70,12 +70,6 @@ def replaced_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}{_REPLACED}")
 
 
-def write_manifest(folder: Path, sums: Mapping[str, str], base_fingerprint: str) -> None:
-    """Write manifest.json with the SHA-256 of each file and the base's identity."""
-    content = {"files": dict(sorted(sums.items())), "base_fingerprint": base_fingerprint}
-    atomic_io.write_json(folder / MANIFEST_NAME, content)
-
-
 def fault(folder: Path) -> str | None:
     """Return what is wrong with a checkpoint by its manifest and every byte; None if it is whole.
 

@@ -1,7 +1,8 @@
-"""A request to stop: signals become one, and the ranks agree on where to answer it (`parallel/stop_and_save.py`).
+"""Signals as requests to stop: the launcher passes the first one on, a worker takes it, all ranks agree where to stop.
 
-Imports no torch: a worker listens from its first moment, long before torch is imported. A request is answered with a
-save, so nothing happens within the signal itself; asking again changes nothing.
+The ranks agree in `parallel/watch.py` (Control). A request is answered with a save, so nothing happens within the
+signal itself. Further ones change nothing (SLURM and users send them twice), but a second Ctrl-C kills. Imports no
+torch: a worker listens from its first moment, long before torch is imported.
 """
 
 import contextlib
@@ -9,6 +10,13 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from distlora.system import atomic_io
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Signals that request a stop: schedulers and `kill`, SLURM's --signal, Ctrl-C, a terminal that closes."""
@@ -16,6 +24,80 @@ STOPPED_NAME = "stopped.json"
 """File in RUN about a requested stop: `{step, checkpoint, signal, time}`."""
 TO_WORKERS: dict[int, int] = {signal.SIGTERM: signal.SIGUSR2}
 """Signals by which the launcher passes on a request: from it, SIGTERM means that torch's agent ends the worker."""
+HANDLED_BY_TORCH = signal.SIGQUIT
+"""The one signal that torch's agent is told to handle by itself: it takes at least one."""
+
+
+class Receiver(Protocol):
+    """Receiver of requests to stop: a process, or the agent of several."""
+
+    def poll(self) -> int | None:
+        """Return the exit code; None while it runs."""
+
+    def send_signal(self, signum: int) -> None:
+        """Send a signal."""
+
+    def kill(self) -> None:
+        """Kill it."""
+
+
+class Forwarder:
+    """Forwards the first request to stop to the workers, even if they start later; a second Ctrl-C kills them."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        """The signal that requested a stop, if any."""
+        self.killed = False
+        """True if a second Ctrl-C killed the process."""
+        self._interrupts = 0
+        self._process: Receiver | None = None
+        self._deliver: Callable[[int], None] | None = None
+
+    def attach(self, process: Receiver, deliver: Callable[[int], None] | None = None) -> None:
+        """Send requests to `deliver`, by default as a signal to `process`; a request that came before is sent now."""
+        self._process, self._deliver = process, deliver or process.send_signal
+        if self.received is not None:
+            self._deliver(self.received)
+
+    def detach(self) -> None:
+        """Stop forwarding: the process has ended."""
+        self._process = self._deliver = None
+
+    def __call__(self, signum: int, _frame: FrameType | None) -> None:
+        """Handle a signal."""
+        self._interrupts += signum == signal.SIGINT
+        first = self.received is None
+        if first:
+            self.received = signum
+        if self._process is None or self._deliver is None or self._process.poll() is not None:
+            return
+        if self._interrupts > 1:
+            self.killed = True
+            self._process.kill()
+        elif first:
+            self._deliver(signum)
+            if signum == signal.SIGINT and sys.stderr.isatty():
+                print("\nstopping after a save; Ctrl-C again kills the workers", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def forwarding() -> Iterator[Forwarder]:
+    """Handle SIGNALS by a Forwarder for the duration. A signal that is ignored (SIGHUP under nohup) stays ignored."""
+    forwarder = Forwarder()
+    handled = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+    previous = {signum: signal.signal(signum, forwarder) for signum in handled}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # `block` may have kept some pending.
+    try:
+        yield forwarder
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def block() -> None:
+    """Keep SIGNALS pending until `forwarding` handles them: by default SIGUSR1 kills a process that still imports."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
 
 _request: int | None = None
 
@@ -26,6 +108,17 @@ class Stopped(Exception):
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopping on {name_of(signum)}")
         self.signum = signum
+
+
+def write_stopped(run_dir: Path, signum: int, newest: Path | None) -> None:
+    """Write RUN/stopped.json with the newest checkpoint, which continues the run."""
+    record = {
+        "step": 0 if newest is None else int(newest.name.partition("_")[2]),
+        "checkpoint": None if newest is None else str(newest.relative_to(run_dir)),
+        "signal": name_of(signum),
+        "time": round(time.time(), 3),
+    }
+    atomic_io.write_json(run_dir / STOPPED_NAME, record)
 
 
 def request(signum: int) -> None:

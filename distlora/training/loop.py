@@ -26,7 +26,7 @@ from distlora.model.adapters import AdaptedLinear, AdapterCopies
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.parallel.ranks import Traffic
-from distlora.parallel.stop_and_save import Control
+from distlora.parallel.watch import Control
 from distlora.system.progress import still
 from distlora.system.stop_signals import Stopped
 from distlora.training.objectives import Losses, Objective

@@ -5,28 +5,26 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distlora.architecture.config_checks import MODELOPT_CONFIG
 from distlora.architecture.gguf_folder import NOTE_NAME
-from distlora.architecture.safetensors_headers import SINGLE_NAME, SOURCE_DTYPES, Segment, read_header, read_headers
+from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_headers
 from distlora.architecture.tokens import tokenizer_files
-from distlora.checkpoint.files import atomic_folder, write_files
 from distlora.checkpoint.state import Progress
-from distlora.config import AdapterConfig, ModelSpec, UserError
+from distlora.config import ModelSpec, UserError
 from distlora.config.json_files import object_or_empty
 from distlora.loading.decomposed_adapters import plain_config, plain_tensors, trained_part
 from distlora.loading.peft_format import (
-    adapter_config,
     adapter_tensors,
+    header_marks,
     shared_factors,
     shared_value,
-    stored_tensors,
+    weight_files,
 )
-from distlora.loading.tensor_files import read_into, read_rows, write_model
+from distlora.loading.tensor_files import atomic_folder, read_into, read_rows, write_files, write_model
 from distlora.model.adapters import DEFAULT_ADAPTER
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, from_rank_0, watch
@@ -34,26 +32,11 @@ from distlora.run_folder.layout import BEST_NAME, BEST_STEP_NAME, PUBLISHED, STA
 from distlora.system import atomic_io
 from distlora.training.optimizers import Optimizer
 from distlora.weights.initial_adapter_file import initial_adapter_path
-from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME
+from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
 
 COMPANIONS = (".json", ".jinja", ".txt", ".model")
 """Suffixes of the base's files that are copied to RUN/model beside the weights."""
-
-
-def weight_files(model: CausalLM, spec: ModelSpec, adapter: str = DEFAULT_ADAPTER) -> dict[str, Any]:
-    """Return the files of a checkpoint with trained weights: an adapter in PEFT's format, or the whole model.
-
-    PiSSA's adapter belongs to the base without the run's initial adapter.
-    """
-    if spec.adapter.method == "full":
-        return {SINGLE_NAME: model.hf_state_dict()}
-    return {CONFIG_NAME: adapter_config(spec, model, adapter), WEIGHTS_NAME: stored_tensors(model, adapter)}
-
-
-def header_marks(adapter: AdapterConfig) -> dict[str, str]:
-    """Return the header metadata of a run's adapter: a mark if it belongs to the NF4 base only."""
-    return NF4_MARK if adapter.for_nf4 else {}
 
 
 def load_weights(
@@ -96,16 +79,6 @@ def load_weights(
                 tensors[name].data.copy_(shared_value(shared[name], whole, f"{folder}: {name}"))
             else:
                 read_into(tensors[name], segment, reader, backend)
-
-
-def trainer_tensors(optimizer: Optimizer, trained: Mapping[str, nn.Parameter], backend: Backend) -> dict[str, Tensor]:
-    """Return the optimizer states of a checkpoint, `<state>/<parameter>`, sharded like their parameters."""
-    states = optimizer.state_tensors()
-    for path, state in states.items():
-        key, _, name = path.partition("/")
-        if key in optimizer.per_element:
-            states[path] = backend.spread(state, trained[name])
-    return states
 
 
 def restore(

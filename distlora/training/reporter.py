@@ -22,11 +22,10 @@ from distlora.config import Config, UserError
 from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
 from distlora.run_folder.expert_load import EXPERT_TOKENS, ExpertTokens
-from distlora.run_folder.layout import CHECKPOINTS, step_of, steps
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
 from distlora.system.progress import Display
-from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
+from distlora.system.stop_signals import STOPPED_NAME, Stopped
 from distlora.training.trackers import Trackers
 
 
@@ -161,24 +160,7 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, Stopped):
-            self._stopped(error.signum)
         self.close(_exit_code(error))
-
-    def _stopped(self, signum: int) -> None:
-        """Write RUN/stopped.json with the checkpoint (relative to RUN, complete on disk) that continues the run."""
-        if not self._writes:
-            return
-        saved = steps(self._run_dir / CHECKPOINTS)  # The loss watchdog may have left the last step out.
-        step = step_of(saved[-1]) if saved else 0
-        checkpoint = f"{CHECKPOINTS}/{saved[-1].name}" if saved else None
-        record = {"step": step, "checkpoint": checkpoint, "signal": name_of(signum), "time": round(time.time(), 3)}
-        try:
-            atomic_io.write_json(self._run_dir / STOPPED_NAME, record)
-        except OSError as error:
-            self._display.say(f"WARNING: {STOPPED_NAME} could not be written to {self._run_dir} ({error})")
-        state = "nothing was trained yet" if checkpoint is None else f"step {step} is saved"
-        self._display.say(f"stopping on {name_of(signum)}: {state}")
 
     def _append(self, file: atomic_io.AppendedFile, text: str) -> None:
         """Append to a file. If the disk fails, warn once, keep the lines in memory, and continue."""

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distlora.checkpoint.saver import Saver
+from distlora.checkpoint.saver import Saver, checkpoint_files
 from distlora.checkpoint.state import Progress, TrainState
 from distlora.config import ModelConfig, TrainConfig
+from distlora.loading.peft_format import header_marks
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend
-from distlora.run_folder.layout import CHECKPOINTS, TRAINER_NAME
+from distlora.run_folder.layout import CHECKPOINTS
 from distlora.training.memory_meter import MemoryCheck
 from distlora.training.open_run import OpenRun
-from distlora.training.publish import header_marks, publish_best, trainer_tensors, weight_files
+from distlora.training.publish import publish_best
 from distlora.training.reporter import Reporter
 from distlora.training.trial import Hooks, Trained, Trial
 
@@ -44,9 +45,8 @@ def trial_of(
     adapter, identity = run.adapter, run.identity()
 
     def state_files() -> dict[str, Any]:
-        state = trainer_tensors(trained.optimizer, trained.parameters, backend)
-        answers = {} if rollouts is None else rollouts.files(run.progress.step)
-        return {**weight_files(model, config.spec, adapter), TRAINER_NAME: state, **answers}
+        files = checkpoint_files(model, config.spec, trained.optimizer, trained.parameters, backend, adapter)
+        return files if rollouts is None else files | rollouts.files(run.progress.step)
 
     saver = Saver(
         run.folder / CHECKPOINTS,

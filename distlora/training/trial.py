@@ -29,7 +29,7 @@ from distlora.model.frozen_linear import FrozenLinear
 from distlora.model.lm_head import RewardHead
 from distlora.parallel import Backend, Gradients, whole_shape
 from distlora.parallel.ranks import Traffic
-from distlora.parallel.stop_and_save import Control
+from distlora.parallel.watch import Control
 from distlora.planner.flops import ActiveWeights, queries_by_window
 from distlora.training.expert_load import ExpertLoad
 from distlora.training.memory_meter import MemoryCheck

@@ -13,14 +13,16 @@ from pathlib import Path
 from torch import nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.checkpoint.saver import noting_stop
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config
 from distlora.config.training import Cadence
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, join_ranks, leave_ranks, watch
-from distlora.parallel.stop_and_save import Control
+from distlora.parallel.watch import Control
 from distlora.planner.memory.measured import RECORDED
 from distlora.run_folder.layout import PLAN_NAME, read_record
+from distlora.system.exit_codes import DONE, STOPPED
 from distlora.system.stop_signals import Stopped
 from distlora.training.compile_choice import decide_compile
 from distlora.training.loop import Trainer
@@ -36,14 +38,18 @@ from distlora.training.start_trial import trial_of
 from distlora.training.trial import Trained
 
 
-def run(run_dir: Path, ranks: Ranks) -> None:
-    """Train a run on this rank, to its end or until all ranks agreed to stop and saved."""
+def run(run_dir: Path, ranks: Ranks) -> int:
+    """Train a run on this rank. Returns the exit code: 0 at its end, 75 once all ranks agreed to stop and saved."""
     config = load_config(run_dir)
     check_ranks(config, ranks.world)
-    control = Control(ranks, save_minutes=config.train.save_minutes)
-    with contextlib.suppress(Stopped):
+    control = Control(ranks.control, save_minutes=config.train.save_minutes)
+    code = DONE
+    try:
         train(run_dir, config, ranks, control)
+    except Stopped:
+        code = STOPPED
     control.end()
+    return code
 
 
 def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None:
@@ -53,7 +59,7 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
     opened = open_run(run_dir, config, ranks, base)
     restores = opened.newest is not None
     plan = read_record(run_dir / PLAN_NAME, RECORDED) if config.plan.measure else {}
-    with opened.reporter(ranks) as reporter:
+    with opened.reporter(ranks) as reporter, noting_stop(run_dir, ranks, reporter.event):
         control.boundary(None, "reading the run", long=True)
         for line in [*opened.notes, *why_not_compiled]:
             reporter.event(line)
@@ -109,8 +115,8 @@ def trained_parameters(model: CausalLM) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def main() -> None:
-    """Run a worker process. The caller (`worker_entry`) records its exceptions.
+def main() -> int:
+    """Run a worker process; return its exit code. The caller (`launch/bound.py`) records its exceptions.
 
     torch's `record` writes times in whole seconds, which cannot tell the first failure from its consequences.
     """
@@ -121,9 +127,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     ranks = join_ranks(load_config(folder).cluster.timeout_seconds)
     watch.at(None, "reading the run", long=True)
-    (run_group if (folder / SETTINGS_NAME).is_file() else run)(folder, ranks)
+    code = (run_group if (folder / SETTINGS_NAME).is_file() else run)(folder, ranks)
     leave_ranks(ranks)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -46,6 +46,7 @@ class Steps:
 
     def prepare(self, run_dir: Path, **_: object) -> int:
         self.prepared.append(run_dir)
+        (run_dir / "data.json").write_text(json.dumps({"cache": str(run_dir)}))
         return self.prepare_code
 
     def run_workers(self, run_dir: Path, *, processes: int, max_restarts: int, **_: object) -> int:
@@ -190,7 +191,7 @@ def test_a_run_has_its_settings_in_its_folder(place: Path, steps: Steps, capsys:
     assert settings["model"]["path"] == str(place / "model")
     assert settings["run_dir"] == str(run_dir)
     assert sorted(path.name for path in place.iterdir()) == ["data.jsonl", "model", "runs"]
-    assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "plan.json"]
+    assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "data.json", "logs", "plan.json"]
     said = capsys.readouterr().out
     assert "run folder runs/one\nplan: " in said
     assert json.loads((run_dir / "plan.json").read_text())["settings"]["adapter"]["r"] == 8

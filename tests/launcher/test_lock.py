@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import pytest
 
 from distlora.config import UserError
 from distlora_launcher.launch import lock
-from distlora_launcher.launch.processes import this_process
+from distlora_launcher.launch.lock import this_process
 
 
 @pytest.fixture
@@ -57,34 +55,6 @@ def test_a_run_that_is_looked_at_can_be_taken_at_once(run: Path, capsys: pytest.
     assert "waiting" not in capsys.readouterr().out
 
 
-def test_a_run_whose_launcher_is_just_leaving_can_be_taken(run: Path, monkeypatch: pytest.MonkeyPatch):
-    """It gives up its place first, so that nobody holds the run any more by `holders`, and then the run."""
-    left, end = threading.Event(), threading.Event()
-
-    def leave(run_dir: Path) -> None:
-        real_leave(run_dir)
-        left.set()
-        end.wait(0.5)
-
-    def hold_and_leave() -> None:
-        with lock.lock_run(run):
-            pass
-
-    real_leave = lock.remove_records
-    monkeypatch.setattr(lock, "remove_records", leave)
-    leaving = threading.Thread(target=hold_and_leave)
-    leaving.start()
-    assert left.wait(60)
-    assert lock.holders(run) == []
-    with lock.lock_run(run):
-        leaving.join()
-
-
-def let_go(*files: IO[str]) -> None:
-    for file in files:
-        fcntl.flock(file, fcntl.LOCK_UN)
-
-
 def test_a_run_of_a_machine_that_is_gone_is_taken_once_its_locks_are_lost(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -93,35 +63,18 @@ def test_a_run_of_a_machine_that_is_gone_is_taken_once_its_locks_are_lost(
     record = run / "machines" / "0.json"
     gone = dataclasses.replace(this_process(), host="node7", boot="another")
     record.write_text(json.dumps(dataclasses.asdict(gone)))
-    with (run / "config.yaml").open() as config, record.open() as place:
-        fcntl.flock(config, fcntl.LOCK_EX)
-        fcntl.flock(place, fcntl.LOCK_EX)
+    with record.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         with monkeypatch.context() as impatient:
             impatient.setattr(lock, "LEASE_SECONDS", 0.2)
-            with pytest.raises(UserError, match="is already running in another process"), lock.lock_run(run):
+            with pytest.raises(UserError, match="is already running on node7"), lock.lock_run(run):
                 pass
-        assert "waiting for node7 to release" in capsys.readouterr().out
-        lease = threading.Timer(0.5, let_go, (config, place))
+        assert "waiting for node7 to leave" in capsys.readouterr().out
+        lease = threading.Timer(0.5, fcntl.flock, (file, fcntl.LOCK_UN))
         lease.start()
         with lock.lock_run(run):
             pass
         lease.join()
-
-
-def test_the_name_of_a_holder_is_on_disk_before_it_counts(run: Path, monkeypatch: pytest.MonkeyPatch):
-    """NFS keeps what is not synced from other machines."""
-    synced: list[int] = []
-    real_sync = os.fsync
-
-    def sync(descriptor: int) -> None:
-        real_sync(descriptor)
-        synced.append(os.fstat(descriptor).st_ino)
-
-    monkeypatch.setattr(lock.os, "fsync", sync)
-    with lock.lock_run(run):
-        assert (run / "machines" / "0.json").stat().st_ino in synced
-    with lock.worker_place(run, "worker_3"):
-        assert (run / "machines" / "worker_3.json").stat().st_ino in synced
 
 
 def test_a_worker_that_lives_here_keeps_its_place(run: Path):

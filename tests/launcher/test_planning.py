@@ -32,7 +32,12 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     write_model(tmp_path / "model")
     write_data(tmp_path / "data.jsonl")
     runs: list[Path] = []
-    monkeypatch.setattr(local, "prepare", lambda *_, **__: 0)
+
+    def prepare(run_dir: Path, **_: object) -> int:
+        (run_dir / "data.json").write_text(json.dumps({"cache": str(run_dir)}))
+        return 0
+
+    monkeypatch.setattr(local, "prepare", prepare)
     monkeypatch.setattr(local, "run_workers", lambda run_dir, **_: runs.append(run_dir) or 0)
     return runs
 

@@ -18,7 +18,7 @@ import yaml
 from distlora.config import Config
 from distlora.config.file import as_mapping, build
 from distlora_launcher.cli.main import main
-from distlora_launcher.launch.processes import from_record, host_name
+from distlora_launcher.launch.lock import from_record, host_name
 from support.fake_slurm import FakeSlurm, job_record
 
 

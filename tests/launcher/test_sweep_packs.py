@@ -15,9 +15,9 @@ from distlora.config import SweepConfig, UserError
 from distlora.config.file import load_config
 from distlora.run_folder.layout import PLAN_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED
+from distlora.system.stop_signals import Forwarder
 from distlora.training.multi_trial import protocol
 from distlora_launcher.launch.lock import holders, worker_place
-from distlora_launcher.launch.processes import Forwarder
 from distlora_launcher.studies import alone, multi_trial
 from distlora_launcher.studies.multi_trial import Together
 from distlora_launcher.studies.placement import Outcome, Trial
@@ -149,7 +149,7 @@ def test_a_stop_saves_every_trial_and_the_next_worker_starts_a_clean_process(mak
         assert time.monotonic() < deadline
         assert runner.poll() == []
         time.sleep(0.02)
-    with pytest.raises(UserError, match="is already running in another process"):
+    with pytest.raises(UserError, match="is already running on this node"):
         Together(sweep, 1, Forwarder()).begin(asked(sweep, 0, optim__lr=1e-4))
     runner.stop()
     assert {(each.number, each.state) for each in until(runner, 2)} == {(0, SAVED), (1, SAVED)}

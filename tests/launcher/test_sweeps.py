@@ -20,9 +20,9 @@ import pytest
 from distlora.config import UserError
 from distlora.config.sweep import SweepConfig
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, read_results
+from distlora.system.stop_signals import Forwarder
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch.lock import holders, lock_run, worker_place
-from distlora_launcher.launch.processes import Forwarder
 from distlora_launcher.studies import alone, start
 from distlora_launcher.studies.alone import Alone
 from distlora_launcher.studies.optuna_draws import importance, should_prune

@@ -21,14 +21,15 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.data.loader import StepBatch, open_data
+from distlora.loading.peft_format import weight_files
+from distlora.loading.tensor_files import write_files
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.training import worker
-from distlora.training.publish import load_weights, weight_files
+from distlora.training.publish import load_weights
 from distlora.training.setup import Start, start_run_model
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from support.closeness import assert_adapters_close, assert_losses_close, relative_error

@@ -10,13 +10,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from distlora.checkpoint.files import atomic_folder, write_files
+from distlora.checkpoint.saver import checkpoint_files
 from distlora.config.file import load_config
-from distlora.loading.tensor_files import write_model
+from distlora.loading.tensor_files import atomic_folder, write_files, write_model
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import COMPILED_NAME, steps
 from distlora.training import setup, worker
-from distlora.training.publish import trainer_tensors
 from support.closeness import assert_adapters_close, assert_losses_close, relative_error
 from support.planned import assert_disk_as_planned, traffic_of
 from support.runs import losses_of, make_full_run, run_once, run_until
@@ -114,7 +113,8 @@ def saved_again(ranks: Ranks, *, run_dir: Path, target: Path, shard_bytes: int, 
     with pytest.MonkeyPatch.context() as patch, atomic_folder(target, backend) as folder:
         patch.setattr("distlora.parallel.backend.PIECE_BYTES", piece_bytes)
         write_model(folder, model.hf_state_dict(), backend, torch.bfloat16, shard_bytes=shard_bytes)
-        files = {"trainer.safetensors": trainer_tensors(optimizer, trained, backend)}
+        files = checkpoint_files(model, config.spec, optimizer, trained, backend)
+        files = {name: files[name] for name in ("trainer.safetensors",)}
         sums = write_files(folder, files, backend)
         read = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if backend.writes}
         assert sums == read

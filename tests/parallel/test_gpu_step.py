@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from distlora.checkpoint.files import write_files
+from distlora.checkpoint.saver import checkpoint_files
 from distlora.config import Config
 from distlora.config.cluster import FIRST_TORCH
+from distlora.loading.tensor_files import write_files
 from distlora.model.adapters import adapter_parameters
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
@@ -26,10 +27,8 @@ from distlora.model.frozen_linear import FrozenLinear
 from distlora.model.layer_wrapper import HostInputs
 from distlora.parallel import Backend, Ranks, Shards, fsdp2
 from distlora.parallel.ranks import Traffic
-from distlora.run_folder.layout import TRAINER_NAME
 from distlora.training import setup, worker
 from distlora.training.optimizers import Optimizer
-from distlora.training.publish import trainer_tensors, weight_files
 from distlora_kernels import operands
 from distlora_kernels.operands import FrozenWeight
 from support.small_models import make_run
@@ -203,11 +202,7 @@ def test_moments_that_are_cut_over_the_ranks_are_restored_on_the_gpu(
         backend.backward(loss, last=True)
         backend.finish_gradients()
         optimizer.step(1e-3, torch.tensor(True, device=device))
-    files = {
-        **weight_files(model, config.spec),
-        TRAINER_NAME: trainer_tensors(optimizer, trained, backend),
-    }
-    write_files(tmp_path, files, backend)
+    write_files(tmp_path, checkpoint_files(model, config.spec, optimizer, trained, backend), backend)
     saved = {path: state.cpu().clone() for path, state in optimizer.state_tensors().items()}
     assert any(state.abs().max() > 0 for path, state in saved.items() if path.startswith("exp_avg/"))
 

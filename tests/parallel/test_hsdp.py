@@ -24,7 +24,7 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.parallel.ranks import Traffic
-from distlora.parallel.stop_and_save import Control
+from distlora.parallel.watch import Control
 from distlora.run_folder.layout import step_of, steps
 from distlora.training import setup, worker
 from support.closeness import assert_adapters_close, assert_losses_close
@@ -290,7 +290,7 @@ def begun_from_other_files(ranks: Ranks, *, run_dir: Path, section: str, files: 
     if ranks.rank >= ranks.world // 2:
         config = replace(config, **{section: replace(getattr(config, section), **files)})
     with pytest.raises(DamagedWeightsError) as caught:
-        worker.train(run_dir, config, ranks, Control(ranks, save_minutes=None))
+        worker.train(run_dir, config, ranks, Control(ranks.control, save_minutes=None))
     return str(caught.value)
 
 

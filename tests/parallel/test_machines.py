@@ -22,7 +22,7 @@ from distlora.config.file import as_mapping, build, load_config, settings_by_nam
 from distlora_launcher.cli.main import main
 from distlora_launcher.launch import lock, rendezvous
 from distlora_launcher.launch.failures import read_gave_up
-from distlora_launcher.launch.node import check_same_settings, start_multi_node
+from distlora_launcher.launch.local import check_same_settings, start_on_each_node
 from support.closeness import assert_same_run
 from support.launcher_fakes import wait_until, write_data, write_model
 from support.measured import free_port
@@ -96,12 +96,13 @@ def fake_run(run_dir: Path, behaviour: str, **cluster: object) -> None:
 
 PART = (
     "import functools, sys; from pathlib import Path; from distlora.system.exit_codes import run_to_exit_code; "
-    "from distlora.config.file import load_config; from distlora_launcher.launch.node import run_node_of; "
-    "from distlora_launcher.launch import local; from distlora_launcher.launch.processes import forwarding\n"
+    "from distlora.config.file import load_config; from distlora.system.stop_signals import forwarding; "
+    "from distlora_launcher.launch import local\n"
     "local.run_workers = functools.partial(local.run_workers, worker_module='support.launcher_fake_worker')\n"
     "run = Path(sys.argv[1])\n"
+    "cluster = load_config(run).cluster\n"
     "with forwarding() as forwarder:\n"
-    "    part = lambda: run_node_of(run, load_config(run).cluster, forwarder, lambda: 0)\n"
+    "    part = lambda: local.run_node(run, cluster, local.find_rendezvous(run, cluster), forwarder, lambda: 0)\n"
     "    code = run_to_exit_code(part)\n"
     "sys.exit(code)\n"
 )
@@ -133,7 +134,7 @@ def test_two_machines_are_one_run_and_a_third_is_too_many(
         (dataclasses.replace(this, is_host=True), r"is already running on this node \(pid \d+\)"),
         (dataclasses.replace(this, run_id="another", endpoint="127.0.0.3:9"), "is already running on "),
     ):
-        with pytest.raises(UserError, match=reason), lock.lock_node(run_dir, other, lambda: False):
+        with pytest.raises(UserError, match=reason), lock.lock_run(run_dir, other, lambda: False):
             pytest.fail("joined")
     machines[0].process.send_signal(signal.SIGUSR1)
     machines[1].process.send_signal(signal.SIGUSR1)
@@ -163,7 +164,7 @@ def test_a_request_to_stop_is_answered_where_no_workers_are(tmp_path: Path, mach
     assert (record["step"], record["checkpoint"], record["signal"]) == (12, "checkpoints/step_00000012", "SIGUSR1")
     others = read_gave_up(run_dir / "logs")
     assert others is not None
-    assert others.stopped
+    assert others.code == 75
 
 
 def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -177,8 +178,8 @@ def test_nothing_is_left_of_a_run_whose_data_cannot_be_prepared(tmp_path: Path, 
     (run_dir / "cache").rmdir()
     another = run_dir / f".config.yaml.{os.getpid()}"  # Of a container with the same pids.
     another.write_text("half of its sett")
-    monkeypatch.setattr("distlora_launcher.launch.node.prepare", lambda *_: 2)
-    assert start_multi_node(config) == 2
+    monkeypatch.setattr("distlora_launcher.launch.local.prepare", lambda *_, **__: 2)
+    assert start_on_each_node(config) == 2
     assert [path.name for path in run_dir.iterdir()] == [another.name]
 
 

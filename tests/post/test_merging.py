@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 
 from distlora.architecture.safetensors_headers import INDEX_NAME, header_bytes, lay_out, read_headers
-from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
+from distlora.loading.tensor_files import new_folder
 from distlora.post.load_trained import load_trained
 from distlora.post.merge import MergeRequest, Receipt
 from distlora.post.merge_worker import merge_to

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 from distlora.config import UserError
 from distlora.system import stop_signals
+from distlora.system.exit_codes import STOPPED
 from support.small_disks import fill
 
 
@@ -32,6 +34,7 @@ def main() -> None:
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
             ):
                 print(f"{name}={os.environ.get(name)}")
+            threading.Thread(target=time.sleep, args=(3600,)).start()  # As a library may leave one at the end.
         case "terminal":
             print(f"is a terminal: {sys.stdout.isatty()}")
         case "success":
@@ -68,6 +71,7 @@ def main() -> None:
             while stop_signals.requested() is None:
                 time.sleep(0.01)
             (run_dir / stop_signals.STOPPED_NAME).write_text("{}")
+            sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from distlora.data.loader import step_loader
 from distlora.data.rows import STARTS, TRAINED, PackedRows
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Gradients, Ranks
-from distlora.parallel.stop_and_save import Control
+from distlora.parallel.watch import Control
 from distlora.training.compile_choice import decide_compile
 from distlora.training.loop import Trainer
 from distlora.training.open_run import OpenRun
@@ -257,5 +257,5 @@ class Started:
         trained = Trained(trained_parameters(self.model), self.gradients, self.optimizer)
         hooks = Hooks(save=save, save_last=save, publish_best=ignore)
         trial = Trial(self.model, self.backend, run, trained, quiet, hooks)
-        trainer = Trainer(self.model, self.backend, Control(self.ranks, save_minutes=None), trial)
+        trainer = Trainer(self.model, self.backend, Control(self.ranks.control, save_minutes=None), trial)
         return trainer, quiet

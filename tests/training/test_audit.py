@@ -25,12 +25,12 @@ import safetensors.torch
 import torch
 import transformers
 
-from distlora.checkpoint.files import write_files
 from distlora.config import Config
 from distlora.config.file import load_config
 from distlora.data.loader import open_data
+from distlora.loading.peft_format import weight_files
+from distlora.loading.tensor_files import write_files
 from distlora.run_folder.layout import ROLLOUT_NAME
-from distlora.training.publish import weight_files
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.weights.peft_folder import WEIGHTS_NAME
 from support import independent

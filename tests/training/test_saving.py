@@ -200,7 +200,6 @@ def check_saves_around(damage: Break, run_dir: Path) -> None:
 
 def die_while_writing(run_dir: Path, point: str) -> None:
     """Save once in a child process, then kill it with -9 within the next save."""
-    from distlora.checkpoint import files
     from distlora.loading import tensor_files
 
     def die(*arguments: Any, **options: Any) -> None:
@@ -213,7 +212,8 @@ def die_while_writing(run_dir: Path, point: str) -> None:
     if point == "in a tensor":
         tensor_files._HashedFile.write_piece = die  # type: ignore[method-assign]
     elif point == "before the manifest":
-        saver_module.write_manifest = die
+        write_json = atomic_io.write_json
+        atomic_io.write_json = lambda path, value: die() if path.name == "manifest.json" else write_json(path, value)
     elif point == "while syncing":
         atomic_io.sync = die
     else:
@@ -224,7 +224,7 @@ def die_while_writing(run_dir: Path, point: str) -> None:
             count += 1
             return die() or self if count == 2 else rename(self, target)
 
-        files.Path.rename = rename_or_die  # type: ignore[method-assign]
+        Path.rename = rename_or_die  # type: ignore[method-assign]
     # The same step again: there is an older folder of that name, as after a damaged one was resumed from.
     saver.save(state.train(1 if point == "between two renames" else 2))
     saver.wait()

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distlora.parallel import Ranks, stop_and_save
-from distlora.parallel.stop_and_save import Control
+from distlora.parallel import Ranks, watch
+from distlora.parallel.watch import Control
 from distlora.system import stop_signals
 from distlora.system.stop_signals import Stopped
 from support.worlds import World
@@ -69,7 +69,7 @@ def words_of(ranks: Ranks, *, asking: dict[int, int], boundaries: int) -> tuple[
 
     Rank r requests the stop before boundary `asking[r]`.
     """
-    words = Control(ranks, save_minutes=None)
+    words = Control(ranks.control, save_minutes=None)
     try:
         for boundary in range(boundaries):
             if asking.get(ranks.rank) == boundary:
@@ -111,8 +111,8 @@ def saves_of(ranks: Ranks, *, boundaries: int, every: int, anyway: int | None) -
     """
     made, now = [], 0.0
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(stop_and_save, "time", SimpleNamespace(monotonic=lambda: now))
-        words = Control(ranks, save_minutes=10 / 60)
+        monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now))
+        words = Control(ranks.control, save_minutes=10 / 60)
         for boundary in range(boundaries):
             words.boundary(boundary, "working")
             if boundary == anyway or (words.save_is_due and boundary % every == 0):

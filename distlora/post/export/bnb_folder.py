@@ -22,6 +22,7 @@ from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4, nf4_config, nf4_tensors
 from distlora.config import UserError, require
 from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, trained_config, trained_part
+from distlora.loading.peft_format import header_marks
 from distlora.post.export.client_check import Ours
 from distlora.post.export.formats import Export, Reading
 from distlora.post.load_trained import check_base, weights_in
@@ -31,7 +32,6 @@ from distlora.post.trained import Trained
 from distlora.post.weights import Base, BaseWeight, open_base, require_whole_tensors
 from distlora.run_folder.layout import STATE_NAME
 from distlora.system import atomic_io
-from distlora.training.publish import header_marks
 from distlora.weights.low_bit.codecs import write_groups, write_statistics
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.checkpoint.files import new_folder
 from distlora.config import UserError
+from distlora.loading.tensor_files import new_folder
 from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
 from distlora.post.load_trained import weights_in
 from distlora.post.trained import Trained, versions

@@ -1,6 +1,6 @@
 """Define the files by which a sweep's launcher and the processes of multi-trial training exchange work, in GROUP.
 
-Each file is written atomically (system.atomic_io), and all but the last two are written once, so there are no locks:
+Each file is written atomically (system.atomic_io), and all but the last are written once, so there are no locks:
 
     GROUP/config.yaml             settings that all trials share, like a run's; run_dir is GROUP                launcher
     GROUP/pack.json               {"slots": k, "verdicts": bool}                                               launcher
@@ -11,11 +11,10 @@ Each file is written atomically (system.atomic_io), and all but the last two are
     GROUP/outcomes/0007.json      {"state": complete|pruned|failed, "reason", "step", "seconds"}               trainer
     GROUP/slots.json              {"numbers"}: trials in slots and the one about to enter, in order of         trainer
                                  entering: the suspects if the processes die
-    GROUP/stopped.json            {"signal", "time"}: stopped by a signal; removed at a start                  trainer
 
 The trainer takes trials in the order of their numbers into free slots, between steps. It ends (exit code 0) when the
-inbox is closed and every trial in it has an outcome. After a request to stop it saves every trial in a slot and leaves
-GROUP/stopped.json, which `run_workers` turns into exit code 75. A trial's metrics are in its run folder, as for a
+inbox is closed and every trial in it has an outcome. After a request to stop it saves every trial in
+a slot and ends with exit code 75. A trial's metrics are in its run folder, as for a
 single run. A restart reads the same inbox and continues the trials without an outcome. With "verdicts" the trainer
 waits for one after each evaluation after which a trial would continue, except the base's at step 0. Imports no torch:
 the launcher uses it.

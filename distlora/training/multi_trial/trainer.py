@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
-from distlora.checkpoint.saver import SaveError
+from distlora.checkpoint.saver import SaveError, noting_stop
 from distlora.config import Config, UserError, check_ranks
 from distlora.config.file import load_config, settings_by_name
 from distlora.config.json_files import Shape, read_object
@@ -22,11 +22,12 @@ from distlora.loading.load_base import Loaded
 from distlora.model.adapters import MOST_SLOTS
 from distlora.model.build import CausalLM, put_trial, remove_trial
 from distlora.parallel import Backend, Ranks, from_rank_0, max_over_ranks, watch
-from distlora.parallel.stop_and_save import Control
+from distlora.parallel.watch import Control
 from distlora.run_folder import error_file
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED
 from distlora.system import atomic_io
-from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of
+from distlora.system.exit_codes import DONE, STOPPED
+from distlora.system.stop_signals import Stopped
 from distlora.training.compile_choice import decide_compile, record
 from distlora.training.loop import Passes, Trainer, log, step_figures
 from distlora.training.metrics import describe_steps, summarize
@@ -282,6 +283,7 @@ class MultiTrialTrainer(Passes):
         with contextlib.ExitStack() as closing:
             reporter = together(lambda: run.reporter(ranks, label=f"trial {number}: "), ranks)
             closing.enter_context(reporter)
+            closing.enter_context(noting_stop(run.folder, ranks, reporter.event))
             for line in run.notes:
                 reporter.event(line)
             parameters = together(
@@ -441,15 +443,16 @@ class MultiTrialTrainer(Passes):
             error_file.write(run_dir / "logs" / "rank_0.error.json", error)
 
 
-def run_group(folder: Path, ranks: Ranks) -> None:
-    """Train the trials of GROUP on this rank, until the inbox is closed and empty or all ranks agreed to stop."""
+def run_group(folder: Path, ranks: Ranks) -> int:
+    """Train the trials of GROUP on this rank, until the inbox is closed and empty or all ranks agreed to stop.
+
+    Returns the exit code: 0, or 75 after a stop.
+    """
     config = load_config(folder)
     check_ranks(config, ranks.world)
     check_trial(config)
-    control = Control(ranks, save_minutes=config.train.save_minutes)
-    stopped = folder / STOPPED_NAME
-    if ranks.rank == 0:
-        stopped.unlink(missing_ok=True)
+    control = Control(ranks.control, save_minutes=config.train.save_minutes)
+    code = DONE
     try:
         slots, verdicts = read_settings(folder)
         control.boundary(None, "reading the multi-trial settings", long=True)
@@ -480,10 +483,10 @@ def run_group(folder: Path, ranks: Ranks) -> None:
             compiles=config.train.compile is True,
         ).run()
         backend.barrier()
-    except Stopped as stop:
-        if ranks.rank == 0:  # The launcher checks for it.
-            atomic_io.write_json(stopped, {"signal": name_of(stop.signum), "time": round(time.time(), 3)})
+    except Stopped:
+        code = STOPPED
     control.end()
+    return code
 
 
 def _say(text: str) -> None:

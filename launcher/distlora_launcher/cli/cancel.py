@@ -12,8 +12,7 @@ from distlora_launcher.cli.status import Status, describe, statuses
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.submit import live_jobs
-from distlora_launcher.launch.lock import CONFIG_NAME, holders
-from distlora_launcher.launch.processes import Process, host_name
+from distlora_launcher.launch.lock import CONFIG_NAME, Process, holders, host_name
 from distlora_launcher.studies.wandb_sweep import is_agents_folder
 from distlora_launcher.terminal.arguments import read
 from distlora_launcher.terminal.output import say, shown

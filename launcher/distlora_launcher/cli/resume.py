@@ -39,7 +39,6 @@ def resume(folder: Path) -> int:
     from distlora.system.exit_codes import DONE
     from distlora_launcher.jobs.submit import in_job, is_job, resubmit_run, resume_in_job
     from distlora_launcher.launch.local import is_complete, resume_run
-    from distlora_launcher.launch.node import resume_multi_node
     from distlora_launcher.studies.listed import is_array, resume_array
     from distlora_launcher.studies.wandb_sweep import is_agents_folder, recorded_words, start_agents
 
@@ -57,4 +56,4 @@ def resume(folder: Path) -> int:
         return DONE
     if is_job(config.cluster):
         return resume_in_job(folder) if in_job() else resubmit_run(folder)
-    return resume_multi_node(folder) if config.cluster.on_each_node else resume_run(folder)
+    return resume_run(folder)

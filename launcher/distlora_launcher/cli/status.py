@@ -18,8 +18,7 @@ from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME
 from distlora_launcher.launch.failures import Ending, read_ending
-from distlora_launcher.launch.lock import CONFIG_NAME, holders
-from distlora_launcher.launch.processes import Process
+from distlora_launcher.launch.lock import CONFIG_NAME, Process, holders
 from distlora_launcher.report.records import (
     Figures,
     NewestSave,

@@ -32,7 +32,6 @@ from distlora_launcher.jobs.submit import (
     submit_run,
 )
 from distlora_launcher.launch.local import start_run
-from distlora_launcher.launch.node import start_multi_node
 from distlora_launcher.studies.listed import run_each, submit_all
 from distlora_launcher.studies.wandb_sweep import add_run_dir, check_agent, find_begun_run, note_end
 from distlora_launcher.terminal.arguments import nearest_option
@@ -199,10 +198,7 @@ def start_composed(choice: Choice, *, is_alone: bool = True) -> int:
     config = choice.config
     if is_job(config.cluster) and not in_job():
         return submit_run(choice.plan)
-    if is_job(config.cluster):
-        code = start_in_job(choice.plan)
-    else:
-        code = start_multi_node(config) if config.cluster.on_each_node else start_run(choice.plan)
+    code = start_in_job(choice.plan) if is_job(config.cluster) else start_run(choice.plan)
     note_end(Path(config.run_dir), code)
     if code == DONE and is_alone:
         say(f"try it with: distlora generate {shown(Path(config.run_dir))}")

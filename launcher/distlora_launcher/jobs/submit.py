@@ -22,6 +22,7 @@ from distlora.run_folder.layout import checkpoint_folders, find_result
 from distlora.run_folder.submission import SLURM, Submission, read_submission, write_submission
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, STOPPED
+from distlora.system.stop_signals import forwarding
 from distlora.training.trackers.wandb_agent import ASKED
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.hub import restore
@@ -36,7 +37,6 @@ from distlora_launcher.launch.local import (
     print_resume_hint,
 )
 from distlora_launcher.launch.lock import lock_run
-from distlora_launcher.launch.processes import forwarding
 from distlora_launcher.terminal.output import say, shown
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,25 +38,27 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
+from distlora.system.exit_codes import DONE, STOPPED
 from distlora.system.listening import listen
 from distlora.system.progress import STILL_SECONDS
-from distlora.system.stop_signals import TO_WORKERS
+from distlora.system.stop_signals import HANDLED_BY_TORCH, SIGNALS, TO_WORKERS, Forwarder
 from distlora_launcher.compose.checks import split_endpoint
-from distlora_launcher.launch import worker_entry
+from distlora_launcher.launch import bound
 from distlora_launcher.launch.failures import (
     GAVE_UP,
     Failure,
-    file_identity,
+    end,
     first_failure,
+    killed,
     read_error,
     read_errors,
     read_gave_up,
     resume_point,
+    set_aside_attempt,
     stopped_without_workers,
     write_killed,
 )
-from distlora_launcher.launch.logs import set_aside_attempt
-from distlora_launcher.launch.processes import FORWARDED, HANDLED_BY_TORCH, Forwarder, host_name
+from distlora_launcher.launch.lock import file_identity, host_name
 from distlora_launcher.launch.rendezvous import Rendezvous
 from distlora_launcher.terminal.output import Output, warn
 
@@ -91,48 +93,46 @@ def run_agent(
     rendezvous: Rendezvous | None,
     forks: bool,
     saves: bool,
-) -> Failure | None:
-    """Run this node's workers to the end in the main thread. Returns why they ended; None if all ended well.
+) -> int:
+    """Run this node's workers to the end in the main thread; print why they failed; return the exit code.
 
     scratch: an empty folder of this node. requests: receives the requests to stop. forks: whether workers are forks of
     this process, which share what it has imported. The others: see `run_workers`.
     """
-    output = Output(run_dir / "logs" / "rank_0.log", scratch)
-    log = run_dir / "logs" / ("torchrun.log" if rendezvous is None else f"torchrun_{host_name()}.log")
-    agent = None
+    log_dir = run_dir / "logs"
+    output = Output(log_dir / "rank_0.log", scratch)
+    messages = log_dir / ("torchrun.log" if rendezvous is None else f"torchrun_{host_name()}.log")
+    arguments = (str(log_dir), output.path, module, str(run_dir))
+    agent: Agent | None = None
+    failure: Failure | None = None
     try:
-        with logged(log):
-            try:
-                handler, backend = make_handler(rendezvous)
-                arguments = (str(run_dir / "logs"), output.path, module, str(run_dir))
-                spec = WorkerSpec(
-                    role="default",
-                    local_world_size=processes,
-                    rdzv_handler=handler,
-                    entrypoint=worker_entry.run if forks else sys.executable,
-                    args=arguments if forks else ("-m", worker_entry.__name__, *arguments),
-                    max_restarts=max_restarts,
-                    monitor_interval=1e-3,  # `look` waits.
-                )
-                agent = Agent(spec, scratch, run_dir, requests, output, rendezvous, saves=saves)
-                backend.look = agent.look
-                requests.attach(agent)
-                result = agent.run()
-                backend.look = None
-                if result is None or result.is_failed():
-                    return Failure("torch's agent has given up", f"its messages are in {log}")
-                handler.shutdown()  # Not after a failure: the other nodes would end before they are told the reason.
-                return None
-            except (RendezvousError, DistError, OSError) as error:
-                logging.getLogger(LOGGERS[0]).exception("The workers could not be started")
-                return start_failure(error, run_dir, log, rendezvous)
-    except Ended as end:
-        return end.failure if agent is None else agent.with_restarts(end.failure)
+        with logged(messages):
+            spec = WorkerSpec(
+                role="default",
+                local_world_size=processes,
+                rdzv_handler=make_meeting(rendezvous),
+                entrypoint=bound.run_rank if forks else sys.executable,
+                args=arguments if forks else ("-m", bound.__name__, bound.RANK, *arguments),
+                max_restarts=max_restarts,
+                monitor_interval=1e-3,  # `look` waits.
+            )
+            agent = Agent(spec, scratch, run_dir, requests, output, rendezvous, saves=saves)
+            requests.attach(agent)
+            result = agent.run()
+            if result is None or result.is_failed():
+                raise Ended(Failure("torch's agent has given up", f"its messages are in {messages}"))
+            agent.leave()
+    except Ended as ended:
+        assert agent is not None, "only the agent ends a run"
+        failure = agent.outcome(ended.failure)
+    except (RendezvousError, DistError, OSError) as error:
+        failure = start_failure(error, run_dir, messages, rendezvous)
     finally:
         gc.unfreeze()  # Else nanobind (triton) reports every frozen object as a leak when Python ends.
         requests.detach()
         output.drain()
         output.close()
+    return DONE if failure is None else end(failure, log_dir, several_nodes=rendezvous is not None)
 
 
 class Agent(LocalElasticAgent):
@@ -152,8 +152,9 @@ class Agent(LocalElasticAgent):
         forks = callable(spec.entrypoint)
         super().__init__(spec, DefaultLogsSpecs(str(scratch)), start_method="fork" if forks else "spawn")
         self._run_dir, self._logs, self._nodes = run_dir, run_dir / "logs", rendezvous
-        assert isinstance(spec.rdzv_handler, Handler)
-        self._handler = spec.rdzv_handler
+        assert isinstance(spec.rdzv_handler, Meeting)
+        self._meeting: Meeting = spec.rdzv_handler
+        self._meeting.store_state.look = self.look
         self._requests, self._output, self._forks, self._saves = requests, output, forks, saves
         self._runs = False
         """True while workers run that signals can be sent to."""
@@ -194,9 +195,19 @@ class Agent(LocalElasticAgent):
                     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
                 os.kill(pid, signum)
 
-    def with_restarts(self, failure: Failure) -> Failure:
-        """Return the last failure with a line about how often the workers were restarted before."""
-        if self._restarts == 0 or failure.stopped:
+    def leave(self) -> None:
+        """Leave the other nodes at a good end. After a failure they would end before they are told the reason."""
+        self._meeting.store_state.look = None
+        self._meeting.shutdown()
+
+    def outcome(self, failure: Failure) -> Failure:
+        """Return why the run ends: a request that killed it, or its last failure and how often it was restarted."""
+        signum = self._requests.received
+        if failure.code == STOPPED:
+            return failure
+        if signum is not None and (self._requests.killed or not self._saves):
+            return killed(signal.SIGINT if self._requests.killed else signum, self._logs)
+        if self._restarts == 0:
             return failure
         times = "once" if self._restarts == 1 else f"{self._restarts} times"
         line = f"the workers were restarted {times} (cluster.max_restarts={self._worker_group.spec.max_restarts})"
@@ -216,7 +227,7 @@ class Agent(LocalElasticAgent):
             self._read = time.monotonic()
             with contextlib.suppress(OSError):  # Of a network file system; the next look reads again.
                 self._look_at_files()
-        if time.monotonic() - self._handler.lost > LOST_SECONDS:
+        if time.monotonic() - self._meeting.lost > LOST_SECONDS:
             raise RendezvousConnectionError("The node of the endpoint does not answer")
         if not self._runs:
             self._end_if_requested()
@@ -238,10 +249,10 @@ class Agent(LocalElasticAgent):
     def _end_if_requested(self) -> None:
         """Raise Ended on a request to stop, which no worker is left to answer."""
         signum = self._requests.received
-        if signum is None:
-            return
-        saves = self._saves and not self._requests.killed
-        raise Ended(stopped_without_workers(self._run_dir, signum, saves=saves))
+        if signum is not None and self._saves and not self._requests.killed:
+            raise Ended(stopped_without_workers(self._run_dir, signum))
+        if signum is not None:
+            raise Ended(killed(signum, self._logs))
 
     def _errors(self) -> list[dict[str, Any]]:
         found = read_errors(self._logs)
@@ -295,12 +306,14 @@ class Agent(LocalElasticAgent):
         return result
 
     def _report(self, result: RunResult) -> None:
-        """Print the failure that a restart may cure. Raises Ended for another, and on a request to stop."""
+        """Print the failure that a restart may cure. Raises Ended for another, and once all ranks have stopped."""
         codes = {rank: failed.exitcode for rank, failed in result.failures.items()}
         if isinstance(self._pcontext, MultiprocessContext) and self._pcontext._pc is not None:
             # The result has one failed fork, which may have died of the end of another.
             forks = zip(self._worker_group.workers, self._pcontext._pc.processes, strict=True)
             codes |= {worker.global_rank: fork.exitcode for worker, fork in forks if fork.exitcode}
+        if STOPPED in codes.values():  # The ranks leave together, so torch may have ended others that had saved, too.
+            raise Ended(Failure("", "", STOPPED))
         # If the disk of the logs is full, a worker left its error in torch's file.
         spare = [read_error(Path(failed.error_file), rank) for rank, failed in result.failures.items()]
         errors = [*self._errors(), *(error for error in spare if error is not None)]
@@ -338,7 +351,7 @@ def blocked() -> Iterator[None]:
     Here a request may still be handled, by another thread of torch or BLAS: `_start_workers` passes it on.
     """
     handler = signal.getsignal(HANDLED_BY_TORCH)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*FORWARDED, *TO_WORKERS.values()})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, *TO_WORKERS.values()})
     try:
         yield
     finally:
@@ -346,21 +359,22 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class Backend(C10dRendezvousBackend):
-    """The rendezvous of the nodes, with looks while this node waits for others."""
+class StoreState(C10dRendezvousBackend):
+    """The state of the meeting in the store, with looks at the run while this node waits for others."""
 
-    look: Any = None
+    look: Callable[[float], None] | None = None
 
-    def get_state(self) -> Any:
-        """Return the state of the rendezvous, which every node reads each second."""
+    def get_state(self) -> tuple[bytes, Any] | None:
+        """Return the state of the meeting, which every node reads each second."""
         if self.look is not None and threading.current_thread() is threading.main_thread():
             self.look(0.0)
         return super().get_state()
 
 
-class Handler(DynamicRendezvousHandler):
+class Meeting(DynamicRendezvousHandler):
     """torch's rendezvous of this node with the others. If the store's node is gone, workers may end by themselves."""
 
+    store_state: StoreState
     lost = math.inf
     """Time at which the node of the store did not answer."""
 
@@ -374,18 +388,20 @@ class Handler(DynamicRendezvousHandler):
         return 0
 
 
-def make_handler(rendezvous: Rendezvous | None) -> tuple[Handler, Backend]:
+def make_meeting(rendezvous: Rendezvous | None) -> Meeting:
     """Return torch's rendezvous of this node with the others, or with itself if it is alone."""
     store: Store = HashStore() if rendezvous is None else open_store(rendezvous)
     nodes, run_id = (1, "one-node") if rendezvous is None else (rendezvous.nodes, rendezvous.run_id)
     # By default torch takes the host's name, which laptops often cannot resolve.
     address = "127.0.0.1" if rendezvous is None else rendezvous.address
-    backend = Backend(store, run_id)
+    state = StoreState(store, run_id)
     timeout = RendezvousTimeout(
         join=timedelta(seconds=60 if rendezvous is None else rendezvous.join_seconds),
         last_call=timedelta(seconds=1),  # There are no more nodes than are needed.
     )
-    return Handler.from_backend(run_id, store, backend, nodes, nodes, address, timeout), backend
+    meeting = Meeting.from_backend(run_id, store, state, nodes, nodes, address, timeout)
+    meeting.store_state = state
+    return meeting
 
 
 def open_store(rendezvous: Rendezvous) -> TCPStore:
@@ -430,7 +446,7 @@ def start_failure(error: Exception, run_dir: Path, log: Path, rendezvous: Rendez
 LOGGERS = ("torch.distributed.elastic", "torch.multiprocessing")
 
 
-class Log(logging.Handler):
+class MessageFile(logging.Handler):
     """Appends messages to a file; what a full disk does not take is lost."""
 
     def __init__(self, path: Path) -> None:
@@ -445,8 +461,8 @@ class Log(logging.Handler):
 
 @contextlib.contextmanager
 def logged(path: Path) -> Iterator[None]:
-    """Write the messages of torch's agent into its log instead of on the terminal."""
-    handler = Log(path)
+    """Write the messages of torch's agent, and why it could not run, into its log instead of on the terminal."""
+    handler = MessageFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = [logging.getLogger(name) for name in LOGGERS]
     for logger in loggers:
@@ -454,6 +470,9 @@ def logged(path: Path) -> Iterator[None]:
         logger.propagate = False
     try:
         yield
+    except (RendezvousError, DistError, OSError):
+        loggers[0].exception("The workers could not be run")
+        raise
     finally:
         for logger in loggers:
             logger.removeHandler(handler)

@@ -1,24 +1,37 @@
-"""The first failure of a run and its reason, from the workers' error files and exit codes."""
+"""RUN/logs, and the first failure of a run with its reason, from the workers' error files and exit codes there.
+
+Logs and error files of earlier starts and attempts move out of the way of the newest.
+"""
 
 import contextlib
 import errno
 import math
 import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distlora.config import UserError
 from distlora.config.json_files import Shape, object_or_empty, read_object
-from distlora.run_folder.layout import checkpoint_folders, step_of
+from distlora.run_folder.layout import checkpoint_folders
 from distlora.system import atomic_io
-from distlora.system.stop_signals import STOPPED_NAME, name_of
-from distlora_launcher.launch.processes import host_name
+from distlora.system.exit_codes import BAD_INPUT, FAILED, STOPPED
+from distlora.system.stop_signals import STOPPED_NAME, name_of, write_stopped
+from distlora_launcher.launch.lock import host_name
+from distlora_launcher.terminal.output import warn
 
 ERRORS = "rank_*.error.json"
 """Error files in RUN/logs, of the newest attempt: a restarted worker moves those of the one before."""
+
+GAVE_UP = "gave_up.json"
+"""File in RUN/logs of several nodes: why the first of them ended for good."""
+START = "start_"
+"""Prefix of the folders with logs of earlier starts."""
+ATTEMPT = "attempt_"
+"""Prefix of the folders with logs of ranks that were restarted."""
+WRITTEN = ("rank_*", "torchrun*.log", GAVE_UP, f"{ATTEMPT}*")
+"""Files that a start writes; SLURM's log, which all starts share, is not among them."""
 
 _DIVERGED = ("NonFiniteError", "LossWatchdogError")
 REPEATING = (*_DIVERGED, "MismatchError", "RewardsFailedError", "SaveError", "ImportError", "ModuleNotFoundError")
@@ -35,9 +48,6 @@ LESS_MEMORY = (
     "processes; `distlora plan` shows what needs it, `nvidia-smi` whether another process does"
 )
 
-GAVE_UP = "gave_up.json"
-"""File in RUN/logs of several nodes: why the first of them ended for good."""
-
 KILLED = "Killed"
 """Type in the error file of a rank killed by a signal; its launcher writes it for the other nodes."""
 
@@ -45,6 +55,40 @@ LONGEST_MESSAGE = 2000
 LONGEST_REASON = 240
 
 _ERROR: Shape = {"time": float, "type": str, "message": str, "bad_input": bool, "about?": (int, type(None))}
+
+
+def set_aside_logs(log_dir: Path) -> None:
+    """Move the logs of an earlier start to logs/start_<n>, so that the newest are logs/rank_<k>.log."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    earlier = [path for pattern in WRITTEN for path in log_dir.glob(pattern)]
+    if earlier:
+        folder = log_dir / f"{START}{1 + _last_number(START, log_dir.glob(f'{START}*'))}"
+        folder.mkdir()
+        for path in earlier:
+            path.rename(folder / path.name)
+
+
+def set_aside_attempt(log_dir: Path, ranks: Sequence[int], *, at_least: int) -> None:
+    """Move the files of earlier attempts of `ranks` to logs/attempt_<n>, with n at least `at_least`."""
+    for rank in ranks:
+        log, error = log_dir / f"rank_{rank}.log", log_dir / f"rank_{rank}.error.json"
+        if not log.exists():
+            continue
+        earlier = _last_number(ATTEMPT, (path.parent for path in log_dir.glob(f"{ATTEMPT}*/{log.name}")))
+        folder = log_dir / f"{ATTEMPT}{max(1 + earlier, at_least)}"
+        try:
+            folder.mkdir(exist_ok=True)
+            for path in (error, log):
+                if path.exists():
+                    path.rename(folder / path.name)
+        except OSError:  # A full disk: the log then has both attempts, but the error must not count for this one.
+            error.unlink(missing_ok=True)
+
+
+def _last_number(prefix: str, folders: Iterable[Path]) -> int:
+    """Return the largest <n> of the folders `prefix`<n>; 0 if there is none."""
+    words = (folder.name.removeprefix(prefix) for folder in folders)
+    return max((int(word) for word in words if word.isdecimal()), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +99,10 @@ class Failure:
     """Description of the failure."""
     see: str
     """Reference to the log with details; may be empty."""
-    bad_input: bool = False
-    """True if the input is at fault (exit code 2)."""
+    code: int = FAILED
+    """Exit code of the launcher."""
     repeats: bool = False
     """True if a restart would fail in the same way."""
-    stopped: bool = False
-    """True if the run ended on a stop request (exit code 75)."""
     killed_rank: int | None = None
     """Rank that was killed by a signal, if that is the failure."""
 
@@ -92,7 +134,8 @@ def first_failure(log_dir: Path, codes: Mapping[int, int], errors: Sequence[Mapp
         return _from_record(log_dir, min(errors, key=lambda error: (error["type"] != KILLED, error["time"])))
     for rank, code in codes.items():
         reason = killed_by(rank, -code) if code < 0 else f"rank {rank} failed first: it exited with code {code}"
-        return Failure(reason, _see(log_dir, rank), bad_input=code == 2, repeats=code == 2)
+        refused = code == BAD_INPUT
+        return Failure(reason, _see(log_dir, rank), BAD_INPUT if refused else FAILED, repeats=refused)
     return None
 
 
@@ -101,7 +144,7 @@ def _from_record(log_dir: Path, error: Mapping[str, Any]) -> Failure:
     if error["type"] == KILLED:
         return Failure(error["message"], _see(log_dir, rank))
     if error["bad_input"]:
-        return Failure(error["message"], "", bad_input=True, repeats=True)
+        return Failure(error["message"], "", BAD_INPUT, repeats=True)
     if error["type"] == "HungError":
         about = rank if error.get("about") is None else error["about"]
         return Failure(f"the run hung: {error['message']}", _see(log_dir, about, "its stacks are in"))
@@ -165,7 +208,7 @@ def read_ending(run_dir: Path) -> Ending:
     if stopped and _time_of(stopped) >= failed:
         return Ending(stopped=stopped)
     if failure is not None:
-        return Ending(error=failure.message, bad_input=failure.bad_input)
+        return Ending(error=failure.message, bad_input=failure.code == BAD_INPUT)
     return Ending()
 
 
@@ -182,55 +225,41 @@ def write_killed(log_dir: Path, failure: Failure, seconds: float) -> None:
         atomic_io.write_json(path, {"type": KILLED, "message": failure.reason, "bad_input": False, "time": seconds})
 
 
-def write_gave_up(log_dir: Path, host: str, failure: Failure) -> None:
+def write_gave_up(log_dir: Path, failure: Failure) -> None:
     """Tell the launchers of other nodes that this one ends for good, unless another node was first."""
     path = log_dir / GAVE_UP
     if not path.exists():
-        record = {
-            "host": host,
-            "message": failure.reason,
-            "see": failure.see,
-            "bad_input": failure.bad_input,
-            "stopped": failure.stopped,
-        }
+        record = {"host": host_name(), "message": failure.reason, "see": failure.see, "code": failure.code}
         with contextlib.suppress(OSError):
             atomic_io.write_json(path, record)
 
 
+def end(failure: Failure, log_dir: Path, *, several_nodes: bool) -> int:
+    """Print why this node's workers have ended, leave it for the launchers of other nodes; return the exit code."""
+    if failure.reason:  # Workers that have stopped say so themselves.
+        warn(f"error: {failure.message}" if failure.code in (FAILED, BAD_INPUT) else failure.message)
+        if several_nodes:
+            write_gave_up(log_dir, failure)
+    return failure.code
+
+
 def read_gave_up(log_dir: Path) -> Failure | None:
     """Return why another node ended for good; None if none did."""
-    shape = {"host": str, "message": str, "see": str, "bad_input": bool, "stopped": bool}
     try:
-        record = read_object(log_dir / GAVE_UP, "remove it", shape)
+        record = read_object(log_dir / GAVE_UP, "remove it", {"host": str, "message": str, "see": str, "code": int})
     except (UserError, OSError):
         return None
-    return Failure(
-        record["message"] if record["stopped"] else f"{record['host']} gave up: {record['message']}",
-        record["see"],
-        bad_input=record["bad_input"],
-        stopped=record["stopped"],
-        repeats=True,
-    )
+    by = "" if record["code"] == STOPPED else f"{record['host']} gave up: "
+    return Failure(f"{by}{record['message']}", record["see"], record["code"], repeats=True)
 
 
-def write_stopped(run_dir: Path, signum: int) -> Failure:
-    """Write RUN/stopped.json in place of workers that do not run; return the message."""
+def stopped_without_workers(run_dir: Path, signum: int) -> Failure:
+    """Return the end of a run that is asked to stop while no worker runs, and write RUN/stopped.json in its place."""
     saved = checkpoint_folders(run_dir)
-    record = {
-        "step": step_of(saved[-1]) if saved else 0,
-        "checkpoint": str(saved[-1].relative_to(run_dir)) if saved else None,
-        "signal": name_of(signum),
-        "time": round(time.time(), 3),
-    }
     with contextlib.suppress(OSError):  # On a full disk only `distlora status` lacks it.
-        atomic_io.write_json(run_dir / STOPPED_NAME, record)
+        write_stopped(run_dir, signum, saved[-1] if saved else None)
     state = f"{saved[-1].name} is saved" if saved else "nothing is saved yet"
-    return Failure(f"stopped by {name_of(signum)} while no workers ran on {host_name()}: {state}", "", stopped=True)
-
-
-def stopped_without_workers(run_dir: Path, signum: int, *, saves: bool) -> Failure:
-    """Return the end of a run or a command that is asked to stop while no worker runs. saves: see `run_workers`."""
-    return write_stopped(run_dir, signum) if saves else killed(signum)
+    return Failure(f"stopped by {name_of(signum)} while no workers ran on {host_name()}: {state}", "", STOPPED)
 
 
 def resume_point(run_dir: Path) -> str:
@@ -244,9 +273,9 @@ def would_repeat(log_dir: Path) -> bool:
     return any(error["type"] in _DIVERGED for _, error in read_errors(log_dir))
 
 
-def killed(signum: int) -> Failure:
+def killed(signum: int, log_dir: Path) -> Failure:
     """Return the failure of workers that a request to stop has killed."""
-    return Failure(f"killed by {signal.Signals(signum).name}", "")
+    return Failure(f"killed by {name_of(signum)}; logs are in {log_dir}", "", 128 + signum)
 
 
 def killed_by(rank: int, signum: int) -> str:
@@ -270,12 +299,3 @@ def _reason(signum: int) -> str:
 
 def _see(log_dir: Path, rank: int, lead: str = "its output is in") -> str:
     return f"{lead} {log_dir / f'rank_{rank}.log'}"
-
-
-def file_identity(path: Path) -> tuple[int, int] | None:
-    """Return (inode, modification time) of a file, which a new file in its place changes; None if there is none."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns

@@ -8,34 +8,28 @@ import ctypes
 import importlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from distlora.config import Config, require
 from distlora.config.json_files import object_or_empty
-from distlora.run_folder.layout import find_result
 from distlora.system.command_worker import REQUEST_NAME, encode_call
-from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, STOPPED
-from distlora.system.stop_signals import STOPPED_NAME
+from distlora.system.exit_codes import DONE
+from distlora.system.stop_signals import HANDLED_BY_TORCH, Forwarder, forwarding
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch.bound import PARENT
 from distlora_launcher.launch.failures import (
     Failure,
-    file_identity,
+    end,
     killed,
+    set_aside_logs,
     stopped_without_workers,
-    write_gave_up,
 )
-from distlora_launcher.launch.logs import set_aside_logs
-from distlora_launcher.launch.processes import HANDLED_BY_TORCH, Forwarder, forwarding, host_name
 from distlora_launcher.launch.rendezvous import Rendezvous
-from distlora_launcher.terminal.output import warn
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}
 """OpenMP threads sleep while they wait. By default they spin, which slows down CPU runs on shared cores threefold."""
@@ -64,9 +58,6 @@ IMPORTS = (
 )
 """Modules that the launcher imports before it forks workers; new processes import all but the first two themselves."""
 
-OUTCOME_SECONDS = 60
-"""Longest wait for another node's files: NFS caches a folder's listing that long by default."""
-
 WORKER = "distlora.training.worker"
 """Module of the workers that train."""
 
@@ -88,76 +79,38 @@ def run_workers(
     forwarder: handles signals already; None: signals are handled for the duration.
     saves: whether the workers save on a request to stop; else it kills them.
 
-    Exit codes: 0 if every rank ended well; 2 if the first failure is a UserError; 75 if the workers left the stop
-    marker, or no worker was running that could; 128 + n if signal n killed them; else 1.
+    Exit codes: 0 if every rank ended well; 2 if the first failure is a UserError; 75 if the workers saved and stopped,
+    or no worker was running that could; 128 + n if signal n killed them; else 1.
     """
-    log_dir, marker = run_dir / "logs", run_dir / STOPPED_NAME
+    log_dir = run_dir / "logs"
     if rendezvous is None:
         set_aside_logs(log_dir)
-    earlier = file_identity(marker)
     with (
         contextlib.nullcontext(forwarder) if forwarder is not None else forwarding() as requests,
         environment(worker_environment(processes, rendezvous) | {PARENT: str(os.getpid())}),
         tempfile.TemporaryDirectory(prefix="distlora-workers-") as scratch,
     ):
         forks = import_for_workers(worker_module, lambda: requests.received is not None)
-        failure: Failure | None
         if requests.received is not None:
-            failure = stopped_without_workers(run_dir, requests.received, saves=saves)
-        else:
-            try:
-                from distlora_launcher.launch.agent import run_agent
-            except (ImportError, OSError) as error:
-                failure = Failure(f"torch cannot be imported: {error}", "")
-            else:
-                failure = run_agent(
-                    run_dir,
-                    Path(scratch),
-                    requests,
-                    processes=processes,
-                    module=worker_module,
-                    max_restarts=max_restarts,
-                    rendezvous=rendezvous,
-                    forks=forks,
-                    saves=saves,
-                )
-    if failure is None and rendezvous is not None:
-        wait_for_outcome(run_dir, earlier)
-    if failure is not None and failure.stopped:
-        give_up(failure, failure.message, log_dir, rendezvous)
-        return STOPPED
-    if file_identity(marker) not in (None, earlier):
-        return STOPPED
-    if failure is None:
-        # On a full disk the marker may be missing, but then so is the result.
-        lacks_marker = saves and requests.received is not None and find_result(run_dir) is None
-        return STOPPED if lacks_marker else DONE
-    if requests.received is not None and (requests.killed or not saves):
-        signum = signal.SIGINT if requests.killed else requests.received
-        failure = killed(signum)
-        give_up(failure, f"{failure.reason}; logs are in {log_dir}", log_dir, rendezvous)
-        return 128 + signum
-    give_up(failure, f"error: {failure.message}", log_dir, rendezvous)
-    return BAD_INPUT if failure.bad_input else FAILED
-
-
-def give_up(failure: Failure, message: str, log_dir: Path, rendezvous: Rendezvous | None) -> None:
-    """Print why this node ends for good, and leave the reason for the other nodes."""
-    warn(message)
-    if rendezvous is not None:
-        write_gave_up(log_dir, host_name(), failure)
-
-
-def wait_for_outcome(run_dir: Path, earlier: tuple[int, int] | None) -> None:
-    """Wait until rank 0's result or stop marker is visible: a network file system shows another node's files late.
-
-    earlier: identity of the marker of an earlier start, which does not count.
-    """
-    deadline = time.monotonic() + OUTCOME_SECONDS
-    while find_result(run_dir) is None and file_identity(run_dir / STOPPED_NAME) in (None, earlier):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(1)
+            signum = requests.received
+            failure = stopped_without_workers(run_dir, signum) if saves else killed(signum, log_dir)
+            return end(failure, log_dir, several_nodes=rendezvous is not None)
+        try:
+            from distlora_launcher.launch.agent import run_agent
+        except (ImportError, OSError) as error:
+            failure = Failure(f"torch cannot be imported: {error}", "")
+            return end(failure, log_dir, several_nodes=rendezvous is not None)
+        return run_agent(
+            run_dir,
+            Path(scratch),
+            requests,
+            processes=processes,
+            module=worker_module,
+            max_restarts=max_restarts,
+            rendezvous=rendezvous,
+            forks=forks,
+            saves=saves,
+        )
 
 
 _forks: bool | None = None

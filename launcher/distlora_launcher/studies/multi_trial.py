@@ -36,6 +36,7 @@ from distlora.run_folder.layout import DATA_NAME, PLAN_NAME, find_result
 from distlora.run_folder.sweep import COMPLETE, FAILED, PACKS, PRUNED, SAVED, words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import BAD_INPUT, DONE, STOPPED, run_to_exit_code
+from distlora.system.stop_signals import Forwarder, block
 from distlora.training.multi_trial.protocol import (
     CLOSED_NAME,
     INBOX,
@@ -56,7 +57,6 @@ from distlora_launcher.compose.planning import choices, machine_here, planned_mo
 from distlora_launcher.jobs.submit import in_job
 from distlora_launcher.launch.local import create_run, forget_run, is_prepared
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
-from distlora_launcher.launch.processes import Forwarder, block
 from distlora_launcher.launch.workers import run_workers
 from distlora_launcher.studies.alone import POLL_SECONDS, LoggedProcess, trial_log, wait_until_free
 from distlora_launcher.studies.placement import Outcome, Placement, Trial

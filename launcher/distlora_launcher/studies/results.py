@@ -26,8 +26,7 @@ from distlora.system import atomic_io
 from distlora.system.numbers import length
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.submit import live_jobs
-from distlora_launcher.launch.lock import holders
-from distlora_launcher.launch.processes import Process
+from distlora_launcher.launch.lock import Process, holders
 from distlora_launcher.report.records import PageStatus, read_figures, recorded
 from distlora_launcher.report.run_page import write_report
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses

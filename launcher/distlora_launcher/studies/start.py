@@ -35,6 +35,7 @@ from distlora.planner.report import packed_trials
 from distlora.run_folder.submission import write_submission
 from distlora.run_folder.sweep import COMPLETE, RESULTS_NAME, TrialRecord, at_rest, is_sweep_folder, words_of
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
+from distlora.system.stop_signals import Forwarder, forwarding
 from distlora.training.multi_trial.protocol import check_trial
 from distlora_launcher.compose.checks import check, check_writable, gpu_count
 from distlora_launcher.compose.compose import MOST_JOBS_CHECKED, Composed, compose_run, expand_home, section_of
@@ -47,7 +48,6 @@ from distlora_launcher.jobs.script import mounts, render_workers, write_script
 from distlora_launcher.jobs.submit import live_jobs, make_cache, submit_script
 from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.local import create_run, prepare
-from distlora_launcher.launch.processes import Forwarder, forwarding
 from distlora_launcher.studies.multi_trial import plan_first_run
 from distlora_launcher.studies.results import LONGEST_REASON, results_table, summary_lines
 from distlora_launcher.studies.sources import Listed, Source, make_source

@@ -25,8 +25,7 @@ from distlora.run_folder.sweep import (
     read_results,
     write_results,
 )
-from distlora_launcher.launch.lock import holders, is_alive
-from distlora_launcher.launch.processes import Process, this_process
+from distlora_launcher.launch.lock import Process, holders, is_alive, this_process
 from distlora_launcher.studies.placement import Outcome, Trial
 from distlora_launcher.studies.sources import Due, Source
 from distlora_launcher.studies.sweep import Sweep

@@ -32,6 +32,7 @@ from distlora.run_folder.layout import find_result
 from distlora.run_folder.sweep import words_of
 from distlora.system import atomic_io
 from distlora.system.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
+from distlora.system.stop_signals import Forwarder, forwarding
 from distlora.training.trackers.wandb_agent import ASKED, VARIABLES, AgentRun
 from distlora_launcher.compose.compose import PATHS, compose_section, parse_overrides, section_of
 from distlora_launcher.jobs import scheduler
@@ -39,8 +40,7 @@ from distlora_launcher.jobs.script import render_workers
 from distlora_launcher.jobs.submit import check_with_slurm, in_job
 from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.failures import read_ending
-from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, worker_place
-from distlora_launcher.launch.processes import Forwarder, forwarding, host_name
+from distlora_launcher.launch.lock import CONFIG_NAME, MACHINES, holders, host_name, worker_place
 from distlora_launcher.studies.sources import make_source
 from distlora_launcher.studies.start import (
     WORKER,

@@ -24,9 +24,9 @@ from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, SAVED, words_of,
 from distlora.system.exit_codes import DONE, STOPPED, run_to_exit_code
 from distlora.system.exit_codes import FAILED as FAILURE
 from distlora.system.numbers import length
+from distlora.system.stop_signals import Forwarder, block, forwarding
 from distlora_launcher.launch.failures import would_repeat
 from distlora_launcher.launch.lock import worker_place
-from distlora_launcher.launch.processes import Forwarder, block, forwarding
 from distlora_launcher.report.records import NewMetrics
 from distlora_launcher.studies.alone import POLL_SECONDS, Alone
 from distlora_launcher.studies.multi_trial import Together

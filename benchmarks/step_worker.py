@@ -120,7 +120,7 @@ def ours(job: Job, rows: PackedRows, ranks: Ranks, parent: Connection) -> None:
     }
     losses: list[float | Tensor] = []
     trainer, reporter = Started.of(build(Config, sections), ranks).trainer(rows)
-    trainer.begin(trainer.trials)
+    trainer.begin()
     parent.send({"ran": describe(trainer.model)})
     for _ in turns(ranks.device, parent, losses):
         trainer.advance()

@@ -189,6 +189,35 @@ def test_killing_the_launcher_leaves_no_workers(run_dir: Path):
     assert_no_workers(run_dir)
 
 
+COMMAND = """
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+
+@dataclass
+class Request:
+    folder: str
+
+def main(request: Request) -> int:
+    Path(request.folder, "pid_0").write_text(str(os.getpid()))
+    signal.pause()
+"""
+
+
+def test_a_command_of_one_process_ends_with_its_launcher(run_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    (run_dir / "command.py").write_text(COMMAND)
+    monkeypatch.setenv("PYTHONPATH", str(run_dir), prepend=os.pathsep)
+    code = (
+        "from command import Request; from distlora_launcher.launch.workers import run_alone; "
+        f"run_alone('command:main', Request({str(run_dir)!r}))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as launcher:
+        wait_until(lambda: (run_dir / "pid_0").exists() and (run_dir / "pid_0").read_text())
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=60) == -signal.SIGTERM
+    assert_no_workers(run_dir)
+
+
 @pytest.mark.ci
 def test_on_a_terminal_rank_0_writes_to_a_terminal(run_dir: Path):
     (run_dir / "behaviour").write_text("terminal")

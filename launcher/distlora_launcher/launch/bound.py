@@ -38,10 +38,12 @@ def start_command(
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
     cwd: str | None = None,
+    in_session: bool = False,
 ) -> "subprocess.Popen[bytes]":
     """Start `python -m module arguments`, which is killed when this process ends; `stops`: it gets SIGTERM instead.
 
-    `environment`: the whole environment; None: this process's. Ctrl-C on the terminal reaches it only through us.
+    `environment`: the whole environment; None: this process's. Ctrl-C on the terminal reaches it only through us, or
+    with `in_session` directly.
     """
     return subprocess.Popen(
         [sys.executable, "-m", __name__, *(["--stop"] if stops else []), module, *arguments],
@@ -50,7 +52,7 @@ def start_command(
         stdout=stdout,
         stderr=stderr,
         cwd=cwd,
-        start_new_session=True,
+        start_new_session=not in_session,
     )
 
 

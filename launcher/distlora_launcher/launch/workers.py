@@ -21,7 +21,7 @@ from distlora.system.command_worker import REQUEST_NAME, encode_call
 from distlora.system.exit_codes import DONE
 from distlora.system.stop_signals import HANDLED_BY_TORCH, Forwarder, forwarding
 from distlora_launcher.compose.checks import gpu_count
-from distlora_launcher.launch.bound import PARENT
+from distlora_launcher.launch.bound import PARENT, start_command
 from distlora_launcher.launch.failures import (
     Failure,
     end,
@@ -235,8 +235,8 @@ def become(worker: str, request: Any) -> NoReturn:
 def run_alone(worker: str, request: Any) -> int:
     """Run `worker` in a process of its own; return its exit code."""
     sys.stdout.flush()
-    command = [sys.executable, "-m", ENTRY, encode_call(worker, request)]
-    code = subprocess.run(command, env=worker_environment(processes=1)).returncode
+    call, environment = encode_call(worker, request), worker_environment(processes=1)
+    code = start_command(ENTRY, call, environment=environment, stdin=None, in_session=True).wait()
     return code if code >= 0 else 128 - code
 
 

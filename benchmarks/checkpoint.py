@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from distlora.checkpoint.saver import Saver, checkpoint_files, choose, environment
-from distlora.checkpoint.state import Identity, Progress, TrainState
+from distlora.checkpoint.state import Identity, RunProgress, TrainState
 from distlora.config import Config
 from distlora.config.file import build
 from distlora.parallel import Ranks, join_ranks, leave_ranks
@@ -108,7 +108,7 @@ class Turns:
     """Seconds from the start of a save until it is on disk."""
     _last: Clock = field(default_factory=now)
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: RunProgress) -> None:
         """Save and record the times."""
         step, began = since(self._last), now()
         mode = MODES[(progress.step - 1) // STEPS % len(MODES)]

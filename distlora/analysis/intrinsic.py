@@ -280,6 +280,11 @@ def deviation(groups: Sequence[Sequence[float]]) -> float | None:
 
 
 SCALING_WORDS = {"none": "no scaling (DID)", "layers": "layers scaled (SAID)"}
+NOTES = """**What is measured.** theta = theta_0 + P u over all parameters, u of d numbers and P a random subspace with
+orthonormal columns; SAID multiplies each layer's part by a factor that is trained too, and counts it. Loss after the
+last step; the gain is the untrained model's loss less that of full fine-tuning at its own best learning rate. Learning
+rates are powers of 3 apart, the best of those that were tried at each dimension. "moved" is
+||theta - theta_0|| / ||theta_0||."""
 
 
 def record(found: Mapping[str, Any]) -> Record:
@@ -366,12 +371,6 @@ def _findings(found: Mapping[str, Any]) -> Iterator[str]:
             "one of it, that of a single training, added or taken away."
         )
 
-
-NOTES = """**What is measured.** theta = theta_0 + P u over all parameters, u of d numbers and P a random subspace with
-orthonormal columns; SAID multiplies each layer's part by a factor that is trained too, and counts it. Loss after the
-last step; the gain is the untrained model's loss less that of full fine-tuning at its own best learning rate. Learning
-rates are powers of 3 apart, the best of those that were tried at each dimension. "moved" is
-||theta - theta_0|| / ||theta_0||."""
 
 _STYLES: dict[str, Style] = {"none": "dashed", "layers": "line"}
 

@@ -12,7 +12,7 @@ from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import let_go
 from distlora.post.load_trained import made_on
 from distlora.system import atomic_io
-from distlora.system.progress import Progress
+from distlora.system.progress import ProgressLines
 
 LOST = -9.0
 """The share of a training that destroyed the model: no mean of it with others reaches anything."""
@@ -54,7 +54,14 @@ class Arm:
     """A model from one start: its full fine-tuning, and its subspaces."""
 
     def __init__(
-        self, request: IntrinsicRequest, bench: Bench, name: str, trainings: Trainings, say: Progress, *, random: bool
+        self,
+        request: IntrinsicRequest,
+        bench: Bench,
+        name: str,
+        trainings: Trainings,
+        say: ProgressLines,
+        *,
+        random: bool,
     ):
         self.request, self.bench, self.name, self.random = request, bench, name, random
         self.trainings, self.say = trainings, say
@@ -189,7 +196,7 @@ def _described(training: Training) -> str:
 def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
     """Analyze all that the request asks for, tables to stdout and progress to stderr."""
     ranks = ranks or join_ranks()
-    say = Progress()
+    say = ProgressLines()
     out = Path(request.out)
     trainings = Trainings(out / TRAININGS_NAME)
     if trainings.number:

@@ -87,6 +87,18 @@ class QuantizationRequest:
         )
 
 
+NOTES = """**What is measured.** Relative error is ||w - w'|| / ||w|| (Frobenius), SNR 10 log10 of its inverse square,
+largest error in the weights' own unit; dequantized in fp32. int4 is QLoRA's: 15 evenly spaced levels of a block's
+absmax, in the same blocks of 64 with the same double quantization as NF4, so that bits are equal. Bits are counted
+bytes, padding of the last group of 16,384 included. Perplexity is exp of the mean loss of a target token, KL the
+mean of KL(unquantized model's prediction || this one's); for int4 a dense model holds what int4 gives back."""
+HARM_NOTE = """
+
+**Harm** is the KL per token that a format causes in one weight alone, estimated to second order: half the squared
+errors times the diagonal of the Fisher information, from one backward per sequence for tokens that the model itself
+draws. `quant=mixed quant.budget=4.5 quant.harm=FOLDER` chooses the format of each weight by it."""
+
+
 def record(found: Mapping[str, Any]) -> Record:
     """Return the figures of quantization.json as a record."""
     return Record(
@@ -274,16 +286,3 @@ def _gains(name: str, group: Sequence[Mapping[str, Any]], colour: int) -> Curve:
     known = [(kurtosis, gain) for kurtosis, gain in points if kurtosis is not None and gain is not None]
     x, y = [kurtosis for kurtosis, _ in known], [gain for _, gain in known]
     return Curve(name=name, x=x, y=y, style="cross" if "layer" not in group[0] else "dots", colour=colour)
-
-
-NOTES = """**What is measured.** Relative error is ||w - w'|| / ||w|| (Frobenius), SNR 10 log10 of its inverse square,
-largest error in the weights' own unit; dequantized in fp32. int4 is QLoRA's: 15 evenly spaced levels of a block's
-absmax, in the same blocks of 64 with the same double quantization as NF4, so that bits are equal. Bits are counted
-bytes, padding of the last group of 16,384 included. Perplexity is exp of the mean loss of a target token, KL the
-mean of KL(unquantized model's prediction || this one's); for int4 a dense model holds what int4 gives back."""
-
-HARM_NOTE = """
-
-**Harm** is the KL per token that a format causes in one weight alone, estimated to second order: half the squared
-errors times the diagonal of the Fisher information, from one backward per sequence for tokens that the model itself
-draws. `quant=mixed quant.budget=4.5 quant.harm=FOLDER` chooses the format of each weight by it."""

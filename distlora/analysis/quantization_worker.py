@@ -15,8 +15,8 @@ from distlora.analysis.roundtrip import (
     DENSE,
     MEASURED,
     Sensitivity,
+    StoredWeight,
     Sums,
-    Weight,
     block_weights,
     find_weights,
     measure_references,
@@ -30,15 +30,15 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Ranks, join_ranks
 from distlora.post.divergence import Loss, Readings, compare, evenly
 from distlora.post.load_trained import made_on
-from distlora.system.progress import Progress
-from distlora.training.setup import Start, start_model
+from distlora.system.progress import ProgressLines
+from distlora.training.setup import StartOptions, start_model
 from distlora.weights.reader import Reader
 
 
 def run(request: QuantizationRequest) -> None:
     """Analyze all that the request asks for, tables to stdout and progress to stderr."""
     ranks = join_ranks()
-    say = Progress()
+    say = ProgressLines()
     # The text first: what is wrong with it is said before minutes are spent on the weights.
     rows = None if request.text is None else read_rows(request)
     weights, total = find_weights(request.spec("nf4"))
@@ -50,7 +50,7 @@ def run(request: QuantizationRequest) -> None:
         say(f"loading the base in {quant if request.no_perplexity else request.dtype}")
         train = TrainConfig(dtype=request.dtype, fused_kernels="none")  # Hooks on linears need them called.
         model, _, _ = start_model(
-            request.spec(quant), ranks, Start(training=False), train=train, shard_degree=ranks.world
+            request.spec(quant), ranks, StartOptions(training=False), train=train, shard_degree=ranks.world
         )
         if request.formats:
             # Every second sequence is for the harm, the others are held out.
@@ -83,11 +83,11 @@ def read_rows(request: QuantizationRequest) -> PackedRows:
 
 def measured(
     request: QuantizationRequest,
-    weights: list[Weight],
+    weights: list[StoredWeight],
     sensitivities: Mapping[str, Sensitivity],
     ranks: Ranks,
-    say: Progress,
-) -> Iterator[tuple[Weight, Sums]]:
+    say: ProgressLines,
+) -> Iterator[tuple[StoredWeight, Sums]]:
     """Each weight with what the formats do to it."""
     formats = request.formats or MEASURED
     with Reader() as reader:
@@ -106,7 +106,7 @@ def describe(request: QuantizationRequest, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _of_weights(measured: Iterable[tuple[Weight, Sums]], total_parameters: int) -> dict[str, Any]:
+def _of_weights(measured: Iterable[tuple[StoredWeight, Sums]], total_parameters: int) -> dict[str, Any]:
     """{"overall", "layers": {number: ...}, "linears": {path: ...}, "tensors": [...], "model"}."""
     overall = Sums()
     layers: dict[int, Sums] = {}
@@ -171,7 +171,12 @@ def _of_losses(losses: Mapping[str, Loss]) -> dict[str, Any]:
 
 
 def measure_losses(
-    request: QuantizationRequest, model: CausalLM, rows: PackedRows, weights: list[Weight], ranks: Ranks, say: Progress
+    request: QuantizationRequest,
+    model: CausalLM,
+    rows: PackedRows,
+    weights: list[StoredWeight],
+    ranks: Ranks,
+    say: ProgressLines,
 ) -> dict[str, Loss]:
     """Return the loss of a dense model, and of each format, whose restored weights take the place of its own."""
     dense = Readings(rows, ranks, say)
@@ -192,7 +197,7 @@ def measure_losses(
 
 
 @torch.no_grad()
-def put_through(weight: Weight, format: str, into: Tensor, reader: Reader) -> None:
+def put_through(weight: StoredWeight, format: str, into: Tensor, reader: Reader) -> None:
     """Fill `into` (the weight's shape, fp32 or bf16) with what a format gives back of the weight on disk."""
     flat = into.view(-1)
     chunks = functools.partial(weight.chunks, reader, into.device)

@@ -40,7 +40,7 @@ from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenLinear, FrozenTensor
 from distlora.model.lm_head import IGNORED_LABEL, LossHead
 from distlora.parallel import Ranks
-from distlora.weights.conversion import Source
+from distlora.weights.conversion import ParameterSource
 from distlora.weights.reader import Reader, all_finite
 from distlora_kernels import reference
 from distlora_kernels.formats import FORMATS as REGISTERED
@@ -370,12 +370,12 @@ def measure_references() -> dict[str, Sums]:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class StoredWeight:
     """One weight that quant=nf4 quantizes, on disk."""
 
     name: str
     """As the Hugging Face model has it: model.layers.0.mlp.up_proj.weight."""
-    source: Source
+    source: ParameterSource
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -409,7 +409,7 @@ def block_weights(model: CausalLM) -> Iterator[tuple[str, FrozenTensor]]:
             yield model.hf_name(f"{path}.weight"), module
 
 
-def find_weights(spec: ModelSpec) -> tuple[list[Weight], int]:
+def find_weights(spec: ModelSpec) -> tuple[list[StoredWeight], int]:
     """Return (weights that quant=nf4 quantizes, parameters of the whole model) from headers alone.
 
     The weights are in the order of the forward. Raises UserError for a checkpoint that is not the model's, and for
@@ -423,7 +423,7 @@ def find_weights(spec: ModelSpec) -> tuple[list[Weight], int]:
         if not module.quantized:  # A router, which stays as it is.
             continue
         segments_of(sources, name, module.shape)
-        weights.append(Weight(name, sources[name]))
+        weights.append(StoredWeight(name, sources[name]))
     tied = {f"{model.architecture.head}.weight"} if model.tied else set()
     total = sum(segment.numel for name, s in sources.items() if name not in tied for segment in s.segments)
     return weights, total

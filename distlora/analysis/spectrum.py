@@ -62,6 +62,12 @@ class SpectrumRequest(Named):
         )
 
 
+NOTES = """**What is measured.** dW is W' - W; W is the weight as training held it (of a 4-bit base: dequantized).
+Effective rank is exp of the entropy of the singular values' shares, stable rank ||dW||_F^2 / s_1^2. An intruder is a
+left singular vector among the first of W' whose largest |cosine| with all left singular vectors of W is below a
+threshold (Shuttleworth et al. 2024, arXiv 2410.21228). Shared is the mean squared cosine of the principal angles."""
+
+
 def record(found: Mapping[str, Any]) -> Record:
     """Return the figures of spectrum.json as a record."""
     names = " against ".join(found["runs"][side]["name"] for side in _sides(found))
@@ -149,12 +155,6 @@ def _findings(found: Mapping[str, Any]) -> Iterator[str]:
             )
     if found["left_out"]:
         yield f"{found['left_out']:,} weights that only the first changed are left out."
-
-
-NOTES = """**What is measured.** dW is W' - W; W is the weight as training held it (of a 4-bit base: dequantized).
-Effective rank is exp of the entropy of the singular values' shares, stable rank ||dW||_F^2 / s_1^2. An intruder is a
-left singular vector among the first of W' whose largest |cosine| with all left singular vectors of W is below a
-threshold (Shuttleworth et al. 2024, arXiv 2410.21228). Shared is the mean squared cosine of the principal angles."""
 
 
 def _short(weight: Mapping[str, Any]) -> str:

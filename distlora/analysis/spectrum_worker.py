@@ -31,17 +31,17 @@ from distlora.loading.load_base import find_base
 from distlora.post.load_trained import check_base, made_on, weights_in
 from distlora.post.merged_parameters import open_adapter
 from distlora.post.trained import BY_PLACE, Trained
-from distlora.post.weights import Base, BaseWeight, Factors, adapted_rows, open_base, read_factors
+from distlora.post.weights import BaseWeight, Factors, OpenBase, adapted_rows, open_base, read_factors
 from distlora.run_folder.layout import CHECKPOINTS, STATE_NAME, newest, read_result, step_of
-from distlora.system.progress import Progress
-from distlora.weights.conversion import Source
+from distlora.system.progress import ProgressLines
+from distlora.weights.conversion import ParameterSource
 from distlora.weights.decompose import times, transposed_times
 from distlora.weights.peft_folder import PeftAdapter
 from distlora.weights.reader import Reader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class MatrixChange:
     """One matrix, fp32."""
 
     name: str
@@ -59,7 +59,7 @@ class Change:
         """After - before, (O, I) fp32."""
         return self.after - self.before if self.factors is None else self.factors.delta()
 
-    def to(self, device: torch.device) -> Change:
+    def to(self, device: torch.device) -> MatrixChange:
         """Return the change with its tensors on `device`."""
         moved = None
         if self.factors is not None:
@@ -71,7 +71,13 @@ class Changes:
     """The changes of one run or adapter, read on demand."""
 
     def __init__(
-        self, method: str, folder: Path, base: Base, *, adapter: PeftAdapter | None, saved: Mapping[str, Source]
+        self,
+        method: str,
+        folder: Path,
+        base: OpenBase,
+        *,
+        adapter: PeftAdapter | None,
+        saved: Mapping[str, ParameterSource],
     ) -> None:
         """`adapter` is one for the unchanged base; without one, `saved` says where each weight lies."""
         self.method = method
@@ -101,7 +107,7 @@ class Changes:
         """Return the number of elements of a changed weight."""
         return self._before[name].numel
 
-    def of(self, name: str, reader: Reader) -> Iterator[Change]:
+    def of(self, name: str, reader: Reader) -> Iterator[MatrixChange]:
         """Yield the change of a weight's matrix, or of each of its experts."""
         weight = self._before[name]
         factors = None
@@ -124,7 +130,7 @@ class Changes:
                 after = adapted_rows(before, 0, own)
                 kept = own if own.magnitude is None else None
             assert after is not None
-            yield Change(
+            yield MatrixChange(
                 name=label, layer=layer_of(name), linear=linear_of(name), before=before, after=after, factors=kept
             )
 
@@ -193,7 +199,7 @@ NO_RANK = 1e-6
 
 def analyse(request: SpectrumRequest) -> dict[str, Any]:
     """Everything that the request asks for; tables on stdout, progress on stderr."""
-    say = Progress()
+    say = ProgressLines()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(open_changes(request.first.read()))
@@ -204,7 +210,7 @@ def analyse(request: SpectrumRequest) -> dict[str, Any]:
 
 
 def analysed(
-    request: SpectrumRequest, first: Changes, against: Changes | None, device: torch.device, say: Progress
+    request: SpectrumRequest, first: Changes, against: Changes | None, device: torch.device, say: ProgressLines
 ) -> dict[str, Any]:
     """spectrum.json."""
     names = [name for name in first.names if against is None or name in against.names]
@@ -228,7 +234,7 @@ def measured(
     against: Changes | None,
     request: SpectrumRequest,
     device: torch.device,
-    say: Progress,
+    say: ProgressLines,
 ) -> Iterator[dict[str, Any]]:
     """Yield an entry for each matrix."""
     began, total, done = time.monotonic(), sum(map(first.numel, names)), 0
@@ -249,7 +255,7 @@ def measured(
 
 
 def compared(
-    entry: dict[str, Any], change: Change, delta: Any, other: Change, theirs: Any, request: SpectrumRequest
+    entry: dict[str, Any], change: MatrixChange, delta: Any, other: MatrixChange, theirs: Any, request: SpectrumRequest
 ) -> dict[str, Any] | None:
     """Principal angles between the two dW: over the smaller of their ranks, or `top` where neither has a low one."""
     ranks = [e["delta"]["rank"] for e in (entry, entry["against"]) if e["delta"]["rank"] is not None]
@@ -267,7 +273,7 @@ def compared(
 
 
 @torch.no_grad()
-def measure(change: Change, request: SpectrumRequest) -> tuple[dict[str, Any], Singular]:
+def measure(change: MatrixChange, request: SpectrumRequest) -> tuple[dict[str, Any], Singular]:
     """Return the figures of one matrix and dW's singular triples (of a large dense dW the first `top`)."""
     delta, is_whole, norm = _delta_of(change, request)
     found, before, after = similarity(
@@ -302,7 +308,7 @@ def measure(change: Change, request: SpectrumRequest) -> tuple[dict[str, Any], S
     return figures, delta
 
 
-def _delta_of(change: Change, request: SpectrumRequest) -> tuple[Singular, bool, float]:
+def _delta_of(change: MatrixChange, request: SpectrumRequest) -> tuple[Singular, bool, float]:
     """(dW's triples, whether these are all, ||dW||_F)."""
     if change.factors is not None:
         triples = of_factors(change.factors.A, change.factors.B, change.factors.scaling)

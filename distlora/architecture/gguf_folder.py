@@ -64,6 +64,9 @@ def described(file: Path) -> Path:
     return folder
 
 
+NOTE_NAME = "gguf.json"
+
+
 def restore_folder(folder: Path, file: Path) -> None:
     """Make the folder of `described` again if the cache lacks it, cannot be read, or describes a file elsewhere.
 
@@ -102,8 +105,6 @@ def _describe(file: Path, folder: Path, *, again: bool = False) -> None:
         ) from error
     kept_text(note, lambda: derived(f"reading {file.name}", "--gguf", str(file), str(folder)))
 
-
-NOTE_NAME = "gguf.json"
 
 _DENSE = {"F32": 32, "F16": 16, "BF16": 16}
 """Bits of a weight of the types without blocks."""

@@ -22,7 +22,7 @@ _LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
+class AdapterShape:
     """The adapter of a linear, or of a fused weight of E experts.
 
     A fused weight's A has E x r rows, and its B E x r columns. A factor that all experts share has r.
@@ -173,14 +173,14 @@ class ModelShapes:
         """Return True if a run has one matrix for embedding and LM head; a trained whole one is untied."""
         return self.tied and not config.modules_to_save
 
-    def adapters(self, config: AdapterConfig) -> tuple[tuple[Adapter, ...], ...]:
+    def adapters(self, config: AdapterConfig) -> tuple[tuple[AdapterShape, ...], ...]:
         """Return the adapters of each decoder layer.
 
         Raises UserError if the targets match nothing (`select_adapted`).
         """
         return _adapters(Asked(self, config))
 
-    def alike(self, config: AdapterConfig) -> tuple[tuple[Adapter, int], ...]:
+    def alike(self, config: AdapterConfig) -> tuple[tuple[AdapterShape, int], ...]:
         """Return one of each kind of adapter, and the number of layers that have it. Raises as `adapters`."""
         return _alike(Asked(self, config))
 
@@ -205,7 +205,7 @@ class Asked:
 
 
 @functools.lru_cache(maxsize=16)
-def _adapters(request: Asked) -> tuple[tuple[Adapter, ...], ...]:
+def _adapters(request: Asked) -> tuple[tuple[AdapterShape, ...], ...]:
     """Return the adapters of each decoder layer.
 
     Cached: choosing settings of a 405B model would match 882 paths for each of hundreds of plans.
@@ -213,7 +213,7 @@ def _adapters(request: Asked) -> tuple[tuple[Adapter, ...], ...]:
     architecture, config = request.shapes.architecture, request.config
     adaptable = dict(architecture.adaptable())
     prefix = architecture.layer_prefix
-    blocks: list[list[Adapter]] = [[] for _ in range(architecture.num_layers)]
+    blocks: list[list[AdapterShape]] = [[] for _ in range(architecture.num_layers)]
     for path in select_adapted(config, architecture):
         *experts, out, inner = adaptable[path].shape
         rank, shared = config.rank_of(path), config.shared_factor(path) if experts else None
@@ -221,13 +221,13 @@ def _adapters(request: Asked) -> tuple[tuple[Adapter, ...], ...]:
         layer = int(path.removeprefix(prefix).partition(".")[0])
         layout = architecture.layer(layer).experts
         numbers = (layout.num_experts, layout.chosen) if experts and layout is not None else (1, 1)
-        blocks[layer].append(Adapter(path, (rows, inner), (out, columns), out if config.use_dora else 0, *numbers))
+        blocks[layer].append(AdapterShape(path, (rows, inner), (out, columns), out if config.use_dora else 0, *numbers))
     return tuple(map(tuple, blocks))
 
 
 @functools.lru_cache(maxsize=16)
-def _alike(request: Asked) -> tuple[tuple[Adapter, int], ...]:
-    kinds: dict[object, list[Adapter]] = {}
+def _alike(request: Asked) -> tuple[tuple[AdapterShape, int], ...]:
+    kinds: dict[object, list[AdapterShape]] = {}
     for block in _adapters(request):
         for each in block:
             kinds.setdefault((each.place, each.down, each.up, each.magnitude), []).append(each)

@@ -432,6 +432,11 @@ def cached_path(content: str) -> Path:
     return cache_root() / "architectures" / f"{digest[:32]}.json"
 
 
+_PACKAGE = Path(__file__).parents[1]
+_SOURCES = ("architecture", "derive", "model", "planner", "planner/memory", "loading", "weights")
+"""Folders of the code that derives and proves an architecture."""
+
+
 @functools.cache
 def versions() -> str:
     """Return the versions of transformers and torch, and a digest of the code that derives and builds models."""
@@ -466,8 +471,3 @@ def derived(doing: str, *arguments: str, content: str = "") -> str:
     if finished.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {finished.returncode}:\n{finished.stderr}")
     return finished.stdout
-
-
-_PACKAGE = Path(__file__).parents[1]
-_SOURCES = ("architecture", "derive", "model", "planner", "planner/memory", "loading", "weights")
-"""Folders of the code that derives and proves an architecture."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distlora import __version__
-from distlora.checkpoint.state import Progress, TrainState
+from distlora.checkpoint.state import RunProgress, TrainState
 from distlora.config import ModelSpec, UserError
 from distlora.loading.peft_format import weight_files
 from distlora.loading.tensor_files import DeferredTensor, Files, atomic_folder, write_files
@@ -241,7 +241,7 @@ class Saver:
         collect: Callable[[], Files],
         *,
         backend: Backend,
-        state_of: Callable[[Progress], TrainState],
+        state_of: Callable[[RunProgress], TrainState],
         keep: int,
         in_background: bool,
         say: Callable[[str], None],
@@ -268,7 +268,7 @@ class Saver:
         self._failed: BaseException | None = None
         """Error of that save, on the writing rank."""
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: RunProgress) -> None:
         """Copy the present state and return; it is written while training continues.
 
         If the disk refuses it, the error is reported and the next save tries again.
@@ -276,7 +276,7 @@ class Saver:
         watch.at(progress.step, "saving", long=True)
         self._begin(progress, last=False)
 
-    def _begin(self, progress: Progress, *, last: bool) -> None:
+    def _begin(self, progress: RunProgress, *, last: bool) -> None:
         self._finish()
         self._saving, self._failed = progress.step, None
         state = copy.deepcopy(self._state_of(progress))  # Training changes it meanwhile.
@@ -314,7 +314,7 @@ class Saver:
                 else f"rank 0 could not save the state after step {self._saving}"
             )
 
-    def save_last(self, progress: Progress) -> None:
+    def save_last(self, progress: RunProgress) -> None:
         """Save the final state unless it is saved already, and wait until it is on the disk.
 
         Raises SaveError on every rank if it cannot be saved.

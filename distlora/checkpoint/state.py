@@ -50,7 +50,7 @@ class SamplingChoice(NamedTuple):
 
 
 @dataclass(slots=True)
-class Progress:
+class RunProgress:
     """Progress of a run."""
 
     step: int = 0
@@ -103,7 +103,7 @@ class Identity:
 class TrainState:
     """The content of state.json."""
 
-    progress: Progress
+    progress: RunProgress
     identity: Identity
     environment: dict[str, Any]
     """`saver.environment()` of the saving run; a resume with an equal one is bit-exact."""
@@ -149,7 +149,7 @@ def load_state(folder: Path) -> TrainState:
         if (progress.get(name) or 0) < 0:
             raise UserError(f"{path} is damaged: progress.{name} is {progress[name]}; {remedy}")
     return TrainState(
-        progress=Progress(
+        progress=RunProgress(
             step=progress["step"],
             evaluations={int(step): float(loss) for step, loss in progress["evaluations"].items()},
             seconds=float(progress["seconds"]),

@@ -70,6 +70,10 @@ def check_settings(config: Config, sections: Collection[str] | None = None) -> N
     check_ranks(config, config.cluster.ranks)
 
 
+_OF_ANY_METHOD = {"method", "r", "lora_alpha", "use_rslora", "target_modules", "init_from_loftq"}
+"""Fields of `adapter` that recipes set and adapter=full ignores, or that others refuse."""
+
+
 def _full(
     adapter: AdapterConfig, quant: QuantConfig, parallel: ParallelConfig, optim: OptimConfig, train: TrainConfig
 ) -> Refusals:
@@ -100,10 +104,6 @@ def _full(
             "train.compile=true leaves out the gradients of the norms' scales, which adapter=full trains; leave it "
             "out, or set adapter=lora"
         )
-
-
-_OF_ANY_METHOD = {"method", "r", "lora_alpha", "use_rslora", "target_modules", "init_from_loftq"}
-"""Fields of `adapter` that recipes set and adapter=full ignores, or that others refuse."""
 
 
 def _base(adapter: AdapterConfig, quant: QuantConfig, parallel: ParallelConfig) -> Refusals:

@@ -24,8 +24,8 @@ from distlora.data.formats import (
     SIDES,
     VERDICT_KEYS,
     Document,
-    Reading,
-    Record,
+    ReadOptions,
+    SourceRecord,
     alpaca_document,
     check_chat,
     check_meaning,
@@ -81,12 +81,12 @@ def check_objective(format: str, objective: str, label: str) -> None:
     )
 
 
-def reads(format: str, reading: Reading) -> bool:
+def reads(format: str, reading: ReadOptions) -> bool:
     """Return whether records of this (resolved) format become documents here, and not in formats.py."""
     return reading.judged or format in (*PAIRS, *PROMPTS, *STEPS)
 
 
-def to_answers(record: Record, format: str, has_template: bool, reading: Reading = AS_WRITTEN) -> Document:
+def to_answers(record: SourceRecord, format: str, has_template: bool, reading: ReadOptions = AS_WRITTEN) -> Document:
     """Return a record as one of the forms above. Raises UserError, by place, for one that is not of this format."""
     place = record.place
     if format in PROMPTS:

@@ -90,7 +90,7 @@ FALLBACK_PREFIX = "tokenizer_default_fallback_"
 TOOLS_ADVICE = f"set data.template to one that knows tools ({', '.join(TOOL_MARKERS)}, or a .jinja file of your own)"
 
 
-class Choice(NamedTuple):
+class TemplateChoice(NamedTuple):
     """Meaning of data.template."""
 
     replacement: str | None
@@ -101,16 +101,16 @@ class Choice(NamedTuple):
     """True if `replacement` is used only for a tokenizer without a template."""
 
 
-def template_choice(template: str | None) -> Choice:
+def template_choice(template: str | None) -> TemplateChoice:
     """Return the meaning of `data.template`. Raises UserError for an unknown name and for a file that is absent."""
     if template is None:
-        return Choice(None)
+        return TemplateChoice(None)
     if template in OF_TOKENIZER:
-        return Choice(None, OF_TOKENIZER[template])
+        return TemplateChoice(None, OF_TOKENIZER[template])
     if template.startswith(FALLBACK_PREFIX):
         return template_choice(template.removeprefix(FALLBACK_PREFIX))._replace(is_fallback=True)
     if template in NAMED or template in ALIASES:
-        return Choice(ALIASES.get(template, template))
+        return TemplateChoice(ALIASES.get(template, template))
     known = (*NAMED, *ALIASES, *OF_TOKENIZER)
     if not template.endswith(".jinja"):
         raise UserError(
@@ -123,7 +123,7 @@ def template_choice(template: str | None) -> Choice:
         raise UserError(
             f"data.template={template} is not a file; name a .jinja file, or one of {', '.join(NAMED)}{near}"
         )
-    return Choice(template)
+    return TemplateChoice(template)
 
 
 def template_source(template: str | None) -> str | None:

@@ -21,7 +21,7 @@ from distlora.data.answers import check_objective
 from distlora.data.chat_template import ChatTemplate, Conversation, TurnFinder, start_tokens
 from distlora.data.formats import SIDES, Document, shown
 from distlora.data.rows import RIGHT, TRAINED
-from distlora.data.sources import Source
+from distlora.data.sources import DataSource
 
 TooLong = Literal["truncate", "drop", "split"]
 _ANCHORS = ("\n", ".", "0")
@@ -109,7 +109,7 @@ class Encoder:
         """Return whether a conversation can be rendered, which decides the form of an Alpaca record."""
         return self.data.template is not None or self.tokenizer.chat_template is not None
 
-    def open(self, source: Source) -> tuple[str, TooLong, Iterator[Document]]:
+    def open(self, source: DataSource) -> tuple[str, TooLong, Iterator[Document]]:
         """Return the format of a source, the handling of documents that are too long, and all documents.
 
         Raises UserError for a format that train.objective does not train on.
@@ -131,7 +131,7 @@ class Encoder:
         ):
             yield from self._by_key[key](list(group))
 
-    def unread(self, source: Source) -> str:
+    def unread(self, source: DataSource) -> str:
         """Name the keys of a source's records that neither we nor the chat template read; empty for none."""
         counts = {
             key: count

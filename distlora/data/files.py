@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distlora.config import UserError
-from distlora.data.formats import Record, check_unicode, good, kind_name, shown
+from distlora.data.formats import SourceRecord, check_unicode, good, kind_name, shown
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 20
@@ -31,7 +31,7 @@ _BLANK_LINES_WITHIN = 64 << 20
 _ROWS_AT_ONCE = 1000
 
 
-def read_file(path: Path, format: str, sample_by: str) -> Iterator[Record]:
+def read_file(path: Path, format: str, sample_by: str) -> Iterator[SourceRecord]:
     """Yield the records of one file in order, by the kind that its name says.
 
     `format` (perhaps `auto`) is only named in complaints; `sample_by` says what a record of a .txt file is. Raises
@@ -64,7 +64,7 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSIONS
 
 
-def _readers(sample_by: str) -> dict[str, Callable[[Path, str], Iterator[Record]]]:
+def _readers(sample_by: str) -> dict[str, Callable[[Path, str], Iterator[SourceRecord]]]:
     return {
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
@@ -105,7 +105,7 @@ def _open(path: Path) -> BinaryIO:
     return opened[suffix](path) if suffix in opened else path.open("rb")
 
 
-def _jsonl(path: Path, format: str) -> Iterator[Record]:
+def _jsonl(path: Path, format: str) -> Iterator[SourceRecord]:
     """JSON lines, split at newlines alone; blank ones are skipped. Lines count from 1, as an editor shows them."""
     with _open(path) as file:
         for line, raw in enumerate(file, start=1):
@@ -124,7 +124,7 @@ def _jsonl(path: Path, format: str) -> Iterator[Record]:
             if b"\\ud" in content or b"\\uD" in content:
                 # The only way in for half a surrogate pair.
                 check_unicode(value, place)
-            yield Record(place, len(raw), value)
+            yield SourceRecord(place, len(raw), value)
 
 
 def _parse_json(text: str, place: str, format: str) -> Any:
@@ -140,7 +140,7 @@ def _parse_json(text: str, place: str, format: str) -> Any:
         raise UserError(f"{place}: JSON that cannot be read: {error} ({shown(text)}); {good(format)}") from error
 
 
-def _json(path: Path, format: str) -> Iterator[Record]:
+def _json(path: Path, format: str) -> Iterator[SourceRecord]:
     """Yield the objects of a list, of a list under "data", of a single document, or of JSON lines."""
     with _open(path) as file:
         text = file.read().decode("utf-8-sig")
@@ -157,10 +157,13 @@ def _json(path: Path, format: str) -> Iterator[Record]:
     check_unicode(value, str(path))
     rows = value["data"] if isinstance(value, dict) and isinstance(value.get("data"), list) else [value]
     for number, row in enumerate(rows, start=1):
-        yield Record(f"{path} row {number}", len(text) // len(rows), row)
+        yield SourceRecord(f"{path} row {number}", len(text) // len(rows), row)
 
 
-def _json_list(text: str, path: Path, format: str) -> Iterator[Record]:
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _json_list(text: str, path: Path, format: str) -> Iterator[SourceRecord]:
     """Yield every object with its number and the line that it begins on. The text begins with `[`."""
     decoder, position, number, line = json.JSONDecoder(), text.index("[") + 1, 0, 1
     line += text.count("\n", 0, position)
@@ -194,14 +197,11 @@ def _json_list(text: str, path: Path, format: str) -> Iterator[Record]:
         source = text[position:end]
         if "\\ud" in source or "\\uD" in source:
             check_unicode(value, place)
-        yield Record(place, len(source), value)
+        yield SourceRecord(place, len(source), value)
         line += source.count("\n")
         position = skip_space(end)
     if text[position + 1 :].strip():
         raise refused("something follows the end of the list", position + 1)
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _is_object(line: str) -> bool:
@@ -211,7 +211,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-def _csv(path: Path, delimiter: str) -> Iterator[Record]:
+def _csv(path: Path, delimiter: str) -> Iterator[SourceRecord]:
     """Rows under a header; every cell is a string. A row is named by the line that it begins on."""
     csv.field_size_limit(1 << 30)  # The default, 128 KiB, is less than a long document.
     with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
@@ -230,19 +230,19 @@ def _csv(path: Path, delimiter: str) -> Iterator[Record]:
                             f"({', '.join(header)}); put cells with a {delimiter!r}, a quote or a newline in quotes"
                         )
                     size = sum(map(len, row)) + len(row)
-                    yield Record(f"{path}:{line}", size, dict(zip(header, row, strict=True)))
+                    yield SourceRecord(f"{path}:{line}", size, dict(zip(header, row, strict=True)))
                 line = rows.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}:{line}: not a {path.suffix[1:]} row: {error}; quote its cells") from error
 
 
-def _txt(path: Path, sample_by: str) -> Iterator[Record]:
+def _txt(path: Path, sample_by: str) -> Iterator[SourceRecord]:
     """Plain text, {"text": ...}: lines, paragraphs (what blank lines separate) or the file."""
     if sample_by == "auto":
         sample_by = "paragraph" if _has_blank_lines(path) else "line"
 
-    def record(line: int, text: str) -> Record:
-        return Record(f"{path}:{line}", len(text), {"text": text})
+    def record(line: int, text: str) -> SourceRecord:
+        return SourceRecord(f"{path}:{line}", len(text), {"text": text})
 
     with _open(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         if sample_by == "document":
@@ -266,7 +266,7 @@ def _has_blank_lines(path: Path) -> bool:
         return re.search(rb"\S[^\S\n]*\n[^\S\n]*\n\s*\S", file.read(_BLANK_LINES_WITHIN)) is not None
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path) -> Iterator[SourceRecord]:
     import pyarrow
     import pyarrow.parquet
 
@@ -277,7 +277,7 @@ def _parquet(path: Path) -> Iterator[Record]:
                 size = batch.nbytes // max(1, batch.num_rows)
                 for value in batch.to_pylist():
                     row += 1
-                    yield Record(f"{path} row {row}", size, without_nulls(value))
+                    yield SourceRecord(f"{path} row {row}", size, without_nulls(value))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a parquet file that can be read: {error}; write it again") from error
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from distlora.config import UserError, nearest
 
 
-class Format(NamedTuple):
+class DataFormat(NamedTuple):
     """Keys of a record. Any other key is ignored and counted, but a prompt_only record keeps it for rewards."""
 
     example: str
@@ -36,34 +36,34 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "chat": Format(
+    "chat": DataFormat(
         '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}',
         ("messages",),
         ("system", "tools", "label"),
     ),
-    "sharegpt": Format(
+    "sharegpt": DataFormat(
         '{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}',
         ("conversations",),
         ("system", "tools", "label"),
     ),
-    "alpaca": Format(
+    "alpaca": DataFormat(
         '{"instruction": "Translate to French.", "input": "cat", "output": "chat"}',
         ("instruction", "output"),
         ("input", "system", "history", "label"),
     ),
-    "prompt_completion": Format(
+    "prompt_completion": DataFormat(
         '{"prompt": "The capital of France is", "completion": " Paris."}', ("prompt", "completion"), ("label",)
     ),
-    "text": Format('{"text": "Once upon a time ..."}', ("text",)),
-    "preference": Format(
+    "text": DataFormat('{"text": "Once upon a time ..."}', ("text",)),
+    "preference": DataFormat(
         '{"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."}',
         ("chosen", "rejected"),
         ("prompt", "system", "tools", "margin"),
     ),
-    "prompt_only": Format(
+    "prompt_only": DataFormat(
         '{"prompt": [{"role": "user", "content": "What is 2 + 3?"}], "answer": "5"}', ("prompt",), ("system", "tools")
     ),
-    "steps": Format(
+    "steps": DataFormat(
         '{"prompt": "What is 2 + 3 + 4?", "completions": ["2 + 3 = 5.", "5 + 4 = 8."], "labels": [true, false]}',
         ("prompt", "completions", "labels"),
     ),
@@ -124,7 +124,7 @@ _GOOD_CALL = 'a good call: {"type": "function", "function": {"name": "weather", 
 _GOOD_TOOL = 'a good one: {"type": "function", "function": {"name": "weather", "parameters": {...}}}'
 
 
-class Record(NamedTuple):
+class SourceRecord(NamedTuple):
     """A line, row or object as its source holds it."""
 
     place: str
@@ -149,7 +149,7 @@ class Document:
     unread: Set[str] = frozenset()
 
 
-class Reading(NamedTuple):
+class ReadOptions(NamedTuple):
     """Settings of these names, by which the records of a source are read."""
 
     columns: Mapping[str, str] = MappingProxyType({})
@@ -159,10 +159,10 @@ class Reading(NamedTuple):
     """True if the objective learns from single answers that are judged."""
 
 
-AS_WRITTEN = Reading()
+AS_WRITTEN = ReadOptions()
 
 
-def resolve_format(record: Record, format: str, reading: Reading = AS_WRITTEN) -> str:
+def resolve_format(record: SourceRecord, format: str, reading: ReadOptions = AS_WRITTEN) -> str:
     """`format`, or with `auto` the one whose keys this record has, after `columns` renamed them.
 
     Only formats that know every key of `columns` come into question. Raises UserError for a column that the record
@@ -215,7 +215,7 @@ def resolve_format(record: Record, format: str, reading: Reading = AS_WRITTEN) -
     )
 
 
-def to_document(record: Record, format: str, has_template: bool, reading: Reading = AS_WRITTEN) -> Document:
+def to_document(record: SourceRecord, format: str, has_template: bool, reading: ReadOptions = AS_WRITTEN) -> Document:
     """Return a record in canonical form. Raises UserError, by place, for one that is not of this (resolved) format.
 
     Alpaca is a chat where there is a template to render one.
@@ -225,14 +225,14 @@ def to_document(record: Record, format: str, has_template: bool, reading: Readin
     return document_of(record, form_of(value, format, record.place, has_template=has_template), value, known)
 
 
-def document_of(record: Record, canonical: dict[str, Any], value: dict[str, Any], known: Set[str]) -> Document:
+def document_of(record: SourceRecord, canonical: dict[str, Any], value: dict[str, Any], known: Set[str]) -> Document:
     """Return a document of a record that was read as `value`, of which it read the keys `known`."""
     in_messages = keys_of_messages([item for key, item in value.items() if key in known]) - _MESSAGE_KEYS
     unread = {key for key, item in value.items() if key not in known and item not in (None, "", [], {})}
     return Document(record.place, record.num_bytes, canonical, unread | {f"messages.{key}" for key in in_messages})
 
 
-def read_record(record: Record, format: str, reading: Reading, refused: Set[str]) -> dict[str, Any]:
+def read_record(record: SourceRecord, format: str, reading: ReadOptions, refused: Set[str]) -> dict[str, Any]:
     """Return the record with all keys that its format needs, and no value under `refused` ones."""
     value, place = renamed(record, format, reading), record.place
     check_meaning(value, place, refused)
@@ -534,13 +534,13 @@ def good(format: str) -> str:
     return f"good lines are {', '.join(outlines[:-1])} or {outlines[-1]}"
 
 
-def _object(record: Record, format: str) -> dict[str, Any]:
+def _object(record: SourceRecord, format: str) -> dict[str, Any]:
     if not isinstance(record.value, dict):
         raise UserError(f"{record.place}: {kind_name(record.value)} where an object belongs; {good(format)}")
     return record.value
 
 
-def renamed(record: Record, format: str, reading: Reading, *, joins: bool = True) -> dict[str, Any]:
+def renamed(record: SourceRecord, format: str, reading: ReadOptions, *, joins: bool = True) -> dict[str, Any]:
     """Return a record with the keys of the format in place of the data's, and without those that are not read.
 
     `joins`: messages of a prompt and of its completion become one conversation.
@@ -565,7 +565,7 @@ def renamed(record: Record, format: str, reading: Reading, *, joins: bool = True
     return value
 
 
-def _messages_read(item: Any, reading: Reading) -> Any:
+def _messages_read(item: Any, reading: ReadOptions) -> Any:
     """Return messages without the keys that are not read, and their reasoning under reasoning_content."""
     if isinstance(item, list):
         return [_messages_read(message, reading) for message in item]

@@ -32,7 +32,7 @@ from distlora.data.rows import (
     hash64,
     split_file,
 )
-from distlora.data.sources import Source
+from distlora.data.sources import DataSource
 
 TRUNCATED, DROPPED, DUPLICATE = 1, 2, 3
 """Fates of a document: it lost its end; it was left out for its length, or because an equal one came before."""
@@ -180,7 +180,7 @@ class Mixture(NamedTuple):
     seed: int
 
     @classmethod
-    def of(cls, data: DataConfig, sources: Sequence[Source], seed: int) -> Mixture:
+    def of(cls, data: DataConfig, sources: Sequence[DataSource], seed: int) -> Mixture:
         """Return the mixture of the training sources."""
         weights = np.array([source.config.weight for source in sources if source.config.weight is not None])
         fraction = 0.0 if data.held_out_source is not None else data.eval_fraction
@@ -321,7 +321,7 @@ def write_split(
 
 
 def count_sources(
-    counts: dict[str, Any], corpus: Corpus, sources: list[Source], used: np.ndarray, wanted: np.ndarray | None
+    counts: dict[str, Any], corpus: Corpus, sources: list[DataSource], used: np.ndarray, wanted: np.ndarray | None
 ) -> None:
     """Add `sources`, one entry for each: where it is, what of it is used, and its share of the trained targets."""
     piece_sources = corpus.documents["source"][corpus.pieces["document"]]

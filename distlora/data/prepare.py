@@ -37,7 +37,7 @@ from distlora.data.rows import (
     new_entry,
     read_meta,
 )
-from distlora.data.sources import Source, find_sources, pinned_commits
+from distlora.data.sources import DataSource, find_sources, pinned_commits
 from distlora.run_folder.layout import DATA_NAME
 from distlora.system.atomic_io import write_json
 from distlora.system.exit_codes import DONE, run_to_exit_code
@@ -50,7 +50,7 @@ PATIENCE = 10_000
 """Documents without a token to train after which a bounded reading gives a source up: it would read to its end."""
 _PROGRESS_SECONDS = 3.0
 
-Sources = dict[str, list[Source]]
+Sources = dict[str, list[DataSource]]
 """The sources of each split that has its own: train, and eval where held-out documents are named."""
 
 
@@ -293,7 +293,7 @@ def check_vocabulary(model: ModelConfig, largest_token: int) -> None:
         )
 
 
-def check_trainable(corpus: Corpus, sources: Sequence[Source | None], data: DataConfig) -> None:
+def check_trainable(corpus: Corpus, sources: Sequence[DataSource | None], data: DataConfig) -> None:
     """Refuse a source of which no document has a token to train, and say what to change. None: do not check it."""
     for number, source in enumerate(sources):
         usable = corpus.pieces_of[corpus.documents["source"] == number] > 0
@@ -313,7 +313,7 @@ def _nothing_left(split: str, data: DataConfig, corpus: Corpus) -> UserError:
     )
 
 
-def _read_whole(corpus: Corpus, sources: list[Source], encoder: Encoder) -> None:
+def _read_whole(corpus: Corpus, sources: list[DataSource], encoder: Encoder) -> None:
     """Append every document of every source, one source after the other."""
     for number, source in enumerate(sources):
         _, too_long, documents = encoder.open(source)
@@ -323,7 +323,9 @@ def _read_whole(corpus: Corpus, sources: list[Source], encoder: Encoder) -> None
             progress.report(batch)
 
 
-def _read_enough(corpus: Corpus, sources: list[Source], encoder: Encoder, mixture: Mixture, tokens: int) -> np.ndarray:
+def _read_enough(
+    corpus: Corpus, sources: list[DataSource], encoder: Encoder, mixture: Mixture, tokens: int
+) -> np.ndarray:
     """Append documents until the training pieces have `tokens`, and no more; (S,) bool: which sources ended before.
 
     Of a mixture, the source that is furthest behind its share is read next; else each in turn. Held-out documents do
@@ -357,7 +359,7 @@ def _read_enough(corpus: Corpus, sources: list[Source], encoder: Encoder, mixtur
     return ended
 
 
-def nothing_to_train(corpus: Corpus, source: Source, number: int, data: DataConfig) -> UserError:
+def nothing_to_train(corpus: Corpus, source: DataSource, number: int, data: DataConfig) -> UserError:
     """Why source `number`, of which no document in the corpus has a token to train, is no use, and what to change."""
     fates = corpus.documents["fate"][corpus.documents["source"] == number]
     if (fates == DUPLICATE).all():

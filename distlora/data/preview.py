@@ -27,7 +27,7 @@ from distlora.data.formats import Document
 from distlora.data.packing import DROPPED, DUPLICATE, Corpus, Mixture, pack
 from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of
 from distlora.data.rows import BAD, JUDGED, REJECTED, STARTS, TRAINED, PackedRows, open_split
-from distlora.data.sources import Source, find_sources
+from distlora.data.sources import DataSource, find_sources
 from distlora.system.exit_codes import BAD_INPUT, DONE
 
 SAMPLE = 1000
@@ -43,7 +43,7 @@ _FATES = {"truncate": "cut off there", "drop": "left out", "split": "continued a
 class SourceSample:
     """Documents of one source: D that a run takes, and the refused ones."""
 
-    source: Source
+    source: DataSource
     format: str
     too_long: TooLong
     template: ChatTemplate | None = None

@@ -1,4 +1,4 @@
-"""Sources of documents: files, folders, data sets that save_to_disk wrote and the Hub, behind one `Source`.
+"""Sources of documents: files, folders, data sets that save_to_disk wrote and the Hub, behind one `DataSource`.
 
 Imports neither torch nor transformers nor numpy, and `datasets` only for what needs it: the launcher checks the head of
 every source before anything starts. A Hub data set is pinned to a commit before anything is read from it, so that two
@@ -28,7 +28,16 @@ from distlora.config.json_files import read_object
 from distlora.config.objectives import DataForm
 from distlora.data.answers import reads, to_answers
 from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
-from distlora.data.formats import Document, Reading, Record, good, keys_of_messages, listed, resolve_format, to_document
+from distlora.data.formats import (
+    Document,
+    ReadOptions,
+    SourceRecord,
+    good,
+    keys_of_messages,
+    listed,
+    resolve_format,
+    to_document,
+)
 from distlora.system.atomic_io import sha256
 from distlora.system.hub_errors import DATASET, explained, unreachable
 
@@ -98,7 +107,7 @@ def _check_hub(source: SourceConfig, commit: str, *, streaming: bool) -> None:
             )
 
 
-def hub_records(source: SourceConfig, commit: str, *, streaming: bool) -> Iterator[Record]:
+def hub_records(source: SourceConfig, commit: str, *, streaming: bool) -> Iterator[SourceRecord]:
     """Yield every row of a split in order. Streaming, nothing is downloaded but what the rows read so far lie in."""
     import datasets
 
@@ -110,7 +119,7 @@ def hub_records(source: SourceConfig, commit: str, *, streaming: bool) -> Iterat
     yield from _records(rows, f"{source.path} {source.split}", source)
 
 
-def _saved_records(source: SourceConfig) -> Iterator[Record]:
+def _saved_records(source: SourceConfig) -> Iterator[SourceRecord]:
     """Yield every row of a folder that save_to_disk wrote: one data set, or several splits of which one is named."""
     import datasets
 
@@ -153,7 +162,7 @@ def _check_within(folder: Path) -> None:
             check_names([file["filename"] for file in values["_data_files"]], place)
 
 
-def _records(rows: Any, label: str, source: SourceConfig) -> Iterator[Record]:
+def _records(rows: Any, label: str, source: SourceConfig) -> Iterator[SourceRecord]:
     features = rows.features or {}
     media = [name for name, feature in features.items() if any(f"{kind}(" in repr(feature) for kind in _MEDIA)]
     for name in media:
@@ -167,7 +176,7 @@ def _records(rows: Any, label: str, source: SourceConfig) -> Iterator[Record]:
     with _explained(source):
         for number, row in enumerate(rows, start=1):
             value = without_nulls(row)
-            yield Record(f"{label} row {number}", len(str(value)), value)
+            yield SourceRecord(f"{label} row {number}", len(str(value)), value)
 
 
 def _cached_commit(source: SourceConfig, why: str) -> str:
@@ -222,7 +231,7 @@ _STREAM_HEAD = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class DataSource:
     """A source that was found and not yet read."""
 
     config: SourceConfig
@@ -251,7 +260,7 @@ class Source:
         """Return whether it has plain text files, which sample_by splits into documents."""
         return any(".txt" in (suffix.lower() for suffix in path.suffixes) for path in self.files)
 
-    def head(self) -> Source:
+    def head(self) -> DataSource:
         """Return the source for reading its first documents: a Hub data set is streamed if possible."""
         whole = self.commit is None or set("[+") & set(self.config.split) or self.config.split == "all"
         if whole:
@@ -261,7 +270,7 @@ class Source:
         # Set, too, where the hub gave no answer.
         return self if datasets.config.HF_HUB_OFFLINE else dataclasses.replace(self, streaming=True)
 
-    def records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[SourceRecord]:
         """Yield all records in order."""
         if self.commit is not None:
             yield from hub_records(self.config, self.commit, streaming=self.streaming)
@@ -285,12 +294,12 @@ class Source:
         config, head = self.config, [first]
         if config.reasoning_key is not None:
             head = head_with_key(itertools.chain(head, records), config.reasoning_key)
-        reading = Reading(config.columns, config.ignore_columns, config.reasoning_key, judged=form == "judged")
+        reading = ReadOptions(config.columns, config.ignore_columns, config.reasoning_key, judged=form == "judged")
         format = resolve_format(first, config.format, reading)
         return format, self._documents(itertools.chain(head, records), format, has_template, reading)
 
     def _documents(
-        self, records: Iterator[Record], format: str, has_template: bool, reading: Reading
+        self, records: Iterator[SourceRecord], format: str, has_template: bool, reading: ReadOptions
     ) -> Iterator[Document]:
         convert = to_answers if reads(format, reading) else to_document
         for record in records:
@@ -333,9 +342,9 @@ class Source:
         return sha256(path)
 
 
-def head_with_key(records: Iterator[Record], key: str) -> list[Record]:
+def head_with_key(records: Iterator[SourceRecord], key: str) -> list[SourceRecord]:
     """Return the records up to the first of which a message has `key`. Raises UserError if 1,000 have none."""
-    head, keys = list[Record](), set[str]()
+    head, keys = list[SourceRecord](), set[str]()
     for record in itertools.islice(records, 1000):
         head.append(record)
         keys |= keys_of_messages(list(record.value.values()) if isinstance(record.value, dict) else None)
@@ -348,7 +357,7 @@ def head_with_key(records: Iterator[Record], key: str) -> list[Record]:
     )
 
 
-def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> dict[str, list[Source]]:
+def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> dict[str, list[DataSource]]:
     """Return the sources of each split that has its own: train, and eval where held-out documents are named.
 
     `pinned` holds commits of hub data sets from an earlier start. Raises UserError for a source that cannot be found,
@@ -385,7 +394,7 @@ def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> d
     return {"train": training, **({"eval": named} if named else {})}
 
 
-def _shared(first: Source, second: Source) -> str | None:
+def _shared(first: DataSource, second: DataSource) -> str | None:
     """Return the name of a file or split that both sources read; None where they share no document.
 
     Files are compared by inode. Splits of a data set are compared by name; a shared name is refused unless both
@@ -438,7 +447,7 @@ def _pin_name(path: str, revision: str | None) -> str:
 
 def find_source(
     config: SourceConfig, field: str = "data.path", *, streaming: bool = False, pinned: Mapping[str, str] | None = None
-) -> Source:
+) -> DataSource:
     """Find the source that the setting `field` names. Reads no document.
 
     The hub is asked for the commit of a data set that is not pinned.
@@ -449,7 +458,7 @@ def find_source(
     if is_hub_name(config.path):
         commit = (pinned or {}).get(_pin_name(config.path, config.revision)) or _resolve_commit(config)
         label = f"{config.path} {config.split}"
-        return Source(config=config, label=label, commit=commit, streaming=streaming)
+        return DataSource(config=config, label=label, commit=commit, streaming=streaming)
     path = Path(config.path).expanduser()
     if not path.exists():
         raise _absent(path, field)
@@ -464,7 +473,7 @@ def find_source(
             f"{path} is local and has one split, train, not {config.split!r}; name the file that holds it instead"
         )
     files = _files(path, field, is_saved)
-    return Source(
+    return DataSource(
         config=config,
         label=path.name,
         files=files,

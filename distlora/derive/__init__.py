@@ -19,6 +19,23 @@ from distlora.derive.shrink import shrink
 from distlora.derive.structure import structure
 from distlora.model.hf_model import auto_class_of, transformers_model
 
+_FROM_SHRUNK = (
+    *(
+        "attention",
+        "varlen",
+        "documents",
+        "takes_embeddings",
+        "takes_cache",
+        "pages_cache",
+        "head_form",
+        "norm",
+        "norm_form",
+        "fusible",
+    ),
+    "checks",
+)
+"""What running the shrunk model has told of the model."""
+
 
 def derive(content: str, place: str) -> str:
     """Return the JSON of a model's architecture from the content of its config.json.
@@ -44,21 +61,3 @@ def derive(content: str, place: str) -> str:
 def _proved(small_config: Mapping[str, Any], place: str) -> Architecture:
     with torch.enable_grad():  # A caller may have switched gradients off.
         return proved(probe(small_config, place), small_config, place)
-
-
-_FROM_SHRUNK = (
-    *(
-        "attention",
-        "varlen",
-        "documents",
-        "takes_embeddings",
-        "takes_cache",
-        "pages_cache",
-        "head_form",
-        "norm",
-        "norm_form",
-        "fusible",
-    ),
-    "checks",
-)
-"""What running the shrunk model has told of the model."""

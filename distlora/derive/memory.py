@@ -61,7 +61,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 @dataclasses.dataclass
-class _Layer:
+class _LayerCall:
     """A decoder layer with the arguments of one call."""
 
     module: nn.Module
@@ -144,7 +144,7 @@ def with_memory(found: Architecture, decoder: Any) -> tuple[LayerKind, ...]:
                 hook.remove()
         for number, kind in enumerate(kinds):
             index = found.kind_of_layer.index(number)
-            layer = _Layer(layers[index], kind, *calls[index])
+            layer = _LayerCall(layers[index], kind, *calls[index])
             with torch.enable_grad():
                 figures[number].append(_kept(layer, length) | _peaks(layer, length))
                 unread[number] = _unread(layer)
@@ -159,7 +159,7 @@ _SUMS = {f"{name}Backward0" for name in ("Add", "Sub", "View", "UnsafeView", "Re
 """Autograd's names of the operations whose backward reads no value."""
 
 
-def _unread(layer: _Layer) -> tuple[str, ...]:
+def _unread(layer: _LayerCall) -> tuple[str, ...]:
     """Return the layer's `LayerKind.unread`."""
     _, values, _ = layer.inputs()
     outputs: dict[str, list[tuple[Tensor, Any]]] = {}
@@ -226,7 +226,7 @@ def _half(found: Architecture, kind: LayerKind, half: int, figures: list[dict[st
     )
 
 
-def _kept(layer: _Layer, length: int) -> dict[str, list[float]]:
+def _kept(layer: _LayerCall, length: int) -> dict[str, list[float]]:
     """Return what each half keeps, and the share of its linears' inputs that it does not."""
     _, values, others = layer.inputs()
     known = {tensor.untyped_storage()._cdata for tensor in others}
@@ -262,7 +262,7 @@ def _kept(layer: _Layer, length: int) -> dict[str, list[float]]:
     return {"keeps": sizes, "inputs": shares}
 
 
-def _peaks(layer: _Layer, length: int) -> dict[str, list[float]]:
+def _peaks(layer: _LayerCall, length: int) -> dict[str, list[float]]:
     """Return the most of each half in forward and in backward, beside what is kept and the incoming gradient."""
     hidden, values, others = layer.inputs()
     with LiveTensors([*others, hidden]) as live:

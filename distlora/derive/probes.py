@@ -28,12 +28,12 @@ from distlora.derive.shrink import is_size
 from distlora.derive.structure import structure
 from distlora.model.adapters import BlockContext, Rows
 from distlora.model.attention import LONGEST, Documents, masks_of_documents, reference, use
-from distlora.model.by_document import ByDocument, PackedRows
+from distlora.model.by_document import ByDocument, DocumentRows
 from distlora.model.experts import find_routers
 from distlora.model.head_form import head_form, tail_of
 from distlora.model.hf_model import auto_class_of, calls_of, transformers_model
 from distlora.model.layer_wrapper import argument_names, batch_dims
-from distlora.model.paged_cache import BLOCK, PagedCache, Step, cache_name
+from distlora.model.paged_cache import BLOCK, CacheStep, PagedCache, cache_name
 
 LENGTHS = (11, 1, 19)
 """Documents of a packed sequence. Two are longer than the windows of a shrunk model."""
@@ -338,7 +338,7 @@ def _documents(
     if by_positions is None:
         return "single", nothing
     context = BlockContext()
-    context.rows = Rows(packed=PackedRows.of(packed.position_ids))
+    context.rows = Rows(packed=DocumentRows.of(packed.position_ids))
     singles = [(part, _record(decoder, layers, one)) for part, one in packed.alone()]
     apart: list[list[str]] = [[] for _ in found.kinds]
     whole: set[tuple[int, str]] = set()
@@ -495,14 +495,16 @@ def _pages_cache(decoder: Any, vocabulary: int) -> bool:
     cache, name = PagedCache(2 * blocks), cache_name(decoder)
     known = {name: cache, "use_cache": True}
     started = [torch.arange(length) for length in lengths]
-    prompts = Step(torch.cat([places(*each) for each in enumerate(started)]), torch.cat([started[0], end + started[1]]))
+    prompts = CacheStep(
+        torch.cat([places(*each) for each in enumerate(started)]), torch.cat([started[0], end + started[1]])
+    )
     try:
         with cache.attending(decoder):
             with cache.step(prompts):
                 decoder(input_ids=rows[:, :end], position_ids=torch.arange(end).expand(2, -1), **known)
             for number in range(3):
                 at = torch.tensor(lengths) + number
-                step = Step(
+                step = CacheStep(
                     torch.cat([places(row, at[row : row + 1]) for row in range(2)]), at[:0], tables, at + 1, end + 3
                 )
                 given = {"input_ids": rows.gather(1, at[:, None]), "position_ids": at[:, None]}

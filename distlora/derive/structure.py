@@ -164,6 +164,10 @@ def _buffers(decoder: nn.Module) -> Iterator[tuple[Literal["fp32", "dtype"], int
     yield from sizes.items()
 
 
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+"""Names that the configs of transformers have for the number of experts that a token chooses."""
+
+
 def expert_layout(layer: nn.Module, config: Any) -> ExpertLayout | None:
     """Return the names of the experts that transformers calls by its interface; None if the layer has none.
 
@@ -182,10 +186,6 @@ def expert_layout(layer: nn.Module, config: Any) -> ExpertLayout | None:
     return None
 
 
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
-"""Names that the configs of transformers have for the number of experts that a token chooses."""
-
-
 def _window(layer: nn.Module, config: Any, index: int) -> int | None:
     """Return the tokens that softmax attention sees in a layer; None: all before it.
 
@@ -200,6 +200,13 @@ def _window(layer: nn.Module, config: Any, index: int) -> int | None:
     if types is not None and types[index] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+_QUERIES = ("q_proj", "qkv_proj", "q_b_proj", "query_key_value", "Wqkv", "c_attn", "attn", "W_pack", "query")
+"""Names that transformers' softmax attention has for the linear of its queries."""
+_NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_NUM_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
+_HEAD_SIZE = ("head_dim", "head_size", "attention_head_size")
 
 
 def _heads(layer: nn.Module, config: Any, weights: Sequence[Weight]) -> tuple[int, int, int] | None:
@@ -233,10 +240,3 @@ def _number(names: Sequence[str], *owners: Any) -> int | None:
     # Not by getattr: where layers differ, a config raises (Gemma 4's head_dim). The modules have their own.
     values = (vars(owner).get(name) for owner in owners for name in names)
     return next((value for value in values if isinstance(value, int) and value), None)
-
-
-_QUERIES = ("q_proj", "qkv_proj", "q_b_proj", "query_key_value", "Wqkv", "c_attn", "attn", "W_pack", "query")
-"""Names that transformers' softmax attention has for the linear of its queries."""
-_NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_NUM_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_n_heads")
-_HEAD_SIZE = ("head_dim", "head_size", "attention_head_size")

@@ -20,9 +20,19 @@ from distlora.model.adapters import AdaptedLinear
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.model.fused_modules import FusedRMSNorm, GatedMLP, why_not_compiled
-from distlora.model.paged_cache import BLOCK, PagedCache, Step
+from distlora.model.paged_cache import BLOCK, CacheStep, PagedCache
 from distlora_kernels import decode
-from distlora_kernels.decode import HEAD_COLUMNS, DecodedLayer, DecodedLinear, Kept, Norm, Pair, Sizes, pack, product
+from distlora_kernels.decode import (
+    HEAD_COLUMNS,
+    AdapterPair,
+    DecodedLayer,
+    DecodedLinear,
+    Kept,
+    Norm,
+    Sizes,
+    pack,
+    product,
+)
 from distlora_kernels.lora_native import COLUMNS
 from distlora_kernels.operands import FrozenWeight
 
@@ -87,7 +97,7 @@ def _linears(layer: Any, slots: Collection[int] | None = None) -> list[list[Deco
 def _linear(linear: FrozenLinear, slots: Collection[int] | None) -> DecodedLinear:
     pairs = linear.pairs if isinstance(linear, AdaptedLinear) else []
     used = [pair for pair in pairs if slots is None or pair.slot in slots]
-    adapters = [Pair(pair.slot, pair.A, pair.B, pair.scaling) for pair in used]
+    adapters = [AdapterPair(pair.slot, pair.A, pair.B, pair.scaling) for pair in used]
     return DecodedLinear(linear.frozen_weight, linear.bias, adapters)
 
 
@@ -133,7 +143,7 @@ class CompiledStep:
             window=getattr(attention, "sliding_window", None),
         )
 
-    def __call__(self, ids: Tensor, positions: Tensor, step: Step, slots: Sequence[int | None]) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor, step: CacheStep, slots: Sequence[int | None]) -> Tensor:
         """Return the logits (N, vocabulary) fp32 after one token of each row, (N, 1)."""
         assert step.tables is not None
         assert step.lengths is not None

@@ -28,7 +28,7 @@ from distlora.generation.sampling import Request, Sample, choose
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
-from distlora.model.paged_cache import BLOCK, PagedCache, Past, Step
+from distlora.model.paged_cache import BLOCK, CacheStep, PagedCache, Past
 from distlora.parallel import Backend
 from distlora_kernels import products
 
@@ -282,7 +282,9 @@ class _Batch:
     def run_nothing(self) -> None:
         """Run the model once for the other ranks' sake."""
         nothing = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-        self._logits(nothing, nothing, torch.zeros(1, dtype=torch.int64), None, Step(nothing[0, :0], nothing[0, :0]))
+        self._logits(
+            nothing, nothing, torch.zeros(1, dtype=torch.int64), None, CacheStep(nothing[0, :0], nothing[0, :0])
+        )
 
     def _admit(self) -> None:
         """Give waiting requests a place, in order, while there are rows and blocks."""
@@ -350,7 +352,7 @@ class _Batch:
             prompt.blocks[at // BLOCK] * BLOCK + at % BLOCK for prompt in prompts for at in range(len(prompt.tokens))
         ]
         last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
-        step = Step(torch.tensor(places, device=self._device), torch.tensor(sources, device=self._device))
+        step = CacheStep(torch.tensor(places, device=self._device), torch.tensor(sources, device=self._device))
         slots = [prompt.slot for prompt in prompts]
         logits = self._logits(ids.to(self._device), positions.to(self._device), last, slots, step)
         for prompt, row in zip(prompts, logits, strict=True):
@@ -368,7 +370,7 @@ class _Batch:
         at = lengths - 1
         places = self._tables.gather(1, (at // BLOCK)[:, None]).squeeze(1) * BLOCK + at % BLOCK
         longest = max(row.length for row in rows)
-        step = Step(places, places[:0], self._tables, lengths, longest)
+        step = CacheStep(places, places[:0], self._tables, lengths, longest)
         ids = torch.tensor([row.tokens[-1:] for row in rows], device=self._device)
         slots = [row.request.slot for row in rows]
         if not self.compiles:
@@ -380,7 +382,7 @@ class _Batch:
         self._append(list(rows), logits)
 
     def _logits(
-        self, ids: Tensor, positions: Tensor, last: Tensor, slots: Sequence[int | None] | None, step: Step
+        self, ids: Tensor, positions: Tensor, last: Tensor, slots: Sequence[int | None] | None, step: CacheStep
     ) -> Tensor:
         """Return the logits (N, V) fp32 after the token `last` (N,) of each row of ids and positions (N, T)."""
         adapters = None

@@ -19,7 +19,7 @@ from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.hf_model import stored_buffers
 from distlora.parallel import Backend, watch, whole_shape
-from distlora.weights.conversion import Source, find_sources, names_without_a_place
+from distlora.weights.conversion import ParameterSource, find_sources, names_without_a_place
 from distlora.weights.decompose import LowRankFactors, Residual
 from distlora.weights.reader import DTYPE_NAMES, Reader
 
@@ -130,13 +130,13 @@ def load_base(
     )
 
 
-def _load_buffers(model: CausalLM, sources: Mapping[str, Source], reader: Reader, backend: Backend) -> None:
+def _load_buffers(model: CausalLM, sources: Mapping[str, ParameterSource], reader: Reader, backend: Backend) -> None:
     for name, buffer in stored_buffers(model).items():
         dtypes = SOURCE_DTYPES if buffer.is_floating_point() else (DTYPE_NAMES[buffer.dtype],)
         copy_into(buffer, segments_of(sources, name, tuple(buffer.shape), dtypes), reader, backend, name)
 
 
-def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Source]:
+def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, ParameterSource]:
     """Return the tensors on disk of each parameter of the base, by its Hugging Face name.
 
     Tensors outside of the decoder and its LM head (a vision tower's) are left alone. Raises UserError if the checkpoint
@@ -163,7 +163,7 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Sour
     return sources
 
 
-def _sample(source: Source) -> bytes:
+def _sample(source: ParameterSource) -> bytes:
     """Read 64 KiB from the middle of a matrix: matrices that were trained apart differ everywhere."""
     segment = source.segments[len(source.segments) // 2]
     if isinstance(segment, LowBitSegment):
@@ -174,7 +174,7 @@ def _sample(source: Source) -> bytes:
 
 
 def segments_of(
-    sources: Mapping[str, Source], name: str, shape: tuple[int, ...], dtypes: Collection[str] = SOURCE_DTYPES
+    sources: Mapping[str, ParameterSource], name: str, shape: tuple[int, ...], dtypes: Collection[str] = SOURCE_DTYPES
 ) -> Sequence[Segment]:
     """Return a parameter's segments by its Hugging Face name.
 
@@ -192,7 +192,7 @@ def segments_of(
     return source.segments
 
 
-def source_of(sources: Mapping[str, Source], name: str) -> Source:
+def source_of(sources: Mapping[str, ParameterSource], name: str) -> ParameterSource:
     """Return a parameter's tensors on disk by its Hugging Face name. Raises UserError if it is absent."""
     if name not in sources:
         raise UserError(f"the checkpoint has no tensor {name}, which config.json describes; download the folder again")

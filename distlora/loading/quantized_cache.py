@@ -40,7 +40,7 @@ from distlora.model.frozen_linear import FrozenTensor
 from distlora.parallel import Backend, watch
 from distlora.parallel.integrity import checksums
 from distlora.system import atomic_io, numbers
-from distlora.weights.conversion import Source
+from distlora.weights.conversion import ParameterSource
 from distlora.weights.low_bit.codecs import write_groups, write_statistics
 from distlora.weights.quantized_cache_folder import ENTRY_NAME, make_room, remove, remove_leftovers, touch
 from distlora.weights.reader import Reader
@@ -85,7 +85,7 @@ class QuantizedCache:
     """One load's use of the cache. A context manager: at its end what was quantized is on the disk."""
 
     def __init__(
-        self, model: CausalLM, headers: Mapping[str, Segment], sources: Mapping[str, Source], backend: Backend
+        self, model: CausalLM, headers: Mapping[str, Segment], sources: Mapping[str, ParameterSource], backend: Backend
     ) -> None:
         """Prepare a cache that holds nothing without `open`. `headers`: of the base's files."""
         paths = {module: path for path, module in model.named_modules()}

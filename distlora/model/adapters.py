@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from distlora.architecture.shapes import WIDENED_AT_ONCE
 from distlora.config import AdapterConfig
-from distlora.model.by_document import PackedRows
+from distlora.model.by_document import DocumentRows
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.system import randomness
 from distlora_kernels.dora import initial_magnitude
@@ -58,7 +58,7 @@ class Rows(NamedTuple):
     """Positions in training; None: no dropout (evaluation, generation)."""
     balanced: Tensor | None = None
     """(B, T) bool: positions that count in the router's load-balancing loss; None: no such loss."""
-    packed: PackedRows | None = None
+    packed: DocumentRows | None = None
     """Documents of the rows, for modules that run each alone (ByDocument); None: none does."""
     counted: Tensor | None = None
     """(B, T) bool: positions that count in the load of the experts; None: it is not counted."""

@@ -227,7 +227,7 @@ def cu_seqlens(starts: Tensor, length: int) -> Tensor:
     return (starts[:, 0, 0] + firsts[:, None]).flatten()
 
 
-class Choice(NamedTuple):
+class AttentionChoice(NamedTuple):
     """Attention implementation of a run, chosen at its start."""
 
     op: VarlenOp | None
@@ -243,7 +243,7 @@ def choose(
     dtype: torch.dtype,
     deterministic: bool,
     compiled: bool = False,
-) -> Choice:
+) -> AttentionChoice:
     """Choose variable-length attention if device, dtype and model allow it; otherwise give the reason.
 
     `dtype` is the compute dtype, `wanted` train.attention, `compiled` train.compile.
@@ -252,41 +252,43 @@ def choose(
     heads = sorted({kind.heads for kind in architecture.kinds if kind.heads is not None})
     unfit = [size for _, _, size in heads if size % 8 or size > 256]
     if architecture.attention != "sdpa" or not architecture.varlen:
-        return Choice(
+        return AttentionChoice(
             None,
             f"{dense}: attention of {architecture.model_type} is more than a softmax over a causal window (caps, "
             "sinks, selected keys), which no such kernel here computes",
         )
     if wanted == "sdpa":
-        return Choice(None, f"{dense}: train.attention=sdpa")
+        return AttentionChoice(None, f"{dense}: train.attention=sdpa")
     if device.type == "cpu":
         if dtype != torch.bfloat16:
-            return Choice(None, f"{dense}: on the CPU {dtype} uses transformers' attention, the reference")
+            return AttentionChoice(None, f"{dense}: on the CPU {dtype} uses transformers' attention, the reference")
         by_products = "attention is computed per document, by matrix products"
         if not compiled:
-            return Choice(attend_on_cpu, by_products)
+            return AttentionChoice(attend_on_cpu, by_products)
         for _, key_heads, size in heads:
             reason = compiled_attention.unsupported_reason(key_heads, size)
             if reason is not None:
-                return Choice(attend_on_cpu, f"{by_products}; it is not compiled: {reason}")
-        return Choice(compiled_attention.attend, "attention is computed per document, compiled for this processor")
+                return AttentionChoice(attend_on_cpu, f"{by_products}; it is not compiled: {reason}")
+        return AttentionChoice(
+            compiled_attention.attend, "attention is computed per document, compiled for this processor"
+        )
     if dtype not in (torch.bfloat16, torch.float16):
-        return Choice(None, f"{dense}: flash attention computes in 16 bits, train.dtype is {dtype}")
+        return AttentionChoice(None, f"{dense}: flash attention computes in 16 bits, train.dtype is {dtype}")
     if unfit or not heads:
         these = f"these have {unfit[0]}" if unfit else "these are unusual"
-        return Choice(None, f"{dense}: flash attention takes heads of 8, 16, ... 256 columns, {these}")
+        return AttentionChoice(None, f"{dense}: flash attention takes heads of 8, 16, ... 256 columns, {these}")
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return Choice(None, f"{dense}: flash attention needs compute capability 8.0, {device} is older")
+        return AttentionChoice(None, f"{dense}: flash attention needs compute capability 8.0, {device} is older")
     if not torch.backends.cuda.is_flash_attention_available():
-        return Choice(None, f"{dense}: torch {torch.__version__} was built without flash attention")
+        return AttentionChoice(None, f"{dense}: torch {torch.__version__} was built without flash attention")
     from torch.nn.attention.varlen import varlen_attn
 
     order = "its backward in a fixed order" if deterministic else "its backward in no fixed order"
     op = from_torch(varlen_attn, deterministic=deterministic)
-    return Choice(op, f"attention is computed per document (torch.nn.attention.varlen), {order}")
+    return AttentionChoice(op, f"attention is computed per document (torch.nn.attention.varlen), {order}")
 
 
-class Tile(NamedTuple):
+class QueryTile(NamedTuple):
     """Queries of a document, from `first` to `last`, and the keys that they see."""
 
     queries: slice
@@ -309,11 +311,13 @@ def attend_on_cpu(
     """Attend as a VarlenOp: query (T, H, E), key and value (T, K, E), bf16 -> (T, H, E) bf16, contiguous."""
     assert query.dtype == key.dtype == value.dtype == torch.bfloat16, f"{query.dtype}, {key.dtype}, {value.dtype}"
     assert scale > 0, f"scores times {scale}"
-    output: Tensor = _Attend.apply(query, key, value, tuple(cu_seqlens.tolist()), scale * math.log2(math.e), left)
+    output: Tensor = _AttendByProducts.apply(
+        query, key, value, tuple(cu_seqlens.tolist()), scale * math.log2(math.e), left
+    )
     return output
 
 
-class _Attend(torch.autograd.Function):
+class _AttendByProducts(torch.autograd.Function):
     """Autograd function of `attend_on_cpu`, by matrix products; torch's flash attention is four times as slow there.
 
     Queries go in tiles, and each tile meets all keys that it may see at once: keys of other documents, beyond the
@@ -335,7 +339,7 @@ class _Attend(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bounds: tuple[int, ...], scale: float, left: int | None
     ) -> Tensor:
-        work = _Work(query, key, bounds, left)
+        work = _ScoreMemory(query, key, bounds, left)
         output = query.new_empty(query.shape)
         sums = query.new_empty(work.keys, work.groups, len(query), dtype=torch.float32)
         """l of each query and head (K, G, T), in the unit of q.k."""
@@ -363,7 +367,7 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, sums = ctx.saved_tensors
-        work, scale = _Work(query, key, ctx.bounds, ctx.left), ctx.scale
+        work, scale = _ScoreMemory(query, key, ctx.bounds, ctx.left), ctx.scale
         plain = scale / math.log2(math.e)
         d_query, d_key, d_value = (tensor.new_empty(tensor.shape) for tensor in (query, key, value))
         for document in work.documents:
@@ -390,7 +394,7 @@ class _Attend(torch.autograd.Function):
         return d_query, d_key, d_value, None, None, None
 
 
-class _Work:
+class _ScoreMemory:
     """Tiles of documents, and memory for the scores of one tile at a time."""
 
     def __init__(self, query: Tensor, key: Tensor, bounds: tuple[int, ...], left: int | None) -> None:
@@ -405,11 +409,11 @@ class _Work:
         self._hidden = torch.full((most, most), -torch.inf, dtype=query.dtype)
         self._later = self._hidden.triu(1)
 
-    def tiles(self, document: slice) -> Iterator[tuple[Tile, slice]]:
+    def tiles(self, document: slice) -> Iterator[tuple[QueryTile, slice]]:
         """Yield tiles, each with as many key heads as fit."""
         length = document.stop - document.start
         for start, end, first_key in tiles(length, tile_length(length, self.groups), self.left):
-            tile = Tile(slice(start, end), slice(first_key, end))
+            tile = QueryTile(slice(start, end), slice(first_key, end))
             at_once = max(1, self.size // (self.groups * tile.num_queries * tile.num_keys))
             for head in range(0, self.keys, at_once):
                 yield tile, slice(head, min(self.keys, head + at_once))
@@ -451,7 +455,7 @@ class _Work:
         out = self._scores[which][: math.prod(shape)].view(shape)
         return product(rows, columns, factor=scale, out=out)
 
-    def hide(self, scores: Tensor, tile: Tile) -> None:
+    def hide(self, scores: Tensor, tile: QueryTile) -> None:
         """Set scores (K, M, N) of invisible keys to -inf.
 
         A NaN score stays NaN, which takes half the time of overwriting. Its value is NaN too in a run, and so is 0
@@ -463,7 +467,7 @@ class _Work:
             width = min(n, tile.num_keys)
             by_group[..., :width].add_(self._hidden[:n, :width].tril(before))
 
-    def cut(self, weights: Tensor, tile: Tile) -> Tensor:
+    def cut(self, weights: Tensor, tile: QueryTile) -> Tensor:
         """Zero the weights (K, M, N) of invisible keys."""
         matrices = weights.view(-1, tile.num_queries, tile.num_keys)
         matrices.tril_(tile.num_keys - tile.num_queries)
@@ -471,7 +475,7 @@ class _Work:
             matrices.triu_(before + 1)
         return weights
 
-    def _before_window(self, tile: Tile) -> int | None:
+    def _before_window(self, tile: QueryTile) -> int | None:
         """Return the last diagonal whose keys are before the window of its queries; None if there is none."""
         if self.left is None:
             return None

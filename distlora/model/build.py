@@ -35,7 +35,7 @@ from distlora.model.adapters import (
 )
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
 from distlora.model.batch_invariant import attend
-from distlora.model.by_document import ByDocument, PackedRows
+from distlora.model.by_document import ByDocument, DocumentRows
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.experts import (
     ExpertWeight,
@@ -219,7 +219,7 @@ class CausalLM(nn.Module):
         which the routers collect statistics for `balance_sums`, and that count in the experts' load.
         """
         assert documents is None or (self.attends_by_documents and past is None), "no use for documents"
-        packed = PackedRows.of(position_ids) if self.runs_documents_apart and past is None else None
+        packed = DocumentRows.of(position_ids) if self.runs_documents_apart and past is None else None
         for block in self.blocks:
             block.rows, block.reference = Rows(adapter_rows, step_rows, balanced, packed, counted), reference
         if past is None:

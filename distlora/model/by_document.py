@@ -37,27 +37,27 @@ class Wrapper(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
 
-class PackedRows:
+class DocumentRows:
     """Documents of the rows that run. The layers share the slices of a batch, which are made once."""
 
     def __init__(self, starts: Sequence[Sequence[int]], length: int) -> None:
         self.starts, self.length = starts, length
         self.is_packed = any(len(row) > 1 for row in starts)
         """True if a row has more than one document."""
-        self._parts: dict[tuple[int, int], PackedRows] = {}
+        self._parts: dict[tuple[int, int], DocumentRows] = {}
 
     @classmethod
-    def of(cls, position_ids: Tensor) -> PackedRows:
+    def of(cls, position_ids: Tensor) -> DocumentRows:
         """Find the documents from positions (B, T) that restart at 0 with each; the host waits for them."""
         starts = [[at for at, position in enumerate(row) if position == 0] for row in position_ids.tolist()]
         assert all(row[:1] == [0] for row in starts), "a row begins within a document"
         return cls(starts, position_ids.shape[1])
 
-    def part(self, part: slice) -> PackedRows:
+    def part(self, part: slice) -> DocumentRows:
         """Return the rows of a slice of the batch."""
         key = (part.start, part.stop)
         if key not in self._parts:
-            self._parts[key] = PackedRows(self.starts[part], self.length)
+            self._parts[key] = DocumentRows(self.starts[part], self.length)
         return self._parts[key]
 
 
@@ -77,7 +77,7 @@ class ByDocument(Wrapper):
         output = self._run_each(rows, packed, args, kwargs)
         return map_leaves(lambda one: one.unflatten(1, (-1, packed.length)).flatten(0, 1), output)
 
-    def _run_each(self, rows: Rows, packed: PackedRows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_each(self, rows: Rows, packed: DocumentRows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the outputs of all documents in one row: (1, B T, ...)."""
         assert self.context.first_token == 0, "a tile of an MLP begins within a document"
         outputs, leading, balances = [], [], []
@@ -101,7 +101,7 @@ class ByDocument(Wrapper):
         return join(outputs, leading, dim=1, drop_weights=isinstance(outputs[0], tuple))
 
 
-def _token_dims(packed: PackedRows, leaf: Any) -> tuple[int, ...]:
+def _token_dims(packed: DocumentRows, leaf: Any) -> tuple[int, ...]:
     """Return the dimensions of an argument that count tokens; refuse it where they are not known."""
     if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] in (1, len(packed.starts)):
         if leaf.dim() == 4 and leaf.shape[2:] == (packed.length, packed.length):
@@ -113,7 +113,7 @@ def _token_dims(packed: PackedRows, leaf: Any) -> tuple[int, ...]:
     raise TypeError(f"{describe(leaf)}, given to a module that runs each document alone, has no known token dimension")
 
 
-def _cut(packed: PackedRows, row: int, start: int, end: int, leaf: Any) -> Tensor:
+def _cut(packed: DocumentRows, row: int, start: int, end: int, leaf: Any) -> Tensor:
     dims = _token_dims(packed, leaf)
     cut: Tensor = leaf[row : row + 1] if leaf.shape[0] == len(packed.starts) else leaf
     for dim in dims:

@@ -36,7 +36,7 @@ def cache_name(decoder: nn.Module) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class CacheStep:
     """Places in the cache of one forward."""
 
     places: Tensor
@@ -59,7 +59,7 @@ class PagedCache:
         self.num_blocks, self._batch_invariant = num_blocks, batch_invariant
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         """Keys and values (blocks S, K, E) by layer, allocated at the first update."""
-        self._step: Step | None = None
+        self._step: CacheStep | None = None
         self._pending: tuple[int, Tensor] | None = None
 
     def resize(self, num_blocks: int) -> None:
@@ -68,7 +68,7 @@ class PagedCache:
         self._layers.clear()
 
     @contextlib.contextmanager
-    def step(self, step: Step) -> Iterator[None]:
+    def step(self, step: CacheStep) -> Iterator[None]:
         """Use these places within this context, in which the decoder runs once."""
         self._step = step
         try:
@@ -139,7 +139,7 @@ class PagedCache:
         return output, None
 
     def _attend_to_blocks(
-        self, step: Step, layer: int, query: Tensor, scaling: float | None, window: int | None
+        self, step: CacheStep, layer: int, query: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         """Attend with one query per row (N, H, 1, E) -> (N, 1, H, E)."""
         assert step.tables is not None

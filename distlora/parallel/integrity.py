@@ -51,6 +51,13 @@ class _Frozen:
     """(first row, rows) of each rank of a replica."""
 
 
+_NOT_SAVED = "what was trained since the last save may be wrong and is not saved"
+_NEXT = (
+    "Continue with `distlora resume RUN`, which loads the weights again; where this comes back, exclude that node "
+    "and test its memory (`nvidia-smi -q -d ECC`, memtester) and its network"
+)
+
+
 class FrozenWeights:
     """Checksums of the frozen base on all ranks, taken after loading."""
 
@@ -219,13 +226,6 @@ def _trained(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, parameter) for parameter, name in names.items())
     for block in model.blocks:
         yield from ((f"the start of {names[parameter]}", start) for parameter, start in block.started.items())
-
-
-_NOT_SAVED = "what was trained since the last save may be wrong and is not saved"
-_NEXT = (
-    "Continue with `distlora resume RUN`, which loads the weights again; where this comes back, exclude that node "
-    "and test its memory (`nvidia-smi -q -d ECC`, memtester) and its network"
-)
 
 
 def _of(rows: Tensor) -> Tensor:

@@ -340,12 +340,12 @@ class OnDemand:
         `rows`: memory of this rank's rows of each. Raises UserError if there are none that can be gathered so.
         """
         self.shards, self.traffic = shards, traffic
-        self.gathered: _Layer | None = None
+        self.gathered: _FusedLayer | None = None
         layers = experts_of_batches(model, "parallel.experts=on_demand", "gathered")
         if not layers:
             raise UserError("parallel.experts=on_demand: this model runs its experts by code of its own; leave it out")
         for experts in layers:
-            experts.gather = _Layer(self, experts, rows).begin
+            experts.gather = _FusedLayer(self, experts, rows).begin
         model.notes.append(f"of the experts of {len(layers):,} layers those are gathered that tokens chose")
 
     def release(self) -> None:
@@ -355,7 +355,7 @@ class OnDemand:
             self.gathered = None
 
 
-class _Layer:
+class _FusedLayer:
     """The fused weights of one layer."""
 
     def __init__(self, owner: OnDemand, experts: Experts, rows: Mapping[nn.Parameter, Tensor]) -> None:
@@ -470,7 +470,7 @@ class _GatherAgain(torch.autograd.Function):
     """Identity of the experts' output, whose backward gathers the experts of its forward."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, layer: _Layer, chosen: Sequence[int]) -> Tensor:
+    def forward(ctx: Any, output: Tensor, layer: _FusedLayer, chosen: Sequence[int]) -> Tensor:
         ctx.layer, ctx.chosen = layer, chosen
         return output.view_as(output)
 

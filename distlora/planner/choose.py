@@ -295,7 +295,7 @@ speeds (README.md), so a smaller ratio may be an error of the plan, and 16 bits 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class SettingChange:
     """A setting that was chosen, or two that belong together, and why."""
 
     settings: Settings
@@ -321,7 +321,7 @@ class Choice:
     """Reason if quant=auto had one possible value."""
     other: Plan | None = None
     """The fastest plan with the other value of quant.method, if that fits too."""
-    rate: Change | None = None
+    rate: SettingChange | None = None
     """The learning rate, if it was chosen by the model."""
 
     @property
@@ -330,7 +330,7 @@ class Choice:
         return self.plan.config
 
     @property
-    def changes(self) -> tuple[Change, ...]:
+    def changes(self) -> tuple[SettingChange, ...]:
         """The chosen settings with reasons. Makes a plan without each of them."""
         given = self.search.with_settings({"quant.method": self.config.quant.method})
         new = given.changed(self.plan)
@@ -346,10 +346,10 @@ class Choice:
             meant = [name for name in names if name != "parallel.backend" or len(names) == 1]
             why = "; ".join(_meaning(name, new[name], self.plan) for name in meant)
             settings = {name: new[name] for name in names}
-            changes.append(Change(settings=settings, why=f"{_of_usable(self.plan)}, {why}{effect}"))
+            changes.append(SettingChange(settings=settings, why=f"{_of_usable(self.plan)}, {why}{effect}"))
         return tuple(changes)
 
-    def _why_quantized(self) -> Change:
+    def _why_quantized(self) -> SettingChange:
         """Return the value that quant=auto became, with the reason."""
         plan, other, method = self.plan, self.other, self.config.quant.method
         time, slower = plan.time, None if other is None else other.time
@@ -372,7 +372,7 @@ class Choice:
             assert before is not None, f"quant={larger} was tried"
             form = "16 bits" if larger == "none" else f"{plan.model.shapes.kept_formats}, as it is shipped,"
             why = f"in {form} it would take {size(before.device.total)}, in NF4 {_of_usable(plan)}"
-        return Change(settings={"quant.method": method}, why=why)
+        return SettingChange(settings={"quant.method": method}, why=why)
 
 
 def choose(search: Search) -> Choice:
@@ -460,6 +460,23 @@ def _difference(before: Plan, after: Plan, reserve: float) -> str:
     return f": {size(moved)} less to receive per step" if moved > 0 else ""
 
 
+_MEANINGS: dict[tuple[str, Any], str] = {
+    ("train.checkpointing", "none"): "nothing is recomputed",
+    ("train.checkpointing", "selective"): "only MLPs are recomputed",
+    ("train.checkpointing", "block"): "each layer is recomputed from its input",
+    ("train.checkpointing", "offload"): "the layers' inputs are offloaded to host memory",
+    ("train.accumulate", "step"): "saves the inputs of one micro-batch at a time",
+    ("train.mlp_tile", None): "MLPs run on whole sequences",
+    ("parallel.prefetch", True): "the next layer is gathered while one computes",
+    ("parallel.prefetch", False): "one fewer layer is gathered at a time",
+    ("parallel.offload_base", False): "the base stays on the GPUs",
+    ("parallel.backend", "zero3"): "DeepSpeed shards the base",
+    ("parallel.backend", "fsdp2"): "FSDP2 shards the base",
+    ("parallel.shard_degree", "node"): "each node has a replica, so only gradients travel between nodes",
+    ("parallel.shard_degree", 1): "each rank has a whole replica and gathers nothing",
+}
+
+
 def _meaning(name: str, value: Any, plan: Plan) -> str:
     """Return the effect of a setting in this plan, in words."""
     blocks, passes = plan.model.shapes.num_layers, plan.config.train.accumulation(plan.machine.ranks)
@@ -487,20 +504,3 @@ def _meaning(name: str, value: Any, plan: Plan) -> str:
         case "parallel.expert_degree":
             return "every rank gathers all experts"
     return _MEANINGS[name, value]
-
-
-_MEANINGS: dict[tuple[str, Any], str] = {
-    ("train.checkpointing", "none"): "nothing is recomputed",
-    ("train.checkpointing", "selective"): "only MLPs are recomputed",
-    ("train.checkpointing", "block"): "each layer is recomputed from its input",
-    ("train.checkpointing", "offload"): "the layers' inputs are offloaded to host memory",
-    ("train.accumulate", "step"): "saves the inputs of one micro-batch at a time",
-    ("train.mlp_tile", None): "MLPs run on whole sequences",
-    ("parallel.prefetch", True): "the next layer is gathered while one computes",
-    ("parallel.prefetch", False): "one fewer layer is gathered at a time",
-    ("parallel.offload_base", False): "the base stays on the GPUs",
-    ("parallel.backend", "zero3"): "DeepSpeed shards the base",
-    ("parallel.backend", "fsdp2"): "FSDP2 shards the base",
-    ("parallel.shard_degree", "node"): "each node has a replica, so only gradients travel between nodes",
-    ("parallel.shard_degree", 1): "each rank has a whole replica and gathers nothing",
-}

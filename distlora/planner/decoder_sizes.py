@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from distlora.architecture.shapes import Adapter, Asked, ModelShapes, computed_pairs
+from distlora.architecture.shapes import AdapterShape, Asked, ModelShapes, computed_pairs
 from distlora.architecture.spec import Architecture, LayerKind, Weight
 from distlora.planner.machine import Machine
 from distlora.planner.workload import Workload
@@ -261,7 +261,7 @@ def linears_of(
     decoder: Decoder,
     kind: LayerKind,
     formats: Sequence[str | None] = (),
-    adapters: Sequence[Mapping[str, Adapter]] = (),
+    adapters: Sequence[Mapping[str, AdapterShape]] = (),
 ) -> Linears:
     """Return the linears of a layer. `formats`: of its weights, () if all are dense. `adapters`: by path, per trial."""
     groups: dict[str, tuple[LayerLinear, ...]] = {}
@@ -280,7 +280,7 @@ def _linear(
     format: str | None,
     sizes: ExpertSizes | None,
     kind: LayerKind,
-    adapters: Sequence[Mapping[str, Adapter]],
+    adapters: Sequence[Mapping[str, AdapterShape]],
 ) -> LayerLinear:
     *count, outputs, inputs = weight.shape
     own = [trial[path] for trial in adapters if path in trial]
@@ -305,9 +305,9 @@ def _linear(
 
 
 @functools.lru_cache(maxsize=16)
-def _adapters_by_layer(asked: Asked) -> tuple[Mapping[str, Adapter], ...]:
+def _adapters_by_layer(asked: Asked) -> tuple[Mapping[str, AdapterShape], ...]:
     """Return the adapters of each layer by path in it; layers that are alike share one object."""
-    known: dict[object, Mapping[str, Adapter]] = {}
+    known: dict[object, Mapping[str, AdapterShape]] = {}
     found = []
     for layer in asked.shapes.adapters(asked.config):
         by_path = {each.place: each for each in layer}

@@ -16,7 +16,7 @@ import dataclasses
 from distlora.config import AdapterConfig, Config
 from distlora.config.objectives import OBJECTIVES
 from distlora.config.training import DEFAULT_LR
-from distlora.planner.choose import Change
+from distlora.planner.choose import SettingChange
 from distlora.planner.model import PlannedModel
 
 SWEPT = {
@@ -39,7 +39,7 @@ FULL_RATIO = 0.1
 """Rate of full fine-tuning, as a fraction of LoRA's."""
 
 
-def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Change | None]:
+def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, SettingChange | None]:
     """Return the settings with a number in optim.lr, and the choice with its source; None if it was set."""
     if config.optim.lr is not None:
         return config, None
@@ -48,7 +48,7 @@ def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Cha
         lr, source = lr / ratio, f"{source}; B has it, and A 1/{ratio:g} of it (optim.loraplus_lr_ratio)"
     lr = float(f"{lr:.3g}")
     changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
-    return changed, Change(settings={"optim.lr": lr}, why=source)
+    return changed, SettingChange(settings={"optim.lr": lr}, why=source)
 
 
 def _rate(adapter: AdapterConfig, objective: str, model: PlannedModel) -> tuple[float, str]:

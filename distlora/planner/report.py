@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distlora.planner import Plan
-from distlora.planner.choose import Change, typed
+from distlora.planner.choose import SettingChange, typed
 from distlora.planner.memory import KINDS, PHASES, Kind
 from distlora.planner.speed.rates import WAITS, missing_rates
 from distlora.planner.speed.sampling import Sampling
@@ -77,7 +77,7 @@ def lines(plan: Plan) -> list[str]:
 def page(
     plan: Plan,
     *,
-    changes: Sequence[Change] = (),
+    changes: Sequence[SettingChange] = (),
     near: Nearest | None = None,
     larger: Sequence[LargerRun] = (),
     packed: MultiTrialPlan | None = None,

@@ -23,7 +23,7 @@ from distlora.config import AdapterConfig, ParallelConfig
 from distlora.config.base import PLAIN
 from distlora.config.deepspeed_file import offloads_base
 from distlora.planner.machine import Machine
-from distlora.planner.memory.base import Trained, absmaxes, base_of, is_in_8_bits
+from distlora.planner.memory.base import TrainedSizes, absmaxes, base_of, is_in_8_bits
 from distlora.planner.memory.device import DeviceBytes, decomposition_bytes
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
@@ -298,9 +298,9 @@ def keeps_on_host(parallel: ParallelConfig, checkpointing: str, shards: int) -> 
 def host_bytes(work: Workload, model: PlannedModel, machine: Machine, device: DeviceBytes) -> HostBytes:
     """Return the host memory of a training run in which a rank takes `device` on its device."""
     shards = work.shard_degree(machine.ranks)
-    copies, of_others = _copies(Saved.of(work, model, shards))
+    copies, of_others = _copies(SaveKey.of(work, model, shards))
     base, is_gpu, shapes = base_of(work, model.shapes), machine.is_gpu, model.shapes
-    trained = Trained.of(work, shapes, base, shards)
+    trained = TrainedSizes.of(work, shapes, base, shards)
     # Rows of the base are counted in chunks, as `zero3.host_bytes` counts them.
     offloaded: list[int] = []
     if is_gpu and offloads_base(work.parallel, shards):
@@ -326,7 +326,7 @@ def host_bytes(work: Workload, model: PlannedModel, machine: Machine, device: De
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class SaveKey:
     """All that what a save copies depends on, as a key of what is remembered; `config` has it too."""
 
     adapters: Asked
@@ -335,7 +335,7 @@ class Saved:
     work: Workload = field(compare=False)
 
     @classmethod
-    def of(cls, work: Workload, model: PlannedModel, shards: int) -> Saved:
+    def of(cls, work: Workload, model: PlannedModel, shards: int) -> SaveKey:
         """Build the key of a workload's background save."""
         return cls(
             Asked(
@@ -349,7 +349,7 @@ class Saved:
 
 
 @functools.lru_cache(maxsize=16)
-def _copies(saved: Saved) -> tuple[int, int]:
+def _copies(saved: SaveKey) -> tuple[int, int]:
     """Return the bytes of a background save's copies (on rank 0, on another rank), as `Snapshot` takes them.
 
     Rank 0 copies everything that is saved; each rank copies its rows of sharded tensors. Cached, since a planner tries

@@ -35,7 +35,7 @@ from distlora.post.weights import BaseWeight, Factors, adapted_rows, open_base, 
 from distlora.results.record import Record, Table
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
-from distlora.system.progress import Progress
+from distlora.system.progress import ProgressLines
 from distlora.system.randomness import key_of
 from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME, read_peft_adapter
 from distlora.weights.reader import Reader, all_finite
@@ -44,7 +44,7 @@ Part = tuple[float, Factors]
 """An adapter's weight in the sum, and its factors for a base weight or for one of its experts."""
 
 
-class Combined(NamedTuple):
+class CombinedFactors(NamedTuple):
     """The combined factors: the weight gets B A, with scale 1."""
 
     A: Tensor
@@ -58,7 +58,7 @@ class Combined(NamedTuple):
 
 
 @torch.no_grad()
-def combine(parts: Sequence[Part], request: CombineRequest, path: str, base: Callable[[], Tensor]) -> Combined:
+def combine(parts: Sequence[Part], request: CombineRequest, path: str, base: Callable[[], Tensor]) -> CombinedFactors:
     """Combine the parts by the request's method. `base` returns W (O, I) in fp32, for DoRA."""
     how, scales = request.how, [weight * factors.scaling for weight, factors in parts]
     rank = request.rank or max(factors.rank for _, factors in parts)
@@ -68,12 +68,12 @@ def combine(parts: Sequence[Part], request: CombineRequest, path: str, base: Cal
         roots = torch.tensor([math.sqrt(abs(scale)) for scale in scales])
         signed = torch.tensor([math.copysign(math.sqrt(abs(scale)), scale) for scale in scales])
         a = merged([factors.A for _, factors in parts], signed, request)
-        return Combined(a, merged([factors.B for _, factors in parts], roots, request))
+        return CombinedFactors(a, merged([factors.B for _, factors in parts], roots, request))
     if not how.function and all(factors.magnitude is None for _, factors in parts):
         # sum w_i s_i B_i A_i = [B_1 ...] [w_1 s_1 A_1; ...], scaled in the order of PEFT's `cat`.
         a = torch.cat([factors.A * weight * factors.scaling for weight, factors in parts])
         b = torch.cat([factors.B for _, factors in parts], dim=1)
-        return Combined(a, b) if how.on == "sum" else truncated(a, b, rank)
+        return CombinedFactors(a, b) if how.on == "sum" else truncated(a, b, rank)
     deltas = [f.delta() if f.magnitude is None else adapted_rows(base(), 0, f) - base() for _, f in parts]
     weights = torch.tensor([weight for weight, _ in parts])
     if not how.function:
@@ -93,7 +93,7 @@ def merged(tensors: list[Tensor], weights: Tensor, request: CombineRequest) -> T
     return result
 
 
-def truncated(a: Tensor, b: Tensor, rank: int) -> Combined:
+def truncated(a: Tensor, b: Tensor, rank: int) -> CombinedFactors:
     """Return the best LoRA of a rank (Eckart and Young 1936) without forming B A.
 
     With B = Q_b R_b and A^T = Q_a R_a, the singular values are those of R_b R_a^T (K, K). Takes O(K^2 (O + I)) fp64
@@ -106,7 +106,7 @@ def truncated(a: Tensor, b: Tensor, rank: int) -> Combined:
     return balanced(q_b @ u[:, :rank], s[:rank], v[:rank] @ q_a.T, energy, dropped)
 
 
-def truncated_dense(whole: Tensor, rank: int) -> Combined:
+def truncated_dense(whole: Tensor, rank: int) -> CombinedFactors:
     """Return the same for a dense (O, I), from the eigenvectors of its smaller Gram matrix in fp64.
 
     Their error, eps (s_1 / s_j)^2 of the gaps, is below what fp32 factors can show.
@@ -123,10 +123,10 @@ def truncated_dense(whole: Tensor, rank: int) -> Combined:
     return balanced(v.T, s, u.T, energy, dropped) if flipped else balanced(u, s, v, energy, dropped)
 
 
-def balanced(u: Tensor, s: Tensor, v: Tensor, energy: float, dropped: float) -> Combined:
+def balanced(u: Tensor, s: Tensor, v: Tensor, energy: float, dropped: float) -> CombinedFactors:
     """Return U S V with the root of S on each side (PEFT: in B), so that further training has one scale for both."""
     root = s.sqrt()
-    return Combined((root[:, None] * v).float(), (u * root).float(), energy, dropped)
+    return CombinedFactors((root[:, None] * v).float(), (u * root).float(), energy, dropped)
 
 
 class Combination:
@@ -280,7 +280,7 @@ class Combination:
 
 def run(request: CombineRequest) -> dict[str, Any]:
     """Write the folder in PEFT's format, completely or not at all; return its record."""
-    say, alone = Progress(), Ranks(0, 1, torch.device("cpu"), None)
+    say, alone = ProgressLines(), Ranks(0, 1, torch.device("cpu"), None)
     say.line(f"combining {len(request.members)} adapters by {request.method}")
     with Reader() as reader:
         made = Combination(request, reader, say)

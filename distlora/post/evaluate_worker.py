@@ -51,12 +51,12 @@ from distlora.post.merge import Onto, Receipt, check_mergeable
 from distlora.post.merge_worker import DTYPES, merge_to
 from distlora.post.trained import Trained
 from distlora.system import atomic_io
-from distlora.system.progress import Progress, say, still
+from distlora.system.progress import ProgressLines, say, still
 
 
 def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:
     """Return all requested figures; progress goes to stderr. Every rank must call it alike."""
-    tell = Progress() if ranks.rank == 0 else lambda text: None
+    tell = ProgressLines() if ranks.rank == 0 else lambda text: None
     made = made_on(ranks.device, "distlora", "torch", "transformers") | {"ranks": ranks.world}
     if request.tasks:
         # Imported here because it imports lm-evaluation-harness.

@@ -25,7 +25,7 @@ from distlora.run_folder.layout import CHECKPOINTS, STATE_NAME, Result, newest, 
 from distlora.system.exit_codes import DONE, FAILED
 from distlora.system.progress import say
 from distlora.training.publish import load_weights
-from distlora.training.setup import Start, start_model
+from distlora.training.setup import StartOptions, start_model
 from distlora.weights.initial_adapter_file import base_identity
 from distlora.weights.peft_folder import WEIGHTS_NAME
 
@@ -41,7 +41,7 @@ def load_trained(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
         replace(spec, quant=replace(spec.quant, dense_layers=0)),
         ranks,
         # Without weights B is zero.
-        Start(training=False, restores=place is not None, run_dir=trained.initial_adapter_dir),
+        StartOptions(training=False, restores=place is not None, run_dir=trained.initial_adapter_dir),
         train=replace(trained.train, compile=False, dtype=spec.dtype),
         parallel=replace(trained.parallel, shard_degree=None, expert_degree=1),
         shard_degree=ranks.world,

@@ -130,6 +130,22 @@ def check_mergeable(trained: Trained, onto: Onto) -> None:
     )
 
 
+_SHAPE: dict[str, Any] = {
+    "format": int,
+    "onto": str,
+    "dtype": str,
+    "date": str,
+    "versions": {"*": str},
+    "base": {"path": str, "fingerprint": str, "files": {"*": str}},
+    "adapter": (dict, type(None)),
+    "weights": {"*": dict},
+    "total": dict,
+    "files": {"*": str},
+    "seconds": float,
+    "measured": dict,
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
     """The content of merge.json. Later commands add sections of their own."""
@@ -167,22 +183,6 @@ class Receipt:
         values = read_object(path, "merge again")
         check_shape(values, _SHAPE, path, "merge again")
         return cls(**{entry.name: values[entry.name] for entry in dataclasses.fields(cls)})
-
-
-_SHAPE: dict[str, Any] = {
-    "format": int,
-    "onto": str,
-    "dtype": str,
-    "date": str,
-    "versions": {"*": str},
-    "base": {"path": str, "fingerprint": str, "files": {"*": str}},
-    "adapter": (dict, type(None)),
-    "weights": {"*": dict},
-    "total": dict,
-    "files": {"*": str},
-    "seconds": float,
-    "measured": dict,
-}
 
 
 _ONTO = {

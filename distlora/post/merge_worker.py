@@ -47,7 +47,7 @@ from distlora.post.weights import open_base
 from distlora.results.record import Record
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
-from distlora.system.progress import Progress
+from distlora.system.progress import ProgressLines
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
 from distlora.weights.writer import Files, write_index
@@ -62,7 +62,7 @@ AGAIN = "nf4"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
+class MergeChange:
     """The change of one tensor or several, as sums of squares."""
 
     base: float
@@ -87,9 +87,9 @@ class Change:
         return change
 
 
-def _sum_of(changes: Sequence[Change], forms: Sequence[str]) -> Change:
+def _sum_of(changes: Sequence[MergeChange], forms: Sequence[str]) -> MergeChange:
     sums = {name: sum(getattr(change, name) for change in changes) for name in ("base", "delta", "merged")}
-    return Change(**sums, lost={form: sum(change.lost[form] for change in changes) for form in forms})
+    return MergeChange(**sums, lost={form: sum(change.lost[form] for change in changes) for form in forms})
 
 
 class Measure:
@@ -128,10 +128,10 @@ class Measure:
                 self._quantize(self._rest[:whole])
                 self._rest = self._rest[whole:].clone()
 
-    def result(self) -> Change:
+    def result(self) -> MergeChange:
         """Return the change over all chunks."""
         lost = self._lost | ({AGAIN: self._lost_by_nf4()} if self._quantized else {})
-        return Change(base=self._base, delta=self._delta, merged=self._merged, lost=lost)
+        return MergeChange(base=self._base, delta=self._delta, merged=self._merged, lost=lost)
 
     def _lost_by_nf4(self) -> float:
         if len(self._rest):
@@ -186,7 +186,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype | No
             for file in sorted({segment.file for segment in base.files.stored.values()})
         ]
 
-        def fill(parameter: Parameter, files: Files) -> Change | None:
+        def fill(parameter: Parameter, files: Files) -> MergeChange | None:
             """Write one parameter; return its change, None if nothing changed."""
             clock.passed(0, parameter.weight.name)  # Stop before the first read if another thread failed.
             changed = is_changed(parameter, base, adapter)
@@ -240,7 +240,7 @@ def _digests(folder: Path, say: Say) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): digest for path, digest in zip(files, digests, strict=True)}
 
 
-def _total(changes: Sequence[Change]) -> dict[str, Any]:
+def _total(changes: Sequence[MergeChange]) -> dict[str, Any]:
     shipped = (SHIPPED,) if changes and SHIPPED in changes[0].lost else ()
     total = _sum_of(changes, ("bf16", "fp16", "fp32", *shipped)).as_json()
     in_nf4 = [change for change in changes if AGAIN in change.lost]
@@ -255,7 +255,7 @@ def _described(folder: Path) -> dict[str, Any]:
 def run(request: MergeRequest) -> None:
     """Merge as requested; print the summary on stdout and progress on stderr."""
     out, dtype = Path(request.out), DTYPES.get(request.dtype or "fp32")
-    receipt = merge_to(request.name.read(), out, onto=request.onto, dtype=dtype, say=Progress())
+    receipt = merge_to(request.name.read(), out, onto=request.onto, dtype=dtype, say=ProgressLines())
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"wrote {out}: {size / 1e6:,.1f} MB in {receipt.dtype}, merge.json lists its sources and hashes")
     tables = changes(receipt)[: 2 if request.dtype == SHIPPED else 1]

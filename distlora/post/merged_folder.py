@@ -33,14 +33,14 @@ from distlora.config.json_files import object_or_empty, read_object
 from distlora.data.chat_template import ChatTemplate
 from distlora.post.merged_parameters import Parameter
 from distlora.post.trained import Trained
-from distlora.post.weights import Base
+from distlora.post.weights import OpenBase
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, read_record
 from distlora.system import atomic_io, numbers
 from distlora.training.publish import companions_of
 from distlora.weights.low_bit.codecs import MatrixRows
 from distlora.weights.low_bit.requantize import requantize
 from distlora.weights.reader import DTYPE_NAMES, TORCH_DTYPES, Reader
-from distlora.weights.writer import READ_BYTES, Files, Plan, Tensors, lay_out_files
+from distlora.weights.writer import READ_BYTES, FilePlan, Files, Tensors, lay_out_files
 from distlora_kernels.dispatch import threads_of_one
 
 Say = Callable[[str], None]
@@ -104,7 +104,7 @@ def each(work: Callable[[Item], Found], items: Sequence[Item], clock: Clock) -> 
 
 def plan_files(
     parameters: Sequence[Parameter], on_disk: Mapping[str, Segment], tensors: Callable[[Parameter], Tensors]
-) -> Plan:
+) -> FilePlan:
     """Lay out the merged files from the base's headers (`on_disk`) and the tensors to write of each parameter."""
     written, home = dict[str, tuple[str, Sequence[int]]](), dict[str, str]()
     for parameter in parameters:
@@ -215,7 +215,7 @@ def write_stops(folder: Path, trained: Trained) -> None:
         atomic_io.write_json(place, settings | {"eos_token_id": [*known, *sorted(stops - set(known))]})
 
 
-def merged_config(folder: Path, base: Base, dtype: str | None) -> dict[str, Any]:
+def merged_config(folder: Path, base: OpenBase, dtype: str | None) -> dict[str, Any]:
     """Return config.json of a merged model from that of its base's folder.
 
     It has the new dtype and no quantization, or both as they are if `dtype` is None; the grown vocabulary, and an
@@ -247,7 +247,7 @@ BAND = 2**20
 class Outputs:
     """The tensors that are written of parameters: in one dtype, or (None) in that of the base, and its low bits."""
 
-    def __init__(self, base: Base, dtype: torch.dtype | None) -> None:
+    def __init__(self, base: OpenBase, dtype: torch.dtype | None) -> None:
         self._dtype, self._names = dtype, {segment: name for name, segment in base.files.stored.items()}
 
     def tensors(self, parameter: Parameter) -> Tensors:

@@ -21,16 +21,16 @@ from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge import Onto
 from distlora.post.trained import Trained
 from distlora.post.weights import (
-    Base,
     BaseWeight,
     Factors,
+    OpenBase,
     adapted_expert_rows,
     adapted_rows,
     read_factors,
     read_token_rows,
     require_whole_tensors,
 )
-from distlora.weights.conversion import Source, find_sources
+from distlora.weights.conversion import ParameterSource, find_sources
 from distlora.weights.decompose import LowRankFactors
 from distlora.weights.peft_folder import (
     WEIGHTS_NAME,
@@ -43,7 +43,7 @@ from distlora.weights.reader import Reader, all_finite
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Adapter:
+class OpenAdapter:
     """An adapter that fits a base."""
 
     folder: Path
@@ -68,7 +68,7 @@ class Adapter:
 
 
 @contextlib.contextmanager
-def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter | None]:
+def open_adapter(trained: Trained, base: OpenBase, onto: Onto) -> Iterator[OpenAdapter | None]:
     """Open the adapter of `trained`; yield None for the base alone.
 
     Raises UserError if it is damaged or belongs to another base.
@@ -90,7 +90,7 @@ def open_adapter(trained: Trained, base: Base, onto: Onto) -> Iterator[Adapter |
         if onto == "trained":
             residuals = {name.removesuffix(".weight"): weight.residual for name, weight in base.weights.items()}
             starts = {path: residual.start for path, residual in residuals.items() if residual is not None}
-        yield Adapter(folder=folder, file=file, starts=starts)
+        yield OpenAdapter(folder=folder, file=file, starts=starts)
 
 
 Piece = tuple[Tensor, Tensor]
@@ -118,7 +118,7 @@ class Parameter:
         return sum(torch.Size(shape).numel() for shape in self.outputs.values())
 
 
-def parameters_of(base: Base, adapter: Adapter | None) -> list[Parameter]:
+def parameters_of(base: OpenBase, adapter: OpenAdapter | None) -> list[Parameter]:
     """Return all parameters: decoder and head in the model's order.
 
     Quantized weights outside the decoder (a vision tower's) come last.
@@ -151,7 +151,7 @@ def parameters_of(base: Base, adapter: Adapter | None) -> list[Parameter]:
     return found + _low_bit_beside(base, found)
 
 
-def _tied_head(base: Base) -> list[Parameter]:
+def _tied_head(base: OpenBase) -> list[Parameter]:
     """Return the head of a tied base if it is written separately: trained whole, or stored as a copy."""
     model = base.model
     weight = base.weights[base.embedding_name]
@@ -164,19 +164,19 @@ def _tied_head(base: Base) -> list[Parameter]:
     return [Parameter(weight=replace(weight, name=base.head_name), outputs={name: shape}, matrix=matrix)]
 
 
-def _low_bit_beside(base: Base, found: list[Parameter]) -> list[Parameter]:
+def _low_bit_beside(base: OpenBase, found: list[Parameter]) -> list[Parameter]:
     """Return quantized weights outside the model, which must become dense as quantization_config is dropped."""
     taken = {name for parameter in found for name in parameter.outputs}
     beside = []
     for name, segment in base.files.headers.items():
         if isinstance(segment, LowBitSegment) and name not in taken:
-            source = Source((name,), (segment,), segment.shape)
+            source = ParameterSource((name,), (segment,), segment.shape)
             weight = BaseWeight(name=name, shape=segment.shape, source=source)
             beside.append(Parameter(weight=weight, outputs={name: segment.shape}))
     return beside
 
 
-def is_changed(parameter: Parameter, base: Base, adapter: Adapter | None) -> bool:
+def is_changed(parameter: Parameter, base: OpenBase, adapter: OpenAdapter | None) -> bool:
     """Return True if any of the parameter was trained."""
     if parameter.matrix is None:
         return parameter.path is not None
@@ -185,7 +185,7 @@ def is_changed(parameter: Parameter, base: Base, adapter: Adapter | None) -> boo
 
 
 def pieces(
-    parameter: Parameter, base: Base, adapter: Adapter | None, reader: Reader, *, original: bool
+    parameter: Parameter, base: OpenBase, adapter: OpenAdapter | None, reader: Reader, *, original: bool
 ) -> Iterator[Piece]:
     """Yield the parameter's values in flat order. Raises UserError for NaN and Inf."""
     rows = parameter.weight.rows(reader, original=original)
@@ -205,7 +205,11 @@ def pieces(
 
 
 def _matrix_pieces(
-    parameter: Parameter, base: Base, adapter: Adapter | None, reader: Reader, rows: Iterator[tuple[int, Tensor]]
+    parameter: Parameter,
+    base: OpenBase,
+    adapter: OpenAdapter | None,
+    reader: Reader,
+    rows: Iterator[tuple[int, Tensor]],
 ) -> Iterator[Piece]:
     """Yield an embedding or head: trained rows replace the base's, new rows follow."""
     vocabulary, matrix = base.model.vocabulary, parameter.matrix

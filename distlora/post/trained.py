@@ -167,7 +167,7 @@ def of_run(config: Config, weights: str | Path | None, *, foreign: bool = False)
     return trained
 
 
-class Combined(NamedTuple):
+class CombinedRuns(NamedTuple):
     """The runs that a sum is of, as combine.json describes them; empty for any other adapter."""
 
     quants: frozenset[str] = frozenset()
@@ -178,17 +178,17 @@ class Combined(NamedTuple):
     """Fingerprint of their base."""
 
 
-def read_combined(folder: Path) -> Combined:
+def read_combined(folder: Path) -> CombinedRuns:
     """Read combine.json in an adapter's folder. Raises UserError if it is damaged."""
     record = folder / COMBINED
     if not record.is_file():
-        return Combined()
+        return CombinedRuns()
     values = read_object(record, "combine again")
     check_shape(values, _COMBINED_SHAPE, record, "combine again")
     members = values["members"]
     quants = [values["quant"]] if values.get("quant") else [member["quant"] for member in members]
     pissa = any(member.get("pissa", False) for member in members)
-    return Combined(frozenset(filter(None, quants)), pissa, values["base_fingerprint"])
+    return CombinedRuns(frozenset(filter(None, quants)), pissa, values["base_fingerprint"])
 
 
 def quant_of(trained: Iterable[str], requested: Quant | None) -> Quant:

@@ -31,7 +31,7 @@ from distlora.model.build import CausalLM, build_model
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.hf_model import stored_buffers
-from distlora.weights.conversion import Source
+from distlora.weights.conversion import ParameterSource
 from distlora.weights.decompose import LowRankFactors, Residual
 from distlora.weights.peft_folder import WEIGHTS_NAME, PeftAdapter
 from distlora.weights.reader import Reader, all_finite, check_finite
@@ -48,7 +48,7 @@ class BaseWeight:
     name: str
     """Hugging Face name: model.layers.0.mlp.up_proj.weight."""
     shape: tuple[int, ...]
-    source: Source
+    source: ParameterSource
     """The tensors it is made of, in flat order."""
     format: Format | None = None
     """Format that training stores it in; None: it is dense."""
@@ -138,7 +138,7 @@ class BaseWeight:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Base:
+class OpenBase:
     """All parameters of a base and the rest of its checkpoint."""
 
     model: CausalLM
@@ -159,7 +159,7 @@ class Base:
         return f"{self.model.architecture.head}.weight"
 
 
-def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
+def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> OpenBase:
     """Open the base of a model from its headers.
 
     Raises UserError if the checkpoint belongs to another model, or if PiSSA's initial adapter is gone.
@@ -190,10 +190,10 @@ def open_base(spec: ModelSpec, initial_adapter_dir: str | Path = "") -> Base:
             held=held.get(name, torch.float32),
             transposed=isinstance(module, ExpertWeight) and (module.transposed or is_transposed(source.segments)),
         )
-    return Base(model=model, weights=weights, files=files)
+    return OpenBase(model=model, weights=weights, files=files)
 
 
-def require_whole_tensors(base: Base) -> None:
+def require_whole_tensors(base: OpenBase) -> None:
     """Raise UserError if a parameter is a part of a tensor on disk, or shares it: what is written are whole tensors."""
     parameters: dict[str, str] = {}
     for weight in base.weights.values():
@@ -205,6 +205,10 @@ def require_whole_tensors(base: Base) -> None:
                     "tensors of their own can be written; save the base with transformers' "
                     "save_pretrained(save_original_format=False) and train on that folder"
                 )
+
+
+LARGEST_ERROR = 1e-6
+"""Largest relative error of dW as a consumer computes it from a written file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,10 +259,6 @@ class Factors:
 def _product_norm(b: Tensor, a: Tensor) -> float:
     """Return the Frobenius norm of b a, from Gram matrices (R, R): b a itself may exceed the memory."""
     return float(((b.mT @ b) * (a @ a.mT)).sum().clamp_min(0).sqrt())
-
-
-LARGEST_ERROR = 1e-6
-"""Largest relative error of dW as a consumer computes it from a written file."""
 
 
 def error_line(consumer: str, error: float) -> str:

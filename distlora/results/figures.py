@@ -108,7 +108,7 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drawn:
+class DrawnFigure:
     """A figure as SVG, for a template."""
 
     title: str
@@ -122,12 +122,12 @@ class Drawn:
     """A wide figure again for a narrow screen, on which its text would be too small."""
 
 
-def draw(figures: Iterable[Figure]) -> list[Drawn]:
+def draw(figures: Iterable[Figure]) -> list[DrawnFigure]:
     """Draw the figures that have a point as SVG."""
     shown = [figure for figure in figures if any(len(curve.x) for curve in figure.curves)]
     small = _HALF if sum(not figure.is_wide for figure in shown) % 3 else _THIRD
     return [
-        Drawn(
+        DrawnFigure(
             title=figure.title,
             unit=", ".join(filter(None, [figure.unit, "log scale" if _is_log(figure) else ""])),
             svg=_svg(partial(_plot, figure=figure), *(_WIDE if figure.is_wide else small)),

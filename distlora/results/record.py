@@ -13,6 +13,7 @@ from distlora.results.figures import Figure, save_png
 from distlora.system import atomic_io
 
 REPORT_NAME = "report.md"
+_NUMBER = re.compile(r"[-+]?\d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,6 @@ class Table:
             columns.append([cell.rjust(width) if is_right else cell.ljust(width) for cell in column])
         lines = ["  ".join(["", *row]).rstrip() for row in zip(*columns, strict=True)]
         return "\n".join([self.heading] * bool(self.heading) + lines)
-
-
-_NUMBER = re.compile(r"[-+]?\d")
 
 
 def _cell(value: str | float | None, form: str) -> str:

@@ -24,7 +24,7 @@ PROGRESS_SECONDS = 3.0
 STILL_SECONDS = 8.0
 
 
-class Progress:
+class ProgressLines:
     """Lines on stderr: called often, it writes every few seconds."""
 
     def __init__(self) -> None:

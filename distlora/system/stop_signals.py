@@ -28,7 +28,7 @@ HANDLED_BY_TORCH = signal.SIGQUIT
 """The one signal that torch's agent is told to handle by itself: it takes at least one."""
 
 
-class Receiver(Protocol):
+class StopReceiver(Protocol):
     """Receiver of requests to stop: a process, or the agent of several."""
 
     def poll(self) -> int | None:
@@ -50,10 +50,10 @@ class Forwarder:
         self.killed = False
         """True if a second Ctrl-C killed the process."""
         self._interrupts = 0
-        self._process: Receiver | None = None
+        self._process: StopReceiver | None = None
         self._deliver: Callable[[int], None] | None = None
 
-    def attach(self, process: Receiver, deliver: Callable[[int], None] | None = None) -> None:
+    def attach(self, process: StopReceiver, deliver: Callable[[int], None] | None = None) -> None:
         """Send requests to `deliver`, by default as a signal to `process`; a request that came before is sent now."""
         self._process, self._deliver = process, deliver or process.send_signal
         if self.received is not None:

@@ -102,6 +102,10 @@ def _vocabulary(model: CausalLM) -> Iterator[str]:
         )
 
 
+_SHARED = re.compile(r"\.shared_(experts?|mlp)\.")
+"""Paths of linears in the experts that each token uses."""
+
+
 def describe_experts(model: CausalLM) -> Iterator[str]:
     """Describe which parts of a mixture of experts are trained, and its router loss."""
     weights = (weight for kind in model.architecture.kinds for weight in kind.weights)
@@ -138,10 +142,6 @@ def describe_experts(model: CausalLM) -> Iterator[str]:
             f"training losses include {model.router_aux_loss:g} x the routers' load-balancing loss of each row; "
             "held-out losses do not"
         )
-
-
-_SHARED = re.compile(r"\.shared_(experts?|mlp)\.")
-"""Paths of linears in the experts that each token uses."""
 
 
 def active_parameters(model: CausalLM) -> int:

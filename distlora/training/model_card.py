@@ -24,6 +24,7 @@ from distlora.weights.peft_folder import WEIGHTS_NAME
 from distlora_kernels.format_layouts import labels
 
 HUB = "https://huggingface.co"
+_VERSIONS = ("distlora", "torch", "transformers", "python")
 
 
 def model_card(result: Result, *, repository: str, base: str | None, license_of_base: Mapping[str, Any]) -> str:
@@ -54,9 +55,6 @@ def read_metadata(card: Path) -> dict[str, Any]:
     except ValueError:  # A third party's card may be invalid.
         values = None
     return values if isinstance(values, dict) else {}
-
-
-_VERSIONS = ("distlora", "torch", "transformers", "python")
 
 
 def _metadata(result: Result, base: str | None, license_of_base: Mapping[str, Any]) -> str:
@@ -107,6 +105,9 @@ def _formats(result: Result) -> str:
     return ", ".join(labels(result.summary.get("formats", []))) or "low bits"
 
 
+_TRAIN_ON = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "all"}
+
+
 def _data(result: Result) -> Iterator[str]:
     """Yield a line per source and one of counts per split."""
     splits = result.data.get("splits", {})
@@ -150,9 +151,6 @@ def _source(source: SourceConfig, counts: Mapping[str, Any], more: list[str]) ->
         details += [f"split {source.split}", f"commit `{commit[:12]}`" if commit else None]
     shown = ", ".join(detail for detail in [*details, *more] if detail)
     return name + (f" ({shown})" if shown else "")
-
-
-_TRAIN_ON = {"assistant": "every assistant turn", "last": "the last assistant turn", "all": "all"}
 
 
 _SETTINGS = (
@@ -209,6 +207,12 @@ def _figures(result: Result) -> Iterator[tuple[str, str]]:
     yield from ((title, form(summary[name])) for name, (title, form) in shown.items() if name in summary)
     if result.adapter is not None:
         yield "adapter", f"{(result.folder / WEIGHTS_NAME).stat().st_size / 1e6:,.1f} MB"
+
+
+_NF4 = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+_DENSE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
+"""transformers' settings that can dequantize, by quant_method."""
+_TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def _use(result: Result, repository: str, base: str | None) -> str:
@@ -282,12 +286,6 @@ def _use(result: Result, repository: str, base: str | None) -> str:
     elif "active_parameters" in result.summary or result.adapter.get("target_parameters"):
         note = "Training had the experts in 4 bits; bitsandbytes leaves fused experts in 16."
     return f"{text}\n\n{note}"
-
-
-_NF4 = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
-_DENSE = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}
-"""transformers' settings that can dequantize, by quant_method."""
-_TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:

@@ -14,7 +14,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.checkpoint.saver import choose, environment
 from distlora.checkpoint.state import (
     Identity,
-    Progress,
+    RunProgress,
     check_matches,
     environment_line,
     identity_of,
@@ -48,7 +48,7 @@ class OpenRun:
     """Environment that determines the bits of this start."""
     newest: Path | None
     """Checkpoint to resume from."""
-    progress: Progress
+    progress: RunProgress
     notes: list[str]
     """Lines for the log about the checkpoints."""
     slot: int | None = None
@@ -135,7 +135,7 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles,
         )
 
     newest, notes = choose(run_dir / CHECKPOINTS, ranks)
-    progress = Progress()
+    progress = RunProgress()
     if newest is not None:
         state = load_state(newest)
         check_matches(state, newest, identity(), reference=config.reference_setting)

@@ -13,7 +13,7 @@ from distlora.architecture.config_checks import MODELOPT_CONFIG
 from distlora.architecture.gguf_folder import NOTE_NAME
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_headers
 from distlora.architecture.tokens import tokenizer_files
-from distlora.checkpoint.state import Progress
+from distlora.checkpoint.state import RunProgress
 from distlora.config import ModelSpec, UserError
 from distlora.config.json_files import object_or_empty
 from distlora.loading.decomposed_adapters import plain_config, plain_tensors, trained_part
@@ -81,6 +81,9 @@ def load_weights(
                 read_into(tensors[name], segment, reader, backend)
 
 
+_EARLIER = "move its folder out of the run folder, then the checkpoint before it is used"
+
+
 def restore(
     folder: Path,
     model: CausalLM,
@@ -113,7 +116,8 @@ def restore(
         optimizer.load_state_tensors(states())
 
 
-_EARLIER = "move its folder out of the run folder, then the checkpoint before it is used"
+_STEP = "step"
+"""State of every optimizer that counts a parameter's updates: one number."""
 
 
 def _check_states(
@@ -140,15 +144,11 @@ def _check_states(
             raise UserError(f"{file} has no {missing[0]} of {name}; {_EARLIER}")
 
 
-_STEP = "step"
-"""State of every optimizer that counts a parameter's updates: one number."""
-
-
 def finish(
     run_dir: Path,
     model: CausalLM,
     spec: ModelSpec,
-    progress: Progress,
+    progress: RunProgress,
     chat_template: str | None,
     backend: Backend,
     adapter: str = DEFAULT_ADAPTER,
@@ -182,7 +182,7 @@ def publish_best(
     run_dir: Path,
     model: CausalLM,
     spec: ModelSpec,
-    progress: Progress,
+    progress: RunProgress,
     chat_template: str | None,
     backend: Backend,
     say: Callable[[str], None],
@@ -250,6 +250,9 @@ def publish_result(
                 atomic_io.write_text(temporary / TEMPLATE_NAME, chat_template)
 
 
+_RECORDS = ("merge.json", "combine.json", "export.json", MODELOPT_CONFIG, NOTE_NAME)
+
+
 def companions_of(base: Path) -> list[Path]:
     """Return the files of a base's folder to copy, without its weight index and command records."""
     return [
@@ -257,6 +260,3 @@ def companions_of(base: Path) -> list[Path]:
         for path in sorted(base.iterdir())
         if path.suffix in COMPANIONS and not path.name.endswith(".index.json") and path.name not in _RECORDS
     ]
-
-
-_RECORDS = ("merge.json", "combine.json", "export.json", MODELOPT_CONFIG, NOTE_NAME)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distlora.checkpoint.state import Progress
+from distlora.checkpoint.state import RunProgress
 from distlora.config import Config, UserError
 from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
@@ -44,7 +44,7 @@ class Reporter:
         rank: int,
         world: int,
         total_steps: int,
-        progress: Progress,
+        progress: RunProgress,
         label: str = "",
     ) -> None:
         """Open the files and the trackers. `progress`: that of the last save, now and at a stop.

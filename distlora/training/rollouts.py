@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.safetensors_headers import read_header
-from distlora.checkpoint.state import Progress
+from distlora.checkpoint.state import RunProgress
 from distlora.config import Config, RolloutConfig, UserError, require
 from distlora.data.loader import IGNORED, MicroBatch, StepBatch
 from distlora.data.packing import assign_rows
@@ -41,6 +41,7 @@ SHOWN = 3
 """Held-out prompts whose answers are written at each evaluation."""
 LENGTH_MULTIPLE = 64
 """The rows of a step are as long as the fullest, rounded up to this, and at most data.sequence_length."""
+_STORED = {np.dtype(np.float64): np.dtype(np.int64)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,9 +104,6 @@ class Rollout:
             return np.zeros(len(self), np.float64)
         applies = (~np.isnan(self.rewards)).any(axis=1)
         return np.where(applies & (self.failed == 0), sums_of_rewards(self.rewards, weights), math.nan)
-
-
-_STORED = {np.dtype(np.float64): np.dtype(np.int64)}
 
 
 def sums_of_rewards(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray:
@@ -280,7 +278,7 @@ class RolloutLoader:
     backend: Backend
     boundary: watch.Marker
     """Called between the parts of a rollout; it may raise Stopped."""
-    progress: Progress
+    progress: RunProgress
     """Progress of the run, which keeps the engine's choice for a resume."""
     log: Callable[[str], None]
     rollout: Rollout | None = None
@@ -524,7 +522,7 @@ def open_rollouts(
     data: Mapping[str, Any],
     *,
     checkpoint: Path | None,
-    progress: Progress,
+    progress: RunProgress,
     log: Callable[[str], None],
     boundary: watch.Marker,
 ) -> Iterator[RolloutLoader]:

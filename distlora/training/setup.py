@@ -50,7 +50,7 @@ def _no_log(text: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
+class StartOptions:
     """Circumstances in which a model is started."""
 
     training: bool = True
@@ -66,10 +66,10 @@ class Start:
 
 
 def start_run_model(
-    config: Config, ranks: Ranks, start: Start | None = None, *, base: CheckpointFiles | None = None
+    config: Config, ranks: Ranks, start: StartOptions | None = None, *, base: CheckpointFiles | None = None
 ) -> tuple[CausalLM, Backend, Loaded]:
     """Return `start_model` with the settings of a run."""
-    start = replace(start or Start(), run_dir=config.run_dir)
+    start = replace(start or StartOptions(), run_dir=config.run_dir)
     with still("loading the base", start.log):
         return start_model(
             config.spec,
@@ -86,7 +86,7 @@ def start_run_model(
 def start_model(
     spec: ModelSpec,
     ranks: Ranks,
-    start: Start | None = None,
+    start: StartOptions | None = None,
     *,
     train: TrainConfig | None = None,
     parallel: ParallelConfig | None = None,
@@ -101,7 +101,7 @@ def start_model(
     Raises UserError for a base that cannot be read or does not fit its config.json, for a missing initial adapter, and
     if the node lacks the host memory that the settings need.
     """
-    train, adapter, start = train or TrainConfig(), spec.adapter, start or Start()
+    train, adapter, start = train or TrainConfig(), spec.adapter, start or StartOptions()
     base, training, restores = base or CheckpointFiles(spec.path), start.training, start.restores
     model = build_model(
         spec, train, base=base, sequence_length=sequence_length, training=training, for_slots=start.for_slots

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distlora.checkpoint.saver import Saver, checkpoint_files
-from distlora.checkpoint.state import Progress, TrainState
+from distlora.checkpoint.state import RunProgress, TrainState
 from distlora.config import ModelConfig, TrainConfig
 from distlora.loading.peft_format import header_marks
 from distlora.model.build import CausalLM
@@ -21,7 +21,7 @@ from distlora.training.memory_meter import MemoryCheck
 from distlora.training.open_run import OpenRun
 from distlora.training.publish import publish_best
 from distlora.training.reporter import Reporter
-from distlora.training.trial import Hooks, Trained, Trial
+from distlora.training.trial import Hooks, TrainedParts, Trial
 
 if TYPE_CHECKING:
     from distlora.training.rollouts import RolloutLoader
@@ -32,7 +32,7 @@ def trial_of(
     model: CausalLM,
     backend: Backend,
     reporter: Reporter,
-    trained: Trained,
+    trained: TrainedParts,
     *,
     memory: MemoryCheck | None = None,
     rollouts: RolloutLoader | None = None,
@@ -60,7 +60,7 @@ def trial_of(
         saved_step=None if run.newest is None else run.progress.step,
     )
 
-    def keep_best(progress: Progress) -> None:
+    def keep_best(progress: RunProgress) -> None:
         if not settings.keeps_best(config.adapter.method):
             return
         template = run.data["chat_template"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.checkpoint.saver import SaveError
-from distlora.checkpoint.state import Progress
+from distlora.checkpoint.state import RunProgress
 from distlora.config.objectives import means_of
 from distlora.config.plan import find_gpu
 from distlora.config.training import Cadence
@@ -58,18 +58,18 @@ class LossWatchdogError(NonFiniteError):
 class Hooks:
     """Functions called at certain steps, alike on every rank."""
 
-    save: Callable[[Progress], None]
+    save: Callable[[RunProgress], None]
     """Save a checkpoint while training continues. A failed write does not stop the run."""
-    save_last: Callable[[Progress], None]
+    save_last: Callable[[RunProgress], None]
     """Save a checkpoint, unless that step is saved already, and wait for the disk. Raises SaveError."""
-    publish_best: Callable[[Progress], None]
+    publish_best: Callable[[RunProgress], None]
     """Save the present weights as the best by held-out loss."""
     sample: Callable[[int], None] | None = None
     """Log samples after so many steps, unless an earlier start has."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainedParts:
     """Parameters that a trial trains, with their gradients and optimizer."""
 
     parameters: Mapping[str, nn.Parameter]
@@ -125,6 +125,12 @@ class _Interval:
     """Start time of its first step."""
 
 
+_LOADS = 20
+"""Lines of metrics.jsonl with the load of each expert, evenly spaced: 30 kB each for 48 layers of 128."""
+WATCHED = 5
+"""Number of steps that are checked. In the first one A has no gradient, because B is zero."""
+
+
 class Trial:
     """A run in training, alone or beside others."""
 
@@ -133,7 +139,7 @@ class Trial:
         model: CausalLM,
         backend: Backend,
         run: OpenRun,
-        trained: Trained,
+        trained: TrainedParts,
         reporter: Reporter,
         hooks: Hooks,
         *,
@@ -454,12 +460,6 @@ class Trial:
 def _listed(names: Sequence[object], most: int = 8) -> str:
     shown = ", ".join(map(str, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-_LOADS = 20
-"""Lines of metrics.jsonl with the load of each expert, evenly spaced: 30 kB each for 48 layers of 128."""
-WATCHED = 5
-"""Number of steps that are checked. In the first one A has no gradient, because B is zero."""
 
 
 class GradientWatch:

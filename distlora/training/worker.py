@@ -33,9 +33,9 @@ from distlora.training.multi_trial.trainer import run_group
 from distlora.training.open_run import open_run
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
-from distlora.training.setup import Start, start_adapters, start_run_model
+from distlora.training.setup import StartOptions, start_adapters, start_run_model
 from distlora.training.start_trial import trial_of
-from distlora.training.trial import Trained
+from distlora.training.trial import TrainedParts
 
 
 def run(run_dir: Path, ranks: Ranks) -> int:
@@ -64,11 +64,11 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
         for line in [*opened.notes, *why_not_compiled]:
             reporter.event(line)
         reporter.event(f"reading {config.model.path}")
-        start = Start(log=reporter.event, restores=restores, boundary=control.boundary)
+        start = StartOptions(log=reporter.event, restores=restores, boundary=control.boundary)
         model, backend, loaded = start_run_model(config, ranks, start, base=base)
         parameters = trained_parameters(model)
         gradients = backend.reduce_gradients_of(parameters.values(), config.parallel.bucket_mb)
-        trained = Trained(parameters, gradients, build_optimizer(backend.updated(parameters), config.optim))
+        trained = TrainedParts(parameters, gradients, build_optimizer(backend.updated(parameters), config.optim))
         start_adapters(model, config.spec, backend, config.train, restores=restores, log=reporter.event)
         control.boundary(None, "reading the checkpoint", long=True)
         if opened.newest is not None:

@@ -64,7 +64,7 @@ class CheckpointLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ParameterSource:
     """A parameter on disk: byte ranges, concatenated in flat order."""
 
     names: tuple[str, ...]
@@ -160,7 +160,7 @@ def _rules(transform: Any) -> list[Rename]:
 
 def find_sources(
     layout: CheckpointLayout, on_disk: Mapping[str, Segment], wanted: Collection[str]
-) -> dict[str, Source]:
+) -> dict[str, ParameterSource]:
     """Return the tensors on disk of each `wanted` parameter, as from_pretrained finds them; absent ones are left out.
 
     Of tied parameters that are both wanted, one that is absent has the other's source. Raises UserError with the
@@ -185,7 +185,7 @@ def find_sources(
     for target, tensors in collected.items():
         pattern, name = tensors[0]
         if pattern is None:  # Two names for one parameter: transformers takes the first.
-            sources[target] = Source((name,), (on_disk[name],), on_disk[name].shape)
+            sources[target] = ParameterSource((name,), (on_disk[name],), on_disk[name].shape)
             continue
         converter = converters[pattern]
         first = converter.target_patterns[0]
@@ -235,7 +235,7 @@ def _convert(
     tensors: Sequence[tuple[str | None, str]],
     layout: CheckpointLayout,
     on_disk: Mapping[str, Segment],
-) -> dict[str, Source]:
+) -> dict[str, ParameterSource]:
     """Run a converter on the positions of rows, and return where the rows of each of its results lie.
 
     `tensors`: (pattern, name on disk) in order.
@@ -299,7 +299,7 @@ def _convert(
         if width > 1:
             shape = (*shape[:-2], shape[-2] * group, width)
         is_whole = [piece is segments[index] for index, piece in zip(used, pieces, strict=True)]
-        sources[name] = Source(names, pieces, shape, all(is_whole))
+        sources[name] = ParameterSource(names, pieces, shape, all(is_whole))
     return sources
 
 

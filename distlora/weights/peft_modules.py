@@ -112,6 +112,10 @@ class PeftWholeModule:
     shape: tuple[int, ...]
 
 
+SCORE_NAMES = ("score", "classifier")
+"""Names that PEFT saves the head of a model of rewards by; transformers' classes of decoders have the first."""
+
+
 def read_initial_modules(
     values: Mapping[str, Any], header: Mapping[str, Segment], folder: Path
 ) -> dict[str, PeftWholeModule]:
@@ -147,8 +151,6 @@ def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: C
             )
 
 
-SCORE_NAMES = ("score", "classifier")
-"""Names that PEFT saves the head of a model of rewards by; transformers' classes of decoders have the first."""
 SCORE, SCORE_BIAS = "base_model.model.score.weight", "base_model.model.score.bias"
 
 

@@ -25,7 +25,7 @@ READ_BYTES = 2**22
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class FilePlan:
     """The layout of the files to write."""
 
     headers: Mapping[str, bytes]
@@ -48,7 +48,7 @@ Tensors = Mapping[str, tuple[str, Sequence[int]]]
 """Dtype (safetensors' name) and shape of tensors by name."""
 
 
-def lay_out_files(tables: Mapping[str, Tensors], copied: Mapping[str, Segment]) -> Plan:
+def lay_out_files(tables: Mapping[str, Tensors], copied: Mapping[str, Segment]) -> FilePlan:
     """Lay out files from dtype (safetensors' name) and shape of their tensors."""
     headers, places = {}, {}
     for file, tensors in tables.items():
@@ -63,13 +63,13 @@ def lay_out_files(tables: Mapping[str, Tensors], copied: Mapping[str, Segment]) 
                 dtype=entry["dtype"],
                 shape=tuple(entry["shape"]),
             )
-    return Plan(headers=headers, places=places, copied=copied)
+    return FilePlan(headers=headers, places=places, copied=copied)
 
 
 class Files:
     """The open files while they are filled, by one process or several."""
 
-    def __init__(self, folder: Path, plan: Plan, *, create: bool = True) -> None:
+    def __init__(self, folder: Path, plan: FilePlan, *, create: bool = True) -> None:
         """Create the files with their headers; with `create=False` open those that another process created."""
         self._plan = plan
         self._open: dict[str, int] = {}
@@ -124,7 +124,7 @@ class Files:
                     passed(len(content), name)
 
 
-def write_index(folder: Path, plan: Plan) -> None:
+def write_index(folder: Path, plan: FilePlan) -> None:
     """Write model.safetensors.index.json, unless the one file has the name that needs none."""
     if plan.headers.keys() == {SINGLE_NAME}:
         return

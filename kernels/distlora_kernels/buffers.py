@@ -33,7 +33,7 @@ MOST_PARTS_BYTES = 2**28
 twice (2 % of a linear's backward) to save memory."""
 
 
-class Tile(NamedTuple):
+class KernelTile(NamedTuple):
     """Tile of a kernel: rows, columns (or summed length per iteration), ranks."""
 
     rows: int
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
 
 def tile_of(
     op: str, rank: int, tokens: int, itemsize: int, with_dropout: bool = False, *, copies: bool = False
-) -> Tile:
+) -> KernelTile:
     """Return the tile of an op for an adapter's rank and a row's tokens, without spills and within 99 KB.
 
     With dropout there are twice the threads: the generator, not memory, is the bottleneck. A rank that is not a
@@ -57,18 +57,18 @@ def tile_of(
     if itemsize == 4:
         # No tensor cores (ieee): operands are in registers.
         rows, columns = {"down": (32, 32), "up": (32, 64), "dy": (64, 32), "grad": (32, 64)}[op]
-        return Tile(_rows(rows, tokens), columns, min(ranks, 32), 4, 2)
+        return KernelTile(_rows(rows, tokens), columns, min(ranks, 32), 4, 2)
     if op == "down":
         # More rows for more ranks: every tile of rows reads all of a from L2.
         if ranks == 16:
-            return Tile(_rows(64, tokens), 128, ranks, warps, 3 if copies else 4)
-        return Tile(_rows(128, tokens), 64, ranks, warps, 4)
+            return KernelTile(_rows(64, tokens), 128, ranks, warps, 3 if copies else 4)
+        return KernelTile(_rows(128, tokens), 64, ranks, warps, 4)
     if op == "up":
-        return Tile(_rows(64 if with_dropout else 128, tokens), 128, ranks, 8, 2)
+        return KernelTile(_rows(64 if with_dropout else 128, tokens), 128, ranks, 8, 2)
     if op == "dy":
-        return Tile(_rows(128 if odd else 256, tokens), 64, ranks, 8, 3 if odd else 2)
+        return KernelTile(_rows(128 if odd else 256, tokens), 64, ranks, 8, 3 if odd else 2)
     rows = 32 if odd and ranks == 16 and not with_dropout else 64
-    return Tile(_rows(rows, tokens), 128, ranks, warps, 3 if with_dropout else 4)
+    return KernelTile(_rows(rows, tokens), 128, ranks, warps, 3 if with_dropout else 4)
 
 
 def _rows(most: int, tokens: int) -> int:
@@ -93,7 +93,7 @@ def split(length: int, grain: int, programs: int, wanted: int = PROGRAMS) -> Spl
     return Split(size, -(-length // size))
 
 
-def split_over_rows(tile: Tile, tokens: int, columns: int, rank: int, batch: int = 1) -> Split:
+def split_over_rows(tile: KernelTile, tokens: int, columns: int, rank: int, batch: int = 1) -> Split:
     """Split the sum over the rows of one of `batch` sequences in the gradient of A or B (`columns`, `rank`)."""
     return split(tokens, tile.rows, -(-columns // tile.columns) * -(-rank // tile.ranks) * batch)
 

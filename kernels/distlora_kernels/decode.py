@@ -63,7 +63,7 @@ def available() -> bool:
     return processor.path() != "amx" and bool(native.library().decodes())
 
 
-class Pair(NamedTuple):
+class AdapterPair(NamedTuple):
     """An adapter of a linear: a (r, K), b (N, r), both of any float dtype, and its scale."""
 
     slot: int
@@ -77,7 +77,7 @@ class DecodedLinear(NamedTuple):
 
     weight: FrozenWeight
     bias: Tensor | None
-    adapters: Sequence[Pair]
+    adapters: Sequence[AdapterPair]
 
     @property
     def is_covered(self) -> bool:

@@ -132,7 +132,7 @@ def magnitude_gradient(dy: Tensor, y: Tensor, magnitude: Tensor) -> Tensor:
         return dora_triton.magnitude_gradient(dy, y, magnitude)
 
 
-class Factors(NamedTuple):
+class DoraFactors(NamedTuple):
     """The factors k of a linear's outputs."""
 
     norms: Tensor
@@ -141,21 +141,21 @@ class Factors(NamedTuple):
     """k - 1, (O,), or (B, O) if rows choose among adapters."""
 
 
-def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> Factors:
+def factors(adapter: Adapter, wa: Tensor, dtype: torch.dtype) -> DoraFactors:
     """Return the factors for wa = W A^T (O, R), with k - 1 in `dtype`."""
     magnitude = adapter.magnitude
     assert magnitude is not None
     squares, a = magnitude.row_norms_squared, adapter.down(dtype)
     if not isinstance(adapter.scale, RowChoice):
         norms = _zero_for_zero_rows(squares, dora_norms(squares, wa, a, adapter.b, adapter.scale)[None])
-        return Factors(norms, _excess(magnitude.masters, norms)[0].to(dtype))
+        return DoraFactors(norms, _excess(magnitude.masters, norms)[0].to(dtype))
     choice, parts = adapter.scale, []
     for number, scale in enumerate(choice.scales):
         columns = choice.columns(number)
         parts.append(dora_norms(squares, wa[:, columns], a[columns], adapter.b[:, columns], scale))
     norms = _zero_for_zero_rows(squares, torch.stack(parts))
     excess = _excess(magnitude.masters, norms)
-    return Factors(norms, _by_row(excess, choice.rows, otherwise=0.0).to(dtype))
+    return DoraFactors(norms, _by_row(excess, choice.rows, otherwise=0.0).to(dtype))
 
 
 def _zero_for_zero_rows(row_norms_squared: Tensor, norms: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def folded(linear: Linear, factor: Tensor) -> Linear:
     return linear._replace(weight=scaled_rows(linear.weight, factor), adapter=adapter)
 
 
-def scaled(adapter: Adapter, factors: Factors, y: Tensor, bias: Tensor | None) -> tuple[Tensor, SavedDora]:
+def scaled(adapter: Adapter, factors: DoraFactors, y: Tensor, bias: Tensor | None) -> tuple[Tensor, SavedDora]:
     """Overwrite y = v + bias (M, O) with k v + bias, without dropout. Returns it and the tensors for backward."""
     if bias is None:
         y = plus_excess(y, y, factors.excess, out=y)
@@ -188,14 +188,16 @@ def scaled(adapter: Adapter, factors: Factors, y: Tensor, bias: Tensor | None) -
 
 
 def scaled_with_dropout(
-    factors: Factors, delta: Tensor, output: Tensor, bias: Tensor | None
+    factors: DoraFactors, delta: Tensor, output: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, SavedDora]:
     """Overwrite delta = s (d(x) A^T) B^T (M, O) with the term that is added to x W^T; `output` is v."""
     rest = plus_excess(delta, output, factors.excess, out=delta)
     return rest if bias is None else rest.add_(bias), SavedDora(output, factors.norms, factors.excess)
 
 
-def saved_for_folded(linear: Linear, factors: Factors, factor: Tensor, y: Tensor, *, with_backward: bool) -> SavedDora:
+def saved_for_folded(
+    linear: Linear, factors: DoraFactors, factor: Tensor, y: Tensor, *, with_backward: bool
+) -> SavedDora:
     """Return the tensors that backward needs from y (M, O), the output of folded(linear, factor)."""
     assert linear.adapter is not None
     output: Tensor | None = y
@@ -204,7 +206,7 @@ def saved_for_folded(linear: Linear, factors: Factors, factor: Tensor, y: Tensor
     return SavedDora(output, _divisor_of_scaled(linear.adapter, factors), None, factor)
 
 
-def _divisor_of_scaled(adapter: Adapter, factors: Factors) -> Tensor:
+def _divisor_of_scaled(adapter: Adapter, factors: DoraFactors) -> Tensor:
     """Return the divisor of the sum of dy (k v) that gives dm, (N, O) fp32: m, or 0 where n is 0."""
     assert adapter.magnitude is not None
     return torch.where(factors.norms == 0, 0.0, adapter.magnitude.masters)

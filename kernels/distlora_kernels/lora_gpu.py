@@ -26,8 +26,8 @@ from distlora_kernels.fused import choose_variant, fused_linear, fused_linear_dx
 from distlora_kernels.operands import (
     Adapter,
     FrozenWeight,
-    Gradients,
     Linear,
+    LinearGradients,
     Needs,
     RowChoice,
     SavedDora,
@@ -140,9 +140,9 @@ def backward(
     saved: Sequence[SavedLinear],
     dys: Sequence[Tensor | None],
     needs: Needs,
-) -> Gradients:
+) -> LinearGradients:
     """Return the gradients of the sum of <y, dy> over the linears; x is None if no linear has an adapter."""
-    gradients = Gradients(len(linears))
+    gradients = LinearGradients(len(linears))
     linears = [
         # The LoRA that forward folded it into.
         dora.folded(linear, each.magnitude.factor) if each.magnitude and each.magnitude.factor is not None else linear
@@ -290,7 +290,7 @@ def _input_gradient(
 
 
 def _add_down_gradients(
-    gradients: Gradients, x: Tensor, linears: Sequence[Linear], dxas: dict[int, Tensor], needs: Needs
+    gradients: LinearGradients, x: Tensor, linears: Sequence[Linear], dxas: dict[int, Tensor], needs: Needs
 ) -> None:
     """Add dA of each linear; x is read once per group."""
     for group in _groups(linears, [index for index in dxas if needs.a[index]]):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distlora_kernels import products
-from distlora_kernels.operands import Gradients, Linear, Needs, RowChoice, SavedLinear
+from distlora_kernels.operands import Linear, LinearGradients, Needs, RowChoice, SavedLinear
 from distlora_kernels.products import Factor, product, weighted_sum
 
 COLUMNS = 64
@@ -78,9 +78,9 @@ def backward(
     saved: Sequence[SavedLinear],
     dys: Sequence[Tensor | None],
     needs: Needs,
-) -> Gradients:
+) -> LinearGradients:
     """Return what lora_torch.backward does."""
-    gradients, factors = Gradients(len(linears)), []
+    gradients, factors = LinearGradients(len(linears)), []
     for index, ((weight, adapter, _), dy) in enumerate(zip(linears, dys, strict=True)):
         if dy is None:
             continue

@@ -20,8 +20,8 @@ from distlora_kernels import dora
 from distlora_kernels.dropout import ChosenDropout, Dropout, dropped
 from distlora_kernels.operands import (
     Adapter,
-    Gradients,
     Linear,
+    LinearGradients,
     Needs,
     RowChoice,
     SavedDora,
@@ -197,9 +197,9 @@ def backward(
     saved: Sequence[SavedLinear],
     dys: Sequence[Tensor | None],
     needs: Needs,
-) -> Gradients:
+) -> LinearGradients:
     """Return the gradients of the sum of <y, dy> over the linears; x is None if no linear has an adapter."""
-    gradients = Gradients(len(linears))
+    gradients = LinearGradients(len(linears))
     parts = [] if x is None else _parts(linears, x.shape[0])
     for index in reversed(range(len(linears))):
         linear, linear_saved, dy = linears[index], saved[index], dys[index]
@@ -237,7 +237,7 @@ class _PartGradient(NamedTuple):
 
 
 def _adapter_gradients(
-    gradients: Gradients,
+    gradients: LinearGradients,
     index: int,
     adapter: Adapter,
     x: Tensor,

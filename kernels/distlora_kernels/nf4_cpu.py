@@ -40,7 +40,7 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
 
     def quantize(number: int) -> None:
         if not hasattr(work, "memory"):
-            work.memory = _Work(min(groups, PIECE_GROUPS))
+            work.memory = _QuantizeMemory(min(groups, PIECE_GROUPS))
         piece = slice(number * PIECE_GROUPS, (number + 1) * PIECE_GROUPS)
         work.memory.quantize(flat[piece.start * GROUP : piece.stop * GROUP], codes[piece], absmax[piece])
 
@@ -48,7 +48,7 @@ def quantize_blocks(flat: Tensor) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
-class _Work:
+class _QuantizeMemory:
     """Reused work memory to quantize some groups."""
 
     def __init__(self, groups: int) -> None:

@@ -162,7 +162,7 @@ class Needs(NamedTuple):
 
 
 @dataclass(slots=True)
-class Gradients:
+class LinearGradients:
     """Gradients of the linears of one input; None where none is needed or no output gradient arrives."""
 
     num_linears: int

@@ -27,7 +27,7 @@ from distlora_launcher.cli.status import Status, statuses
 from distlora_launcher.compose.checks import check_run_dir
 from distlora_launcher.compose.compose import MAPPINGS, compose_config
 from distlora_launcher.compose.overrides import known_models
-from distlora_launcher.follow import Command, Follower
+from distlora_launcher.follow import Command, RunFollower
 from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.launch.local import remove_if_empty
 from distlora_launcher.launch.lock import CONFIG_NAME
@@ -53,6 +53,9 @@ class RunFailedError(RuntimeError):
         """Exit code of the command; negative: the signal that killed it."""
 
 
+CALLBACKS = ("on_step", "on_eval", "on_save")
+
+
 class Callback:
     """Base class of callbacks: override the methods that you need, or pass functions to the constructor.
 
@@ -75,9 +78,6 @@ class Callback:
 
     def on_save(self, step: int, folder: Path) -> Answer:
         """Receive the folder of a complete checkpoint; train.keep sets how many stay."""
-
-
-CALLBACKS = ("on_step", "on_eval", "on_save")
 
 
 class Run:
@@ -306,7 +306,7 @@ def check_callbacks(callbacks: Sequence[Callback], launcher: str) -> None:
 
 def _follow(arguments: Sequence[str], folder: Path, callbacks: Sequence[Callback]) -> Run:
     """Run a command to its end, and return its run. Raises UserError and RunFailedError with its explanation."""
-    follower = Follower(folder, callbacks)
+    follower = RunFollower(folder, callbacks)
     command = Command(*arguments)
     code = command.wait(follower.look)
     if code in (DONE, STOPPED):

@@ -100,7 +100,7 @@ class Command:
             pass
 
 
-class Follower:
+class RunFollower:
     """Calls callbacks for the steps, evaluations and saves of a run since this object was made, each once and in order.
 
     Steps that a restarted worker repeats are equal and are not reported again.

@@ -11,8 +11,8 @@ from distlora.data.formats import (
     ALPACA_WITH_INPUT,
     ALPACA_WITHOUT_INPUT,
     FORMATS,
-    Reading,
-    Record,
+    ReadOptions,
+    SourceRecord,
     resolve_format,
     to_document,
 )
@@ -24,12 +24,12 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 
 def record(value):
-    return Record("data.jsonl:3", 10, value)
+    return SourceRecord("data.jsonl:3", 10, value)
 
 
 def canonical(value, format, *, columns=None, has_template=True):
     """Return the document's value."""
-    reading = Reading(columns or {})
+    reading = ReadOptions(columns or {})
     convert = to_answers if reads(format, reading) else to_document
     document = convert(record(value), format, has_template, reading)
     assert (document.place, document.num_bytes) == ("data.jsonl:3", 10)
@@ -227,18 +227,18 @@ def test_auto_refuses_what_fits_two_formats_or_none():
 def test_columns_rename_the_keys_of_the_data_and_decide_the_format():
     value = {"question": "a", "answer": "b", "text": "not this", "prompt": "nor this"}
     columns = {"prompt": "question", "completion": "answer"}
-    assert resolve_format(record(value), "auto", Reading(columns)) == "prompt_completion"
+    assert resolve_format(record(value), "auto", ReadOptions(columns)) == "prompt_completion"
     assert canonical(value, "prompt_completion", columns=columns) == {"prompt": "a", "completion": "b"}
-    assert resolve_format(record({"body": "a"}), "auto", Reading({"text": "body"})) == "text"
+    assert resolve_format(record({"body": "a"}), "auto", ReadOptions({"text": "body"})) == "text"
     with pytest.raises(UserError, match=r"it has 'completion', which fits no format; name the columns of all keys"):
-        resolve_format(record({"body": "a"}), "auto", Reading({"completion": "body"}))
-    assert resolve_format(record({"body": "a", "n": 1}), "auto", Reading({"prompt": "body"})) == "prompt_only"
+        resolve_format(record({"body": "a"}), "auto", ReadOptions({"completion": "body"}))
+    assert resolve_format(record({"body": "a", "n": 1}), "auto", ReadOptions({"prompt": "body"})) == "prompt_only"
     with pytest.raises(UserError, match=r"names 'quest' as 'prompt', but the columns there are 'question', .*mean"):
-        resolve_format(record(value), "auto", Reading({"prompt": "quest"}))
+        resolve_format(record(value), "auto", ReadOptions({"prompt": "quest"}))
     with pytest.raises(UserError, match=r"'promt' is not a key of data\.format=auto .*did you mean 'prompt'"):
-        resolve_format(record(value), "auto", Reading({"promt": "question"}))
+        resolve_format(record(value), "auto", ReadOptions({"promt": "question"}))
     with pytest.raises(UserError, match=r"'prompt' is not a key of data\.format=text"):
-        resolve_format(record(value), "text", Reading(columns))
+        resolve_format(record(value), "text", ReadOptions(columns))
     with pytest.raises(UserError, match="no 'completion' among its keys"):
         canonical({"question": "a"}, "prompt_completion", columns=columns)
 
@@ -258,7 +258,7 @@ def test_a_key_that_means_other_training_is_refused_until_it_is_ignored(format, 
     (key,) = more
     with pytest.raises(UserError, match=rf"^data\.jsonl:3: '{key}' .*{reason}.*data\.ignore_columns=\[{key}\]"):
         canonical(value | more, format)
-    ignoring = Reading(ignore_columns=(key,))
+    ignoring = ReadOptions(ignore_columns=(key,))
     assert to_document(record(value | more), format, True, ignoring).value == canonical(value, format)
     for nothing in (None, "", [], {}, {"bytes": None, "path": None}):
         assert canonical(value | {key: nothing}, format) == canonical(value, format)
@@ -274,13 +274,13 @@ def test_content_may_be_parts_of_text():
 def test_reasoning_under_another_key_is_reasoning_content_and_can_be_ignored():
     value = chat("Hi", "Hello")
     value["messages"][1]["thoughts"] = "Hm."
-    read = to_document(record(value), "chat", True, Reading(reasoning_key="thoughts")).value["messages"][1]
+    read = to_document(record(value), "chat", True, ReadOptions(reasoning_key="thoughts")).value["messages"][1]
     assert read == {"role": "assistant", "content": "Hello", "reasoning_content": "Hm."}
     assert head_with_key(iter([record(chat("Hi", "Hello")), record(value)]), "thoughts")[1].value is value
     for other in (value, {"text": "a"}):
         with pytest.raises(UserError, match=r"data\.reasoning_key=thought is a key of no message in 2 records"):
             head_with_key(iter([record({"text": "a"}), record(other)]), "thought")
-    ignoring = Reading(ignore_columns=("thoughts",))
+    ignoring = ReadOptions(ignore_columns=("thoughts",))
     assert to_document(record(value), "chat", True, ignoring).value == chat("Hi", "Hello")
 
 

@@ -20,7 +20,7 @@ from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora.data.answers import check_objective, to_answers
 from distlora.data.encoding import Encoded
-from distlora.data.formats import Reading, Record, resolve_format
+from distlora.data.formats import ReadOptions, SourceRecord, resolve_format
 from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import REJECTED, STARTS, TRAINED, PackedRows, read_meta
 from support.data_folders import MARKED, prepare, write_lines, write_model
@@ -59,10 +59,10 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
 
 
 def pair_of(value: dict[str, Any], **columns: str) -> dict[str, Any]:
-    record = Record("pairs.jsonl:1", 10, value)
-    format = resolve_format(record, "auto", Reading(columns))
+    record = SourceRecord("pairs.jsonl:1", 10, value)
+    format = resolve_format(record, "auto", ReadOptions(columns))
     assert format == "preference"
-    return to_answers(record, format, True, Reading(columns)).value
+    return to_answers(record, format, True, ReadOptions(columns)).value
 
 
 @pytest.mark.parametrize("form", CONVERSATIONS)
@@ -88,7 +88,7 @@ def test_what_comes_before_the_question_is_kept_and_not_trained() -> None:
     assert pair_of({"system": "S", "prompt": [ASKED], "chosen": GOOD, "rejected": BAD})["chosen"] == {
         "messages": [said("system", "S"), ASKED, GOOD]
     }
-    record = Record("pairs.jsonl:1", 10, {"instruction": "Who?", "chosen": "Me.", "rejected": "You."})
+    record = SourceRecord("pairs.jsonl:1", 10, {"instruction": "Who?", "chosen": "Me.", "rejected": "You."})
     without = to_answers(record, "preference", has_template=False).value
     assert without["chosen"]["completion"] == "Me."
     assert "### Instruction:\nWho?\n" in without["chosen"]["prompt"], "in Alpaca's words, without a chat template"
@@ -126,7 +126,7 @@ def test_texts_keep_their_prompt_or_get_what_both_begin_with() -> None:
 )
 def test_what_is_no_pair_is_refused_by_its_place(value: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        to_answers(Record("pairs.jsonl:1", 10, value), "preference", has_template=True)
+        to_answers(SourceRecord("pairs.jsonl:1", 10, value), "preference", has_template=True)
 
 
 def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> None:
@@ -140,9 +140,9 @@ def test_data_that_does_not_fit_the_objective_is_refused_with_what_to_type() -> 
         check_objective("text", "kto", "a.txt")
     both = {"messages": [ASKED, GOOD], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
     with pytest.raises(UserError, match=r"fits the formats chat and preference; .*=chat or data\.format=preference"):
-        resolve_format(Record("a.jsonl:1", 10, both), "auto")
+        resolve_format(SourceRecord("a.jsonl:1", 10, both), "auto")
     advised = resolve_format(
-        Record("a.jsonl:1", 10, CONVERSATIONS["implicit"]), "auto", Reading({"messages": "chosen"})
+        SourceRecord("a.jsonl:1", 10, CONVERSATIONS["implicit"]), "auto", ReadOptions({"messages": "chosen"})
     )
     assert advised == "chat"
 
@@ -163,7 +163,7 @@ JUDGED_ANSWERS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 def judged(value: dict[str, Any], **columns: str) -> dict[str, Any]:
-    record, reading = Record("judged.jsonl:1", 10, value), Reading(columns, judged=True)
+    record, reading = SourceRecord("judged.jsonl:1", 10, value), ReadOptions(columns, judged=True)
     return to_answers(record, resolve_format(record, "auto", reading), True, reading).value
 
 

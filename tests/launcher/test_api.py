@@ -25,7 +25,7 @@ from distlora_launcher import api
 from distlora_launcher.api import as_overrides
 from distlora_launcher.cli.plan import main as plan_command
 from distlora_launcher.compose.compose import compose_config
-from distlora_launcher.follow import Follower
+from distlora_launcher.follow import RunFollower
 from support.family_models import SINGLE
 
 ROOT = Path(__file__).parents[2]
@@ -183,7 +183,7 @@ def test_a_callback_that_raises_is_reported_once_and_no_longer_called(
         raise ValueError(f"no {metrics['loss']}")
 
     recorder = Recorder()
-    follower = Follower(tmp_path, [distlora.Callback(on_step=fail), recorder])
+    follower = RunFollower(tmp_path, [distlora.Callback(on_step=fail), recorder])
     write_metrics(tmp_path, 1, 2)
     assert not follower.look()
     assert recorder.calls == [("step", 1), ("step", 2)]

@@ -20,7 +20,7 @@ from distlora.run_folder.eval_documents import DocumentRecord, read_documents, w
 from distlora.run_folder.sweep import COMPLETE, FAILED, RUNNING, TrialRecord, read_results
 from distlora_launcher.studies.rank_search import FULL, Comparison, Gain, RankSearch, Size, Tried, gain, ladder
 from distlora_launcher.studies.results import CONCLUSION_NAME
-from distlora_launcher.studies.sources import Due
+from distlora_launcher.studies.sources import NextAction
 from distlora_launcher.studies.sweep import Sweep
 
 SETTINGS = SweepConfig(method="rank_search", rank_start=8, rank_most=128, bootstrap=500)
@@ -156,10 +156,10 @@ def test_the_search_is_a_function_of_what_has_ended(searched: Sweep) -> None:
     assert answer([]) == [{"adapter.r": 8}, {"adapter.r": 16}]
     trials = ended(searched, {8: 0.0, 16: -0.1})
     assert answer([trials[0]]) == [{"adapter.r": 16}]
-    assert answer([trials[0], dataclasses.replace(trials[1], state=RUNNING)]) is Due.WAIT
+    assert answer([trials[0], dataclasses.replace(trials[1], state=RUNNING)]) is NextAction.WAIT
     assert answer(trials) == [{"adapter.r": 32}]
-    assert answer(ended(searched, {8: 0.0, 16: -0.1, 32: -0.1})) is Due.END
-    assert answer(ended(searched, {8: 0.0, 16: None})) is Due.END
+    assert answer(ended(searched, {8: 0.0, 16: -0.1, 32: -0.1})) is NextAction.END
+    assert answer(ended(searched, {8: 0.0, 16: None})) is NextAction.END
 
 
 def test_full_fine_tuning_is_due_when_no_rank_is(tmp_path: Path, folders: Path) -> None:
@@ -173,7 +173,7 @@ def test_full_fine_tuning_is_due_when_no_rank_is(tmp_path: Path, folders: Path) 
     assert (config.adapter.method, config.quant.method, config.optim.lr) == ("full", "none", pytest.approx(2e-4))
     assert config.train.eval_documents
     assert config.run_dir == str(sweep.run_dir(2))
-    assert RankSearch(sweep).next([*trials, *_numbered(2, ended(sweep, {FULL: 0.0}))]) is Due.WAIT
+    assert RankSearch(sweep).next([*trials, *_numbered(2, ended(sweep, {FULL: 0.0}))]) is NextAction.WAIT
 
 
 def _numbered(number: int, records: list[TrialRecord]) -> list[TrialRecord]:
@@ -220,7 +220,7 @@ def test_a_run_without_figures_to_compare_counts_as_failed(
     trials = ended(searched, {8: 0.0, 16: -0.1})
     damage(trials[1].folder(searched.folder))
     search = RankSearch(searched)
-    assert search.next(trials) is Due.END
+    assert search.next(trials) is NextAction.END
     assert reason.replace("\\", "") in "\n".join(search.conclusion(trials))
 
 

@@ -20,10 +20,10 @@ from distlora.training.multi_trial import protocol
 from distlora_launcher.launch.lock import holders, worker_place
 from distlora_launcher.studies import alone, multi_trial
 from distlora_launcher.studies.multi_trial import Together
-from distlora_launcher.studies.placement import Outcome, Trial
+from distlora_launcher.studies.placement import PlacedTrial, TrialOutcome
 from distlora_launcher.studies.sources import make_source
 from distlora_launcher.studies.sweep import Dimension, Sweep, Values, make_sweep
-from distlora_launcher.studies.table import Table
+from distlora_launcher.studies.table import TrialTable
 from distlora_launcher.studies.worker import Study
 from support.launcher_fakes import write_data, write_model
 
@@ -61,23 +61,23 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     return made
 
 
-def work(sweep: Sweep) -> Table:
+def work(sweep: Sweep) -> TrialTable:
     """Run one worker to its end."""
-    table = Table(sweep, make_source(sweep))
+    table = TrialTable(sweep, make_source(sweep))
     with worker_place(sweep.folder, "worker_0"):
         Study(sweep, table, Together(sweep, 0, Forwarder())).work(Forwarder())
     return table
 
 
-def asked(sweep: Sweep, number: int, **values: Any) -> Trial:
+def asked(sweep: Sweep, number: int, **values: Any) -> PlacedTrial:
     named = {name.replace("__", "."): value for name, value in values.items()}
     words = tuple(sweep.trial_overrides(number, named))
-    return Trial(number=number, values=named, overrides=words, run_dir=sweep.run_dir(number), begun=False)
+    return PlacedTrial(number=number, values=named, overrides=words, run_dir=sweep.run_dir(number), begun=False)
 
 
-def until(runner: Together, number: int) -> list[Outcome]:
+def until(runner: Together, number: int) -> list[TrialOutcome]:
     """Return the first `number` outcomes."""
-    found: list[Outcome] = []
+    found: list[TrialOutcome] = []
     deadline = time.monotonic() + 60
     while len(found) < number:
         assert time.monotonic() < deadline, found

@@ -26,11 +26,11 @@ from distlora_launcher.launch.lock import holders, lock_run, worker_place
 from distlora_launcher.studies import alone, start
 from distlora_launcher.studies.alone import Alone
 from distlora_launcher.studies.optuna_draws import importance, should_prune
-from distlora_launcher.studies.placement import Outcome, Trial
-from distlora_launcher.studies.sources import Due, make_source
+from distlora_launcher.studies.placement import PlacedTrial, TrialOutcome
+from distlora_launcher.studies.sources import NextAction, make_source
 from distlora_launcher.studies.start import parse_sweep
 from distlora_launcher.studies.sweep import Dimension, Interval, Sweep, Values, load_sweep, make_sweep
-from distlora_launcher.studies.table import Table
+from distlora_launcher.studies.table import TrialTable
 from distlora_launcher.studies.worker import Study
 from support.launcher_fakes import wait_until
 
@@ -53,19 +53,19 @@ def sweep_at(folder: Path, *space: Dimension, overrides: tuple[str, ...] = (), *
     return sweep
 
 
-def table_of(sweep: Sweep) -> Table:
+def table_of(sweep: Sweep) -> TrialTable:
     """Return the table as another worker opens it."""
-    return Table(sweep, make_source(sweep))
+    return TrialTable(sweep, make_source(sweep))
 
 
-def asked(table: Table) -> Trial:
+def asked(table: TrialTable) -> PlacedTrial:
     trial = table.ask()
-    assert isinstance(trial, Trial)
+    assert isinstance(trial, PlacedTrial)
     return trial
 
 
-def complete(table: Table, trial: Trial, value: float) -> None:
-    table.tell(Outcome(number=trial.number, state=COMPLETE, seconds=1.0, step=3), value, {})
+def complete(table: TrialTable, trial: PlacedTrial, value: float) -> None:
+    table.tell(TrialOutcome(number=trial.number, state=COMPLETE, seconds=1.0, step=3), value, {})
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_workers_share_the_cells_of_a_grid_in_their_order(tmp_path: Path):
     first, second = table_of(sweep), table_of(sweep)
     with worker_place(sweep.folder, "worker_0"):
         trials = [asked(table) for table in (first, second, first, second)]
-        assert [first.ask(), second.ask()] == [Due.END, Due.END]
+        assert [first.ask(), second.ask()] == [NextAction.END, NextAction.END]
     assert [trial.values for trial in trials] == [
         {"optim.lr": 1e-3, "adapter.r": 8},
         {"optim.lr": 1e-3, "adapter.r": 16},
@@ -137,20 +137,20 @@ def test_a_sweep_of_an_earlier_version_goes_on(tmp_path: Path):
     (sweep.folder / "results.json").write_text(json.dumps({"trials": trials}))
     (sweep.folder / "journal.log").write_text("of another mechanism")
     with worker_place(sweep.folder, "worker_0"):
-        begun, new = (asked(Table(sweep, make_source(sweep), place="worker_0")) for _ in range(2))
+        begun, new = (asked(TrialTable(sweep, make_source(sweep), place="worker_0")) for _ in range(2))
     assert (begun.number, begun.begun, new.number, new.begun) == (1, True, 2, False)
 
 
 def test_a_trial_that_somebody_goes_on_with_by_hand_is_left_to_him(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s", Values("optim.lr", (1e-3, 1e-2)))
-    trial = asked(Table(sweep, make_source(sweep), place="worker_9"))
+    trial = asked(TrialTable(sweep, make_source(sweep), place="worker_9"))
     trial.run_dir.mkdir(parents=True)
     (trial.run_dir / "config.yaml").write_text("")
-    table = Table(sweep, make_source(sweep), place="worker_0")
+    table = TrialTable(sweep, make_source(sweep), place="worker_0")
     with worker_place(sweep.folder, "worker_0"):
         with lock_run(trial.run_dir):
             assert asked(table).number == 1
-            assert table.ask() is Due.WAIT
+            assert table.ask() is NextAction.WAIT
         assert asked(table).number == 0
 
 
@@ -459,7 +459,7 @@ def test_optuna_draws_by_the_records_alone(tmp_path: Path, method: str, pruner: 
             table.report(trial.number, 1, loss)
             assert isinstance(should_prune(sweep.settings, space, table.records(), trial.number), bool)
             complete(table, trial, loss)
-        assert table.ask() is Due.END
+        assert table.ask() is NextAction.END
         drawn.append([dict(trial.values) for trial in table.records()])
     assert drawn[0] == drawn[1]
     assert drawn[0][0] != drawn[2][0]

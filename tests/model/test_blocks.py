@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distlora.derive.shrink import build, decoder_layers, shrink
 from distlora.model.adapters import BlockContext, Rows, StepRows
-from distlora.model.by_document import ByDocument, PackedRows
+from distlora.model.by_document import ByDocument, DocumentRows
 from distlora.model.layer_wrapper import Block, Reference, argument_names, batch_dims
 from support.model_types import config_of
 
@@ -174,7 +174,7 @@ def test_packed_documents_are_as_alone_where_a_mixer_carries_state(model_type: s
     assert (leaking.flatten(0, 1) - torch.cat(outputs)).abs().max() > 1e-3, "nothing leaks without the wrapper"
     blocks = wrapped(model, [{}] * 9, num_micro=2, by_document=BY_DOCUMENT[model_type])
     for block in blocks:
-        block.rows = Rows(packed=PackedRows.of(positions))
+        block.rows = Rows(packed=DocumentRows.of(positions))
     model.zero_grad()
     logits = model(ids, position_ids=positions, use_cache=False).logits
     (logits * scale).sum().backward()

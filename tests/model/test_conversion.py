@@ -31,7 +31,7 @@ from distlora.weights import conversion
 from distlora.weights.conversion import (
     MAX_PIECES,
     CheckpointLayout,
-    Source,
+    ParameterSource,
     disk_names_of,
     find_sources,
     layout_of,
@@ -43,7 +43,7 @@ from support.model_types import CAUSAL, COMPOSITES, UNBUILDABLE, VARIANTS, confi
 from support.tiers import ci
 
 
-def read(source: Source) -> torch.Tensor:
+def read(source: ParameterSource) -> torch.Tensor:
     with Reader() as reader:
         numel = sum(segment.numel for segment in source.segments)
         return reader.read(source.segments, 0, numel).view(source.shape)

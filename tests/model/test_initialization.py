@@ -24,7 +24,7 @@ from distlora.post.load_trained import load_trained
 from distlora.post.trained import find_weights, of_run
 from distlora.system import randomness
 from distlora.training import worker
-from distlora.training.setup import Start, start_run_model
+from distlora.training.setup import StartOptions, start_run_model
 from distlora.weights.decompose import LowRankFactors, Sketch, principal_part
 from distlora.weights.initial_adapter_file import INITIAL_ADAPTER_NAME
 from distlora.weights.peft_folder import read_peft_adapter
@@ -75,7 +75,7 @@ def started(
     ranks: Ranks, *, run_dir: Path, boundary: watch.Marker = watch.at
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, int]]]:
     """Return the initial A and B, and this rank's rows of the base."""
-    model, backend, _ = start_run_model(load_config(run_dir), ranks, Start(boundary=boundary))
+    model, backend, _ = start_run_model(load_config(run_dir), ranks, StartOptions(boundary=boundary))
     base = {
         name: (local.clone(), first)
         for name, parameter in model.named_parameters()

@@ -30,7 +30,7 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.training import worker
 from distlora.training.publish import load_weights
-from distlora.training.setup import Start, start_run_model
+from distlora.training.setup import StartOptions, start_run_model
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from support.closeness import assert_adapters_close, assert_losses_close, relative_error
 from support.family_models import SINGLE, dequantized, positions_of, tokens
@@ -120,7 +120,7 @@ def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
     worker.run(run_dir, ranks)
     config = load_config(run_dir)
     loader, _ = open_data(run_dir, config.train, ranks)
-    model, backend, _ = start_run_model(config, ranks, Start(restores=True))
+    model, backend, _ = start_run_model(config, ranks, StartOptions(restores=True))
     load_weights(run_dir / "checkpoints" / f"step_{STEPS:08d}", model, backend)
     backend.reduce_gradients_of(list(worker.trained_parameters(model).values()), config.parallel.bucket_mb)
     _accumulate(model, backend, loader.batch(STEPS))

@@ -30,7 +30,7 @@ from distlora.parallel import Ranks
 from distlora.planner.model import model_in
 from distlora.planner.storage import disk_bytes
 from distlora.planner.workload import Workload
-from distlora.training.setup import Start, start_run_model
+from distlora.training.setup import StartOptions, start_run_model
 from distlora.weights.quantized_cache_folder import ENTRY_NAME, entries
 from support.small_disks import small_disk
 from support.small_models import make_run
@@ -62,7 +62,7 @@ def config_for(folder: Path, cache: Path | None, **sections: dict[str, Any]) -> 
 
 def start(ranks: Ranks, *, config: Config) -> Started:
     said: list[str] = []
-    model, backend, loaded = start_run_model(config, ranks, Start(log=said.append))
+    model, backend, loaded = start_run_model(config, ranks, StartOptions(log=said.append))
     rows = {
         model.hf_name(name): (backend.local_rows(parameter)[0].clone(), backend.local_rows(parameter)[1])
         for name, parameter in model.named_parameters()

@@ -17,7 +17,7 @@ from distlora.model.build import CausalLM, put_trial, trial_parameters
 from distlora.parallel import Ranks
 from distlora.parallel.gradients import GradientReducer, Launches
 from distlora.parallel.ranks import Traffic
-from distlora.training.setup import Start, start_run_model
+from distlora.training.setup import StartOptions, start_run_model
 from support.closeness import assert_close
 from support.family_models import config_for, positions_of, tokens, write_family_folder
 from support.packs import filled, labels_of
@@ -61,7 +61,7 @@ def alone(
 def pack_model(folder: Path, *, mlp_tile: int | None = None, **adapter: Any) -> CausalLM:
     train = {"dtype": "fp32", "mlp_tile": mlp_tile}
     config = config_for(folder, adapter={"target_modules": "qv", **adapter}, train=train)
-    return start_run_model(config, SINGLE, Start(for_slots=True))[0]
+    return start_run_model(config, SINGLE, StartOptions(for_slots=True))[0]
 
 
 def put(model: CausalLM, slot: int, trial: Trial) -> dict[str, nn.Parameter]:

@@ -18,7 +18,7 @@ from distlora.loading.peft_format import load_peft_adapter
 from distlora.post.export import peft_folder
 from distlora.post.export.formats import Export, ExportRequest
 from distlora.post.trained import Name
-from distlora.system.progress import Progress
+from distlora.system.progress import ProgressLines
 from distlora.training.setup import start_run_model
 from support.family_models import SINGLE, config_for, our_logits, tokens, write_family_folder
 from support.small_models import tokenizer
@@ -96,6 +96,8 @@ def test_both_layouts_of_experts_are_read_and_written(
     for other in RELEASES:
         out = tmp_path / f"for-{other}"
         request = ExportRequest(run="", name=name, format="peft", out=str(out), dtype=None, version=other)
-        peft_folder.write(Export(request=request, trained=trained, place=out, say=lambda _: None, progress=Progress()))
+        peft_folder.write(
+            Export(request=request, trained=trained, place=out, say=lambda _: None, progress=ProgressLines())
+        )
         again = run_peft(environments[other], other, base, "load", out, rows)
         assert (again - theirs).abs().max() <= 1e-4, other

@@ -13,7 +13,7 @@ from torch import Tensor
 from distlora.analysis import singular
 from distlora.analysis import spectrum_worker as worker
 from distlora.analysis.spectrum import SpectrumRequest
-from distlora.analysis.spectrum_worker import Change, open_changes
+from distlora.analysis.spectrum_worker import MatrixChange, open_changes
 from distlora.model.experts import ExpertWeight
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import Name, Trained
@@ -50,8 +50,8 @@ def request(**values: Any) -> SpectrumRequest:
     return SpectrumRequest(run="", first=Name(place="run"), first_name="run", out="out", **values)
 
 
-def change(before: Tensor, after: Tensor, factors: Factors | None = None) -> Change:
-    return Change(
+def change(before: Tensor, after: Tensor, factors: Factors | None = None) -> MatrixChange:
+    return MatrixChange(
         name="model.layers.0.mlp.up_proj.weight",
         layer=0,
         linear="mlp.up_proj",
@@ -124,7 +124,7 @@ def test_bounds_hold_whatever_the_spectrum(shape: tuple[int, int], spectrum: str
     assert bool((found.upper >= cosines - 1e-6).all())
 
 
-def changes_of(trained: Trained) -> dict[str, Change]:
+def changes_of(trained: Trained) -> dict[str, MatrixChange]:
     with open_changes(trained) as changes, Reader() as reader:
         return {change.name: change for name in changes.names for change in changes.of(name, reader)}
 

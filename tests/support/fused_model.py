@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distlora.architecture.shapes import Adapter
+from distlora.architecture.shapes import AdapterShape
 from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
@@ -35,11 +35,11 @@ def check_kept(model: CausalLM, folder: Path, kept: Kept, *, remakes: bool) -> N
     ids, positions = tokens(1, 16).to(RANKS.device), torch.arange(16)[None]
     with kept.within(list(model.blocks)):
         model(ids, positions.to(RANKS.device), ids, documents=Documents.of(positions).to(RANKS.device))
-    adapters: dict[str, Adapter] = {}
+    adapters: dict[str, AdapterShape] = {}
     for path, linear in model.adapted_linears():
         _, _, place = path.partition(".layers.0.")
         rank, (out, inner) = linear.pairs[0].rank, (linear.out_features, linear.in_features)
-        adapters[place] = Adapter(path, (rank, inner), (out, rank))
+        adapters[place] = AdapterShape(path, (rank, inner), (out, rank))
     decoder = Decoder.of(model.architecture)
     linears = linears_of(decoder, model.architecture.largest, adapters=[adapters])
     costs = Costs(decoder=decoder, linears=linears, itemsize=4, fused_norms=True, remakes=remakes, is_gpu=not remakes)

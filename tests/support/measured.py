@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from distlora.checkpoint.state import Progress, identity_of
+from distlora.checkpoint.state import RunProgress, identity_of
 from distlora.config import Config
 from distlora.data.loader import step_loader
 from distlora.data.rows import STARTS, TRAINED, PackedRows
@@ -33,7 +33,7 @@ from distlora.training.open_run import OpenRun
 from distlora.training.optimizers import Optimizer, build_optimizer
 from distlora.training.reporter import Reporter
 from distlora.training.setup import start_adapters, start_run_model
-from distlora.training.trial import Hooks, Trained, Trial
+from distlora.training.trial import Hooks, TrainedParts, Trial
 from distlora.training.worker import trained_parameters
 
 
@@ -208,7 +208,7 @@ class Quiet(Reporter):
 
     def __init__(self, config: Config) -> None:
         steps = config.train.max_steps or 0  # Only rank 0 writes.
-        super().__init__(Path(config.run_dir), config, rank=1, world=2, total_steps=steps, progress=Progress())
+        super().__init__(Path(config.run_dir), config, rank=1, world=2, total_steps=steps, progress=RunProgress())
 
     def log(self, step: int, metrics: Mapping[str, float], **rest: Any) -> None:
         """Keep the loss."""
@@ -238,7 +238,7 @@ class Started:
         start_adapters(model, config.spec, backend, config.train, restores=False, log=ignore)
         return cls(config, ranks, model, backend, trained, gradients, optimizer)
 
-    def trainer(self, rows: PackedRows, *, save: Callable[[Progress], None] = ignore) -> tuple[Trainer, Quiet]:
+    def trainer(self, rows: PackedRows, *, save: Callable[[RunProgress], None] = ignore) -> tuple[Trainer, Quiet]:
         """Return a trainer of train.max_steps steps over the sequences in their order, and its reporter."""
         settings, quiet = self.config.train, Quiet(self.config)
         assert settings.max_steps is not None
@@ -251,10 +251,10 @@ class Started:
             identity=lambda: identity_of(self.config, data_digest="", base_identity=""),
             made_on={},
             newest=None,
-            progress=Progress(),
+            progress=RunProgress(),
             notes=[],
         )
-        trained = Trained(trained_parameters(self.model), self.gradients, self.optimizer)
+        trained = TrainedParts(trained_parameters(self.model), self.gradients, self.optimizer)
         hooks = Hooks(save=save, save_last=save, publish_best=ignore)
         trial = Trial(self.model, self.backend, run, trained, quiet, hooks)
         trainer = Trainer(self.model, self.backend, Control(self.ranks.control, save_minutes=None), trial)

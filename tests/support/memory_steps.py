@@ -18,7 +18,7 @@ from distlora.training.memory_meter import MemoryMeter, StepMemory
 from distlora.training.multi_trial.stacks import Stack, stacks
 from distlora.training.objectives import objective_of
 from distlora.training.optimizers import Optimizer, build_optimizer, learning_rate
-from distlora.training.setup import Start, start_run_model
+from distlora.training.setup import StartOptions, start_run_model
 from support.measured import Started, random_tokens
 
 STEPS = 2
@@ -52,7 +52,9 @@ class TrainingSteps:
         self.trials, self.ranks = trials, ranks
         first = trials[0]
         if in_slots:
-            self.model, self.backend, _ = start_run_model(decide_compile(first, ranks)[0], ranks, Start(for_slots=True))
+            self.model, self.backend, _ = start_run_model(
+                decide_compile(first, ranks)[0], ranks, StartOptions(for_slots=True)
+            )
             self.optimizers: list[Optimizer] = []
             for slot, trial in enumerate(trials):
                 trained = put_trial(self.model, slot, trial.adapter, seed=trial.train.seed, device=ranks.device)

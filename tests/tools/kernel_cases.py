@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distlora_kernels import dora_triton, elementwise_triton, fused_triton, nf4_triton, skinny_triton
-from distlora_kernels.buffers import Tile, tile_of
+from distlora_kernels.buffers import KernelTile, tile_of
 from distlora_kernels.formats import FORMATS, dequantize_triton
 from distlora_kernels.formats.base import Format
 from distlora_kernels.formats.gguf import Gguf
@@ -240,7 +240,7 @@ def skinny() -> list[Case]:
     base |= dict.fromkeys(("batch_rows", "spans", "dropped_rows", "streams", "steps", "owners", "scales", "bias"))
     base |= dict.fromkeys(("y", "products", "copy", "stride_copy"))
 
-    def one(name: str, kernel: Any, tile: Tile, dtype: str = "bf16", **types: str | None) -> Case:
+    def one(name: str, kernel: Any, tile: KernelTile, dtype: str = "bf16", **types: str | None) -> Case:
         sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.columns, "BR": tile.ranks}
         constants = {**sizes, "PIECES": 1, "SPAN_ALIGNMENT": 16, "RANK_IS_LAST": False, "BLOCK": 512}
         return case(
@@ -249,7 +249,7 @@ def skinny() -> list[Case]:
             num_stages=tile.num_stages, loads_128=True, stores_128=kernel is up,
         )  # fmt: skip
 
-    def tile(op: str, rank: int = 16, *, dropped: bool = False, wide: bool = False, copies: bool = False) -> Tile:
+    def tile(op: str, rank: int = 16, *, dropped: bool = False, wide: bool = False, copies: bool = False) -> KernelTile:
         return tile_of(op, rank, 8192, 4 if wide else 2, dropped, copies=copies)
 
     dropout = {"dropped_rows": "*i64"}
@@ -297,8 +297,8 @@ def skinny() -> list[Case]:
         one("dxa R=48", down, tile("down", 48), stride_ar="i32:1"),
         one("db R=48", grad, tile("grad", 48), out="*fp32:16", stride_or="i32:1"),
         one("grad R=8", grad, tile("grad", 8), stride_oi="i32:1", out="*fp32:16", **of_8),
-        one("sum", skinny_triton.add_partials, Tile(0, 0, 0, 4, 3), out="*fp32:16", stride_out=None),
-        one("sum of rows", skinny_triton.add_partials, Tile(0, 0, 0, 4, 3)),
+        one("sum", skinny_triton.add_partials, KernelTile(0, 0, 0, 4, 3), out="*fp32:16", stride_out=None),
+        one("sum of rows", skinny_triton.add_partials, KernelTile(0, 0, 0, 4, 3)),
     ]
 
 

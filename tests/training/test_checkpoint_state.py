@@ -10,7 +10,7 @@ import pytest
 
 from distlora.checkpoint.state import (
     Identity,
-    Progress,
+    RunProgress,
     TrainState,
     check_matches,
     check_newest_settings,
@@ -31,7 +31,7 @@ def settings(**sections: dict[str, Any]) -> dict[str, Any]:
 
 def refusal(then: dict[str, Any], now: dict[str, Any]) -> str | None:
     identities = [Identity(base_fingerprint="b", data_digest="d", settings=of) for of in (then, now)]
-    state = TrainState(progress=Progress(), identity=identities[0], environment={})
+    state = TrainState(progress=RunProgress(), identity=identities[0], environment={})
     try:
         check_matches(state, Path("step"), identities[1], reference="adapter.init_from")
     except UserError as error:
@@ -154,7 +154,7 @@ def test_different_environment_is_reported() -> None:
 def test_invalid_state_json_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     whole = whole_state()
     (tmp_path / STATE_NAME).write_text(json.dumps(whole))
-    expected = Progress(step=2, evaluations={0: 5.0, 2: 4.0}, seconds=1.5, tokens=3, published_step=2)
+    expected = RunProgress(step=2, evaluations={0: 5.0, 2: 4.0}, seconds=1.5, tokens=3, published_step=2)
     assert load_state(tmp_path).progress == expected
     (tmp_path / STATE_NAME).write_text(json.dumps(whole | change))
     with pytest.raises(UserError, match="is damaged") as refused:

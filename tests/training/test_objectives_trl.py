@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distlora.architecture.spec import architecture_of
-from distlora.checkpoint.state import Identity, Progress, TrainState, check_matches, identity_of
+from distlora.checkpoint.state import Identity, RunProgress, TrainState, check_matches, identity_of
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import load_config
 from distlora.data.loader import joined, open_data
@@ -360,7 +360,7 @@ def test_a_teacher_is_the_base_with_another_adapter_of_any_rank(folders: Path, t
     config = load_config(tmp_path / "run")
     saved = identity(config)
     change_weights(teacher)
-    state = TrainState(progress=Progress(), identity=saved, environment={})
+    state = TrainState(progress=RunProgress(), identity=saved, environment={})
     check_matches(state, tmp_path, saved, reference=config.reference_setting)
     with pytest.raises(UserError, match=rf"another reference .* the adapter at train.teacher={teacher} has changed"):
         check_matches(state, tmp_path, identity(config), reference=config.reference_setting)

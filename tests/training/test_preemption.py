@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distlora.checkpoint.saver import Saver
-from distlora.checkpoint.state import Progress
+from distlora.checkpoint.state import RunProgress
 from distlora.loading import load_base
 from distlora.parallel import Ranks
 from distlora.run_folder.layout import steps
@@ -77,7 +77,7 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
         when(point == "loading")
         return segments_of(*arguments)
 
-    def a_save(self: Saver, progress: Progress) -> None:
+    def a_save(self: Saver, progress: RunProgress) -> None:
         when(point == f"save {progress.step}")
         save(self, progress)
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import wandb
 
-from distlora.checkpoint.state import Progress
+from distlora.checkpoint.state import RunProgress
 from distlora.config import Config, DataConfig, ModelConfig, OptimConfig, TrackerConfig
 from distlora.system.stop_signals import Stopped
 from distlora.training.reporter import Reporter
@@ -47,7 +47,7 @@ def make_config(run_dir, tracker=None):
 def make_reporter(run_dir, *, tracker=None, rank=0, start_step=0, total_steps=4, prompts=()):
     config = make_config(run_dir, tracker)
     config = replace(config, train=replace(config.train, sample_prompts=prompts, sample_every=2 if prompts else None))
-    return Reporter(run_dir, config, rank=rank, world=2, total_steps=total_steps, progress=Progress(step=start_step))
+    return Reporter(run_dir, config, rank=rank, world=2, total_steps=total_steps, progress=RunProgress(step=start_step))
 
 
 def read_metrics(run_dir):
@@ -258,7 +258,7 @@ def test_a_run_has_its_plan_and_by_setting_its_result_as_an_artifact(tmp_path, n
     for uploads in (False, True):
         config = make_config(tmp_path, "wandb")
         config = replace(config, tracker=replace(config.tracker, artifact=uploads))
-        with Reporter(tmp_path, config, rank=0, world=1, total_steps=1, progress=Progress()) as reporter:
+        with Reporter(tmp_path, config, rank=0, world=1, total_steps=1, progress=RunProgress()) as reporter:
             reporter.log(1, {"loss": 1.0})
             reporter.result(adapter)
         run, settings, _, codes, artifacts = logged(tmp_path)

@@ -30,7 +30,7 @@ from distlora.run_folder.layout import read_result
 from distlora.training import worker as training_worker
 from distlora.training.model_card import model_card
 from distlora.training.objectives import RewardModel
-from distlora.training.setup import Start, start_adapters, start_run_model
+from distlora.training.setup import StartOptions, start_adapters, start_run_model
 from distlora_launcher.cli import generate
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.compose.compose import with_initial_adapter
@@ -99,7 +99,7 @@ def test_peft_and_transformers_load_the_result_with_equal_rewards(
     prepare(run_dir, folders, preferences, base, train={"max_steps": 2, "micro_batch": 6}, quant={"method": "none"})
     training_worker.run(run_dir, SINGLE)
     config = load_config(run_dir)
-    ours, backend, _ = start_run_model(config, SINGLE, Start(training=False))
+    ours, backend, _ = start_run_model(config, SINGLE, StartOptions(training=False))
     start = config.with_settings({"adapter.init_from": str(run_dir / "adapter")})
     start_adapters(ours, start.spec, backend, start.train, restores=False)
     theirs = in_peft(run_dir, folders / base)
@@ -268,7 +268,7 @@ def test_a_process_reward_model_on_two_ranks_learns_and_loads_in_peft(
     assert metrics[-2]["reduced_bytes"] == traffic_of(config, world=2).reduced
     assert_disk_as_planned(run_dir, 2)
     start = config.with_settings({"adapter.init_from": str(run_dir / "adapter")})
-    ours, backend, _ = start_run_model(start, SINGLE, Start(training=False))
+    ours, backend, _ = start_run_model(start, SINGLE, StartOptions(training=False))
     start_adapters(ours, start.spec, backend, start.train, restores=False)
     base = AutoModelForTokenClassification.from_pretrained(folders / "llama", num_labels=2, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, run_dir / "adapter").eval()

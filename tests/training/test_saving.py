@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from distlora.checkpoint import saver as saver_module
 from distlora.checkpoint.saver import SaveError, Saver, Snapshot, choose
-from distlora.checkpoint.state import Identity, Progress, TrainState, load_state
+from distlora.checkpoint.state import Identity, RunProgress, TrainState, load_state
 from distlora.config import UserError
 from distlora.parallel import Backend, Ranks, Shards
 from distlora.run_folder import layout as folders_on_disk
@@ -41,10 +41,10 @@ class State:
         self.weights = {"a": torch.zeros(elements), "b": torch.zeros(3, 5)}
         self.moments = {"exp_avg/a": torch.zeros(elements), "step/a": torch.tensor(0.0)}
 
-    def train(self, step: int) -> Progress:
+    def train(self, step: int) -> RunProgress:
         for tensor in (*self.weights.values(), *self.moments.values()):
             tensor.fill_(step)
-        return Progress(step=step)
+        return RunProgress(step=step)
 
     def files(self) -> dict[str, Any]:
         return {WEIGHTS: self.weights, TRAINER_NAME: self.moments}
@@ -334,7 +334,7 @@ class CutState(State):
             self.local, mesh, [Shard(0)], run_check=False, shape=self.whole.shape, stride=self.whole.stride()
         )
 
-    def train(self, step: int) -> Progress:
+    def train(self, step: int) -> RunProgress:
         self.local += 1
         cut = self.weights.pop("cut")
         progress = super().train(step)

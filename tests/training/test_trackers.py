@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from distlora.checkpoint.state import Progress
+from distlora.checkpoint.state import RunProgress
 from distlora.config import Config, DataConfig, ModelConfig, TrackerConfig, UserError
 from distlora.config.file import load_config
 from distlora.system.exit_codes import FAILED, STOPPED
@@ -36,7 +36,7 @@ def make_reporter(run_dir, tracker, start_step=0):
     config = Config(
         model=ModelConfig(path="base"), data=DataConfig(path="data.jsonl"), tracker=tracker, run_dir=str(run_dir)
     )
-    return Reporter(run_dir, config, rank=0, world=2, total_steps=4, progress=Progress(step=start_step))
+    return Reporter(run_dir, config, rank=0, world=2, total_steps=4, progress=RunProgress(step=start_step))
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ class BaseTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseSizes:
     """A decoder's parameters by unit: what is gathered together."""
 
     embedding: tuple[BaseTensor, ...]
@@ -133,7 +133,7 @@ def unit_bytes(unit: Iterable[BaseTensor], shards: int) -> int:
     return sum(tensor.whole(shards) for tensor in unit)
 
 
-def base_of(work: Workload, shapes: ModelShapes) -> Base:
+def base_of(work: Workload, shapes: ModelShapes) -> BaseSizes:
     """Return the base as a run keeps it."""
     itemsize = work.itemsize
     adapter, full = work.adapter, work.adapter.method == "full"
@@ -174,7 +174,7 @@ def base_of(work: Workload, shapes: ModelShapes) -> Base:
         dense("embeddings" if len(w.shape) > 1 else "norms", w.shape, trained=full) for w in architecture.outside
     )
     tokens = work.token_formats(shapes)
-    return Base(
+    return BaseSizes(
         embedding=matrix(EMBEDDING, tokens[0]),
         kinds=tensors,
         kind_of_layer=tuple(map(kinds.index, layers)),
@@ -219,7 +219,7 @@ def absmaxes(numel: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
+class TrainedSizes:
     """The trained parameters of a run on a rank: number of tensors by number of elements."""
 
     adapters: Mapping[int, int]
@@ -239,7 +239,7 @@ class Trained:
     """Number of optimizers: one per trial."""
 
     @classmethod
-    def of(cls, work: Workload, shapes: ModelShapes, base: Base, shards: int) -> Trained:
+    def of(cls, work: Workload, shapes: ModelShapes, base: BaseSizes, shards: int) -> TrainedSizes:
         """Build from the adapters and the base of a workload."""
         beside = 0
         adapters: Counter[int] = Counter()

@@ -19,9 +19,9 @@ from distlora.config.deepspeed_file import offloads_base, read_gathering
 from distlora.planner.decoder_sizes import copied_adapters
 from distlora.planner.machine import Machine
 from distlora.planner.memory import KINDS, Kind, Phase
-from distlora.planner.memory.base import Base, Trained, base_of, unit_bytes
+from distlora.planner.memory.base import BaseSizes, TrainedSizes, base_of, unit_bytes
 from distlora.planner.memory.gathered import staying_bytes
-from distlora.planner.memory.step import Step
+from distlora.planner.memory.step import StepMemory
 from distlora.planner.model import PlannedModel
 from distlora.planner.workload import Workload
 from distlora_kernels import processor
@@ -100,7 +100,7 @@ def device_bytes(work: Workload, model: PlannedModel, machine: Machine) -> Devic
 def _with_resident(work: Workload, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:
     shapes, shards = model.shapes, work.shard_degree(machine.ranks)
     base = base_of(work, model.shapes)
-    trained = Trained.of(work, shapes, base, shards)
+    trained = TrainedSizes.of(work, shapes, base, shards)
     held: Counter[Kind] = Counter()
     if not (machine.is_gpu and offloads_base(work.parallel, shards)):
         held.update(base.kept(shards))
@@ -113,7 +113,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(work.optim.name, is_gpu=machine.is_gpu)
     held["scratch"] += scratch_bytes(work, model) if machine.is_gpu else widened_bytes(work)
-    step = Step.of(work, model, machine, base, trained, resident)
+    step = StepMemory.of(work, model, machine, base, trained, resident)
     moments = step.moments()
     later = held["gradients"] + held["optimizer"]
     if machine.is_gpu:  # Of a CPU, HostBytes.loading has it.
@@ -206,7 +206,9 @@ _CHANNELS = {True: 32, False: 4}
 """Over NVLink, as that issue's log has them on 8 H100; over PCIe, where a few are as fast as the bus."""
 
 
-def beside_tensors(work: Workload, base: Base, trained: Trained, machine: Machine, *, largest: int) -> dict[Kind, int]:
+def beside_tensors(
+    work: Workload, base: BaseSizes, trained: TrainedSizes, machine: Machine, *, largest: int
+) -> dict[Kind, int]:
     """Return the most bytes by category; empty on a CPU. `largest`: bytes of the largest tensor of a step.
 
     Freed memory serves only the stream that took it, so each stream has a partly filled segment of each kind. A hole as

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from distlora.config.deepspeed_file import Gathering, read_gathering
-from distlora.planner.memory.base import Base, BaseTensor, Gathered, unit_bytes
+from distlora.planner.memory.base import BaseSizes, BaseTensor, Gathered, unit_bytes
 from distlora.planner.workload import Workload
 
 
@@ -38,7 +38,7 @@ class CastCopies:
     """Bytes of the LM head from its forward to its backward."""
 
 
-def gathered_of(work: Workload, base: Base, shards: int, resident: int, *, is_gpu: bool) -> Gathered:
+def gathered_of(work: Workload, base: BaseSizes, shards: int, resident: int, *, is_gpu: bool) -> Gathered:
     """Return the gathered bytes of a base sharded over `shards` ranks, with `resident` blocks that stay gathered."""
     if shards == 1:
         return Gathered()
@@ -69,7 +69,7 @@ def gathered_of(work: Workload, base: Base, shards: int, resident: int, *, is_gp
     )
 
 
-def _with_experts(found: Gathered, base: Base, shards: int) -> Gathered:
+def _with_experts(found: Gathered, base: BaseSizes, shards: int) -> Gathered:
     """Add experts that are gathered on demand: a layer's whole weights, as all may be chosen.
 
     While one is gathered, so are the rows that a rank sends, and those of all.
@@ -87,7 +87,7 @@ def _with_experts(found: Gathered, base: Base, shards: int) -> Gathered:
     )
 
 
-def copied_of(work: Workload, base: Base, shards: int) -> CastCopies:
+def copied_of(work: Workload, base: BaseSizes, shards: int) -> CastCopies:
     """Return the bytes of 16-bit copies of trained masters; only one process has any."""
     if shards > 1:
         return CastCopies()
@@ -222,13 +222,13 @@ class _Coordinator:
 
 
 @functools.lru_cache(maxsize=64)  # Each tensor of each block is looked at, and a search asks hundreds of times.
-def staying_bytes(base: Base, shards: int, gathering: Gathering) -> int:
+def staying_bytes(base: BaseSizes, shards: int, gathering: Gathering) -> int:
     """Return the bytes of tensors that are small enough, by the user's DeepSpeed file, to stay gathered."""
     rest, embedding, blocks, head = _units(base, shards, gathering)
     return sum(tensor.nbytes for unit in (rest, embedding, *blocks, head) for tensor in unit if tensor.stays)
 
 
-def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit, list[_Unit], _Unit]:
+def _units(base: BaseSizes, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit, list[_Unit], _Unit]:
     """Return last norm, embedding, layers and LM head, in the order that decides which tensors stay gathered."""
     together = 0
 
@@ -248,7 +248,7 @@ def _units(base: Base, shards: int, gathering: Gathering) -> tuple[_Unit, _Unit,
 
 
 @functools.lru_cache(maxsize=64)
-def coordinated(base: Base, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
+def coordinated(base: BaseSizes, shards: int, gathering: Gathering, *, is_gpu: bool) -> Gathered:
     """Return the gathered bytes by part of a step from the second on, without tensors that stay gathered.
 
     The coordinator's rules are followed step by step. Two layers would be a bound for dense models; where a layer has

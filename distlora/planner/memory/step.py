@@ -17,7 +17,7 @@ from distlora.planner.decoder_sizes import layers_of
 from distlora.planner.machine import Machine
 from distlora.planner.memory import Kind, Phase
 from distlora.planner.memory.activations import Activations, Costs
-from distlora.planner.memory.base import MUON_BYTES, Base, BaseTensor, Gathered, Trained, unit_bytes
+from distlora.planner.memory.base import MUON_BYTES, BaseSizes, BaseTensor, Gathered, TrainedSizes, unit_bytes
 from distlora.planner.memory.gathered import CastCopies, copied_of, gathered_of
 from distlora.planner.memory.layer import Operation, Peak
 from distlora.planner.model import PlannedModel
@@ -38,12 +38,12 @@ class Blocks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
+class StepMemory:
     """A step of a run, as far as its memory goes."""
 
     work: Workload
-    base: Base
-    trained: Trained
+    base: BaseSizes
+    trained: TrainedSizes
     shards: int
     blocks: Sequence[Blocks]
     """All of them, from the first to the last."""
@@ -59,8 +59,14 @@ class Step:
 
     @classmethod
     def of(
-        cls, work: Workload, model: PlannedModel, machine: Machine, base: Base, trained: Trained, resident: int
-    ) -> Step:
+        cls,
+        work: Workload,
+        model: PlannedModel,
+        machine: Machine,
+        base: BaseSizes,
+        trained: TrainedSizes,
+        resident: int,
+    ) -> StepMemory:
         """Build from a workload and what a rank holds."""
         ranks, at_once = machine.ranks, work.tokens_at_once
         shards, tokens = work.shard_degree(ranks), at_once * work.train.slices(ranks)

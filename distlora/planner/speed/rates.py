@@ -93,7 +93,7 @@ _GLOO_SECONDS = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rates:
+class DeviceRates:
     """Operations and bytes a second that one rank gets, and seconds that pass before the first byte."""
 
     peak: float
@@ -130,7 +130,7 @@ LEVERS: dict[str, tuple[str, ...]] = {
 _IN_SECONDS = ("launch", *LEVERS["starts of collectives"])
 
 
-def half_as_fast(rates: Rates, lever: str) -> Rates:
+def half_as_fast(rates: DeviceRates, lever: str) -> DeviceRates:
     """Return the rates with twice the time for everything of this lever."""
     factors = {name: 2.0 if name in _IN_SECONDS else 0.5 for name in LEVERS[lever]}
     known = {name: factor * rate for name, factor in factors.items() if (rate := getattr(rates, name)) is not None}
@@ -153,7 +153,7 @@ def missing_rates(work: Workload, machine: Machine) -> tuple[str, ...]:
     return tuple(f"gpu.{name}" for name, (is_needed, rate) in needed.items() if is_needed and rate is None)
 
 
-def rates_of(work: Workload, machine: Machine) -> Rates | None:
+def rates_of(work: Workload, machine: Machine) -> DeviceRates | None:
     """Return the rates that a run reaches, in full those given in `gpu.*`; None if a needed rate is unknown."""
     peak, bandwidth = machine.flops, machine.bandwidth
     if missing_rates(work, machine) or peak is None or bandwidth is None:
@@ -196,7 +196,7 @@ def rates_of(work: Workload, machine: Machine) -> Rates | None:
             across = _STEP_SECONDS_ACROSS * 1e6
             assumptions.append(f"a step between nodes costs {across:.0f} us: {_LATENCY_SOURCE}")
     matrices, host_link = peak * reached["tflops"][0], machine.host_link
-    return Rates(
+    return DeviceRates(
         peak=peak,
         matrices=matrices,
         attention=peak * attention,
@@ -231,7 +231,7 @@ class CollectiveCost:
     """Steps of trees, where sums may be trees; None for rings only."""
     tree_steps_across: float = 0.0
 
-    def seconds(self, rates: Rates) -> Seconds:
+    def seconds(self, rates: DeviceRates) -> Seconds:
         """Return the seconds of the slower link, the host's link before it, and latencies."""
         found: Seconds = {}
         inside = self.inside / rates.link if self.inside and rates.link else 0.0
@@ -419,6 +419,6 @@ class _Rings:
         )
 
 
-def seconds_of(costs: tuple[CollectiveCost, ...], rates: Rates) -> Seconds:
+def seconds_of(costs: tuple[CollectiveCost, ...], rates: DeviceRates) -> Seconds:
     """Return the seconds of collectives one after the other."""
     return plus(*(cost.seconds(rates) for cost in costs))

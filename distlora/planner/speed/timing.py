@@ -30,7 +30,7 @@ from distlora.planner.speed.launches import (
 )
 from distlora.planner.speed.rates import (
     WAITS,
-    Rates,
+    DeviceRates,
     Seconds,
     StepCollectives,
     Term,
@@ -302,7 +302,12 @@ class StepTime:
 
 
 def step_time(
-    work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None, rates: Rates | None = None
+    work: Workload,
+    model: PlannedModel,
+    machine: Machine,
+    *,
+    document: int | None = None,
+    rates: DeviceRates | None = None,
 ) -> StepTime | None:
     """Return the time of a step; None if a rate is unknown (`rates_of`).
 
@@ -334,7 +339,7 @@ def step_time(
     )
 
 
-def _parts(work: StepWork, collectives: StepCollectives, rates: Rates, *, prefetch: bool) -> dict[Part, Seconds]:
+def _parts(work: StepWork, collectives: StepCollectives, rates: DeviceRates, *, prefetch: bool) -> dict[Part, Seconds]:
     """Return the seconds of a step by part."""
     together, resident = work.micro_batches // work.passes, len(work.blocks) - work.moved_blocks
     copies = seconds_of_launches(work.gathers, rates)
@@ -409,7 +414,7 @@ class _Chain(NamedTuple):
         return self.gather if self.prefetch and stages[0].moves else {}
 
 
-def seconds_of_launches(launches: Iterable[KernelLaunch], rates: Rates) -> Seconds:
+def seconds_of_launches(launches: Iterable[KernelLaunch], rates: DeviceRates) -> Seconds:
     """Return the seconds of launches one after the other; each by what it waits for."""
     found: Seconds = {"compute": 0.0, "memory": 0.0, "launches": 0.0}
     units = {"matrices": rates.matrices, "attention": rates.attention, "decoding": rates.decoding}

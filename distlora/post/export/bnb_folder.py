@@ -24,18 +24,18 @@ from distlora.config import UserError, require
 from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, trained_config, trained_part
 from distlora.loading.peft_format import header_marks
 from distlora.post.export.client_check import Ours
-from distlora.post.export.formats import Export, Reading
+from distlora.post.export.formats import ClientReading, Export
 from distlora.post.load_trained import check_base, weights_in
 from distlora.post.merge_worker import DTYPES
 from distlora.post.merged_folder import Clock, check_space, copy_companions, each, file_of
 from distlora.post.trained import Trained
-from distlora.post.weights import Base, BaseWeight, open_base, require_whole_tensors
+from distlora.post.weights import BaseWeight, OpenBase, open_base, require_whole_tensors
 from distlora.run_folder.layout import STATE_NAME
 from distlora.system import atomic_io
 from distlora.weights.low_bit.codecs import write_groups, write_statistics
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
-from distlora.weights.writer import Files, Plan, lay_out_files, write_index
+from distlora.weights.writer import FilePlan, Files, lay_out_files, write_index
 
 ADAPTER = "adapter"
 """Folder of the adapter inside the export."""
@@ -75,7 +75,7 @@ def write(export: Export) -> None:
     (place / "README.md").write_text(card(export, base), encoding="utf-8")
 
 
-def write_rounded(base: Base, files: Files) -> set[str]:
+def write_rounded(base: OpenBase, files: Files) -> set[str]:
     """Write unquantized weights that training rounds, in their stored dtype; return their stored names."""
     done = set()
     with Reader() as reader:
@@ -97,7 +97,7 @@ def write_rounded(base: Base, files: Files) -> set[str]:
     return done
 
 
-def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
+def plan_files(base: OpenBase, quantized: Sequence[BaseWeight]) -> FilePlan:
     """Lay out the base's files with the parts of each quantized weight in its place."""
     require_whole_tensors(base)
     replaced = {name_of(weight): nf4_tensors(name_of(weight), weight.shape) for weight in quantized}
@@ -116,7 +116,7 @@ def plan_files(base: Base, quantized: Sequence[BaseWeight]) -> Plan:
     return lay_out_files(tables, copied)
 
 
-def skipped(base: Base, quantized: Sequence[BaseWeight]) -> list[str]:
+def skipped(base: OpenBase, quantized: Sequence[BaseWeight]) -> list[str]:
     """Return the modules that stay dense.
 
     These are the head, and the shortest paths outside the decoder without a quantized weight.
@@ -153,7 +153,7 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
     atomic_io.write_json(folder / CONFIG_NAME, settings)
 
 
-def card(export: Export, base: Base) -> str:
+def card(export: Export, base: OpenBase) -> str:
     """Return README.md: what the export is and how to load it."""
     name, vocabulary, auto = Path(export.request.out).name, base.model.vocabulary, base.model.architecture.auto_class
     grows = ""
@@ -170,7 +170,7 @@ def card(export: Export, base: Base) -> str:
     )
 
 
-def check(export: Export, ours: Ours) -> list[Reading]:
+def check(export: Export, ours: Ours) -> list[ClientReading]:
     """Return readings of our own loader, of bitsandbytes dequantized in fp32, and of the folder as users load it."""
     trained, place = export.trained, export.place
     dtype = json.loads((place / "config.json").read_text("utf-8"))["quantization_config"].get("bnb_4bit_compute_dtype")
@@ -186,7 +186,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     return readings
 
 
-def taken_back(trained: Trained, place: Path) -> Reading:
+def taken_back(trained: Trained, place: Path) -> ClientReading:
     """Compare the weights that a run on the export would train on with this run's."""
     spec = trained.spec
     # The export's tokenizer already has the new tokens.
@@ -199,7 +199,7 @@ def taken_back(trained: Trained, place: Path) -> Reading:
             for mine, theirs in zip(weight.chunks(reader), back[name].chunks(other), strict=True):
                 if not torch.equal(mine, theirs):
                     difference = max(difference, float((mine - theirs).abs().max()))
-    return Reading(what="our own loader: weights", difference=difference, bound=0.0)
+    return ClientReading(what="our own loader: weights", difference=difference, bound=0.0)
 
 
 @torch.no_grad()

@@ -26,11 +26,11 @@ from distlora.config import ModelSpec, QuantConfig, UserError
 from distlora.loading.decomposed_adapters import plain_form
 from distlora.model.build import CausalLM
 from distlora.parallel import Ranks
-from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
+from distlora.post.export.formats import FORMATS, ClientReading, Export, ExportRequest
 from distlora.post.load_trained import load_in_fp32, weights_in
 from distlora.post.trained import Trained, with_adapter
 from distlora.post.weights import open_base
-from distlora.system.progress import Progress, say
+from distlora.system.progress import ProgressLines, say
 from distlora.weights.reader import Reader
 
 
@@ -40,7 +40,7 @@ def run(request: ExportRequest) -> dict[str, Any]:
     trained = request.name.read()
     with onto_original(trained) if request.onto == "original" else contextlib.nullcontext(trained) as meant:
         ours = our_logits(meant)
-    export = Export(request=request, trained=trained, place=Path(request.place), say=say, progress=Progress())
+    export = Export(request=request, trained=trained, place=Path(request.place), say=say, progress=ProgressLines())
     module: Any = importlib.import_module(FORMATS[request.format].module)
     readings = module.check(export, ours)
     return {
@@ -87,12 +87,12 @@ class Ours:
         """Return the bound of another fp32 computation's logits."""
         return max(EXACT, EXACT_RELATIVE * float(self.logits.abs().max()))
 
-    def reading(self, what: str, logits: Tensor, bound: float | None = None) -> Reading:
+    def reading(self, what: str, logits: Tensor, bound: float | None = None) -> ClientReading:
         """Return the reading of a client's logits; a padded vocabulary is cut to ours."""
         theirs = logits.float().view(1, self.tokens.shape[1], -1)[..., : self.logits.shape[-1]]
         ours = self.logits
         log_ours, log_theirs = (logits.double().log_softmax(-1) for logits in (ours, theirs))
-        return Reading(
+        return ClientReading(
             what=what,
             difference=float((ours - theirs).abs().max()),
             kl=float((log_ours.exp() * (log_ours - log_theirs)).sum(-1).mean()),

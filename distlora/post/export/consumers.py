@@ -204,7 +204,7 @@ def _grouped(consumer: Consumer, name: str, target: Target, found: Mapping[str, 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
+class ServedPair:
     """A pair of tensors of a file and the place that it fills."""
 
     target: Target
@@ -217,7 +217,7 @@ class Pair:
 
 def bind(
     consumer: Consumer, row: Served, places: Mapping[str, Target], config: Mapping[str, Any], shapes: Mapping[str, Any]
-) -> dict[str, Pair]:
+) -> dict[str, ServedPair]:
     """Return the pairs of a file by the module's name in it, as the consumer's loader finds them.
 
     `config`: adapter_config.json; `shapes`: the shapes of the file's tensors by name. Raises UserError, with the key,
@@ -258,7 +258,7 @@ def bind(
                 raise UserError(
                     f"{key}: it has shape {list(shape)}, and {consumer.name} reads {[*count, *matrix]}{turned}"
                 )
-        pairs[module] = Pair(target=target, a=found["A"], b=found["B"], scale=scale)
+        pairs[module] = ServedPair(target=target, a=found["A"], b=found["B"], scale=scale)
     filled = {pair.target.group for pair in pairs.values() if pair.target.group}
     for module, target in places.items():
         require(

@@ -80,7 +80,7 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class ClientReading:
     """A client's logits or weights compared with the trained model's in fp32."""
 
     what: str
@@ -101,7 +101,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Format:
+class ExportFormat:
     """A format of `distlora export`."""
 
     summary: str
@@ -143,6 +143,62 @@ def dtype_of_base(trained: Trained) -> str:
 def is_packed(trained: Trained) -> bool:
     """Return True if the base is stored in NF4."""
     return quantization_method(read_config(trained.base), trained.base) == BNB_NF4
+
+
+FORMATS: dict[str, ExportFormat] = {
+    "hf": ExportFormat(
+        summary="the merged model as a Hugging Face folder, with its receipt (`distlora merge`)",
+        module="distlora.post.export.hf_folder",
+        clients=("transformers",),
+        dtypes=DTYPES,
+        default=dtype_of_base,
+        merged=True,
+    ),
+    "bnb": ExportFormat(
+        summary="the base in the NF4 that was trained on, as bitsandbytes stores it, with the adapter beside it",
+        module="distlora.post.export.bnb_folder",
+        clients=("peft", "bitsandbytes", "accelerate"),
+        dtypes=DTYPES,
+        default=lambda trained: None if is_packed(trained) else trained.spec.dtype,
+    ),
+    "gguf": ExportFormat(
+        summary="one file for llama.cpp, merged, by its own converter; also q8_0",
+        module="distlora.post.export.gguf_model",
+        clients=("gguf",),
+        packages=("gguf",),
+        dtypes=(*DTYPES, "q8_0"),
+        default=dtype_of_base,
+        merged=True,
+        suffix=".gguf",
+    ),
+    "peft": ExportFormat(
+        summary="PEFT: the adapter with a model card, for the base as it is",
+        module="distlora.post.export.peft_folder",
+        clients=("peft",),
+        adapter=True,
+    ),
+    "vllm": ExportFormat(
+        summary="vLLM: experts one by one or stacked as it reads them; every tensor bound by its rules",
+        module="distlora.post.export.served_folder",
+        clients=(),
+        adapter=True,
+    ),
+    "sglang": ExportFormat(
+        summary="SGLang: one rank and one scale, whole groups of modules; every tensor bound by its rules",
+        module="distlora.post.export.served_folder",
+        clients=(),
+        adapter=True,
+    ),
+    "llama.cpp": ExportFormat(
+        summary="llama.cpp: one file beside a GGUF file of the base, by its own converter",
+        module="distlora.post.export.gguf_adapter",
+        clients=(),
+        packages=("gguf",),
+        dtypes=DTYPES,
+        suffix=".gguf",
+        adapter=True,
+    ),
+}
 
 
 def refuse(trained: Trained, request: ExportRequest) -> None:
@@ -318,59 +374,5 @@ def _refuse_bnb(trained: Trained, request: ExportRequest) -> None:
     )
 
 
-FORMATS: dict[str, Format] = {
-    "hf": Format(
-        summary="the merged model as a Hugging Face folder, with its receipt (`distlora merge`)",
-        module="distlora.post.export.hf_folder",
-        clients=("transformers",),
-        dtypes=DTYPES,
-        default=dtype_of_base,
-        merged=True,
-    ),
-    "bnb": Format(
-        summary="the base in the NF4 that was trained on, as bitsandbytes stores it, with the adapter beside it",
-        module="distlora.post.export.bnb_folder",
-        clients=("peft", "bitsandbytes", "accelerate"),
-        dtypes=DTYPES,
-        default=lambda trained: None if is_packed(trained) else trained.spec.dtype,
-    ),
-    "gguf": Format(
-        summary="one file for llama.cpp, merged, by its own converter; also q8_0",
-        module="distlora.post.export.gguf_model",
-        clients=("gguf",),
-        packages=("gguf",),
-        dtypes=(*DTYPES, "q8_0"),
-        default=dtype_of_base,
-        merged=True,
-        suffix=".gguf",
-    ),
-    "peft": Format(
-        summary="PEFT: the adapter with a model card, for the base as it is",
-        module="distlora.post.export.peft_folder",
-        clients=("peft",),
-        adapter=True,
-    ),
-    "vllm": Format(
-        summary="vLLM: experts one by one or stacked as it reads them; every tensor bound by its rules",
-        module="distlora.post.export.served_folder",
-        clients=(),
-        adapter=True,
-    ),
-    "sglang": Format(
-        summary="SGLang: one rank and one scale, whole groups of modules; every tensor bound by its rules",
-        module="distlora.post.export.served_folder",
-        clients=(),
-        adapter=True,
-    ),
-    "llama.cpp": Format(
-        summary="llama.cpp: one file beside a GGUF file of the base, by its own converter",
-        module="distlora.post.export.gguf_adapter",
-        clients=(),
-        packages=("gguf",),
-        dtypes=DTYPES,
-        suffix=".gguf",
-        adapter=True,
-    ),
-}
 RENAMED = {"gguf-lora": "--for llama.cpp", "peft": "--for peft"}
 """Arguments to type in place of earlier values of --format."""

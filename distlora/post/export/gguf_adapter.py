@@ -25,7 +25,7 @@ from distlora.post.export.formats import Export
 from distlora.post.export.llama_cpp import ADAPTERS, OUT_TYPES, convert, unpacked
 from distlora.post.merge_worker import DTYPES
 from distlora.post.merged_parameters import open_adapter
-from distlora.post.weights import Base, Factors, open_base
+from distlora.post.weights import Factors, OpenBase, open_base
 from distlora.system import atomic_io
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import Reader
@@ -63,7 +63,7 @@ def write(export: Export) -> None:
     print("every number that was trained is in the file, and no other")
 
 
-def _pairs(base: Base, path: str, own: Factors) -> list[tuple[str, Tensor, Tensor]]:
+def _pairs(base: OpenBase, path: str, own: Factors) -> list[tuple[str, Tensor, Tensor]]:
     """Return (name on disk, A, B) of each matrix on disk that one weight is made of.
 
     Raises UserError for one that the converter would not find.

@@ -23,7 +23,7 @@ from distlora.architecture.checkpoint_files import read_hf_config
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import AdapterConfig, QuantConfig, require
 from distlora.post.export.client_check import TEXT, Ours, fill
-from distlora.post.export.formats import ROPES, Export, Reading
+from distlora.post.export.formats import ROPES, ClientReading, Export
 from distlora.post.export.llama_cpp import MODELS, OUT_TYPES, convert, unpacked
 from distlora.post.load_trained import weights_in
 from distlora.post.merge_worker import DTYPES, merge_to
@@ -33,6 +33,9 @@ from distlora.post.trained import Trained
 from distlora.post.weights import open_base
 from distlora.system import atomic_io
 from distlora.weights.reader import Reader
+
+BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "q8_0": 34 / 32}
+"""Bytes of a weight in the file, by dtype."""
 
 
 def write(export: Export) -> None:
@@ -59,10 +62,6 @@ def write(export: Export) -> None:
             convert(converter / MODELS, folder, export.place, *options)
         hold_to_config(export.place, read_hf_config(folder), export.say)
     atomic_io.sync(export.place)
-
-
-BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "q8_0": 34 / 32}
-"""Bytes of a weight in the file, by dtype."""
 
 
 def hold_to_config(path: Path, config: Any, say: Callable[[str], None]) -> None:
@@ -111,7 +110,7 @@ def _whole(trained: Trained) -> Path:
 
 
 @torch.no_grad()
-def check(export: Export, ours: Ours) -> list[Reading]:
+def check(export: Export, ours: Ours) -> list[ClientReading]:
     """Return readings of transformers, if it reads the architecture, and of llama.cpp, if it is installed.
 
     A missing adapter of small effect would meet any bound on rounded logits. So transformers' weights are compared with
@@ -140,7 +139,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
     return readings
 
 
-def _by_transformers(export: Export, ours: Ours, dtype: str, bound: float | None) -> list[Reading]:
+def _by_transformers(export: Export, ours: Ours, dtype: str, bound: float | None) -> list[ClientReading]:
     trained, original, most = export.trained, export.request.onto == "original", 0.0
     if trained.spec.adapter.method == "full":  # Its folder is a base with nothing trained on it.
         model = replace(trained.spec.model, path=str(_whole(trained)), new_tokens=(), special_tokens={})
@@ -163,7 +162,9 @@ def _by_transformers(export: Export, ours: Ours, dtype: str, bound: float | None
     logits.append(client(input_ids=ours.tokens).logits)
     return [
         ours.reading("transformers, before weights are rounded", logits[1], ours.exact),
-        Reading(what=f"transformers: weights, in what rounding to {dtype} may move each", difference=most, bound=1.0),
+        ClientReading(
+            what=f"transformers: weights, in what rounding to {dtype} may move each", difference=most, bound=1.0
+        ),
         ours.reading(f"transformers, weights in {dtype}", logits[0], bound),
     ]
 

@@ -14,7 +14,7 @@ import torch
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.spec import architecture_of
 from distlora.post.export.client_check import Ours, fill
-from distlora.post.export.formats import Export, Reading
+from distlora.post.export.formats import ClientReading, Export
 from distlora.post.merge_worker import DTYPES, merge_to
 from distlora.post.merged_parameters import open_adapter, parameters_of, pieces
 from distlora.post.weights import open_base
@@ -33,7 +33,7 @@ def write(export: Export) -> None:
 
 
 @torch.no_grad()
-def check(export: Export, ours: Ours) -> list[Reading]:
+def check(export: Export, ours: Ours) -> list[ClientReading]:
     """Return readings of transformers with the folder's weights, and with the unrounded ones."""
     import transformers
 
@@ -60,7 +60,7 @@ def check(export: Export, ours: Ours) -> list[Reading]:
             for parameter in parameters_of(base, adapter):
                 rows = (merged for _, merged in pieces(parameter, base, adapter, reader, original=original))
                 apart = max(apart, fill(places[parameter.weight.name], rows, DTYPES[request.dtype]))
-        readings.append(Reading(what="its weights and the merged ones, rounded", difference=apart, bound=0.0))
+        readings.append(ClientReading(what="its weights and the merged ones, rounded", difference=apart, bound=0.0))
         logits = model(input_ids=ours.tokens).logits
         readings.append(ours.reading("transformers with the merged ones before rounding", logits, ours.exact))
     return readings

@@ -26,7 +26,7 @@ from distlora.architecture.spec import Architecture, architecture_of
 from distlora.loading.peft_format import transposed_factors
 from distlora.model.hf_model import transformers_model
 from distlora.post.export.client_check import Ours, dense_model
-from distlora.post.export.formats import Export, Reading, is_packed, release
+from distlora.post.export.formats import ClientReading, Export, is_packed, release
 from distlora.post.export.repository import as_plain_adapter, collect, write_files
 from distlora.post.load_trained import result_of
 from distlora.post.weights import error_line, read_factors
@@ -122,7 +122,7 @@ def _early_paths(base: Path, architecture: Architecture, paths: Sequence[str]) -
     return frozenset(path for path in experts if not theirs.get_submodule(path.rpartition(".")[0]).is_transposed)
 
 
-def check(export: Export, ours: Ours) -> list[Reading]:
+def check(export: Export, ours: Ours) -> list[ClientReading]:
     """Return readings of PEFT on the trained-on base, and on the stored base if that differs."""
     installed = release(re.match(r"[\d.]*\d", importlib.metadata.version("peft"))[0])  # type: ignore[index]
     if _has_experts(export) and (installed < EXPERTS_CHANGED) is not _is_for_early(export):

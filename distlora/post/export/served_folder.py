@@ -24,7 +24,17 @@ from torch import Tensor
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.safetensors_headers import read_header
 from distlora.config import UserError, require
-from distlora.post.export.consumers import CONSUMERS, PREFIX, Consumer, Pair, Served, Target, bind, served, targets
+from distlora.post.export.consumers import (
+    CONSUMERS,
+    PREFIX,
+    Consumer,
+    Served,
+    ServedPair,
+    Target,
+    bind,
+    served,
+    targets,
+)
 from distlora.post.export.consumers import target_modules as targets_of
 from distlora.post.export.formats import Export, release
 from distlora.post.export.repository import collect, write_files
@@ -149,7 +159,7 @@ def check_folder(
     header = read_header(folder / WEIGHTS_NAME)
     config = json.loads((folder / CONFIG_NAME).read_text())
     pairs = bind(consumer, row, places, config, {name: segment.shape for name, segment in header.items()})
-    by_path: dict[str, list[Pair]] = {}
+    by_path: dict[str, list[ServedPair]] = {}
     for pair in pairs.values():
         by_path.setdefault(pair.target.path, []).append(pair)
     absent = sorted(factors.keys() - by_path.keys())
@@ -163,7 +173,7 @@ def check_folder(
     return worst
 
 
-def _error(path: str, ours: Factors | None, pairs: Iterable[Pair], file: Any, consumer: Consumer) -> float:
+def _error(path: str, ours: Factors | None, pairs: Iterable[ServedPair], file: Any, consumer: Consumer) -> float:
     """Return the relative error of one weight's dW. Raises UserError as `Factors.error`, and for changed others."""
     worst = total = 0.0
     for pair in pairs:

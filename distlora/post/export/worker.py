@@ -20,14 +20,14 @@ from typing import Any
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import UserError
 from distlora.loading.tensor_files import new_folder
-from distlora.post.export.formats import FORMATS, Export, ExportRequest, Reading
+from distlora.post.export.formats import FORMATS, ClientReading, Export, ExportRequest
 from distlora.post.load_trained import weights_in
 from distlora.post.trained import Trained, versions
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
 from distlora.system.command_worker import encode_call
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED
-from distlora.system.progress import Progress, say, still
+from distlora.system.progress import ProgressLines, say, still
 from distlora.weights.peft_folder import WEIGHTS_NAME
 
 
@@ -38,7 +38,7 @@ def run(request: ExportRequest) -> int:
     module: Any = importlib.import_module(FORMATS[request.format].module)
     try:
         with new_folder(out, inside=True) as place:
-            module.write(Export(request=request, trained=trained, place=place, say=say, progress=Progress()))
+            module.write(Export(request=request, trained=trained, place=place, say=say, progress=ProgressLines()))
             size = sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
             say(f"written in {time.monotonic() - began:.1f} s, {size / 1e6:,.1f} MB")
             has_client = bool(FORMATS[request.format].clients)
@@ -90,7 +90,7 @@ def checked(request: ExportRequest, place: Path) -> dict[str, Any] | None:
     if code != DONE:
         raise Differs(f"the client could not load it (exit code {code})")
     found: dict[str, Any] = json.loads(stdout.splitlines()[-1])
-    readings = [Reading(**reading) for reading in found["readings"]]
+    readings = [ClientReading(**reading) for reading in found["readings"]]
     if not readings:
         return None
     print("\n".join(table(readings, request, found["moved"], found["tokens"])))
@@ -108,7 +108,7 @@ def in_own_process(request: ExportRequest) -> tuple[int, str]:
     return child.returncode, child.stdout
 
 
-def table(readings: list[Reading], request: ExportRequest, moved: float | None, tokens: int) -> list[str]:
+def table(readings: list[ClientReading], request: ExportRequest, moved: float | None, tokens: int) -> list[str]:
     """Return the lines of readings for the terminal."""
     ours = "the model as it was trained" if request.onto == "trained" else "the base on disk with the adapter"
     lines = [f"logits of {tokens} tokens compared with those of {ours}, in fp32:"]

@@ -47,9 +47,9 @@ from distlora.training.multi_trial.stacks import stacks
 from distlora.training.open_run import OpenRun, open_run
 from distlora.training.optimizers import build_optimizer
 from distlora.training.publish import restore
-from distlora.training.setup import Start, start_run_model
+from distlora.training.setup import StartOptions, start_run_model
 from distlora.training.start_trial import trial_of
-from distlora.training.trial import NonFiniteError, Trained, Trial
+from distlora.training.trial import NonFiniteError, TrainedParts, Trial
 
 LOOK_SECONDS = 0.2
 """Seconds between reads while nothing trains or a verdict is pending."""
@@ -299,7 +299,7 @@ class MultiTrialTrainer(Passes):
             self.backend.compare_trained(self.model)
             reporter.event(f"slot {slot}, {sum(p.numel() for p in parameters.values()):,} trained parameters")
             describe_steps(reporter, run)
-            trained = Trained(parameters, gradients, optimizer)
+            trained = TrainedParts(parameters, gradients, optimizer)
             trial, saver = trial_of(run, self.model, self.backend, reporter, trained)
             closing.enter_context(saver)
             resources = closing.pop_all()
@@ -465,7 +465,7 @@ def run_group(folder: Path, ranks: Ranks) -> int:
         model, backend, loaded = start_run_model(
             replace(config, train=replace(config.train, **rows)),
             ranks,
-            Start(log=_say, boundary=control.boundary, for_slots=True),
+            StartOptions(log=_say, boundary=control.boundary, for_slots=True),
             base=base,
         )
         for note in [*model.notes, *why_not_compiled]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from distlora.config import Config
 from distlora.config.file import as_mapping
 from distlora.config.json_files import object_or_empty
-from distlora.training.trackers.background import Background, Start, Tracker
+from distlora.training.trackers.background import Background, Tracker, TrackerStart
 from distlora.training.trackers.wandb_run import FINISH_SECONDS, start_wandb
 
 
@@ -27,7 +27,7 @@ class Trackers:
         plan = object_or_empty(run_dir / "plan.json")
         plan.pop("settings", None)  # They are the run's.
         settings = as_mapping(config) | {"world": world} | ({"planned": plan} if plan else {})
-        start = Start(run_dir=run_dir, tracker=config.tracker, settings=settings, start_step=start_step)
+        start = TrackerStart(run_dir=run_dir, tracker=config.tracker, settings=settings, start_step=start_step)
         self._active += [Background(name, start, say) for name in config.tracker.names if name != "wandb"]
         if "wandb" in config.tracker.names:  # Last: the others flush while its `close` waits.
             try:

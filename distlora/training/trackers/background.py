@@ -19,7 +19,7 @@ MOST_PENDING = 100_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
+class TrackerStart:
     """Inputs of a client: the run that it begins or continues."""
 
     run_dir: Path
@@ -87,7 +87,7 @@ class Tracker(Receiver):
 class Background(Tracker):
     """A tracker whose client runs in a thread. Messages of the thread are printed at the run's next call."""
 
-    def __init__(self, name: str, start: Start, say: Callable[[str], None]) -> None:
+    def __init__(self, name: str, start: TrackerStart, say: Callable[[str], None]) -> None:
         self.name, self._say = name, say
         self._calls: queue.Queue[Callable[[Client], None] | None] = queue.Queue(MOST_PENDING)
         self._summary: dict[str, Any] = {}
@@ -144,10 +144,10 @@ class Background(Tracker):
         if not self._error.empty():
             raise self._error.get()
 
-    def _work(self, start: Start) -> None:
+    def _work(self, start: TrackerStart) -> None:
         try:
             module = importlib.import_module(f"distlora.training.trackers.{self.name}_run")
-            client: Client = module.Run(start)
+            client: Client = module.TrackerRun(start)
             if client.place:
                 self._started.put(client.place)
             while (call := self._calls.get()) is not None:

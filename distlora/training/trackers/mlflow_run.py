@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from distlora.system.exit_codes import DONE, STOPPED
-from distlora.training.trackers.background import Client, Start
+from distlora.training.trackers.background import Client, TrackerStart
 
 _MOST_PARAMETERS, _MOST_CHARACTERS = 100, 6000
 """MLflow's limits: parameters in a call, and characters of a value."""
 
 
-class Run(Client):
+class TrackerRun(Client):
     """Run of MLflow, in the experiment tracker.project."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: TrackerStart) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # Telemetry is the user's choice.
         from mlflow import MlflowClient
         from mlflow.entities import Param

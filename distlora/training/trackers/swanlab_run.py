@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distlora.system.exit_codes import DONE, STOPPED
-from distlora.training.trackers.background import Client, Start
+from distlora.training.trackers.background import Client, TrackerStart
 
 
-class Run(Client):
+class TrackerRun(Client):
     """Run of SwanLab, in the project tracker.project."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: TrackerStart) -> None:
         import swanlab
 
         settings = swanlab.Settings(

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from distlora.system.exit_codes import DONE, STOPPED
-from distlora.training.trackers.background import Client, Start
+from distlora.training.trackers.background import Client, TrackerStart
 
 
-class Run(Client):
+class TrackerRun(Client):
     """Event files of one start. TensorBoard drops the steps that a resume repeats (purge_step)."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: TrackerStart) -> None:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
         from torch.utils.tensorboard import SummaryWriter
 

@@ -30,6 +30,7 @@ _RECORD = Path("wandb") / "sweep.json"
 
 UNRECORDED = ("recipe", "hydra")
 """Arguments on a command line that are not settings: no section of a run has that name."""
+_ABSENT = object()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,9 +129,6 @@ def agrees(requested: Any, has: Any) -> bool:
     if isinstance(requested, Mapping) and isinstance(has, Mapping):
         return requested.keys() == has.keys() and all(agrees(requested[key], has[key]) for key in requested)
     return bool(requested == has)
-
-
-_ABSENT = object()
 
 
 def _setting(settings: Mapping[str, Any], name: str) -> Any:

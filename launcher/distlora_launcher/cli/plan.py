@@ -16,7 +16,7 @@ from distlora.config import ModelConfig, UserError, nearest, require
 from distlora.config.base import is_hub_name
 from distlora.config.plan import GPUS
 from distlora.planner import Plan, suggest
-from distlora.planner.choose import Change, Search, choose, typed
+from distlora.planner.choose import Search, SettingChange, choose, typed
 from distlora.planner.machine import machine_of
 from distlora.planner.model import PlannedModel
 from distlora.planner.report import (
@@ -116,7 +116,7 @@ class PlanResult:
     """The plan of a run: the chosen settings, and settings that would fit. Printed as `distlora plan` prints it."""
 
     plan: Plan
-    changes: tuple[Change, ...] = ()
+    changes: tuple[SettingChange, ...] = ()
     """Settings that plan=auto and quant=auto chose."""
     near: Nearest | None = None
     """Settings that would fit; None if the plan fits."""

@@ -17,7 +17,7 @@ from distlora_launcher.studies.start import (
     submit,
 )
 from distlora_launcher.studies.sweep import Sweep, first_cell, load_sweep, make_sweep
-from distlora_launcher.studies.table import Table
+from distlora_launcher.studies.table import TrialTable
 from distlora_launcher.studies.worker import conclude
 from distlora_launcher.terminal.output import say, shown
 
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
 
         check_with_slurm(render_script(sweep, first.config))
     make_sweep(sweep)
-    Table(sweep, source).enqueue()
+    TrialTable(sweep, source).enqueue()
     say(f"sweep folder {shown(sweep.folder)}")
     return start(sweep, first.config)
 
@@ -86,7 +86,7 @@ def resume_trials(folder: Path) -> int:
     )
     source = make_source(sweep)
     check_optuna(sweep.settings, source)
-    table = Table(sweep, source)
+    table = TrialTable(sweep, source)
     table.enqueue()
     if table.is_over():
         conclude(sweep, table, source)

@@ -136,6 +136,10 @@ def check_writable(place: Path, setting: str) -> None:
         ) from error
 
 
+DEVICES = Path("/dev")
+"""Folder of the device files."""
+
+
 def gpu_count() -> int:
     """Return the number of NVIDIA GPUs this process may use: by CUDA_VISIBLE_DEVICES, else by the device files.
 
@@ -146,10 +150,6 @@ def gpu_count() -> int:
         return len(visible_gpus(visible))
     files = [path for path in DEVICES.glob("nvidia*") if path.name[len("nvidia") :].isdigit()]
     return len([path for path in files if os.access(path, os.R_OK | os.W_OK)])
-
-
-DEVICES = Path("/dev")
-"""Folder of the device files."""
 
 
 def visible_gpus(variable: str) -> list[str]:

@@ -157,7 +157,7 @@ class PageStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
+class WrittenSample:
     """Text that the model wrote after a step."""
 
     step: int
@@ -166,7 +166,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Saved:
+class SavedFolder:
     """A folder of tensors in a run folder."""
 
     name: str
@@ -190,8 +190,8 @@ class RunRecords:
     data: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     """state.json of the newest checkpoint."""
-    samples: list[Sample] = field(default_factory=list)
-    saved: list[Saved] = field(default_factory=list)
+    samples: list[WrittenSample] = field(default_factory=list)
+    saved: list[SavedFolder] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """One sentence for each record that could not be read."""
 
@@ -245,7 +245,7 @@ def _record(path: Path, shape: Shape, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _samples(path: Path, problems: list[str]) -> list[Sample]:
+def _samples(path: Path, problems: list[str]) -> list[WrittenSample]:
     found, damaged = [], 0
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines):
@@ -254,7 +254,7 @@ def _samples(path: Path, problems: list[str]) -> list[Sample]:
         try:
             entry = parse_object(line, "", "")
             check_shape(entry, _SAMPLE, "", "")
-            found.append(Sample(step=entry["step"], prompt=entry["prompt"], text=entry["text"]))
+            found.append(WrittenSample(step=entry["step"], prompt=entry["prompt"], text=entry["text"]))
         except UserError:
             damaged += number < len(lines) - 1  # The last may be cut off.
     if damaged:
@@ -262,7 +262,7 @@ def _samples(path: Path, problems: list[str]) -> list[Sample]:
     return found
 
 
-def _saved(folder: Path, problems: list[str]) -> list[Saved]:
+def _saved(folder: Path, problems: list[str]) -> list[SavedFolder]:
     """Return the checkpoints, oldest first, then the best one and the result."""
     found = []
     for step in checkpoint_folders(folder):
@@ -276,9 +276,9 @@ def _saved(folder: Path, problems: list[str]) -> list[Saved]:
     return found
 
 
-def _saved_folder(folder: Path, name: str, what: str, step: int | None, *, is_whole: bool = True) -> Saved:
+def _saved_folder(folder: Path, name: str, what: str, step: int | None, *, is_whole: bool = True) -> SavedFolder:
     nbytes = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    return Saved(name=name, what=what, step=step, nbytes=nbytes, is_whole=is_whole)
+    return SavedFolder(name=name, what=what, step=step, nbytes=nbytes, is_whole=is_whole)
 
 
 def read_metrics(path: Path, *, tail: int | None = None) -> Metrics:

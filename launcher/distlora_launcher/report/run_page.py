@@ -22,8 +22,8 @@ from distlora_launcher.report.records import (
     SMOOTHED_FROM,
     PageStatus,
     RunRecords,
-    Sample,
     Series,
+    WrittenSample,
     read_run,
     smoothed,
     total_steps,
@@ -344,9 +344,9 @@ def _experts(run: RunRecords) -> dict[str, Any] | None:
     return {"step": step, "table": Table("", columns, rows), "unused": unused}
 
 
-def _samples(samples: Sequence[Sample]) -> list[tuple[str, list[Sample], int]]:
+def _samples(samples: Sequence[WrittenSample]) -> list[tuple[str, list[WrittenSample], int]]:
     """Return (prompt, samples to show, number of samples left out) for each prompt."""
-    by_prompt: dict[str, list[Sample]] = {}
+    by_prompt: dict[str, list[WrittenSample]] = {}
     for sample in samples:
         by_prompt.setdefault(sample.prompt, []).append(sample)
     result = []

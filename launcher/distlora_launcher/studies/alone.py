@@ -17,7 +17,7 @@ from distlora_launcher.launch.bound import start_command
 from distlora_launcher.launch.failures import read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.report.records import read_figures
-from distlora_launcher.studies.placement import Outcome, Placement, Trial
+from distlora_launcher.studies.placement import PlacedTrial, Placement, TrialOutcome
 from distlora_launcher.studies.sweep import LOGS, Sweep
 
 MODULE = "distlora_launcher.cli.main"
@@ -35,7 +35,7 @@ class Alone(Placement):
 
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
-        self._trial: Trial | None = None
+        self._trial: PlacedTrial | None = None
         self._process: LoggedProcess | None = None
         self._started = 0.0
         self._prunes = self._stops = False
@@ -45,7 +45,7 @@ class Alone(Placement):
         """Return whether its processes have ended: they may outlive their last trial's outcome for a moment."""
         return self._process is None
 
-    def begin(self, trial: Trial) -> None:
+    def begin(self, trial: PlacedTrial) -> None:
         """Start or resume a trial. Raises UserError if it cannot run."""
         (trial.run_dir / CANCELLED_NAME).unlink(missing_ok=True)
         if (trial.run_dir / CONFIG_NAME).is_file():
@@ -64,7 +64,7 @@ class Alone(Placement):
             self._prunes = True
             self._stop_process()
 
-    def poll(self) -> Sequence[Outcome]:
+    def poll(self) -> Sequence[TrialOutcome]:
         """Return the trials that have ended since the last call, without waiting."""
         if self._process is None or self._trial is None or (code := self._process.poll()) is None:
             return []
@@ -75,7 +75,9 @@ class Alone(Placement):
         step = None if figures.time is None else figures.step
         refused = code == BAD_INPUT
         return [
-            Outcome(number=trial.number, state=state, seconds=seconds, step=step, reason=reason, is_refused=refused)
+            TrialOutcome(
+                number=trial.number, state=state, seconds=seconds, step=step, reason=reason, is_refused=refused
+            )
         ]
 
     def close(self) -> None:
@@ -90,7 +92,7 @@ class Alone(Placement):
         if self._process is not None:
             self._process.stop()
 
-    def _ending(self, trial: Trial, process: LoggedProcess, code: int) -> tuple[str, str | None]:
+    def _ending(self, trial: PlacedTrial, process: LoggedProcess, code: int) -> tuple[str, str | None]:
         """Return (state, reason) of a trial whose process ended with `code`."""
         if code == DONE or find_result(trial.run_dir) is not None:  # It may have been signalled after its end.
             return COMPLETE, None

@@ -59,7 +59,7 @@ from distlora_launcher.launch.local import create_run, forget_run, is_prepared
 from distlora_launcher.launch.lock import CONFIG_NAME, lock_run
 from distlora_launcher.launch.workers import run_workers
 from distlora_launcher.studies.alone import POLL_SECONDS, LoggedProcess, trial_log, wait_until_free
-from distlora_launcher.studies.placement import Outcome, Placement, Trial
+from distlora_launcher.studies.placement import PlacedTrial, Placement, TrialOutcome
 from distlora_launcher.studies.sweep import LOGS, Dimension, Sweep, Values, count_cells, is_finite, read_section
 from distlora_launcher.terminal.output import say
 
@@ -77,7 +77,7 @@ AT_ONCE = 2
 class _Running:
     """A trial from `begin` to its outcome."""
 
-    trial: Trial
+    trial: PlacedTrial
     config: Config
     hold: contextlib.ExitStack
     """Lock of its run folder, so that nobody resumes it meanwhile."""
@@ -97,7 +97,7 @@ class Together(Placement):
         self._trials: dict[int, _Running] = {}
         self._later: list[int] = []
         """Trials for a later process, in the order in which they came."""
-        self._done: list[Outcome] = []
+        self._done: list[TrialOutcome] = []
         self._process: MultiTrialProcess | None = None
         self._processes = 0
         self._prepared: dict[str, Path] = {}
@@ -109,7 +109,7 @@ class Together(Placement):
         """Return whether its processes have ended."""
         return self._process is None or self._process.poll() is not None
 
-    def begin(self, trial: Trial) -> None:
+    def begin(self, trial: PlacedTrial) -> None:
         """Start or resume a trial. Raises UserError if it cannot run."""
         wait_until_free(trial.run_dir)
         config, hold = self._config_of(trial), contextlib.ExitStack()
@@ -125,7 +125,7 @@ class Together(Placement):
         if self._process is not None and self._sweep.settings.pruner != "none":
             atomic_io.write_json(verdict_file(self._process.folder, number, step), {"prune": prune})
 
-    def poll(self) -> Sequence[Outcome]:
+    def poll(self) -> Sequence[TrialOutcome]:
         """Return the trials that have ended."""
         process = self._process
         if process is not None:
@@ -153,7 +153,7 @@ class Together(Placement):
         if self._process is not None:
             self._process.ask_to_stop()
 
-    def _config_of(self, trial: Trial) -> Config:
+    def _config_of(self, trial: PlacedTrial) -> Config:
         """Return the settings of a trial; make its run folder if needed.
 
         The choices of plan=auto and quant=auto are those of the first trial for all. Raises UserError if it cannot run,
@@ -286,7 +286,7 @@ class Together(Placement):
         trial.hold.close()
         seconds = time.monotonic() - trial.began if seconds is None else seconds
         self._done.append(
-            Outcome(number=number, state=state, seconds=seconds, step=step, reason=reason, is_refused=is_refused)
+            TrialOutcome(number=number, state=state, seconds=seconds, step=step, reason=reason, is_refused=is_refused)
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trial:
+class PlacedTrial:
     """A trial to train."""
 
     number: int
@@ -23,7 +23,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class TrialOutcome:
     """The end of a trial's training."""
 
     number: int
@@ -49,7 +49,7 @@ class Placement(abc.ABC):
         """Return whether its processes have ended: they may outlive their last trial's outcome for a moment."""
 
     @abc.abstractmethod
-    def begin(self, trial: Trial) -> None:
+    def begin(self, trial: PlacedTrial) -> None:
         """Start or resume a trial. Raises UserError if it cannot run."""
 
     @abc.abstractmethod
@@ -57,7 +57,7 @@ class Placement(abc.ABC):
         """Take the pruner's decision after an evaluation at `step`; called for each if the sweep has a pruner."""
 
     @abc.abstractmethod
-    def poll(self) -> Sequence[Outcome]:
+    def poll(self) -> Sequence[TrialOutcome]:
         """Return the trials that have ended since the last call, without waiting."""
 
     def close(self) -> None:  # noqa: B027 (only processes of several trials wait for more)

@@ -40,7 +40,7 @@ from distlora.run_folder.layout import PLAN_NAME, SUMMARY_NAME
 from distlora.run_folder.sweep import COMPLETE, FAILED, PRUNED, TrialRecord
 from distlora.system import atomic_io
 from distlora_launcher.compose import planning
-from distlora_launcher.studies.sources import Due, Source
+from distlora_launcher.studies.sources import NextAction, Source
 from distlora_launcher.studies.sweep import Sweep
 
 RANK_SEARCH_NAME = "rank_search.json"
@@ -466,7 +466,7 @@ class RankSearch(Source):
             f"{fixed} is what sweep=rank_search searches; leave it out, or set sweep.rank_start",
         )
 
-    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | NextAction:
         """Return a rank that the ended runs call for, then full fine-tuning (Source.next).
 
         The first call, before there is any trial, writes the setup.
@@ -480,7 +480,7 @@ class RankSearch(Source):
             due = [FULL]
         if due:
             return [self._setup.values_of_full if size == FULL else {"adapter.r": size} for size in due]
-        return Due.END if started == found.tried.keys() else Due.WAIT
+        return NextAction.END if started == found.tried.keys() else NextAction.WAIT
 
     def _compare(self, trials: Sequence[TrialRecord]) -> Comparison:
         """Compare the ended runs; one without comparable losses by document counts as failed."""
@@ -515,13 +515,13 @@ class RankSearch(Source):
         found = self._compare(trials)
         return {
             "rows": found.rows(),
-            "recommended": found.recommended() if self.next(trials) is Due.END else None,
+            "recommended": found.recommended() if self.next(trials) is NextAction.END else None,
             "confidence": self._settings.confidence,
             "sentences": list(self._sentences(trials, found)),
         }
 
     def _sentences(self, trials: Sequence[TrialRecord], found: Comparison) -> Iterator[str]:
-        if self.next(trials) is Due.END:
+        if self.next(trials) is NextAction.END:
             yield from found.sentences()
         else:
             yield "The search has not ended yet."

@@ -30,7 +30,7 @@ from distlora_launcher.launch.lock import Process, holders
 from distlora_launcher.report.records import PageStatus, read_figures, recorded
 from distlora_launcher.report.run_page import write_report
 from distlora_launcher.report.sweep_page import SweepRecords, sweep_report, training_losses
-from distlora_launcher.studies.sources import Due, Source, make_source
+from distlora_launcher.studies.sources import NextAction, Source, make_source
 from distlora_launcher.studies.sweep import Sweep, load_sweep
 from distlora_launcher.terminal.output import say, shown, warn
 
@@ -124,7 +124,7 @@ def sweep_status(folder: Path) -> SweepStatus:
     for index, trial in enumerate(trials):
         if trial.state == RUNNING:  # Its run folder has the newest step.
             trials[index] = dataclasses.replace(trial, step=read_figures(sweep.run_dir(trial.number)).step)
-    is_over = not any(trial.is_open for trial in trials) and make_source(sweep).next(trials) is Due.END
+    is_over = not any(trial.is_open for trial in trials) and make_source(sweep).next(trials) is NextAction.END
     jobs = jobs_in_slurm(folder)
     state = "running" if workers else "queued" if jobs else "done" if is_over else "stopped"
     if state == "stopped":
@@ -198,7 +198,7 @@ def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = Fal
         found.settings, found.shared = sweep.settings, sweep.overrides
         source = make_source(sweep)
         found.conclusion = source.conclusion(found.trials)
-        is_over = source.next(found.trials) is Due.END
+        is_over = source.next(found.trials) is NextAction.END
     with recorded(found.problems):
         found.importance, found.importance_by = read_importance(folder)
     with recorded(found.problems):

@@ -19,7 +19,7 @@ from distlora.run_folder.sweep import TrialRecord
 from distlora_launcher.studies.sweep import Dimension, Interval, Sweep, cells, count_cells, is_finite
 
 
-class Due(enum.Enum):
+class NextAction(enum.Enum):
     """The source's next action, if not a list of trials."""
 
     SAMPLE = "sample"
@@ -39,7 +39,7 @@ class Source(abc.ABC):
     """True if Optuna draws the values."""
 
     @abc.abstractmethod
-    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | NextAction:
         """Return the values of the trials due now, in order, given all trials so far, none of which waits."""
 
     def draw(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
@@ -70,12 +70,12 @@ class Listed(Source):
             found = iter(shuffled)
         return itertools.islice(found, self._settings.trials)
 
-    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | NextAction:
         """Return what is due (Source.next)."""
-        return list(itertools.islice(self.all(), len(trials), None)) or Due.END
+        return list(itertools.islice(self.all(), len(trials), None)) or NextAction.END
 
 
-class Drawn(Source):
+class DrawnSource(Source):
     """`sweep.trials` trials, with values that Optuna draws or proposes (optuna_draws.py)."""
 
     draws = True
@@ -85,9 +85,9 @@ class Drawn(Source):
         self._settings, self._space = settings, space
         self._trials = min(settings.trials, count_cells(space)) if is_finite(space) else settings.trials
 
-    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | Due:
+    def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | NextAction:
         """Return what is due (Source.next)."""
-        return Due.SAMPLE if len(trials) < self._trials else Due.END
+        return NextAction.SAMPLE if len(trials) < self._trials else NextAction.END
 
     def draw(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
         """Return the values of the next trial."""
@@ -133,7 +133,7 @@ def make_source(sweep: Sweep) -> Source:
         settings.trials is not None,
         f"sweep.trials=null never ends with sweep={settings.method}; set sweep.trials=20",
     )
-    return Drawn(settings, space)
+    return DrawnSource(settings, space)
 
 
 def check_optuna(settings: SweepConfig, source: Source) -> None:

@@ -57,7 +57,7 @@ from distlora_launcher.studies.sweep import (
     first_cell,
     read_section,
 )
-from distlora_launcher.studies.table import Table
+from distlora_launcher.studies.table import TrialTable
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
@@ -141,7 +141,7 @@ def run_workers_here(sweep: Sweep, processes: int) -> int:
     if set(codes) == {BAD_INPUT}:
         return BAD_INPUT
     source = make_source(sweep)
-    table = Table(sweep, source)
+    table = TrialTable(sweep, source)
     code = show_results(sweep, table.records(), source)
     if table.is_over():
         return code

@@ -26,22 +26,22 @@ from distlora.run_folder.sweep import (
     write_results,
 )
 from distlora_launcher.launch.lock import Process, holders, is_alive, this_process
-from distlora_launcher.studies.placement import Outcome, Trial
-from distlora_launcher.studies.sources import Due, Source
+from distlora_launcher.studies.placement import PlacedTrial, TrialOutcome
+from distlora_launcher.studies.sources import NextAction, Source
 from distlora_launcher.studies.sweep import Sweep
 from distlora_launcher.terminal.output import warn
 
 LOCK_NAME = ".lock"
 
 
-class Table:
+class TrialTable:
     """The trials of a study, as one worker sees them."""
 
     def __init__(self, sweep: Sweep, source: Source, *, place: str | None = None) -> None:
         """`place`: name of this worker (`worker_place`)."""
         self._sweep, self._source, self._place = sweep, source, place
 
-    def ask(self) -> Trial | Due:
+    def ask(self) -> PlacedTrial | NextAction:
         """Take a trial for this process: an abandoned one, a waiting one, or the next that the source names."""
         with self._changed() as trials:
             abandoned, is_busy = self._next_abandoned(trials)
@@ -49,10 +49,10 @@ class Table:
                 return self._take(trials, abandoned, begun=True)
             if not any(trial.state == WAITING for trial in trials):
                 due = self._source.next(trials)
-                if due is Due.SAMPLE:
+                if due is NextAction.SAMPLE:
                     due = [self._source.draw(trials)]
-                if isinstance(due, Due):
-                    return Due.WAIT if is_busy else due
+                if isinstance(due, NextAction):
+                    return NextAction.WAIT if is_busy else due
                 _append(trials, due)
             waiting = next(trial for trial in trials if trial.state == WAITING)
             return self._take(trials, waiting, begun=False)
@@ -62,7 +62,7 @@ class Table:
         with self._changed() as trials:
             if not any(trial.state == WAITING for trial in trials):
                 due = self._source.next(trials)
-                _append(trials, () if isinstance(due, Due) else due)
+                _append(trials, () if isinstance(due, NextAction) else due)
 
     def report(self, number: int, step: int, value: float) -> None:
         """Record an evaluation of a trial."""
@@ -72,7 +72,7 @@ class Table:
                 evaluations = {**trial.evaluations, step: value}
                 trials[number] = replace(trial, step=step, value=value, evaluations=evaluations)
 
-    def tell(self, outcome: Outcome, value: float | None, figures: Mapping[str, Any]) -> None:
+    def tell(self, outcome: TrialOutcome, value: float | None, figures: Mapping[str, Any]) -> None:
         """Record how a trial ended: its value, and the `figures` of TrialRecord that its run reports."""
         with self._changed() as trials:
             trial = trials[outcome.number]
@@ -100,7 +100,7 @@ class Table:
     def is_over(self) -> bool:
         """Return whether nothing runs, waits, or is due."""
         trials = self.records()
-        return not any(trial.is_open for trial in trials) and self._source.next(trials) is Due.END
+        return not any(trial.is_open for trial in trials) and self._source.next(trials) is NextAction.END
 
     @contextlib.contextmanager
     def _changed(self) -> Iterator[list[TrialRecord]]:
@@ -126,10 +126,10 @@ class Table:
             is_busy = True
         return None, is_busy
 
-    def _take(self, trials: list[TrialRecord], trial: TrialRecord, *, begun: bool) -> Trial:
+    def _take(self, trials: list[TrialRecord], trial: TrialRecord, *, begun: bool) -> PlacedTrial:
         owner = dataclasses.asdict(this_process())
         trials[trial.number] = replace(trial, state=RUNNING, owner=owner, place=self._place)
-        return Trial(
+        return PlacedTrial(
             number=trial.number,
             values=trial.values,
             overrides=tuple(self._sweep.trial_overrides(trial.number, trial.values, self._source.overrides)),

@@ -376,6 +376,10 @@ def work_as_agent(folder: Path, index: int) -> int:
     return INTERRUPTED if forwarder.killed else STOPPED
 
 
+FOLDER = "DISTLORA_SWEEP_FOLDER"
+"""Environment variable: folder of the agents' runs; default runs/<id of the sweep>."""
+
+
 def _run_agent(request: AgentsRequest, index: int, forwarder: Forwarder) -> int:
     stop_mark = request.folder / LOGS / f"asked_{host_name()}_{os.getpid()}"
     stop_mark.unlink(missing_ok=True)
@@ -426,9 +430,6 @@ def unfinished(request: AgentsRequest) -> list[Path]:
             found.append(run)
     return found
 
-
-FOLDER = "DISTLORA_SWEEP_FOLDER"
-"""Environment variable: folder of the agents' runs; default runs/<id of the sweep>."""
 
 _ENDED_EARLY = Path("wandb") / "ended_early"
 """Marker file in RUN."""

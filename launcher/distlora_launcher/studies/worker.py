@@ -30,11 +30,11 @@ from distlora_launcher.launch.lock import worker_place
 from distlora_launcher.report.records import NewMetrics
 from distlora_launcher.studies.alone import POLL_SECONDS, Alone
 from distlora_launcher.studies.multi_trial import Together
-from distlora_launcher.studies.placement import Outcome, Placement, Trial
+from distlora_launcher.studies.placement import PlacedTrial, Placement, TrialOutcome
 from distlora_launcher.studies.results import write_at_end, write_table
-from distlora_launcher.studies.sources import Due, Source, check_optuna, make_source
+from distlora_launcher.studies.sources import NextAction, Source, check_optuna, make_source
 from distlora_launcher.studies.sweep import Sweep, load_sweep
-from distlora_launcher.studies.table import Table, locked
+from distlora_launcher.studies.table import TrialTable, locked
 from distlora_launcher.studies.wandb_sweep import is_agents_folder, work_as_agent
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
@@ -47,7 +47,7 @@ ASK_SECONDS = 2.0
 """Time in seconds between two requests for a trial while none is due."""
 
 
-class Follower:
+class EvaluationFollower:
     """Reads the evaluations of a run as they are written to its metrics.jsonl."""
 
     def __init__(self, run_dir: Path, metric: str) -> None:
@@ -72,9 +72,9 @@ class Follower:
 class Study:
     """The loop of a worker: ask the table for trials, place them, record how they end."""
 
-    def __init__(self, sweep: Sweep, table: Table, placement: Placement) -> None:
+    def __init__(self, sweep: Sweep, table: TrialTable, placement: Placement) -> None:
         self._sweep, self._table, self._placement = sweep, table, placement
-        self._trials: dict[int, tuple[Trial, Follower]] = {}
+        self._trials: dict[int, tuple[PlacedTrial, EvaluationFollower]] = {}
         self._ask_at = 0.0
         self._ended = self._saved = False
         self._strange = 0
@@ -108,24 +108,24 @@ class Study:
         """Fill the placement's free slots."""
         while len(self._trials) < self._placement.slots and time.monotonic() >= self._ask_at:
             due = self._table.ask()
-            if due is Due.END:
+            if due is NextAction.END:
                 self._ended = True
                 self._placement.close()
                 return
-            if isinstance(due, Due):
+            if isinstance(due, NextAction):
                 self._ask_at = time.monotonic() + ASK_SECONDS
                 return
             self._begin(due)
 
-    def _begin(self, trial: Trial) -> None:
+    def _begin(self, trial: PlacedTrial) -> None:
         overrides = " ".join(words_of(trial.values))
         say(f"trial {trial.number}: {'resumes' if trial.begun else 'starts'}, {overrides}")
-        self._trials[trial.number] = trial, Follower(trial.run_dir, self._sweep.settings.metric)
+        self._trials[trial.number] = trial, EvaluationFollower(trial.run_dir, self._sweep.settings.metric)
         try:
             self._placement.begin(trial)
         except UserError as error:
             reason = str(error)
-            self._end(Outcome(number=trial.number, state=FAILED, seconds=0.0, reason=reason, is_refused=True))
+            self._end(TrialOutcome(number=trial.number, state=FAILED, seconds=0.0, reason=reason, is_refused=True))
 
     def _follow(self) -> None:
         """Record new evaluations, and pass the pruner's decisions to the placement."""
@@ -143,7 +143,7 @@ class Study:
 
         return should_prune(self._sweep.settings, self._sweep.space, self._table.records(), number)
 
-    def _end(self, outcome: Outcome) -> None:
+    def _end(self, outcome: TrialOutcome) -> None:
         trial, follower = self._trials.pop(outcome.number)
         self._saved |= outcome.state == SAVED
         outcome = self._judged(outcome, trial, follower)
@@ -153,7 +153,7 @@ class Study:
         self._table.tell(outcome, follower.last, read_summary(trial.run_dir))
         say(self._sentence(outcome, follower))
 
-    def _judged(self, outcome: Outcome, trial: Trial, follower: Follower) -> Outcome:
+    def _judged(self, outcome: TrialOutcome, trial: PlacedTrial, follower: EvaluationFollower) -> TrialOutcome:
         """Return the outcome; failed if the run is complete but has no finite value to compare."""
         if outcome.state != COMPLETE or follower.last is not None:
             return outcome
@@ -165,7 +165,7 @@ class Study:
         )
         return dataclasses.replace(outcome, state=FAILED, reason=reason)
 
-    def _sentence(self, outcome: Outcome, follower: Follower) -> str:
+    def _sentence(self, outcome: TrialOutcome, follower: EvaluationFollower) -> str:
         metric, step = self._sweep.settings.metric, "" if outcome.step is None else f" after step {outcome.step:,}"
         value = "" if follower.last is None else f", {metric} {follower.last:.4f}"
         why = "" if outcome.reason is None else f": {outcome.reason}"
@@ -174,7 +174,7 @@ class Study:
         return f"trial {outcome.number}: {how}{step}{value}{lasted}{why}"
 
 
-def is_strange(outcome: Outcome, run_dir: Path) -> bool:
+def is_strange(outcome: TrialOutcome, run_dir: Path) -> bool:
     """Return whether a trial failed before its first step, and not by bad input, divergence or lack of memory."""
     if outcome.state != FAILED or outcome.step or outcome.is_refused or would_repeat(run_dir / "logs"):
         return False
@@ -191,7 +191,7 @@ def read_summary(run_dir: Path) -> Mapping[str, Any]:
     }
 
 
-def conclude(sweep: Sweep, table: Table, source: Source) -> None:
+def conclude(sweep: Sweep, table: TrialTable, source: Source) -> None:
     """Write the table, and at the end of the sweep the importance of settings and the report."""
     is_over = False
     try:
@@ -216,7 +216,7 @@ def run(folder: Path, index: int) -> int:
     check_optuna(sweep.settings, source)  # A sweep may be resumed on another machine.
     place = f"worker_{index}"
     with worker_place(folder, place), forwarding() as forwarder:
-        table = Table(sweep, source, place=place)
+        table = TrialTable(sweep, source, place=place)
         is_alone = sweep.settings.packed == 1
         placement: Placement = Alone(sweep) if is_alone else Together(sweep, index, forwarder)
         code = Study(sweep, table, placement).work(forwarder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distlora.config import Config, UserError
-from distlora.config.errors import short
+from distlora.config.errors import as_typed, short
 from distlora.config.file import settings_by_name
 from distlora.config.json_files import Shape, read_object
 from distlora.run_folder.expert_load import ExpertTokens, expert_tokens_in
@@ -203,8 +203,8 @@ def check_settings(state: TrainState, folder: Path, settings: Mapping[str, Any])
     differing = list(_differences(then, {name: value for name, value in settings.items() if name in then}))
     if differing:
         raise UserError(
-            f"{folder} was made with {', '.join(f'{name}={then}' for name, then, _ in differing)}, and config.yaml now "
-            f"has {', '.join(f'{name}={now}' for name, _, now in differing)}; set "
+            f"{folder} was made with {', '.join(f'{name}={as_typed(then)}' for name, then, _ in differing)}, and "
+            f"config.yaml now has {', '.join(f'{name}={as_typed(now)}' for name, _, now in differing)}; set "
             f"{'them' if len(differing) > 1 else 'it'} back there, or start a new run"
         )
 

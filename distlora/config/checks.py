@@ -1,7 +1,8 @@
 """Check the settings of a run by their values alone: each section, and what sections decide together.
 
 This is the first of the four stages of checks; `distlora_launcher/compose/checks.py` has the others. It runs once, when
-the settings are composed (and for what a plan considers); RUN/config.yaml is read without it.
+the settings are composed (and for what a plan considers). RUN/config.yaml is read without it; a resume checks what a
+user may have changed there (`check_changeable`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from distlora.config.base import AdapterConfig, ModelConfig, QuantConfig, check_adapter, check_model, check_quant
 from distlora.config.cluster import ClusterConfig, ParallelConfig, check_cluster, check_parallel
 from distlora.config.documents import DataConfig, check_data
-from distlora.config.errors import Refusals, UserError, refusal, require_choices
+from distlora.config.errors import Refusals, UserError, as_typed, refusal, require_choices
 from distlora.config.objectives import objectives_of, takes_format
 from distlora.config.plan import GpuConfig, PlanConfig, check_gpu, check_plan
 from distlora.config.rollout import OF_REWARDS, RolloutConfig, check_rollout
@@ -67,6 +68,26 @@ def check_settings(config: Config, sections: Collection[str] | None = None) -> N
     ]
     for sentence in together:
         raise UserError(sentence)
+    check_ranks(config, config.cluster.ranks)
+
+
+CHANGEABLE = ("parallel", "train", "tracker", "cluster", "plan")
+"""Sections with settings that may be changed in RUN/config.yaml before a resume (docs/troubleshooting.md)."""
+
+
+def check_changeable(config: Config) -> None:
+    """Raise UserError for a setting that a resume cannot use: a word that is no choice, or one of `CHANGEABLE`.
+
+    The other sections stay as the run was started, also where a newer version would refuse them.
+    """
+    for item in dataclasses.fields(config):
+        section = getattr(config, item.name)
+        if item.name in CHANGEABLE:
+            check_section(item.name, section)
+        elif dataclasses.is_dataclass(section):
+            require_choices(item.name, section)
+    for source in config.data.sources:
+        require_choices("data", source)
     check_ranks(config, config.cluster.ranks)
 
 
@@ -236,7 +257,7 @@ def _sampling(
     for field in rollout.changed:
         if field in OF_REWARDS and not needs.rewards:
             why = f"has no effect with {name}, which does not train on rewards"
-            yield f"rollout.{field}={getattr(rollout, field)} {why}; leave it out"
+            yield f"rollout.{field}={as_typed(getattr(rollout, field))} {why}; leave it out"
     if not rollout.use_bias_correction_kl and train.of_objective("beta") == 0:
         yield "rollout.use_bias_correction_kl=false has no effect without a KL term; leave it out, or set train.beta"
     if adapter.method == "full":

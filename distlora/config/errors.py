@@ -68,7 +68,17 @@ def in_one_line(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-_SHORT = reprlib.Repr()
+class _Short(reprlib.Repr):
+    """Write true, false and null as YAML and JSON do."""
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return as_typed(value)
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return as_typed(value)
+
+
+_SHORT = _Short()
 _SHORT.maxlevel = 4
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
@@ -77,6 +87,13 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 200
 def short(value: object) -> str:
     """Return a value from a file as a message shows it: YAML's references can make it endless."""
     return _SHORT.repr(value)
+
+
+def as_typed(value: object) -> str:
+    """Return a setting's value as a user types it: true, false, null, [a,b]."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"[{','.join(map(as_typed, value))}]" if isinstance(value, (list, tuple)) else str(value)
 
 
 FILES = 0.75
@@ -162,8 +179,7 @@ def refusal(name: str, section: Any, sentence: str) -> UserError:
     if start is None:
         return UserError(text)
     value, setting = getattr(section, start[1]), f"{{{name}.{start[1]}}}"
-    shown = [*value] if isinstance(value, tuple) else value
-    return UserError(f"{setting}={shown} {text[start.end() :].replace('{field}', setting)}")
+    return UserError(f"{setting}={as_typed(value)} {text[start.end() :].replace('{field}', setting)}")
 
 
 def require_choice(setting: str, value: object, choices: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distlora.config import UserError
-from distlora.data.formats import SourceRecord, check_unicode, good, kind_name, shown
+from distlora.data.formats import SourceRecord, check_unicode, kind_name, shown
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 20
@@ -31,16 +31,16 @@ _BLANK_LINES_WITHIN = 64 << 20
 _ROWS_AT_ONCE = 1000
 
 
-def read_file(path: Path, format: str, sample_by: str) -> Iterator[SourceRecord]:
+def read_file(path: Path, good: str, sample_by: str) -> Iterator[SourceRecord]:
     """Yield the records of one file in order, by the kind that its name says.
 
-    `format` (perhaps `auto`) is only named in complaints; `sample_by` says what a record of a .txt file is. Raises
-    UserError for a kind that is not known, and where the file breaks.
+    `good` ends messages about a broken line: what a good one is (`formats.good`). `sample_by` says what a record of a
+    .txt file is. Raises UserError for a kind that is not known, and where the file breaks.
     """
     if path.stat().st_size == 0:
         return
     try:
-        yield from _readers(sample_by)[_kind(path)](path, format)
+        yield from _readers(sample_by)[_kind(path)](path, good)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         # A decompressor's OSError has no number; the system's have one and are no fault of the content.
         if isinstance(error, OSError) and error.errno is not None:
@@ -69,10 +69,10 @@ def _readers(sample_by: str) -> dict[str, Callable[[Path, str], Iterator[SourceR
         ".jsonl": _jsonl,
         ".ndjson": _jsonl,
         ".json": _json,
-        ".csv": lambda path, format: _csv(path, ","),
-        ".tsv": lambda path, format: _csv(path, "\t"),
-        ".txt": lambda path, format: _txt(path, sample_by),
-        ".parquet": lambda path, format: _parquet(path),
+        ".csv": lambda path, good: _csv(path, ","),
+        ".tsv": lambda path, good: _csv(path, "\t"),
+        ".txt": lambda path, good: _txt(path, sample_by),
+        ".parquet": lambda path, good: _parquet(path),
     }
 
 
@@ -105,7 +105,7 @@ def _open(path: Path) -> BinaryIO:
     return opened[suffix](path) if suffix in opened else path.open("rb")
 
 
-def _jsonl(path: Path, format: str) -> Iterator[SourceRecord]:
+def _jsonl(path: Path, good: str) -> Iterator[SourceRecord]:
     """JSON lines, split at newlines alone; blank ones are skipped. Lines count from 1, as an editor shows them."""
     with _open(path) as file:
         for line, raw in enumerate(file, start=1):
@@ -120,40 +120,40 @@ def _jsonl(path: Path, format: str) -> Iterator[SourceRecord]:
                     f"{place}: byte {error.start + 1} (0x{content[error.start]:02x}) is not UTF-8; "
                     "convert the file to UTF-8"
                 ) from error
-            value = _parse_json(text, place, format)
+            value = _parse_json(text, place, good)
             if b"\\ud" in content or b"\\uD" in content:
                 # The only way in for half a surrogate pair.
                 check_unicode(value, place)
             yield SourceRecord(place, len(raw), value)
 
 
-def _parse_json(text: str, place: str, format: str) -> Any:
+def _parse_json(text: str, place: str, good: str) -> Any:
     """Parse a JSON value. Raises UserError with the column where it breaks, or for one that Python cannot hold."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{place}: not valid JSON, column {error.colno}: {error.msg} ({shown(text)}); {good(format)}"
+            f"{place}: not valid JSON, column {error.colno}: {error.msg} ({shown(text)}); {good}"
         ) from error
     except (ValueError, RecursionError) as error:
         # An integer of thousands of digits; brackets nested without end.
-        raise UserError(f"{place}: JSON that cannot be read: {error} ({shown(text)}); {good(format)}") from error
+        raise UserError(f"{place}: JSON that cannot be read: {error} ({shown(text)}); {good}") from error
 
 
-def _json(path: Path, format: str) -> Iterator[SourceRecord]:
+def _json(path: Path, good: str) -> Iterator[SourceRecord]:
     """Yield the objects of a list, of a list under "data", of a single document, or of JSON lines."""
     with _open(path) as file:
         text = file.read().decode("utf-8-sig")
     if text.lstrip().startswith("["):
-        yield from _json_list(text, path, format)
+        yield from _json_list(text, path, good)
         return
     first, _, others = text.lstrip().partition("\n")
     if others.strip() and _is_object(first):
-        yield from _jsonl(path, format)
+        yield from _jsonl(path, good)
         return
     if not text.strip():
         return
-    value = _parse_json(text, str(path), format)
+    value = _parse_json(text, str(path), good)
     check_unicode(value, str(path))
     rows = value["data"] if isinstance(value, dict) and isinstance(value.get("data"), list) else [value]
     for number, row in enumerate(rows, start=1):
@@ -163,7 +163,7 @@ def _json(path: Path, format: str) -> Iterator[SourceRecord]:
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def _json_list(text: str, path: Path, format: str) -> Iterator[SourceRecord]:
+def _json_list(text: str, path: Path, good: str) -> Iterator[SourceRecord]:
     """Yield every object with its number and the line that it begins on. The text begins with `[`."""
     decoder, position, number, line = json.JSONDecoder(), text.index("[") + 1, 0, 1
     line += text.count("\n", 0, position)
@@ -176,7 +176,7 @@ def _json_list(text: str, path: Path, format: str) -> Iterator[SourceRecord]:
 
     def refused(reason: str, at: int) -> UserError:
         place, near = f"{path} row {number} (line {line})", shown(text[at : at + 80])
-        return UserError(f"{place}: not valid JSON: {reason}, at {near}; {good(format)}")
+        return UserError(f"{place}: not valid JSON: {reason}, at {near}; {good}")
 
     position = skip_space(position)
     while text[position : position + 1] != "]":
@@ -193,7 +193,7 @@ def _json_list(text: str, path: Path, format: str) -> Iterator[SourceRecord]:
             raise refused(str(error), position) from error
         place = f"{path} row {number} (line {line})"
         if not isinstance(value, dict):
-            raise UserError(f"{place}: {kind_name(value)} where an object belongs; {good(format)}")
+            raise UserError(f"{place}: {kind_name(value)} where an object belongs; {good}")
         source = text[position:end]
         if "\\ud" in source or "\\uD" in source:
             check_unicode(value, place)

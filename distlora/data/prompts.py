@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distlora.config import require
+from distlora.config import UserError, require
 from distlora.data.files import read_file
 from distlora.data.formats import check_chat, kind_name, listed
 
@@ -39,7 +39,10 @@ def read_prompts(path: Path) -> list[Prompt]:
     """
     require(path.suffix in (".txt", ".jsonl"), f"--prompts={path} ends in {path.suffix!r}; name a .txt or .jsonl file")
     require(path.is_file(), f"--prompts={path} is not a file; name a .txt or .jsonl file")
-    records = list(read_file(path, "auto", "line"))
+    try:
+        records = list(read_file(path, _GOOD, "line"))
+    except UserError as error:  # It begins with the file.
+        raise UserError(f"--prompts={error}") from error
     require(bool(records), f"--prompts={path} holds no prompt; write one per line")
     if path.suffix == ".txt":
         return [Prompt(place=record.place, text=record.value["text"]) for record in records]

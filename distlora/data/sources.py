@@ -278,7 +278,7 @@ class DataSource:
             yield from _saved_records(self.config)
         else:
             for path in self.files:
-                yield from read_file(path, self.config.format, self.config.sample_by)
+                yield from read_file(path, good(self.config.format), self.config.sample_by)
 
     def open(self, has_template: bool, form: DataForm = "documents") -> tuple[str, Iterator[Document]]:
         """Return the format, resolved by the first record, and all documents. Raises UserError without a record.

@@ -10,6 +10,7 @@ import pytest
 
 from distlora.config import SourceConfig, UserError
 from distlora.data.files import read_file
+from distlora.data.formats import good
 from distlora.data.sources import find_source
 from support.data_folders import write_lines
 
@@ -17,7 +18,7 @@ ROWS = [{"text": 'a [1] {} \u00e9\n"b"', "n": 1.5}, {"text": "", "n": None, "dee
 
 
 def records(path, format="auto", sample_by="auto"):
-    return list(read_file(path, format, sample_by))
+    return list(read_file(path, good(format), sample_by))
 
 
 def values(path, **settings):
@@ -154,7 +155,7 @@ REFUSED = [
     ("data.json", '[{"text": "a"},]', "row 2 (line 1): not valid JSON: Expecting value, at ']'"),
     ("data.json", '[{"text": "a"}] x', "something follows the end of the list"),
     ("data.json", '[{"text": "\\ud800"}]', "row 1 (line 1): half a surrogate pair"),
-    ("data.json", '{"text": "a"', "not valid JSON"),
+    ("data.json", '{"text": "a"', """delimiter ('{"text": "a"'); good lines are {"""),
     ("data.json", b'[{"text": "\xff"}]', "a byte 0xff is not UTF-8"),
     ("data.csv", "a,b\n1,2\n3\n", ":3: 1 cells in a row, but 2 columns (a, b)"),
     ("data.csv", 'a,b\n1,"2\n3,4\n', ":2: not a csv row: unexpected end of data"),

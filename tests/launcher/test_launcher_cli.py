@@ -273,6 +273,36 @@ def test_resume_prepares_lost_data_and_checks_the_model_again(
     assert len(steps.trained) == 5
 
 
+CHANGED = [
+    # (a setting in RUN/config.yaml, its wrong value, what the message says)
+    ("cluster.launcher", "slrum", "='slrum' is not one of local, torchrun, slurm (did you mean 'slurm'?)"),
+    ("cluster.gpus_per_node", 0, "=0 "),
+    ("cluster.rdzv_endpoint", "n1:29500", "=n1:29500 has no effect with cluster=local"),
+    ("train.log_every", 0, "=0 must be positive"),
+    ("train.keep", 0, "=0 must be positive"),
+    ("train.dtype", "bf61", "='bf61' is not one of bf16, fp32"),
+    ("train.save_every", False, "=false must be of type int"),
+    ("parallel.backend", "fsdp", "='fsdp' is not one of fsdp2, zero3"),
+    ("parallel.shard_degree", 3, "=3 does not divide"),
+    ("tracker.project", "other", "=other has no effect with tracker=none"),
+    ("plan.mode", "atuo", "='atuo' is not one of given, auto"),
+    ("data.train_on", "al", "='al' is not one of assistant, last, all"),
+]
+
+
+def test_a_resume_checks_what_was_changed_by_hand(steps: Steps, stopped_run: Path, capsys: pytest.CaptureFixture[str]):
+    config = stopped_run / "config.yaml"
+    made = yaml.safe_load(config.read_text())
+    made["tracker"]["wandb"] = False
+    for setting, value, expected in CHANGED:
+        section, name = setting.split(".")
+        assert name in made[section]
+        config.write_text(yaml.safe_dump(made | {section: made[section] | {name: value}}, sort_keys=False))
+        assert main(["resume", "run"]) == 2, setting
+        assert f"run/config.yaml: {setting}{expected}" in capsys.readouterr().err
+    assert steps.trained == [stopped_run]
+
+
 def test_commands_and_a_resume_read_a_run_whose_settings_are_refused_today(steps: Steps, stopped_run: Path):
     config = stopped_run / "config.yaml"
     text = config.read_text().replace("schedule: cosine", "schedule: constant")

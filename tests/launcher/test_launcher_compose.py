@@ -155,6 +155,9 @@ MISTYPED = [
     ("quant.dense_layers=true", "set it to 0 or more, or to auto"),
     ("train.liger=true", "write train.fused_kernels=liger for true (the default is own), and none for false"),
     ("train.load_best_at_end=3", "must be of type bool; write true or false"),
+    ("+train.log_every=null", "train.log_every=null must be of type int"),
+    ("adapter.init_from_loftq=true", "adapter.init_from_loftq=true "),
+    ("data.rewards_execute_code=true", "data.rewards_execute_code=true "),
     ("data.sources=chats.jsonl", "write data.sources=[{path: chats.jsonl}]"),
 ]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from distlora.config import Config, UserError
+from distlora.config import Config, TrainConfig, UserError
 from distlora.planner.model import find_model
-from distlora_launcher.compose.checks import check_model
+from distlora_launcher.compose.checks import check_base, check_model
 from distlora_launcher.compose.planning import check_planned
 from support.family_models import FolderOf, config_for, edit_config
 from support.runs import FULL, build_run_model
@@ -100,6 +100,13 @@ def test_settings_that_a_model_does_not_support_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=reason):
         launcher(config_for(family_folder(name), **sections))
+
+
+def test_training_without_a_run_is_checked_against_the_model(family_folder: FolderOf) -> None:
+    spec = config_for(family_folder("mixtral")).spec
+    check_base(spec)
+    with pytest.raises(UserError, match=r"mlp_tile=8 .* mixtral sorts"):
+        check_base(spec, train=TrainConfig(mlp_tile=8))
 
 
 def launcher(config: Config) -> None:

@@ -35,6 +35,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).mkdir(parents=True)
     (place / "odd" / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_bias": true}')
     (place / "bad.jsonl").write_text('{"prompt": "A"}\n{"promt": "B"}\n')
+    (place / "cut.jsonl").write_text('{"prompt": "A"}\n{"prompt": "B"\n')
+    (place / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
+    (place / "latin.txt").write_bytes(b"caf\xe9\n")
     (place / "good.txt").write_text("A list\n")
     return place
 
@@ -57,6 +60,10 @@ REFUSED = [
     ("generate RUN --prompts nowhere.txt", "--prompts=nowhere.txt is not a file"),
     ("generate RUN --prompts prompts.csv", "ends in '.csv'; name a .txt or .jsonl file"),
     ("generate RUN --prompts bad.jsonl", "bad.jsonl:2 has neither 'prompt' nor 'messages'"),
+    ("generate RUN --prompts cut.jsonl", "--prompts=cut.jsonl:2: not valid JSON, column 15"),
+    ("generate RUN --prompts cut.jsonl", '; a good line: {"prompt": "What is a list?"} or {"messages": '),
+    ("generate RUN --prompts latin.jsonl", "--prompts=latin.jsonl:1: byte 16 (0xe9) is not UTF-8"),
+    ("generate RUN --prompts latin.txt", "--prompts=latin.txt: a byte 0xe9 is not UTF-8"),
     ("generate RUN --prompts good.txt --out bad.jsonl", "--out=bad.jsonl exists already"),
     ("generate RUN --processes 2", "several processes cannot share a terminal; add --prompts"),
     ("generate RUN RUN", "is one argument too many"),

@@ -7,8 +7,9 @@ files    the run folder, the DeepSpeed file, the beginning of the data
 model    the base's folder and headers, and settings that it does not support
 machine  this node: GPUs, packages, folders to write, the user's code, what an earlier start has fixed
 
-A new run passes all of them. A resume passes model and machine again, as the base and the node may have changed; a node
-of a SLURM job passes `check_machine`. Workers read RUN/config.yaml and trust it.
+A new run passes all of them. A resume passes model and machine again, as the base and the node may have changed, and
+`check_changeable` for settings that were changed in RUN/config.yaml; a node of a SLURM job passes `check_machine`.
+Workers read RUN/config.yaml and trust it.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ from distlora.config import (
     require,
 )
 from distlora.config.base import is_hub_name
+from distlora.config.checks import check_changeable
 from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering, read_sections
-from distlora.config.errors import FILES
+from distlora.config.errors import FILES, as_typed
 from distlora.config.objectives import OBJECTIVES
 from distlora.rewards.find import check_functions, import_functions
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
@@ -86,6 +88,8 @@ def check(config: Config, *, new_run: bool) -> None:
                 check_run_dir(Path(config.run_dir))
             check_parallel(config.parallel, config.cluster.ranks)
             check_data(config.data, config.train.objective, config.run_dir)
+        else:
+            check_changed_by_hand(config)
         check_functions(config.data, on_this_node=config.cluster.launcher != "slurm")
         check_model(config)
         if not new_run and checkpoint_folders(Path(config.run_dir)):
@@ -110,6 +114,14 @@ def check(config: Config, *, new_run: bool) -> None:
         import_functions(config.data)  # Last, as it takes as long as the user's imports.
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
+
+
+def check_changed_by_hand(config: Config) -> None:
+    """Refuse wrong values of settings that a user may change in RUN/config.yaml before a resume."""
+    try:
+        check_changeable(config)
+    except UserError as error:
+        raise UserError(f"{Path(config.run_dir) / 'config.yaml'}: {error}") from error
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -220,7 +232,7 @@ def check_parallel(parallel: ParallelConfig, ranks: int) -> None:
         value = getattr(parallel, setting)
         require(
             not value or ranks > 1,
-            f"parallel.{setting}={'true' if value is True else value} has no effect with one process, which does not "
+            f"parallel.{setting}={as_typed(value)} has no effect with one process, which does not "
             "shard the base; leave it out, or start more processes with cluster.gpus_per_node=2",
         )
 
@@ -301,6 +313,8 @@ def check_base(
         kept_by(spec, base, architecture)
         check_tensors(base, architecture)
         check_router_loss(train, architecture, base.config)
+        if train is not None:
+            check_train(train, architecture)
         if spec.adapter.method == "lora":
             check_patterns(spec.adapter, select_adapted(spec.adapter, architecture))
         return base, architecture

@@ -28,6 +28,7 @@ from omegaconf.resolvers import oc
 from distlora.config import TARGET_PRESETS, AdapterConfig, Config, GpuConfig, UserError, check_settings, require
 from distlora.config.base import cache_root, means_hub
 from distlora.config.documents import BUILT_IN
+from distlora.config.errors import as_typed
 from distlora.config.file import build
 from distlora.config.plan import GPUS
 from distlora.config.training import TRACKERS
@@ -389,7 +390,7 @@ def with_initial_adapter(
     for name, value in initial.settings.items():
         if name in typed and _comparable(getattr(adapter, name)) != _comparable(value):
             raise UserError(
-                f"{typed[name]} contradicts adapter.init_from={adapter.init_from}, whose {name} is {_shown(value)} "
+                f"{typed[name]} contradicts adapter.init_from={adapter.init_from}, whose {name} is {as_typed(value)} "
                 f"({CONFIG_NAME}); leave adapter.{name} out, or start without init_from"
             )
     if "init" in typed:
@@ -405,7 +406,3 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, str):
         value = TARGET_PRESETS.get(value, value)
     return frozenset(value) if isinstance(value, (list, tuple)) else value
-
-
-def _shown(value: Any) -> str:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

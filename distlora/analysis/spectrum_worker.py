@@ -28,7 +28,7 @@ from distlora.architecture.safetensors_headers import read_headers
 from distlora.config import UserError
 from distlora.config.errors import named_settings
 from distlora.loading.load_base import find_base
-from distlora.post.load_trained import check_base, made_on, weights_in
+from distlora.post.load_trained import check_base_unchanged, made_on, weights_in
 from distlora.post.merged_parameters import open_adapter
 from distlora.post.trained import BY_PLACE, Trained
 from distlora.post.weights import BaseWeight, Factors, OpenBase, adapted_rows, open_base, read_factors
@@ -143,7 +143,7 @@ def open_changes(trained: Trained) -> Iterator[Changes]:
     base = open_base(spec, trained.initial_adapter_dir)
     if spec.adapter.method == "full":
         folder = weights_in(trained.weights)
-        check_base(folder, trained)
+        check_base_unchanged(folder, trained)
         folder = masters(trained, folder)
         yield Changes("full", folder, base, adapter=None, saved=find_base(base.model, read_headers(folder)))
         return

@@ -174,7 +174,7 @@ def check_matches(state: TrainState, folder: Path, identity: Identity, *, refere
     `reference`: `Config.reference_setting`.
     """
     saved = state.identity
-    check_settings(state, folder, identity.settings)
+    check_fixed_settings(state, folder, identity.settings)
     if saved.base_fingerprint != identity.base_fingerprint:
         raise UserError(
             f"{folder} belongs to another base model (fingerprint {saved.base_fingerprint[:12]}, now "
@@ -194,7 +194,7 @@ def check_matches(state: TrainState, folder: Path, identity: Identity, *, refere
         )
 
 
-def check_settings(state: TrainState, folder: Path, settings: Mapping[str, Any]) -> None:
+def check_fixed_settings(state: TrainState, folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise UserError if a run's `fixed_settings` differ from those of the checkpoint in `folder`.
 
     Settings that did not exist when the checkpoint was made are ignored.
@@ -218,12 +218,12 @@ def newest_state(checkpoints: Path) -> tuple[Path, TrainState] | None:
 
 
 def check_newest_settings(checkpoints: Path, settings: Mapping[str, Any]) -> None:
-    """Apply `check_settings` to the newest readable checkpoint.
+    """Apply `check_fixed_settings` to the newest readable checkpoint.
 
     The launcher calls it to refuse before a worker starts. Without checkpoints it does nothing.
     """
     if (newest := newest_state(checkpoints)) is not None:
-        check_settings(newest[1], newest[0], settings)
+        check_fixed_settings(newest[1], newest[0], settings)
 
 
 def environment_line(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -345,7 +345,7 @@ class QuantConfig:
         return self.cache and self.is_nf4
 
 
-def check_model(model: ModelConfig) -> Refusals:
+def refused_in_model(model: ModelConfig) -> Refusals:
     """Check the tokens."""
     for key, text in model.special_tokens.items():
         if key not in SPECIAL_TOKENS:
@@ -363,7 +363,7 @@ def check_model(model: ModelConfig) -> Refusals:
         yield f"model.new_tokens names {text} twice; leave one out"
 
 
-def check_adapter(adapter: AdapterConfig) -> Refusals:
+def refused_in_adapter(adapter: AdapterConfig) -> Refusals:
     """Check ranks, starts and trained rows."""
     if adapter.r <= 0:
         yield "r= is not a valid rank; set {field}=1 or more (16 is a common start)"
@@ -422,7 +422,7 @@ def _trained_rows(adapter: AdapterConfig) -> Refusals:
         yield f"{what}; leave it out of one of them"
 
 
-def check_quant(quant: QuantConfig) -> Refusals:
+def refused_in_quant(quant: QuantConfig) -> Refusals:
     """Check the format of the base and its cache."""
     for name in ("budget", "harm", "formats"):
         if quant.method != "mixed" and getattr(quant, name) is not None:

@@ -12,34 +12,48 @@ import math
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
-from distlora.config.base import AdapterConfig, ModelConfig, QuantConfig, check_adapter, check_model, check_quant
-from distlora.config.cluster import ClusterConfig, ParallelConfig, check_cluster, check_parallel
-from distlora.config.documents import DataConfig, check_data
+from distlora.config.base import (
+    AdapterConfig,
+    ModelConfig,
+    QuantConfig,
+    refused_in_adapter,
+    refused_in_model,
+    refused_in_quant,
+)
+from distlora.config.cluster import ClusterConfig, ParallelConfig, refused_in_cluster, refused_in_parallel
+from distlora.config.documents import DataConfig, refused_in_data
 from distlora.config.errors import Refusals, UserError, as_typed, refusal, require_choices
 from distlora.config.objectives import objectives_of, takes_format
-from distlora.config.plan import GpuConfig, PlanConfig, check_gpu, check_plan
-from distlora.config.rollout import OF_REWARDS, RolloutConfig, check_rollout
-from distlora.config.sweep import SweepConfig, check_sweep
-from distlora.config.training import OptimConfig, TrackerConfig, TrainConfig, check_optim, check_tracker, check_train
+from distlora.config.plan import GpuConfig, PlanConfig, refused_in_gpu, refused_in_plan
+from distlora.config.rollout import OF_REWARDS, RolloutConfig, refused_in_rollout
+from distlora.config.sweep import SweepConfig, refused_in_sweep
+from distlora.config.training import (
+    OptimConfig,
+    TrackerConfig,
+    TrainConfig,
+    refused_in_optim,
+    refused_in_tracker,
+    refused_in_train,
+)
 
 if TYPE_CHECKING:
     from distlora.config import Config
 
 
 CHECKS: dict[type, Callable[[Any], Refusals]] = {
-    ModelConfig: check_model,
-    DataConfig: check_data,
-    AdapterConfig: check_adapter,
-    QuantConfig: check_quant,
-    ParallelConfig: check_parallel,
-    OptimConfig: check_optim,
-    TrainConfig: check_train,
-    RolloutConfig: check_rollout,
-    TrackerConfig: check_tracker,
-    ClusterConfig: check_cluster,
-    GpuConfig: check_gpu,
-    PlanConfig: check_plan,
-    SweepConfig: check_sweep,
+    ModelConfig: refused_in_model,
+    DataConfig: refused_in_data,
+    AdapterConfig: refused_in_adapter,
+    QuantConfig: refused_in_quant,
+    ParallelConfig: refused_in_parallel,
+    OptimConfig: refused_in_optim,
+    TrainConfig: refused_in_train,
+    RolloutConfig: refused_in_rollout,
+    TrackerConfig: refused_in_tracker,
+    ClusterConfig: refused_in_cluster,
+    GpuConfig: refused_in_gpu,
+    PlanConfig: refused_in_plan,
+    SweepConfig: refused_in_sweep,
 }
 """The checks of each section."""
 

@@ -195,7 +195,7 @@ LEAST_RUNNING_SECONDS = 60
 """SLURM may warn of the time limit up to a minute early."""
 
 
-def check_cluster(cluster: ClusterConfig) -> Refusals:
+def refused_in_cluster(cluster: ClusterConfig) -> Refusals:
     """Check nodes, processes and what the scheduler gets."""
     yield from positive(cluster, "nodes gpus_per_node timeout_seconds signal_seconds cpus_per_task max_parallel")
     if cluster.max_restarts < 0:
@@ -261,7 +261,7 @@ def _launcher(cluster: ClusterConfig) -> Refusals:
         yield "rdzv_endpoint= is not host:port; write the name of one node and a free port of it, as in node01:29500"
 
 
-def check_parallel(parallel: ParallelConfig) -> Refusals:
+def refused_in_parallel(parallel: ParallelConfig) -> Refusals:
     """Check how the base is sharded."""
     is_zero3, degree, blocks = parallel.backend == "zero3", parallel.shard_degree, parallel.resident_blocks
     if parallel.offload_base and not is_zero3:

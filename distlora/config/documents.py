@@ -156,18 +156,18 @@ class DataConfig(ReadingConfig):
         return SourceConfig(**settings | {"path": path})
 
 
-def check_source(source: SourceConfig) -> Refusals:
+def refused_in_source(source: SourceConfig) -> Refusals:
     """Check a source of a mixture."""
     if source.weight is not None and not 0 < source.weight < math.inf:
         what = f"data.sources: weight={source.weight} of {source.path} is not a valid weight"
         yield f"{what}; set it above 0, or remove the source"
 
 
-def check_data(data: DataConfig) -> Refusals:
+def refused_in_data(data: DataConfig) -> Refusals:
     """Check where documents come from and how they are read."""
     for source in data.sources:
         require_choices("data", source)
-        yield from check_source(source)
+        yield from refused_in_source(source)
     if data.sequence_length < 2:
         yield "sequence_length= leaves no token to predict; set it to 2 or more"
     if not 0 <= data.eval_fraction < 1:

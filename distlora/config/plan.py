@@ -135,7 +135,7 @@ class PlanConfig:
     known length."""
 
 
-def check_gpu(gpu: GpuConfig) -> Refusals:
+def refused_in_gpu(gpu: GpuConfig) -> Refusals:
     """Check the figures of the GPU."""
     require_choice("gpu.name", gpu.name, ("auto", *GPUS))
     for item in fields(gpu):
@@ -144,7 +144,7 @@ def check_gpu(gpu: GpuConfig) -> Refusals:
             yield f"{item.name}= is not above 0; set a positive number, or leave it out"
 
 
-def check_plan(plan: PlanConfig) -> Refusals:
+def refused_in_plan(plan: PlanConfig) -> Refusals:
     """Check the planned length."""
     if plan.tokens is not None and plan.tokens <= 0:
         yield "tokens= is not a valid number of tokens; set {field}=10000000, or leave it out"

@@ -84,7 +84,7 @@ class RolloutConfig:
         return MOST_DIFFERENCE[dtype] if self.max_logprob_difference is None else self.max_logprob_difference
 
 
-def check_rollout(rollout: RolloutConfig) -> Refusals:
+def refused_in_rollout(rollout: RolloutConfig) -> Refusals:
     """Check how answers are sampled."""
     numbers = "num_generations max_new_tokens temperature steps_per_generation num_iterations epsilon epsilon_high"
     yield from positive(rollout, f"{numbers} max_failed_steps max_logprob_difference")

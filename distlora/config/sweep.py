@@ -53,7 +53,7 @@ class SweepConfig:
     """Learning rate of the full fine-tuning; null: a tenth of optim.lr."""
 
 
-def check_sweep(sweep: SweepConfig) -> Refusals:
+def refused_in_sweep(sweep: SweepConfig) -> Refusals:
     """Check the numbers of a sweep."""
     yield from positive(sweep, "trials workers rank_start rank_most bootstrap full_lr")
     if sweep.packed != "auto" and not count_from(sweep.packed, least=1):

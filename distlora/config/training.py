@@ -345,7 +345,7 @@ class TrackerConfig:
         return any(setting in TRACKERS[name] for name in self.names)
 
 
-def check_optim(optim: OptimConfig) -> Refusals:
+def refused_in_optim(optim: OptimConfig) -> Refusals:
     """Check the optimizer and the schedule."""
     yield from positive(optim, "lr loraplus_lr_ratio eps")
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
@@ -374,7 +374,7 @@ _POSITIVE = """epochs max_steps global_batch micro_batch log_every save_every ev
     loss_watchdog_patience neftune_alpha kd_temperature center_rewards desirable_weight undesirable_weight mlp_tile"""
 
 
-def check_train(train: TrainConfig) -> Refusals:
+def refused_in_train(train: TrainConfig) -> Refusals:
     """Check steps, batches, intervals and what the objective reads."""
     if isinstance(train.eval_every, str):
         require_choice("train.eval_every", train.eval_every, ("auto", "null", "a number of steps"))
@@ -435,7 +435,7 @@ def _objective(train: TrainConfig) -> Refusals:
             yield f"{setting}= has no effect with train.objective={name}; {cure}"
 
 
-def check_tracker(tracker: TrackerConfig) -> Refusals:
+def refused_in_tracker(tracker: TrackerConfig) -> Refusals:
     """Check that each setting has an effect on a tracker that is on."""
     for item in fields(tracker):
         users = [name for name, settings in TRACKERS.items() if item.name in settings]

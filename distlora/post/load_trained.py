@@ -53,7 +53,7 @@ def load_trained(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
             backend.watch_weights(model)  # Frozen modules were replaced by trained ones.
     elif place is not None:
         folder = weights_in(place)
-        check_base(folder, trained)
+        check_base_unchanged(folder, trained)
         initial = load_initial_factors(trained.initial_adapter_dir) if spec.adapter.pissa else None
         load_weights(folder, model, backend, initial)
         backend.watch_weights(model)
@@ -77,7 +77,7 @@ def load_in_fp32(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
     return model, backend
 
 
-def check_base(weights: Path, trained: Trained) -> None:
+def check_base_unchanged(weights: Path, trained: Trained) -> None:
     """Raise UserError if a run's base changed since its weights were trained.
 
     A checkpoint names its base; a published result has the run's checkpoints beside it.

@@ -17,7 +17,7 @@ from distlora.config import UserError
 from distlora.loading.decomposed_adapters import plain_form
 from distlora.loading.fill_weight import mean_row
 from distlora.model.experts import ExpertWeight
-from distlora.post.load_trained import check_base, weights_in
+from distlora.post.load_trained import check_base_unchanged, weights_in
 from distlora.post.merge import Onto
 from distlora.post.trained import Trained
 from distlora.post.weights import (
@@ -79,7 +79,7 @@ def open_adapter(trained: Trained, base: OpenBase, onto: Onto) -> Iterator[OpenA
         return
     folder = weights_in(place)
     if not trained.foreign:
-        check_base(folder, trained)
+        check_base_unchanged(folder, trained)
     with plain_form(folder, spec.adapter, trained.initial_adapter_dir) as plain:
         file, model = read_peft_adapter(plain), base.model
         file = check_fits(file, file.adapter_config, model.architecture)

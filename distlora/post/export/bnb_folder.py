@@ -25,7 +25,7 @@ from distlora.loading.decomposed_adapters import is_pair, load_initial_factors, 
 from distlora.loading.peft_format import header_marks
 from distlora.post.export.client_check import Ours
 from distlora.post.export.formats import ClientReading, Export
-from distlora.post.load_trained import check_base, weights_in
+from distlora.post.load_trained import check_base_unchanged, weights_in
 from distlora.post.merge_worker import DTYPES
 from distlora.post.merged_folder import Clock, check_space, copy_companions, each, file_of
 from distlora.post.trained import Trained
@@ -137,7 +137,7 @@ def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:
     settings = json.loads((weights / CONFIG_NAME).read_text(encoding="utf-8"))
     settings |= {"base_model_name_or_path": base_name, "revision": None}
     if not trained.foreign:
-        check_base(weights, trained)
+        check_base_unchanged(weights, trained)
     if not trained.spec.adapter.pissa:
         shutil.copyfile(weights / WEIGHTS_NAME, folder / WEIGHTS_NAME)
     else:

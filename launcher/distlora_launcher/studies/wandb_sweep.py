@@ -81,7 +81,7 @@ def create(arguments: list[str]) -> int:
         return DONE
     sweep, first = parse_sweep([word for word in arguments if word != "--dry-run"])
     sections = as_mapping(first.config)
-    check_settings(sweep.settings, sweep.space, sections)
+    check_searchable(sweep.settings, sweep.space, sections)
     check_trials(sweep, make_source(sweep), first)
     options = [] if sweep.config_dir is None else [f"--config-dir={sweep.config_dir}"]
     overrides = list(options)
@@ -109,7 +109,7 @@ def create(arguments: list[str]) -> int:
     return DONE
 
 
-def check_settings(settings: SweepConfig, space: Sequence[Dimension], sections: Mapping[str, Any]) -> None:
+def check_searchable(settings: SweepConfig, space: Sequence[Dimension], sections: Mapping[str, Any]) -> None:
     """Refuse what wandb's search cannot do."""
     require(
         settings.method in METHODS,

@@ -18,6 +18,7 @@ from distlora.run_folder.eval_documents import check_paired, read_documents
 from distlora.run_folder.layout import COMPILED_NAME, steps
 from distlora.system import stop_signals
 from distlora.training import worker as training_worker
+from distlora.training.loop import Trainer
 from distlora.training.multi_trial import trainer
 from distlora.training.multi_trial.protocol import check_pack, verdict_file
 from distlora.training.objectives import Losses, NextToken
@@ -212,6 +213,29 @@ def test_a_pack_that_is_stopped_goes_on_bit_for_bit(
     assert weights(runs) == weights(whole)
     for run_dir, other in zip(runs, whole, strict=True):
         assert outcome(run_dir)[0] == outcome(other)[0]
+
+
+@pytest.mark.ci
+def test_an_evaluation_that_fails_loses_no_step_of_the_trials_beside_it(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"train": STEPS | {"max_steps": 4, "eval_every": 2}, "optim": OPTIM}
+    longer = short | {"train": short["train"] | {"eval_every": 4}}
+    runs = make_pack(tmp_path / "pack", folders, [short, longer])
+
+    evaluate = Trainer.evaluate
+
+    def fails(self: Trainer) -> None:
+        if self.trial.done:
+            raise RuntimeError("no memory")
+        evaluate(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", fails)
+    with pytest.raises(RuntimeError, match="no memory") as raised:
+        trainer.run_group(tmp_path / "pack", SINGLE)
+    for run_dir in runs:
+        assert [folder.name for folder in steps(run_dir / "checkpoints")] == ["step_00000002"]
+    assert "(trial 1, trained beside it: the state after step 2 is saved)" in raised.value.__notes__
 
 
 @pytest.mark.ci

@@ -349,10 +349,28 @@ class MultiTrialTrainer(Passes):
         saved = []
         for entry in entries:
             if entry.failure is None:
-                self._guard(entry, lambda entry=entry: saved.append(entry.trainer.follow(due[entry])))  # type: ignore[misc]
+                try:
+                    self._guard(entry, lambda entry=entry: saved.append(entry.trainer.follow(due[entry])))  # type: ignore[misc]
+                except Stopped:
+                    raise
+                except Exception as error:
+                    self._save_others(entry, error)
+                    raise
         if saved == [True] * len(self._in_slots):
             self.control.saved()
         self._judge(entries)
+
+    def _save_others(self, failed: SlotTrial, error: Exception) -> None:
+        """Save the other trials before an error between two steps ends all, unless a save would wait for other ranks.
+
+        A failing evaluation saves its own (`saved_at_failure`).
+        """
+        if self.backend.ranks.world > 1:
+            return
+        self._log(self._in_slots)
+        for entry in self._in_slots:
+            if entry is not failed and entry.failure is None:
+                error.add_note(f"(trial {entry.number}, trained beside it: {entry.trial.save_at_failure()})")
 
     def _log(self, entries: Sequence[SlotTrial]) -> None:
         for entry in entries:

@@ -208,6 +208,15 @@ def test_jobs_of_a_sweep_run_in_turn_until_a_signal_and_a_failure_ends_none(plac
     assert not (place / "multirun").exists()
 
 
+def test_jobs_beyond_those_checked_before_the_first_are_composed_as_they_start(
+    place: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("distlora_launcher.cli.train.MOST_JOBS_CHECKED", 1)
+    assert train("-m", "adapter.r=8,0,4", "run_dir=runs/sweep") == 2
+    assert "adapter.r=0" in capsys.readouterr().err
+    assert steps.trained == [place / "runs" / "sweep" / number for number in "02"]
+
+
 @pytest.mark.ci
 def test_the_preparation_process_explains_and_its_code_is_ours(place: Path):
     write_tokenizer(place / "model")

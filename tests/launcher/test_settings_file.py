@@ -113,9 +113,8 @@ def test_a_typed_option_wins_over_the_recipe(capsys: pytest.CaptureFixture[str])
     assert compose_config(words).model.path == "Qwen/Qwen2.5-14B-Instruct"
     assert compose_config([*words, "model.path=org/name"]).model.path == "org/name"
     assert compose_config([words[0], words[2]]).model.path == "Qwen/Qwen2.5-7B-Instruct"
-    models = {
-        run.config.model.path for run in compose_sweep(expand_sweep([words[0], "model=qwen25_14b,qwen25_3b", words[2]]))
-    }
+    jobs = expand_sweep([words[0], "model=qwen25_14b,qwen25_3b", words[2]])
+    models = {run.config.model.path for run in compose_sweep(jobs, range(len(jobs)))}
     assert models == {"Qwen/Qwen2.5-14B-Instruct", "Qwen/Qwen2.5-3B-Instruct"}
     assert main(["train", *words, "--cfg", "job"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["path"] == "Qwen/Qwen2.5-14B-Instruct"

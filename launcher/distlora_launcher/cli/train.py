@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     prints = options.cfg is not None or options.info is not None
     jobs = expand_sweep(words, config_dir=options.config_dir) if options.multirun else [words]
     if options.multirun:
-        runs = compose_sweep(jobs, config_dir=options.config_dir)
+        runs = compose_sweep(jobs, range(len(jobs))[:MOST_JOBS_CHECKED], config_dir=options.config_dir)
     else:
         runs = [compose_run(words, config_dir=options.config_dir, may_lack_paths=prints)]
     first, multirun = runs[0].config, options.multirun
@@ -82,10 +82,12 @@ def main(arguments: list[str]) -> int:
         "run the same job; leave -m out and start one run after the other, or set cluster=slurm",
     )
     refuse_dry_run(first.cluster, options)
+    folder = Path(first.run_dir).parent
     if multirun:
-        check_run_dir(Path(first.run_dir).parent)
-    # Jobs of an array are submitted together, so all of them are checked.
-    for run in runs if is_job(first.cluster) else runs[:MOST_JOBS_CHECKED]:
+        check_run_dir(folder)
+    if is_job(first.cluster):  # Jobs of an array are submitted together, so all of them are checked.
+        runs += compose_sweep(jobs, range(len(runs), len(jobs)), folder=folder, config_dir=options.config_dir)
+    for run in runs:
         check(run.config, new_run=True)
     # A job of a local sweep is refused alone, when it starts.
     choices = choose_each(runs) if is_job(first.cluster) or not multirun else []
@@ -102,7 +104,10 @@ def main(arguments: list[str]) -> int:
         return submit_all(jobs, choices)
 
     def start(number: int) -> int:
-        run = runs[number]
+        composes = number >= len(runs)
+        run = (
+            compose_sweep(jobs, [number], folder=folder, config_dir=options.config_dir)[0] if composes else runs[number]
+        )
         return start_composed(choices[number] if choices else decide(run.config, run.fixed), is_alone=False)
 
     return run_each(jobs, start)

@@ -56,7 +56,7 @@ UNSET = "/dev/null/unset"
 """Stands for a path that may still be missing; no folder can be there."""
 
 MOST_JOBS_CHECKED = 64
-"""Jobs of a sweep whose model and data are checked before the first one starts."""
+"""Jobs of a sweep that are composed, and whose model and data are checked, before the first one starts."""
 
 
 PATHS = (
@@ -181,20 +181,24 @@ def expand_sweep(overrides: Sequence[str], *, config_dir: str | None = None) -> 
 
 
 def compose_sweep(
-    jobs: Sequence[Sequence[str]], *, config_dir: str | None = None, may_lack_paths: bool = False
+    jobs: Sequence[Sequence[str]],
+    numbers: Iterable[int],
+    *,
+    folder: Path | None = None,
+    config_dir: str | None = None,
 ) -> list[Composed]:
-    """Return the settings of the jobs of `expand_sweep`. Their run folders are their numbers in run_dir.
+    """Return the settings of the jobs of `expand_sweep` with these numbers, each of which takes about half a second.
 
-    A time in run_dir is that of the first job.
+    Their run folders are their numbers in `folder`; None: in run_dir, where a time is that of the first of them.
     """
     runs: list[Composed] = []
     everywhere = set(jobs[0]).intersection(*jobs)
-    for number, job in enumerate(jobs):
-        with _hydra(job, config_dir) as words:
-            run = _compose_one(words, may_lack_paths, number)
-        folder = str(Path(runs[0].config.run_dir).parent) if runs else run.config.run_dir
-        config = dataclasses.replace(run.config, run_dir=f"{folder}/{number}")
-        distinct = tuple(word for word in job if word not in everywhere)
+    for number in numbers:
+        with _hydra(jobs[number], config_dir) as words:
+            run = _compose_one(words, may_lack_paths=False, number=number)
+        folder = folder or Path(run.config.run_dir)
+        config = dataclasses.replace(run.config, run_dir=str(folder / str(number)))
+        distinct = tuple(word for word in jobs[number] if word not in everywhere)
         runs.append(dataclasses.replace(run, config=config, job_overrides=distinct))
     return runs
 

@@ -58,6 +58,8 @@ class TrialRecord:
     """Peak memory per rank in bytes; shared by trials that are trained together."""
     evaluations: Mapping[int, float] = field(default_factory=dict)
     """Values of the metric by step."""
+    rungs: Mapping[str, float] = field(default_factory=dict)
+    """What the pruner keeps of it: for successive halving the value at each rung that it reached, by Optuna's names."""
     owner: Mapping[str, Any] | None = None
     """Process of the worker that trains it, as JSON; None if no worker has it."""
     place: str | None = None
@@ -103,6 +105,7 @@ _TRIAL: Shape = {
     "trainable_parameters?": _MAYBE[int],
     "peak_memory_bytes?": _MAYBE[int],
     "evaluations?": {"*": float},
+    "rungs?": {"*": float},
     "owner?": (dict, type(None)),
     "place?": _MAYBE[str],
     "ended?": _MAYBE[float],

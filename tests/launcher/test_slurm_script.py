@@ -195,6 +195,30 @@ def test_a_sweep_is_one_array_of_runs_that_are_all_prepared(
     assert "submitted 2 runs in runs/sweep as SLURM job array 41" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_an_array_that_is_interrupted_leaves_no_run(
+    place: Path,
+    slurm: FakeSlurm,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fails_at: int,
+):
+    prepare = local.prepare
+
+    def fail(run_dir: Path, **options: Any) -> int:
+        if run_dir.name == str(fails_at):
+            raise OSError("No space left on device")
+        return prepare(run_dir, **options)
+
+    monkeypatch.setattr(local, "prepare", fail)
+    with pytest.raises(OSError, match="No space left"):
+        train("-m", "train.seed=0,1", "run_dir=runs/sweep")
+    assert not (place / "runs" / "sweep").exists()
+    assert ("not every run could be prepared" in capsys.readouterr().err) == (fails_at > 0)
+    monkeypatch.setattr(local, "prepare", prepare)
+    assert train("-m", "train.seed=0,1", "run_dir=runs/sweep") == 0
+
+
 REFUSED: list[tuple[str | None, list[str], str]] = [
     # (what SLURM says of the job, words behind `distlora train`, what the message says)
     ("sbatch: error: invalid partition specified: gpus", [], "the partitions are gpu, cpu; set cluster.partition"),

@@ -6,6 +6,7 @@ Trials are fake (sweep_fake_trial.py), except in the tests of real runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from distlora_launcher.cli.main import main
 from distlora_launcher.launch.lock import holders, lock_run, worker_place
 from distlora_launcher.studies import alone, start
 from distlora_launcher.studies.alone import Alone
-from distlora_launcher.studies.optuna_draws import importance, should_prune
+from distlora_launcher.studies.optuna_draws import importance, judge
 from distlora_launcher.studies.placement import PlacedTrial, TrialOutcome
 from distlora_launcher.studies.sources import NextAction, make_source
 from distlora_launcher.studies.start import parse_sweep
@@ -457,7 +458,6 @@ def test_optuna_draws_by_the_records_alone(tmp_path: Path, method: str, pruner: 
             trial = asked(table)
             loss = abs(math.log10(trial.values["optim.lr"]) + 3)
             table.report(trial.number, 1, loss)
-            assert isinstance(should_prune(sweep.settings, space, table.records(), trial.number), bool)
             complete(table, trial, loss)
         assert table.ask() is NextAction.END
         drawn.append([dict(trial.values) for trial in table.records()])
@@ -466,3 +466,20 @@ def test_optuna_draws_by_the_records_alone(tmp_path: Path, method: str, pruner: 
     assert len({values["optim.lr"] for values in drawn[0]}) == 10
     shares = importance(sweep.settings, space, table.records())
     assert shares["optim.lr"] > shares["optim.eps"]
+
+
+def test_hyperband_ends_most_trials_of_which_each_is_worse_than_those_before(tmp_path: Path):
+    """What it keeps of a trial is in the records: each call is by another process."""
+    space = (Interval("optim.lr", 1e-6, 1.0, log=True),)
+    sweep = sweep_at(tmp_path / "s", *space, method="random", pruner="hyperband", trials=30)
+    states = []
+    for number in range(30):
+        asked(table_of(sweep))
+        for step in (1, 3, 9, 27):
+            table_of(sweep).report(number, step, 1.0 + number)
+            if ends := table_of(sweep).judge(number, functools.partial(judge, sweep.settings, space)):
+                break
+        states.append(PRUNED if ends else COMPLETE)
+        table_of(sweep).tell(TrialOutcome(number=number, state=states[-1], seconds=1.0, step=step), 1.0 + number, {})
+    assert states[0] == COMPLETE
+    assert states.count(PRUNED) > 15

@@ -18,7 +18,8 @@ import yaml
 from distlora.training.trackers.wandb_agent import VARIABLES, AgentRun, agrees
 from distlora_launcher.cli.main import main
 from distlora_launcher.compose.compose import parse_overrides
-from distlora_launcher.studies import wandb_sweep
+from distlora_launcher.launch.lock import holders
+from distlora_launcher.studies import wandb_sweep, worker
 from distlora_launcher.studies.sweep import split
 from distlora_launcher.studies.wandb_sweep import parameter
 from support.small_models import read_metrics
@@ -222,6 +223,34 @@ def logged(run: Path) -> dict[str, Any]:
         elif kind == "artifact":
             found["artifacts"].append(record.artifact.name)
     return found
+
+
+def test_commands_that_share_a_folder_start_workers_with_their_own_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    started: list[list[str]] = []
+    places = []
+
+    def run(arguments: Sequence[str], *_: Any, **__: Any) -> list[int]:
+        places.append(len(holders(Path("trials"))))
+        started.append(list(arguments))
+        return [0]
+
+    monkeypatch.setattr(wandb_sweep, "run_together", run)
+    for words in (["e/p/one", "--count", "2"], ["e/p/two", "sweep.workers=2"]):
+        assert wandb_sweep.start_agents([*words, "run_dir=trials"]) == 0
+    assert places == [1, 1]
+    asked = []
+    monkeypatch.setattr(wandb_sweep, "_run_agent", lambda request, index, _: asked.append((request, index)) or 0)
+    for index, (module, *arguments) in enumerate(started):
+        assert module == worker.__name__
+        monkeypatch.setattr(sys, "argv", ["worker", *arguments, "--index", str(index)])
+        assert worker.main() == 0
+    assert [(request.sweep, request.count, index) for request, index in asked] == [
+        ("e/p/one", 2, 0),
+        ("e/p/two", None, 1),
+    ]
 
 
 @pytest.mark.ci

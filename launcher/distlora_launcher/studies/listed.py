@@ -40,24 +40,41 @@ def run_each(jobs: Iterable[Sequence[str]], start: Callable[[int], int]) -> int:
 
 def submit_all(jobs: Iterable[Sequence[str]], choices: Sequence[Choice]) -> int:
     """Make the runs and prepare their data, then submit all as one array, or none. Returns the exit code."""
+    begun: list[Path] = []
     made: list[Config] = []
 
     def make(number: int) -> int:
         say_choice(choices[number])
-        code, config = make_run(choices[number].plan)
+        begun.append(Path(choices[number].config.run_dir))
+        try:
+            code, config = make_run(choices[number].plan)
+        except UserError:
+            begun.pop()  # Nothing was made: the folder may hold another run.
+            raise
         if code == DONE:
             made.append(config)
         return code
 
-    code = run_each(jobs, make)
+    code = FAILED
+    try:
+        code = run_each(jobs, make)
+    finally:
+        if code != DONE:
+            _forget(begun)
+            if made:
+                print("error: not every run could be prepared, so nothing is submitted", file=sys.stderr)
     if code == DONE:
         submit_array(Path(made[0].run_dir).parent, made)
-        return DONE
-    for run in made:  # So that the folder can be used again.
-        forget_run(Path(run.run_dir))
-        remove_if_empty(Path(run.run_dir).parent)
-    print("error: not every run could be prepared, so nothing is submitted", file=sys.stderr)
     return code
+
+
+def _forget(runs: Iterable[Path]) -> None:
+    """Remove runs that were begun, so that their folder can be used again."""
+    for run in runs:
+        if (run / CONFIG_NAME).exists():
+            forget_run(run)
+        remove_if_empty(run)
+        remove_if_empty(run.parent)
 
 
 def submit_array(folder: Path, runs: Sequence[Config]) -> None:

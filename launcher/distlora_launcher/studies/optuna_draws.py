@@ -54,6 +54,7 @@ def study_of(settings: SweepConfig, space: Sequence[Dimension], trials: Sequence
                 params={each.setting: choice_of(each, trial.values[each.setting]) for each in searched},
                 distributions={each.setting: distribution(each) for each in searched},
                 intermediate_values=dict(trial.evaluations),
+                system_attrs=dict(trial.rungs),
             )
         )
     return study
@@ -84,12 +85,15 @@ def draw(settings: SweepConfig, space: Sequence[Dimension], trials: Sequence[Tri
     return next(values for values in cells(space) if values not in tried)
 
 
-def should_prune(settings: SweepConfig, space: Sequence[Dimension], trials: Sequence[TrialRecord], number: int) -> bool:
-    """Return whether the pruner ends a trial after its last evaluation."""
+def judge(
+    settings: SweepConfig, space: Sequence[Dimension], trials: Sequence[TrialRecord], number: int
+) -> tuple[bool, dict[str, float]]:
+    """Return (does the pruner end a trial after its last evaluation, TrialRecord.rungs after it)."""
     if len(trials[number].evaluations) <= settings.pruner_warmup:
-        return False
+        return False, dict(trials[number].rungs)
     study = study_of(settings, space, trials)
-    return bool(study.pruner.prune(study, study.trials[number]))  # It may be NumPy's bool.
+    prunes = bool(study.pruner.prune(study, study.trials[number]))  # It may be NumPy's bool.
+    return prunes, dict(study.trials[number].system_attrs)
 
 
 def importance(settings: SweepConfig, space: Sequence[Dimension], trials: Sequence[TrialRecord]) -> dict[str, float]:

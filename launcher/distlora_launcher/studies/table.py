@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import fcntl
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,17 @@ class TrialTable:
             if _is_own(trial) and step not in trial.evaluations:
                 evaluations = {**trial.evaluations, step: value}
                 trials[number] = replace(trial, step=step, value=value, evaluations=evaluations)
+
+    def judge(self, number: int, judge: Callable[[list[TrialRecord], int], tuple[bool, Mapping[str, float]]]) -> bool:
+        """Return whether the pruner ends a trial; keep what it knows of the trial for the next call, of any worker.
+
+        judge: returns (ends it, TrialRecord.rungs).
+        """
+        with self._changed() as trials:
+            prunes, rungs = judge(trials, number)
+            if _is_own(trials[number]):
+                trials[number] = replace(trials[number], rungs=rungs)
+        return prunes
 
     def tell(self, outcome: TrialOutcome, value: float | None, figures: Mapping[str, Any]) -> None:
         """Record how a trial ended: its value, and the `figures` of TrialRecord that its run reports."""

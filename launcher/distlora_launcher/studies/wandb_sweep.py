@@ -5,12 +5,14 @@ stopped as runs are, and pass the signal on to their run. Runs that saved are re
 again, before new values are requested.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -245,7 +247,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentsRequest:
-    """The command line of `distlora sweep agent`, in FOLDER/agents.json for its workers and for `distlora resume`."""
+    """The command line of `distlora sweep agent`."""
 
     sweep: str
     """[[ENTITY/]PROJECT/]ID"""
@@ -254,6 +256,12 @@ class AgentsRequest:
     workers: int
     cluster: ClusterConfig
     words: tuple[str, ...]
+    """The command line, in FOLDER/agents.json for `distlora resume`: that of the last command of a folder."""
+
+    @property
+    def worker(self) -> list[str]:
+        """Return the module of a worker and its arguments; commands that share a folder differ in them."""
+        return [WORKER, str(self.folder), f"--agent={shlex.join(self.words)}"]
 
     @property
     def sweep_id(self) -> str:
@@ -282,9 +290,9 @@ def start_agents(arguments: Sequence[str]) -> int:
         return DONE
     logs = folder / LOGS
     logs.mkdir(exist_ok=True)
-    with forwarding() as forwarder:
+    with _registered(folder), forwarding() as forwarder:
         gpus = visible_devices(workers, cluster.gpus_per_node)
-        codes = run_together([WORKER, str(folder)], gpus, forwarder, logs=logs if workers > 1 else None)
+        codes = run_together(request.worker, gpus, forwarder, logs=logs if workers > 1 else None)
     if forwarder.received is None:
         return DONE if set(codes) == {DONE} else FAILED
     say(f"stopped; continue with: distlora resume {shown(folder)}")
@@ -300,7 +308,7 @@ def _checked_script(request: AgentsRequest) -> str:
         request.cluster,
         gpus=scheduler.has_gpus(request.cluster.partition),
         workers=request.workers,
-        worker=[WORKER, str(request.folder)],
+        worker=request.worker,
         trials="*",
         mounts=[str(request.folder), DataConfig(path=".").cache_dir, QuantConfig().cache_dir],
     )
@@ -363,14 +371,23 @@ def parse_agents(arguments: Sequence[str]) -> AgentsRequest:
     )
 
 
-def work_as_agent(folder: Path, index: int) -> int:
-    """Resume the unfinished runs of a sweep one after the other, then run an agent. Returns the exit code."""
-    request = parse_agents(recorded_words(folder))
-    # Several commands may share a folder, also from several nodes.
+@contextlib.contextmanager
+def _registered(folder: Path) -> Iterator[None]:
+    """Name this process in FOLDER/machines for `distlora cancel`; several may share a folder, also of several nodes."""
     name = f"agents_{host_name()}_{os.getpid()}"
-    with worker_place(folder, name), forwarding() as forwarder:
-        code = _run_agent(request, index, forwarder)
+    with worker_place(folder, name):
+        yield
     (folder / MACHINES / f"{name}.json").unlink(missing_ok=True)
+
+
+def work_as_agent(words: Sequence[str], index: int) -> int:
+    """Resume the unfinished runs of a sweep one after the other, then run an agent. Returns the exit code.
+
+    words: the command line (AgentsRequest.words).
+    """
+    request = parse_agents(words)
+    with _registered(request.folder), forwarding() as forwarder:
+        code = _run_agent(request, index, forwarder)
     if forwarder.received is None:
         return DONE if code == DONE else FAILED
     return INTERRUPTED if forwarder.killed else STOPPED

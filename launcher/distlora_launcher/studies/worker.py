@@ -1,16 +1,19 @@
 """Run a worker of a sweep: take trials from the table, train them and record the results, until none is due.
 
-    python -m distlora_launcher.studies.worker SWEEP --index I
+    python -m distlora_launcher.studies.worker SWEEP --index I [--agent=WORDS]
 
 The command starts `sweep.workers` of them on this node, SLURM starts each as a task of an array; they share only SWEEP.
+WORDS: the command line of `distlora sweep agent`, for a worker that runs a wandb agent.
 Exit code 0: nothing is left to do; 75: stopped on request, its trials are saved.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -35,7 +38,7 @@ from distlora_launcher.studies.results import write_at_end, write_table
 from distlora_launcher.studies.sources import NextAction, Source, check_optuna, make_source
 from distlora_launcher.studies.sweep import Sweep, load_sweep
 from distlora_launcher.studies.table import TrialTable, locked
-from distlora_launcher.studies.wandb_sweep import is_agents_folder, work_as_agent
+from distlora_launcher.studies.wandb_sweep import work_as_agent
 from distlora_launcher.terminal.arguments import Parser
 from distlora_launcher.terminal.output import say, shown, warn
 
@@ -139,9 +142,9 @@ class Study:
                     self._placement.verdict(number, step, prune=prune)
 
     def _should_prune(self, number: int) -> bool:
-        from distlora_launcher.studies.optuna_draws import should_prune
+        from distlora_launcher.studies.optuna_draws import judge
 
-        return should_prune(self._sweep.settings, self._sweep.space, self._table.records(), number)
+        return self._table.judge(number, functools.partial(judge, self._sweep.settings, self._sweep.space))
 
     def _end(self, outcome: TrialOutcome) -> None:
         trial, follower = self._trials.pop(outcome.number)
@@ -229,9 +232,11 @@ def main() -> int:
     parser = Parser("distlora_launcher.studies.worker")
     parser.add_argument("sweep")
     parser.add_argument("--index", type=int, required=True)
+    parser.add_argument("--agent")
     options = parser.parse_args(sys.argv[1:])
-    folder = Path(options.sweep).absolute()
-    return (work_as_agent if is_agents_folder(folder) else run)(folder, options.index)
+    if options.agent is not None:
+        return work_as_agent(shlex.split(options.agent), options.index)
+    return run(Path(options.sweep).absolute(), options.index)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
+from distlora.config.checks import check_settings
 from distlora.config.file import as_mapping
 from distlora.data.loader import StepLoader
 from distlora.data.prepare import prepare_and_print, prepare_run, summary
@@ -133,7 +134,7 @@ def test_duplicates_are_left_out_of_training_and_counted(make_config, tmp_path):
     with pytest.raises(UserError, match="every document equals an earlier or a held-out one"):
         prepare(make_config([texts[0]], deduplicate=True, **mixed))
     with pytest.raises(UserError, match=r"data\.deduplicate=true compares all documents"):
-        make_config(texts, deduplicate=True, streaming=True)
+        check_settings(make_config(texts, deduplicate=True, streaming=True))
 
 
 def summary_of(record) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from distlora.config import Config, UserError
+from distlora.config.checks import check_settings
 from distlora.config.plan import CHOSEN
 from distlora.planner import Machine, Plan, PlannedModel, plan_of
 from distlora.planner.choose import (
@@ -91,6 +92,7 @@ def every(said: Config, fixed: set[str], model: PlannedModel, where: Machine) ->
             continue  # Dense layers are resident.
         try:
             config = said.with_settings(chosen)
+            check_settings(config)
         except UserError:
             continue
         yield plan_of(config, model, where)

@@ -125,7 +125,7 @@ def no_process_starts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess, "Popen", Popen)
         patch.setattr(os, "execve", become)
-        patch.setattr(train, "run_jobs", begun)
+        patch.setattr(train, "run_each", begun)
         patch.setattr(local, "make_run", begun)
         patch.setattr(sweeps, "make_sweep", begun)
         patch.setattr(sweeps, "pinned", lambda sweep, config: sweep)  # It asks the hub for the model's commit.

@@ -21,6 +21,7 @@ from distlora.training.reporter import Reporter
 from distlora.training.trackers import background
 from distlora_launcher.compose.checks import check
 from distlora_launcher.compose.compose import compose_config
+from support.launcher_fakes import write_data, write_model, write_tokenizer
 from support.loopback import silent_server
 from support.wandb_server import read_wandb_log
 
@@ -207,7 +208,7 @@ def test_a_server_that_never_answers_delays_neither_a_start_nor_a_step(tmp_path,
 
 def test_no_step_waits_for_a_tracker_that_hangs(tmp_path, monkeypatch, capsys):
     hangs = threading.Event()
-    client = SimpleNamespace(Run=lambda start: hangs.wait())
+    client = SimpleNamespace(TrackerRun=lambda start: hangs.wait())
     monkeypatch.setitem(sys.modules, "distlora.training.trackers.tensorboard_run", client)
     monkeypatch.setattr(background, "MOST_PENDING", 3)
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.2)
@@ -244,7 +245,10 @@ def test_wrong_trackers_are_refused_with_what_to_type(words, message):
 
 def test_a_missing_package_is_refused_before_a_start(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    config = compose_config([f"model.path={tmp_path}", "data.path=x", "tracker=mlflow", f"run_dir={tmp_path / 'run'}"])
+    model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data.jsonl")
+    write_tokenizer(model)
+    paths = [f"model.path={model}", f"data.path={data}", f"run_dir={tmp_path / 'run'}"]
+    config = compose_config([*paths, "data.sequence_length=64", "tracker=mlflow"])
     with pytest.raises(UserError, match=r"needs mlflow, which is not installed; `pip install 'distlora\[mlflow\]'`"):
         check(config, new_run=True)
 

@@ -201,7 +201,7 @@ def check_value(values: Mapping[str, Any], where: str, name: str, *supported: An
     """Raise UserError for a value that is not `supported`; None there stands for an absent one too."""
     value = values.get(name)
     if not any(type(value) is type(each) and value == each for each in supported):
-        listed = " or ".join(repr(each) for each in supported if each is not None)
+        listed = " or ".join(short(each) for each in supported if each is not None)
         raise UserError(f"{where}.{name}={short(value)} is not supported, only {listed}; {USE_16_BIT}")
 
 

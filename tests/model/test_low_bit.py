@@ -211,12 +211,12 @@ REFUSED: list[tuple[str, Callable[[Checkpoint], None], str]] = [
     ("gptq-128", changed("g_idx", lambda g: g.roll(1)), r"activation order \(g_idx\), but config.json has desc_act"),
     ("gptq-128", changed("qzeros", lambda z: z | 15), r"zero point stored as 15"),
     ("bnb-int8", changed("weight_format", lambda f: f + 1), r"layout for old GPUs"),
-    ("bnb-int8", setting(load_in_4bit=True), r"load_in_4bit=True is not supported"),
+    ("bnb-int8", setting(load_in_4bit=True), r"load_in_4bit=true is not supported"),
     # Valid kinds that are not read are not called damaged.
     ("ct-int8", zero_points, f"weight has zero points, which only packed{OTHER}"),
     ("ct-int8", lambda made: group(made).update(symmetric=False), f"weight has zero points, which only packed{OTHER}"),
     ("ct-int8", lambda made: group(made).update(num_bits=4), f"stored as I8, and no config group has ints of 8{OTHER}"),
-    ("ct-fp8-tensor", lambda made: group(made).update(symmetric=False), f"symmetric=False is not supported{OTHER}"),
+    ("ct-fp8-tensor", lambda made: group(made).update(symmetric=False), f"symmetric=false is not supported{OTHER}"),
     ("modelopt-fp8", scaled_inputs, f"pre_quant_scale belongs to no quantized weight of a supported kind{OTHER}"),
 ]
 

@@ -311,9 +311,9 @@ def test_keep_is_nf4_and_auto_is_keep(quantized: Path, variant: str) -> None:
 REFUSED: list[tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = [
     # (other quantization_config, settings of the run, what is said)
     ({"quant_method": "hqq"}, {}, r"quant_method='hqq'.*16-bit checkpoint"),
-    ({"quant_method": None}, {}, "quant_method=None"),
-    ({"load_in_8bit": True}, {}, "load_in_4bit=True is not supported, only False"),
-    ({"load_in_4bit": False}, {}, "load_in_4bit=False"),
+    ({"quant_method": None}, {}, "quant_method=null"),
+    ({"load_in_8bit": True}, {}, "load_in_4bit=true is not supported, only false"),
+    ({"load_in_4bit": False}, {}, "load_in_4bit=false"),
     ({"bnb_4bit_quant_type": "fp4"}, {}, "bnb_4bit_quant_type='fp4'"),
     ({}, {"quant": {"method": "none"}}, r"quant=none keeps weights in 16 bits, but model\.path=.* set quant=nf4"),
     ({}, FULL, "adapter=full trains every weight, but"),

@@ -200,7 +200,7 @@ REFUSED: list[tuple[Callable[[Path], Any] | dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base"),
     ({"of_a_later_peft": 3}, "of_a_later_peft=3 is not supported"),
     ({"r": "8"}, "r is '8', not an integer"),
-    ({"lora_alpha": None}, "lora_alpha is None, not a number"),
+    ({"lora_alpha": None}, "lora_alpha is null, not a number"),
     ({"rank_pattern": {"q_proj(": 2}}, r"q_proj\(.* is not a valid regular expression"),
     ({"target_modules": None}, "target_modules=None names nothing"),
     ({"target_modules": ["k_proj"]}, r"target_modules=\['k_proj'\] names nothing"),
@@ -230,8 +230,8 @@ REFUSED: list[tuple[Callable[[Path], Any] | dict[str, Any], str]] = [
 ]
 CONTRADICTED = [
     ("adapter.r=16", "adapter.r=16 contradicts .*lora, whose r is 8"),
-    ("adapter.use_dora=true", "adapter.use_dora=true contradicts .* whose use_dora is False"),
-    ("adapter=dora", "adapter=dora contradicts .* whose use_dora is False"),
+    ("adapter.use_dora=true", "adapter.use_dora=true contradicts .* whose use_dora is false"),
+    ("adapter=dora", "adapter=dora contradicts .* whose use_dora is false"),
     ("adapter.target_modules=all-linear", r"target_modules=all-linear contradicts .* is \[q_proj,v_proj\]"),
     ("+adapter.rank_pattern.q_proj=4", r"rank_pattern.q_proj=4 contradicts .* whose rank_pattern is {}"),
     ("adapter.init=gaussian", "adapter.init=gaussian has no effect"),

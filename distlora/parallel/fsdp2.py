@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,26 @@ _gather_places = _all_gather
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
+_MARKS: list[Tensor] = []
+"""Of each unit that was gathered here: 1 while its rows are there, then 0. Never freed, so that others may read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RowPlaces:
+    """Where a rank's rows of a unit lie in its memory."""
+
+    process: int
+    mark: tuple[int, int]
+    """(address, bytes) of what is 0 as soon as the rows are freed."""
+    rows: list[tuple[int, int]]
+
+    def read(self, to: Tensor) -> bool:
+        """Copy the rows. Returns False if the process ended, or freed them before they were copied."""
+        mark = torch.zeros(1, dtype=torch.int64)
+        copied = process_memory.read(self.process, self.rows, to.data_ptr())
+        return copied and process_memory.read(self.process, [self.mark], mark.data_ptr()) and bool(mark)
+
+
 class _Counted:
     """Collective of FSDP2 that counts its bytes."""
 
@@ -50,7 +71,8 @@ class _CountedAllGather(_Counted):
     """All-gather of a unit that counts the bytes of its result (the protocol of FSDPModule.set_custom_all_gather).
 
     On a CPU the ranks of one node read the rows of a frozen unit in each other's memory from its second gather on: no
-    rank waits for another, and no bytes go through gloo's sockets and threads. Rows must stay where they are.
+    rank waits for another, and no bytes go through gloo's sockets and threads. Rows must stay where they are until the
+    last rank has read them: after its last forward a rank waits for the others before it frees a model.
     """
 
     def __init__(
@@ -60,8 +82,8 @@ class _CountedAllGather(_Counted):
         super().__init__(traffic, shards)
         self._frozen = frozen
         """None after the first gather."""
-        self._places: list[tuple[int, list[tuple[int, int]]]] | None = None
-        """(process, [(address, bytes)]) of each rank's rows, if all ranks can read them."""
+        self._places: list[_RowPlaces] | None = None
+        """Of each rank, if all ranks can read them."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -69,9 +91,9 @@ class _CountedAllGather(_Counted):
         self.traffic.gathered_bytes += output_tensor.nbytes
         self.traffic.between_replicas_bytes += self.crosses(group) * output_tensor.nbytes
         if self._places is not None:
-            for (process, places), rows in zip(self._places, output_tensor.chunk(group.size()), strict=True):
-                if process != os.getpid() and not process_memory.read(process, places, rows.data_ptr()):
-                    raise RuntimeError(f"process {process}, another rank on this node, ended, or freed its shards")
+            for places, rows in zip(self._places, output_tensor.chunk(group.size()), strict=True):
+                if places.process != os.getpid() and not places.read(rows):
+                    raise RuntimeError(f"process {places.process}, another rank here, ended, or freed its shards")
             return None
         work = _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
         if self._frozen is not None and work is None:
@@ -84,16 +106,22 @@ class _CountedAllGather(_Counted):
         shards = [parameter.data for parameter in parameters if isinstance(parameter.data, DTensor)]
         storages = [shard.to_local().untyped_storage() for shard in shards]
         sizes = [storage.nbytes() for storage in storages]  # With the rows that FSDP2 adds.
-        ours = torch.tensor([os.getpid(), *(storage.data_ptr() for storage in storages)])
+        mark = torch.ones(1, dtype=torch.int64)
+        _MARKS.append(mark)
+        weakref.finalize(self, mark.zero_)  # The unit's parameters go with it.
+        ours = torch.tensor([os.getpid(), mark.data_ptr(), *(storage.data_ptr() for storage in storages)])
         everyone = ours.new_empty(group.size(), len(ours))
         _gather_places(everyone, ours[None], group=group)
-        found = [(process, list(zip(places, sizes, strict=True))) for process, *places in everyone.tolist()]
+        found = [
+            _RowPlaces(process, (mark_place, mark.nbytes), list(zip(places, sizes, strict=True)))
+            for process, mark_place, *places in everyone.tolist()
+        ]
         agree = torch.tensor(process_memory.allow_reads() and gathered.nbytes == group.size() * sum(sizes)).int()
         dist.barrier(group)  # All allow it.
-        for (process, places), rows in zip(found, gathered.chunk(group.size()), strict=True):
-            if agree and process != os.getpid():
+        for places, rows in zip(found, gathered.chunk(group.size()), strict=True):
+            if agree and places.process != os.getpid():
                 read = torch.empty_like(rows)
-                agree &= process_memory.read(process, places, read.data_ptr()) and torch.equal(read, rows)
+                agree &= places.read(read) and torch.equal(read, rows)
         dist.all_reduce(agree, dist.ReduceOp.MIN, group=group)
         self._places = found if agree else None
 

@@ -127,6 +127,7 @@ def our_outcome(ranks: Ranks, *, run_dir: Path) -> Outcome:
     gradients = {name: whole(p.grad).clone() for name, p in weight_files(model, config.spec)[WEIGHTS_NAME].items()}
     with torch.no_grad():
         logits = model(PROBES, positions_of(PROBES), None)
+    backend.barrier()  # The others may still read this rank's rows.
     adapter = safetensors.torch.load_file(run_dir / "checkpoints" / f"step_{STEPS:08d}" / WEIGHTS_NAME)
     return Outcome([line["loss"] for line in read_metrics(run_dir)], adapter, gradients, logits[:, -1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.config import Config
+from distlora.config.file import load_config
 from distlora.parallel import Ranks
 from distlora.parallel.integrity import DamagedWeightsError
 from distlora.planner.workload import padded
 from distlora.system import host_memory
 from distlora.training import worker
 from distlora.training.reporter import Reporter
+from distlora.training.setup import start_run_model
+from support.family_models import positions_of, tokens
 from support.planned import block_bytes, traffic_of
 from support.runs import outcome, result_of, run_once, started
 from support.small_models import make_run, read_metrics
@@ -173,3 +178,22 @@ def test_memory_of_a_block_that_stays_is_watched(world: World, folders: Path, tm
         "memory of rank 0 has changed",
         messages[0],
     )
+
+
+def reads_rows_that_the_other_rank_freed(ranks: Ranks, *, run_dir: Path) -> None:
+    model, backend, _ = start_run_model(load_config(run_dir), ranks)
+    ids = tokens(2, 8)
+    with torch.no_grad():
+        model(ids, positions_of(ids), None)
+        if ranks.rank == 1:
+            del model, backend
+            gc.collect()
+        dist.barrier(ranks.group)
+        if ranks.rank == 0:
+            model(ids, positions_of(ids), None)
+
+
+def test_a_rank_that_frees_its_rows_too_early_is_named(world: World, folders: Path, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", folders)
+    with pytest.raises(AssertionError, match="another rank here, ended, or freed its shards"):
+        world.run(2, reads_rows_that_the_other_rank_freed, run_dir=tmp_path / "run")

@@ -312,7 +312,7 @@ def test_the_command_exports_an_unfinished_run_through_a_real_client(place: Path
     shutil.copytree(place / "pissa", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
     command = [sys.executable, "-m", "distlora_launcher.cli.main", "export", "run", "--for", "peft"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, no_check=True)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "bound 1.0e-04: met" in ended.stdout
     out = tmp_path / "run" / "exports" / "peft"

@@ -58,7 +58,7 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for release in RELEASES:
         places[release] = tmp_path_factory.mktemp(f"peft-{release}")
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(places[release])]
-        installed = subprocess.run([*command, f"peft=={release}"], capture_output=True, text=True, no_check=True)
+        installed = subprocess.run([*command, f"peft=={release}"], capture_output=True, text=True, check=False)
         if installed.returncode:
             pytest.skip(f"peft=={release} cannot be installed: {installed.stderr.strip().splitlines()[-1]}")
     return places
@@ -70,7 +70,7 @@ def run_peft(place: Path, release: str, base: Path, what: str, adapter: Path, ro
     torch.save(rows, f"{out}.tokens")
     env = os.environ | {"PYTHONPATH": str(place)}
     command = [sys.executable, "-c", PROGRAM, release, str(base), what, str(adapter), str(out)]
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, no_check=True)
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     logits: torch.Tensor = torch.load(f"{out}.logits", weights_only=True)
     return logits

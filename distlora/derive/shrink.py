@@ -29,35 +29,60 @@ LayerKind = frozenset[tuple[str, str, object]]
 MOST_LAYERS = 8
 """Layers of a small model whose kinds follow from a period."""
 
-_SIZES = {
-    160: r"(unpadded_)?vocab_size(_per_layer_input)?",
-    64: r"(out_|projection_)?hidden_size adapter_input_size n_embd d_model embedding_dim word_embed_proj_dim lru_width "
-    r"adapter_(in|out)_dim ple_embed_dim original_max_position_embeddings prompt_length max_inference_chunksize",
-    96: r"(dense_|projection_)?intermediate_size(_mlp)? ffn_(dim|hidden_size) dim_ff dff",
-    32: r"(moe|shared|shared_experts?|moe_shared_expert)_intermediate_size expert_ffn_hidden_size moe_latent_size",
-    4: r"((swa_)?num_)?(attention_)?heads(_per_layer)? n_heads? num_query_groups linear_num_(value_)?heads "
-    r"num_(local_)?experts n_routed_experts moe_num_experts zero_expert_num indexer_compress_ratio index_block_size",
-    6: r"index_topk",
-    16: r"((swa|global|index|indexer|linear|linear_key|linear_value|attention)_)?head_dim dim_head kv_channels "
-    r"(kv|o)_lora_rank qk_nope_head_dim v_head_dim mamba_(d_head|head_?dim) index(er)?_n_heads rel_extent "
-    r"router_hidden_size dim_model_base",
-    24: r"q_lora_rank qk_head_dim",
-    8: r"qk_rope_head_dim rotary_dim hidden_size_per_layer_input laurel_rank hc_lowrank adapter_rank d_rel "
-    r"sliding_window(_size)? (attention_|keep_)?window_size local_attention attention_chunk_size floor_scale "
-    r"log_scaling_n_floor mamba_d_state (ssm_)?state_size (mamba_)?chunk_size (mamba_n|mamba_num|n_mamba)_heads "
-    r"heavily_\w+ mamba_dt_rank time_step_rank indexer_budget gated_norm_rank loop_gate_rank make_ngram_\w+",
-    128: r"mamba_d_ssm attention_hidden_size",
-    512: r"max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length block_size",
-    200: r"ngram_vocab_size_base",
-    0: r"(\w+_)?(dropout|pdrop|layerdrop|jitter_noise)(_prob|_p)? pad_token_id",
-    1: r"(n|num|moe_num)_shared_experts topk_group spatial_merge_size eos_token_id",
-    2: r"(swa_)?num_(global_)?(key_value|kv)_heads kv_n_heads linear_num_key_heads indexer_kv_heads "
-    r"num_experts_per_tok(en)? moe_(topk|k|top_k) top_k_experts n_group num_expert_group o_groups (mamba_)?n_?groups "
-    r"index_topk_blocks index_kpool split_ngram_parts heads_per_ngram bos_token_id",
-    3: r"\w+_(token_id|token_index)",
-}
-SIZES = [(re.compile(names.replace(" ", "|")), size) for size, names in _SIZES.items()]
-"""Small values by the names of settings; the first pattern that matches a whole name counts."""
+_SIZES = (
+    # Vocabulary.
+    (160, r"(unpadded_)?vocab_size(_per_layer_input)?"),
+    (200, r"ngram_vocab_size_base"),
+    # Widths of hidden states and of MLPs.
+    (64, r"(out_|projection_)?hidden_size n_embd d_model embedding_dim word_embed_proj_dim lru_width ple_embed_dim"),
+    (64, r"adapter_input_size adapter_(in|out)_dim"),
+    (128, r"attention_hidden_size"),
+    (8, r"hidden_size_per_layer_input"),
+    (96, r"(dense_|projection_)?intermediate_size(_mlp)? ffn_(dim|hidden_size) dim_ff dff"),
+    (16, r"dim_model_base"),
+    # Ranks of factored weights.
+    (24, r"q_lora_rank"),
+    (16, r"(kv|o)_lora_rank"),
+    (8, r"laurel_rank hc_lowrank adapter_rank gated_norm_rank loop_gate_rank mamba_dt_rank time_step_rank"),
+    # Attention: heads and their sizes.
+    (4, r"((swa_)?num_)?(attention_)?heads(_per_layer)? n_heads? num_query_groups linear_num_(value_)?heads"),
+    (2, r"(swa_)?num_(global_)?(key_value|kv)_heads kv_n_heads linear_num_key_heads indexer_kv_heads o_groups"),
+    (16, r"((swa|global|index|indexer|linear|linear_key|linear_value|attention)_)?head_dim dim_head kv_channels"),
+    (16, r"qk_nope_head_dim v_head_dim index(er)?_n_heads rel_extent"),
+    (24, r"qk_head_dim"),
+    (8, r"qk_rope_head_dim rotary_dim d_rel"),
+    # Attention: lengths, windows and sparse choices of keys.
+    (512, r"max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length block_size"),
+    (64, r"original_max_position_embeddings prompt_length max_inference_chunksize"),
+    (8, r"sliding_window(_size)? (attention_|keep_)?window_size local_attention attention_chunk_size"),
+    (8, r"floor_scale log_scaling_n_floor heavily_\w+ indexer_budget"),
+    (4, r"indexer_compress_ratio index_block_size"),
+    (6, r"index_topk"),
+    (2, r"index_topk_blocks index_kpool"),
+    # Experts.
+    (4, r"num_(local_)?experts n_routed_experts moe_num_experts zero_expert_num"),
+    (2, r"num_experts_per_tok(en)? moe_(topk|k|top_k) top_k_experts n_group num_expert_group"),
+    (1, r"(n|num|moe_num)_shared_experts topk_group"),
+    (32, r"(moe|shared|shared_experts?|moe_shared_expert)_intermediate_size expert_ffn_hidden_size moe_latent_size"),
+    (16, r"router_hidden_size"),
+    # Mixers with a state.
+    (16, r"mamba_(d_head|head_?dim)"),
+    (8, r"mamba_d_state (ssm_)?state_size (mamba_)?chunk_size (mamba_n|mamba_num|n_mamba)_heads"),
+    (128, r"mamba_d_ssm"),
+    (2, r"(mamba_)?n_?groups"),
+    # Embeddings of n-grams, and images.
+    (8, r"make_ngram_\w+"),
+    (2, r"split_ngram_parts heads_per_ngram"),
+    (1, r"spatial_merge_size"),
+    # Dropout, and special tokens: each a token of its own.
+    (0, r"(\w+_)?(dropout|pdrop|layerdrop|jitter_noise)(_prob|_p)? pad_token_id"),
+    (1, r"eos_token_id"),
+    (2, r"bos_token_id"),
+    (3, r"\w+_(token_id|token_index)"),
+)
+"""Small values, and the settings that have them: regular expressions of whole names, separated by spaces."""
+SIZES = [(re.compile(names.replace(" ", "|")), size) for size, names in _SIZES]
+"""The same, compiled; the first pattern that matches a whole name counts."""
 EQUAL = (
     *(("qk_nope_head_dim", "qk_rope_head_dim"), ("num_key_value_heads", "num_attention_heads")),
     *(("head_dim", "qk_rope_head_dim"), ("index_n_heads", "num_key_value_heads")),

@@ -41,8 +41,8 @@ class PlannedModel:
     """Bytes of its weights on disk, where that is known; of a model that is built in, by the formats of its weights."""
     note: str | None = None
     """Assumption of the plan on the model, as a sentence."""
-    cannot_keep: UserError | None = None
-    """Error of quant=keep; None if `shapes.kept` has what it keeps."""
+    why_not_kept: str | None = None
+    """Why quant=keep is refused, in a sentence; None if `shapes.kept` has what it keeps."""
 
 
 Preview = Callable[[ModelConfig], AbstractContextManager[ModelConfig]]
@@ -114,7 +114,7 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
 
     The number of spare embedding rows is unknown there, so each new token counts as one more row.
     """
-    stored, cannot_keep = _with_kept(shapes_of(settings, name), settings, name)
+    stored, why_not_kept = _with_kept(shapes_of(settings, name), settings, name)
     return PlannedModel(
         name=name,
         settings=settings,
@@ -122,7 +122,7 @@ def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> 
         source="built in",
         stored_bytes=_shipped_bytes(stored),
         note=note_on(stored),
-        cannot_keep=cannot_keep,
+        why_not_kept=why_not_kept,
     )
 
 
@@ -160,7 +160,7 @@ def model_in(
     size = weights_size(folder)
     shapes = shapes_of(settings, place)
     noted = (folder / NOTE_NAME).is_file()
-    shapes, cannot_keep = _with_kept(shapes, settings, folder, has_headers=noted or size is not None, is_low_bit=noted)
+    shapes, why_not_kept = _with_kept(shapes, settings, folder, has_headers=noted or size is not None, is_low_bit=noted)
     if shapes.kept and quantization_method(settings, place) == BNB_NF4:  # quant=nf4 keeps them too.
         layers = ((index, shapes.architecture.layer(index).weights) for index in range(shapes.num_layers))
         linears = {index: [each.path for each in weights if each.kind == "linear"] for index, weights in layers}
@@ -174,7 +174,7 @@ def model_in(
         source="folder",
         stored_bytes=size,
         note=note_on(shapes),
-        cannot_keep=cannot_keep,
+        why_not_kept=why_not_kept,
     )
 
 
@@ -185,7 +185,7 @@ def _with_kept(
     *,
     has_headers: bool = False,
     is_low_bit: bool = False,
-) -> tuple[ModelShapes, UserError | None]:
+) -> tuple[ModelShapes, str | None]:
     """Return shapes with the formats that quant=keep keeps, or the reason why it cannot.
 
     The headers of the weights in the folder `place` tell, or config.json where there are none (`has_headers`).
@@ -204,9 +204,9 @@ def _with_kept(
             index, _, path = name.removeprefix(architecture.layer_prefix).partition(".")
             kept.setdefault(int(index), {})[path] = weight.format
     except UserError as error:
-        return shapes, error
+        return shapes, str(error)
     tokens = kept_tokens(architecture, headers).formats
-    return dataclasses.replace(shapes, kept=kept, kept_tokens=tokens), None if kept else nothing_to_keep(place)
+    return dataclasses.replace(shapes, kept=kept, kept_tokens=tokens), None if kept else str(nothing_to_keep(place))
 
 
 def weights_size(folder: Path) -> int | None:

@@ -316,7 +316,7 @@ def test_what_transformers_and_peft_compute_is_what_was_trained(
 def test_bytes_on_the_network_and_in_memory_are_those_of_the_plan(world: World, place: Any, name: str) -> None:
     config = config_for(place(name) / name, quant=KEEP)
     work, planned = Workload.of(config), model_in(place(name) / name)
-    assert planned.cannot_keep is None
+    assert planned.why_not_kept is None
     assert planned.shapes.kept_formats == ", ".join(labels(MODELS[name][3].split(", ")))
     step = wire.step_traffic(work, planned.shapes, world=2, accumulation=1)
     for counts, _ in world.run(2, our_traffic, config=config, accumulation=1):
@@ -460,9 +460,9 @@ def test_a_plan_without_weights_has_the_formats_of_their_headers(place: Any, tmp
     with_weights, without = model_in(folder), model_in(tmp_path)
     assert with_weights.shapes.kept
     assert without.shapes.kept == with_weights.shapes.kept
-    assert (without.cannot_keep, without.stored_bytes) == (None, None)
+    assert (without.why_not_kept, without.stored_bytes) == (None, None)
 
 
 def test_a_plan_without_weights_says_which_formats_it_cannot_tell(place: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((place("nvfp4-experts") / "nvfp4-experts" / "config.json").read_text())
-    assert re.search(r"the formats of modelopt are read from the weights", str(model_in(tmp_path).cannot_keep))
+    assert re.search(r"the formats of modelopt are read from the weights", model_in(tmp_path).why_not_kept or "")

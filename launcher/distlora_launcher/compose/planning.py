@@ -96,8 +96,8 @@ def check_planned(config: Config, model: PlannedModel) -> None:
     )
     if quantization_method(model.settings, model.name) == BNB_NF4:
         check_nf4_base(spec)
-    if spec.quant.method == "keep" and model.cannot_keep is not None:
-        raise model.cannot_keep
+    if spec.quant.method == "keep" and model.why_not_kept is not None:
+        raise UserError(model.why_not_kept)
     if spec.adapter.method == "full":
         return
     adapters = [each for block in model.shapes.adapters(spec.adapter) for each in block]

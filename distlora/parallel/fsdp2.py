@@ -42,7 +42,7 @@ _MARKS: list[Tensor] = []
 
 @dataclass(frozen=True, slots=True)
 class _RowPlaces:
-    """Where a rank's rows of a unit lie in its memory."""
+    """The places of a rank's rows of a unit in its memory."""
 
     process: int
     mark: tuple[int, int]

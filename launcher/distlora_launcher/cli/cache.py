@@ -85,22 +85,22 @@ def _folder(place: str | None) -> Path:
 
 def show(folder: Path, *, as_json: bool) -> None:
     """Print the entries, the most recently used first."""
-    found = entries(folder)
-    total = sum(entry.num_bytes for entry in found)
+    kept = entries(folder)
+    total = sum(entry.num_bytes for entry in kept)
     if as_json:
         values = [
-            {"entry": each.key, "base": each.base, "bytes": each.num_bytes, "last_use": each.last_use} for each in found
+            {"entry": each.key, "base": each.base, "bytes": each.num_bytes, "last_use": each.last_use} for each in kept
         ]
         print(json.dumps({"folder": str(folder), "bytes": total, "entries": values}, indent=2))
         return
-    if not found:
+    if not kept:
         print(f"no quantized weights are cached in {folder}")
         return
     print(f"{'entry':{SHOWN_DIGITS}}  {'size':>10}  {'last use':16}  base")
-    for entry in found:
+    for entry in kept:
         print(line_of(entry))
-    entry_word = "entry" if len(found) == 1 else "entries"
-    print(f"{len(found)} {entry_word}, {size(total)} in {folder}")
+    entry_word = "entry" if len(kept) == 1 else "entries"
+    print(f"{len(kept)} {entry_word}, {size(total)} in {folder}")
 
 
 def line_of(entry: Entry) -> str:

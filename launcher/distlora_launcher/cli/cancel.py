@@ -50,16 +50,16 @@ def main(arguments: list[str]) -> int:
 
 def cancel(folder: Path, *, now: bool) -> None:
     """End the run, or the runs, in a folder. Raises UserError if none runs, or it cannot be ended from this node."""
-    found = statuses(folder)
-    unknown = next((status.unknown for status in found if status.unknown is not None), None)
+    runs = statuses(folder)
+    unknown = next((status.unknown for status in runs if status.unknown is not None), None)
     if unknown is not None:
         raise UserError(f"SLURM does not answer ({unknown}), so nothing was cancelled; try again later")
-    in_jobs = [status for status in found if status.job is not None and status.job.is_live]
-    here = [status for status in found if status.holders and status not in in_jobs]
+    in_jobs = [status for status in runs if status.job is not None and status.job.is_live]
+    here = [status for status in runs if status.holders and status not in in_jobs]
     jobs = [status.job for status in in_jobs if status.job is not None]
     if not jobs and not here:
         alone = (folder / CONFIG_NAME).exists()
-        raise UserError(describe(found[0]).splitlines()[0] if alone else f"no run in {shown(folder)} runs or waits")
+        raise UserError(describe(runs[0]).splitlines()[0] if alone else f"no run in {shown(folder)} runs or waits")
     for status in here:
         note_cancelled(status)
         cancel_processes(status.run_dir, status.holders, now=now)

@@ -171,16 +171,16 @@ def base_of(trained: Trained, subject: Subject) -> Subject:
 
 def bases_of(runs: Sequence[Trained], subjects: Sequence[Subject]) -> list[Subject]:
     """Return the base of each run, equal ones once."""
-    found: dict[tuple[object, ...], Subject] = {}
+    by_models: dict[tuple[object, ...], Subject] = {}
     for trained, subject in zip(runs, subjects, strict=True):
         spec = trained.spec
         key = (str(spec.path.resolve()), held_in(spec), str(spec.quant.formats), spec.model.new_tokens)
-        if key not in found:
+        if key not in by_models:
             base = base_of(trained, subject)
-            labels = [other.label for other in found.values()]
+            labels = [other.label for other in by_models.values()]
             label = f"{base.label}, of {subject.label}" if base.label in labels else base.label
-            found[key] = dataclasses.replace(base, label=label)
-    return list(found.values())
+            by_models[key] = dataclasses.replace(base, label=label)
+    return list(by_models.values())
 
 
 def base_label(trained: Trained) -> str:

@@ -59,13 +59,13 @@ def main(arguments: list[str]) -> int:
     config = load_config(run_dir)
     require_language_model(config.train, run_dir)
     weights = find_weights(run_dir, config.spec, options.adapter, options.checkpoint)
-    found = {
+    resolved = {
         "run": str(run_dir),
         "weights": None if weights is None else str(weights),
         "foreign": options.adapter not in (None, "base"),
         "as_chat": options.chat if options.chat or options.raw else None,
     }
-    request = GenerateRequest(**{item.name: getattr(options, item.name) for item in fields(GenerateRequest)} | found)
+    request = GenerateRequest(**{item.name: getattr(options, item.name) for item in fields(GenerateRequest)} | resolved)
     check_files(options.prompts, options.out)
     check_processes(options.processes)
     require(

@@ -136,11 +136,11 @@ class PlanResult:
     def bars(self) -> dict[str, Plan]:
         """Return the plans to draw by name: this one, and what would fit in its place."""
         name = f"{self.plan.model.name.rpartition('/')[2]}\n{machines_of(self.plan)}"
-        found = {name: self.plan}
+        drawn = {name: self.plan}
         if self.near is not None and self.near.same is not None:
             words = (typed(setting, value) for setting, value in self.near.same.settings.items())
-            found["\n".join(("with", *words))] = self.near.same.plan
-        return found
+            drawn["\n".join(("with", *words))] = self.near.same.plan
+        return drawn
 
     def as_json(self) -> dict[str, Any]:
         """Every figure, for a program to read."""
@@ -153,14 +153,14 @@ def _nearest(near: Nearest | None) -> dict[str, Any] | None:
     if near is None:
         return None
     fitting = {"same_result": near.same, "other_result": near.other, "more_gpus": near.more, "other_gpu": near.gpu}
-    found: dict[str, Any] = {name: None if each is None else _fitting(each) for name, each in fitting.items()}
+    nearest: dict[str, Any] = {name: None if each is None else _fitting(each) for name, each in fitting.items()}
     gpu = None if near.gpu is None else near.gpu.plan.machine.gpu
     ranks = None if near.more is None else near.more.plan.machine.ranks
-    return found | {"gpus": ranks, "gpu": None if gpu is None else gpu.name}
+    return nearest | {"gpus": ranks, "gpu": None if gpu is None else gpu.name}
 
 
-def _fitting(each: Fitting) -> dict[str, Any]:
-    return {"settings": dict(each.settings), "total": each.plan.device.total}
+def _fitting(fitting: Fitting) -> dict[str, Any]:
+    return {"settings": dict(fitting.settings), "total": fitting.plan.device.total}
 
 
 def main(arguments: list[str]) -> int:
@@ -283,17 +283,17 @@ def show_table(options: PlanArguments) -> None:
     cells = len(models) * len(machines)
     if cells >= REPORT_FROM:
         warn(f"choosing the settings of {cells} plans (a few seconds)")
-    found = plans(models, machines, options.settings, config_dir=options.config_dir)
+    planned = plans(models, machines, options.settings, config_dir=options.config_dir)
     if options.json:
         rows = [
             {"model": model, "gpus": gpus} | ({"fits": False} if plan is None else plan.as_json())
-            for (model, gpus), plan in found.items()
+            for (model, gpus), plan in planned.items()
         ]
         print(json.dumps(rows, indent=1))
     else:
-        print("\n".join(matrix(found)))
+        print("\n".join(matrix(planned)))
     if options.plot is not None:
-        bars = {f"{model}, {gpus}": plan for (model, gpus), plan in found.items() if plan is not None}
+        bars = {f"{model}, {gpus}": plan for (model, gpus), plan in planned.items() if plan is not None}
         plot_memory(bars, "memory per rank, with the fastest settings that fit", options.plot)
 
 
@@ -308,28 +308,28 @@ def plans(
     paths = {model: path_named(model) for model in models}
     named = {word.lstrip("+").partition("=")[0] for word in overrides}
     auto = [] if named & {"quant", "quant.method", "recipe", "adapter"} else ["quant=auto"]
-    found: dict[tuple[str, str], Plan | None] = {}
+    best: dict[tuple[str, str], Plan | None] = {}
     refused: UserError | None = None
     for machine in machines:
         settings = ["plan=auto", *auto, *words_of[machine], *overrides]
         composed = compose_run(settings, config_dir=config_dir, may_lack_paths=True)
         for model in models:
             config = composed.config.with_settings({"model.path": paths[model]})
-            found[model, machine] = None
+            best[model, machine] = None
             try:
                 check_parallel(config.parallel, config.cluster.ranks)
                 planned = planned_model(config)
                 check_planned(config, planned)
                 nodes = machine_of(config.gpu, config.cluster)
                 search = Search(config=config, model=planned, machine=nodes, fixed=composed.fixed)
-                found[model, machine] = choose(search).plan
+                best[model, machine] = choose(search).plan
             except UserError as error:
                 if is_hub_name(model):  # Which may not be there at all.
                     raise
                 refused = error
-    if refused is not None and not any(found.values()):
+    if refused is not None and not any(best.values()):
         raise refused
-    return {(model, machine): found[model, machine] for model in models for machine in machines}
+    return {(model, machine): best[model, machine] for model in models for machine in machines}
 
 
 def machine_words(machine: str) -> list[str]:

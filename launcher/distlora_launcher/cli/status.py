@@ -102,13 +102,13 @@ def main(arguments: list[str]) -> int:
         sweep = sweep_status(folder)
         print(status_as_json(sweep) if options.json else describe_status(sweep))
         return 0
-    found = statuses(folder)
+    runs = statuses(folder)
     if (folder / CONFIG_NAME).exists():
-        print(json.dumps(as_object(found[0]), indent=2) if options.json else describe(found[0]))
-        if found[0].damaged is not None:
-            raise UserError(found[0].damaged)
+        print(json.dumps(as_object(runs[0]), indent=2) if options.json else describe(runs[0]))
+        if runs[0].damaged is not None:
+            raise UserError(runs[0].damaged)
     else:
-        print(json.dumps([as_object(status) for status in found], indent=2) if options.json else table(folder, found))
+        print(json.dumps([as_object(status) for status in runs], indent=2) if options.json else table(folder, runs))
     return 0
 
 
@@ -140,15 +140,15 @@ def statuses(folder: Path) -> list[Status]:
             jobs |= scheduler.find_jobs(queried_id)
         except SchedulerError as error:
             unknown = str(error)
-    found = []
+    listed = []
     for run in runs:
         submission = submissions[run]
         job_id = None if submission is None else submission.job_id
         job = jobs.get(job_id or "")
         if job is not None and not job.is_of(run):
             job = None
-        found.append(status_of(run, job_id, job, unknown if job_id is not None else None))
-    return found
+        listed.append(status_of(run, job_id, job, unknown if job_id is not None else None))
+    return listed
 
 
 def status_of(run_dir: Path, job_id: str | None, job: Job | None, unknown: str | None) -> Status:
@@ -222,20 +222,20 @@ def describe(status: Status) -> str:
     return "\n".join(lines)
 
 
-def table(folder: Path, found: list[Status]) -> str:
+def table(folder: Path, runs: list[Status]) -> str:
     """Return a table with one line per run of a folder."""
     columns = {"run": "", "state": "", "step": "", "loss": ".4f", "held-out": ".4f", "where": ""}
     rows = []
-    for status in found:
+    for status in runs:
         figures, total = status.figures, f"/{status.total_steps}" if status.total_steps is not None else ""
         cells = [status.run_dir.name, status.state, f"{figures.step}{total}", figures.loss, figures.eval_loss]
         rows.append([*("" if cell is None else cell for cell in cells), _where(status)])
     lines = [Table("", columns, rows).text()]
-    unknown = next((status.unknown for status in found if status.unknown is not None), None)
-    lines += [f"{status.run_dir.name}: {status.damaged}" for status in found if status.damaged is not None]
+    unknown = next((status.unknown for status in runs if status.unknown is not None), None)
+    lines += [f"{status.run_dir.name}: {status.damaged}" for status in runs if status.damaged is not None]
     if unknown is not None:
         lines.append(f"SLURM does not answer ({unknown}), so these states come from the folders")
-    return "\n".join([*lines, f"more of one: distlora status {shown(found[0].run_dir)}"])
+    return "\n".join([*lines, f"more of one: distlora status {shown(runs[0].run_dir)}"])
 
 
 def as_object(status: Status) -> dict[str, Any]:

@@ -40,18 +40,18 @@ MOST = 34
 
 def help_text(topics: Sequence[str] = ()) -> str:
     """Return the help text; with topics all about these sections and settings. Raises UserError for an unknown one."""
-    found = list(sections())
+    documented = list(sections())
     if topics:
-        return "\n".join(line for topic in topics for line in _about(topic, found)) + "\n"
+        return "\n".join(line for topic in topics for line in _about(topic, documented)) + "\n"
     width = max(80, min(120, shutil.get_terminal_size((112, 24)).columns))
     lines = [USAGE.rstrip()]
-    found = [section for section in found if section[0] != "sweep"]  # `distlora sweep` takes those.
-    for group in ("recipe", *(name for name, _, _ in found if name)):
+    documented = [section for section in documented if section[0] != "sweep"]  # `distlora sweep` takes those.
+    for group in ("recipe", *(name for name, _, _ in documented if name)):
         options = ["auto", *GPUS] if group == "gpu" else options_of(group)
         if len(options) > 1:
             lines.append(textwrap.fill(f"  {group:10}{', '.join(options)}", width, subsequent_indent=" " * 12))
     lines.append("\nsettings and their defaults:")
-    for name, summary, settings in found:
+    for name, summary, settings in documented:
         lines += ["", f"{name}: {summary}" if name else summary]
         for setting in settings:
             choices = f" [{', '.join(setting.choices)}]" if setting.choices else ""
@@ -59,15 +59,15 @@ def help_text(topics: Sequence[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _about(topic: str, found: Sequence[tuple[str, str, list[Setting]]]) -> list[str]:
+def _about(topic: str, documented: Sequence[tuple[str, str, list[Setting]]]) -> list[str]:
     """Return everything about a section, or about the settings of a name."""
-    by_section = {name: settings for name, _, settings in found if name}
-    settings = [setting for settings in by_section.values() for setting in settings] + found[0][2]
+    by_section = {name: settings for name, _, settings in documented if name}
+    settings = [setting for settings in by_section.values() for setting in settings] + documented[0][2]
     chosen = by_section.get(topic) or [s for s in settings if topic in (s.name, s.name.rpartition(".")[2])]
     if not chosen:
         known = [*by_section, *(setting.name for setting in settings)]
         raise UserError(f"distlora train --help: there is no section or setting {topic}{nearest(topic, known)}")
-    lines = [summary for name, summary, _ in found if name == topic]
+    lines = [summary for name, summary, _ in documented if name == topic]
     for setting in chosen:
         lines += [
             f"{_assigned(setting)}    ({setting.values})",

@@ -67,9 +67,9 @@ def localize(model: ModelConfig) -> ModelConfig:
         if file is None:
             return model
         return dataclasses.replace(model, path=str(described(file)), gguf_file=str(file.absolute()))
-    found = locate(model.path, model.revision)
-    download(found)
-    return dataclasses.replace(model, path=str(found.folder), name=found.name, revision=found.folder.name)
+    snapshot = locate(model.path, model.revision)
+    download(snapshot)
+    return dataclasses.replace(model, path=str(snapshot.folder), name=snapshot.name, revision=snapshot.folder.name)
 
 
 def restore(model: ModelConfig) -> None:
@@ -123,8 +123,8 @@ def _sizes(model: HubModel, files: list[str]) -> dict[str, int]:
 
     commit = model.folder.name
     with explained(model.name, commit):
-        found = HfApi().get_paths_info(model.name, files, revision=commit)
-        sizes = {file.path: file.size for file in found if isinstance(file, RepoFile)}
+        paths = HfApi().get_paths_info(model.name, files, revision=commit)
+        sizes = {file.path: file.size for file in paths if isinstance(file, RepoFile)}
         if missing := sorted(set(files) - set(sizes)):
             beside = [file for file in HfApi().list_repo_files(model.name, revision=commit) if file[0] != "."]
             raise UserError(
@@ -197,8 +197,8 @@ def with_small_files(model: ModelConfig) -> Iterator[ModelConfig]:
     if not is_hub_name(model.path):
         yield localize(model)
         return
-    found = locate(model.path, model.revision)
-    folder = _preview_folder(found) if found.absent() else found.folder
+    snapshot = locate(model.path, model.revision)
+    folder = _preview_folder(snapshot) if snapshot.absent() else snapshot.folder
     with _named(folder, model.path):
         yield dataclasses.replace(model, path=str(folder), name=model.path)
 
@@ -247,6 +247,6 @@ def _preview_folder(model: HubModel) -> Path:
 
     shutil.copytree(model.folder, folder, ignore=large, dirs_exist_ok=True)
     with explained(model.name, model.folder.name), _named(folder, model.name), ThreadPoolExecutor(16) as threads:
-        ranges = [each for found in threads.map(copy_header, sizes) for each in found]
-        list(threads.map(lambda each: copy(*each), ranges))
+        ranges = [span for of_file in threads.map(copy_header, sizes) for span in of_file]
+        list(threads.map(lambda span: copy(*span), ranges))
     return folder

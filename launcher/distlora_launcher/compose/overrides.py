@@ -80,9 +80,9 @@ def user_settings(plan: PlanConfig, overrides: Sequence[str]) -> frozenset[str]:
     if plan.mode != "auto":
         return frozenset(CHOSEN)
     chosen = _chosen(overrides)
-    found = {override.key_or_group for override in parsed(overrides)} - {group for group, _ in chosen}
-    found.update(*(_set_by_options(group, option) for group, option in chosen))
-    return frozenset(found & set(CHOSEN))
+    settings = {override.key_or_group for override in parsed(overrides)} - {group for group, _ in chosen}
+    settings.update(*(_set_by_options(group, option) for group, option in chosen))
+    return frozenset(settings & set(CHOSEN))
 
 
 def over_recipes(overrides: Sequence[str]) -> dict[str, Any]:
@@ -92,12 +92,12 @@ def over_recipes(overrides: Sequence[str]) -> dict[str, Any]:
     """
     chosen, typed = _chosen(overrides), {override.key_or_group for override in parsed(overrides)}
     by_recipe = {name for group, option in chosen if group == _RECIPE for name in _set_by_recipe(option)} - typed
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for group, option in chosen:
         if group != _RECIPE and any(name.startswith(f"{group}.") for name in by_recipe):
             names = by_recipe.intersection(_distinct(group, option))
-            found |= {name: _values(group, option)[name.partition(".")[2]] for name in names}
-    return found
+            settings |= {name: _values(group, option)[name.partition(".")[2]] for name in names}
+    return settings
 
 
 def without_replaced(words: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -125,15 +125,15 @@ def without_replaced(words: Sequence[str], overrides: Sequence[str]) -> list[str
 
 def _chosen(overrides: Sequence[str]) -> list[tuple[str, str]]:
     """Return (group, option) of each existing option in overrides, in a sweep of each of its options."""
-    found = []
+    chosen = []
     for override in parsed(overrides):
         group, value = override.key_or_group, typing.cast("Any", override.value())
         is_option = "." not in group and override.package is None and not override.is_delete()
         options = _group_options(group) if is_option else []
         if options and override.is_sweep_override():
             value = list(override.sweep_string_iterator())
-        found += [(group, option) for option in (value if isinstance(value, list) else [value]) if option in options]
-    return found
+        chosen += [(group, option) for option in (value if isinstance(value, list) else [value]) if option in options]
+    return chosen
 
 
 def _set_by_options(group: str, chosen: Any) -> Iterator[str]:
@@ -165,11 +165,11 @@ def _distinct(group: str, option: str) -> Iterator[str]:
 def _values(group: str, option: str) -> dict[str, Any]:
     """Return the values that an option sets, with those that it builds on."""
     file = _load(f"{group}/{option}")
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     own_values: Any = OmegaConf.to_container(file.config)
     for _, other in _defaults(file):
-        found |= _values(group, other)
-    return found | own_values
+        values |= _values(group, other)
+    return values | own_values
 
 
 def _defaults(file: Any) -> Iterator[tuple[str, Any]]:

@@ -146,8 +146,8 @@ def machine_here(config: Config, *, runs_here: bool = False) -> Machine:
     shards = config.shard_degree(config.cluster.ranks)
     waits = keeps_on_host(config.parallel, config.train.checkpointing, shards) or config.plan.mode == "auto"
     waits |= config.quant.dense_layers == "auto"
-    found = found_here(asks_driver=config.gpu.name == "auto" or waits)
-    return machine_of(config.gpu, config.cluster, found=found)
+    hardware = found_here(asks_driver=config.gpu.name == "auto" or waits)
+    return machine_of(config.gpu, config.cluster, found=hardware)
 
 
 def require_fit(plan: Plan, *, run_dir: Path | None = None) -> None:
@@ -259,11 +259,11 @@ def _visible(gpus: Sequence[_Gpu], words: Sequence[str] | None) -> Sequence[_Gpu
         return numbered
     if not by_bus and all(word.isdecimal() for word in words):  # Any of the GPUs may have these numbers.
         return numbered[: len(words)] if len(words) <= len(gpus) else None
-    found = [
+    matches = [
         [gpu for number, gpu in enumerate(gpus) if gpu.uuid.startswith(word) or (by_bus and word == str(number))]
         for word in words
     ]
-    return [each[0] for each in found] if all(len(each) == 1 for each in found) else None
+    return [each[0] for each in matches] if all(len(each) == 1 for each in matches) else None
 
 
 def planned_model(config: Config, *, any_length: bool = False) -> PlannedModel:

@@ -215,13 +215,13 @@ def convert_data(keys: Keys, imported: Imported) -> None:
 
 def _entries(value: Any, name: str) -> list[Keys]:
     items = value if isinstance(value, list) else [] if value is None else [value]
-    found = []
+    entries = []
     for index, item in enumerate(items):
         entry = {"path": item} if isinstance(item, str) else item if isinstance(item, dict) else {}
         if name == "pretraining_dataset":
             entry = {"type": "pretrain", **entry}
-        found.append(Keys({str(key): part for key, part in entry.items()}, place=f"{name}[{index}]."))
-    return found
+        entries.append(Keys({str(key): part for key, part in entry.items()}, place=f"{name}[{index}]."))
+    return entries
 
 
 def _sources(entry: Keys, imported: Imported, shared: _Shared) -> list[_Source]:
@@ -401,15 +401,15 @@ def _held_out(keys: Keys, imported: Imported, shared: _Shared, sources: list[_So
     data["eval_fraction"] = share
     tests = _entries(keys.any("test_datasets"), "test_datasets")
     aside = Imported()  # What is said of a test set holds for the one that is evaluated on.
-    found = [source for entry in tests for source in _sources(entry, aside, shared)]
-    if not found:
+    held_out = [source for entry in tests for source in _sources(entry, aside, shared)]
+    if not held_out:
         if tests:
             imported.tell("test_datasets | no path")
         return
-    test = found[0]
+    test = held_out[0]
     data["eval_path"] = test.settings["path"]
     data["eval_split"] = test.settings.get("split", "train")
-    if len(found) > 1:
+    if len(held_out) > 1:
         imported.tell("test_datasets", path=data["eval_path"])
     imported.notes += [note for note in aside.notes if note.group != "changed" and note.key.startswith(tests[0].place)]
     if len(sources) != 1:

@@ -97,18 +97,18 @@ def read_values(path: Path, program: str) -> dict[str, Any]:
 
 def own_settings(values: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the settings of a file in distlora's terms by group or dotted name. Raises UserError for unknown ones."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in _flat(values):
         section, _, field = name.partition(".")
-        require(name not in found and f"++{name}" not in found, f"{name} is set twice; leave one of them out")
+        require(name not in settings and f"++{name}" not in settings, f"{name} is set twice; leave one of them out")
         if name == "sweep.space" and isinstance(value, dict):  # A list is written as on the command line: 8,16.
             value = {k: words_of({"": v})[0][2:-1] if isinstance(v, list) else v for k, v in value.items()}
         if field:
             name = _checked(name, value)
         elif section not in (*SECTIONS, *WITHOUT_SECTION, "recipe"):
             raise UserError(f"there is no setting {name}{_hint(name)}")
-        found[name] = value
-    return found
+        settings[name] = value
+    return settings
 
 
 def _checked(name: str, value: Any) -> str:

@@ -204,26 +204,26 @@ class RunRecords:
 
 def read_run(folder: Path) -> RunRecords:
     """Read everything in a run folder. Raises nothing for missing or damaged records."""
-    found = RunRecords(folder=folder)
-    problems = found.problems
+    records = RunRecords(folder=folder)
+    problems = records.problems
     with recorded(problems):
-        found.config = load_config(folder)
+        records.config = load_config(folder)
     with recorded(problems):
-        found.metrics = read_metrics(folder / METRICS_NAME)
-    if found.metrics.damaged:
-        lines = "a line is" if found.metrics.damaged == 1 else f"{found.metrics.damaged:,} lines are"
+        records.metrics = read_metrics(folder / METRICS_NAME)
+    if records.metrics.damaged:
+        lines = "a line is" if records.metrics.damaged == 1 else f"{records.metrics.damaged:,} lines are"
         problems.append(f"{METRICS_NAME}: {lines} not a record of a step, and skipped")
-    found.plan = _record(folder / PLAN_NAME, _PLAN, problems)
-    found.summary = _record(folder / SUMMARY_NAME, _SUMMARY, problems)
-    found.data = _record(folder / DATA_NAME, _DATA, problems)
+    records.plan = _record(folder / PLAN_NAME, _PLAN, problems)
+    records.summary = _record(folder / SUMMARY_NAME, _SUMMARY, problems)
+    records.data = _record(folder / DATA_NAME, _DATA, problems)
     with recorded(problems):
-        found.samples = _samples(folder / SAMPLES_NAME, problems)
+        records.samples = _samples(folder / SAMPLES_NAME, problems)
     with recorded(problems):
-        found.saved = _saved(folder, problems)
+        records.saved = _saved(folder, problems)
     with recorded(problems):
         states = [step / STATE_NAME for step in checkpoint_folders(folder) if (step / STATE_NAME).is_file()]
-        found.state = _record(states[-1], _STATE, problems) if states else {}
-    return found
+        records.state = _record(states[-1], _STATE, problems) if states else {}
+    return records
 
 
 @contextlib.contextmanager
@@ -246,7 +246,7 @@ def _record(path: Path, shape: Shape, problems: list[str]) -> dict[str, Any]:
 
 
 def _samples(path: Path, problems: list[str]) -> list[WrittenSample]:
-    found, damaged = [], 0
+    samples, damaged = [], 0
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     for number, line in enumerate(lines):
         if not line.strip():
@@ -254,26 +254,26 @@ def _samples(path: Path, problems: list[str]) -> list[WrittenSample]:
         try:
             entry = parse_object(line, "", "")
             check_shape(entry, _SAMPLE, "", "")
-            found.append(WrittenSample(step=entry["step"], prompt=entry["prompt"], text=entry["text"]))
+            samples.append(WrittenSample(step=entry["step"], prompt=entry["prompt"], text=entry["text"]))
         except UserError:
             damaged += number < len(lines) - 1  # The last may be cut off.
     if damaged:
         problems.append(f"{path.name}: {damaged:,} line{'s are' if damaged > 1 else ' is'} not a sample, and skipped")
-    return found
+    return samples
 
 
 def _saved(folder: Path, problems: list[str]) -> list[SavedFolder]:
     """Return the checkpoints, oldest first, then the best one and the result."""
-    found = []
+    folders = []
     for step in checkpoint_folders(folder):
         is_whole = (step / MANIFEST_NAME).is_file()
-        found.append(_saved_folder(step, f"checkpoints/{step.name}", "checkpoint", step_of(step), is_whole=is_whole))
+        folders.append(_saved_folder(step, f"checkpoints/{step.name}", "checkpoint", step_of(step), is_whole=is_whole))
     if (best := folder / BEST_NAME).is_dir():
         number = _record(best / BEST_STEP_NAME, {"step?": int}, problems).get("step")
-        found.append(_saved_folder(best, BEST_NAME, "lowest held-out loss", number))
+        folders.append(_saved_folder(best, BEST_NAME, "lowest held-out loss", number))
     if (result := find_result(folder)) is not None:
-        found.append(_saved_folder(result, result.name, "result", None))
-    return found
+        folders.append(_saved_folder(result, result.name, "result", None))
+    return folders
 
 
 def _saved_folder(folder: Path, name: str, what: str, step: int | None, *, is_whole: bool = True) -> SavedFolder:
@@ -286,9 +286,9 @@ def read_metrics(path: Path, *, tail: int | None = None) -> Metrics:
 
     Raises OSError if the file cannot be read.
     """
-    found = Metrics()
+    metrics = Metrics()
     if not path.is_file():  # Reading a pipe would wait for a writer.
-        return found
+        return metrics
     points: dict[tuple[bool, str], dict[int, float]] = {}
     with path.open("rb") as file:
         cut = max(0, file.seek(0, os.SEEK_END) - tail) if tail is not None else 0
@@ -298,23 +298,23 @@ def read_metrics(path: Path, *, tail: int | None = None) -> Metrics:
         entry = _entry(line)
         if entry is None:
             # A run that goes on, or a kill, has cut off the last.
-            found.damaged += bool(line.strip()) and number < len(lines) - 1
+            metrics.damaged += bool(line.strip()) and number < len(lines) - 1
             continue
         step, is_held_out = entry["step"], "eval_loss" in entry
-        found.step = max(found.step, step)
+        metrics.step = max(metrics.step, step)
         if is_number(when := entry.get("time")):
-            found.began = when if found.began is None else found.began
-            found.ended = when
+            metrics.began = when if metrics.began is None else metrics.began
+            metrics.ended = when
         if (load := expert_tokens_in(entry.get(EXPERT_TOKENS))) is not None:
-            found.expert_tokens = step, load
+            metrics.expert_tokens = step, load
         for name, value in entry.items():
             if is_number(value) and name not in _LINE_KEYS:
                 points.setdefault((is_held_out, name), {})[step] = float(value)
             elif value is None:
-                found.non_finite.append((step, name))
+                metrics.non_finite.append((step, name))
     for (is_held_out, name), values in points.items():
-        (found.held_out if is_held_out else found.training)[name] = series_of(values)
-    return found
+        (metrics.held_out if is_held_out else metrics.training)[name] = series_of(values)
+    return metrics
 
 
 def series_of(values: Mapping[int, float]) -> Series:

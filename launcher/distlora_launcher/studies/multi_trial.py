@@ -434,13 +434,13 @@ def count_trials(sweep: Sweep) -> int:
 def plan_first_run(sweep: Sweep) -> MultiTrialPlan:
     """Return the plan of the first trials that run together. Raises UserError if none can, or if so many do not fit."""
     plans = [choices(trial.config, trial.fixed).plan for trial in largest_trials(sweep)]
-    found = plan_together(sweep.settings, plans, most=count_trials(sweep))
-    if found.trials > 1 and found.most and found.plan.fits is False and found.plan.config.plan.refuse:
+    planned = plan_together(sweep.settings, plans, most=count_trials(sweep))
+    if planned.trials > 1 and planned.most and planned.plan.fits is False and planned.plan.config.plan.refuse:
         raise UserError(
-            f"sweep.packed={found.requested}: {packed_trials(found)}; set sweep.packed={found.most}, or auto, which "
-            "leaves some memory free; plan.refuse=false starts it anyway"
+            f"sweep.packed={planned.requested}: {packed_trials(planned)}; set sweep.packed={planned.most}, or auto, "
+            "which leaves some memory free; plan.refuse=false starts it anyway"
         )
-    return found
+    return planned
 
 
 def compose_for_plan(

@@ -73,13 +73,13 @@ def draw(settings: SweepConfig, space: Sequence[Dimension], trials: Sequence[Tri
     for attempt in range(PROPOSALS if finite else 1):
         sampler = make_sampler(settings, len(tried), attempt)
         if isinstance(sampler, optuna.samplers.CmaEsSampler):
-            found = dict(_replayed(settings, space, trials, sampler).ask(kinds).params)
+            choices = dict(_replayed(settings, space, trials, sampler).ask(kinds).params)
         else:
-            found = sampler.sample_relative(study, drawn, sampler.infer_relative_search_space(study, drawn))
+            choices = sampler.sample_relative(study, drawn, sampler.infer_relative_search_space(study, drawn))
         for name, kind in kinds.items():
-            if name not in found:
-                found[name] = sampler.sample_independent(study, drawn, name, kind)
-        values = {each.setting: _chosen(each, found[each.setting]) for each in space}
+            if name not in choices:
+                choices[name] = sampler.sample_independent(study, drawn, name, kind)
+        values = {each.setting: _chosen(each, choices[each.setting]) for each in space}
         if values not in tried or not finite:
             return values
     return next(values for values in cells(space) if values not in tried)

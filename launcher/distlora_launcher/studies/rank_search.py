@@ -177,8 +177,8 @@ class Comparison:
         """Return all ranks due so far: the first two, and one more for each doubling that gained more than noise."""
         due = list(self.ranks[:2])
         for smaller, larger, next_one in zip(self.ranks, self.ranks[1:], self.ranks[2:], strict=False):
-            found = self.gain(smaller, larger)
-            if found is None or not found.is_more_than_noise:
+            gained = self.gain(smaller, larger)
+            if gained is None or not gained.is_more_than_noise:
                 break
             due.append(next_one)
         return due
@@ -187,8 +187,8 @@ class Comparison:
         """Return the largest rank whose doublings gained more than noise; None if no rank's run is complete."""
         best = next((rank for rank in self.ranks if self.tried.get(rank, Tried()).documents is not None), None)
         for smaller, larger in itertools.pairwise(self.ranks):
-            found = self.gain(smaller, larger)
-            if smaller == best and found is not None and found.is_more_than_noise:
+            gained = self.gain(smaller, larger)
+            if smaller == best and gained is not None and gained.is_more_than_noise:
                 best = larger
         return best
 
@@ -202,17 +202,17 @@ class Comparison:
         pairs += [(FULL, self.recommended())] if FULL in self.tried else []
         rows = []
         for size, against in pairs:
-            run, found = self.tried[size], None if against is None else self.gain(against, size)
-            is_bounded = found is not None and math.isfinite(found.low)
+            run, gained = self.tried[size], None if against is None else self.gain(against, size)
+            is_bounded = gained is not None and math.isfinite(gained.low)
             rows.append(
                 {
                     "size": size,
                     "against": against,
                     "loss": None if run.documents is None else run.documents.loss,
-                    "gain": None if found is None else found.gain,
-                    "low": found.low if found is not None and is_bounded else None,
-                    "high": found.high if found is not None and is_bounded else None,
-                    "verdict": _verdict(run, against, found),
+                    "gain": None if gained is None else gained.gain,
+                    "low": gained.low if gained is not None and is_bounded else None,
+                    "high": gained.high if gained is not None and is_bounded else None,
+                    "verdict": _verdict(run, against, gained),
                     **run.figures,
                 }
             )
@@ -253,15 +253,15 @@ class Comparison:
                 yield f"{name} failed: {run.reason}"
         if best is None:
             return
-        found = self.gain(best, FULL)
-        if found is not None:
+        gained = self.gain(best, FULL)
+        if gained is not None:
             lr = self.tried[FULL].figures.get("lr")
             given = "" if lr is None else f" (lr {lr:g}, not tuned: sweep.full_lr)"
-            how = f"as r={best} within noise: lower by {_interval(found)}"
-            if found.is_more_than_noise:
-                how = f"lower than r={best} by {_interval(found)}"
-            elif found.is_loss:
-                how = f"higher than r={best} by {_interval(found, -1)}"
+            how = f"as r={best} within noise: lower by {_interval(gained)}"
+            if gained.is_more_than_noise:
+                how = f"lower than r={best} by {_interval(gained)}"
+            elif gained.is_loss:
+                how = f"higher than r={best} by {_interval(gained, -1)}"
             yield f"Full fine-tuning{given} ends {how}."
         documents = self.tried[best].documents
         count = 0 if documents is None else len(documents.units)
@@ -303,20 +303,20 @@ def _finite_losses(record: DocumentRecord) -> list[float]:
     return losses
 
 
-def _verdict(run: Tried, against: Size | None, found: Gain | None) -> str:
+def _verdict(run: Tried, against: Size | None, gained: Gain | None) -> str:
     if run.documents is None:
         return "failed"
-    if found is None:
+    if gained is None:
         return "first rank" if against is None else f"{against} failed"
-    if found.is_more_than_noise:
+    if gained.is_more_than_noise:
         return f"lower than {against}"
-    return f"higher than {against}" if found.is_loss else f"no difference to {against}"
+    return f"higher than {against}" if gained.is_loss else f"no difference to {against}"
 
 
-def _interval(found: Gain, sign: int = 1) -> str:
+def _interval(gained: Gain, sign: int = 1) -> str:
     """Return a gain, or with sign=-1 a loss, as `0.0120 nats (0.0040 to 0.0201)`."""
-    low, high = sorted((sign * found.low, sign * found.high))
-    return f"{sign * found.gain:.4f} nats ({low:.4f} to {high:.4f})"
+    low, high = sorted((sign * gained.low, sign * gained.high))
+    return f"{sign * gained.gain:.4f} nats ({low:.4f} to {high:.4f})"
 
 
 def _cell(row: Mapping[str, Any], name: str, style: str, unit: int = 1) -> str:
@@ -474,13 +474,13 @@ class RankSearch(Source):
         if not trials and read_setup(self._sweep.folder) is None:
             path = self._sweep.folder / RANK_SEARCH_NAME
             atomic_io.write_json(path, dataclasses.asdict(self._setup))
-        started, found = {trial_size(trial) for trial in trials}, self._compare(trials)
-        due: list[Size] = [rank for rank in found.ranks_due() if rank not in started]
+        started, comparison = {trial_size(trial) for trial in trials}, self._compare(trials)
+        due: list[Size] = [rank for rank in comparison.ranks_due() if rank not in started]
         if not due and FULL not in started and self._setup.why_not_full is None:
             due = [FULL]
         if due:
             return [self._setup.values_of_full if size == FULL else {"adapter.r": size} for size in due]
-        return NextAction.END if started == found.tried.keys() else NextAction.WAIT
+        return NextAction.END if started == comparison.tried.keys() else NextAction.WAIT
 
     def _compare(self, trials: Sequence[TrialRecord]) -> Comparison:
         """Compare the ended runs; one without comparable losses by document counts as failed."""
@@ -505,27 +505,31 @@ class RankSearch(Source):
 
     def conclusion(self, trials: Sequence[TrialRecord]) -> list[str]:
         """Return the table of ranks, the recommendation and its reason."""
-        found = self._compare(trials)
-        if not found.tried:
+        comparison = self._compare(trials)
+        if not comparison.tried:
             return []
-        return [*found.table().markdown().splitlines(), "", *(f"- {text}" for text in self._sentences(trials, found))]
+        return [
+            *comparison.table().markdown().splitlines(),
+            "",
+            *(f"- {text}" for text in self._sentences(trials, comparison)),
+        ]
 
     def figures(self, trials: Sequence[TrialRecord]) -> Mapping[str, Any]:
         """Return `rows` of the table, `recommended` (null until the end), `confidence` and `sentences`."""
-        found = self._compare(trials)
+        comparison = self._compare(trials)
         return {
-            "rows": found.rows(),
-            "recommended": found.recommended() if self.next(trials) is NextAction.END else None,
+            "rows": comparison.rows(),
+            "recommended": comparison.recommended() if self.next(trials) is NextAction.END else None,
             "confidence": self._settings.confidence,
-            "sentences": list(self._sentences(trials, found)),
+            "sentences": list(self._sentences(trials, comparison)),
         }
 
-    def _sentences(self, trials: Sequence[TrialRecord], found: Comparison) -> Iterator[str]:
+    def _sentences(self, trials: Sequence[TrialRecord], comparison: Comparison) -> Iterator[str]:
         if self.next(trials) is NextAction.END:
-            yield from found.sentences()
+            yield from comparison.sentences()
         else:
             yield "The search has not ended yet."
-        if FULL not in found.tried and self._setup.why_not_full is not None:
+        if FULL not in comparison.tried and self._setup.why_not_full is not None:
             yield self._setup.why_not_full
         if not self._setup.use_rslora:
             yield (

@@ -77,8 +77,8 @@ def write_table(sweep: Sweep, trials: Sequence[TrialRecord], source: Source) -> 
     if conclusion:
         atomic_io.write_json(sweep.folder / CONCLUSION_NAME, source.figures(trials))
     findings, table = summary_lines(sweep, trials), results_table(sweep, trials)
-    found = Record(title=sweep.folder.name, findings=findings, tables=[table], notes="\n".join(conclusion))
-    atomic_io.write_text(sweep.folder / RESULTS_MD, found.markdown())
+    record = Record(title=sweep.folder.name, findings=findings, tables=[table], notes="\n".join(conclusion))
+    atomic_io.write_text(sweep.folder / RESULTS_MD, record.markdown())
 
 
 def format_value(value: Any) -> str:
@@ -188,27 +188,27 @@ MOST_TRIALS = 32
 
 def page_of_sweep(folder: Path, *, most: int = MOST_BYTES, has_ended: bool = False) -> str:
     """Return the report of a sweep, as far as its folder can be read. `has_ended`: its last worker calls."""
-    found = SweepRecords(folder=folder, settings=None, trials=[])
+    records = SweepRecords(folder=folder, settings=None, trials=[])
     is_over = True  # If the source cannot be made, the trials decide.
-    with recorded(found.problems):
+    with recorded(records.problems):
         if (folder / RESULTS_NAME).exists():
-            found.trials = read_results(folder)
-    with recorded(found.problems):
+            records.trials = read_results(folder)
+    with recorded(records.problems):
         sweep = load_sweep(folder)
-        found.settings, found.shared = sweep.settings, sweep.overrides
+        records.settings, records.shared = sweep.settings, sweep.overrides
         source = make_source(sweep)
-        found.conclusion = source.conclusion(found.trials)
-        is_over = source.next(found.trials) is NextAction.END
-    with recorded(found.problems):
-        found.importance, found.importance_by = read_importance(folder)
-    with recorded(found.problems):
-        found.losses = training_losses(folder, found.trials, found.problems, most=most)
-        linked = [trial.number for trial in found.trials if (trial.folder(folder) / REPORT_NAME).is_file()]
-        found.links = frozenset(linked)
-    stands = standing(folder, found.trials, is_over=is_over, has_ended=has_ended)
+        records.conclusion = source.conclusion(records.trials)
+        is_over = source.next(records.trials) is NextAction.END
+    with recorded(records.problems):
+        records.importance, records.importance_by = read_importance(folder)
+    with recorded(records.problems):
+        records.losses = training_losses(folder, records.trials, records.problems, most=most)
+        linked = [trial.number for trial in records.trials if (trial.folder(folder) / REPORT_NAME).is_file()]
+        records.links = frozenset(linked)
+    stands = standing(folder, records.trials, is_over=is_over, has_ended=has_ended)
     if stands.state == "stopped":
-        found.trials = at_rest(found.trials)
-    return sweep_report(found, stands)
+        records.trials = at_rest(records.trials)
+    return sweep_report(records, stands)
 
 
 def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_ended: bool = False) -> PageStatus:

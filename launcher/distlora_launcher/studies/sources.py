@@ -63,12 +63,12 @@ class Listed(Source):
 
     def all(self) -> Iterator[Mapping[str, Any]]:
         """Yield the combinations in the order in which they are tried."""
-        found = cells(self._space)
+        combinations = cells(self._space)
         if self._settings.method == "random":
-            shuffled = list(found)
+            shuffled = list(combinations)
             random.Random(self._settings.seed).shuffle(shuffled)
-            found = iter(shuffled)
-        return itertools.islice(found, self._settings.trials)
+            combinations = iter(shuffled)
+        return itertools.islice(combinations, self._settings.trials)
 
     def next(self, trials: Sequence[TrialRecord]) -> Sequence[Mapping[str, Any]] | NextAction:
         """Return what is due (Source.next)."""
@@ -107,8 +107,8 @@ def make_source(sweep: Sweep) -> Source:
     """Return what a sweep tries. Raises UserError for a space that its method cannot search."""
     settings, space = sweep.settings, sweep.space
     if settings.method == "rank_search":
-        found: Source = importlib.import_module("distlora_launcher.studies.rank_search").RankSearch(sweep)
-        return found
+        rank_search: Source = importlib.import_module("distlora_launcher.studies.rank_search").RankSearch(sweep)
+        return rank_search
     require(
         len(space) > 0,
         f"sweep={settings.method} has nothing to search; give a setting several values: optim.lr=1e-4,2e-4"

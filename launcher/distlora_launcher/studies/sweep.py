@@ -69,7 +69,7 @@ def split(
     UserError for what cannot be searched.
     """
     space_values = [f"{setting}={text}" for setting, text in space.items()]
-    found: dict[str, Dimension] = {}
+    dimensions: dict[str, Dimension] = {}
     for override in parse_overrides(space_values, config_dir=config_dir):
         setting = _setting(override)
         require(
@@ -77,16 +77,16 @@ def split(
             f"sweep.space has one value for {setting} ({space.get(setting)}); write several, separated by commas, or "
             f"leave it out of sweep.space and set {setting}",
         )
-        found[setting] = _dimension(override)
+        dimensions[setting] = _dimension(override)
     shared = []
     for word, override in zip(overrides, parse_overrides(overrides, config_dir=config_dir), strict=True):
         setting = _setting(override)
         if override.is_sweep_override():
-            found[setting] = _dimension(override)
+            dimensions[setting] = _dimension(override)
         else:
-            found.pop(setting, None)
+            dimensions.pop(setting, None)
             shared.append(word)
-    return tuple(found.values()), shared
+    return tuple(dimensions.values()), shared
 
 
 def is_finite(space: Sequence[Dimension]) -> bool:

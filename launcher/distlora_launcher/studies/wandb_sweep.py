@@ -437,15 +437,15 @@ def unfinished(request: AgentsRequest) -> list[Path]:
 
     Runs that wandb ended early and runs that failed are left out.
     """
-    found = []
+    runs = []
     for record in sorted(request.folder.glob(f"*/{CONFIG_NAME}")):
         run = record.parent
         sweep_overrides = AgentRun.of_run(run)
         if sweep_overrides is None or sweep_overrides.sweep_id != request.sweep_id or was_ended_early(run):
             continue
         if find_result(run) is None and read_ending(run).error is None:
-            found.append(run)
-    return found
+            runs.append(run)
+    return runs
 
 
 _ENDED_EARLY = Path("wandb") / "ended_early"
@@ -522,5 +522,5 @@ def parse_value(name: str, value: Any) -> Any:
         (override,) = parse_overrides([f"{name}={value}"])
     except UserError:
         return value  # Compare the text; the run was composed without it.
-    found: Any = override.value()
-    return value if override.is_sweep_override() else Override._convert_value(found)
+    parsed: Any = override.value()
+    return value if override.is_sweep_override() else Override._convert_value(parsed)

@@ -109,11 +109,11 @@ def _read(
     model: ModelConfig, data: DataConfig, encoder: Encoder, limit: int | None, shown: int, scratch: Path
 ) -> dict[str, Split]:
     """Encode and cut the documents of every source as a run does, by split."""
-    found = find_sources(data)
-    splits: dict[str, Split] = {split: (corpus, []) for split, corpus in corpora_of(scratch, data, found).items()}
-    for split in sorted(found):  # Held-out documents first, as a run reads them.
+    sources = find_sources(data)
+    splits: dict[str, Split] = {split: (corpus, []) for split, corpus in corpora_of(scratch, data, sources).items()}
+    for split in sorted(sources):  # Held-out documents first, as a run reads them.
         corpus, samples = splits[split]
-        for number, source in enumerate(found[split]):
+        for number, source in enumerate(sources[split]):
             format, too_long, documents = encoder.open(source if limit is None else source.head())
             sample = SourceSample(source=source, format=format, too_long=too_long)
             wanted = itertools.islice(documents, limit)
@@ -146,10 +146,10 @@ def _encoded(encoder: Encoder, sample: SourceSample, batch: list[Document], show
     if sample.format not in ("text", "prompt_completion", "steps"):
         sample.template = encoder.template
     for document, encoded in pairs:
-        for part in encoded.apart():
-            sample.sizes.append((len(part.tokens), part.num_targets))
+        for document_tokens in encoded.apart():
+            sample.sizes.append((len(document_tokens.tokens), document_tokens.num_targets))
             if len(sample.shown) < shown:
-                sample.shown.append((document, part))
+                sample.shown.append((document, document_tokens))
         yield encoded
 
 
@@ -159,14 +159,14 @@ def _document_lines(
     """Yield a document, or both of a pair, as text with the trained tokens marked."""
     excess = len(encoded.tokens) - length
     kept = encoded.cut(length) if excess > 0 and sample.too_long != "split" else encoded
-    for whole, part, side in zip(encoded.documents, kept.documents, ("chosen", "rejected"), strict=False):
+    for whole, shown, side in zip(encoded.documents, kept.documents, ("chosen", "rejected"), strict=False):
         tokens, trained = encoded.tokens[whole], encoded.trained[whole].copy()
         trained[0] = 0  # Nothing comes before it that could predict it.
         place = document.place if encoded.rejected is None else f"{document.place}, {side}"
         if encoded.is_good is not None:
             place += f", a {_VERDICTS[encoded.is_good]} answer"
         yield paint.title(f"--- {place}: {len(tokens):,} tokens, {np.count_nonzero(trained):,} trained")
-        end = part.stop - part.start
+        end = shown.stop - shown.start
         if end <= _HEAD + _TAIL:
             yield _painted(tokenizer, tokens, trained, 0, end, paint)
         else:
@@ -300,7 +300,7 @@ def _painted(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, start: int
     texts = [tokenizer.decode(tokens[start : start + edge].tolist()) for edge in edges]
     parts = []
     for is_trained, group in itertools.groupby(range(len(edges) - 1), key=lambda i: bool(kinds[edges[i]] >= 2)):
-        part = "".join(
+        stretch = "".join(
             paint.stretch(
                 texts[i + 1][len(texts[i]) :].translate(_UNPRINTABLE),
                 trained=is_trained,
@@ -308,7 +308,7 @@ def _painted(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, start: int
             )
             for i in group
         )
-        parts.append(paint.trained(part) if is_trained else part)
+        parts.append(paint.trained(stretch) if is_trained else stretch)
     return "".join(parts)
 
 

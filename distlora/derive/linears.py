@@ -81,13 +81,13 @@ def _read_weights(module: type[nn.Module]) -> set[str]:
 @functools.cache
 def _weights_read_in(file: str) -> dict[str, set[str]]:
     """Return these names for each class of a Python module. Its code is read because CUDA's is not run here."""
-    tree, found = ast.parse(inspect.getsource(sys.modules[file])), dict[str, set[str]]()
+    tree, names = ast.parse(inspect.getsource(sys.modules[file])), dict[str, set[str]]()
     for owner in [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]:
         for node in ast.walk(owner):
             match node:
                 case ast.Attribute(attr="weight", value=ast.Attribute(attr=name), ctx=ast.Load()):
-                    found.setdefault(owner.name, set()).add(name)
-    return found
+                    names.setdefault(owner.name, set()).add(name)
+    return names
 
 
 class _Spy(nn.Module):
@@ -127,8 +127,8 @@ def token_mixers(layers: Sequence[nn.Module], run: Callable[[], Any], tokens: in
         calls: dict[nn.Module, Call] = {}
         for call in calls_of(children, run):
             calls.setdefault(call.module, call)
-        found = {child: _mixing(child, call.args, call.kwargs, tokens) for child, call in calls.items()}
-    return [{n: kind for n, child in _children(layer) if (kind := found.get(child))} for layer in layers]
+        mixing = {child: _mixing(child, call.args, call.kwargs, tokens) for child, call in calls.items()}
+    return [{n: kind for n, child in _children(layer) if (kind := mixing.get(child))} for layer in layers]
 
 
 def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -188,13 +188,13 @@ def router_linears(model: nn.Module) -> set[str]:
     """Return the paths of linears inside routers: modules that a model records as router_logits or calls routers."""
     recorders = [getattr(module, "_can_record_outputs", None) or {} for module in model.modules()]
     recorded = tuple({f["router_logits"].target_class for f in recorders if "router_logits" in f})
-    found = set()
+    paths = set()
     for path, module in model.named_modules():
         named = re.search("Router|Gating", type(module).__name__)
         if (isinstance(module, recorded) or named) and not any(p.dim() > 2 for p in module.parameters()):
             inside = [f"{path}.{name}".rstrip(".") for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-            found |= set(inside)
-    return found
+            paths |= set(inside)
+    return paths
 
 
 def role_of(path: str, mixers: Mapping[str, Mixing]) -> Role:

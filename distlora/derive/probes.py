@@ -61,67 +61,68 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.float32, device="cpu"
         )
         move_off_start(model)
-    found = structure(model, auto_class=auto_class, kinds={})
-    decoder, causal = model.get_submodule(found.decoder), model.get_submodule(found.causal)
-    layers = decoder.get_submodule(found.layers)
-    input_ids = random_tokens(_TOKENS, found.vocabulary)
+    architecture = structure(model, auto_class=auto_class, kinds={})
+    decoder, causal = model.get_submodule(architecture.decoder), model.get_submodule(architecture.causal)
+    layers = decoder.get_submodule(architecture.layers)
+    input_ids = random_tokens(_TOKENS, architecture.vocabulary)
     with refused_by_transformers(place):  # What a model does at its first call counts.
         uses = linear_calls(model, lambda: causal(input_ids=input_ids, use_cache=False).logits.float().square().mean())
-        _check_causal(decoder, input_ids, found)
+        _check_causal(decoder, input_ids, architecture)
     with torch.no_grad():
         mixers = token_mixers(layers, lambda: decoder(input_ids=input_ids, use_cache=False), _TOKENS)
         attention = _attention(decoder, input_ids)
         kinds = [
-            _with_uses(kind, found, model, found.kind_of_layer.index(number), uses, mixers)
-            for number, kind in enumerate(found.kinds)
+            _with_uses(kind, architecture, model, architecture.kind_of_layer.index(number), uses, mixers)
+            for number, kind in enumerate(architecture.kinds)
         ]
-        kinds = _with_mlp_halves(kinds, found, decoder, input_ids, mixers)
-        kinds = _with_batch_dims(kinds, found, decoder)
-        documents, apart = _documents(found, decoder)
+        kinds = _with_mlp_halves(kinds, architecture, decoder, input_ids, mixers)
+        kinds = _with_batch_dims(kinds, architecture, decoder)
+        documents, apart = _documents(architecture, decoder)
         kinds = [dataclasses.replace(kind, apart=apart[number]) for number, kind in enumerate(kinds)]
         norm_form = _norm_form(decoder)
-        found = dataclasses.replace(
-            found,
+        architecture = dataclasses.replace(
+            architecture,
             kinds=tuple(kinds),
-            norm=tail_of(decoder, found.layers, {"input_ids": input_ids, "use_cache": False}),
+            norm=tail_of(decoder, architecture.layers, {"input_ids": input_ids, "use_cache": False}),
             attention=attention,
             documents=documents,
-            varlen=attention == "sdpa" and not _attends_apart(kinds) and _takes_varlen(found, decoder),
+            varlen=attention == "sdpa" and not _attends_apart(kinds) and _takes_varlen(architecture, decoder),
             takes_embeddings=_takes_embeddings(decoder, input_ids),
-            looks_up=found.looks_up and _looks_up(decoder, input_ids),
-            takes_cache=_takes_cache(decoder, found.vocabulary),
-            pages_cache=attention == "sdpa" and _pages_cache(decoder, found.vocabulary),
-            head_form=head_form(causal, found.decoder_in_causal, is_size),
+            looks_up=architecture.looks_up and _looks_up(decoder, input_ids),
+            takes_cache=_takes_cache(decoder, architecture.vocabulary),
+            pages_cache=attention == "sdpa" and _pages_cache(decoder, architecture.vocabulary),
+            head_form=head_form(causal, architecture.decoder_in_causal, is_size),
             norm_form=norm_form,
             fusible=bool(norm_form) and _is_fusible(decoder),
         )
         model = transformers_model(
             hf_config, place, auto_class=auto_class, attention=attention, dtype=torch.bfloat16, device="cpu"
         )
-        decoder = model.get_submodule(found.decoder)
-        found = _without_fp32_linears(found, model)
+        decoder = model.get_submodule(architecture.decoder)
+        architecture = _without_fp32_linears(architecture, model)
     try:
-        return dataclasses.replace(found, kinds=with_memory(found, decoder))
+        return dataclasses.replace(architecture, kinds=with_memory(architecture, decoder))
     except _UNFIT as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{found.model_type} has layers that cannot run in bf16 ({reason}); set {{model.path}} to another model"
+            f"{architecture.model_type} has layers that cannot run in bf16 ({reason}); set {{model.path}} to "
+            "another model"
         ) from error
 
 
-def _without_fp32_linears(found: Architecture, model: Any) -> Architecture:
+def _without_fp32_linears(architecture: Architecture, model: Any) -> Architecture:
     """Return the architecture with linears dense that transformers keeps in fp32 in a bf16 model."""
 
     def in_its_dtype(number: int, weight: Weight) -> Weight:
-        path = f"{found.layer_prefix}{found.kind_of_layer.index(number)}.{weight.path}"
+        path = f"{architecture.layer_prefix}{architecture.kind_of_layer.index(number)}.{weight.path}"
         keeps = weight.kind == "linear" and model.get_parameter(path).dtype == torch.float32
         return dataclasses.replace(weight, kind="dense", role="") if keeps else weight
 
     return dataclasses.replace(
-        found,
+        architecture,
         kinds=tuple(
             dataclasses.replace(kind, weights=tuple(in_its_dtype(number, weight) for weight in kind.weights))
-            for number, kind in enumerate(found.kinds)
+            for number, kind in enumerate(architecture.kinds)
         ),
     )
 
@@ -156,10 +157,10 @@ def _differ(actual: Tensor, expected: Tensor, tolerance: float = _CLOSE) -> bool
 
 
 @torch.no_grad()
-def _check_causal(decoder: Any, input_ids: Tensor, found: Architecture) -> None:
-    model_type = found.model_type
+def _check_causal(decoder: Any, input_ids: Tensor, architecture: Architecture) -> None:
+    model_type = architecture.model_type
     whole = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-    changed = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % found.vocabulary], dim=1)
+    changed = torch.cat([input_ids[:, :-1], (input_ids[:, -1:] + 1) % architecture.vocabulary], dim=1)
     other = decoder(input_ids=changed, use_cache=False).last_hidden_state
     if _differ(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, whole):
         raise UserError(
@@ -189,14 +190,14 @@ def _attention(decoder: Any, input_ids: Tensor) -> Literal["sdpa", "eager"]:
 
 def _with_uses(
     kind: LayerKind,
-    found: Architecture,
+    architecture: Architecture,
     model: Any,
     index: int,
     uses: Mapping[str, LinearUse],
     mixers: Sequence[Mapping[str, Mixing]],
 ) -> LayerKind:
     """Return a kind of layer with the use and the role of each weight. `index` is that of the first such layer."""
-    prefix = f"{found.layer_prefix}{index}."
+    prefix = f"{architecture.layer_prefix}{index}."
     modules = [weight.path.rpartition(".")[0] for weight in kind.weights if weight.kind in ("linear", "experts")]
     peft = peft_reasons(model, [prefix + path for path in modules])
     routers = router_linears(model)
@@ -224,7 +225,7 @@ def _with_uses(
 
 def _with_mlp_halves(
     kinds: Sequence[LayerKind],
-    found: Architecture,
+    architecture: Architecture,
     decoder: Any,
     input_ids: Tensor,
     mixers: Sequence[Mapping[str, Mixing]],
@@ -234,7 +235,7 @@ def _with_mlp_halves(
     A half qualifies if the layer calls a norm, the MLP on the norm's output, possibly a norm on the MLP's output, and
     adds the result to the first norm's input.
     """
-    layers = decoder.get_submodule(found.layers)
+    layers = decoder.get_submodule(architecture.layers)
     names = {
         module: (index, name)
         for index, layer in enumerate(layers)
@@ -246,26 +247,26 @@ def _with_mlp_halves(
         calls.setdefault(names[call.module], (call.args[:1], call.output))
     result = []
     for number, kind in enumerate(kinds):
-        index = found.kind_of_layer.index(number)
+        index = architecture.kind_of_layer.index(number)
         called = {name: call for (at, name), call in calls.items() if at == index}
         _, output = called.pop("", (None, None))
         result.append(dataclasses.replace(kind, mlp=_mlp_half(called, output, kind, mixers[index])))
     return result
 
 
-def _with_batch_dims(kinds: Sequence[LayerKind], found: Architecture, decoder: Any) -> list[LayerKind]:
+def _with_batch_dims(kinds: Sequence[LayerKind], architecture: Architecture, decoder: Any) -> list[LayerKind]:
     """Return the kinds with the arguments of a layer whose batch is not their first dimension."""
-    layers = decoder.get_submodule(found.layers)
+    layers = decoder.get_submodule(architecture.layers)
     calls: dict[nn.Module, list[tuple[int, dict[str, Any]]]] = {layer: [] for layer in layers}
     for rows in (2, 3):
-        input_ids = random_tokens(_TOKENS, found.vocabulary, rows=rows)
+        input_ids = random_tokens(_TOKENS, architecture.vocabulary, rows=rows)
         for call in calls_of(layers, functools.partial(decoder, input_ids=input_ids, use_cache=False)):
             arguments = dict(zip(argument_names(call.module), call.args, strict=False)) | call.kwargs
             calls[call.module].append((rows, arguments))
     try:
-        dims = [batch_dims(calls[layers[found.kind_of_layer.index(number)]]) for number in range(len(kinds))]
+        dims = [batch_dims(calls[layers[architecture.kind_of_layer.index(number)]]) for number in range(len(kinds))]
     except TypeError as error:
-        raise UserError(f"{found.model_type} has layers whose batch cannot be sliced: {error}") from error
+        raise UserError(f"{architecture.model_type} has layers whose batch cannot be sliced: {error}") from error
     return [dataclasses.replace(kind, batch_dims=tuple(own.items())) for kind, own in zip(kinds, dims, strict=True)]
 
 
@@ -308,18 +309,18 @@ class _Packed:
     def alone(self) -> Iterator[tuple[slice, dict[str, Any]]]:
         """Yield (place in the sequence, arguments of a decoder) of each document."""
         for start, end in itertools.pairwise(itertools.accumulate(LENGTHS, initial=0)):
-            part = slice(start, end)
-            yield part, {"input_ids": self.input_ids[:, part], "position_ids": self.position_ids[:, part]}
+            span = slice(start, end)
+            yield span, {"input_ids": self.input_ids[:, span], "position_ids": self.position_ids[:, span]}
 
 
 def _documents(
-    found: Architecture, decoder: Any
+    architecture: Architecture, decoder: Any
 ) -> tuple[Literal["positions", "masks", "single"], list[tuple[str, ...]]]:
     """Return how packed documents are kept apart, and by kind of layer the modules that must run each by itself."""
-    packed = _Packed.of(found.vocabulary)
+    packed = _Packed.of(architecture.vocabulary)
     inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-    layers = decoder.get_submodule(found.layers)
-    alone = [decoder(**one, use_cache=False).last_hidden_state for _, one in packed.alone()]
+    layers = decoder.get_submodule(architecture.layers)
+    alone = [decoder(**arguments, use_cache=False).last_hidden_state for _, arguments in packed.alone()]
     expected = torch.cat(alone, dim=1)
 
     def leaks(**masks: Any) -> bool | None:
@@ -328,7 +329,7 @@ def _documents(
         except _UNFIT:
             return None  # It takes no such mask, or a module's arguments or outputs cannot be cut.
 
-    nothing: list[tuple[str, ...]] = [()] * len(found.kinds)
+    nothing: list[tuple[str, ...]] = [()] * len(architecture.kinds)
     by_positions = leaks()
     if by_positions is False:
         return "positions", nothing
@@ -339,22 +340,24 @@ def _documents(
         return "single", nothing
     context = BlockContext()
     context.rows = Rows(packed=DocumentRows.of(packed.position_ids))
-    singles = [(part, _record(decoder, layers, one)) for part, one in packed.alone()]
-    apart: list[list[str]] = [[] for _ in found.kinds]
+    singles = [(span, _record(decoder, layers, arguments)) for span, arguments in packed.alone()]
+    apart: list[list[str]] = [[] for _ in architecture.kinds]
     whole: set[tuple[int, str]] = set()
     """(Kind, path) of modules that cannot run on a part of a sequence."""
     originals: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         while leaks():
             leaking = _leaking(layers, _record(decoder, layers, inputs), singles)
-            chosen = next((at for i, path in leaking if (at := (found.kind_of_layer[i], path)) not in whole), None)
+            chosen = next(
+                (at for i, path in leaking if (at := (architecture.kind_of_layer[i], path)) not in whole), None
+            )
             if chosen is None:
                 return "single", nothing
             kind, path = chosen
             replaced = [
                 (layer, path, layer.get_submodule(path))
                 for index, layer in enumerate(layers)
-                if found.kind_of_layer[index] == kind
+                if architecture.kind_of_layer[index] == kind
             ]
             for layer, _, module in replaced:
                 layer.set_submodule(path, ByDocument(module, context))
@@ -397,30 +400,30 @@ def _leaking(layers: nn.ModuleList, together: _Calls, alone: Sequence[tuple[slic
             return None
         whole = together[module][which]
         at = next((d for d in range(whole.dim()) if whole.shape[d] == sum(LENGTHS)), None)
-        for part, single in alone:
+        for span, single in alone:
             if at is None or module not in single:
                 return None
-            one, place = single[module][which], whole.narrow(at, part.start, part.stop - part.start)
-            if one.shape != place.shape:
+            single_value, place = single[module][which], whole.narrow(at, span.start, span.stop - span.start)
+            if single_value.shape != place.shape:
                 return None
-            if _differ(place, one):
+            if _differ(place, single_value):
                 return False
         return True
 
-    found = [
+    leaking = [
         (index, path)
         for index, layer in enumerate(layers)
         for path, module in layer.named_modules()
         if path and not isinstance(module, ByDocument) and same(module, 0) and same(module, 1) is False
     ]
-    return sorted(found, key=lambda one: (one[0], -one[1].count("."), one[1]))
+    return sorted(leaking, key=lambda module_at: (module_at[0], -module_at[1].count("."), module_at[1]))
 
 
-def _takes_varlen(found: Architecture, decoder: Any) -> bool:
+def _takes_varlen(architecture: Architecture, decoder: Any) -> bool:
     """Return whether variable-length attention computes what the decoder's own does on packed documents."""
-    if found.documents != "positions":
+    if architecture.documents != "positions":
         return False
-    packed = _Packed.of(found.vocabulary)
+    packed = _Packed.of(architecture.vocabulary)
     inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False}
     expected = decoder(**inputs).last_hidden_state
     documents = Documents.of(packed.position_ids)

@@ -49,10 +49,10 @@ def structure(hf_model: Any, *, auto_class: str, kinds: Mapping[str, LayerKind])
     sizes = [tuple((path, tuple(each.shape)) for path, each in layer.named_parameters()) for layer in layers]
     keys = list(zip(map(_key, layer_kinds(hf_model)), sizes, strict=True))
     order = list(dict.fromkeys(keys))
-    found = []
-    for each in order:
-        index, key = keys.index(each), each[0]
-        found.append(_kind_of(layers[index], decoder.config, index, kinds.get(key, LayerKind(weights=(), key=key))))
+    derived = []
+    for kind in order:
+        index, key = keys.index(kind), kind[0]
+        derived.append(_kind_of(layers[index], decoder.config, index, kinds.get(key, LayerKind(weights=(), key=key))))
     named = {id(parameter) for module in (layers, embedding) for parameter in module.parameters()}
     return Architecture(
         model_type=config.model_type,
@@ -67,7 +67,7 @@ def structure(hf_model: Any, *, auto_class: str, kinds: Mapping[str, LayerKind])
         vocabulary=embedding.weight.shape[0],
         hidden=embedding.weight.shape[1],
         tied=head.weight is embedding.weight,
-        kinds=tuple(found),
+        kinds=tuple(derived),
         kind_of_layer=tuple(order.index(key) for key in keys),
         outside=tuple(
             Weight(f"{decoder_at}.{path}", tuple(parameter.shape))
@@ -96,13 +96,13 @@ def scored_by(config: Any, decoder: str) -> tuple[str, ...]:
             modeling_layers.GenericForTokenClassification,
         ),
     }
-    found = []
+    tasks = []
     for task, (mapping, base) in generic.items():
         made: Any = mapping.get(type(config), None)
         if made is not None and issubclass(made, base) and made.forward is base.forward:
             has_bias = task == "SEQ_CLS" or getattr(config, "token_classification_bias", True)
-            found += [task] if made.base_model_prefix == decoder and has_bias else []
-    return tuple(found)
+            tasks += [task] if made.base_model_prefix == decoder and has_bias else []
+    return tuple(tasks)
 
 
 def _key(kind: frozenset[tuple[str, str, object]]) -> str:
@@ -173,13 +173,13 @@ def expert_layout(layer: nn.Module, config: Any) -> ExpertLayout | None:
 
     Raises UserError for a layer with several such modules.
     """
-    found = find_experts(layer)
-    if len(found) > 1:
+    experts = find_experts(layer)
+    if len(experts) > 1:
         raise UserError(
-            f"{config.model_type} has layers with several mixtures of experts ({', '.join(found)}), and distlora runs "
-            "one; set {model.path} to another model"
+            f"{config.model_type} has layers with several mixtures of experts ({', '.join(experts)}), and distlora "
+            "runs one; set {model.path} to another model"
         )
-    for path, names in found.items():
+    for path, names in experts.items():
         chosen = next((n for name in _CHOSEN if isinstance(n := getattr(config, name, None), int)), 0)
         count = layer.get_parameter(f"{path}.{names[0]}").shape[0]
         return ExpertLayout(module=path, weights=names, num_experts=count, chosen=chosen)

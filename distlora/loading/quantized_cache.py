@@ -152,9 +152,9 @@ class QuantizedCache:
         if len(keys) > 1 or not key:
             return
         self._entry = folder / key
-        found = self._read(boundary)
-        self.filled = found == WHOLE
-        if found in (ABSENT, OF_OTHER_RANKS, DAMAGED):
+        state = self._read(boundary)
+        self.filled = state == WHOLE
+        if state in (ABSENT, OF_OTHER_RANKS, DAMAGED):
             self._begin()
 
     def has(self, name: str) -> bool:
@@ -189,8 +189,8 @@ class QuantizedCache:
         tensors: Mapping[str, Segment] = {}
         with self._noting():
             tensors, sums = self._open_entry()
-        found = max(gathered(self._found, backend))
-        if found == WHOLE:
+        state = max(gathered(self._found, backend))
+        if state == WHOLE:
             with Reader() as reader:
                 for number, layer in enumerate(self._layers):
                     boundary(None, f"reading layer {number} from the quantized-weights cache", long=True)
@@ -199,19 +199,19 @@ class QuantizedCache:
                             with self._noting():
                                 fill_kept(weight, [tensors[name]], reader, backend, name)
                 self.bytes_read = reader.bytes_read
-            found = max(gathered(self._found, backend))
-        if found == WHOLE:
+            state = max(gathered(self._found, backend))
+        if state == WHOLE:
             by_replica = sums_over_ranks([checksum_of(weight, backend) for weight in self._weights.values()], backend)
             wrong = [name for name, *of in zip(self._weights, *by_replica, strict=True) if {*of} != {sums[name]}]
             if wrong:
-                found = DAMAGED
+                state = DAMAGED
                 self._report_damage(f"{wrong[0]} has other bytes")
-        if found in (OF_OTHER_RANKS, DAMAGED):
+        if state in (OF_OTHER_RANKS, DAMAGED):
             if backend.ranks.leads_machine:
                 with contextlib.suppress(OSError):
                     remove(self._entry)
-            gathered(found, backend)  # Until it is removed.
-        return found
+            gathered(state, backend)  # Until it is removed.
+        return state
 
     def _open_entry(self) -> tuple[Mapping[str, Segment], dict[str, int]]:
         """Return the entry's weights and their checksums; none if it is of other ranks.

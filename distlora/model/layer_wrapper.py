@@ -150,9 +150,9 @@ class Block(Wrapper):
         inputs = hidden_states.split(size, dim) if self.num_micro > 1 else (hidden_states,)
         outputs, balances = [], []
         for index, hidden in enumerate(inputs):
-            part = slice(index * size, (index + 1) * size)
-            sliced = {name: self._slice(name, value, part, batch, reference) for name, value in kwargs.items()}
-            output, balance = self._run(hidden, rows.part(part), sliced)
+            span = slice(index * size, (index + 1) * size)
+            sliced = {name: self._slice(name, value, span, batch, reference) for name, value in kwargs.items()}
+            output, balance = self._run(hidden, rows.part(span), sliced)
             outputs.append(output)
             balances += [] if balance is None else [balance]
         output = outputs[0]
@@ -163,30 +163,30 @@ class Block(Wrapper):
             output = torch.cat(outputs, dim)
         return output, torch.cat(balances) if balances else None
 
-    def _slice(self, name: str, value: Any, part: slice, batch: int, reference: bool) -> Any:
-        """Return the rows `part` of an argument. Refuses one that may hide a batch dimension."""
+    def _slice(self, name: str, value: Any, span: slice, batch: int, reference: bool) -> Any:
+        """Return the rows `span` of an argument. Refuses one that may hide a batch dimension."""
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, Tensor):
-            return self._cut(name, part, batch, value)
+            return self._cut(name, span, batch, value)
         if type(value) is tuple and all(isinstance(item, Tensor) for item in value):
-            return tuple([self._cut(name, part, batch, item) for item in value])
-        cut = functools.partial(self._cut, name, part, batch)
+            return tuple([self._cut(name, span, batch, item) for item in value])
+        cut = functools.partial(self._cut, name, span, batch)
         if isinstance(value, UserDict):
-            return _HandedOn(value, (part.start, part.stop, reference), cut)
+            return _HandedOn(value, (span.start, span.stop, reference), cut)
         return map_leaves(cut, value)
 
-    def _cut(self, name: str, part: slice, batch: int, value: Any) -> Any:
-        num_rows = part.stop - part.start
+    def _cut(self, name: str, span: slice, batch: int, value: Any) -> Any:
+        num_rows = span.stop - span.start
         if isinstance(value, Tensor):
             if name not in self.batch_dims:
                 if value.dim() > 0 and value.shape[0] in (1, batch):
-                    return value[part] if num_rows < batch == value.shape[0] else value
+                    return value[span] if num_rows < batch == value.shape[0] else value
             elif (dim := self.batch_dims[name]) is None:
                 return value
             elif dim < value.dim() and value.shape[dim] % batch == 0:
-                each = value.shape[dim] // batch
-                return value.narrow(dim, part.start * each, num_rows * each)
+                per_row = value.shape[dim] // batch
+                return value.narrow(dim, span.start * per_row, num_rows * per_row)
         elif name in _CACHES and num_rows == batch:  # Generation runs the batch whole: a cache cannot be sliced.
             return value
         described = f"the layer argument {name!r} ({describe(value)})"
@@ -273,7 +273,7 @@ def batch_dims(calls: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, int 
     """
     rows = [num_rows for num_rows, _ in calls]
     assert len(set(rows)) > 1, "calls for two numbers of rows are needed"
-    found: dict[str, int | None] = {}
+    batch_dims: dict[str, int | None] = {}
     for name in calls[0][1]:
         leaves: list[list[Any]] = [[] for _ in calls]
         for (_, arguments), known in zip(calls, leaves, strict=True):
@@ -282,8 +282,10 @@ def batch_dims(calls: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, int 
         by_default = True
         for same in zip(*leaves, strict=True):
             shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else (1,) for leaf in same]
-            each = [{size / num for size, num in zip(sizes, rows, strict=True)} for sizes in zip(*shapes, strict=True)]
-            moving = [dim for dim, sizes in enumerate(each) if len(sizes) == 1 and sizes != {0}]
+            ratios = [
+                {size / num for size, num in zip(sizes, rows, strict=True)} for sizes in zip(*shapes, strict=True)
+            ]
+            moving = [dim for dim, sizes in enumerate(ratios) if len(sizes) == 1 and sizes != {0}]
             if len(moving) > 1:
                 raise TypeError(f"the layer argument {name!r} of shape {shapes[0]} has batch dimensions {moving}")
             dims += moving or [None]
@@ -292,8 +294,8 @@ def batch_dims(calls: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, int 
         if not by_default and len(set(dims)) > 1:
             raise TypeError(f"tensors of the layer argument {name!r} differ in their batch dimensions {dims}")
         if not by_default:
-            found[name] = dims[0]
-    return found
+            batch_dims[name] = dims[0]
+    return batch_dims
 
 
 def argument_names(layer: nn.Module) -> tuple[str, ...]:
@@ -301,7 +303,9 @@ def argument_names(layer: nn.Module) -> tuple[str, ...]:
     while isinstance(layer, ByDocument):
         layer = layer.inner
     parameters = inspect.signature(layer.forward).parameters.values()
-    return tuple(one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(
+        parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    )
 
 
 class HostInputs:

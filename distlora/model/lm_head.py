@@ -249,8 +249,10 @@ class LossHead(nn.Module):
         assert not self.weight.requires_grad, "a teacher under another LM head"
         states = (hidden.flatten(0, 1), teacher.flatten(0, 1))
         tokens = self._tokens_per_chunk(hidden, distills=True)
-        found = DistilledLoss.apply(*states, labels.flatten(), self.logits, divergence, tokens, torch.is_grad_enabled())
-        return torch.stack(found).view(2, *labels.shape)
+        outputs = DistilledLoss.apply(
+            *states, labels.flatten(), self.logits, divergence, tokens, torch.is_grad_enabled()
+        )
+        return torch.stack(outputs).view(2, *labels.shape)
 
     def _is_plain(self, hidden: Tensor) -> bool:
         return self.takes_cross_entropy and self.weight.dtype == hidden.dtype
@@ -273,7 +275,7 @@ class LossHead(nn.Module):
             losses = _PlainLoss.apply(flat, targets, self, tokens, torch.is_grad_enabled())
         elif not torch.is_grad_enabled():
             chunks = zip(flat.split(tokens), targets.split(tokens), strict=True)
-            losses = torch.cat([self.token_losses(part, target) for part, target in chunks])
+            losses = torch.cat([self.token_losses(states, target) for states, target in chunks])
         elif self.weight.requires_grad:
             losses = _TrainedHeadLoss.apply(flat, targets, self.weight, self, tokens)
         else:
@@ -363,8 +365,8 @@ class _PlainLoss(torch.autograd.Function):
         widens = head.cross_entropy is None and hidden.dtype != torch.float32
         wide = torch.empty(shape if widens else 0, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), tokens_per_chunk):
-            part = slice(start, start + tokens_per_chunk)
-            states, targets = hidden[part], labels[part]
+            chunk = slice(start, start + tokens_per_chunk)
+            states, targets = hidden[chunk], labels[chunk]
             logits = all_logits[: len(states)]
             if matrix is not None:
                 matrix.multiply(states, logits)
@@ -373,19 +375,19 @@ class _PlainLoss(torch.autograd.Function):
             else:
                 product(states, weight.T, add=head.bias, out=logits)
             if head.cross_entropy is not None:
-                losses[part] = head.cross_entropy(logits, targets)
+                losses[chunk] = head.cross_entropy(logits, targets)
             else:
                 in_fp32 = wide[: len(states)].copy_(logits) if widens else logits
-                losses[part] = _log_softmax_(in_fp32, targets)
+                losses[chunk] = _log_softmax_(in_fp32, targets)
                 if gradient is not None:
                     _gradient_of_logits(in_fp32, targets, out=logits)
                 del in_fp32
-            if part.stop >= len(hidden):
+            if chunk.stop >= len(hidden):
                 del wide  # On a CPU, oneDNN's product has a workspace.
             if gradient is not None and matrix is not None:
-                gradient[part] = matrix.gradient(logits)
+                gradient[chunk] = matrix.gradient(logits)
             elif gradient is not None:
-                product(logits, weight, out=gradient[part])
+                product(logits, weight, out=gradient[chunk])
         ctx.save_for_backward(gradient)
         return losses
 
@@ -410,13 +412,13 @@ def _gradient_of_logits(log_probabilities: Tensor, labels: Tensor, *, out: Tenso
     rows = -(-len(labels) // GRADIENT_PARTS)
     gradient = torch.empty_like(log_probabilities[:rows])
     ones = (labels >= 0).to(gradient.dtype)[:, None]
-    for part, places, values, into in zip(
+    for log_chunk, places, values, into in zip(
         *(each.split(rows) for each in (log_probabilities, labels.clamp(min=0)[:, None], ones, out)), strict=True
     ):
-        of_part = gradient[: len(part)].zero_().scatter_(1, places, -values)
-        torch.ops.aten._log_softmax_backward_data.out(of_part, part, 1, torch.float32, out=part)
+        of_part = gradient[: len(log_chunk)].zero_().scatter_(1, places, -values)
+        torch.ops.aten._log_softmax_backward_data.out(of_part, log_chunk, 1, torch.float32, out=log_chunk)
         if out is not log_probabilities:
-            into.copy_(part)
+            into.copy_(log_chunk)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -432,9 +434,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         gradient = torch.empty_like(hidden)
         losses, inputs, column_parts = [], [], []
-        for part, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
+        for states, target, out in zip(*(t.split(tokens_per_chunk) for t in (hidden, labels, gradient)), strict=True):
             with torch.enable_grad():
-                leaf = part.detach().requires_grad_()
+                leaf = states.detach().requires_grad_()
                 products: list[tuple[Tensor, Tensor]] = []
                 loss = head.token_losses(leaf, target, products=products)
                 leaf_gradient, *column_gradients = torch.autograd.grad(
@@ -478,7 +480,7 @@ class _TrainedHeadLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, labels, weight)
         ctx.head, ctx.tokens_per_chunk = head, tokens_per_chunk
         chunks = zip(hidden.split(tokens_per_chunk), labels.split(tokens_per_chunk), strict=True)
-        return torch.cat([head.token_losses(part, target, weight=weight) for part, target in chunks])
+        return torch.cat([head.token_losses(states, target, weight=weight) for states, target in chunks])
 
     @staticmethod
     @once_differentiable
@@ -486,9 +488,9 @@ class _TrainedHeadLoss(torch.autograd.Function):
         hidden, labels, weight = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         tensors = (hidden, labels, grad_losses, grad_hidden)
-        for part, target, grad, out in zip(*(t.split(ctx.tokens_per_chunk) for t in tensors), strict=True):
+        for states, target, grad, out in zip(*(t.split(ctx.tokens_per_chunk) for t in tensors), strict=True):
             with torch.enable_grad():
-                leaves = (part.detach().requires_grad_(), weight.detach().requires_grad_())
+                leaves = (states.detach().requires_grad_(), weight.detach().requires_grad_())
                 losses = ctx.head.token_losses(leaves[0], target, weight=leaves[1])
             grad_part, grad_chunk = torch.autograd.grad(losses, leaves, grad)
             out.copy_(grad_part)
@@ -553,13 +555,13 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return torch.cat([F.linear(part.float(), weight) for part in hidden.split(WIDENED_AT_ONCE)])
+        return torch.cat([F.linear(chunk.float(), weight) for chunk in hidden.split(WIDENED_AT_ONCE)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         hidden, weight = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden)
-        for part, out in zip(gradient.split(WIDENED_AT_ONCE), of_hidden.split(WIDENED_AT_ONCE), strict=True):
-            out.copy_(part @ weight)
+        for chunk, out in zip(gradient.split(WIDENED_AT_ONCE), of_hidden.split(WIDENED_AT_ONCE), strict=True):
+            out.copy_(chunk @ weight)
         return of_hidden, weighted_sum(gradient, hidden)

@@ -38,8 +38,8 @@ def divide_experts(
     Every rank must call it alike. Unless `required`, all experts stay whole if a weight cannot be sharded by whole
     experts. Raises UserError if it is required and cannot, or nothing can be.
     """
-    found = experts_of_batches(model, f"parallel.expert_degree={shards.count}", "1")
-    if not required and not all(_is_whole(weight, shards.count) for experts in found for weight in experts.weights):
+    layers = experts_of_batches(model, f"parallel.expert_degree={shards.count}", "1")
+    if not required and not all(_is_whole(weight, shards.count) for experts in layers for weight in experts.weights):
         model.notes.append(
             f"{shards.count} ranks cannot divide the experts (parallel.expert_degree=replica), so every rank gathers "
             "all of them, as with parallel.expert_degree=1"
@@ -49,12 +49,12 @@ def divide_experts(
     exchange = _Exchange(shards.group, shards.count, traffic)
     mesh = shards.mesh(device_type)
     placements: list[Placement] = [Shard(0)] if shards.num_replicas == 1 else [Replicate(), Shard(0)]
-    for experts in found:
+    for experts in layers:
         experts.exchange = exchange.begin
         for weight in experts.weights:
             _check_shards(weight, shards.count)
-            each = weight.num_experts // shards.count
-            weight.local = slice(shards.index * each, (shards.index + 1) * each)
+            per_rank = weight.num_experts // shards.count
+            weight.local = slice(shards.index * per_rank, (shards.index + 1) * per_rank)
             for name, whole in list(weight.named_parameters(recurse=False)):
                 rows = torch.empty(len(whole) // shards.count, *whole.shape[1:], dtype=whole.dtype, device="meta")
                 shard = DTensor.from_local(
@@ -62,7 +62,7 @@ def divide_experts(
                 )
                 setattr(weight, name, nn.Parameter(shard, requires_grad=False))
     model.notes.append(
-        f"each rank has 1/{shards.count} of the experts of {len(found):,} layers, whose tokens are exchanged"
+        f"each rank has 1/{shards.count} of the experts of {len(layers):,} layers, whose tokens are exchanged"
     )
 
 
@@ -88,10 +88,10 @@ def experts_of_batches(model: CausalLM, setting: str, off: str) -> list[Experts]
 def _check_shards(weight: ExpertWeight, count: int) -> None:
     """Raise UserError if the rows of a rank are not the weight of whole experts."""
     if not _is_whole(weight, count):
-        (experts, *each), format = weight.shape, "dense" if weight.format is None else weight.format.name
+        (experts, *matrix), format = weight.shape, "dense" if weight.format is None else weight.format.name
         raise UserError(
             f"parallel.expert_degree={count} cannot divide a weight of {experts:,} experts of "
-            f"{' x '.join(f'{size:,}' for size in each)} ({format}) between experts; set "
+            f"{' x '.join(f'{size:,}' for size in matrix)} ({format}) between experts; set "
             "parallel.expert_degree=1, or another parallel.shard_degree"
         )
 

@@ -198,8 +198,8 @@ class Search:
             case "parallel.prefetch" if shards:
                 return [True, False]
             case "parallel.shard_degree" if machine.ranks > 1:
-                each = machine.ranks_per_machine
-                return [1, *(["node"] if machine.ranks > each > 1 else []), None]
+                per_node = machine.ranks_per_machine
+                return [1, *(["node"] if machine.ranks > per_node > 1 else []), None]
             case "quant.dense_layers" | "parallel.resident_blocks":
                 return [0]
         return []

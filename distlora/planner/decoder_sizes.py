@@ -245,7 +245,7 @@ def layers_of(work: Workload, shapes: ModelShapes) -> list[PlannedLayer]:
     architecture, known = shapes.architecture, dict[object, PlannedLayer]()
     adapted = work.adapters if work.adapter.method != "full" else ()
     adapters = [_adapters_by_layer(Asked(shapes, adapter)) for adapter in adapted]
-    found = []
+    planned = []
     for index, (number, formats) in enumerate(shapes.layer_formats(work.format)):
         own, formats = [layers[index] for layers in adapters], () if index < work.dense_layers else formats
         key = (number, formats, *map(id, own))
@@ -253,8 +253,8 @@ def layers_of(work: Workload, shapes: ModelShapes) -> list[PlannedLayer]:
             kind = architecture.kinds[number]
             decoder = Decoder.of(architecture, kind, expert_degree=work.expert_degree)
             known[key] = PlannedLayer(kind, decoder, linears_of(decoder, kind, formats, own))
-        found.append(known[key])
-    return found
+        planned.append(known[key])
+    return planned
 
 
 def linears_of(
@@ -308,11 +308,13 @@ def _linear(
 def _adapters_by_layer(asked: Asked) -> tuple[Mapping[str, AdapterShape], ...]:
     """Return the adapters of each layer by path in it; layers that are alike share one object."""
     known: dict[object, Mapping[str, AdapterShape]] = {}
-    found = []
+    of_layers = []
     for layer in asked.shapes.adapters(asked.config):
         by_path = {each.place: each for each in layer}
-        found.append(known.setdefault(tuple((path, each.rank, each.numel) for path, each in by_path.items()), by_path))
-    return tuple(found)
+        of_layers.append(
+            known.setdefault(tuple((path, each.rank, each.numel) for path, each in by_path.items()), by_path)
+        )
+    return tuple(of_layers)
 
 
 AttentionKind = Literal["documents", "tiles", "sdpa", "eager"]
@@ -424,6 +426,6 @@ def copied_adapters(work: Workload, shapes: ModelShapes, machine: Machine) -> tu
     itemsize = work.itemsize
     if not machine.is_gpu or itemsize == 4 or len(work.adapters) > 1 or work.adapter.method == "full":
         return 0, 0
-    found = [(each, count) for each, count in shapes.alike(work.adapter) if each.experts == 1]
-    nbytes = sum(count * sum(itemsize * -(-n // 8) * 8 for n in each.numels[:2]) for each, count in found)
-    return sum(count for _, count in found), nbytes
+    copied = [(each, count) for each, count in shapes.alike(work.adapter) if each.experts == 1]
+    nbytes = sum(count * sum(itemsize * -(-n // 8) * 8 for n in each.numels[:2]) for each, count in copied)
+    return sum(count for _, count in copied), nbytes

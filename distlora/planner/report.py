@@ -59,19 +59,19 @@ def lines(plan: Plan) -> list[str]:
     kept = f", {size(disk.cache)} for the quantized base" if disk.cache else ""
     moved = f"{size(plan.traffic.received)} received per {gpu}" if plan.traffic.world > 1 else None
     time = None if plan.time is None else time_of(plan)
-    found = [
+    lines = [
         f"plan: peak {size(device.peak)} per {gpu} (+{beside}), {PHASES[device.worst]}; {fits}",
         f"  largest: {largest(device.by_kind)}",
         f"  host memory: {size(host.machine)} per node; disk: {size(disk.run)} for the run{kept}",
     ]
     if moved or time:
-        found.append("  per step: " + "; ".join(filter(None, (moved, time))))
+        lines.append("  per step: " + "; ".join(filter(None, (moved, time))))
     if (empty := empty_rows(plan)) is not None:
-        found.append(f"  {empty}")
+        lines.append(f"  {empty}")
     method, stored = plan.config.quant.method, plan.model.shapes.kept_formats
     if stored not in ("", "NF4") and method in ("nf4", "mixed"):
-        found.append(f"  stored in {stored}; quant={method} rounds it again (quant=keep trains on the stored values)")
-    return found
+        lines.append(f"  stored in {stored}; quant={method} rounds it again (quant=keep trains on the stored values)")
+    return lines
 
 
 def page(
@@ -212,13 +212,13 @@ def _trained(plan: Plan) -> str:
 def machines_of(plan: Plan) -> str:
     """Return the nodes in words: `2 nodes of 8 x H100 SXM 80 GB`."""
     machine = plan.machine
-    machines, each = -(-machine.ranks // machine.ranks_per_machine), min(machine.ranks, machine.ranks_per_machine)
+    machines, per_node = -(-machine.ranks // machine.ranks_per_machine), min(machine.ranks, machine.ranks_per_machine)
     if not machine.is_gpu:
-        what = f"this CPU, {each} process{'es' if each > 1 else ''}"
+        what = f"this CPU, {per_node} process{'es' if per_node > 1 else ''}"
     elif machine.name.startswith("a GPU"):  # Of a given size, without a name.
-        what = f"{each} GPU{'s' if each > 1 else ''}{machine.name.removeprefix('a GPU')}"
+        what = f"{per_node} GPU{'s' if per_node > 1 else ''}{machine.name.removeprefix('a GPU')}"
     else:
-        what = f"{each} x {machine.name}"
+        what = f"{per_node} x {machine.name}"
     return what if machines == 1 else f"{machines} nodes of {what}"
 
 
@@ -238,9 +238,9 @@ def _machine(plan: Plan) -> str:
 def _near(near: Nearest) -> str:
     """Return what would fit and its cost in speed and host memory."""
     text = str(near)
-    found = near.same or near.other or (near.more if near.gpu is None else None)
-    if found is not None:
-        plan = found.plan
+    nearest = near.same or near.other or (near.more if near.gpu is None else None)
+    if nearest is not None:
+        plan = nearest.plan
         text += "" if plan.time is None else f"; then {plan.time.tokens_per_second:,.0f} tokens/s"
         text += f", {size(plan.host.machine)} of host memory per node" if plan.host.base or plan.host.inputs else ""
     return text
@@ -410,11 +410,11 @@ def largest(by_kind: Mapping[Kind, int], count: int = 3) -> str:
 
 def rounded(parts: Mapping[Name, float], step: float) -> dict[Name, int]:
     """Round each part to whole steps so that they add up to their rounded sum; the largest remainders round up."""
-    found = {name: int(value // step) for name, value in parts.items()}
-    left = round(sum(parts.values()) / step) - sum(found.values())
+    steps = {name: int(value // step) for name, value in parts.items()}
+    left = round(sum(parts.values()) / step) - sum(steps.values())
     for name in sorted(parts, key=lambda name: parts[name] % step, reverse=True)[:left]:
-        found[name] += 1
-    return found
+        steps[name] += 1
+    return steps
 
 
 def shares(parts: Mapping[Name, float]) -> list[tuple[Name, int]]:
@@ -483,15 +483,15 @@ def how(plan: Plan) -> Iterator[str]:
 def scaling_tables(rows: Sequence[ScalingRow]) -> Iterator[str]:
     """Yield a table per fabric: a row per number of GPUs, the ways to shard the base side by side, the assumptions."""
     for fabric in dict.fromkeys(row.fabric for row in rows):
-        found = [row for row in rows if row.fabric == fabric]
-        layouts = list(dict.fromkeys(row.layout for row in found))
-        by_place = {(row.ranks, row.layout): row for row in found}
+        of_fabric = [row for row in rows if row.fabric == fabric]
+        layouts = list(dict.fromkeys(row.layout for row in of_fabric))
+        by_place = {(row.ranks, row.layout): row for row in of_fabric}
         header = ["GPUs", "nodes", "sequences per step"]
         for layout in layouts:
             header += [f"{layout}: s per step", "tokens/s", "per GPU", "MFU", "waits for"]
         lines = []
-        for ranks in dict.fromkeys(row.ranks for row in found):
-            first = next(row for row in found if row.ranks == ranks)
+        for ranks in dict.fromkeys(row.ranks for row in of_fabric):
+            first = next(row for row in of_fabric if row.ranks == ranks)
             cells = [f"{ranks:,}", f"{first.machines:,}", f"{first.rows:,}"]
             for layout in layouts:
                 cells += _scaling_cells(by_place.get((ranks, layout)))

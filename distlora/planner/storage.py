@@ -196,13 +196,13 @@ def _result_bytes(work: Workload, model: PlannedModel, trained: Sequence[Tensor]
         return base_bytes(model) if model.stored_bytes is not None else 2 * sum(each.numel for each in trained)
     if work.adapter.pissa:  # A plain LoRA of rank 2r (distlora/loading/decomposed_adapters.py).
         rank_dims = {"A.weight": 0, "B.weight": 1}
-        found = []
+        kept = []
         for name, shape in ((each.name, list(each.shape)) for each in trained):
             _, is_adapter, part = name.rpartition(".lora_")
             if is_adapter and part in rank_dims:
                 shape[rank_dims[part]] *= 2
-            found.append(Tensor(name, tuple(shape)))
-        trained = found
+            kept.append(Tensor(name, tuple(shape)))
+        trained = kept
     return file_bytes(trained) + CONFIG_BYTES
 
 
@@ -361,8 +361,8 @@ def _copies(saved: SaveKey) -> tuple[int, int]:
     trained = list(trained_tensors(work, saved.adapters.shapes))
     tensors = [*trained, *optimizer_tensors(work, trained)]
     if work.adapter.method == "full":
-        each = host_memory.bytes_of([-(-tensor.nbytes // shards) for tensor in tensors])
-        return each, each
+        nbytes = host_memory.bytes_of([-(-tensor.nbytes // shards) for tensor in tensors])
+        return nbytes, nbytes
     whole = tuple(work.adapter.modules_to_save)
     cut = [tensor for tensor in tensors if tensor.name.endswith(tuple(f"{name}.weight" for name in whole))]
     rows = [-(-tensor.nbytes // shards) for tensor in cut]

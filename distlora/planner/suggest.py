@@ -204,8 +204,8 @@ def _smallest(plan: Plan) -> Search:
 
 def _tried(plan: Plan, combinations: Iterable[Sequence[Settings]]) -> Iterator[Fitting]:
     for parts in combinations:
-        names = [name for part in parts for name in part]
-        settings = {name: value for part in parts for name, value in part.items()}
+        names = [name for change in parts for name in change]
+        settings = {name: value for change in parts for name, value in change.items()}
         config = plan.config.if_valid(settings) if len(settings) == len(names) else None
         if config is not None:
             machine = plan.machine
@@ -216,10 +216,10 @@ def _tried(plan: Plan, combinations: Iterable[Sequence[Settings]]) -> Iterator[F
 
 def with_ranks(machine: Machine, cluster: ClusterConfig) -> Machine:
     """Return the same nodes with as many ranks as the cluster settings have."""
-    ranks, each, usable = cluster.ranks, cluster.gpus_per_node, machine.usable_bytes
+    ranks, per_node, usable = cluster.ranks, cluster.gpus_per_node, machine.usable_bytes
     if not machine.is_gpu and machine.host_bytes is not None:
-        usable = machine.host_bytes // each
-    return dataclasses.replace(machine, ranks=ranks, ranks_per_machine=each, usable_bytes=usable)
+        usable = machine.host_bytes // per_node
+    return dataclasses.replace(machine, ranks=ranks, ranks_per_machine=per_node, usable_bytes=usable)
 
 
 def _chosen(plan: Plan) -> Fitting | None:
@@ -238,12 +238,12 @@ def _chosen(plan: Plan) -> Fitting | None:
 
 def _more_gpus(plan: Plan) -> Fitting | None:
     """Return the plan on the fewest GPUs of the same model that hold the run with the same result."""
-    have, each = plan.machine.ranks, max(plan.machine.ranks_per_machine, 8)
-    machines = (each * 2**n for n in range(1, int(math.log2(MOST_RANKS / each)) + 1))
-    for ranks in (*range(have + 1, each + 1), *machines) if plan.machine.is_gpu else ():
-        cluster: dict[str, object] = {"cluster.gpus_per_node": min(ranks, each)}
-        if ranks > each:
-            cluster = {"cluster.launcher": "slurm", **cluster, "cluster.nodes": -(-ranks // each)}
+    have, per_node = plan.machine.ranks, max(plan.machine.ranks_per_machine, 8)
+    machines = (per_node * 2**n for n in range(1, int(math.log2(MOST_RANKS / per_node)) + 1))
+    for ranks in (*range(have + 1, per_node + 1), *machines) if plan.machine.is_gpu else ():
+        cluster: dict[str, object] = {"cluster.gpus_per_node": min(ranks, per_node)}
+        if ranks > per_node:
+            cluster = {"cluster.launcher": "slurm", **cluster, "cluster.nodes": -(-ranks // per_node)}
         config = plan.config.if_valid(cluster) if ranks > have else None
         if config is None:
             continue
@@ -382,14 +382,14 @@ class MultiTrialPlan:
         }
 
 
-def multi_trial_plan(one: Plan, requested: int | Literal["auto"], *, most: int = MAX_TRIALS) -> MultiTrialPlan:
+def multi_trial_plan(plan: Plan, requested: int | Literal["auto"], *, most: int = MAX_TRIALS) -> MultiTrialPlan:
     """Plan the requested number of trials like that of a plan, or as many as fit with RESERVE free (`auto`)."""
 
     @functools.cache
     def together(number: int) -> Plan:
-        return plan_of(one.config, one.model, one.machine, trials=[one.work] * number)
+        return plan_of(plan.config, plan.model, plan.machine, trials=[plan.work] * number)
 
-    fit = None if one.machine.usable_bytes is None else _most(lambda number: has_room(together(number)), most)
+    fit = None if plan.machine.usable_bytes is None else _most(lambda number: has_room(together(number)), most)
     if requested != "auto":
         trials = requested
     else:

@@ -87,12 +87,12 @@ def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:
     } | made
 
 
-def deliver(request: EvaluateRequest, found: dict[str, Any]) -> None:
+def deliver(request: EvaluateRequest, figures: dict[str, Any]) -> None:
     """Print the table or JSON, and write the file or the receipt."""
-    text = json.dumps(found, indent=1)
-    print(text if request.json else table_of(found).text(), flush=True)
+    text = json.dumps(figures, indent=1)
+    print(text if request.json else table_of(figures).text(), flush=True)
     if request.merged is not None:
-        add_to_receipt(request.merged, found)
+        add_to_receipt(request.merged, figures)
     if request.out is not None:
         atomic_io.write_text(Path(request.out), text + "\n")
         say(f"wrote {request.out}")

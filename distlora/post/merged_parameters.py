@@ -127,7 +127,7 @@ def parameters_of(base: OpenBase, adapter: OpenAdapter | None) -> list[Parameter
     model = base.model
     adapted = set() if adapter is None else set(adapter.file.paths)
     experts = {model.hf_name(f"{path}.weight"): m for path, m in model.named_modules() if isinstance(m, ExpertWeight)}
-    found = []
+    parameters = []
     for name, weight in base.weights.items():
         outputs = {
             name: segment.shape for name, segment in zip(weight.source.names, weight.source.segments, strict=True)
@@ -137,7 +137,7 @@ def parameters_of(base: OpenBase, adapter: OpenAdapter | None) -> list[Parameter
             outputs = dict.fromkeys(outputs, (model.vocabulary.rows, weight.shape[1]))
         fused = experts.get(name)
         path = name if fused is not None else name.removesuffix(".weight")
-        found.append(
+        parameters.append(
             Parameter(
                 weight=weight,
                 outputs=outputs,
@@ -147,8 +147,8 @@ def parameters_of(base: OpenBase, adapter: OpenAdapter | None) -> list[Parameter
             )
         )
     if model.tied_in_base:
-        found += _tied_head(base)
-    return found + _low_bit_beside(base, found)
+        parameters += _tied_head(base)
+    return parameters + _low_bit_beside(base, parameters)
 
 
 def _tied_head(base: OpenBase) -> list[Parameter]:
@@ -164,9 +164,9 @@ def _tied_head(base: OpenBase) -> list[Parameter]:
     return [Parameter(weight=replace(weight, name=base.head_name), outputs={name: shape}, matrix=matrix)]
 
 
-def _low_bit_beside(base: OpenBase, found: list[Parameter]) -> list[Parameter]:
+def _low_bit_beside(base: OpenBase, parameters: list[Parameter]) -> list[Parameter]:
     """Return quantized weights outside the model, which must become dense as quantization_config is dropped."""
-    taken = {name for parameter in found for name in parameter.outputs}
+    taken = {name for parameter in parameters for name in parameter.outputs}
     beside = []
     for name, segment in base.files.headers.items():
         if isinstance(segment, LowBitSegment) and name not in taken:
@@ -193,15 +193,15 @@ def pieces(
         yield from _matrix_pieces(parameter, base, adapter, reader, rows)
         return
     if parameter.path is None or adapter is None:
-        for _, part in rows:
-            yield part, part
+        for _, chunk in rows:
+            yield chunk, chunk
         return
     factors = adapter.factors(parameter.path, reader, experts=parameter.experts)
-    for first, part in rows:
+    for first, chunk in rows:
         if parameter.experts is None:
-            yield part, adapted_rows(part, first, factors)
+            yield chunk, adapted_rows(chunk, first, factors)
         else:
-            yield part, adapted_expert_rows(part, first, factors, transposed=parameter.weight.transposed)
+            yield chunk, adapted_expert_rows(chunk, first, factors, transposed=parameter.weight.transposed)
 
 
 def _matrix_pieces(
@@ -225,10 +225,10 @@ def _matrix_pieces(
         if matrix in adapter.file.modules:
             module = read_header(adapter.file.folder / WEIGHTS_NAME)[adapter.file.modules[matrix].name]
 
-    def merged(first: int, part: Tensor) -> Tensor:
+    def merged(first: int, chunk: Tensor) -> Tensor:
         if module is None and not trained:
-            return part
-        own = part.clone()
+            return chunk
+        own = chunk.clone()
         for id, row in trained.items():
             if first <= id < first + len(own):
                 own[id - first] = row
@@ -237,8 +237,8 @@ def _matrix_pieces(
             own[: len(whole)] = whole
         return own
 
-    for first, part in rows:
-        yield part, merged(first, part)
+    for first, chunk in rows:
+        yield chunk, merged(first, chunk)
     if vocabulary.has_grown:
         grown = torch.zeros(vocabulary.rows - vocabulary.stored, parameter.weight.shape[1])
         yield grown, merged(vocabulary.stored, grown)

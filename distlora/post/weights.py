@@ -107,11 +107,11 @@ class BaseWeight:
 
     def published_rows(self, reader: Reader, *, original: bool = False) -> Iterator[Tensor]:
         """Yield the rows of the base that a published adapter is for: with PiSSA's initial adapter added back."""
-        for first, part in self.rows(reader, original=original):
+        for first, rows in self.rows(reader, original=original):
             if self.residual is not None and not original:
                 start = self.residual.start
-                part = part + self.residual.scaling * (start.B[first : first + len(part)] @ start.A)
-            yield part
+                rows = rows + self.residual.scaling * (start.B[first : first + len(rows)] @ start.A)
+            yield rows
 
     def whole(self, reader: Reader, *, original: bool = False) -> Tensor:
         """Return the whole weight in its shape in fp32."""

@@ -53,16 +53,16 @@ class Passes:
         `parts`: rows, and the step of all of them or of each. `means` returns the losses to minimize from the number of
         a part and its rows' loss sums (B,).
         """
-        found = []
-        for index, (part, at) in enumerate(parts):
+        results = []
+        for index, (rows, at) in enumerate(parts):
             self.control.boundary(step, "forward of micro-batch", index + 1, long=self.is_cold)
-            losses = objective.losses(self.model, part, self.backend.ranks.device, at)
-            found.append(losses._replace(rows=losses.rows.detach()))
+            losses = objective.losses(self.model, rows, self.backend.ranks.device, at)
+            results.append(losses._replace(rows=losses.rows.detach()))
             watch.at(step, "backward of micro-batch", index + 1, long=self.is_cold)
             self.backend.backward(*means(index, losses.rows), last=index == len(parts) - 1)
         watch.at(step, "sum of gradients", long=self.is_cold)
         self.backend.finish_gradients()
-        return found
+        return results
 
 
 class Trainer(Passes):

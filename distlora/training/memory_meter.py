@@ -326,14 +326,18 @@ def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dic
             alive[event.address] = _Made(event.nbytes, event.address, event.kind, part)
             made.append((index, alive[event.address]))
     kinds = {address: kind for (address, _), kind in after.items()}
-    for each in alive.values():
-        each.kind = kinds.get(each.address, each.kind)
-    _end_unseen([(index, each) for index, each in made if each.address not in kinds or each.let_go], events, parts)
+    for allocation in alive.values():
+        allocation.kind = kinds.get(allocation.address, allocation.kind)
+    _end_unseen(
+        [(index, allocation) for index, allocation in made if allocation.address not in kinds or allocation.let_go],
+        events,
+        parts,
+    )
     changes = [0] * len(events)
-    for index, each in made:
-        changes[index] += each.nbytes
-        if each.let_go is not None:
-            changes[each.let_go] -= each.nbytes
+    for index, allocation in made:
+        changes[index] += allocation.nbytes
+        if allocation.let_go is not None:
+            changes[allocation.let_go] -= allocation.nbytes
     peaks: dict[Part, int] = {}
     total, most, top = 0, -1, 0
     for index, change in enumerate(changes):
@@ -342,16 +346,20 @@ def account(events: list[Event], before: dict[tuple[int, int], Kind], after: dic
         if total > most:
             most, top = total, index
     at_peak: Counter[Kind] = Counter()
-    for index, each in made:
-        if index <= top and (each.let_go is None or each.let_go > top):
-            until = parts[each.let_go] if each.let_go is not None else None
-            at_peak[each.kind or _kind(each.part, until, parts[top])] += each.nbytes
+    for index, allocation in made:
+        if index <= top and (allocation.let_go is None or allocation.let_go > top):
+            until = parts[allocation.let_go] if allocation.let_go is not None else None
+            at_peak[allocation.kind or _kind(allocation.part, until, parts[top])] += allocation.nbytes
     return StepMemory(
         held=_sums(before),
         at_peak=dict(at_peak),
         part=parts[top] if parts else "start",
         peaks=peaks,
-        left=sum(each.nbytes for each in alive.values() if each.address not in kinds and each.let_go is None),
+        left=sum(
+            allocation.nbytes
+            for allocation in alive.values()
+            if allocation.address not in kinds and allocation.let_go is None
+        ),
     )
 
 
@@ -363,14 +371,14 @@ def _end_unseen(made: list[tuple[int, _Made]], events: list[Event], parts: list[
     its part of the step.
     """
     following: dict[Kind, int] = {}
-    for index, each in reversed(made):
-        if each.kind not in ("gathered", "communication"):
+    for index, allocation in reversed(made):
+        if allocation.kind not in ("gathered", "communication"):
             continue
-        if each.let_go is None or events[each.let_go].nbytes > 0:
-            ends = (later for later in range(index, len(parts)) if parts[later] != each.part)
-            over = following.get(each.kind, next(ends, len(parts) - 1))
-            each.let_go = over if each.let_go is None else min(over, each.let_go)
-        following[each.kind] = index
+        if allocation.let_go is None or events[allocation.let_go].nbytes > 0:
+            ends = (later for later in range(index, len(parts)) if parts[later] != allocation.part)
+            over = following.get(allocation.kind, next(ends, len(parts) - 1))
+            allocation.let_go = over if allocation.let_go is None else min(over, allocation.let_go)
+        following[allocation.kind] = index
 
 
 def _kind(part: Part, until: Part | None, at: Part) -> Kind:

@@ -90,8 +90,8 @@ class BaseSizes:
 
     def total(self, measure: Callable[[tuple[BaseTensor, ...]], int], begin: int = 0, end: int | None = None) -> int:
         """Return the sum of a measure of the layers from `begin` to before `end`."""
-        each = [measure(kind) for kind in self.kinds]
-        return sum(each[kind] for kind in self.kind_of_layer[begin:end])
+        by_kind = [measure(kind) for kind in self.kinds]
+        return sum(by_kind[kind] for kind in self.kind_of_layer[begin:end])
 
     def counted(self) -> Iterator[tuple[BaseTensor, int]]:
         """Yield (tensor, number of tensors like it)."""
@@ -102,11 +102,11 @@ class BaseSizes:
 
     def kept(self, shards: int) -> Counter[Kind]:
         """Bytes of a rank by kind, replicated parts among the scales."""
-        found: Counter[Kind] = Counter()
+        nbytes: Counter[Kind] = Counter()
         for tensor, count in self.counted():
-            found[tensor.kind] += tensor.kept(shards) * count
-        found["scales"] += self.replicated
-        return found
+            nbytes[tensor.kind] += tensor.kept(shards) * count
+        nbytes["scales"] += self.replicated
+        return nbytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,15 +44,15 @@ class MeasuredRank:
 
 def figures(measured: MeasuredRank, plan: Mapping[str, Any]) -> dict[str, int]:
     """For metrics.jsonl, wandb and summary.json, in bytes. `plan` is RUN/plan.json; empty where there is none."""
-    found = {"memory/peak": measured.peak}
+    values = {"memory/peak": measured.peak}
     device = plan.get("device")
     if device is not None:
         at_peak = planned_kinds(device, None)
-        found["memory/planned"] = sum(at_peak.values())
-    found |= {f"memory/{kind}": nbytes for kind, nbytes in measured.by_kind.items()}
+        values["memory/planned"] = sum(at_peak.values())
+    values |= {f"memory/{kind}": nbytes for kind, nbytes in measured.by_kind.items()}
     if device is not None:
-        found |= {f"memory_planned/{kind}": nbytes for kind, nbytes in at_peak.items()}
-    return found
+        values |= {f"memory_planned/{kind}": nbytes for kind, nbytes in at_peak.items()}
+    return values
 
 
 def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
@@ -83,11 +83,11 @@ def planned_kinds(device: Mapping[str, Any], part: str | None) -> dict[str, int]
     """Return the planned bytes by category at the moment `part`; the plan's worst moment if it has no such part."""
     moments = {moment: kinds for moment, kinds in device["moments"].items() if moment != "loading"}
     meant = {"forward": ("embedding", "forward"), "block": ("block", "embedding_backward")}.get(part or "", (part,))
-    found: dict[str, int] = dict(device["held"])
+    planned: dict[str, int] = dict(device["held"])
     at = [moments[moment] for moment in meant if moment in moments] or list(moments.values())
     for kind, nbytes in max(at, key=lambda kinds: sum(kinds.values()), default={}).items():
-        found[kind] = found.get(kind, 0) + nbytes
-    return found
+        planned[kind] = planned.get(kind, 0) + nbytes
+    return planned
 
 
 def grouped(by_kind: Mapping[Any, int]) -> dict[str, int]:

@@ -86,7 +86,7 @@ class StepMemory:
 
     def moments(self) -> dict[Phase, dict[Kind, int]]:
         """Return the bytes at each moment by category."""
-        found: dict[Phase, dict[Kind, int]] = {
+        by_moment: dict[Phase, dict[Kind, int]] = {
             "embedding": {
                 "gathered": self.gathered.embedding,
                 "working": self._boundary + self.copied.embedding + self._noise,
@@ -101,7 +101,7 @@ class StepMemory:
                 "working": MUON_BYTES * max(self.trained.matrices, default=0) * (self.work.optim.name == "muon"),
             },
         }
-        return {moment: {kind: n for kind, n in kinds.items() if n} for moment, kinds in found.items()}
+        return {moment: {kind: n for kind, n in kinds.items() if n} for moment, kinds in by_moment.items()}
 
     @property
     def largest(self) -> int:
@@ -256,8 +256,8 @@ class StepMemory:
     @property
     def _tied_gradient(self) -> int:
         """Bytes of a tied LM head's gradient until the embedding's is there: in the run's dtype, alone in fp32."""
-        found = _gradients(self.base.embedding) if self.shards > 1 else _of_masters(self.base.embedding)
-        return found if self.base.tied else 0
+        nbytes = _gradients(self.base.embedding) if self.shards > 1 else _of_masters(self.base.embedding)
+        return nbytes if self.base.tied else 0
 
     def _waiting(self, blocks: int, *, with_head: bool = True) -> int:
         """Return the bytes of whole fp32 gradients of earlier micro-batches that FSDP2 reduces after the last one."""
@@ -315,11 +315,11 @@ def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once:
             # Kinds may differ in what memory does not depend on, such as windows.
             known[id(layer)] = next((each for each in known.values() if each == costs), costs)
     alike = [list(group) for _, group in itertools.groupby((known[id(layer)] for layer in layers), key=id)]
-    found: dict[int, Blocks] = {}
+    blocks: dict[int, Blocks] = {}
     for costs, *_ in alike:
-        if id(costs) not in found:
+        if id(costs) not in blocks:
             activations = costs.step(mode, at_once=at_once, kept_tokens=tokens, tile=work.train.mlp_tile, row=row)
             stacked = tokens // at_once * costs.stacked(mode)
             kept = 0 if mode == "offload" else int(tokens * costs.kept(mode, row) + stacked)
-            found[id(costs)] = Blocks(0, costs, activations, kept)
-    return [replace(found[id(group[0])], count=len(group)) for group in alike]
+            blocks[id(costs)] = Blocks(0, costs, activations, kept)
+    return [replace(blocks[id(group[0])], count=len(group)) for group in alike]

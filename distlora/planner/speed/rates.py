@@ -42,11 +42,11 @@ def total(seconds: Mapping[Term, float]) -> float:
 
 def plus(*parts: Seconds) -> Seconds:
     """Add up seconds that pass one after the other."""
-    found: Seconds = {}
-    for part in parts:
-        for term, seconds in part.items():
-            found[term] = found.get(term, 0.0) + seconds
-    return found
+    total: Seconds = {}
+    for term_seconds in parts:
+        for term, seconds in term_seconds.items():
+            total[term] = total.get(term, 0.0) + seconds
+    return total
 
 
 def times(seconds: Seconds, number: float) -> Seconds:

@@ -85,10 +85,10 @@ class StepWork:
     @property
     def moved(self) -> dict[MovedKind, float]:
         """Bytes of device memory, by kind."""
-        found: dict[MovedKind, float] = {}
+        nbytes: dict[MovedKind, float] = {}
         for _, work, number in self:
-            found[work.kind] = found.get(work.kind, 0.0) + work.nbytes * number
-        return found
+            nbytes[work.kind] = nbytes.get(work.kind, 0.0) + work.nbytes * number
+        return nbytes
 
 
 FLOPS = {
@@ -127,13 +127,13 @@ class StepFlops:
 
 def step_flops(work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepFlops:
     """Return the operations of a step's launches. `document`: tokens of each packed document; None: one a sequence."""
-    found: Counter[str] = Counter()
+    flops: Counter[str] = Counter()
     for name, launch, number in step_work(work, model, machine, document=document):
         if launch.flops:
             own = name == "mismatched" or (name not in ("forward", "backward") and launch.kind != "attention")
-            found[name if own or launch.kind == "products" else launch.kind] += round(launch.flops) * number
+            flops[name if own or launch.kind == "products" else launch.kind] += round(launch.flops) * number
     return StepFlops(
-        by_kind={kind: found[kind] for kind in FLOPS if found[kind]},
+        by_kind={kind: flops[kind] for kind in FLOPS if flops[kind]},
         counted=counted_flops(work, model, ranks=machine.ranks, document=document),
         tokens=work.train.accumulation(machine.ranks) * work.tokens_at_once,
     )

@@ -435,8 +435,8 @@ def write_groups(files: Files, name: str, shape: Sequence[int], first: int, part
         (f"{name}.absmax", BLOCKS_PER_GROUP, -(-numel // BLOCK)),
         (f"{name}.nested_absmax", 1, reference.num_groups(numel)),
     )
-    for part, (tensor, size, stop) in zip(parts, written, strict=False):
-        files.write(tensor, first * size, part.reshape(-1)[: stop - first * size])
+    for values, (tensor, size, stop) in zip(parts, written, strict=False):
+        files.write(tensor, first * size, values.reshape(-1)[: stop - first * size])
 
 
 def write_statistics(files: Files, name: str, shape: Sequence[int], offset: Tensor, dtype: str) -> None:
@@ -487,12 +487,12 @@ def _stored_rows(tensor: GgufTensor, reader: Reader, first: int, stop: int) -> l
             if begin < end:
                 size = (end - begin) * row_bytes
                 pieces.append((kind, Segment(part.file, part.offset + begin * row_bytes, size, "U8", (size,))))
-            low, high = (each - part.num_bytes // row_bytes for each in (low, high))
-    found = []
+            low, high = (bound - part.num_bytes // row_bytes for bound in (low, high))
+    runs = []
     for kind, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
         segments = [segment for _, segment in group]
-        found.append((kind, reader.read(segments, 0, sum(segment.num_bytes for segment in segments))))
-    return found
+        runs.append((kind, reader.read(segments, 0, sum(segment.num_bytes for segment in segments))))
+    return runs
 
 
 def decode(kind: str, content: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def _fp4(at: MatrixRows) -> Grid:
     """MXFP4 by OCP's rule, 2 ** (floor(log2 max |W|) - 2), or NVFP4: max |W| / 6 in e4m3 over the global scale."""
 
     def codes(levels: Tensor) -> Tensor:
-        each = torch.bucketize(levels.abs(), _MIDDLES) | torch.signbit(levels).long() << 3
-        return (each[:, ::2] | each[:, 1::2] << 4).to(torch.uint8)
+        numbers = torch.bucketize(levels.abs(), _MIDDLES) | torch.signbit(levels).long() << 3
+        return (numbers[:, ::2] | numbers[:, 1::2] << 4).to(torch.uint8)
 
     def nearest(ratios: Tensor) -> Tensor:
         return torch.tensor(E2M1[:8])[torch.bucketize(ratios.abs(), _MIDDLES)].copysign(ratios)
@@ -103,8 +103,8 @@ def _packed(at: MatrixRows) -> Grid:
 
     def codes(levels: Tensor) -> Tensor:
         of_weights = stored.repeat_interleave(tensor.block[1], dim=1)[:, : levels.shape[1]]
-        each = pad((levels + of_weights).to(torch.uint8), (0, -levels.shape[1] % (32 // tensor.bits)))
-        return (each if tensor.bits == 8 else each[:, ::2] | each[:, 1::2] << 4).contiguous().view(torch.int32)
+        numbers = pad((levels + of_weights).to(torch.uint8), (0, -levels.shape[1] % (32 // tensor.bits)))
+        return (numbers if tensor.bits == 8 else numbers[:, ::2] | numbers[:, 1::2] << 4).contiguous().view(torch.int32)
 
     return Grid(
         rule=rule,
@@ -130,12 +130,12 @@ def requantize(at: MatrixRows, values: Tensor) -> tuple[dict[str, Tensor], float
     padded = pad(values, (0, across * columns - width, 0, down * height - rows))
     blocks = padded.view(down, height, across, columns).transpose(1, 2).reshape(down * across, -1)
     grid, shipped = GRIDS[at.tensor.codec](at), at.read("scales").reshape(-1, 1)
-    found = []
+    candidates = []
     for stored in (shipped.view(torch.uint8) if shipped.itemsize == 1 else shipped, grid.store(grid.rule(blocks))):
         scales = grid.load(stored)
         levels = grid.nearest(torch.where(scales > 0, blocks / scales, 0.0))
-        found.append((stored, levels, (levels * scales - blocks).square().sum(1, keepdim=True)))
-    better = found[1][2] < found[0][2]
-    chosen, levels, error = (torch.where(better, new, old) for old, new in zip(*found, strict=True))
+        candidates.append((stored, levels, (levels * scales - blocks).square().sum(1, keepdim=True)))
+    better = candidates[1][2] < candidates[0][2]
+    chosen, levels, error = (torch.where(better, new, old) for old, new in zip(*candidates, strict=True))
     levels = levels.view(down, across, height, columns).transpose(1, 2).reshape(down * height, -1)[:rows, :width]
     return {"codes": grid.codes(levels), "scales": chosen}, float(error.double().sum())

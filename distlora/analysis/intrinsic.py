@@ -247,8 +247,8 @@ def crossing(shares: Mapping[int, Sequence[float]], share: float, *, shift: floa
         zip(dimensions, means, strict=True), zip(dimensions[1:], means[1:], strict=True), strict=False
     ):
         if below < share <= above:
-            part = (share - below) / (above - below)
-            return math.exp(math.log(low) + part * math.log(high / low))
+            fraction = (share - below) / (above - below)
+            return math.exp(math.log(low) + fraction * math.log(high / low))
     return None
 
 
@@ -287,21 +287,21 @@ rates are powers of 3 apart, the best of those that were tried at each dimension
 ||theta - theta_0|| / ||theta_0||."""
 
 
-def record(found: Mapping[str, Any]) -> Record:
+def record(figures: Mapping[str, Any]) -> Record:
     """Return the figures of intrinsic.json as a record."""
-    settings, held_out = found["settings"], found["eval_data"] or f"a tenth of {found['data']}"
-    if found["arms"]:
-        held_out += f" ({found['arms'][0]['held_out_rows']} rows, {found['arms'][0]['held_out_targets']:,} tokens)"
+    settings, held_out = figures["settings"], figures["eval_data"] or f"a tenth of {figures['data']}"
+    if figures["arms"]:
+        held_out += f" ({figures['arms'][0]['held_out_rows']} rows, {figures['arms'][0]['held_out_targets']:,} tokens)"
     return Record(
         title="How many dimensions fine-tuning needs",
-        made_by=f"`distlora analyze intrinsic` on {found['data']}, held out {held_out}; {settings['steps']} steps of "
-        f"{settings['batch']} rows of {settings['sequence_length']} tokens; {found['date']}, torch "
-        f"{found['versions']['torch']}, {found['device']}.",
-        findings=list(_findings(found)),
-        tables=list(_tables(found)),
-        figures=list(_figures(found)),
+        made_by=f"`distlora analyze intrinsic` on {figures['data']}, held out {held_out}; {settings['steps']} steps of "
+        f"{settings['batch']} rows of {settings['sequence_length']} tokens; {figures['date']}, torch "
+        f"{figures['versions']['torch']}, {figures['device']}.",
+        findings=list(_findings(figures)),
+        tables=list(_tables(figures)),
+        figures=list(_figures(figures)),
         notes=NOTES,
-        data=found,
+        data=figures,
     )
 
 
@@ -310,18 +310,18 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    yield _dimensions(found)
-    for arm in found["arms"]:
+def _tables(figures: Mapping[str, Any]) -> Iterator[Table]:
+    yield _dimensions(figures)
+    for arm in figures["arms"]:
         for scaling, subspace in arm["subspaces"].items():
             yield _points(f"{arm['model']}, {arm['start']}, {SCALING_WORDS[scaling]}", subspace)
 
 
-def _dimensions(found: Mapping[str, Any]) -> Table:
+def _dimensions(figures: Mapping[str, Any]) -> Table:
     columns = {"model": "", "start": "", "parameters": ",", "untrained": ".3f", "full": "", "gain": ".3f"}
-    columns |= {"subspace": "", f"d{100 * found['settings']['share']:.0f}": "", "range": "", "of all": ".3%"}
+    columns |= {"subspace": "", f"d{100 * figures['settings']['share']:.0f}": "", "range": "", "of all": ".3%"}
     rows: list[list[Any]] = []
-    for arm in found["arms"]:
+    for arm in figures["arms"]:
         full = f"{arm['full']:.3f}" + ("" if arm["full_noise"] is None else f" ± {arm['full_noise']:.3f}")
         cells = [arm["model"], arm["start"], arm["parameters"], arm["untrained"], full, arm["untrained"] - arm["full"]]
         for scaling, subspace in arm["subspaces"].items():
@@ -361,9 +361,9 @@ def _points(heading: str, subspace: Mapping[str, Any]) -> Table:
     return Table(heading, columns, rows)
 
 
-def _findings(found: Mapping[str, Any]) -> Iterator[str]:
+def _findings(figures: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a range means, where trainings have several seeds."""
-    noises = [s["noise"] for arm in found["arms"] for s in arm["subspaces"].values() if s["noise"] is not None]
+    noises = [s["noise"] for arm in figures["arms"] for s in arm["subspaces"].values() if s["noise"] is not None]
     if noises:
         yield (
             "Between seeds (of the subspace, the order of the rows, and random weights) the share differs by a "
@@ -375,16 +375,16 @@ def _findings(found: Mapping[str, Any]) -> Iterator[str]:
 _STYLES: dict[str, Style] = {"none": "dashed", "layers": "line"}
 
 
-def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
+def _figures(figures: Mapping[str, Any]) -> Iterator[Figure]:
     """Yield the share of full fine-tuning's gain and the held-out loss itself, over the dimension."""
-    share = found["settings"]["share"]
-    full = [(f"full, {arm['model']}, {arm['start']}", arm["full"]) for arm in found["arms"]]
+    share = figures["settings"]["share"]
+    full = [(f"full, {arm['model']}, {arm['start']}", arm["full"]) for arm in figures["arms"]]
     for title, unit, key, levels in (
         ("Fraction of full fine-tuning's gain", "", "shares", [("asked", share)]),
         ("Held-out loss", "nats per token", "losses", full),
     ):
         curves = []
-        for colour, arm in enumerate(found["arms"]):
+        for colour, arm in enumerate(figures["arms"]):
             for scaling, subspace in arm["subspaces"].items():
                 name = f"{arm['model']}, {arm['start']}, {SCALING_WORDS[scaling]}"
                 points = [point for point in subspace["points"] if None not in point["losses"]]

@@ -27,8 +27,8 @@ class Trainings:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         for line in text.splitlines():
             try:
-                found = json.loads(line)
-                self._done[Training(**found["training"])] = Outcome(**found["outcome"])
+                entry = json.loads(line)
+                self._done[Training(**entry["training"])] = Outcome(**entry["outcome"])
             except (ValueError, KeyError, TypeError):  # Of a process that was killed while it wrote: it is done again.
                 continue
         if text and not text.endswith("\n"):
@@ -46,8 +46,8 @@ class Trainings:
     def add(self, training: Training, outcome: Outcome) -> None:
         """Keep an outcome and append it to the file."""
         self._done[training] = outcome
-        found = {"training": dataclasses.asdict(training), "outcome": dataclasses.asdict(outcome)}
-        self._file.append(json.dumps(found) + "\n")
+        entry = {"training": dataclasses.asdict(training), "outcome": dataclasses.asdict(outcome)}
+        self._file.append(json.dumps(entry) + "\n")
 
 
 class Arm:
@@ -135,13 +135,13 @@ class Arm:
             ]
             for dimension in sorted(rates.best)
         }
-        losses = {dimension: [outcome.loss for outcome in found] for dimension, found in outcomes.items()}
-        shares = {dimension: [self.share_of(loss) for loss in found] for dimension, found in losses.items()}
-        noise = search.deviation([found for found in shares.values() if LOST not in found])
-        found = search.crossing(shares, request.share)
+        losses = {dimension: [outcome.loss for outcome in by_seed] for dimension, by_seed in outcomes.items()}
+        shares = {dimension: [self.share_of(loss) for loss in by_seed] for dimension, by_seed in losses.items()}
+        noise = search.deviation([by_seed for by_seed in shares.values() if LOST not in by_seed])
+        crossing = search.crossing(shares, request.share)
         return {
-            "dimension": found,
-            "side": None if found is not None else search.side(shares, request.share),
+            "dimension": crossing,
+            "side": None if crossing is not None else search.side(shares, request.share),
             "noise": noise,
             "range": None
             if noise is None
@@ -164,7 +164,7 @@ class Arm:
         """Return the fraction of full fine-tuning's gain; far below 0 for a failed training."""
         return LOST if loss is None else max((self.before - loss) / (self.before - self.after), LOST)
 
-    def found(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """Return the arm's figures without its subspaces."""
         noise = search.deviation([self.full])
         return {
@@ -201,14 +201,14 @@ def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
     trainings = Trainings(out / TRAININGS_NAME)
     if trainings.number:
         say.line(f"{trainings.number} trainings are done already, {out / TRAININGS_NAME}")
-    found: dict[str, Any] = describe(request, ranks)
+    results: dict[str, Any] = describe(request, ranks)
     for folder, name in zip(request.models, request.names, strict=True):
         say.line(f"{name}: reading it and its data")
         bench = Bench(request, folder, ranks, say)
         for random in (False, True) if request.random else (False,):
             arm = Arm(request, bench, name, trainings, say, random=random)
-            figures = arm.found()
-            found["arms"].append(figures)
+            figures = arm.figures()
+            results["arms"].append(figures)
             if figures["full"] >= figures["untrained"]:
                 say.line(
                     f"{name}, {figures['start']}: full fine-tuning does not lower the held-out loss "
@@ -217,10 +217,10 @@ def run(request: IntrinsicRequest, ranks: Ranks | None = None) -> None:
                 continue
             for scaling in request.scaling:
                 figures["subspaces"][scaling] = arm.search(scaling)
-                record(found).show(out, "intrinsic")
+                record(results).show(out, "intrinsic")
         del bench, arm
         let_go(ranks.device)
-    record(found).write(out, "intrinsic")
+    record(results).write(out, "intrinsic")
 
 
 def describe(request: IntrinsicRequest, ranks: Ranks) -> dict[str, Any]:

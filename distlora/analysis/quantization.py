@@ -99,42 +99,43 @@ errors times the diagonal of the Fisher information, from one backward per seque
 draws. `quant=mixed quant.budget=4.5 quant.harm=FOLDER` chooses the format of each weight by it."""
 
 
-def record(found: Mapping[str, Any]) -> Record:
+def record(figures: Mapping[str, Any]) -> Record:
     """Return the figures of quantization.json as a record."""
     return Record(
-        title=f"What {'formats' if _by_harm(found) else '4 bits'} cost {found['model_name']}",
-        made_by=f"`{found['command']}`, {found['date']}, torch {found['versions']['torch']}, {found['device']}.",
-        findings=list(_findings(found)),
-        tables=list(_tables(found)),
-        figures=list(_figures(found)),
-        notes=NOTES + (HARM_NOTE if _by_harm(found) else ""),
-        data=found,
+        title=f"What {'formats' if _by_harm(figures) else '4 bits'} cost {figures['model_name']}",
+        made_by=f"`{figures['command']}`, {figures['date']}, torch {figures['versions']['torch']}, "
+        f"{figures['device']}.",
+        findings=list(_findings(figures)),
+        tables=list(_tables(figures)),
+        figures=list(_figures(figures)),
+        notes=NOTES + (HARM_NOTE if _by_harm(figures) else ""),
+        data=figures,
     )
 
 
-def _by_harm(found: Mapping[str, Any]) -> bool:
+def _by_harm(figures: Mapping[str, Any]) -> bool:
     """Return whether formats were named, and so measured by their harm, or by their errors alone without a text."""
-    return "int4" not in found["formats"]
+    return "int4" not in figures["formats"]
 
 
-def _tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    yield _formats(found)
-    layers = {f"layer {number}": values for number, values in found["layers"].items()}
-    if not _by_harm(found):
+def _tables(figures: Mapping[str, Any]) -> Iterator[Table]:
+    yield _formats(figures)
+    layers = {f"layer {number}": values for number, values in figures["layers"].items()}
+    if not _by_harm(figures):
         yield _errors("By layer", layers)
-        yield _errors("By linear", found["linears"])
-        yield _errors("Beside them: 2 million weights drawn from a distribution", found["references"])
+        yield _errors("By linear", figures["linears"])
+        yield _errors("Beside them: 2 million weights drawn from a distribution", figures["references"])
         return
-    first = found["formats"][0]
-    tensors = sorted(found["tensors"], key=lambda t: -t["formats"][first].get("harm", 0.0) / t["weights"])
-    yield _harms("Harm by layer, nats per token / 1,000", found["formats"], layers)
-    yield _harms("Harm by linear", found["formats"], found["linears"])
+    first = figures["formats"][0]
+    tensors = sorted(figures["tensors"], key=lambda t: -t["formats"][first].get("harm", 0.0) / t["weights"])
+    yield _harms("Harm by layer, nats per token / 1,000", figures["formats"], layers)
+    yield _harms("Harm by linear", figures["formats"], figures["linears"])
     heading = f"Harm of the {MOST_ROWS} tensors with the most per weight in {first}"
-    yield _harms(heading, found["formats"], {tensor["name"]: tensor for tensor in tensors[:MOST_ROWS]})
+    yield _harms(heading, figures["formats"], {tensor["name"]: tensor for tensor in tensors[:MOST_ROWS]})
 
 
-def _formats(found: Mapping[str, Any]) -> Table:
-    perplexity, dense = found["perplexity"], found["dtype"]
+def _formats(figures: Mapping[str, Any]) -> Table:
+    perplexity, dense = figures["perplexity"], figures["dtype"]
     columns = {
         "format": "",
         "relative error": ".4f",
@@ -144,21 +145,21 @@ def _formats(found: Mapping[str, Any]) -> Table:
         "model, MiB": ",.1f",
     }
     rows = []
-    for name in found["formats"]:
-        values = found["overall"]["formats"][name]
+    for name in figures["formats"]:
+        values = figures["overall"]["formats"][name]
         snr = "lossless" if values["snr_db"] is None else values["snr_db"]
         cells = [name, values["relative_error"], snr, values["largest_error"], values["bits"]]
-        rows.append([*cells, found["model"]["bytes"][name] / 2**20])
+        rows.append([*cells, figures["model"]["bytes"][name] / 2**20])
     if perplexity:
         columns |= {"perplexity": ",.2f", "points": "", "KL, nats": ".5f"}
-        if dense not in found["formats"]:
+        if dense not in figures["formats"]:
             rows.insert(0, [dense, *[""] * 5])
         for row in rows:
             of = perplexity["formats"].get(row[0])  # bf16 has none where the model computed in fp32.
             row += [of["perplexity"] if of else ""]
             row += ["", ""] if row[0] in ("bf16", dense) or not of else [_points(of), of["divergence"]]
     computed = f", computed in {dense}" if perplexity else ""
-    heading = f"{found['model_name']}: {found['overall']['weights']:,} weights of its blocks{computed}"
+    heading = f"{figures['model_name']}: {figures['overall']['weights']:,} weights of its blocks{computed}"
     return Table(heading, columns, rows)
 
 
@@ -195,9 +196,9 @@ def _points(values: Mapping[str, Any]) -> str:
     return f"{values['points']:+,.2f}" + ("" if error is None else f" ± {error:,.2f}")
 
 
-def _findings(found: Mapping[str, Any]) -> Iterator[str]:
-    measured, formats = found["perplexity"], found["overall"]["formats"]
-    if _by_harm(found):
+def _findings(figures: Mapping[str, Any]) -> Iterator[str]:
+    measured, formats = figures["perplexity"], figures["overall"]["formats"]
+    if _by_harm(figures):
         for name, values in formats.items():
             sentence = f"{name} at {values['bits']:.3f} bits per weight"
             sentence += f" harms by {values['harm']:.3g} nats per token, estimated" if "harm" in values else ""
@@ -205,14 +206,15 @@ def _findings(found: Mapping[str, Any]) -> Iterator[str]:
                 sentence += f", and {measured['formats'][name]['divergence']:.3g} measured on held-out sequences"
             yield f"{sentence}."
         return
-    better = sum((_gain_db(tensor) or 0) > 0 for tensor in found["tensors"])
+    better = sum((_gain_db(tensor) or 0) > 0 for tensor in figures["tensors"])
     nf4, int4 = formats["nf4"], formats["int4"]
     yield (
         f"At the same {nf4['bits']:.3f} bits a weight NF4 loses {nf4['relative_error']:.2%} of the weights' norm and "
-        f"int4 {int4['relative_error']:.2%}; NF4 is the better one on {better:,} of {len(found['tensors']):,} tensors."
+        f"int4 {int4['relative_error']:.2%}; NF4 is the better one on {better:,} of {len(figures['tensors']):,} "
+        "tensors."
     )
     if measured:
-        dense = measured["formats"][found["dtype"]]["perplexity"]
+        dense = measured["formats"][figures["dtype"]]["perplexity"]
         costs = {name: _points(measured["formats"][name]) for name in ("nf4", "int4")}
         yield (
             f"On {measured['targets']:,} tokens of {measured['text']} NF4 costs {costs['nf4']} points of "
@@ -225,9 +227,9 @@ _COLOURS = {"bf16": 6, "fp32": 6, "nf4": 0, "int4": 1, "int8": 2, "fp8_block": 3
 """Colour of each format in all figures."""
 
 
-def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
-    tensors, measured = found["tensors"], found["perplexity"]
-    names = [name for name in found["formats"] if name != "bf16"]
+def _figures(figures: Mapping[str, Any]) -> Iterator[Figure]:
+    tensors, measured = figures["tensors"], figures["perplexity"]
+    names = [name for name in figures["formats"] if name != "bf16"]
     yield Figure(
         title="Relative error of a tensor by layer",
         kind="share",
@@ -244,12 +246,12 @@ def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
         ],
         from_zero=True,
     )
-    if not _by_harm(found):
+    if not _by_harm(figures):
         linears = list(dict.fromkeys(tensor["linear"] for tensor in tensors))
         groups = {name.rpartition(".")[2]: [t for t in tensors if t["linear"] == name] for name in linears}
         curves = [_gains(name, group, number) for number, (name, group) in enumerate(groups.items())]
         curves += [
-            _gains(name, [values], 6 + number) for number, (name, values) in enumerate(found["references"].items())
+            _gains(name, [values], 6 + number) for number, (name, values) in enumerate(figures["references"].items())
         ]
         yield Figure(
             title="Gain of NF4 over int4 by excess kurtosis",
@@ -261,11 +263,11 @@ def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
         )
     if measured:
         formats = measured["formats"]
-        others = [name for name in formats if name != found["dtype"]]
+        others = [name for name in formats if name != figures["dtype"]]
         errors = [formats[name]["points_standard_error"] or 0.0 for name in others]
         for title, unit, key, lengths in (
-            (f"Perplexity over {found['dtype']}'s", "points", "points", errors),
-            (f"KL from {found['dtype']}'s predictions", "nats per token", "divergence", []),
+            (f"Perplexity over {figures['dtype']}'s", "points", "points", errors),
+            (f"KL from {figures['dtype']}'s predictions", "nats per token", "divergence", []),
         ):
             bars = [
                 Curve(

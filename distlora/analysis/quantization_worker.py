@@ -43,7 +43,7 @@ def run(request: QuantizationRequest) -> None:
     rows = None if request.text is None else read_rows(request)
     weights, total = find_weights(request.spec("nf4"))
     say.line(f"weights: {len(weights):,} tensors, {sum(weight.numel for weight in weights):,} of {total:,} parameters")
-    found: dict[str, Any] = describe(request, ranks)
+    figures: dict[str, Any] = describe(request, ranks)
     model, sensitivities, held_out = None, {}, rows
     if rows is not None:
         quant: Literal["nf4", "none"] = "nf4" if request.no_perplexity else "none"
@@ -56,15 +56,15 @@ def run(request: QuantizationRequest) -> None:
             # Every second sequence is for the harm, the others are held out.
             halves = [rows.take(np.arange(first, len(rows), 2)) for first in (0, 1)]
             measured_on, held_out = evenly(halves[0], request.harm_rows or HARM_ROWS), halves[1]
-            found["harm_rows"] = len(measured_on)
+            figures["harm_rows"] = len(measured_on)
             sensitivities = measure_sensitivity(model, measured_on, ranks, say)
-    found |= _of_weights(measured(request, weights, sensitivities, ranks, say), total)
-    found["references"] = {name: _of_sums(sums) for name, sums in measure_references().items()}
-    found["perplexity"] = None
+    figures |= _of_weights(measured(request, weights, sensitivities, ranks, say), total)
+    figures["references"] = {name: _of_sums(sums) for name, sums in measure_references().items()}
+    figures["perplexity"] = None
     if rows is not None and held_out is not None and model is not None and not request.no_perplexity:
         chosen = evenly(held_out, request.rows)
         losses = measure_losses(request, model, chosen, weights, ranks, say)
-        found["perplexity"] = {
+        figures["perplexity"] = {
             "text": request.text_name,
             "rows": len(chosen),
             "rows_in_all": len(rows),
@@ -72,7 +72,7 @@ def run(request: QuantizationRequest) -> None:
             "targets": int(chosen.targets.sum()),
             "formats": _of_losses(losses),
         }
-    record(found).write(Path(request.out), "quantization")
+    record(figures).write(Path(request.out), "quantization")
 
 
 def read_rows(request: QuantizationRequest) -> PackedRows:
@@ -182,17 +182,18 @@ def measure_losses(
     dense = Readings(rows, ranks, say)
     dense.take(model, request.dtype)
     modules = dict(block_weights(model))
-    found: dict[str, Readings] = {request.dtype: dense}
+    by_format: dict[str, Readings] = {request.dtype: dense}
     for format in request.formats or (name for name in MEASURED if name != DENSE):
         if format != request.dtype:
             with Reader() as reader:
                 for weight in weights:
                     put_through(weight, format, modules[weight.name].weight, reader)
-            found[format] = Readings(rows, ranks, say, dense)
-            found[format].take(model, format)
+            by_format[format] = Readings(rows, ranks, say, dense)
+            by_format[format].take(model, format)
     targets = torch.from_numpy(rows.targets.astype(np.float64))
     return {
-        name: compare(readings.losses, dense.losses, readings.divergences, targets) for name, readings in found.items()
+        name: compare(readings.losses, dense.losses, readings.divergences, targets)
+        for name, readings in by_format.items()
     }
 
 

@@ -146,12 +146,12 @@ def _gradient_of_drawn(
     """Return the gradient at the last hidden states (1, T, H) of -log p of tokens drawn from p, and their number."""
     places = (batch.labels[0] != IGNORED_LABEL).to(hidden.device).nonzero()[:, 0]
     gradient = torch.zeros_like(hidden)
-    for part in places.split(max(16, LOGITS_AT_ONCE // head.num_rows)):
+    for chunk in places.split(max(16, LOGITS_AT_ONCE // head.num_rows)):
         with torch.enable_grad():
-            states = hidden.detach()[0, part].requires_grad_()
+            states = hidden.detach()[0, chunk].requires_grad_()
             logits = head.logits(states).float()
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            (gradient[0, part],) = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), states)
+            (gradient[0, chunk],) = torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), states)
     return gradient, len(places)
 
 
@@ -355,7 +355,7 @@ def measure_references() -> dict[str, Sums]:
 
     Their scale does not matter: each block is divided by its absmax.
     """
-    found = {}
+    sums = {}
     for name in ("uniform", "normal", "Laplace"):
         generator = torch.Generator().manual_seed(0)
         if name == "normal":
@@ -365,8 +365,8 @@ def measure_references() -> dict[str, Sums]:
         else:
             uniform = torch.rand(REFERENCE_SIZE, generator=generator, dtype=torch.float64) - 0.5
             weights = (-uniform.sign() * torch.log1p(-2 * uniform.abs())).float()
-        found[name] = measure(lambda size, weights=weights: iter(weights.split(size)), (REFERENCE_SIZE,))  # type: ignore[misc]
-    return found
+        sums[name] = measure(lambda size, weights=weights: iter(weights.split(size)), (REFERENCE_SIZE,))  # type: ignore[misc]
+    return sums
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,83 +68,84 @@ left singular vector among the first of W' whose largest |cosine| with all left 
 threshold (Shuttleworth et al. 2024, arXiv 2410.21228). Shared is the mean squared cosine of the principal angles."""
 
 
-def record(found: Mapping[str, Any]) -> Record:
+def record(figures: Mapping[str, Any]) -> Record:
     """Return the figures of spectrum.json as a record."""
-    names = " against ".join(found["runs"][side]["name"] for side in _sides(found))
+    names = " against ".join(figures["runs"][side]["name"] for side in _sides(figures))
     return Record(
         title=f"What {names} learned, in singular values",
-        made_by=f"`{found['command']}`, {found['date']}, torch {found['versions']['torch']}, {found['device']}.",
-        findings=list(_findings(found)),
-        tables=list(_tables(found)),
-        figures=list(_figures(found)),
+        made_by=f"`{figures['command']}`, {figures['date']}, torch {figures['versions']['torch']}, "
+        f"{figures['device']}.",
+        findings=list(_findings(figures)),
+        tables=list(_tables(figures)),
+        figures=list(_figures(figures)),
         notes=NOTES,
-        data=found,
+        data=figures,
     )
 
 
-def _sides(found: Mapping[str, Any]) -> list[str]:
-    return [side for side in SIDES if side in found]
+def _sides(figures: Mapping[str, Any]) -> list[str]:
+    return [side for side in SIDES if side in figures]
 
 
-def _tables(found: Mapping[str, Any]) -> Iterator[Table]:
-    sides = _sides(found)
-    yield _sums(found, "Together", {found["runs"][side]["name"]: found[side]["overall"] for side in sides})
+def _tables(figures: Mapping[str, Any]) -> Iterator[Table]:
+    sides = _sides(figures)
+    yield _sums(figures, "Together", {figures["runs"][side]["name"]: figures[side]["overall"] for side in sides})
     for side in sides:
-        of = f" of {found['runs'][side]['name']}" if len(sides) > 1 else ""
-        layers = {f"layer {number}": values for number, values in found[side]["layers"].items()}
-        yield _sums(found, f"By layer{of}", layers)
-        yield _sums(found, f"By linear{of}", found[side]["linears"])
-    if "against" in found:
-        yield _angles(found)
-    yield _weights(found)
+        of = f" of {figures['runs'][side]['name']}" if len(sides) > 1 else ""
+        layers = {f"layer {number}": values for number, values in figures[side]["layers"].items()}
+        yield _sums(figures, f"By layer{of}", layers)
+        yield _sums(figures, f"By linear{of}", figures[side]["linears"])
+    if "against" in figures:
+        yield _angles(figures)
+    yield _weights(figures)
 
 
-def _sums(found: Mapping[str, Any], heading: str, lines: Mapping[str, Mapping[str, Any]]) -> Table:
+def _sums(figures: Mapping[str, Any], heading: str, lines: Mapping[str, Mapping[str, Any]]) -> Table:
     columns = {"": "", "||dW||/||W||": ".1%", "share of ||dW||^2": ".1%", "effective rank": ".1f", "stable rank": ".1f"}
-    columns |= {f"intruders < {threshold:g}": "" for threshold in found["thresholds"]} | {"of": ","}
+    columns |= {f"intruders < {threshold:g}": "" for threshold in figures["thresholds"]} | {"of": ","}
     keys = ("relative_norm", "energy_share", "effective_rank", "stable_rank")
     rows = [
         [name, *(values[key] for key in keys)]
-        + [_counted(values["counts"][f"{threshold:g}"]) for threshold in found["thresholds"]]
+        + [_counted(values["counts"][f"{threshold:g}"]) for threshold in figures["thresholds"]]
         + [values["vectors"]]
         for name, values in lines.items()
     ]
     return Table(heading, columns, rows, most=MOST_ROWS)
 
 
-def _angles(found: Mapping[str, Any]) -> Table:
+def _angles(figures: Mapping[str, Any]) -> Table:
     columns = {"principal angles of the two dW": "", "rank": "", "largest cosine": ".3f"}
     shares = {"shared": "shared", "by chance": "by_chance", "energy inside": "energy"}
     columns |= {f"{name}, {side}": ".1%" for name in shares for side in ("left", "right")}
     rows = [
         [_short(weight), angles["rank"], angles["left"]["cosines"][0]]
         + [angles[side][key] for key in shares.values() for side in ("left", "right")]
-        for weight in found["weights"]
+        for weight in figures["weights"]
         if (angles := weight["angles"]) is not None
     ]
     return Table("Do they change the same directions?", columns, rows, most=MOST_ROWS)
 
 
-def _weights(found: Mapping[str, Any]) -> Table:
+def _weights(figures: Mapping[str, Any]) -> Table:
     columns = {"weight": "", "shape": "", "rank of dW": "", "||dW||/||W||": ".1%", "s1(dW)/s1(W)": ".1%"}
     columns |= {"effective rank": ".1f", "cosines, lowest first": ""}
     keys = ("rank", "relative_norm", "relative_spectral_norm", "effective_rank")
     rows = []
-    for weight in found["weights"]:
+    for weight in figures["weights"]:
         lowest = sorted(pair[0] for pair in weight["intruders"]["cosines"])[:4]
         cells = [_short(weight), " x ".join(map(str, weight["shape"])), *(weight["delta"][key] for key in keys)]
         rows.append([*cells, " ".join(f"{cosine:.2f}" for cosine in lowest)])
-    return Table(f"By weight: {found['runs']['first']['name']}", columns, rows, most=MOST_ROWS)
+    return Table(f"By weight: {figures['runs']['first']['name']}", columns, rows, most=MOST_ROWS)
 
 
-def _findings(found: Mapping[str, Any]) -> Iterator[str]:
-    for side in _sides(found):
-        run, values = found["runs"][side], found[side]["overall"]
-        counts = [f"{_counted(values['counts'][f'{limit:g}'])} below {limit:g}" for limit in found["thresholds"]]
+def _findings(figures: Mapping[str, Any]) -> Iterator[str]:
+    for side in _sides(figures):
+        run, values = figures["runs"][side], figures[side]["overall"]
+        counts = [f"{_counted(values['counts'][f'{limit:g}'])} below {limit:g}" for limit in figures["thresholds"]]
         norm, rank = values["relative_norm"], values["effective_rank"]
         yield (
             f"{run['name']} ({run['method']}): dW is {'-' if norm is None else f'{norm:.1%}'} of the weights' norm, "
-            f"of effective rank {'-' if rank is None else f'{rank:.1f}'} in the mean. Of the first {found['top']} "
+            f"of effective rank {'-' if rank is None else f'{rank:.1f}'} in the mean. Of the first {figures['top']} "
             f"singular vectors of each of {values['weights']:,} matrices, {values['vectors']:,} together, "
             f"the intruders are {', '.join(counts)}."
         )
@@ -153,8 +154,8 @@ def _findings(found: Mapping[str, Any]) -> Iterator[str]:
                 f"The weights of {run['name']} are read as {run['rounded']}, so its dW holds their rounding too, which "
                 "has no rank: take effective ranks with care."
             )
-    if found["left_out"]:
-        yield f"{found['left_out']:,} weights that only the first changed are left out."
+    if figures["left_out"]:
+        yield f"{figures['left_out']:,} weights that only the first changed are left out."
 
 
 def _short(weight: Mapping[str, Any]) -> str:
@@ -172,9 +173,9 @@ def _counted(values: Mapping[str, int]) -> str:
 _STYLES: dict[str, Style] = {"first": "line", "against": "dashed"}
 
 
-def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
-    sides, name_of = _sides(found), {side: found["runs"][side]["name"] for side in _sides(found)}
-    weights = {side: [w if side == "first" else w["against"] for w in found["weights"]] for side in sides}
+def _figures(figures: Mapping[str, Any]) -> Iterator[Figure]:
+    sides, name_of = _sides(figures), {side: figures["runs"][side]["name"] for side in _sides(figures)}
+    weights = {side: [w if side == "first" else w["against"] for w in figures["weights"]] for side in sides}
     dashed = f" ({name_of['against']}: dashed)" if len(sides) > 1 else ""
     yield Figure(
         title=f"Singular values of dW{dashed}",
@@ -189,7 +190,7 @@ def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
             if weight["before"]["values"] and weight["delta"]["values"]
         ],
     )
-    linears = list(found["first"]["linears"])
+    linears = list(figures["first"]["linears"])
     yield Figure(
         title="||dW|| / ||W|| by linear",
         kind="share",
@@ -198,8 +199,8 @@ def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
         curves=[
             Curve(
                 name=name_of[side],
-                x=[place + shift for place in range(len(found[side]["linears"]))],
-                y=[values["relative_norm"] or 0.0 for values in found[side]["linears"].values()],
+                x=[place + shift for place in range(len(figures[side]["linears"]))],
+                y=[values["relative_norm"] or 0.0 for values in figures[side]["linears"].values()],
                 style="bars",
                 colour=number,
             )
@@ -209,14 +210,14 @@ def _figures(found: Mapping[str, Any]) -> Iterator[Figure]:
         from_zero=True,
     )
     yield Figure(
-        title=f"Intruders among the first {found['top']}",
+        title=f"Intruders among the first {figures['top']}",
         kind="share",
         x_name="threshold",
         x_scale="linear",
         y_scale="linear",
         curves=[_intruders(weights[side], name_of[side], number, side) for number, side in enumerate(sides)],
     )
-    if with_angles := [weight for weight in found["weights"] if len(sides) > 1 and weight["angles"]]:
+    if with_angles := [weight for weight in figures["weights"] if len(sides) > 1 and weight["angles"]]:
         curves = [_by_linear(with_angles, w, w["angles"]["left"]["cosines"], "line points") for w in with_angles]
         chance = [weight["angles"]["left"]["by_chance"] ** 0.5 for weight in with_angles]
         levels = [("random spaces, mean", sum(chance) / len(chance))]

@@ -169,9 +169,9 @@ def masters(trained: Trained, published: Path) -> Path:
     """
     if trained.run_dir is None or (published / STATE_NAME).is_file():
         return published
-    found, _ = newest(trained.run_dir / CHECKPOINTS)
-    step = None if found is None else step_of(found)
-    return published if found is None or step != read_result(trained.run_dir).step else found
+    checkpoint, _ = newest(trained.run_dir / CHECKPOINTS)
+    step = None if checkpoint is None else step_of(checkpoint)
+    return published if checkpoint is None or step != read_result(trained.run_dir).step else checkpoint
 
 
 def _matrices(weight: BaseWeight, reader: Reader) -> Iterator[Tensor]:
@@ -204,9 +204,9 @@ def analyse(request: SpectrumRequest) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(open_changes(request.first.read()))
         against = None if request.second is None else stack.enter_context(open_changes(request.second.read()))
-        found = analysed(request, first, against, device, say)
-    record(found).write(Path(request.out), "spectrum")
-    return found
+        figures = analysed(request, first, against, device, say)
+    record(figures).write(Path(request.out), "spectrum")
+    return figures
 
 
 def analysed(
@@ -220,12 +220,12 @@ def analysed(
             "compare; leave out --against, or name another run"
         )
     say.line(f"{len(names):,} weights of {first.folder}" + (f" and {against.folder}" if against else ""))
-    found = describe(request, first, against, device) | {"left_out": len(first.names) - len(names)}
-    found["weights"] = list(measured(names, first, against, request, device, say))
-    found["first"] = together(found["weights"])
+    figures = describe(request, first, against, device) | {"left_out": len(first.names) - len(names)}
+    figures["weights"] = list(measured(names, first, against, request, device, say))
+    figures["first"] = together(figures["weights"])
     if against is not None:
-        found["against"] = together([weight["against"] for weight in found["weights"]])
-    return found
+        figures["against"] = together([weight["against"] for weight in figures["weights"]])
+    return figures
 
 
 def measured(
@@ -276,10 +276,10 @@ def compared(
 def measure(change: MatrixChange, request: SpectrumRequest) -> tuple[dict[str, Any], Singular]:
     """Return the figures of one matrix and dW's singular triples (of a large dense dW the first `top`)."""
     delta, is_whole, norm = _delta_of(change, request)
-    found, before, after = similarity(
+    overlap, before, after = similarity(
         change.before, change.after, request.top, request.thresholds, exact_up_to=request.exact_up_to
     )
-    counts = {f"{threshold:g}": found.counts(threshold) for threshold in request.thresholds}
+    counts = {f"{threshold:g}": overlap.counts(threshold) for threshold in request.thresholds}
     norm_before = float(torch.linalg.vector_norm(change.before, dtype=torch.float64))
     largest_value = float(delta.values[0]) if len(delta.values) else 0.0
     figures = {
@@ -300,8 +300,8 @@ def measure(change: MatrixChange, request: SpectrumRequest) -> tuple[dict[str, A
             "values": _listed(delta.values[:MOST_VALUES]),
         },
         "intruders": {
-            "cosines": [[float(low), float(high)] for low, high in zip(found.lower, found.upper, strict=True)],
-            "nearest": found.own.tolist(),
+            "cosines": [[float(low), float(high)] for low, high in zip(overlap.lower, overlap.upper, strict=True)],
+            "nearest": overlap.own.tolist(),
             "counts": {key: {"intruders": certain, "undecided": open_} for key, (certain, open_) in counts.items()},
         },
     }

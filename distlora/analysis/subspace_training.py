@@ -57,7 +57,7 @@ class FlatParameters:
             first = last
         self.layers: dict[str, slice] = {}
         """Position of each layer: embedding, decoder layers, last norm, separate LM head."""
-        for layer, parts in itertools.groupby(layers, key=lambda part: part[0]):
+        for layer, parts in itertools.groupby(layers, key=lambda piece: piece[0]):
             pieces = list(parts)
             assert layer not in self.layers, f"{layer} lies in two places"
             self.layers[layer] = slice(pieces[0][1], pieces[-1][2])
@@ -144,16 +144,16 @@ class Projection:
             x = padded.expand(rows, self.block)
             for stage in range(STAGES):
                 x = hadamard(x * self._signs(stage, first, rows))
-            part = out[first : first + rows * self.block]
-            part.copy_(x.view(-1)[: len(part)])
+            chunk = out[first : first + rows * self.block]
+            chunk.copy_(x.view(-1)[: len(chunk)])
         return out
 
     def coordinates_of(self, parameters: Tensor) -> Tensor:
         """Parameters (D,) -> P^T parameters (d,): the adjoint, H and S being symmetric."""
         total = torch.zeros(self.block, device=self.device)
         for first, rows in self._chunks():
-            part = parameters[first : first + rows * self.block]
-            x = F.pad(part, (0, rows * self.block - len(part))).view(rows, self.block)
+            chunk = parameters[first : first + rows * self.block]
+            x = F.pad(chunk, (0, rows * self.block - len(chunk))).view(rows, self.block)
             for stage in reversed(range(STAGES)):
                 x = hadamard(x) * self._signs(stage, first, rows)
             total += x.sum(dim=0)
@@ -182,8 +182,8 @@ def hadamard(x: Tensor) -> Tensor:
     bits = length.bit_length() - 1
     parts = -(-bits // FACTOR_BITS)
     after = length
-    for part in range(parts):
-        factor = 2 ** (bits * (part + 1) // parts - bits * part // parts)
+    for number in range(parts):
+        factor = 2 ** (bits * (number + 1) // parts - bits * number // parts)
         after //= factor
         matrix = _hadamard_matrix(factor, x.device)
         x = x.reshape(-1, factor) @ matrix if after == 1 else matrix @ x.reshape(-1, factor, after)
@@ -315,8 +315,8 @@ class Bench:
         for step in range(self.request.steps):
             batch = loader.batch(step)
             self.flat.gradients.zero_()
-            for part in batch.micro_batches:
-                loss = objective.losses(self.model, part, self.ranks.device, step).rows.sum() / objective.units(batch)
+            for micro in batch.micro_batches:
+                loss = objective.losses(self.model, micro, self.ranks.device, step).rows.sum() / objective.units(batch)
                 loss.backward()
             if subspace is not None:
                 subspace.pull()

@@ -104,7 +104,7 @@ class DiskNames:
 
 def model_names(rules: DiskNames, on_disk: Iterable[str], known: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Return the names on disk that each of the model's parameters (`known`) comes from; absent ones are left out."""
-    found: dict[str, list[str]] = {}
+    stored_names: dict[str, list[str]] = {}
     names = sorted(on_disk, key=natural_order)
     active = (rule for rule in rules.renamings if rule.guard is None or any(re.search(rule.guard, n) for n in names))
     rules = replace(rules, renamings=tuple(active))
@@ -113,19 +113,19 @@ def model_names(rules: DiskNames, on_disk: Iterable[str], known: Collection[str]
         if target not in known:
             continue
         if converter is None:
-            found.setdefault(target, [name])  # Of two names for one parameter transformers takes the first.
+            stored_names.setdefault(target, [name])  # Of two names for one parameter transformers takes the first.
             continue
         first = converter.targets[0]
         for other in converter.targets:
-            found.setdefault(target.replace(first, other), []).append(name)
-    return {target: tuple(stored) for target, stored in found.items() if target in known}
+            stored_names.setdefault(target.replace(first, other), []).append(name)
+    return {target: tuple(stored) for target, stored in stored_names.items() if target in known}
 
 
 def natural_order(name: str) -> list[tuple[Any, ...]]:
     """Return transformers' sort key of a name: experts.2 comes before experts.10."""
     parts: list[tuple[Any, ...]] = []
-    for part in name.split("."):
-        text = part.rstrip("0123456789")
-        digits = part[len(text) :]
-        parts.append((0, int(part)) if part.isdigit() else (1, text, *([int(digits)] if digits else [])))
+    for word in name.split("."):
+        text = word.rstrip("0123456789")
+        digits = word[len(text) :]
+        parts.append((0, int(word)) if word.isdigit() else (1, text, *([int(digits)] if digits else [])))
     return parts

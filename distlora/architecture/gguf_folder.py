@@ -205,10 +205,10 @@ def _segment(
 
 def stored_parts(parameters: Mapping[str, Segment]) -> dict[str, Segment]:
     """Return the tensors of the GGUF file by the names of their parameters: bytes where they are in blocks."""
-    found = dict[str, Segment]()
+    segments = dict[str, Segment]()
     for name, segment in parameters.items():
         if isinstance(segment, LowBitSegment):
-            found |= {f"{name}#{number}": part for number, part in segment.tensor.parts.items()}
+            segments |= {f"{name}#{number}": part for number, part in segment.tensor.parts.items()}
         else:
-            found[name] = segment
-    return found
+            segments[name] = segment
+    return segments

@@ -86,7 +86,7 @@ def kept_weights(architecture: Architecture, headers: Mapping[str, Segment]) -> 
 
     Raises UserError with the name and the reason for a weight in low bits that cannot be kept.
     """
-    found = {}
+    weights = {}
     stored_as = architecture.on_disk(headers)
     for index in range(architecture.num_layers):
         for weight in architecture.layer(index).weights:
@@ -98,8 +98,8 @@ def kept_weights(architecture: Architecture, headers: Mapping[str, Segment]) -> 
                     raise _cannot_keep(name, f"a part of a tensor is not whole blocks of {labels([kept.format])[0]}")
                 if kept.transposed and weight.kind != "experts":
                     raise _cannot_keep(name, "its matrices are stored transposed, and the model's own code reads them")
-                found[name] = kept
-    return found
+                weights[name] = kept
+    return weights
 
 
 class KeptTokens(NamedTuple):
@@ -168,8 +168,8 @@ def expected_headers(architecture: Architecture, config: Mapping[str, Any], plac
             parts = {tensor: ("BF16", size)}
             if is_quantized(tensor.removesuffix(".weight")):
                 parts = expected_parts(config, tensor, size, place)
-            for part, (dtype, sizes) in parts.items():
-                stored[part] = Segment(Path(place), 0, math.prod(sizes) * DTYPE_BYTES[dtype], dtype, sizes)
+            for part_name, (dtype, sizes) in parts.items():
+                stored[part_name] = Segment(Path(place), 0, math.prod(sizes) * DTYPE_BYTES[dtype], dtype, sizes)
     return with_low_bit(stored, Path(place), config)
 
 

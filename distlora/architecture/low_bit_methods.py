@@ -112,11 +112,11 @@ def is_converted(config: Mapping[str, Any], place: Path | str) -> Callable[[str]
     Names are compared as transformers does for modules_to_not_convert: whole components, from the start or at the end,
     as a regular expression. Raises UserError for a list that is not one of such names.
     """
-    settings, found = quantization_config(config), list[str]()
+    settings, patterns = quantization_config(config), list[str]()
     for key in ("modules_to_not_convert", "ignored_layers", "ignore"):
         for name in settings.get(key) or ():
             pattern = str(name).removeprefix("re:")
-            found.append(
+            patterns.append(
                 pattern if str(name).startswith("re:") else rf"(?:{pattern}){_BOUNDARY}|.*{re.escape(pattern)}$"
             )
             try:
@@ -125,7 +125,7 @@ def is_converted(config: Mapping[str, Any], place: Path | str) -> Callable[[str]
                 raise UserError(
                     f"{place}: quantization_config.{key} has {short(name)}: {error}; {USE_16_BIT}"
                 ) from error
-    left_out = re.compile("|".join(f"(?:{each})" for each in found) or r"(?!)")
+    left_out = re.compile("|".join(f"(?:{each})" for each in patterns) or r"(?!)")
     return lambda module: left_out.match(module) is None
 
 
@@ -134,13 +134,13 @@ def expected_parts(config: Mapping[str, Any], name: str, shape: tuple[int, ...],
     settings = quantization_config(config)
     method = _name_of(settings)
     expect = _METHODS[method].expect
-    found = None if expect is None else expect(settings, name, shape)
-    if found is None:
+    parts = None if expect is None else expect(settings, name, shape)
+    if parts is None:
         raise UserError(
             f"{place}: the formats of {method} are read from the weights, which are not here; "
             "download them and set {model.path} to their folder, or set quant=nf4"
         )
-    return found
+    return parts
 
 
 def _check_fp8(settings: Mapping[str, Any], where: str) -> None:
@@ -305,10 +305,10 @@ def _expect_compressed(settings: Mapping[str, Any], name: str, shape: tuple[int,
         return {name: ("F8_E4M3", shape), f"{name}_scale": ("BF16", grid)}
     if kind != "int" or settings.get("format") != "pack-quantized" or weights.get("actorder"):
         return None
-    found: Expected = {f"{name}_packed": ("I32", (shape[0], -(-shape[1] * bits // 32)))}
+    parts: Expected = {f"{name}_packed": ("I32", (shape[0], -(-shape[1] * bits // 32)))}
     if not weights.get("symmetric", True):
-        found[f"{name}_zero_point"] = ("I32", (-(-shape[0] * bits // 32), grid[-1]))
-    return found | {f"{name}_scale": ("BF16", grid), f"{name}_shape": ("I64", (2,))}
+        parts[f"{name}_zero_point"] = ("I32", (-(-shape[0] * bits // 32), grid[-1]))
+    return parts | {f"{name}_scale": ("BF16", grid), f"{name}_shape": ("I64", (2,))}
 
 
 def _fp4(parts: Parts, name: str, shape: tuple[int, ...], codes: str, global_scale: str) -> LowBitTensor:
@@ -334,20 +334,20 @@ def _packed_integers(parts: Parts, name: str, codes: Segment, arguments: Sequenc
     scales = parts.left.get(f"{name}_scale")
     taken = {"shape": parts.take(f"{name}_shape", name, ("I64", "I32"), (len(packed),))}
     fitting = list[tuple[int, tuple[int, ...], tuple[int, int], bool]]()
-    for each in arguments:
-        bits, size = each["num_bits"], each.get("group_size") or -1
-        is_grouped = size > 0 and each.get("strategy") in ("group", None) and scales is not None
+    for scheme in arguments:
+        bits, size = scheme["num_bits"], scheme.get("group_size") or -1
+        is_grouped = size > 0 and scheme.get("strategy") in ("group", None) and scales is not None
         width = scales.shape[-1] * size if is_grouped and scales and scales.shape else packed[-1] * 32 // bits
         shape = (*packed[:-1], width)
-        block = _scale_block(each, shape)
+        block = _scale_block(scheme, shape)
         fits = scales is not None and block[0] == 1 and trimmed(scales.shape) == trimmed(scale_shape(shape, block))
         if fits and -(-width * bits // 32) == packed[-1]:
-            fitting.append((bits, shape, block, each["symmetric"]))
+            fitting.append((bits, shape, block, scheme["symmetric"]))
     has_zeros = f"{name}_zero_point" in parts.left
-    fitting = [each for each in fitting if each[3] != has_zeros] or fitting
-    if len({each[:2] for each in fitting}) > 1:  # 8 bits, or twice as many weights of 4.
+    fitting = [fit for fit in fitting if fit[3] != has_zeros] or fitting
+    if len({fit[:2] for fit in fitting}) > 1:  # 8 bits, or twice as many weights of 4.
         stored = _integers_of(taken["shape"])
-        fitting = [each for each in fitting if list(each[1]) == stored]
+        fitting = [fit for fit in fitting if list(fit[1]) == stored]
     if not fitting:
         have = "no scales" if scales is None else f"scales of shape {short(list(scales.shape))}"
         raise UserError(

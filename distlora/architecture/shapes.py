@@ -166,8 +166,8 @@ class ModelShapes:
         """
         kinds = self.architecture.kinds
         pairs = (zip(kinds[kind].weights, formats, strict=True) for kind, formats in set(self.layer_formats(default)))
-        found = [(weight.shape, format) for layer in pairs for weight, format in layer if weight.kind == "experts"]
-        return all(shards_whole_experts(shape, format, ranks) for shape, format in found) if found else None
+        experts = [(weight.shape, format) for layer in pairs for weight, format in layer if weight.kind == "experts"]
+        return all(shards_whole_experts(shape, format, ranks) for shape, format in experts) if experts else None
 
     def ties(self, config: AdapterConfig) -> bool:
         """Return True if a run has one matrix for embedding and LM head; a trained whole one is untied."""
@@ -229,8 +229,8 @@ def _adapters(request: Asked) -> tuple[tuple[AdapterShape, ...], ...]:
 def _alike(request: Asked) -> tuple[tuple[AdapterShape, int], ...]:
     kinds: dict[object, list[AdapterShape]] = {}
     for block in _adapters(request):
-        for each in block:
-            kinds.setdefault((each.place, each.down, each.up, each.magnitude), []).append(each)
+        for adapter in block:
+            kinds.setdefault((adapter.place, adapter.down, adapter.up, adapter.magnitude), []).append(adapter)
     return tuple((adapters[0], len(adapters)) for adapters in kinds.values())
 
 

@@ -305,11 +305,11 @@ class Architecture:
     def parameters(self) -> dict[str, Weight]:
         """Return the text model's parameters by transformers' names."""
         matrix = Weight("", (self.vocabulary, self.hidden))
-        found = dict.fromkeys((f"{self.embedding_path}.weight", f"{self.head}.weight"), matrix)
-        found |= {weight.path: weight for weight in self.outside}
+        weights = dict.fromkeys((f"{self.embedding_path}.weight", f"{self.head}.weight"), matrix)
+        weights |= {weight.path: weight for weight in self.outside}
         for index in range(self.num_layers):
-            found |= {f"{self.layer_prefix}{index}.{weight.path}": weight for weight in self.layer(index).weights}
-        return found
+            weights |= {f"{self.layer_prefix}{index}.{weight.path}": weight for weight in self.layer(index).weights}
+        return weights
 
     def layer(self, index: int) -> LayerKind:
         """Return the kind of one layer."""
@@ -449,10 +449,10 @@ def versions() -> str:
 def derive(content: str, place: str) -> str:
     """Return the JSON of the architecture that a process with torch derives. Raises UserError with its reason."""
     answer = derived("checking how transformers builds the model", place, content=content)
-    found = Architecture.from_json(answer)
+    architecture = Architecture.from_json(answer)
     print(
-        f"{place} ({found.model_type}): checked in {found.seconds:.0f} s on a small model: forward, gradients, packing "
-        f"and adapters equal transformers'{''.join(f'; {note}' for note in found.notes)}",
+        f"{place} ({architecture.model_type}): checked in {architecture.seconds:.0f} s on a small model: forward, "
+        f"gradients, packing and adapters equal transformers'{''.join(f'; {note}' for note in architecture.notes)}",
         file=sys.stderr,
     )
     return answer

@@ -102,17 +102,17 @@ _REFUSED = {key: why for why, keys in _REFUSED_BY_REASON.items() for key in keys
 def check_deepspeed() -> None:
     """Raise UserError if DeepSpeed is not installed or older than FIRST_DEEPSPEED."""
     try:
-        found = importlib.metadata.version("deepspeed")
+        installed = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
             "parallel.backend=zero3 needs DeepSpeed, which is not installed; `pip install deepspeed`, or set "
             "parallel=fsdp2"
         ) from None
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", found)
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", installed)
     if match is None or tuple(map(int, match.groups())) < FIRST_DEEPSPEED:
         first = ".".join(map(str, FIRST_DEEPSPEED))
         raise UserError(
-            f"parallel.backend=zero3 needs DeepSpeed {first} or later, and {found} is installed; "
+            f"parallel.backend=zero3 needs DeepSpeed {first} or later, and {installed} is installed; "
             "`pip install -U deepspeed`, or set parallel=fsdp2"
         )
 

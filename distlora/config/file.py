@@ -150,10 +150,10 @@ def as_plain(value: Any) -> Any:
 
 def settings_by_name(config: Config) -> dict[str, Any]:
     """Return the settings as plain values by the names that users type: section.name."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for section, values in as_mapping(config).items():
         if isinstance(values, dict):
-            found |= {f"{section}.{name}": value for name, value in values.items()}
+            settings |= {f"{section}.{name}": value for name, value in values.items()}
         else:
-            found[section] = values
-    return found
+            settings[section] = values
+    return settings

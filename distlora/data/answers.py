@@ -154,9 +154,9 @@ def labelled_steps(value: dict[str, Any], place: str, good: str) -> dict[str, An
         expect(step, str, f"{place}: a step of 'completions'", good)
     wrong = next((label for label in labels if label not in (True, False)), None)
     if wrong is not None or len(labels) != len(steps) or not all(steps):
-        found = f"a label is {wrong!r}" if wrong is not None else f"{len(steps)} steps have {len(labels)} labels"
+        problem = f"a label is {wrong!r}" if wrong is not None else f"{len(steps)} steps have {len(labels)} labels"
         raise UserError(
-            f"{place}: {found if all(steps) else 'a step is empty'}; each step needs a text and one label, true or "
+            f"{place}: {problem if all(steps) else 'a step is empty'}; each step needs a text and one label, true or "
             f"false; {good}"
         )
     return {"prompt": prompt, "completions": steps, "labels": list(map(bool, labels))}

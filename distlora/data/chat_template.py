@@ -514,8 +514,8 @@ class TurnFinder:
         if text.startswith(until):
             return len(until)
         common = start + len(os.path.commonprefix([text[start:], until[start:]]))  # noqa: RUF071 (characters are meant)
-        found = [(text.rfind(token, start, common), token) for token in self._closers]
-        end = max((position + len(token) for position, token in found if position >= 0), default=None)
+        positions = [(text.rfind(token, start, common), token) for token in self._closers]
+        end = max((position + len(token) for position, token in positions if position >= 0), default=None)
         if end is None:
             return None
         rest = until[end:]

@@ -201,16 +201,18 @@ def resolve_format(record: SourceRecord, format: str, reading: ReadOptions = AS_
     fitting = [name for name in fitting if name != "prompt_only"] or fitting  # Every prompt may be one.
     if len(fitting) == 1:
         return fitting[0]
-    found = f"it has {listed(value)}"
+    described = f"it has {listed(value)}"
     if fitting:
         raise UserError(
-            f"{record.place}: {found}, which fits the formats {' and '.join(fitting)}; "
+            f"{record.place}: {described}, which fits the formats {' and '.join(fitting)}; "
             f"choose one with {' or '.join(f'data.format={name}' for name in fitting)}"
         )
     if "input_ids" in value:
-        raise UserError(f"{record.place}: {found}: tokenized data is not supported; give the texts that it was made of")
+        raise UserError(
+            f"{record.place}: {described}: tokenized data is not supported; give the texts that it was made of"
+        )
     raise UserError(
-        f"{record.place}: {found}, which fits no format; name the columns of all keys of a format, as in "
+        f"{record.place}: {described}, which fits no format; name the columns of all keys of a format, as in "
         f"data.columns={{prompt: question, completion: answer}}. {good('auto')}"
     )
 
@@ -377,9 +379,9 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXT_PARTS:
         text: str = part["text"]
         return text
-    found = f"of the type {part.get('type')!r}" if isinstance(part, dict) else kind_name(part)
+    described = f"of the type {part.get('type')!r}" if isinstance(part, dict) else kind_name(part)
     raise UserError(
-        f"{where}: a part of 'content' is {found}; only text can be trained on: "
+        f"{where}: a part of 'content' is {described}; only text can be trained on: "
         '{"type": "text", "text": "..."}, or a string'
     )
 

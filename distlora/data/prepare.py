@@ -333,7 +333,7 @@ def _read_enough(
     """
     opened = [encoder.open(source) for source in sources]
     streams = [_batches(documents, _STREAM_DOCUMENTS, _STREAM_BYTES) for _, _, documents in opened]
-    ended, found, batches = np.zeros(len(sources), bool), np.zeros(len(sources), bool), np.zeros(len(sources))
+    ended, have_pieces, batches = np.zeros(len(sources), bool), np.zeros(len(sources), bool), np.zeros(len(sources))
     num_documents = np.zeros(len(sources), np.int64)
     targets_of, tokens_of = np.zeros(len(sources)), np.zeros(len(sources))
     progress = _Progress(", ".join(source.label for source in sources), None)
@@ -352,8 +352,8 @@ def _read_enough(
         tokens_of[number] += trained["length"].sum()
         batches[number] += 1
         num_documents[number] += len(batch)
-        found[number] |= len(pieces) > 0
-        if num_documents[number] >= PATIENCE and not found[number]:
+        have_pieces[number] |= len(pieces) > 0
+        if num_documents[number] >= PATIENCE and not have_pieces[number]:
             raise nothing_to_train(corpus, sources[number], number, encoder.data)
         progress.report(batch)
     return ended

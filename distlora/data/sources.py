@@ -403,10 +403,10 @@ def _shared(first: DataSource, second: DataSource) -> str | None:
     if first.commit is not None and second.commit is not None:
         if (first.config.path, first.config.name or "default") != (second.config.path, second.config.name or "default"):
             return None
-        for name, part in _split_parts(first.config.split):
+        for name, rows in _split_parts(first.config.split):
             for other_name, other_part in _split_parts(second.config.split):
                 overlap = name == other_name or "all" in (name, other_name)
-                if overlap and (part in (name, other_part) or other_part == other_name):
+                if overlap and (rows in (name, other_part) or other_part == other_name):
                     return f"{first.config.path} (split {name})"
         return None
     if first.is_saved and second.is_saved and first.config.split != second.config.split:

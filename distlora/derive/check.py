@@ -92,15 +92,15 @@ def _with_peft(small: Architecture, folder: Path) -> Iterator[tuple[str, float]]
     input_ids = random_tokens(48, small.vocabulary, rows=2, seed=6)
     of_logits, of_gradients = amplifications(ours, theirs, input_ids)
     tuned = peft.PeftModel.from_pretrained(theirs, place, is_trainable=True)
-    found = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
-    same = found.keys() == own.keys() and all(torch.equal(found[name], own[name]) for name in own)
+    by_name = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
+    same = by_name.keys() == own.keys() and all(torch.equal(by_name[name], own[name]) for name in own)
     yield "PEFT adapter", 0.0 if same else float("inf")
     if not same:
         return
     causal = tuned.get_base_model().get_submodule(small.causal)
     labels, logits = next_tokens(input_ids), causal(input_ids=input_ids, use_cache=False).logits.float()
     yield "PEFT logits", relative_error(logits_of(ours, input_ids), logits) / of_logits
-    expected = gradients_of(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"), found)
+    expected = gradients_of(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"), by_name)
     gradients = gradients_of(ours(input_ids, positions_of(input_ids), labels).sum(), own)
     name = "PEFT gradients of mixers" if mixes_tokens(small) else "PEFT gradients"
     yield name, largest_error(gradients, expected) / of_gradients

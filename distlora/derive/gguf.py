@@ -209,7 +209,7 @@ def find_parameters(
     architecture = header.metadata["general.architecture"]
     processor = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)(config=settings)
     names = reading.get_gguf_hf_weights_map(model, processor)
-    found: dict[str, dict[str, Any]] = {"tensors": {}}
+    parsed: dict[str, dict[str, Any]] = {"tensors": {}}
     starts, tensors = list[int](), list[StoredTensor]()
     following = 1  # Row 0 is no tensor's: transformers fills with zeros.
     for name, tensor in header.tensors.items():
@@ -221,12 +221,12 @@ def find_parameters(
         starts.append(following)
         tensors.append(tensor)
         following += tensor.rows + 1  # A gap, so that no run of rows goes on in the next tensor.
-        result = processor.process(weights=probe, name=name, tensor_key_mapping=names, parsed_parameters=found)
+        result = processor.process(weights=probe, name=name, tensor_key_mapping=names, parsed_parameters=parsed)
         if result.name is None:
             continue
         require(result.name in names, f"{file}: transformers has no parameter for the tensor {name}; {_INSTEAD}")
-        found["tensors"][names[result.name]] = torch.from_numpy(np.array(result.weights))
-    tied, placed = set(model.all_tied_weights_keys), found["tensors"]
+        parsed["tensors"][names[result.name]] = torch.from_numpy(np.array(result.weights))
+    tied, placed = set(model.all_tied_weights_keys), parsed["tensors"]
     parameters, orders = dict[str, Any](), dict[tuple[tuple[int, int], ...], int]()
     for name, parameter in model.state_dict().items():
         if name in tied and name not in placed:
@@ -412,15 +412,15 @@ class _Parser:
         if type(alignment) is not int or alignment < 1:
             raise self.damage(f"general.alignment={alignment}")
         end = start = -(-self.place // alignment) * alignment
-        found, last = dict[str, StoredTensor](), "the header"
+        described, last = dict[str, StoredTensor](), "the header"
         for name, entry in sorted(entries.items(), key=lambda item: item[1][2]):
-            found[name] = tensor = self.tensor(name, *entry, start)
+            described[name] = tensor = self.tensor(name, *entry, start)
             if tensor.offset != end:
                 raise self.damage(f"{name} begins at byte {tensor.offset:,}, not behind {last} at {end:,}")
             if (stop := tensor.offset + tensor.num_bytes) > (size := len(self.data)):
                 raise UserError(f"{self.file} is truncated: {name} ends at byte {stop:,} of {size:,}; {_AGAIN}")
             end, last = -(-(stop - start) // alignment) * alignment + start, name
-        return GgufHeader(metadata, {name: found[name] for name in entries}, start)
+        return GgufHeader(metadata, {name: described[name] for name in entries}, start)
 
     def tensor(self, name: str, shape: tuple[int, ...], number: int, offset: int, start: int) -> StoredTensor:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType

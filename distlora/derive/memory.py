@@ -121,10 +121,10 @@ def _plain(value: Any) -> Any:
     return dict(value) if hasattr(value, "keys") else value
 
 
-def with_memory(found: Architecture, decoder: Any) -> tuple[LayerKind, ...]:
+def with_memory(architecture: Architecture, decoder: Any) -> tuple[LayerKind, ...]:
     """Return the kinds with the memory of the halves for which the planner has no formula. `decoder`: in bf16."""
-    kinds = found.kinds
-    layers = decoder.get_submodule(found.layers)
+    kinds = architecture.kinds
+    layers = decoder.get_submodule(architecture.layers)
     decoder.requires_grad_(False)
     figures: dict[int, list[dict[str, list[float]]]] = {number: [] for number in range(len(kinds))}
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -138,17 +138,20 @@ def with_memory(found: Architecture, decoder: Any) -> tuple[LayerKind, ...]:
         ]
         try:
             with torch.no_grad():
-                decoder(input_ids=torch.arange(length)[None] % (found.vocabulary - 5) + 5, use_cache=False)
+                decoder(input_ids=torch.arange(length)[None] % (architecture.vocabulary - 5) + 5, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
         for number, kind in enumerate(kinds):
-            index = found.kind_of_layer.index(number)
+            index = architecture.kind_of_layer.index(number)
             layer = _LayerCall(layers[index], kind, *calls[index])
             with torch.enable_grad():
                 figures[number].append(_kept(layer, length) | _peaks(layer, length))
                 unread[number] = _unread(layer)
-    halves = [(_half(found, kind, 0, figures[n]), _half(found, kind, 1, figures[n])) for n, kind in enumerate(kinds)]
+    halves = [
+        (_half(architecture, kind, 0, figures[n]), _half(architecture, kind, 1, figures[n]))
+        for n, kind in enumerate(kinds)
+    ]
     return tuple(
         dataclasses.replace(kind, memory=own, unread=reads)
         for kind, own, reads in zip(kinds, halves, unread, strict=True)
@@ -206,10 +209,12 @@ def _unread(layer: _LayerCall) -> tuple[str, ...]:
     )
 
 
-def _half(found: Architecture, kind: LayerKind, half: int, figures: list[dict[str, list[float]]]) -> HalfMemory | None:
+def _half(
+    architecture: Architecture, kind: LayerKind, half: int, figures: list[dict[str, list[float]]]
+) -> HalfMemory | None:
     """Return the measured memory of one half; None if the planner's formula gives what it keeps."""
     first, second = _LENGTHS
-    if has_formula(found, kind, half, keeps=figures[1]["keeps"][half], row=second):
+    if has_formula(architecture, kind, half, keeps=figures[1]["keeps"][half], row=second):
         return None
 
     def fit(name: str) -> tuple[float, float]:

@@ -328,8 +328,8 @@ def next_tokens(input_ids: Tensor) -> Tensor:
 
 def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradient of each parameter, 0 where there is none."""
-    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    together = zip(parameters.items(), found, strict=True)
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    together = zip(parameters.items(), gradients, strict=True)
     return {name: torch.zeros_like(parameter) if g is None else g for (name, parameter), g in together}
 
 
@@ -423,15 +423,15 @@ def _packing_checks(ours: CausalLM) -> Iterator[tuple[str, float]]:
         places = [torch.cat([torch.arange(n), torch.arange(48 - n)])[None] for n in _LENGTHS]
         with torch.no_grad():
             padded = logits_of(ours, torch.cat(rows), torch.cat(places))
-            each = [logits_of(ours, document)[0] for document in documents]
+            one_by_one = [logits_of(ours, document)[0] for document in documents]
         parts = [row[:length] for row, length in zip(padded, _LENGTHS, strict=True)]
-        yield "one document per sequence", relative_error(torch.cat(parts), torch.cat(each))
+        yield "one document per sequence", relative_error(torch.cat(parts), torch.cat(one_by_one))
         return
     positions = torch.cat([positions_of(document) for document in documents], dim=1)
     together = torch.cat(documents, dim=1)
     with torch.no_grad():
-        each = [logits_of(ours, document) for document in documents]
-        yield "packed documents", relative_error(logits_of(ours, together, positions), torch.cat(each, dim=1))
+        one_by_one = [logits_of(ours, document) for document in documents]
+        yield "packed documents", relative_error(logits_of(ours, together, positions), torch.cat(one_by_one, dim=1))
     packed = loss(together, positions, torch.cat(labels, dim=1))
     alone = torch.stack([loss(d, positions_of(d), of) for d, of in zip(documents, labels, strict=True)]).sum()
     yield "packed loss", relative_error(packed, alone)

@@ -162,17 +162,17 @@ def layer_kinds(model: PreTrainedModel) -> list[LayerKind]:
 
 
 def _kind(layer: nn.Module) -> LayerKind:
-    found: set[tuple[str, str, object]] = set()
+    features: set[tuple[str, str, object]] = set()
     for path, module in layer.named_modules(remove_duplicate=False):
         place = re.sub(r"\b\d+\b", "*", path)
-        found.add((place, "class", module.__class__.__qualname__))
+        features.add((place, "class", module.__class__.__qualname__))
         tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        found |= {(place, name, tensor.dim()) for name, tensor in tensors}
+        features |= {(place, name, tensor.dim()) for name, tensor in tensors}
         for name, value in vars(module).items():
             if isinstance(value, (bool, str, int, float, NoneType)) and not _PLACE.fullmatch(name):
                 # A size or a scale: a small model has another, but has it too.
-                found.add((place, name, value if isinstance(value, (bool, str, NoneType)) else value > 0))
-    return frozenset(found)
+                features.add((place, name, value if isinstance(value, (bool, str, NoneType)) else value > 0))
+    return frozenset(features)
 
 
 def shrink(config: Mapping[str, Any], full: PreTrainedModel | None = None) -> dict[str, Any]:

@@ -335,13 +335,13 @@ class _Batch:
 
     def _next_prompts(self) -> list[_Prefix]:
         """Return prompts that run together: as many as fit in PREFILL_TOKENS, padded to the longest."""
-        found: list[_Prefix] = []
+        prompts: list[_Prefix] = []
         for prefix in dict.fromkeys(row.prefix for row in self._starting):
-            longest = max(len(each.tokens) for each in (*found, prefix))
-            if found and longest * (len(found) + 1) > PREFILL_TOKENS:
+            longest = max(len(each.tokens) for each in (*prompts, prefix))
+            if prompts and longest * (len(prompts) + 1) > PREFILL_TOKENS:
                 break
-            found.append(prefix)
-        return sorted(found, key=lambda prefix: (prefix.slot is not None, prefix.slot or 0))
+            prompts.append(prefix)
+        return sorted(prompts, key=lambda prefix: (prefix.slot is not None, prefix.slot or 0))
 
     def _run_prompts(self, prompts: list[_Prefix]) -> None:
         longest = max(len(prompt.tokens) for prompt in prompts)

@@ -196,14 +196,14 @@ class Writer:
             requests = [_request(prompt, settings, seed + number, stop) for number, prompt in enumerate(prompts)]
             return [_completion(sample, ends) for sample in self._engine(ends).run(requests, done)]
         criteria = [StopStringCriteria(self._tokenizer, list(stop))] if stop else []
-        found: list[Completion] = []
+        completions: list[Completion] = []
         with self._seeded(seed), aside(self._model, self._backend):
             batches = generate_all(self._generator, prompts, settings, StoppingCriteriaList(criteria))
             for completion in itertools.chain.from_iterable(batches):
                 if on_done is not None:
-                    on_done(len(found), completion)
-                found.append(completion)
-        return found
+                    on_done(len(completions), completion)
+                completions.append(completion)
+        return completions
 
     def stream(
         self,

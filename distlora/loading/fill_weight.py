@@ -76,9 +76,9 @@ def quantize_into(
             raise _not_finite(name, format)
         on_device = chunk.to(device)
         quantized = nf4.quantize_blocks(on_device) if is_nf4 else quantize_run(format, on_device, width)
-        for part, values in zip(filled, quantized, strict=True):
-            own = values[max(-row, 0) : len(part) - row]  # Of a row of tiles, other ranks have others.
-            part[max(row, 0) :][: len(own)] = own
+        for target, values in zip(filled, quantized, strict=True):
+            own = values[max(-row, 0) : len(target) - row]  # Of a row of tiles, other ranks have others.
+            target[max(row, 0) :][: len(own)] = own
     if not bool(torch.isfinite(absmax).all()):
         raise _not_finite(name, format)
     if is_nf4:
@@ -257,8 +257,8 @@ def mean_row(
     if backend is not None:
         backend.sum_over_ranks(sums)  # All but one rank's are zeros, so nothing is rounded.
     total = torch.zeros_like(sums[0])
-    for part in sums:  # One after another.
-        total += part
+    for partial in sums:  # One after another.
+        total += partial
     return total / num_rows
 
 

@@ -44,9 +44,9 @@ class StepRows(NamedTuple):
     rows: Tensor
     """(B,) int64: index of each row in the packed training data."""
 
-    def part(self, part: slice) -> StepRows:
+    def part(self, span: slice) -> StepRows:
         """Return the rows of a slice of the micro-batch."""
-        return StepRows(self.step[part] if isinstance(self.step, Tensor) else self.step, self.rows[part])
+        return StepRows(self.step[span] if isinstance(self.step, Tensor) else self.step, self.rows[span])
 
 
 class Rows(NamedTuple):
@@ -63,14 +63,14 @@ class Rows(NamedTuple):
     counted: Tensor | None = None
     """(B, T) bool: positions that count in the load of the experts; None: it is not counted."""
 
-    def part(self, part: slice) -> Rows:
+    def part(self, span: slice) -> Rows:
         """Return the rows of a slice of the micro-batch."""
         return Rows(
-            None if self.adapters is None else self.adapters[part],
-            None if self.places is None else self.places.part(part),
-            None if self.balanced is None else self.balanced[part],
-            None if self.packed is None else self.packed.part(part),
-            None if self.counted is None else self.counted[part],
+            None if self.adapters is None else self.adapters[span],
+            None if self.places is None else self.places.part(span),
+            None if self.balanced is None else self.balanced[span],
+            None if self.packed is None else self.packed.part(span),
+            None if self.counted is None else self.counted[span],
         )
 
 
@@ -317,14 +317,14 @@ class AdapterCopies:
 
     def __init__(self, linears: Iterable[AdaptedLinear]) -> None:
         """Allocate the copies: all A first, so that those of linears with one input are neighbours."""
-        found = [(pair, each.compute_dtype) for each in linears for pair in each.pairs]
-        self._pairs = [pair for pair, dtype in found if pair.A.dtype != dtype]
+        pairs = [(pair, each.compute_dtype) for each in linears for pair in each.pairs]
+        self._pairs = [pair for pair, dtype in pairs if pair.A.dtype != dtype]
         masters = [pair.A for pair in self._pairs] + [pair.B for pair in self._pairs]
         if not masters:
             return
         sizes = [-(-master.numel() // 8) * 8 for master in masters]  # Kernels load 16 bytes at once.
-        flat = torch.empty(sum(sizes), dtype=found[0][1], device=masters[0].device)
-        copies = [part[: each.numel()].view_as(each) for part, each in zip(flat.split(sizes), masters, strict=True)]
+        flat = torch.empty(sum(sizes), dtype=pairs[0][1], device=masters[0].device)
+        copies = [piece[: each.numel()].view_as(each) for piece, each in zip(flat.split(sizes), masters, strict=True)]
         self._downs, self._ups = copies[: len(self._pairs)], copies[len(self._pairs) :]
 
     @contextlib.contextmanager
@@ -450,14 +450,14 @@ def sum_by_slot(values: Tensor, slots: Tensor, num_slots: int) -> Tensor:
     """Sum values (T, H) by slots (T,) int64, -1 for none -> (num_slots, H) fp32."""
     total = torch.zeros(num_slots, values.shape[1], dtype=torch.float32, device=values.device)
     numbers = torch.arange(num_slots, device=values.device)[:, None]
-    for part, part_slots in zip(values.split(WIDENED_AT_ONCE), slots.split(WIDENED_AT_ONCE), strict=True):
-        total.addmm_((numbers == part_slots).float(), part.float())
+    for chunk, part_slots in zip(values.split(WIDENED_AT_ONCE), slots.split(WIDENED_AT_ONCE), strict=True):
+        total.addmm_((numbers == part_slots).float(), chunk.float())
     return total
 
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """Return weights^T values: weights (T, N) fp32, values (T, H) -> (N, H) fp32."""
     total = torch.zeros(weights.shape[1], values.shape[1], dtype=torch.float32, device=values.device)
-    for part, part_values in zip(weights.split(WIDENED_AT_ONCE), values.split(WIDENED_AT_ONCE), strict=True):
-        total.addmm_(part.t(), part_values.float())
+    for chunk, part_values in zip(weights.split(WIDENED_AT_ONCE), values.split(WIDENED_AT_ONCE), strict=True):
+        total.addmm_(chunk.t(), part_values.float())
     return total

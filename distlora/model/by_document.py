@@ -53,11 +53,11 @@ class DocumentRows:
         assert all(row[:1] == [0] for row in starts), "a row begins within a document"
         return cls(starts, position_ids.shape[1])
 
-    def part(self, part: slice) -> DocumentRows:
+    def part(self, span: slice) -> DocumentRows:
         """Return the rows of a slice of the batch."""
-        key = (part.start, part.stop)
+        key = (span.start, span.stop)
         if key not in self._parts:
-            self._parts[key] = DocumentRows(self.starts[part], self.length)
+            self._parts[key] = DocumentRows(self.starts[span], self.length)
         return self._parts[key]
 
 
@@ -75,7 +75,7 @@ class ByDocument(Wrapper):
         if packed is None or not packed.is_packed:
             return self.inner(*args, **kwargs)
         output = self._run_each(rows, packed, args, kwargs)
-        return map_leaves(lambda one: one.unflatten(1, (-1, packed.length)).flatten(0, 1), output)
+        return map_leaves(lambda tensor: tensor.unflatten(1, (-1, packed.length)).flatten(0, 1), output)
 
     def _run_each(self, rows: Rows, packed: DocumentRows, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the outputs of all documents in one row: (1, B T, ...)."""

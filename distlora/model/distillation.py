@@ -60,11 +60,11 @@ class Divergence(NamedTuple):
         if self.temperature != 1:
             log_q = torch.log_softmax(student, dim=-1)
             q = torch.exp(log_q, out=q)
-        one = 1 - self.ratio
-        gradient.mul_(self.ratio * self.temperature).add_(q, alpha=one)
-        gradient.scatter_add_(1, places, torch.full_like(places, -one, dtype=gradient.dtype))
+        rest = 1 - self.ratio
+        gradient.mul_(self.ratio * self.temperature).add_(q, alpha=rest)
+        gradient.scatter_add_(1, places, torch.full_like(places, -rest, dtype=gradient.dtype))
         torch.mul(gradient, has_label[:, None], out=teacher)
-        losses = self.ratio * self.temperature**2 * divergences - one * log_q.gather(1, places)[:, 0]
+        losses = self.ratio * self.temperature**2 * divergences - rest * log_q.gather(1, places)[:, 0]
         return torch.where(has_label, losses, 0.0), torch.where(has_label, divergences, 0.0)
 
 
@@ -89,18 +89,18 @@ class DistilledLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Compute the losses; the gradient too if it is `wanted`. `logits_of`: (N, H) -> (N, V) fp32."""
         gradient = torch.empty_like(hidden) if wanted else None
-        found = []
+        results = []
         for start in range(0, len(hidden), tokens_per_chunk):
-            part = slice(start, start + tokens_per_chunk)
+            chunk = slice(start, start + tokens_per_chunk)
             with torch.set_grad_enabled(wanted):
-                leaf = hidden[part].detach().requires_grad_(wanted)
+                leaf = hidden[chunk].detach().requires_grad_(wanted)
                 student = logits_of(leaf)
-            by_logits = logits_of(teacher[part])
-            found.append(divergence.losses_(student.detach(), by_logits, labels[part]))
+            by_logits = logits_of(teacher[chunk])
+            results.append(divergence.losses_(student.detach(), by_logits, labels[chunk]))
             if gradient is not None:
-                gradient[part] = torch.autograd.grad(student, leaf, by_logits)[0]
+                gradient[chunk] = torch.autograd.grad(student, leaf, by_logits)[0]
             del student, by_logits  # Else they were there beside the next chunk's.
-        losses, divergences = map(torch.cat, zip(*found, strict=True))
+        losses, divergences = map(torch.cat, zip(*results, strict=True))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(divergences)
         return losses, divergences

@@ -271,7 +271,7 @@ def find_experts(layer: nn.Module) -> dict[str, tuple[str, ...]]:
     Such a module has the attributes of transformers' use_experts_implementation and two weights of EXPERT_WEIGHTS with
     or without biases, and nothing else. Other experts keep their code (`freeze_parameters`).
     """
-    found: dict[str, tuple[str, ...]] = {}
+    experts: dict[str, tuple[str, ...]] = {}
     for path, module in layer.named_modules():
         marked: Any = module
         if not hasattr(module, "has_gate") or getattr(module, "has_post_expert_norm", False):
@@ -280,8 +280,8 @@ def find_experts(layer: nn.Module) -> dict[str, tuple[str, ...]]:
         biases = [f"{name}_bias" for name in names] if marked.has_bias else []
         tensors = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
         if sorted(tensors) == sorted([*names, *biases]):
-            found[path] = names
-    return found
+            experts[path] = names
+    return experts
 
 
 def divided_parameters(module: nn.Module) -> set[nn.Parameter]:
@@ -457,14 +457,14 @@ def find_large_parameters(layer: nn.Module, linears: Collection[str]) -> list[st
     others = {path: module for path, module in layer.named_modules() if path not in linears}
     experts = find_experts(layer)
     total = sum(parameter.numel() for parameter in layer.parameters())
-    found = []
+    names = []
     for path, module in others.items():
         if path in experts or isinstance(module, (nn.Embedding, nn.Conv1d)):
             continue
         own = {n: p.numel() for n, p in module.named_parameters(recurse=False) if p.dim() > 1 and p.numel() >= _LEAST}
         if own and _SHARE * sum(own.values()) >= total:
-            found += [f"{path}.{name}" for name in own]
-    return found
+            names += [f"{path}.{name}" for name in own]
+    return names
 
 
 def freeze_parameters(

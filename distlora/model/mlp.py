@@ -139,8 +139,8 @@ def parts_of(length: int, tile: int) -> Iterator[slice]:
 def in_tiles(run: Callable[[Tensor, int], Tensor], hidden_states: Tensor, tile: int) -> Tensor:
     """Concatenate run(tokens (B, tile, H), first) of each tile: (B, T, H)."""
     output = torch.empty_like(hidden_states)
-    for part in parts_of(hidden_states.shape[1], tile):
-        output[:, part] = run(hidden_states[:, part], part.start)
+    for span in parts_of(hidden_states.shape[1], tile):
+        output[:, span] = run(hidden_states[:, span], span.start)
     return output
 
 
@@ -174,14 +174,14 @@ class _Tiles(torch.autograd.Function):
         wanted = [parameter for parameter, need in zip(ctx.parameters, needs, strict=True) if need]
         hidden_gradient = torch.empty_like(hidden) if needs_hidden else None
         totals: list[Tensor] = []
-        for part in parts_of(hidden.shape[1], ctx.tile):
-            tokens = hidden[:, part].detach().requires_grad_(needs_hidden)
+        for span in parts_of(hidden.shape[1], ctx.tile):
+            tokens = hidden[:, span].detach().requires_grad_(needs_hidden)
             with torch.enable_grad():
-                output = ctx.run(tokens, part.start)
+                output = ctx.run(tokens, span.start)
             leaves = [tokens, *wanted] if needs_hidden else wanted
-            gradients = list(torch.autograd.grad(output, leaves, gradient[:, part]))
+            gradients = list(torch.autograd.grad(output, leaves, gradient[:, span]))
             if hidden_gradient is not None:
-                hidden_gradient[:, part] = gradients.pop(0)
+                hidden_gradient[:, span] = gradients.pop(0)
             totals = (
                 gradients
                 if not totals

@@ -112,18 +112,18 @@ class _CountedAllGather(_Counted):
         ours = torch.tensor([os.getpid(), mark.data_ptr(), *(storage.data_ptr() for storage in storages)])
         everyone = ours.new_empty(group.size(), len(ours))
         _gather_places(everyone, ours[None], group=group)
-        found = [
+        all_places = [
             _RowPlaces(process, (mark_place, mark.nbytes), list(zip(places, sizes, strict=True)))
             for process, mark_place, *places in everyone.tolist()
         ]
         agree = torch.tensor(process_memory.allow_reads() and gathered.nbytes == group.size() * sum(sizes)).int()
         dist.barrier(group)  # All allow it.
-        for places, rows in zip(found, gathered.chunk(group.size()), strict=True):
+        for places, rows in zip(all_places, gathered.chunk(group.size()), strict=True):
             if agree and places.process != os.getpid():
                 read = torch.empty_like(rows)
                 agree &= places.read(read) and torch.equal(read, rows)
         dist.all_reduce(agree, dist.ReduceOp.MIN, group=group)
-        self._places = found if agree else None
+        self._places = all_places if agree else None
 
 
 class _CountedReduceScatter(_Counted):
@@ -184,9 +184,9 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
     def parameters(module: nn.Module) -> list[nn.Parameter]:
         """Return the parameters of a module's unit, in FSDP2's order."""
         ends = (model.embedding, model.head) if model.tied and module in (model.embedding, model.head) else (module,)
-        found = model.rest() if module is model else (p for end in ends for p in end.parameters())
+        candidates = model.rest() if module is model else (p for end in ends for p in end.parameters())
         divided = divided_parameters(module)
-        return [parameter for parameter in dict.fromkeys(found) if parameter not in divided]
+        return [parameter for parameter in dict.fromkeys(candidates) if parameter not in divided]
 
     scatter = _CountedReduceScatter(traffic, shards)
     for module in model.modules():

@@ -30,34 +30,34 @@ class Gradients:
 
     def expect(self, loss: Tensor, *, last: bool) -> None:
         """Prepare a backward with this run's loss. `last`: it is the step's last."""
-        for part in self._parts:
-            part.expect(loss, last=last)
+        for gradients in self._parts:
+            gradients.expect(loss, last=last)
 
     def finish(self) -> None:
         """Complete the sums after the last backward and after `Launches.finish`."""
-        for part in self._parts:
-            if isinstance(part, ShardedGradients):
-                part.finish()
+        for gradients in self._parts:
+            if isinstance(gradients, ShardedGradients):
+                gradients.finish()
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients down to this global norm, 0 for never. Returns the norm before, on the device."""
-        norm = torch.stack([part.squared_norm() for part in self._parts]).sum().sqrt()
+        norm = torch.stack([gradients.squared_norm() for gradients in self._parts]).sum().sqrt()
         if max_norm > 0:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for part in self._parts:
-                part.scale(factor)
+            for gradients in self._parts:
+                gradients.scale(factor)
         return norm
 
     def zero(self) -> None:
         """Zero the sums for the next step."""
-        for part in self._parts:
-            part.zero()
+        for gradients in self._parts:
+            gradients.zero()
 
     def release(self) -> None:
         """Free the gradients of a trial that has ended, between steps."""
-        for part in self._parts:
-            assert isinstance(part, GradientReducer), "what is sharded is trained to the end"
-            part.release()
+        for gradients in self._parts:
+            assert isinstance(gradients, GradientReducer), "what is sharded is trained to the end"
+            gradients.release()
 
 
 @dataclass(slots=True, eq=False)

@@ -294,15 +294,15 @@ def sent_to(device: torch.device, parameters: Sequence[Any]) -> Iterator[None]:
     """
     parts = [parameter.ds_tensor for parameter in parameters]
     try:
-        for parameter, part in zip(parameters, parts, strict=True):
-            if part.device != device:
-                sent: Any = part.to(device, non_blocking=True)
-                sent.ds_numel, sent.status, sent.final_location = part.ds_numel, part.status, part.final_location
+        for parameter, values in zip(parameters, parts, strict=True):
+            if values.device != device:
+                sent: Any = values.to(device, non_blocking=True)
+                sent.ds_numel, sent.status, sent.final_location = values.ds_numel, values.status, values.final_location
                 parameter.ds_tensor = sent
         yield
     finally:
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.ds_tensor = part
+        for parameter, values in zip(parameters, parts, strict=True):
+            parameter.ds_tensor = values
 
 
 def passed_event(device: torch.device) -> torch.cuda.Event | None:

@@ -127,12 +127,12 @@ class Search:
         """Return the fastest plan that fits, None if none does; the fewest changes decide within WORTH."""
         candidates = [(cost_of(plan), plan) for plan in self.on_gpus()]
         good: list[tuple[int, tuple[float, ...], Plan]] = []
-        for cost, plan in sorted(candidates, key=lambda each: each[0]):
+        for cost, plan in sorted(candidates, key=lambda candidate: candidate[0]):
             if good and not is_as_good(cost, good[0][1]):
                 break
             if has_room(plan, self.reserve):
                 good.append((len(self.changed(plan)), cost, plan))
-        return min(good, key=lambda each: each[:2])[2] if good else None
+        return min(good, key=lambda candidate: candidate[:2])[2] if good else None
 
     def on_gpus(self) -> Iterator[Plan]:
         """Yield the plans that fit device memory, each with the given number of resident layers and the largest."""

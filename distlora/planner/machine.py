@@ -106,7 +106,7 @@ def is_of(spec: GpuConfig, here: LocalHardware) -> bool:
 def used_device(cluster: ClusterConfig, here: LocalHardware) -> tuple[str, int] | None:
     """Return (name, bytes of memory) of the smallest GPU that ranks use, since shards are equal; None if unknown."""
     used = (here.devices or ())[: cluster.gpus_per_node]
-    return min(used, key=lambda each: each[1], default=None)
+    return min(used, key=lambda gpu: gpu[1], default=None)
 
 
 def _gpu(spec: GpuConfig, cluster: ClusterConfig, here: LocalHardware) -> tuple[Gpu | None, str, int | None]:

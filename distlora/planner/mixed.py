@@ -119,8 +119,8 @@ def least_harm(harms: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]],
                 totals[option, cost:] = best[: len(best) - cost] + value
         chosen[weight] = totals.argmin(axis=0)
         best = totals.min(axis=0)
-    at, found = len(best) - 1, []
+    at, options = len(best) - 1, []
     for weight in reversed(range(len(harms))):
-        found.append(int(chosen[weight, at]))
-        at -= costs[weight][found[-1]]
-    return found[::-1]
+        options.append(int(chosen[weight, at]))
+        at -= costs[weight][options[-1]]
+    return options[::-1]

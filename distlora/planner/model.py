@@ -89,8 +89,8 @@ def _find_model(config: Config, cache: Path | None, preview: Preview | None, any
         return model_in(Path(path), name=config.model.name, new_tokens=new, full=full, sequence_length=length)
     snapshot = None if cache is None else cached_snapshot(cache, path, config.model.revision)
     if snapshot is not None:
-        found = model_in(snapshot, name=path, new_tokens=new, full=full, sequence_length=length)
-        return dataclasses.replace(found, source="hub cache")
+        planned = model_in(snapshot, name=path, new_tokens=new, full=full, sequence_length=length)
+        return dataclasses.replace(planned, source="hub cache")
     settings = architecture_named(path)
     if settings is not None:
         check_config(settings, path, sequence_length=length, full=full)

@@ -180,8 +180,8 @@ def needs(plan: Plan) -> str:
 def _row(label: str, text: str) -> Iterator[str]:
     """Yield a label and its text over as many lines as needed."""
     whole = re.sub(r"(?<=\d) (?=[kMGTP]?B\b)", "\0", text)  # A number and its unit stay on one line.
-    found = textwrap.wrap(whole, WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
-    for line in found or [""]:
+    lines = textwrap.wrap(whole, WIDTH - _LABEL, break_long_words=False, break_on_hyphens=False)
+    for line in lines or [""]:
         yield f"{label:<{_LABEL}}{line}".replace("\0", " ")
         label = ""
 
@@ -323,18 +323,18 @@ def _operations(plan: Plan) -> str:
 
 def time_of(plan: Plan) -> str:
     """Return tokens/s, seconds per step and what they go to; hours and cost if they are known."""
-    found = plan.time
-    if found is None:
+    time = plan.time
+    if time is None:
         missing = missing_rates(plan.work, plan.machine)
         named = "" if plan.machine.gpu is not None else "gpu=NAME, or "
         return f"unknown without rates of this node: set {named}{', '.join(missing)}"
-    waits = ", ".join(f"{percent}% {WAITS[term]}" for term, percent in shares(found.by_term))
-    text = f"{found.tokens_per_second:,.0f} tokens/s, {seconds_in_words(found.seconds)} per step: {waits}"
-    if found.hours is not None:
-        text += f"; {found.steps:,} steps take {seconds_in_words(3600 * found.hours)}"
-    if found.cost is not None:
-        text += f" and cost {found.cost:,.2f}"
-    if (price := found.cost_of_a_million_tokens) is not None:
+    waits = ", ".join(f"{percent}% {WAITS[term]}" for term, percent in shares(time.by_term))
+    text = f"{time.tokens_per_second:,.0f} tokens/s, {seconds_in_words(time.seconds)} per step: {waits}"
+    if time.hours is not None:
+        text += f"; {time.steps:,} steps take {seconds_in_words(3600 * time.hours)}"
+    if time.cost is not None:
+        text += f" and cost {time.cost:,.2f}"
+    if (price := time.cost_of_a_million_tokens) is not None:
         text += f"; a million tokens cost {price:.3g}"
     return text
 
@@ -355,8 +355,8 @@ def sampling_text(sampling: Sampling, plan: Plan) -> str:
 
 def assumptions(plan: Plan) -> Iterator[str]:
     """Return the assumptions of the time, one sentence each."""
-    for each in () if plan.time is None else plan.time.assumptions:
-        yield from textwrap.wrap(each, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    for sentence in () if plan.time is None else plan.time.assumptions:
+        yield from textwrap.wrap(sentence, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def seconds_in_words(seconds: float) -> str:
@@ -404,7 +404,7 @@ def settings(plan: Plan) -> str:
 
 def largest(by_kind: Mapping[Kind, int], count: int = 3) -> str:
     """Return the largest categories: `codes of the base weights 17.1 GB, ...`."""
-    kinds = sorted(by_kind.items(), key=lambda each: -each[1])[:count]
+    kinds = sorted(by_kind.items(), key=lambda entry: -entry[1])[:count]
     return ", ".join(f"{KINDS[kind]} {size(nbytes)}" for kind, nbytes in kinds)
 
 
@@ -420,7 +420,7 @@ def rounded(parts: Mapping[Name, float], step: float) -> dict[Name, int]:
 def shares(parts: Mapping[Name, float]) -> list[tuple[Name, int]]:
     """Return the percentage of each part, largest first, 100 in all; parts of 0 % are left out."""
     percents = rounded(parts, sum(parts.values()) / 100)
-    ordered = sorted(percents.items(), key=lambda each: (-each[1], -parts[each[0]]))
+    ordered = sorted(percents.items(), key=lambda entry: (-entry[1], -parts[entry[0]]))
     return [(name, percent) for name, percent in ordered if percent]
 
 

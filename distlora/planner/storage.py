@@ -128,16 +128,16 @@ def trained_tensors(work: Workload, shapes: ModelShapes, *, stored: bool = False
         return
     prefix = "base_model.model."
     blocks = (block for adapter in work.adapters for block in shapes.adapters(adapter))
-    adapters = [each for block in blocks for each in block]
-    of_experts = [each.path for each in adapters if each.experts > 1]
+    adapters = [adapted for block in blocks for adapted in block]
+    of_experts = [adapted.path for adapted in adapters if adapted.experts > 1]
     places = peft_paths(of_experts)
-    for each in adapters:
-        path = prefix + places.get(each.path, each.path)
-        down, up = each.stored if stored else (each.down, each.up)
+    for adapted in adapters:
+        path = prefix + places.get(adapted.path, adapted.path)
+        down, up = adapted.stored if stored else (adapted.down, adapted.up)
         yield Tensor(f"{path}.lora_A.weight", down)
         yield Tensor(f"{path}.lora_B.weight", up)
-        if each.magnitude:
-            yield Tensor(f"{path}.lora_magnitude_vector", (each.magnitude,))
+        if adapted.magnitude:
+            yield Tensor(f"{path}.lora_magnitude_vector", (adapted.magnitude,))
     for name, ids in work.trained_rows(shapes).items():
         path = prefix + matrices[name]
         yield Tensor(f"{path}.token_adapter.trainable_tokens_delta", (len(ids), shapes.hidden))

@@ -113,10 +113,10 @@ def chosen_share(experts: int, chosen: int, tokens: int, shards: int) -> float:
     independently of the others. Every rank sends as much as the one with the most of them, so this is the expected
     largest of `shards` binomial counts.
     """
-    used, each, below, share = 1 - (1 - chosen / experts) ** tokens, -(-experts // shards), 0.0, 0.0
-    for count in range(each):
-        below += math.comb(each, count) * used**count * (1 - used) ** (each - count)
-        share += (1 - below**shards) / each
+    used, per_rank, below, share = 1 - (1 - chosen / experts) ** tokens, -(-experts // shards), 0.0, 0.0
+    for count in range(per_rank):
+        below += math.comb(per_rank, count) * used**count * (1 - used) ** (per_rank - count)
+        share += (1 - below**shards) / per_rank
     return share
 
 

@@ -291,9 +291,9 @@ def run(request: CombineRequest) -> dict[str, Any]:
         for path in () if made.tokenizer is None else made.tokenizer.iterdir():
             if path.is_file() and path.name not in (CONFIG_NAME, WEIGHTS_NAME, COMBINED, "README.md"):
                 shutil.copy2(path, folder / path.name)
-        found = describe(request, made, folder)
-        atomic_io.write_json(folder / COMBINED, found)
-    return found
+        figures = describe(request, made, folder)
+        atomic_io.write_json(folder / COMBINED, figures)
+    return figures
 
 
 def describe(request: CombineRequest, made: Combination, folder: Path) -> dict[str, Any]:
@@ -338,11 +338,11 @@ def _truncation(energy: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     }
 
 
-def record(request: CombineRequest, found: Mapping[str, Any]) -> Record:
+def record(request: CombineRequest, figures: Mapping[str, Any]) -> Record:
     """Return combine.json as a record."""
-    low, high = found["ranks"]["smallest"], found["ranks"]["largest"]
-    lost = found["truncation"]
-    findings = [f"{found['weights']} weights, {f'rank {high}' if low == high else f'ranks {low} to {high}'}"]
+    low, high = figures["ranks"]["smallest"], figures["ranks"]["largest"]
+    lost = figures["truncation"]
+    findings = [f"{figures['weights']} weights, {f'rank {high}' if low == high else f'ranks {low} to {high}'}"]
     if lost is not None:
         findings.append(
             f"the rank dropped {lost['share']:.2%} of ||dW|| = {lost['norm']:.4g} over all weights, at most "
@@ -352,7 +352,7 @@ def record(request: CombineRequest, found: Mapping[str, Any]) -> Record:
     rows = [(member.place, member.weight, member.quant or "unknown") for member in request.members]
     columns = {"adapter": "", "weight": "g", "base held in": ""}
     title = f"{request.method}: {request.how.what}"
-    return Record(title=title, tables=[Table(title, columns, rows)], findings=findings, data=found)
+    return Record(title=title, tables=[Table(title, columns, rows)], findings=findings, data=figures)
 
 
 def main(request: CombineRequest) -> None:

@@ -122,12 +122,12 @@ class Readings:
             theirs, their_head = self.dense._hidden[step].to(hidden.device), self.dense._head
         size = max(16, LOGITS_AT_ONCE // head.num_rows)
         for first in range(0, len(targets), size):
-            part = slice(first, first + size)
-            own, of_row = head.logits(at_targets[part]), row_of[part]
+            span = slice(first, first + size)
+            own, of_row = head.logits(at_targets[span]), row_of[span]
             log_q = own.double().log_softmax(-1)
-            _add(self.losses, of_row, -log_q.gather(1, targets[part, None]).squeeze(1))
+            _add(self.losses, of_row, -log_q.gather(1, targets[span, None]).squeeze(1))
             if theirs is not None and their_head is not None:
-                logits = their_head.logits(theirs[part])
+                logits = their_head.logits(theirs[span])
                 # If one vocabulary has grown, compare the tokens that both have.
                 shared = min(logits.shape[1], own.shape[1])
                 logits, own = logits[:, :shared], own[:, :shared]

@@ -121,18 +121,18 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Scored], **kwargs: Any) -> list[tuple[float, bool]]:
         """Return (log p of the continuation, whether every token was the likeliest) for each request."""
         rows = [self._row(context, continuation) for _, context, continuation in requests]
-        found = torch.zeros(len(rows), 2, dtype=torch.float64)
+        scores = torch.zeros(len(rows), 2, dtype=torch.float64)
         batches, ranks = list(batches_of([len(row) for row, _ in rows])), self.ranks_of.ranks
         for first in range(0, len(batches), ranks.world):
             mine = first + ranks.rank
             batch = batches[mine] if mine < len(batches) else []
             values = self._score([rows[index] for index in batch] or [([0, 0], 1)])
             if batch:
-                found[torch.tensor(batch)] = values
+                scores[torch.tensor(batch)] = values
             done = sum(len(batch) for batch in batches[: first + ranks.world])
             self.say(f"scored {done:,} of {len(rows):,}")
-        sum_over_ranks(found, ranks)
-        return [(value, misses == 0) for value, misses in found.tolist()]
+        sum_over_ranks(scores, ranks)
+        return [(value, misses == 0) for value, misses in scores.tolist()]
 
     def _row(self, context: list[int], continuation: list[int]) -> tuple[list[int], int]:
         """Return (the last max_length + 1 tokens, number of scored tokens)."""
@@ -145,14 +145,14 @@ class HarnessModel(TemplateLM):
         input_ids = torch.tensor([row[:-1] + [0] * (longest + 1 - len(row)) for row, _ in rows])
         positions = torch.arange(longest).expand_as(input_ids)
         documents = Documents.of(positions).to(device) if self.model.attends_by_documents else None
-        found = torch.zeros(len(rows), 2, dtype=torch.float64)
-        with self.model.head.read_by(lambda hidden: self._read(hidden, rows, found)):
+        scores = torch.zeros(len(rows), 2, dtype=torch.float64)
+        with self.model.head.read_by(lambda hidden: self._read(hidden, rows, scores)):
             # The labels are unused by a head that is read, but without them it gets the last position alone.
             self.model(input_ids.to(device), positions.to(device), input_ids.to(device), documents=documents)
-        return found
+        return scores
 
-    def _read(self, hidden: Tensor, rows: Sequence[tuple[list[int], int]], found: Tensor) -> None:
-        """Add the figures of the scored tokens to `found`, given the last hidden states (N, T, H)."""
+    def _read(self, hidden: Tensor, rows: Sequence[tuple[list[int], int]], scores: Tensor) -> None:
+        """Add the figures of the scored tokens to `scores`, given the last hidden states (N, T, H)."""
         device = hidden.device
         owner = [number for number, (_, scored) in enumerate(rows) for _ in range(scored)]
         place = [at for row, scored in rows for at in range(len(row) - 1 - scored, len(row) - 1)]
@@ -160,11 +160,11 @@ class HarnessModel(TemplateLM):
         at_targets = hidden[torch.tensor(owner, device=device), torch.tensor(place, device=device)]
         size = max(16, LOGITS_AT_ONCE // self.model.vocabulary.rows)
         for first in range(0, len(target), size):
-            part = slice(first, first + size)
-            log_p = self.model.head.logits(at_targets[part]).log_softmax(-1)
-            values = log_p.gather(1, target[part, None]).squeeze(1)
-            missed = log_p.argmax(-1) != target[part]
-            found.index_add_(0, torch.tensor(owner[part]), torch.stack([values.double(), missed.double()], 1).cpu())
+            span = slice(first, first + size)
+            log_p = self.model.head.logits(at_targets[span]).log_softmax(-1)
+            values = log_p.gather(1, target[span, None]).squeeze(1)
+            missed = log_p.argmax(-1) != target[span]
+            scores.index_add_(0, torch.tensor(owner[span]), torch.stack([values.double(), missed.double()], 1).cpu())
 
     @torch.no_grad()
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -266,7 +266,7 @@ def run_tasks(request: EvaluateRequest, ranks: Ranks, say: Callable[[str], None]
             template = ChatTemplate(tokenizer, trained.spec.model.path, source=data.get("chat_template"))
         harness = HarnessModel(model, backend, tokenizer, template, say=say)
         with contextlib.redirect_stdout(sys.stderr):
-            found: Mapping[str, Any] | None = lm_eval.simple_evaluate(  # None on a node's other ranks.
+            results: Mapping[str, Any] | None = lm_eval.simple_evaluate(  # None on a node's other ranks.
                 harness,
                 tasks=list(request.tasks),
                 num_fewshot=request.fewshot,
@@ -278,11 +278,11 @@ def run_tasks(request: EvaluateRequest, ranks: Ranks, say: Callable[[str], None]
             )
         del model, backend, harness
         let_go(ranks.device)
-        if found is None:
+        if results is None:
             continue
-        first = first or found
-        questions = {name: len(found["samples"][name]) for name in found["samples"]}
-        models.append({"label": subject.label, "kind": subject.kind, "tasks": figures_of(found, first)})
+        first = first or results
+        questions = {name: len(results["samples"][name]) for name in results["samples"]}
+        models.append({"label": subject.label, "kind": subject.kind, "tasks": figures_of(results, first)})
     if not models:
         return {}
     return {
@@ -295,25 +295,25 @@ def run_tasks(request: EvaluateRequest, ranks: Ranks, say: Callable[[str], None]
     }
 
 
-def figures_of(found: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def figures_of(results: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return figures by task and metric."""
     tasks: dict[str, dict[str, Any]] = {}
-    for task, values in found["results"].items():
+    for task, values in results["results"].items():
         for key, value in values.items():
             metric, _, kind = key.partition(",")
             if metric.endswith("_stderr") or not kind or not isinstance(value, (int, float)):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
             of = {"value": float(value), "error": error if isinstance(error, float) and math.isfinite(error) else None}
-            if found is not first:
-                of |= paired(*(_by_question(which, task, metric, kind) for which in (found, first)))
+            if results is not first:
+                of |= paired(*(_by_question(which, task, metric, kind) for which in (results, first)))
             tasks.setdefault(task, {})[metric if kind == "none" else f"{metric} ({kind})"] = of
     return tasks
 
 
-def _by_question(found: Mapping[str, Any], task: str, metric: str, kind: str) -> list[float]:
+def _by_question(results: Mapping[str, Any], task: str, metric: str, kind: str) -> list[float]:
     """Return a metric per question; empty if questions have no value of their own."""
-    samples = [s for s in found["samples"].get(task, []) if s.get("filter", "none") == kind]
+    samples = [s for s in results["samples"].get(task, []) if s.get("filter", "none") == kind]
     values = [sample.get(metric) for sample in samples]
     return [float(v) for v in values] if all(isinstance(v, (int, float)) for v in values) else []
 

@@ -102,9 +102,9 @@ def main(request: EvaluateRequest) -> int:
     """Evaluate models; return the exit code. Errors of several ranks go to the launcher."""
 
     def work(ranks: Ranks) -> None:
-        found = run(request, ranks)
+        figures = run(request, ranks)
         if ranks.rank == 0:
-            deliver(request, found)
+            deliver(request, figures)
 
     advice = "shard the models over several GPUs with --processes N"
     return run_on_ranks(work, when_memory_is_out=advice)
@@ -346,8 +346,10 @@ def _prompts(rows: PackedRows, length: int) -> list[Tensor]:
 
     Raises UserError if no document is longer.
     """
-    found = [next((piece for piece in pieces(rows, row) if len(piece) > length), None) for row in range(len(rows))]
-    prompts = [torch.tensor([piece[:length]]) for piece in found if piece is not None]
+    prompt_tokens = [
+        next((piece for piece in pieces(rows, row) if len(piece) > length), None) for row in range(len(rows))
+    ]
+    prompts = [torch.tensor([piece[:length]]) for piece in prompt_tokens if piece is not None]
     if not prompts:
         raise UserError(
             f"no document in these {len(rows):,} rows has more than {length} tokens, whose first {length} are "

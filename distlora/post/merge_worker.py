@@ -215,7 +215,7 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype | No
             atomic_io.write_json(temporary / "config.json", config)
             digests = _digests(temporary, say)
             of_base_files = {name: digest.result() for name, digest in sources}
-            found = {p.weight.name: c for p, c in zip(parameters, changes, strict=True) if c is not None}
+            by_name = {p.weight.name: c for p, c in zip(parameters, changes, strict=True) if c is not None}
             receipt = Receipt(
                 onto=onto,
                 dtype=SHIPPED if dtype is None else DTYPE_NAMES[dtype],
@@ -223,8 +223,8 @@ def merge_to(trained: Trained, out: Path, *, onto: Onto, dtype: torch.dtype | No
                 versions=versions("distlora", "torch", "transformers"),
                 base={"path": str(folder), "fingerprint": base.files.fingerprint, "files": of_base_files},
                 adapter=None if adapter is None else {"place": trained.place, **_described(adapter.folder)},
-                weights={name: change.as_json() for name, change in found.items()},
-                total=_total(list(found.values())),
+                weights={name: change.as_json() for name, change in by_name.items()},
+                total=_total(list(by_name.values())),
                 files=digests,
                 seconds=time.monotonic() - began,
             )

@@ -147,9 +147,9 @@ class Cursor:
             )
         while len(rounded):
             name, numel = self._left[-1]
-            part = rounded[: numel - self._first]
-            self._files.write(name, self._first, part)
-            self._first, rounded = self._first + len(part), rounded[len(part) :]
+            own = rounded[: numel - self._first]
+            self._files.write(name, self._first, own)
+            self._first, rounded = self._first + len(own), rounded[len(own) :]
             if self._first == numel:
                 self._left.pop()
                 self._first = 0

@@ -324,7 +324,7 @@ def adapted_expert_rows(rows: Tensor, first: int, factors: Factors, *, transpose
         if transposed:
             left, right = right.T, left.T
         own = slice(inside, inside + count)
-        part = slice(done, done + count)
-        torch.addmm(rows[part], left[own], right, alpha=factors.scaling, out=adapted[part])
+        span = slice(done, done + count)
+        torch.addmm(rows[span], left[own], right, alpha=factors.scaling, out=adapted[span])
         done += count
     return adapted

@@ -48,11 +48,11 @@ class Table:
 
     def is_right(self) -> list[bool]:
         """Return for each column but the first whether most of its cells are numbers, which are aligned right."""
-        found: list[bool] = []
+        right: list[bool] = []
         for column in zip(*self.cells(), strict=True):
             cells = [cell for cell in column[1:] if cell not in ("", "-")]
-            found.append(len(found) > 0 and 2 * sum(map(bool, map(_NUMBER.match, cells))) > len(cells))
-        return found
+            right.append(len(right) > 0 and 2 * sum(map(bool, map(_NUMBER.match, cells))) > len(cells))
+        return right
 
     def text(self) -> str:
         """Return aligned columns."""

@@ -95,10 +95,10 @@ def _equal_mathematics(completion: str, answer: Any, seconds: float) -> bool:
     signal.signal(signal.SIGPROF, _stop)
     signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)  # Of CPU time, and again: some code catches every exception.
     try:
-        found = math_verify.parse(completion, parsing_timeout=None)
-        if any(map(_is_huge, found)):
-            return bool(found[0] == expected[0])  # As written, not computed.
-        return bool(math_verify.verify(expected, found, timeout_seconds=None))
+        parsed = math_verify.parse(completion, parsing_timeout=None)
+        if any(map(_is_huge, parsed)):
+            return bool(parsed[0] == expected[0])  # As written, not computed.
+        return bool(math_verify.verify(expected, parsed, timeout_seconds=None))
     except (_TooSlowError, ArithmeticError, ValueError, RuntimeError):  # sympy raises the others, as for (-1)!.
         return False
     finally:

@@ -52,8 +52,8 @@ def _found(module: str, folder: str) -> ModuleSpec | None:
     """Return where a module is, without importing it or its packages."""
     spec: ModuleSpec | None = None
     path: list[str] | None = [folder, *sys.path]
-    for part in module.split("."):
-        spec = PathFinder.find_spec(part if spec is None else f"{spec.name}.{part}", path) if path else None
+    for name in module.split("."):
+        spec = PathFinder.find_spec(name if spec is None else f"{spec.name}.{name}", path) if path else None
         if spec is None:
             return None
         path = spec.submodule_search_locations and [*spec.submodule_search_locations]

@@ -15,14 +15,14 @@ _MOST = 2**62
 
 def expert_tokens_in(value: Any) -> ExpertTokens | None:
     """Return the tokens of each expert from a value of a record; None if it has another form."""
-    found: ExpertTokens = {}
+    by_layer: ExpertTokens = {}
     for layer, tokens in value.items() if isinstance(value, Mapping) else ():
         if not (layer.isdecimal() and len(layer) < 7 and isinstance(tokens, list) and tokens):
             return None
         if not all(type(number) is int and 0 <= number < _MOST for number in tokens):
             return None
-        found[int(layer)] = tokens
-    return found or None
+        by_layer[int(layer)] = tokens
+    return by_layer or None
 
 
 def imbalance(tokens: Sequence[int]) -> float:

@@ -201,14 +201,14 @@ class Trainer(Passes):
                 place = f"evaluation, estimates of batch {index + 1}, part"
                 mark = functools.partial(self.control.boundary, step, place, long=index == 0)
                 prepare(objective, self.model, batch, own, self.backend, whole=False, mark=mark)
-                for part in batch.micro_batches:
+                for micro_batch in batch.micro_batches:
                     # The first batch may compile and allocate memory.
                     self.control.boundary(step, "evaluation, batch", index + 1, long=index == 0)
-                    losses = objective.losses(self.model, part, device, None)
+                    losses = objective.losses(self.model, micro_batch, device, None)
                     totals += torch.cat([losses.rows.sum()[None], losses.figures])
                     if self.trial.documents is not None:
                         assert losses.units is not None, "an evaluation"
-                        self.trial.documents.add(part, losses.units)
+                        self.trial.documents.add(micro_batch, losses.units)
         means = means_of(objective.needs, self.backend.sum_over_ranks(totals).tolist(), units)
         return {f"eval_{name}": mean for name, mean in means.items()}
 
@@ -300,6 +300,6 @@ def prepare(
 
 
 def _marked(parts: Sequence[MicroBatch], mark: Callable[[int], None]) -> Iterator[MicroBatch]:
-    for index, part in enumerate(parts, 1):
+    for index, micro_batch in enumerate(parts, 1):
         mark(index)
-        yield part
+        yield micro_batch

@@ -343,8 +343,8 @@ class Trial:
         self.progress.seconds += seconds - aside
         self.progress.tokens += max(0, sum(step.tokens for step in interval.steps[:updates]) - tokens)
         traffic = Traffic()
-        for each in interval.steps:
-            traffic.add(each.traffic)
+        for step_figures in interval.steps:
+            traffic.add(step_figures.traffic)
         self.step_traffic = traffic.per_step(len(interval.steps))
         self.step_passes = interval.steps[-1].passes
         shared = dict(self._shared_figures(interval, self.step_traffic, seconds))
@@ -489,9 +489,9 @@ class GradientWatch:
         names = list(self._parameters)
         sizes = [len(p) if name in self._rows else 1 for name, p in self._parameters.items()]
         flags = torch.zeros(sum(sizes), device=backend.ranks.device)
-        for name, part in zip(names, flags.split(sizes), strict=True):
+        for name, flag in zip(names, flags.split(sizes), strict=True):
             if name in self._seen:
-                part.copy_(self._seen[name].expand(len(part)))
+                flag.copy_(self._seen[name].expand(len(flag)))
         reached = backend.max_over_ranks(flags).tolist()
         labels = [label for name in names for label in self._labels(name)]
         return [label for label, is_reached in zip(labels, reached, strict=True) if not is_reached]

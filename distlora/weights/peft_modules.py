@@ -125,7 +125,7 @@ def read_initial_modules(
     """
     named = [name for name in values.get("modules_to_save") or [] if name not in SCORE_NAMES]
     stored = {match["module"]: name for name in header if (match := MODULE.fullmatch(name)) is not None}
-    found: dict[str, PeftWholeModule] = {}
+    modules: dict[str, PeftWholeModule] = {}
     for path in named:
         module = path.rpartition(".")[2]
         if module not in SAVED_MODULES:
@@ -137,8 +137,8 @@ def read_initial_modules(
             raise UserError(
                 f"{folder}: modules_to_save names {path}, which the file does not hold; save the adapter again"
             )
-        found[module] = PeftWholeModule(name=stored[module], shape=header[stored[module]].shape)
-    return found
+        modules[module] = PeftWholeModule(name=stored[module], shape=header[stored[module]].shape)
+    return modules
 
 
 def check_modules(modules: Mapping[str, PeftWholeModule], file: Path, *, rows: Collection[int], hidden: int) -> None:

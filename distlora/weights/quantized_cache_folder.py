@@ -59,13 +59,13 @@ class Entry:
 
 def entries(folder: Path) -> list[Entry]:
     """List the entries of a cache, most recently used first; empty if there is no cache."""
-    found = []
+    kept = []
     for path in _folders(folder, _KEY):
         with contextlib.suppress(OSError, UserError):
             base = read_object(path / ENTRY_NAME, "remove it", {"base": str, "format": int})["base"]
             last_use = (path / ENTRY_NAME).stat().st_mtime
-            found.append(Entry(path, base, sum(size for _, size, _ in _files(path)), last_use))
-    return sorted(found, key=lambda entry: -entry.last_use)
+            kept.append(Entry(path, base, sum(size for _, size, _ in _files(path)), last_use))
+    return sorted(kept, key=lambda entry: -entry.last_use)
 
 
 def touch(path: Path) -> None:
@@ -84,7 +84,7 @@ def remove(path: Path) -> int:
         place = path.rename(path.with_name(f".{path.name}-{secrets.token_hex(8)}"))
     try:
         # entry.json last: what cannot be removed is still listed.
-        for file, size, _ in sorted(_files(place), key=lambda found: found[0].name == ENTRY_NAME):
+        for file, size, _ in sorted(_files(place), key=lambda listed: listed[0].name == ENTRY_NAME):
             file.unlink(missing_ok=True)
             freed += size
     except OSError:
@@ -137,11 +137,11 @@ def _folders(folder: Path, name: re.Pattern[str]) -> Iterator[Path]:
 
 def _files(folder: Path) -> list[tuple[Path, int, float]]:
     """Return (path, bytes, time of the last write) of an entry's plain files."""
-    found = []
+    files = []
     with os.scandir(folder) as listed:
         for file in listed:
             if _FILE.fullmatch(file.name) and file.is_file(follow_symlinks=False):
                 with contextlib.suppress(FileNotFoundError):  # Renamed or removed meanwhile.
                     status = file.stat(follow_symlinks=False)
-                    found.append((folder / file.name, status.st_size, status.st_mtime))
-    return found
+                    files.append((folder / file.name, status.st_size, status.st_mtime))
+    return files

@@ -87,9 +87,9 @@ class Reader:
         buffer = bytearray((stop - start) * element)
         view, done = memoryview(buffer), 0
         for segment, low, high in overlaps(segments, start, stop):
-            part = view[done : done + (high - low) * element]
-            self._fill(part, segment.file, segment.offset + low * element)
-            done += len(part)
+            target = view[done : done + (high - low) * element]
+            self._fill(target, segment.file, segment.offset + low * element)
+            done += len(target)
         assert done == len(buffer), f"elements {start} to {stop} lie beyond those of the parameter"
         self.bytes_read += done
         return torch.frombuffer(buffer, dtype=TORCH_DTYPES[segments[0].dtype])
@@ -119,8 +119,8 @@ class Reader:
             buffer = bytearray(rows * size * element)
             view, step = memoryview(buffer), rows if size == width else 1  # Whole rows lie together.
             for row in range(0, rows, step):
-                part = view[row * size * element : (row + step) * size * element]
-                self._fill(part, segment.file, segment.offset + (row * width + low) * element)
+                target = view[row * size * element : (row + step) * size * element]
+                self._fill(target, segment.file, segment.offset + (row * width + low) * element)
             self.bytes_read += len(buffer)
             kept = torch.frombuffer(buffer, dtype=TORCH_DTYPES[segment.dtype]).view(rows, size)
             self._columns[key] = low, kept

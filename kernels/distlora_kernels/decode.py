@@ -163,9 +163,9 @@ class Kept:
             room = columns - sum(ranks)
             down = self._panels(F.pad(torch.cat([pair.a.detach().bfloat16() for pair in pairs]), (0, 0, 0, room)))
             spread = [(pair.scale, pair.slot) for pair, rank in zip(pairs, ranks, strict=True) for _ in range(rank)]
-            each = [*spread, *[(0.0, -1)] * room]
-            scales = self._pointer(torch.tensor([scale for scale, _ in each], dtype=torch.float32))
-            slots = self._pointer(torch.tensor([slot for _, slot in each])) if self._by_rows else None
+            entries = [*spread, *[(0.0, -1)] * room]
+            scales = self._pointer(torch.tensor([scale for scale, _ in entries], dtype=torch.float32))
+            slots = self._pointer(torch.tensor([slot for _, slot in entries])) if self._by_rows else None
         described, first = (_Linear * 3)(), 0
         for number, (weight, bias, adapters) in enumerate(linears):
             rank = sum(pair.a.shape[0] for pair in adapters)

@@ -105,12 +105,12 @@ class ChosenDropout(NamedTuple):
         """1 / (probability of keeping an element) of each adapter."""
         return tuple(stream.scale for stream in self.streams)
 
-    def of(self, adapter: int, part: slice) -> Dropout | None:
-        """Return the dropout of the rows `part`, which all use `adapter` in one step; synchronizes with the GPU."""
+    def of(self, adapter: int, span: slice) -> Dropout | None:
+        """Return the dropout of the rows `span`, which all use `adapter` in one step; synchronizes with the GPU."""
         key, threshold = self.streams[adapter]
         if threshold == 0:
             return None
-        return Dropout(key, threshold, int(self.steps[part.start]), self.rows[part], self.first)
+        return Dropout(key, threshold, int(self.steps[span.start]), self.rows[span], self.first)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -162,17 +162,17 @@ def random_halves(
     words = torch.empty(num_rows, calls, 4, dtype=torch.int32, device=device)
     size = max(1, COUNTERS["cpu" if device.type == "cpu" else "cuda"] // calls)
     for start in range(0, num_rows, size):
-        part = slice(start, start + size)
-        counter = (column, position[part], row[part], _part(step, part))
-        for index, word in enumerate(philox((_part(key[0], part), _part(key[1], part)), counter)):
-            words[part, :, index] = word  # To int32: the same 32 bits.
+        span = slice(start, start + size)
+        counter = (column, position[span], row[span], _part(step, span))
+        for index, word in enumerate(philox((_part(key[0], span), _part(key[1], span)), counter)):
+            words[span, :, index] = word  # To int32: the same 32 bits.
     halves = words.view(num_rows, calls * 4).view(torch.int16)  # Little-endian: the low half comes first.
     return halves[:, :columns]
 
 
-def _part(value: Any, part: slice) -> Any:
-    """Return rows `part` of an (M, 1) tensor, or the number itself."""
-    return value[part] if isinstance(value, Tensor) else value
+def _part(value: Any, span: slice) -> Any:
+    """Return rows `span` of an (M, 1) tensor, or the number itself."""
+    return value[span] if isinstance(value, Tensor) else value
 
 
 def apply_dropout(x: Tensor, dropout: Dropout | ChosenDropout) -> Tensor:

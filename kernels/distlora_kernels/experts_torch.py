@@ -106,13 +106,13 @@ def _of(factors: Tensor, expert: int) -> Tensor:
     return factors[expert % len(factors)]
 
 
-def _put(gradients: Tensor, expert: int, place: tuple[slice, ...], part: Tensor) -> None:
+def _put(gradients: Tensor, expert: int, place: tuple[slice, ...], gradient: Tensor) -> None:
     """Write an expert's gradient; of a shared factor, add it to the others'."""
     target = _of(gradients, expert)[place]
     if len(gradients) == 1:
-        target += part
+        target += gradient
     else:
-        target.copy_(part)
+        target.copy_(gradient)
 
 
 def _in_dtype(linear: ExpertLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -77,8 +77,8 @@ class FormatLayout:
     def groups_of_expert(self, shape: Sequence[int], expert: int) -> tuple[int, int]:
         """Return the first group that holds weights of an expert of a weight (E, O, I), and the end of them."""
         if self.tile is None:
-            each = math.prod(shape[1:])
-            return expert * each // GROUP, -(-(expert + 1) * each // GROUP)
+            per_expert = math.prod(shape[1:])
+            return expert * per_expert // GROUP, -(-(expert + 1) * per_expert // GROUP)
         (height, _), (_, wide), rows = self.tile, self.tiles(shape), shape[1]
         return expert * rows // height * wide, -(-(expert + 1) * rows // height) * wide
 
@@ -136,8 +136,8 @@ def shards_whole_experts(shape: Sequence[int], format: str | None, ranks: int) -
     if experts % ranks != 0 or format is None:
         return experts % ranks == 0
     tile = FORMAT_LAYOUTS[format].tile
-    each = experts // ranks * out
-    return each * features % GROUP == 0 if tile is None else each % tile[0] == 0
+    rows = experts // ranks * out
+    return rows * features % GROUP == 0 if tile is None else rows % tile[0] == 0
 
 
 def labels(formats: Iterable[str]) -> list[str]:

@@ -253,9 +253,9 @@ def _input_gradient(
     fused = {index for index, dy in dys.items() if choose_variant(dy, linears[index].weight) == "fused"}
     inside: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(part: Tensor) -> None:
+    def add(term: Tensor) -> None:
         nonlocal total
-        total = part if total is None else total.add_(part)
+        total = term if total is None else total.add_(term)
 
     separate = []
     for index, dxa in dxas.items():

@@ -272,13 +272,13 @@ def _adapter_gradients(
     return terms
 
 
-def _plus(total: Tensor | None, master: Tensor, place: tuple[slice, slice], part: Tensor) -> Tensor:
-    """Return the gradient of a master with `part` added at `place`, which may be the whole master."""
-    part = part.to(master.dtype)
-    if part.shape == master.shape:
-        return part if total is None else total.add_(part)
+def _plus(total: Tensor | None, master: Tensor, place: tuple[slice, slice], term: Tensor) -> Tensor:
+    """Return the gradient of a master with `term` added at `place`, which may be the whole master."""
+    term = term.to(master.dtype)
+    if term.shape == master.shape:
+        return term if total is None else total.add_(term)
     total = torch.zeros_like(master) if total is None else total
-    total[place] += part
+    total[place] += term
     return total
 
 

@@ -145,8 +145,8 @@ def product(
     if left.dim() == 2:
         multiply_one(left, right, add, factor, out)
         return out
-    for index, (one, other, result) in enumerate(zip(left, right, out, strict=True)):
-        multiply_one(one, other, None if add is None else add.expand(out.shape)[index], factor, result)
+    for index, (first, other, result) in enumerate(zip(left, right, out, strict=True)):
+        multiply_one(first, other, None if add is None else add.expand(out.shape)[index], factor, result)
     return out
 
 
@@ -231,8 +231,8 @@ def _widened(left: Tensor, right: Tensor, add: Tensor | None, factor: float, out
             total = totals[: place.numel()].view(place.shape) if added is None else _filled(totals, added[m, n])
             beta = 0.0 if added is None else 1.0
             for k in _slices(summed):
-                one, other = _filled(wide_left, left[m, k]), _filled(wide_right, right[k, n])
-                torch.addmm(total, one, other, beta=beta, alpha=factor, out=total)
+                first, other = _filled(wide_left, left[m, k]), _filled(wide_right, right[k, n])
+                torch.addmm(total, first, other, beta=beta, alpha=factor, out=total)
                 beta = 1.0
             place.copy_(total) if summed or added is not None else place.zero_()
 

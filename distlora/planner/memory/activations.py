@@ -125,12 +125,12 @@ class Costs(LayerRun):
     @property
     def uncounted(self) -> list[str]:
         """Parts that are not calculated, in words; empty if there are none."""
-        found = []
+        sentences = []
         if self.is_gpu and self.attention == "sdpa":
-            found.append("what a GPU's attention with dense masks makes: it is taken for what the CPU's does")
+            sentences.append("what a GPU's attention with dense masks makes: it is taken for what the CPU's does")
         if self.has_reference:
-            found.append("which tokens are of which pair: a few bytes a token and pair of a row")
-        return found
+            sentences.append("which tokens are of which pair: a few bytes a token and pair of a row")
+        return sentences
 
     @property
     def boundary(self) -> int:

@@ -47,8 +47,8 @@ class DeviceBytes:
     @property
     def by_kind(self) -> dict[Kind, int]:
         """Bytes by category at the peak, without empty categories."""
-        found = {kind: self.held.get(kind, 0) + self.moments[self.worst].get(kind, 0) for kind in KINDS}
-        return {kind: n for kind, nbytes in found.items() if (n := nbytes + self.beside.get(kind, 0))}
+        totals = {kind: self.held.get(kind, 0) + self.moments[self.worst].get(kind, 0) for kind in KINDS}
+        return {kind: n for kind, nbytes in totals.items() if (n := nbytes + self.beside.get(kind, 0))}
 
     @property
     def persistent(self) -> int:
@@ -85,16 +85,16 @@ def device_bytes(work: Workload, model: PlannedModel, machine: Machine) -> Devic
     With parallel.resident_blocks=auto the count is what the first step leaves room for (distlora.parallel.fsdp2).
     """
     least, usable, shards = work.resident_layers, machine.usable_bytes, work.shard_degree(machine.ranks)
-    found = _with_resident(work, model, machine, least)
+    device = _with_resident(work, model, machine, least)
     if work.parallel.resident_blocks != "auto":
-        return found
+        return device
     if shards == 1 or usable is None:
-        return found
-    free = usable - found.total
+        return device
+    free = usable - device.total
     reserve = RESIDENCY_RESERVE["cuda"] * usable if machine.is_gpu else RESIDENCY_RESERVE["cpu"] * free
     block = unit_bytes(base_of(work, model.shapes).block, shards)
     count = min(least + max(int((free - reserve) // block), 0), model.shapes.num_layers)
-    return _with_resident(work, model, machine, count) if count > least else found
+    return _with_resident(work, model, machine, count) if count > least else device
 
 
 def _with_resident(work: Workload, model: PlannedModel, machine: Machine, resident: int) -> DeviceBytes:

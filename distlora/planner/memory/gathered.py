@@ -69,7 +69,7 @@ def gathered_of(work: Workload, base: BaseSizes, shards: int, resident: int, *, 
     )
 
 
-def _with_experts(found: Gathered, base: BaseSizes, shards: int) -> Gathered:
+def _with_experts(gathered: Gathered, base: BaseSizes, shards: int) -> Gathered:
     """Add experts that are gathered on demand: a layer's whole weights, as all may be chosen.
 
     While one is gathered, so are the rows that a rank sends, and those of all.
@@ -78,12 +78,12 @@ def _with_experts(found: Gathered, base: BaseSizes, shards: int) -> Gathered:
     padded = (sum(replace(tensor, divided=False).whole(shards) for tensor in weight) for weight in base.apart)
     sent = max(padded, default=0) * (shards + 1) // shards
     return replace(
-        found,
-        forward=found.forward + whole,
-        last=found.last + whole,
-        copying=max(found.copying, max(found.forward, found.last) + whole + sent),
-        block=found.block + whole,
-        first=found.first + whole,
+        gathered,
+        forward=gathered.forward + whole,
+        last=gathered.last + whole,
+        copying=max(gathered.copying, max(gathered.forward, gathered.last) + whole + sent),
+        block=gathered.block + whole,
+        first=gathered.first + whole,
     )
 
 
@@ -234,14 +234,14 @@ def _units(base: BaseSizes, shards: int, gathering: Gathering) -> tuple[_Unit, _
 
     def unit(tensors: Sequence[BaseTensor]) -> _Unit:
         nonlocal together
-        found = []
+        unit_tensors = []
         for tensor in (each for each in tensors if not each.divided):
             nbytes, most = tensor.whole(shards), gathering.model_persistence_threshold
             numel = nbytes // tensor.compute_itemsize
             stays = numel <= gathering.param_persistence_threshold and (most is None or together + numel <= most)
             together += numel if stays else 0
-            found.append(_Tensor(numel, nbytes, stays))
-        return tuple(found)
+            unit_tensors.append(_Tensor(numel, nbytes, stays))
+        return tuple(unit_tensors)
 
     rest, embedding = unit(base.rest), unit(base.embedding)
     return rest, embedding, [unit(base.kinds[kind]) for kind in base.kind_of_layer], unit(base.head)

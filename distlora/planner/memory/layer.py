@@ -417,7 +417,7 @@ def expert_half(run: LayerRun) -> list[Operation]:
     """Return the operations of a mixture of experts; outputs are kept for the gradients of their weights."""
     experts, b, hidden = run.decoder.experts, run.itemsize, run.decoder.hidden
     assert experts is not None
-    rows, one = experts.chosen, b * experts.chosen * experts.inner
+    rows, columns = experts.chosen, b * experts.chosen * experts.inner
     (gate_up,), (down,) = run.linears["gate_up"], run.linears["down"]
     # The router: softmax, chosen experts and weights, the Routing, and the balance loss. Backward adds the gradient of
     # its input to that of the expert rows (distlora/model/experts.py).
@@ -438,7 +438,7 @@ def expert_half(run: LayerRun) -> list[Operation]:
         *exchanged,
         _of_experts(run, experts, gate_up, hidden, 2 * experts.inner),
         # The activation keeps gate, up and act(gate); GPT-OSS the clamped gate, its sigmoid, their product, and up + 1.
-        Operation((6 if experts.clamps else 3) * one, (TransientMemory(2 * one),), 2 * one),
+        Operation((6 if experts.clamps else 3) * columns, (TransientMemory(2 * columns),), 2 * columns),
         _of_experts(run, experts, down, experts.inner, hidden),
         Operation(b * rows * hidden + wide * rows, (TransientMemory(3 * wide * rows * hidden),), b * rows * hidden),
         *_shared_expert(run),

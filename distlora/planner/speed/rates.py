@@ -233,21 +233,21 @@ class CollectiveCost:
 
     def seconds(self, rates: DeviceRates) -> Seconds:
         """Return the seconds of the slower link, the host's link before it, and latencies."""
-        found: Seconds = {}
+        by_term: Seconds = {}
         inside = self.inside / rates.link if self.inside and rates.link else 0.0
         across = self.across / rates.network if self.across and rates.network else 0.0
         if inside or across:
-            found["link" if inside >= across else "network"] = max(inside, across)
+            by_term["link" if inside >= across else "network"] = max(inside, across)
         if self.host:
             assert rates.host_link is not None
-            found["host_link"] = self.host / rates.host_link
+            by_term["host_link"] = self.host / rates.host_link
         latency = self.steps * rates.step + self.steps_across * rates.step_across
         if self.tree_steps is not None:
             latency = min(latency, self.tree_steps * rates.step + self.tree_steps_across * rates.step_across)
         latency += self.collectives * rates.base
         if latency:
-            found["latency"] = latency
-        return found
+            by_term["latency"] = latency
+        return by_term
 
     def scaled(self, share: float) -> CollectiveCost:
         """Return a share of the bytes, at as many collectives."""

@@ -113,7 +113,7 @@ def scaling(
                 "cluster.gpus_per_node to the GPUs of a node"
             )
     rows = config.train.accumulation(machine.ranks) * config.train.micro_batch if kind == "weak" else None
-    found: list[ScalingRow] = []
+    table: list[ScalingRow] = []
     for fabric in fabrics or (None,):
         joined = machine if fabric is None else _joined(machine, fabric)
         runs: list[tuple[Layout, Workload, Machine]] = []
@@ -134,8 +134,8 @@ def scaling(
                 )
                 there = dataclasses.replace(joined, ranks=number, ranks_per_machine=here)
                 runs.append((layout, Workload.of(run), there))
-        found += _rows(runs, plan.model, OWN if fabric is None else fabric.name)
-    return found
+        table += _rows(runs, plan.model, OWN if fabric is None else fabric.name)
+    return table
 
 
 def _parallel(parallel: ParallelConfig, ranks: int, shard_degree: int | None) -> ParallelConfig:

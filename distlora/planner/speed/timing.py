@@ -210,12 +210,12 @@ def blocks_of(work: Workload, model: PlannedModel, how: KernelOptions, document:
     """Return the work of a micro-batch in each decoder layer. `document`: tokens of each packed document."""
     length, rows, tile = work.sequence_length, work.train.micro_batch, work.train.mlp_tile or work.sequence_length
     tiles, documents = [rows * part for part in cut(length, tile)], cut(length, document)
-    found: dict[int, BlockWork] = {}
+    works: dict[int, BlockWork] = {}
     layers = layers_of(work, model.shapes)
     for layer in layers:
-        if id(layer) not in found:
+        if id(layer) not in works:
             groups = layer.decoder.heads // layer.decoder.key_heads
-            found[id(layer)] = block_work(
+            works[id(layer)] = block_work(
                 layer,
                 how,
                 m=rows * length,
@@ -224,7 +224,7 @@ def blocks_of(work: Workload, model: PlannedModel, how: KernelOptions, document:
                 tiles=tiles,
                 reference=work.train.needs.reference,
             )
-    return tuple(found[id(layer)] for layer in layers)
+    return tuple(works[id(layer)] for layer in layers)
 
 
 Part = Literal["mismatched", "forward", "backward", "head", "first gathers", "last sum", "update"]
@@ -416,13 +416,13 @@ class _Chain(NamedTuple):
 
 def seconds_of_launches(launches: Iterable[KernelLaunch], rates: DeviceRates) -> Seconds:
     """Return the seconds of launches one after the other; each by what it waits for."""
-    found: Seconds = {"compute": 0.0, "memory": 0.0, "launches": 0.0}
+    by_term: Seconds = {"compute": 0.0, "memory": 0.0, "launches": 0.0}
     units = {"matrices": rates.matrices, "attention": rates.attention, "decoding": rates.decoding}
     for work in launches:
         moving, computing = work.nbytes / rates.bandwidth, (work.flops + work.padding) / units[work.unit]
-        found["compute" if computing > moving else "memory"] += max(computing, moving)
-        found["launches"] += work.launches * rates.launch
-    return found
+        by_term["compute" if computing > moving else "memory"] += max(computing, moving)
+        by_term["launches"] += work.launches * rates.launch
+    return by_term
 
 
 def _assumptions(work: Workload, machine: Machine, document: int | None) -> list[str]:

@@ -122,12 +122,12 @@ def skipped(base: OpenBase, quantized: Sequence[BaseWeight]) -> list[str]:
     These are the head, and the shortest paths outside the decoder without a quantized weight.
     """
     held = {".".join(weight.name.split(".")[:size]) for weight in quantized for size in range(weight.name.count("."))}
-    found = {base.model.architecture.head}
+    modules = {base.model.architecture.head}
     for path in base.model.outside_linears:
         words = path.split(".")
         prefixes = (".".join(words[: size + 1]) for size in range(len(words)))
-        found.add(next(prefix for prefix in prefixes if prefix not in held))
-    return sorted(found)
+        modules.add(next(prefix for prefix in prefixes if prefix not in held))
+    return sorted(modules)
 
 
 def write_adapter(trained: Trained, folder: Path, *, base_name: str) -> None:

@@ -175,10 +175,10 @@ def fill(place: Tensor, pieces: Iterable[Tensor], dtype: torch.dtype | None = No
     """
     values, first, apart = place.data.view(-1), 0, 0.0
     for piece in pieces:
-        part = values[first : first + piece.numel()]
+        stored = values[first : first + piece.numel()]
         if dtype is not None:
-            apart = max(apart, float((part - piece.reshape(-1).to(dtype).float()).abs().max()))
-        part.copy_(piece.reshape(-1))
+            apart = max(apart, float((stored - piece.reshape(-1).to(dtype).float()).abs().max()))
+        stored.copy_(piece.reshape(-1))
         first += piece.numel()
     assert first == len(values), "a parameter and its weights have other sizes"
     return apart

@@ -134,7 +134,7 @@ def targets(
 
     `shared_outer`: experts are in the layout of `Consumer.stacks`.
     """
-    found: dict[str, Target] = {}
+    by_name: dict[str, Target] = {}
     shapes = {path: weight.shape for path, weight in architecture.adaptable()}
     for path, weight in architecture.adaptable():
         index = path.removeprefix(architecture.layer_prefix).partition(".")[0]
@@ -143,15 +143,15 @@ def targets(
         if weight.kind == "experts":
             if row.experts:
                 stacks = consumer.stacks if shared_outer else ()
-                found |= _expert_targets(row, layer, path, weight.shape, stacks)
+                by_name |= _expert_targets(row, layer, path, weight.shape, stacks)
         elif inside in row.split:
             sizes = _sizes(inside, weight.shape[0], shapes, layer)
             for name, size, end in zip(row.split[inside], sizes, itertools.accumulate(sizes), strict=True):
                 rows = slice(end - size, end)
-                found[layer + name] = Target(path=path, rows=rows, shape=(size, weight.shape[1]))
+                by_name[layer + name] = Target(path=path, rows=rows, shape=(size, weight.shape[1]))
         elif inside in row.linears:
-            found[path] = Target(path=path, rows=slice(None), shape=(weight.shape[0], weight.shape[1]))
-    grouped = {name: _grouped(consumer, name, target, found) for name, target in found.items()}
+            by_name[path] = Target(path=path, rows=slice(None), shape=(weight.shape[0], weight.shape[1]))
+    grouped = {name: _grouped(consumer, name, target, by_name) for name, target in by_name.items()}
     return {name: target for name, target in grouped.items() if target is not None}
 
 
@@ -191,14 +191,14 @@ def _sizes(linear: str, rows: int, shapes: Mapping[str, tuple[int, ...]], layer:
     return [(rows - values) // 2, (rows - values) // 2, values]
 
 
-def _grouped(consumer: Consumer, name: str, target: Target, found: Mapping[str, Target]) -> Target | None:
+def _grouped(consumer: Consumer, name: str, target: Target, by_name: Mapping[str, Target]) -> Target | None:
     """Return the target with its group, named after the first of its modules; None if the model lacks one of them."""
     module, _, last = name.rpartition(".")
     if target.group or target.expert is not None:
         return target
     for names in consumer.together:
         if last in names:
-            whole = all(f"{module}.{other}" in found for other in names)
+            whole = all(f"{module}.{other}" in by_name for other in names)
             return replace(target, group=f"{module}.{names[0]}") if whole else None
     return target
 
@@ -232,7 +232,7 @@ def bind(
     named = {name.rpartition(".")[2] for name in modules}
     halves: dict[str, dict[str, str]] = {}
     for key in sorted(shapes):
-        module, part = _parse(consumer, key)
+        module, side = _parse(consumer, key)
         if module not in places:
             raise UserError(f"{key}: {_why_unbound(consumer, row, module, places)}")
         (wrapped,) = target_modules(consumer, [module])
@@ -240,25 +240,25 @@ def bind(
             not consumer.reads_targets or wrapped in named,
             f"{key}: {consumer.name} drops it, as target_modules in adapter_config.json lacks {wrapped}",
         )
-        halves.setdefault(module, {})[part] = key
+        halves.setdefault(module, {})[side] = key
     pairs = {}
-    for module, found in halves.items():
+    for module, keys in halves.items():
         target = places[module]
-        for part, other in (("A", "B"), ("B", "A")):
-            require(part in found, f"{found.get(other)}: {consumer.name} finds no lora_{part} beside it")
+        for side, other in (("A", "B"), ("B", "A")):
+            require(side in keys, f"{keys.get(other)}: {consumer.name} finds no lora_{side} beside it")
         rank, scale = _rank_and_scale(consumer, config, module)
         columns, (out, width) = rank * max(target.stack, 1), target.shape
         expected = {"A": (columns, width), "B": (out, columns)}
         transposed = {"A": (columns, out), "B": (width, columns)}
         counts: list[tuple[int, ...]] = [(count,) for count in target.matrices or ()] or [(), ()]
-        for (part, key), count in zip(sorted(found.items()), counts, strict=True):
-            shape, matrix = tuple(shapes[key]), expected[part]
+        for (side, key), count in zip(sorted(keys.items()), counts, strict=True):
+            shape, matrix = tuple(shapes[key]), expected[side]
             if shape != (*count, *matrix):
-                turned = "; it is transposed" if shape[-2:] in (transposed[part], matrix[::-1]) else ""
+                turned = "; it is transposed" if shape[-2:] in (transposed[side], matrix[::-1]) else ""
                 raise UserError(
                     f"{key}: it has shape {list(shape)}, and {consumer.name} reads {[*count, *matrix]}{turned}"
                 )
-        pairs[module] = ServedPair(target=target, a=found["A"], b=found["B"], scale=scale)
+        pairs[module] = ServedPair(target=target, a=keys["A"], b=keys["B"], scale=scale)
     filled = {pair.target.group for pair in pairs.values() if pair.target.group}
     for module, target in places.items():
         require(
@@ -283,10 +283,10 @@ def target_modules(consumer: Consumer, modules: Iterable[str]) -> list[str]:
 
 def _parse(consumer: Consumer, key: str) -> tuple[str, str]:
     """Return (module, A or B) of a tensor's name."""
-    for part in "AB":
-        ending = f".lora_{part}.weight"
+    for side in "AB":
+        ending = f".lora_{side}.weight"
         if key.startswith(PREFIX) and key.endswith(ending):
-            return key.removeprefix(PREFIX).removesuffix(ending), part
+            return key.removeprefix(PREFIX).removesuffix(ending), side
     raise UserError(f"{key}: {consumer.name} reads {PREFIX}*.lora_A.weight and lora_B.weight, nothing else")
 
 
@@ -329,13 +329,13 @@ def _why_unbound(consumer: Consumer, row: Served, module: str, places: Mapping[s
         example = next((name for name in places if ".experts" in name), "")
         if not example:
             return f"{consumer.name} has no LoRA for the experts of this model type"
-        one, reads_one = (re.search(r"\.experts\.\d+\.", f"{name}.") for name in (module, example))
-        if reads_one and not one:
+        is_of_one_expert, reads_one = (re.search(r"\.experts\.\d+\.", f"{name}.") for name in (module, example))
+        if reads_one and not is_of_one_expert:
             return (
                 f"it holds all experts of a layer in one tensor, and {consumer.name} reads one pair per expert here, "
                 f"as {PREFIX}{example}.lora_A.weight; write it with `distlora export --for`"
             )
-        if one and not reads_one:
+        if is_of_one_expert and not reads_one:
             return (
                 f"it is one expert's, and {consumer.name} reads all experts of a layer in one tensor here, as "
                 f"{PREFIX}{example}.lora_A.weight; write it with `distlora export --for`"

@@ -265,24 +265,24 @@ def _refuse_unread(model: Mapping[str, Any], place: Path) -> None:
     text = architecture_of(model, place).text(model)
     kind = text.get("model_type", model.get("model_type"))
     plain = kind in PLAIN
-    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    ropes = text.get("rope_parameters") or text.get("rope_scaling") or {}
     wrong = {
         f"hidden_act={text.get('hidden_act')!r}": plain and text.get("hidden_act", "silu") != "silu",
         # The converter writes all biases, and llama.cpp does not load a file with one that it has no place for.
         "attention_bias=true": kind in ("qwen3", "qwen3_moe") and bool(text.get("attention_bias")),
     }
-    for rope in [each for each in found.values() if isinstance(each, dict)] or [found]:
+    for rope in [each for each in ropes.values() if isinstance(each, dict)] or [ropes]:
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         yarn, attention = rope_type == "yarn", rope.get("attention_factor")
         usual = 0.1 * math.log(rope.get("factor") or 1) + 1 if yarn else 1.0
-        part = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1))
+        rotated = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1))
         wrong |= {
             f"rope_type={rope_type!r}": rope_type not in ROPES,
             "YaRN with truncate=false": yarn and rope.get("truncate") is False,
             f"YaRN with attention_factor={attention}": (
                 yarn and attention is not None and not math.isclose(attention, usual, rel_tol=1e-6)
             ),
-            f"partial_rotary_factor={part}": plain and part not in (None, 1),
+            f"partial_rotary_factor={rotated}": plain and rotated not in (None, 1),
         }
     for what, is_there in wrong.items():
         require(

@@ -93,9 +93,9 @@ def check_file(path: Path, tensors: dict[str, Tensor], alpha: float, dtype: str)
     file = gguf.GGUFReader(path)
     wanted = {"general.type": "adapter", "adapter.type": "lora", gguf.Keys.Adapter.LORA_ALPHA: alpha}
     for key, value in wanted.items():
-        found = file.fields[key].contents() if key in file.fields else None
-        same = found == value if isinstance(value, str) else torch.tensor(found or 0.0) == torch.tensor(value)
-        require(bool(same), f"{path}: {key} is {found!r}, not {value!r}")
+        stored = file.fields[key].contents() if key in file.fields else None
+        same = stored == value if isinstance(value, str) else torch.tensor(stored or 0.0) == torch.tensor(value)
+        require(bool(same), f"{path}: {key} is {stored!r}, not {value!r}")
     read = [torch.from_numpy(gguf.quants.dequantize(each.data, each.tensor_type).copy()) for each in file.tensors]
     ours, theirs = (
         torch.cat([each.to(DTYPES[dtype]).float().flatten() for each in values]).unique()

@@ -47,9 +47,9 @@ def write(export: Export) -> None:
     name = base if trained.weights is None else f"{base} {Path(trained.place).name}"
     whole = trained.spec.adapter.method == "full"
     merged = DTYPES.get(request.dtype, torch.float32)  # The converter rounds from fp32 to 8 bits.
-    each = BYTES[request.dtype] + (0 if whole else merged.itemsize)
+    weight_bytes = BYTES[request.dtype] + (0 if whole else merged.itemsize)
     weights = open_base(trained.spec, trained.initial_adapter_dir).weights.values()
-    num_bytes = int(each * sum(math.prod(weight.shape) for weight in weights))
+    num_bytes = int(weight_bytes * sum(math.prod(weight.shape) for weight in weights))
     check_space(export.place.parent, num_bytes, "the file" if whole else "the file, with the merged model beside it,")
     with tempfile.TemporaryDirectory(dir=export.place.parent, prefix=".merged-") as scratch:
         folder = Path(scratch) / "model"
@@ -75,8 +75,11 @@ def hold_to_config(path: Path, config: Any, say: Callable[[str], None]) -> None:
     names = {tensor.name for tensor in file.tensors} | {key.removeprefix(f"{family}.") for key in file.fields}
     rope = getattr(text, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope)
-    kind, part = rope.get("rope_type", "default"), rope.get("partial_rotary_factor") or 1
-    lost = {f"rope_type={kind!r}": ROPES[kind], f"partial_rotary_factor={part}": part != 1 and "rope.dimension_count"}
+    kind, rotated = rope.get("rope_type", "default"), rope.get("partial_rotary_factor") or 1
+    lost = {
+        f"rope_type={kind!r}": ROPES[kind],
+        f"partial_rotary_factor={rotated}": rotated != 1 and "rope.dimension_count",
+    }
     for what, key in lost.items():
         require(
             not key or key in names,

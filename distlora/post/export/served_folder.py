@@ -167,9 +167,9 @@ def check_folder(
         raise UserError(f"{absent[0]} was trained, and {consumer.name} finds no tensor for it in {folder}")
     worst = 0.0
     with safetensors.safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-        for path, found in by_path.items():
+        for path, matrices in by_path.items():
             ours = factors.get(path)
-            worst = max(worst, _error(path, ours and ours(), found, file, consumer))
+            worst = max(worst, _error(path, ours and ours(), matrices, file, consumer))
     return worst
 
 

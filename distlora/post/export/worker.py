@@ -42,12 +42,12 @@ def run(request: ExportRequest) -> int:
             size = sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
             say(f"written in {time.monotonic() - began:.1f} s, {size / 1e6:,.1f} MB")
             has_client = bool(FORMATS[request.format].clients)
-            found = checked(request, place) if has_client and not request.no_check else None
-            if found is None and has_client:
+            checks = checked(request, place) if has_client and not request.no_check else None
+            if checks is None and has_client:
                 record_says = "; export.json records no check" if place.is_dir() else ""
                 say(f"warning: nothing has compared it with the trained model{record_says}")
             if place.is_dir():
-                atomic_io.write_json(place / "export.json", record(request, trained, found))
+                atomic_io.write_json(place / "export.json", record(request, trained, checks))
     except Differs as error:
         say(f"{error}; nothing is left at {out}; --no-check writes it all the same")
         return FAILED
@@ -59,7 +59,7 @@ class Differs(Exception):
     """Raised if the tool computes other outputs or fails."""
 
 
-def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | None) -> dict[str, Any]:
+def record(request: ExportRequest, trained: Trained, checks: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return export.json: sources, versions and the client's readings."""
     packages = ("distlora", "torch", "transformers", *FORMATS[request.format].clients)
     assert trained.weights is not None
@@ -74,7 +74,7 @@ def record(request: ExportRequest, trained: Trained, found: Mapping[str, Any] | 
         "for_version": request.version,
         "date": f"{datetime.date.today():%Y-%m-%d}",
         "versions": versions(*packages),
-        "check": found,
+        "check": checks,
     }
 
 
@@ -89,14 +89,14 @@ def checked(request: ExportRequest, place: Path) -> dict[str, Any] | None:
         raise Differs(f"the client was killed by signal {-code} (is memory short? `distlora export --help`)")
     if code != DONE:
         raise Differs(f"the client could not load it (exit code {code})")
-    found: dict[str, Any] = json.loads(stdout.splitlines()[-1])
-    readings = [ClientReading(**reading) for reading in found["readings"]]
+    checks: dict[str, Any] = json.loads(stdout.splitlines()[-1])
+    readings = [ClientReading(**reading) for reading in checks["readings"]]
     if not readings:
         return None
-    print("\n".join(table(readings, request, found["moved"], found["tokens"])))
+    print("\n".join(table(readings, request, checks["moved"], checks["tokens"])))
     if not all(reading.within for reading in readings):
         raise Differs("the tool computes other outputs")
-    return found
+    return checks
 
 
 def in_own_process(request: ExportRequest) -> tuple[int, str]:

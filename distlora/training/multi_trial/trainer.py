@@ -334,8 +334,8 @@ class MultiTrialTrainer(Passes):
             trial.update()
         self.is_cold = False
         rows: list[list[Tensor]] = [[] for _ in trials]
-        for part, found in zip(parts, losses, strict=True):
-            for owner, row_losses in part.split(found.rows):
+        for part, of_part in zip(parts, losses, strict=True):
+            for owner, row_losses in part.split(of_part.rows):
                 rows[owner].append(row_losses)
         moved, passes = self.backend.traffic.take(), 2 * len(parts)
         for trial, batch, own in zip(trials, batches, rows, strict=True):

@@ -99,9 +99,9 @@ class Background(Tracker):
         """Log the metrics of a step that an earlier start has not logged."""
 
         def new(client: Client) -> None:
-            found = {name: value for name, value in figures.items() if step > client.last_steps.get(name, -1)}
-            if found:
-                client.log(step, found)
+            fresh = {name: value for name, value in figures.items() if step > client.last_steps.get(name, -1)}
+            if fresh:
+                client.log(step, fresh)
 
         self._put(new)
 

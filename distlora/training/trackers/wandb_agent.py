@@ -134,10 +134,10 @@ def agrees(requested: Any, has: Any) -> bool:
 def _setting(settings: Mapping[str, Any], name: str) -> Any:
     """Return the value at a dotted name, which may have Hydra's + prefix."""
     value: Any = settings
-    for part in name.lstrip("+").split("."):
-        if not isinstance(value, Mapping) or part not in value:
+    for key in name.lstrip("+").split("."):
+        if not isinstance(value, Mapping) or key not in value:
             return _ABSENT
-        value = value[part]
+        value = value[key]
     return value
 
 

@@ -78,8 +78,8 @@ class Format(FormatLayout, ABC):
         groups = self.num_groups(shape)
         expected = [((groups, *part.shape), dtype_of(part)) for part in self.parts]
         expected += [(part.shape, dtype_of(part)) for part in self.replicated]
-        found = [(tuple(part.shape), part.dtype) for part in parts]
-        assert found == expected, f"a weight {shape} in {self.name} has {groups} groups; the parts are {found}"
+        given = [(tuple(part.shape), part.dtype) for part in parts]
+        assert given == expected, f"a weight {shape} in {self.name} has {groups} groups; the parts are {given}"
 
     def groups_of(self, parts: Sequence[Tensor], first: int, stop: int) -> tuple[Tensor, ...]:
         """Return the parts of the groups from `first` to before `stop`."""
@@ -104,15 +104,15 @@ class Format(FormatLayout, ABC):
 
     def slice(self, parts: Sequence[Tensor], shape: tuple[int, ...], index: int, dtype: torch.dtype) -> Tensor:
         """Return one expert of a weight (E, O, I) in `dtype`, (O, I); it may be a view of some weights more."""
-        one, (first, stop) = shape[1:], self.groups_of_expert(shape, index)
+        matrix, (first, stop) = shape[1:], self.groups_of_expert(shape, index)
         groups = self.groups_of(parts, first, stop)
         if self.tile is None:
-            size = math.prod(one)
+            size = math.prod(matrix)
             flat = self.dequantize_groups(groups, dtype).view(-1)
-            return flat[index * size - first * GROUP :][:size].view(one)
+            return flat[index * size - first * GROUP :][:size].view(matrix)
         (height, _), (_, wide) = self.tile, self.tiles(shape)
         whole = self.dequantize(groups, shape=((stop - first) // wide * height, shape[2]), dtype=dtype)
-        return whole[index * one[0] - first // wide * height :][: one[0]]
+        return whole[index * matrix[0] - first // wide * height :][: matrix[0]]
 
     def dequantize_rows(
         self, parts: Sequence[Tensor], shape: tuple[int, ...], rows: Tensor, dtype: torch.dtype

@@ -198,8 +198,8 @@ def dequantize(format: Format, parts: Sequence[Tensor], out: Tensor, ends: Tenso
     programs = triton.cdiv(out.numel(), WEIGHTS)
     experts: tuple[Tensor | None, int, int] = (None, 0, 0)
     if ends is not None:
-        each = out.shape[1] if format.tile is not None else math.prod(out.shape[1:]) // UNIT
-        experts = (ends, each, len(ends) - 1)
+        per_expert = out.shape[1] if format.tile is not None else math.prod(out.shape[1:]) // UNIT
+        experts = (ends, per_expert, len(ends) - 1)
     if isinstance(format, Gguf):
         assert parts[0].data_ptr() % 2 == 0, "fp16 numbers are read: blocks must start at a multiple of 2 bytes"
         kernel[(programs,)](parts[0], out, out.numel(), *experts, **constants, **_OPTIONS)

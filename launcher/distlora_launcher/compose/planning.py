@@ -100,17 +100,17 @@ def check_planned(config: Config, model: PlannedModel) -> None:
         raise UserError(model.why_not_kept)
     if spec.adapter.method == "full":
         return
-    adapters = [each for block in model.shapes.adapters(spec.adapter) for each in block]
+    adapters = [adapter for block in model.shapes.adapters(spec.adapter) for adapter in block]
     require(
-        config.optim.name != "muon" or any(".experts." not in each.path for each in adapters),
+        config.optim.name != "muon" or any(".experts." not in adapter.path for adapter in adapters),
         "optim=muon updates the adapters of linears, and only experts have adapters, which AdamW updates; set "
         "optim=adamw",
     )
-    for each in adapters if spec.adapter.decomposes else ():
-        rank, shape = spec.adapter.rank_of(each.path), (each.up[0], each.down[1])
+    for adapter in adapters if spec.adapter.decomposes else ():
+        rank, shape = spec.adapter.rank_of(adapter.path), (adapter.up[0], adapter.down[1])
         require(
             rank <= min(shape),
-            f"adapter.init={spec.adapter.init} needs {rank} singular values of {each.path}, which has {min(shape)} "
+            f"adapter.init={spec.adapter.init} needs {rank} singular values of {adapter.path}, which has {min(shape)} "
             f"(its weight is {shape[0]} x {shape[1]}); set adapter.r={min(shape)} or less"
             f"{', or its entry in adapter.rank_pattern' if spec.adapter.rank_pattern else ''}",
         )

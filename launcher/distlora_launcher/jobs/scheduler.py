@@ -210,8 +210,8 @@ def _ids(values: Mapping[str, str]) -> list[str]:
     if array is None or tasks is None:
         return [values["JobId"]]
     ids = []
-    for part in tasks.partition("%")[0].split(","):
-        first, _, last = part.partition("-")
+    for numbers in tasks.partition("%")[0].split(","):
+        first, _, last = numbers.partition("-")
         if first.isdigit() and (not last or last.isdigit()):
             ids += [f"{array}_{task}" for task in range(int(first), int(last or first) + 1)]
     return ids

@@ -255,8 +255,8 @@ class Agent(LocalElasticAgent):
             raise Ended(killed(signum, self._logs))
 
     def _errors(self) -> list[dict[str, Any]]:
-        found = read_errors(self._logs)
-        return [error for path, error in found if self._stale.get(path) != file_identity(path)]
+        errors = read_errors(self._logs)
+        return [error for path, error in errors if self._stale.get(path) != file_identity(path)]
 
     # Methods of torch's agent, in the order in which it calls them.
 

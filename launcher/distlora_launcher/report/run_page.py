@@ -421,8 +421,8 @@ def _environment(run: RunRecords) -> Table | None:
         rows.append(("model type", f"{model.get('model_type', '')}, {count(model['parameters'])} parameters"))
         if quantized := model.get("parameters_quantized"):
             bits = run.summary.get("bits_per_parameter")
-            each = f", {bits:.3f} bits each with their scales" if bits is not None else ""
-            rows.append(("quantized", f"{count(quantized)} parameters{each}"))
+            with_scales = f", {bits:.3f} bits each with their scales" if bits is not None else ""
+            rows.append(("quantized", f"{count(quantized)} parameters{with_scales}"))
     if "base_fingerprint" in run.state.get("identity", {}):
         rows.append(("fingerprint of the base", run.state["identity"]["base_fingerprint"]))
     if "name" in machine and "ranks" in machine:

@@ -66,7 +66,10 @@ def _prompt(place: str, value: Any) -> Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
-    """request.json, from the command to its worker. The docstrings of its fields are help texts of the command."""
+    """request.json, from the command to its worker.
+
+    The docstring of a field is the help text of its argument; a field without one is no argument.
+    """
 
     run: str
     """RUN: folder of a run."""

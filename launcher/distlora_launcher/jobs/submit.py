@@ -148,7 +148,6 @@ def submit_prepared(run_dir: Path) -> None:
     (run_dir / "logs").mkdir(exist_ok=True)  # For the job's log: SLURM makes no folder.
     make_cache(config.cluster, config.quant)
     submission = submit_script(run_dir)
-    write_submission(run_dir, submission)
     log = run_dir / "logs" / f"{SLURM}{submission.job_id}.log"
     say(f"submitted {shown(run_dir)} as SLURM job {submission.job_id}")
     say(f"watch it with: distlora status {shown(run_dir)}   (what it prints: {shown(log)})")
@@ -163,7 +162,7 @@ def make_cache(cluster: ClusterConfig, quant: QuantConfig) -> None:
 
 
 def submit_script(folder: Path, *options: str) -> Submission:
-    """Submit the script in a folder, with options of sbatch that override the script's.
+    """Submit the script in a folder and record the submission there. `options` of sbatch override the script's.
 
     Raises UserError if there is no SLURM here or it refuses the script.
     """
@@ -179,12 +178,9 @@ def submit_script(folder: Path, *options: str) -> Submission:
         job_id = scheduler.submit(command, path.read_text(encoding="utf-8"))
     except SchedulerError as error:
         raise UserError(f"{scheduler.refusal(error)}; the script is written, try it with `{by_hand}`") from error
-    return Submission(
-        job_id=job_id,
-        command=tuple(command),
-        submitted=time.time(),
-        host=socket.gethostname(),
-    )
+    submission = Submission(job_id=job_id, command=tuple(command), submitted=time.time(), host=socket.gethostname())
+    write_submission(folder, submission)
+    return submission
 
 
 STEP = "DISTLORA_STEP"

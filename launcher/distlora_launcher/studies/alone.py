@@ -80,9 +80,6 @@ class Alone(Placement):
             )
         ]
 
-    def close(self) -> None:
-        """Take note that no more trials come: no process outlives its trial."""
-
     def stop(self) -> None:
         """Have every trial save and stop."""
         self._stops = True

@@ -91,7 +91,6 @@ def submit_array(folder: Path, runs: Sequence[Config]) -> None:
         (Path(run.run_dir) / "logs").mkdir(exist_ok=True)
         make_cache(run.cluster, run.quant)
     submission = submit_script(folder, *options)
-    write_submission(folder, submission)
     for run in runs:
         task = f"{submission.job_id}_{Path(run.run_dir).name}"
         write_submission(Path(run.run_dir), dataclasses.replace(submission, job_id=task))

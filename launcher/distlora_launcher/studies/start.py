@@ -32,7 +32,6 @@ from distlora.config.sweep import SweepConfig
 from distlora.config.training import AUTO_EVALUATIONS
 from distlora.planner.learning_rate import with_learning_rate
 from distlora.planner.report import packed_trials
-from distlora.run_folder.submission import write_submission
 from distlora.run_folder.sweep import COMPLETE, RESULTS_NAME, TrialRecord, at_rest, is_sweep_folder, words_of
 from distlora.system.exit_codes import BAD_INPUT, DONE, FAILED, INTERRUPTED, STOPPED
 from distlora.system.stop_signals import Forwarder, forwarding
@@ -207,7 +206,6 @@ def submit_workers(
     if quant is not None:
         make_cache(cluster, quant)
     submission = submit_script(folder)
-    write_submission(folder, submission)
     count = "1 worker" if workers == 1 else f"{workers} workers"
     say(f"submitted {count} of {shown(folder)} as SLURM job array {submission.job_id}")
 

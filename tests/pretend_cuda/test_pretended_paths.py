@@ -1,0 +1,110 @@
+"""Paths of a GPU end on the pretended one, and the host waits in their steps only where it is listed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from pretend_cuda import groups, paths
+from support.tiers import ci
+from tools.kernel_cases import all_cases
+
+GENERATION = r"grpo.*|generate (llama|qwen3_moe)"
+"""Paths that sample with the paged engine."""
+WAITS: dict[str, tuple[str, str]] = {
+    "distlora/model/attention.py masks_of_documents: item": (
+        "type gpt_oss|keep mxfp4|generate gpt_oss|variant gpt-oss",
+        "transformers asks a device tensor with .all() whether positions restart, once per mask",
+    ),
+    "distlora/model/build.py CausalLM.hidden_states: item": (
+        "fp32|attention=sdpa|type deepseek_v3|variant (llama-dynamic|gemma2.*)",
+        "the same, for decoders that make masks themselves",
+    ),
+    "distlora/model/by_document.py DocumentRows.of: copy to the host": (
+        "type (granitemoehybrid|qwen3_next|lfm2)",
+        "positions are read back from the device, which the host had before",
+    ),
+    "distlora_kernels/operands.py Routing.of: copy to the host": (
+        "variant qwen3-moe",
+        "grouped products need sizes that 8 divides; other experts are computed one by one",
+    ),
+    "distlora/training/optimizers.py Muon._update: item": (
+        "muon",
+        "torch's Muon cannot skip an update on the device, so the host asks whether gradients are finite",
+    ),
+    **dict.fromkeys(
+        (f"distlora/training/rollouts.py RolloutLoader._scored: copy {way} the host" for way in ("to", "from")),
+        ("grpo.*", "rewards come from the host and are summed over ranks, once per rollout"),
+    ),
+    **dict.fromkeys(
+        (
+            "distlora/generation/engine.py Engine._choose: copy from the host",
+            "distlora/generation/engine.py Engine._choose: item",
+            "distlora/generation/engine.py Engine._any: copy from the host",
+            "distlora/generation/engine.py Engine._any: item",
+        ),
+        (GENERATION, "ranks agree on the next requests, once per batch"),
+    ),
+    **dict.fromkeys(
+        (
+            "distlora/generation/engine.py _Batch._run_prompts: copy from the host",
+            "distlora/generation/engine.py _Batch._logits: copy from the host",
+            "distlora/model/paged_cache.py PagedCache.copy_blocks: copy from the host",
+        ),
+        (GENERATION, "tokens and places of prompts go to the device, once per batch of prompts"),
+    ),
+    **dict.fromkeys(
+        (
+            "distlora/generation/engine.py _Batch._run_rows: copy from the host",
+            "distlora/generation/engine.py _Batch._append.<locals>.<genexpr>: copy to the host",
+            "distlora/generation/sampling.py choose: copy from the host",
+            "distlora/generation/sampling.py _draw: copy from the host",
+        ),
+        (GENERATION, "tokens, places and settings of sampling go to the device for each token, and tokens come back"),
+    ),
+    "distlora/generation/sampling.py _cut: copy from the host": (
+        "generate (llama|qwen3_moe)",
+        "the same, for top_p and top_k",
+    ),
+    **dict.fromkeys(
+        (
+            "distlora/generation/writer.py generate: copy from the host",
+            "distlora/generation/writer.py generate: copy to the host",
+            "distlora/generation/writer.py generate: item",
+            "distlora/model/layer_wrapper.py Block._run.<locals>.layer: copy from the host",
+        ),
+        ("generate gpt_oss", "transformers' own loop generates for models without the paged engine"),
+    ),
+}
+"""Where the host waits for the device, with the paths that do (a pattern) and the reason. Each such path must: a wait
+that is gone leaves this table."""
+
+ONLY_CI = r"variant .*|ipo|simpo|grpo, temperature|generate qwen3_moe|keep (fp8-compressed|(nvfp4|int4)-experts)"
+FOREIGN = ("liger kernels",)
+"""Paths that launch kernels of other packages."""
+DEFAULT = [name for name in paths.PATHS if not re.fullmatch(ONLY_CI, name)]
+OTHERS = [name for name in paths.PATHS if name not in DEFAULT]
+
+
+@pytest.mark.parametrize("names", [*groups.split(DEFAULT, 18), *map(ci, groups.split(OTHERS, 18))], ids=lambda g: g[0])
+def test_paths_of_one_rank(names: Sequence[str], tmp_path: Path, subtests: pytest.Subtests) -> None:
+    """Kernels do not run here: they are checked and recorded, and values are without meaning."""
+    compiled = {case.kernel.__name__ for case in all_cases()}
+    found = groups.in_process("run_paths", tmp_path / "seen.json", *names, mode="skip")
+    for name, seen in found.items():
+        with subtests.test(name):
+            assert seen["error"] is None, seen["error"]
+            assert set(seen["waits"]) == {place for place, (which, _) in WAITS.items() if re.fullmatch(which, name)}
+            assert seen["empty"] == [], "these launches have no program"
+            assert bool(seen["launches"]) == (name != "full"), "the kernels are not used"
+            if name not in FOREIGN:
+                assert seen["launches"].keys() <= compiled, "kernel_cases.py does not compile these for GPUs"
+
+
+def test_without_a_compiler_it_skips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "COMPILER", "none-in-tests")
+    with pytest.raises(pytest.skip.Exception, match="needs a C\\+\\+ compiler; there is no none-in-tests"):
+        groups.in_process("run_paths", tmp_path / "seen.json", "qlora", mode="skip")

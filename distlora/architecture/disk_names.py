@@ -37,7 +37,7 @@ class Rename:
         """Return the new name; None if nothing matches."""
         prefix = ""
         if self.scope is not None:
-            scope, base = (f"{part}." if part else "" for part in (self.scope, self.base_prefix))
+            scope, base = (f"{path}." if path else "" for path in (self.scope, self.base_prefix))
             prefix = base + scope if name.startswith(base + scope) else scope
             if not name.startswith(prefix):
                 return None

@@ -159,8 +159,8 @@ def expected_headers(architecture: Architecture, config: Mapping[str, Any], plac
                 module, _, tail = name.rpartition(".")
                 tails = ("gate_proj", "up_proj") if tail == "gate_up_proj" else (tail,)
                 rows = weight.shape[1] // len(tails)
-                single[name] = {f"{module}.0.{each}.weight": (rows, weight.shape[2]) for each in tails}
-    stored_as = architecture.on_disk([each for names in single.values() for each in names])
+                single[name] = {f"{module}.0.{path}.weight": (rows, weight.shape[2]) for path in tails}
+    stored_as = architecture.on_disk([path for names in single.values() for path in names])
     is_quantized, stored = is_converted(config, place), dict[str, Segment]()
     for name, shape in whole.items():
         tensors = single[name] if stored_as.get(name) else {name: shape}

@@ -281,11 +281,11 @@ def _find_compressed(parts: Parts, settings: Mapping[str, Any]) -> Iterator[LowB
     for name, codes in parts.ending("_packed", "U8"):
         yield _fp4(parts, name, weight_shape(name, codes, 2), f"{name}_packed", f"{name}_global_scale")
     for name, codes in parts.ending("_packed", "I32"):
-        yield _packed_integers(parts, name, codes, [each for each in arguments if each["type"] == "int"])
+        yield _packed_integers(parts, name, codes, [scheme for scheme in arguments if scheme["type"] == "int"])
     for name, codes in parts.ending("", "F8_E4M3", "I8"):
         shape, wanted = weight_shape(name, codes), "int" if codes.dtype == "I8" else "float"
-        fitting = [each for each in arguments if (each["type"], each["num_bits"]) == (wanted, 8)]
-        blocks = [_scale_block(each, shape) for each in fitting if each["symmetric"]]
+        fitting = [scheme for scheme in arguments if (scheme["type"], scheme["num_bits"]) == (wanted, 8)]
+        blocks = [_scale_block(scheme, shape) for scheme in fitting if scheme["symmetric"]]
         where, has_zeros = f"{codes.file}: {name}", not blocks or f"{name}_zero_point" in parts.left
         require(
             bool(fitting),

@@ -125,7 +125,7 @@ def read_sections(file: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items() if each not in ("auto", None)}
+            return {key: plain(item) for key, item in value.items() if item not in ("auto", None)}
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
     remedy = "name a JSON file of DeepSpeed's settings, or leave parallel.deepspeed_config out"

@@ -573,7 +573,7 @@ def _messages_read(item: Any, reading: ReadOptions) -> Any:
         return [_messages_read(message, reading) for message in item]
     if not isinstance(item, dict) or not {"content", "value"} & item.keys():
         return item
-    kept = {key: part for key, part in item.items() if key not in reading.ignore_columns}
+    kept = {key: value for key, value in item.items() if key not in reading.ignore_columns}
     if reading.reasoning_key in kept:
         kept["reasoning_content"] = kept.pop(reading.reasoning_key)
     return kept

@@ -116,7 +116,7 @@ class Corpus:
             return [], DROPPED
         assert document.rejected is None is document.is_good, "refused by the settings"
         parts = [slice(start, start + length) for start in range(0, len(document.tokens), length)]
-        return [Encoded(document.tokens[part], document.trained[part]) for part in parts], 0
+        return [Encoded(document.tokens[span], document.trained[span]) for span in parts], 0
 
     def _is_seen(self, document: Encoded) -> bool:
         """Return whether an equal document came before; remember this one."""

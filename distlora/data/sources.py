@@ -528,7 +528,7 @@ def _files(path: Path, field: str, is_saved: bool) -> tuple[Path, ...]:
     inside = sorted(
         file
         for file in path.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not any(folder.startswith(".") for folder in file.relative_to(path).parts)
     )
     if is_saved:
         return tuple(inside)

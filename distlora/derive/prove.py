@@ -243,12 +243,12 @@ def weights_difference(ours: CausalLM, theirs: Any) -> float:
         for name, tensor in (*theirs.named_parameters(), *theirs.named_buffers())
         if name.startswith(inside)
     ]
-    if any(one is None or one.shape != tensor.shape for one, tensor in pairs):
+    if any(given is None or given.shape != tensor.shape for given, tensor in pairs):
         return float("inf")
     return max(
-        float((one.detach().double() - tensor.detach().double()).abs().max())
-        for one, tensor in pairs
-        if one is not None
+        float((given.detach().double() - tensor.detach().double()).abs().max())
+        for given, tensor in pairs
+        if given is not None
     )
 
 
@@ -309,7 +309,7 @@ def _forward_checks(ours: CausalLM, theirs: Any) -> Iterator[tuple[str, float]]:
     yield "logits", relative_error(ours.logits(input_ids, none), logits)
     labels = next_tokens(input_ids)
     chunks = zip(hidden.flatten(0, 1).split(7), labels.flatten().split(7), strict=True)
-    losses = torch.cat([ours.head.token_losses(part, of_part) for part, of_part in chunks])
+    losses = torch.cat([ours.head.token_losses(states, of_part) for states, of_part in chunks])
     yield (
         "head",
         relative_error(losses, F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")),

@@ -270,7 +270,7 @@ class _Smaller:
         head = full.get("head_dim") or full.get("hidden_size", 1) // full.get("num_attention_heads", 1) or 1
         for key in {"short_factor", "long_factor", "mrope_section"} & set(value):  # They share the pairs of a head.
             kept = len(value[key]) * 16 // head
-            small[key] = [part * 16 // head for part in value[key]] if key == "mrope_section" else value[key][:kept]
+            small[key] = [size * 16 // head for size in value[key]] if key == "mrope_section" else value[key][:kept]
         if "mrope_section" in value:
             small["mrope_section"][0] += sum(value["mrope_section"]) * 16 // head - sum(small["mrope_section"])
         return small

@@ -46,7 +46,7 @@ def structure(hf_model: Any, *, auto_class: str, kinds: Mapping[str, LayerKind])
     embedding, head = hf_model.get_input_embeddings(), hf_model.get_output_embeddings()
     config, layout = hf_model.config, layout_of(hf_model)
     # Layers of one kind may still differ in sizes (Gemma 3n's MLPs).
-    sizes = [tuple((path, tuple(each.shape)) for path, each in layer.named_parameters()) for layer in layers]
+    sizes = [tuple((path, tuple(parameter.shape)) for path, parameter in layer.named_parameters()) for layer in layers]
     keys = list(zip(map(_key, layer_kinds(hf_model)), sizes, strict=True))
     order = list(dict.fromkeys(keys))
     derived = []

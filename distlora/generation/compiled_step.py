@@ -61,7 +61,7 @@ def fits(model: CausalLM) -> bool:
     if not in_bf16 or not all(hasattr(layer, "self_attn") and hasattr(layer, "mlp") for layer in layers):
         return False
     parts = {"Model": decoder, "DecoderLayer": layers[0], "Attention": layers[0].self_attn}
-    if any(code_of(type(part).forward) not in _forwards(name) for name, part in parts.items()):
+    if any(code_of(type(module).forward) not in _forwards(name) for name, module in parts.items()):
         return False
     kinds = {(type(layer), type(layer.self_attn)) for layer in layers}
     dora = any(getattr(module, "row_norms_squared", None) is not None for module in model.modules())

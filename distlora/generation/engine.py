@@ -337,7 +337,7 @@ class _Batch:
         """Return prompts that run together: as many as fit in PREFILL_TOKENS, padded to the longest."""
         prompts: list[_Prefix] = []
         for prefix in dict.fromkeys(row.prefix for row in self._starting):
-            longest = max(len(each.tokens) for each in (*prompts, prefix))
+            longest = max(len(prompt.tokens) for prompt in (*prompts, prefix))
             if prompts and longest * (len(prompts) + 1) > PREFILL_TOKENS:
                 break
             prompts.append(prefix)

@@ -385,7 +385,7 @@ def read_blocks(
         assert isinstance(segment, LowBitSegment), "kept_weight refuses others"
         start = _blocks_in(format, segment.offset, width) + low
         pieces.append(CODECS[segment.tensor.codec].blocks(segment.tensor, reader, start, high - low))
-    return tuple(part[0] if len(part) == 1 else torch.cat(part) for part in zip(*pieces, strict=True))
+    return tuple(column[0] if len(column) == 1 else torch.cat(column) for column in zip(*pieces, strict=True))
 
 
 def _blocks_in(format: Format, weights: int, width: int) -> int:

@@ -90,7 +90,7 @@ class QuantizedCache:
         """Prepare a cache that holds nothing without `open`. `headers`: of the base's files."""
         paths = {module: path for path, module in model.named_modules()}
         frozen = [[m for m in block.modules() if isinstance(m, FrozenTensor)] for block in model.blocks]
-        layers = [{model.hf_name(f"{paths[m]}.weight"): m for m in each if m.format is nf4.NF4} for each in frozen]
+        layers = [{model.hf_name(f"{paths[m]}.weight"): m for m in layer if m.format is nf4.NF4} for layer in frozen]
         self._layers: Sequence[Mapping[str, FrozenTensor]] = [layer for layer in layers if layer]
         self._weights = {name: weight for layer in self._layers for name, weight in layer.items()}
         self._backend, self._sources = backend, sources
@@ -381,7 +381,7 @@ def checksum_of(weight: FrozenTensor, backend: Backend) -> Tensor:
 
 def sums_over_ranks(own: Sequence[Tensor], backend: Backend) -> list[list[int]]:
     """Return for each replica the sum of its ranks' checksums of each weight, modulo 2^64."""
-    everyone = backend.gather_ranks(torch.stack([each.to(backend.ranks.device) for each in own]))
+    everyone = backend.gather_ranks(torch.stack([tensor.to(backend.ranks.device) for tensor in own]))
     sums: list[list[int]] = everyone.unflatten(0, (backend.shards.num_replicas, -1)).sum(dim=1).tolist()
     return sums
 

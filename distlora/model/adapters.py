@@ -317,14 +317,16 @@ class AdapterCopies:
 
     def __init__(self, linears: Iterable[AdaptedLinear]) -> None:
         """Allocate the copies: all A first, so that those of linears with one input are neighbours."""
-        pairs = [(pair, each.compute_dtype) for each in linears for pair in each.pairs]
+        pairs = [(pair, linear.compute_dtype) for linear in linears for pair in linear.pairs]
         self._pairs = [pair for pair, dtype in pairs if pair.A.dtype != dtype]
         masters = [pair.A for pair in self._pairs] + [pair.B for pair in self._pairs]
         if not masters:
             return
         sizes = [-(-master.numel() // 8) * 8 for master in masters]  # Kernels load 16 bytes at once.
         flat = torch.empty(sum(sizes), dtype=pairs[0][1], device=masters[0].device)
-        copies = [piece[: each.numel()].view_as(each) for piece, each in zip(flat.split(sizes), masters, strict=True)]
+        copies = [
+            piece[: master.numel()].view_as(master) for piece, master in zip(flat.split(sizes), masters, strict=True)
+        ]
         self._downs, self._ups = copies[: len(self._pairs)], copies[len(self._pairs) :]
 
     @contextlib.contextmanager
@@ -350,9 +352,9 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """
     return {
         f"{path}.{name}": parameter
-        for path, part in module.named_modules()
-        if isinstance(part, Replicated)
-        for name, parameter in part.named_parameters()
+        for path, child in module.named_modules()
+        if isinstance(child, Replicated)
+        for name, parameter in child.named_parameters()
     }
 
 

@@ -131,7 +131,7 @@ def attend(
 ) -> Tensor:
     """Attend as a VarlenOp (attention.py): each packed document's queries (T, H, E) to its own keys (T, G, E)."""
     bounds = cu_seqlens.tolist()
-    documents = [part for part in itertools.pairwise(bounds) if part[0] < part[1]]
+    documents = [document for document in itertools.pairwise(bounds) if document[0] < document[1]]
     sizes = [end - start for start, end in documents]
     padded = [torch.nn.utils.rnn.pad_sequence(each.split(sizes), batch_first=True) for each in (query, key, value)]
     queries, keys, values = padded

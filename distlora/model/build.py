@@ -561,9 +561,9 @@ def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:
     inside = f".adapters.{slot_name(slot)}"
     return {
         f"{path.removesuffix(inside)}.adapters.{DEFAULT_ADAPTER}.{name}": parameter
-        for path, part in model.named_modules()
-        if isinstance(part, LoRAPair) and path.endswith(inside)
-        for name, parameter in part.named_parameters()
+        for path, child in model.named_modules()
+        if isinstance(child, LoRAPair) and path.endswith(inside)
+        for name, parameter in child.named_parameters()
     }
 
 

@@ -132,7 +132,7 @@ def join(outputs: Sequence[Any], leading: Sequence[tuple[int, ...]], dim: int, *
     if first is None or (len(outputs) == 1 and not drop_weights):
         return first
     calls = zip(outputs, leading, strict=True)
-    if all(isinstance(one, Tensor) and one.shape[: len(sizes)] == sizes for one, sizes in calls):
+    if all(isinstance(tensor, Tensor) and tensor.shape[: len(sizes)] == sizes for tensor, sizes in calls):
         return torch.cat(list(outputs), dim)
     if drop_weights and isinstance(first, Tensor) and first.dim() == 4:
         return None

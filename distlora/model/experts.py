@@ -367,7 +367,7 @@ def find_routers(hf_model: nn.Module, layer: nn.Module) -> list[str]:
     if loss is None or not all(loss(*call) == load_balancing_loss_func(*call) for call in calls):
         return []
     recorders = [getattr(module, "_can_record_outputs", None) or {} for module in hf_model.modules()]
-    routers = [found["router_logits"] for found in recorders if "router_logits" in found]
+    routers = [outputs["router_logits"] for outputs in recorders if "router_logits" in outputs]
     names = {(router.target_class, f".{router.layer_name or ''}.") for router in routers if router.index == 0}
     return [
         path

@@ -50,7 +50,7 @@ def head_form(hf_model: PreTrainedModel, decoder: str, is_size: Callable[[str], 
     hidden = torch.randn(2, 5, head.weight.shape[1], generator=torch.Generator().manual_seed(0))
     hidden *= _LARGEST_PRODUCTS / F.linear(hidden, head.weight).abs().amax(dim=(1, 2), keepdim=True)
     logits = own(hidden, product).clone()
-    in_parts = torch.cat([own(part, product) for part in hidden.split(2, dim=1)], dim=1)
+    in_parts = torch.cat([own(half, product) for half in hidden.split(2, dim=1)], dim=1)
     for hook in hooks:
         hook.remove()
     if not _close(in_parts, logits):

@@ -445,7 +445,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 out.copy_(leaf_gradient)
             if head.own is not None:
                 inputs += [of_product.detach().flatten(0, -2) for of_product, _ in products]
-            column_parts += [each.flatten(0, -2) for each in column_gradients]
+            column_parts += [column_gradient.flatten(0, -2) for column_gradient in column_gradients]
             losses.append(loss.detach())
         if rows is None:
             ctx.save_for_backward(gradient)

@@ -191,7 +191,7 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
     scatter = _CountedReduceScatter(traffic, shards)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            trained = any(each.requires_grad for each in parameters(module) if each not in ignored)
+            trained = any(parameter.requires_grad for parameter in parameters(module) if parameter not in ignored)
             frozen = functools.partial(parameters, module) if device.type == "cpu" and not trained else None
             module.set_custom_all_gather(_CountedAllGather(traffic, shards, frozen))  # type: ignore[arg-type]
             module.set_custom_reduce_scatter(scatter)  # type: ignore[arg-type]
@@ -290,7 +290,7 @@ class Residency:
 def _gathered_bytes(module: nn.Module, shards: Shards) -> int:
     """Return the bytes that a gathered layer adds: its frozen parameters, padded to a multiple of the ranks."""
     divided = divided_parameters(module)
-    whole = (each for each in module.parameters() if not each.requires_grad and each not in divided)
+    whole = (parameter for parameter in module.parameters() if not parameter.requires_grad and parameter not in divided)
     return sum(padded(parameter.shape, shards.count) * parameter.element_size() for parameter in whole)
 
 

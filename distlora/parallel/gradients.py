@@ -26,7 +26,7 @@ class Gradients:
 
     def updated(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Yield (parameter, tensor that the optimizer updates in its place)."""
-        return (pair for part in self._parts for pair in part.updated())
+        return (pair for gradients in self._parts for pair in gradients.updated())
 
     def expect(self, loss: Tensor, *, last: bool) -> None:
         """Prepare a backward with this run's loss. `last`: it is the step's last."""

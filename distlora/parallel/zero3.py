@@ -407,7 +407,7 @@ class _FusedLayer:
 
     def _fill(self, parameters: Sequence[Any], runs: Sequence[tuple[int, int]]) -> None:
         """Gather rows of dim 0, in runs of (first, end), of parameters that share it: one all-gather of bytes."""
-        shards, cuts, device = self._owner.shards, [each.cut for each in parameters], parameters[0].device
+        shards, cuts, device = self._owner.shards, [parameter.cut for parameter in parameters], parameters[0].device
         per_rank = len(cuts[0].padded)
         pieces = [_within(runs, low, low + per_rank) for low in range(0, shards.count * per_rank, per_rank)]
         # Ranks send equally many rows: those behind a rank's own are undefined.

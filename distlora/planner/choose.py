@@ -395,7 +395,7 @@ def choose(search: Search) -> Choice:
         plans += [] if plan is None else [plan]
         if plan is not None and (plan.time is None or method == "keep"):
             break  # The faster method is unknown, or what is shipped is exact.
-    times = [each.time.seconds for each in plans if each.time is not None]
+    times = [plan.time.seconds for plan in plans if plan.time is not None]
     if len(times) > 1 and times[0] > TOO_SLOW * times[1]:
         plans.reverse()
     plan = plans[0] if plans else search.plan({"quant.method": _if_nothing_fits(methods), **zero})

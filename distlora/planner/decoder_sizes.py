@@ -159,7 +159,7 @@ class Decoder:
             caps_scores=architecture.attention == "eager" and not sinks,
             head_form=architecture.head_form.kind,
             sinks=sinks,
-            masks=len({each.window is None for each in architecture.kinds if each.heads}),
+            masks=len({kind.window is None for kind in architecture.kinds if kind.heads}),
             experts=experts,
             attends=kind.heads is not None,
             shared=shared_expert(kind),
@@ -310,9 +310,9 @@ def _adapters_by_layer(asked: Asked) -> tuple[Mapping[str, AdapterShape], ...]:
     known: dict[object, Mapping[str, AdapterShape]] = {}
     of_layers = []
     for layer in asked.shapes.adapters(asked.config):
-        by_path = {each.place: each for each in layer}
+        by_path = {adapter.place: adapter for adapter in layer}
         of_layers.append(
-            known.setdefault(tuple((path, each.rank, each.numel) for path, each in by_path.items()), by_path)
+            known.setdefault(tuple((path, adapter.rank, adapter.numel) for path, adapter in by_path.items()), by_path)
         )
     return tuple(of_layers)
 
@@ -426,6 +426,6 @@ def copied_adapters(work: Workload, shapes: ModelShapes, machine: Machine) -> tu
     itemsize = work.itemsize
     if not machine.is_gpu or itemsize == 4 or len(work.adapters) > 1 or work.adapter.method == "full":
         return 0, 0
-    copied = [(each, count) for each, count in shapes.alike(work.adapter) if each.experts == 1]
-    nbytes = sum(count * sum(itemsize * -(-n // 8) * 8 for n in each.numels[:2]) for each, count in copied)
+    copied = [(adapter, count) for adapter, count in shapes.alike(work.adapter) if adapter.experts == 1]
+    nbytes = sum(count * sum(itemsize * -(-n // 8) * 8 for n in adapter.numels[:2]) for adapter, count in copied)
     return sum(count for _, count in copied), nbytes

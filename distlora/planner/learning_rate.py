@@ -67,7 +67,7 @@ def _rate(adapter: AdapterConfig, objective: str, model: PlannedModel) -> tuple[
     source = f"{published:g} is best for LoRA on {name} at r x scale = {SWEPT_ALPHA} (tinker-cookbook)"
     if is_full:
         return published * FULL_RATIO, f"{source}; full fine-tuning takes a tenth"
-    paths = {each.path for block in model.shapes.adapters(adapter) for each in block}
+    paths = {adapted.path for block in model.shapes.adapters(adapter) for adapted in block}
     r_times_scale = max(adapter.rank_of(path) * adapter.scaling_of(path) for path in paths)
     lr = published * min(1, SWEPT_ALPHA / r_times_scale)
     return lr, source + (f"; here it is {r_times_scale:g}" if r_times_scale != SWEPT_ALPHA else "")

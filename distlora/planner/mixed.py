@@ -86,17 +86,18 @@ def choose_formats(weights: Sequence[MeasuredWeight], budget: float, *, itemsize
     """
     options = [[(name, weight.num_bytes(name, itemsize)) for name in weight.harm] for weight in weights]
     numel = sum(math.prod(weight.shape) for weight in weights)
-    least = sum(min(size for _, size in each) for each in options)
+    least = sum(min(size for _, size in formats) for formats in options)
     spare = math.floor(budget * numel / 8) - least
     require(
         spare >= 0,
         f"quant.budget={budget:g} is less than the {8 * least / max(numel, 1):.3f} bits per weight that this model has "
         "in the smallest formats; set a larger one",
     )
-    sizes = [[size - min(size for _, size in each) for _, size in each] for each in options]
+    sizes = [[size - min(size for _, size in formats) for _, size in formats] for formats in options]
     harms = [list(weight.harm.values()) for weight in weights]
     return {
-        w.name: each[index][0] for w, each, index in zip(weights, options, least_harm(harms, sizes, spare), strict=True)
+        w.name: formats[index][0]
+        for w, formats, index in zip(weights, options, least_harm(harms, sizes, spare), strict=True)
     }
 
 

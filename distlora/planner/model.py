@@ -163,7 +163,7 @@ def model_in(
     shapes, why_not_kept = _with_kept(shapes, settings, folder, has_headers=noted or size is not None, is_low_bit=noted)
     if shapes.kept and quantization_method(settings, place) == BNB_NF4:  # quant=nf4 keeps them too.
         layers = ((index, shapes.architecture.layer(index).weights) for index in range(shapes.num_layers))
-        linears = {index: [each.path for each in weights if each.kind == "linear"] for index, weights in layers}
+        linears = {index: [weight.path for weight in weights if weight.kind == "linear"] for index, weights in layers}
         formats = {index: {**dict.fromkeys(paths), **shapes.kept.get(index, {})} for index, paths in linears.items()}
         shapes = dataclasses.replace(shapes, formats=formats)
     rows = rows_with(new_tokens, shapes.vocabulary, folder / "tokenizer.json")

@@ -193,11 +193,11 @@ def file_bytes(tensors: Sequence[Tensor]) -> int:
 
 def _result_bytes(work: Workload, model: PlannedModel, trained: Sequence[Tensor]) -> int:
     if work.adapter.method == "full":  # In the base's own dtype.
-        return base_bytes(model) if model.stored_bytes is not None else 2 * sum(each.numel for each in trained)
+        return base_bytes(model) if model.stored_bytes is not None else 2 * sum(tensor.numel for tensor in trained)
     if work.adapter.pissa:  # A plain LoRA of rank 2r (distlora/loading/decomposed_adapters.py).
         rank_dims = {"A.weight": 0, "B.weight": 1}
         kept = []
-        for name, shape in ((each.name, list(each.shape)) for each in trained):
+        for name, shape in ((tensor.name, list(tensor.shape)) for tensor in trained):
             _, is_adapter, part = name.rpartition(".lora_")
             if is_adapter and part in rank_dims:
                 shape[rank_dims[part]] *= 2
@@ -214,7 +214,7 @@ def cache_bytes(work: Workload, model: PlannedModel) -> int:
     prefix = f"{shapes.architecture.layer_prefix}{shapes.num_layers - 1}"
     for (kind, formats), count in Counter(shapes.layer_formats(work.format)).items():
         weights = zip(shapes.architecture.kinds[kind].weights, formats, strict=True)
-        names = {f"{prefix}.{each.path}": each.shape for each, format in weights if format == "nf4"}
+        names = {f"{prefix}.{weight.path}": weight.shape for weight, format in weights if format == "nf4"}
         parts = [Tensor(n, s, d) for path, shape in names.items() for n, (d, s) in nf4_tensors(path, shape).items()]
         total += count * file_bytes(parts) if parts else 0
     return total

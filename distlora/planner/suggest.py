@@ -307,7 +307,7 @@ def larger_runs(choice: Choice, larger: tuple[str, PlannedModel] | None = None) 
     tries += [{"data.sequence_length": length}] if not isinstance(limit, int) or length <= limit else []
     tries += [{"adapter.r": 2 * config.adapter.r}] if config.adapter.method == "lora" else []
     runs = [
-        _larger_run(choice, " ".join(typed(*each) for each in settings.items()), larger_run, settings)
+        _larger_run(choice, " ".join(typed(*entry) for entry in settings.items()), larger_run, settings)
         for settings in tries
         if (larger_run := plan.replan(settings)) is not None
     ]

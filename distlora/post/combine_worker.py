@@ -210,12 +210,12 @@ class Combination:
 
         made = []
         for n in range(experts):
-            own = [(weight, dataclasses.replace(each, A=each.A[n], B=each.B[n])) for weight, each in parts]
+            own = [(weight, dataclasses.replace(product, A=product.A[n], B=product.B[n])) for weight, product in parts]
             made.append(combine(own, self._request, f"{path}.{n}" if path in self.fused else path, whole))
         if made[0].energy is not None:
-            self.energy[path] = sum(each.energy or 0.0 for each in made), sum(each.dropped for each in made)
+            self.energy[path] = sum(product.energy or 0.0 for product in made), sum(product.dropped for product in made)
         self.ranks[path] = len(made[0].A)
-        a, b = torch.stack([each.A for each in made]), torch.stack([each.B for each in made])
+        a, b = torch.stack([product.A for product in made]), torch.stack([product.B for product in made])
         # PEFT's layout: row e * R + j of A, column j * E + e of B.
         return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 

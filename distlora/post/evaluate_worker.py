@@ -199,7 +199,7 @@ def pieces(rows: PackedRows, row: int) -> list[list[int]]:
     """Return the documents of a row, padding included."""
     tokens, flags = rows.read(np.array([row]))
     starts = np.flatnonzero(flags[0] & STARTS)
-    return [part.tolist() for part in np.split(tokens[0], starts) if len(part)]
+    return [document.tolist() for document in np.split(tokens[0], starts) if len(document)]
 
 
 TOO_FAR = 1e-2

@@ -67,7 +67,7 @@ class MergeRequest(Named):
 def low_bit_tensors(trained: Trained) -> list[LowBitTensor]:
     """Return the weights that the base is shipped with in low bits other than NF4."""
     headers = CheckpointFiles(trained.base).headers.values()
-    return [each.tensor for each in headers if isinstance(each, LowBitSegment) and not in_nf4(each)]
+    return [segment.tensor for segment in headers if isinstance(segment, LowBitSegment) and not in_nf4(segment)]
 
 
 def default_dtype(trained: Trained) -> Dtype:

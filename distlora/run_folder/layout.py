@@ -311,7 +311,7 @@ def path_before(run_dir: Path) -> str | None:
     known = path is None or path in processor.PATHS
     require(known, f"{run_dir / COMPILED_NAME} has path={path}, which this version of distlora does not know")
     if path is None and (decided or checkpoint_folders(run_dir)):
-        return next(each for each in ("amx", "avx512_bf16", "generic") if processor.is_supported(each))
+        return next(name for name in ("amx", "avx512_bf16", "generic") if processor.is_supported(name))
     return path
 
 

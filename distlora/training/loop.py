@@ -166,7 +166,7 @@ class Trainer(Passes):
             def means(_: int, rows: Tensor) -> list[Tensor]:
                 return [rows.sum() / units]
 
-            losses = self.backward(trial.objective, [(part, done) for part in parts], means, step)
+            losses = self.backward(trial.objective, [(micro_batch, done) for micro_batch in parts], means, step)
         watch.at(step, "update", long=self.is_cold)
         trial.update()
         self.is_cold = False

@@ -206,7 +206,7 @@ def _of_training(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[t
     for parameter in (*model.parameters(), *updated):
         if parameter.grad is not None:
             yield local_rows(parameter.grad)[0], "gradients"
-    for state in (state for optimizer in optimizers for each in optimizer.inners for state in each.state.values()):
+    for state in (state for optimizer in optimizers for inner in optimizer.inners for state in inner.state.values()):
         for value in state.values():
             if isinstance(value, Tensor):
                 yield value, "optimizer"
@@ -245,7 +245,7 @@ def _marks(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[None]:
         (model.final_norm or model.head).register_forward_pre_hook(begin("head"), prepend=True),
         model.head.register_forward_hook(at_gradient("head_backward"), prepend=True),
         model.blocks[-1].register_forward_hook(at_gradient("block"), prepend=True),
-        *(each.register_step_pre_hook(begin("update")) for optimizer in optimizers for each in optimizer.inners),
+        *(inner.register_step_pre_hook(begin("update")) for optimizer in optimizers for inner in optimizer.inners),
     ]
     try:
         yield

@@ -123,9 +123,9 @@ def describe_experts(model: CausalLM) -> Iterator[str]:
     parts = ["experts have no adapters and are frozen"]
     if fused:
         count = max(module.weights[0].num_experts for module in layers.values())
-        those = layers_text(index for index, found in adapted.items() if found)
+        those = layers_text(index for index, with_pairs in adapted.items() if with_pairs)
         parts = [f"the experts' {' and '.join(fused)} have adapters in {those} ({count:,} experts each)"]
-        if frozen := [index for index, found in adapted.items() if not found]:
+        if frozen := [index for index, with_pairs in adapted.items() if not with_pairs]:
             parts.append(f"the experts of {layers_text(frozen)} are frozen")
         factors = {(name.rpartition(".")[2], pair.shared) for name, w in model.adapted_experts() for pair in w.pairs}
         if shares := sorted(f"{factor} of {name}" for name, factor in factors if factor is not None):

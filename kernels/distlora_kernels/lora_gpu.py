@@ -378,8 +378,8 @@ def _joined_down(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
         return downs[0]
     if not isinstance(scale, RowChoice):
         neighbours = len({down.untyped_storage().data_ptr() for down in downs}) == 1 and all(
-            one.is_contiguous() and one.data_ptr() + one.nbytes == other.data_ptr()
-            for one, other in itertools.pairwise(downs)
+            first.is_contiguous() and first.data_ptr() + first.nbytes == other.data_ptr()
+            for first, other in itertools.pairwise(downs)
         )
         if neighbours and all(adapter.copies is not None for adapter in adapters):  # As AdapterCopies lays them out.
             return downs[0].as_strided((sum(map(len, downs)), downs[0].shape[1]), downs[0].stride())

@@ -47,7 +47,7 @@ def compiler() -> list[str] | None:
         return None
     if named:
         return named if shutil.which(named[0]) else None
-    return next(([found] for name in ("c++", "g++") if (found := shutil.which(name))), None)
+    return next(([compiler] for name in ("c++", "g++") if (compiler := shutil.which(name))), None)
 
 
 def unavailable_reason() -> str | None:

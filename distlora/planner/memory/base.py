@@ -256,7 +256,7 @@ class TrainedSizes:
                 beside += _numbers(adapters)
         if work.adapter.use_dora:  # Of each adapted weight, whichever trials adapt it.
             blocks = (block for adapter in work.adapters for block in shapes.adapters(adapter))
-            beside += sum({each.path: each.magnitude for block in blocks for each in block}.values())
+            beside += sum({adapted.path: adapted.magnitude for block in blocks for adapted in block}.values())
         rows = work.trained_rows(shapes)
         adapters.update(len(ids) * shapes.hidden for ids in rows.values())
         adapters.update(map(math.prod, work.train.needs.score_shapes(shapes.hidden).values()))

@@ -129,9 +129,9 @@ def decomposing_bytes(work: Workload, shapes: ModelShapes) -> int:
     """Return the bytes of one whole weight (fp32 once corrected) and its decomposition, for PiSSA and LoftQ."""
     if not work.adapter.decomposes:
         return 0
-    weights = [each for each, _ in shapes.alike(work.adapter)]
+    weights = [adapter for adapter, _ in shapes.alike(work.adapter)]
     stored = 2 if work.adapter.pissa else 6
-    sizes = ((each.up[0], each.down[1]) for each in weights)
+    sizes = ((adapter.up[0], adapter.down[1]) for adapter in weights)
     return max(stored * out * inner + decomposition_bytes(work, (out, inner)) for out, inner in sizes)
 
 

@@ -148,7 +148,7 @@ class StepMemory:
         unread = mode in ("none", "selective") and not self.trained.embeds
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
         alike = int(self.activations.kept) - self.base.layers * last.kept
-        differ = sum(each.count * (each.costs.indices(mode) - last.costs.indices(mode)) for each in self.blocks)
+        differ = sum(blocks.count * (blocks.costs.indices(mode) - last.costs.indices(mode)) for blocks in self.blocks)
         alike += self.tokens * differ + self._kept_from(self._first) + sent
         return alike - (self.tokens * self.costs.norm_keeps if unread else 0)
 
@@ -313,7 +313,7 @@ def blocks_of(work: Workload, model: PlannedModel, machine: Machine, *, at_once:
         if id(layer) not in known:
             costs = Costs.of(work, model, machine, layer)
             # Kinds may differ in what memory does not depend on, such as windows.
-            known[id(layer)] = next((each for each in known.values() if each == costs), costs)
+            known[id(layer)] = next((other for other in known.values() if other == costs), costs)
     alike = [list(group) for _, group in itertools.groupby((known[id(layer)] for layer in layers), key=id)]
     blocks: dict[int, Blocks] = {}
     for costs, *_ in alike:

@@ -209,7 +209,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
 def blocks_of(work: Workload, model: PlannedModel, how: KernelOptions, document: int | None) -> tuple[BlockWork, ...]:
     """Return the work of a micro-batch in each decoder layer. `document`: tokens of each packed document."""
     length, rows, tile = work.sequence_length, work.train.micro_batch, work.train.mlp_tile or work.sequence_length
-    tiles, documents = [rows * part for part in cut(length, tile)], cut(length, document)
+    tiles, documents = [rows * tokens for tokens in cut(length, tile)], cut(length, document)
     works: dict[int, BlockWork] = {}
     layers = layers_of(work, model.shapes)
     for layer in layers:
@@ -357,7 +357,7 @@ def _parts(work: StepWork, collectives: StepCollectives, rates: DeviceRates, *, 
         backward.append(known[key][1])
     backward.reverse()
     # Nothing else of the layer can run while its rows are exchanged.
-    exchanges = [times(each.seconds(rates), work.micro_batches) for each in collectives.exchanges]
+    exchanges = [times(exchange.seconds(rates), work.micro_batches) for exchange in collectives.exchanges]
     chain = _Chain(collectives.gather.seconds(rates), collectives.boundary.seconds(rates), prefetch)
     # Gradients are summed while the last backward goes on, on the wire that gathers take.
     summed = times(seconds_of(collectives.sums, rates), 1 / len(backward))

@@ -96,7 +96,7 @@ def check_file(path: Path, tensors: dict[str, Tensor], alpha: float, dtype: str)
         stored = file.fields[key].contents() if key in file.fields else None
         same = stored == value if isinstance(value, str) else torch.tensor(stored or 0.0) == torch.tensor(value)
         require(bool(same), f"{path}: {key} is {stored!r}, not {value!r}")
-    read = [torch.from_numpy(gguf.quants.dequantize(each.data, each.tensor_type).copy()) for each in file.tensors]
+    read = [torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()) for tensor in file.tensors]
     ours, theirs = (
         torch.cat([each.to(DTYPES[dtype]).float().flatten() for each in values]).unique()
         for values in (tensors.values(), read)

@@ -73,7 +73,7 @@ def unpacked(place: Path) -> Iterator[Path]:
     inside = f"{SOURCE.file.removesuffix('.tar.gz')}/vendor/llama.cpp/"
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(fileobj=io.BytesIO(SOURCE.read(place))) as archive:
-            members = [each for each in archive if each.name.removeprefix(inside).startswith(_PARTS)]
+            members = [member for member in archive if member.name.removeprefix(inside).startswith(_PARTS)]
             archive.extractall(scratch, members, filter="data")
         yield Path(scratch) / inside
 

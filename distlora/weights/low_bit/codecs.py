@@ -120,7 +120,7 @@ class Codec(ABC):
             at = MatrixRows(tensor, reader, matrix, start * height, min(end * height, num_rows))
             pieces.append(self.row_blocks(at))
             row += end - start
-        return tuple(torch.cat(part)[skipped : skipped + count] for part in zip(*pieces, strict=True))
+        return tuple(torch.cat(column)[skipped : skipped + count] for column in zip(*pieces, strict=True))
 
     def replicated(self, tensor: LowBitTensor, reader: Reader) -> tuple[Tensor, ...]:
         """Return the replicated parts of tensor.format. Raises UserError if its codes have another meaning there."""

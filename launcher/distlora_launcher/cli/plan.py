@@ -153,7 +153,7 @@ def _nearest(near: Nearest | None) -> dict[str, Any] | None:
     if near is None:
         return None
     fitting = {"same_result": near.same, "other_result": near.other, "more_gpus": near.more, "other_gpu": near.gpu}
-    nearest: dict[str, Any] = {name: None if each is None else _fitting(each) for name, each in fitting.items()}
+    nearest: dict[str, Any] = {name: None if change is None else _fitting(change) for name, change in fitting.items()}
     gpu = None if near.gpu is None else near.gpu.plan.machine.gpu
     ranks = None if near.more is None else near.more.plan.machine.ranks
     return nearest | {"gpus": ranks, "gpu": None if gpu is None else gpu.name}

@@ -385,7 +385,7 @@ def _accumulation(override: Override, overrides: Sequence[str]) -> str:
     steps: Any = override.value()
     if override.key_or_group.rpartition(".")[2] not in ACCUMULATION or not isinstance(steps, int):
         return ""
-    typed: dict[str, Any] = {each.key_or_group: each.value() for each in parsed(overrides)}
+    typed: dict[str, Any] = {override.key_or_group: override.value() for override in parsed(overrides)}
     names = ("train.micro_batch", "per_device_train_batch_size"), ("cluster.gpus_per_node",), ("cluster.nodes",)
     micro, gpus, nodes = (next((typed[n] for n in each if isinstance(typed.get(n), int)), 1) for each in names)
     ranks = gpus * nodes

@@ -251,7 +251,7 @@ def _sources(entry: Keys, imported: Imported, shared: _Shared) -> list[_Source]:
     for name, value in entry.unread():
         note_entry_key(entry, name, value, imported)
     base = {"format": source.format, **place}
-    return [replace(source, settings={"path": one, **base}) for one in paths]
+    return [replace(source, settings={"path": file, **base}) for file in paths]
 
 
 def _format(entry: Keys, imported: Imported, source: _Source, shared: _Shared) -> dict[str, Any]:

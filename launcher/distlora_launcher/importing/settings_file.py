@@ -82,7 +82,7 @@ def read_values(path: Path, program: str) -> dict[str, Any]:
     """Return the mapping in a YAML file."""
     require(not path.is_dir(), f"{program}: {path} is a folder; name a settings file")
     if not path.is_file():
-        others = [each.name for each in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        others = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = nearest(path.name, others, cutoff=FILES) or f"; `distlora init {path}` writes one to start from"
         raise UserError(f"{program}: there is no file {path}{hint}")
     try:

@@ -137,7 +137,7 @@ def try_submission(script: str) -> None:
 def refusal(error: SchedulerError) -> UserError:
     """Return sbatch's refusal as a UserError that says what to change."""
     text = re.sub(r"(?i)\b(error|allocation failure|batch job submission failed): ", "", str(error))
-    cure = next((cure for part, cure in _CURES.items() if part in text.lower()), None)
+    cure = next((cure for message, cure in _CURES.items() if message in text.lower()), None)
     if cure is not None and "cluster.partition" in cure:
         try:
             names = dict.fromkeys(ask(["sinfo", "--noheader", "--format=%R"]).split())

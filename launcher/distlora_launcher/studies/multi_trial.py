@@ -227,9 +227,12 @@ class Together(Placement):
         self._processes += 1
         folder = self._sweep.folder / PACKS / name
         model, machine = planned_model(config), machine_here(config, runs_here=in_job())
-        adapters = [config.adapter, *(each for each in self._sizes if each.use_dora == config.adapter.use_dora)]
+        adapters = [
+            config.adapter,
+            *(adapter for adapter in self._sizes if adapter.use_dora == config.adapter.use_dora),
+        ]
         different = {repr(adapter): dataclasses.replace(config, adapter=adapter) for adapter in adapters}
-        plans = (plan_of(each, model, machine) for each in different.values())
+        plans = (plan_of(variant, model, machine) for variant in different.values())
         planned = plan_together(self._sweep.settings, plans, most=count_trials(self._sweep))
         self.slots = planned.trials
         return MultiTrialProcess(

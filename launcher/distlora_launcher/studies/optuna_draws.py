@@ -51,8 +51,10 @@ def study_of(settings: SweepConfig, space: Sequence[Dimension], trials: Sequence
             create_trial(
                 state=_STATES[trial.state],
                 value=trial.value if trial.state == COMPLETE else None,
-                params={each.setting: choice_of(each, trial.values[each.setting]) for each in searched},
-                distributions={each.setting: distribution(each) for each in searched},
+                params={
+                    dimension.setting: choice_of(dimension, trial.values[dimension.setting]) for dimension in searched
+                },
+                distributions={dimension.setting: distribution(dimension) for dimension in searched},
                 intermediate_values=dict(trial.evaluations),
                 system_attrs=dict(trial.rungs),
             )
@@ -79,7 +81,7 @@ def draw(settings: SweepConfig, space: Sequence[Dimension], trials: Sequence[Tri
         for name, kind in kinds.items():
             if name not in choices:
                 choices[name] = sampler.sample_independent(study, drawn, name, kind)
-        values = {each.setting: _chosen(each, choices[each.setting]) for each in space}
+        values = {dimension.setting: _chosen(dimension, choices[dimension.setting]) for dimension in space}
         if values not in tried or not finite:
             return values
     return next(values for values in cells(space) if values not in tried)

@@ -356,10 +356,10 @@ def decide(sweep: Sweep) -> Setup:
     config = sweep.compose(0, {"adapter.r": sweep.settings.rank_start}, TRIAL_OVERRIDES).config
     model = planning.planned_model(config)
     check(config.train, config.adapter, model)
-    adapters = [each for block in model.shapes.adapters(config.adapter) for each in block]
+    adapters = [adapter for block in model.shapes.adapters(config.adapter) for adapter in block]
     full_lr = sweep.settings.full_lr
     setup = Setup(
-        widest=max(min(each.up[0], each.down[1]) for each in adapters),
+        widest=max(min(adapter.up[0], adapter.down[1]) for adapter in adapters),
         full_lr=config.optim.peak_lr * FULL_RATIO if full_lr is None else full_lr,
         why_not_full=None,
         use_rslora=config.adapter.use_rslora,

@@ -146,16 +146,11 @@ class Config:
         """Prompts of a rollout; train.global_batch counts the answers of a step."""
         return self.train.global_batch * self.rollout.steps_per_generation // self.rollout.num_generations
 
-    @property
-    def steps_per_rollout(self) -> int:
-        """Optimizer steps between two rollouts."""
-        return self.rollout.steps_per_generation * self.rollout.num_iterations
-
     def rows_per_epoch(self, rows: int) -> int:
         """Return the sequences of an epoch's steps, train.global_batch each, of `rows` packed sequences or prompts."""
         if self.train.needs.data != "prompts":
             return rows
-        return -(-rows // self.prompts_per_rollout) * self.steps_per_rollout * self.train.global_batch
+        return -(-rows // self.prompts_per_rollout) * self.rollout.steps * self.train.global_batch
 
     @property
     def prepared_data(self) -> DataConfig:

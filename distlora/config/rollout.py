@@ -75,6 +75,11 @@ class RolloutConfig:
     computes at the same weights; a run that exceeds it fails. null: 1e-4 in fp32, 0.2 in bf16."""
 
     @property
+    def steps(self) -> int:
+        """Optimizer steps between two rollouts."""
+        return self.steps_per_generation * self.num_iterations
+
+    @property
     def changed(self) -> list[str]:
         """Names of the settings that differ from the defaults."""
         return [item.name for item in fields(self) if getattr(self, item.name) != item.default]

@@ -65,7 +65,7 @@ class Plan:
     @property
     def sampling(self) -> Sampling | None:
         """Rollouts of the run; None if it samples no answers."""
-        return sampling_of(self.config, self.work, self.model, self.machine, self.device)
+        return sampling_of(self.config.rollout, self.work, self.model, self.machine, self.device)
 
     @property
     def fits(self) -> bool | None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distlora.config import Config, UserError, require
+from distlora.config import QuantConfig, UserError, require
 from distlora.config.base import DENSE, MIXED_FORMATS
 from distlora.config.json_files import read_object
 from distlora_kernels.format_layouts import FORMAT_LAYOUTS
@@ -39,23 +39,22 @@ class MeasuredWeight:
         return FORMAT_LAYOUTS[format].num_bytes(self.shape)
 
 
-def with_formats(config: Config) -> Config:
-    """Return the settings with the formats of quant=mixed, chosen by the measurement in quant.harm.
+def with_formats(quant: QuantConfig, dtype: str) -> QuantConfig:
+    """Return the section with the formats of quant=mixed, chosen by the measurement in quant.harm.
 
     Unchanged if they are chosen already, or if there is nothing to choose by.
     """
-    quant = config.quant
     if quant.method != "mixed" or quant.formats is not None or quant.harm is None:
-        return config
+        return quant
     require(
         quant.budget is not None,
         f"quant=mixed chooses formats by quant.harm={quant.harm} within a size; set quant.budget=4.5 (bits per weight)",
     )
     assert quant.budget is not None
-    itemsize = 2 if config.train.dtype == "bf16" else 4
+    itemsize = 2 if dtype == "bf16" else 4
     chosen = choose_formats(read_harm(Path(quant.harm)), quant.budget, itemsize=itemsize)
     formats = {format: tuple(n for n, own in chosen.items() if own == format) for format in MIXED_FORMATS[1:]}
-    return config.with_settings({"quant.formats": {format: names for format, names in formats.items() if names}})
+    return replace(quant, formats={format: names for format, names in formats.items() if names})
 
 
 def read_harm(folder: Path) -> list[MeasuredWeight]:

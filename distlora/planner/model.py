@@ -57,10 +57,39 @@ def find_model(
     UserError if none of them has the model, if it cannot be trained, and unless `any_length` for sequences longer than
     its positions.
     """
-    model = _find_model(config, cache, preview, any_length)
+    model = config.model
+    path, new, full = model.path, len(model.new_tokens), config.adapter.method == "full"
+    length = None if any_length else config.data.sequence_length
+
+    def in_folder(folder: str | Path, name: str | None) -> PlannedModel:
+        return model_in(Path(folder), name=name, new_tokens=new, full=full, sequence_length=length)
+
+    with ExitStack() as stack:
+        if not is_hub_name(path):
+            if preview is not None and gguf_file(path) is not None:
+                planned = in_folder(stack.enter_context(preview(model)).path, None)
+            else:
+                planned = in_folder(path, model.name)
+        elif cache is not None and (snapshot := cached_snapshot(cache, path, model.revision)) is not None:
+            planned = dataclasses.replace(in_folder(snapshot, path), source="hub cache")
+        elif (settings := architecture_named(path)) is not None:
+            check_config(settings, path, sequence_length=length, full=full)
+            planned = built_in(path, settings, new_tokens=new)
+        elif preview is None:
+            raise UserError(
+                f"model.path={path} is neither in the hub's cache nor built in{nearest_architecture(path)}; set "
+                "model.path to a folder with its config.json"
+            )
+        else:
+            try:
+                folder = stack.enter_context(preview(model))
+            except UserError as error:  # The hub's answer, which knows nothing of names that are alike.
+                near = nearest_architecture(path)
+                raise UserError(f"{path} is not built in{near}: {error}" if near else str(error)) from error
+            planned = in_folder(folder.path, path)
     if not config.quant.exceptions:
-        return model
-    return dataclasses.replace(model, shapes=_with_formats(model.shapes, config.quant.exceptions))
+        return planned
+    return dataclasses.replace(planned, shapes=_with_formats(planned.shapes, config.quant.exceptions))
 
 
 def _with_formats(shapes: ModelShapes, chosen: Mapping[str, str | None]) -> ModelShapes:
@@ -77,36 +106,6 @@ def _with_formats(shapes: ModelShapes, chosen: Mapping[str, str | None]) -> Mode
             "with `distlora analyze quantization --formats`, and set quant.harm to the result"
         )
     return dataclasses.replace(shapes, formats=formats)
-
-
-def _find_model(config: Config, cache: Path | None, preview: Preview | None, any_length: bool) -> PlannedModel:
-    path, new = config.model.path, len(config.model.new_tokens)
-    full, length = config.adapter.method == "full", None if any_length else config.data.sequence_length
-    if not is_hub_name(path):
-        if preview is not None and gguf_file(path) is not None:
-            with preview(config.model) as folder:
-                return model_in(Path(folder.path), new_tokens=new, full=full, sequence_length=length)
-        return model_in(Path(path), name=config.model.name, new_tokens=new, full=full, sequence_length=length)
-    snapshot = None if cache is None else cached_snapshot(cache, path, config.model.revision)
-    if snapshot is not None:
-        planned = model_in(snapshot, name=path, new_tokens=new, full=full, sequence_length=length)
-        return dataclasses.replace(planned, source="hub cache")
-    settings = architecture_named(path)
-    if settings is not None:
-        check_config(settings, path, sequence_length=length, full=full)
-        return built_in(path, settings, new_tokens=new)
-    if preview is None:
-        raise UserError(
-            f"model.path={path} is neither in the hub's cache nor built in{nearest_architecture(path)}; set model.path "
-            "to a folder with its config.json"
-        )
-    with ExitStack() as stack:
-        try:
-            folder = stack.enter_context(preview(config.model))
-        except UserError as error:  # The hub's answer, which knows nothing of names that are alike.
-            near = nearest_architecture(path)
-            raise UserError(f"{path} is not built in{near}: {error}" if near else str(error)) from error
-        return model_in(Path(folder.path), name=path, new_tokens=new, full=full, sequence_length=length)
 
 
 def built_in(name: str, settings: Mapping[str, Any], *, new_tokens: int = 0) -> PlannedModel:

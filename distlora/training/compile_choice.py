@@ -11,7 +11,7 @@ import torch
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.spec import architecture_of
-from distlora.config import Config, UserError, require
+from distlora.config import AdapterConfig, Config, RolloutConfig, UserError, require
 from distlora.model import fused_modules
 from distlora.parallel import Ranks, from_rank_0, max_over_ranks
 from distlora.run_folder.layout import COMPILED_NAME, cannot_continue, compiled_before, decided_before, path_before
@@ -34,7 +34,8 @@ def decide_compile(
         return config, lines
     at_first_start, reason = _recorded(folder, ranks), None
     if at_first_start is not False:
-        reason = why_not(config, ranks.device, base or CheckpointFiles(config.model.path))
+        base = base or CheckpointFiles(config.model.path)
+        reason = why_not(config.adapter, config.rollout, ranks.device, base)
         failed = max_over_ranks(-1 if reason is None else ranks.rank, ranks)
         if reason is None and failed >= 0:
             reason = f"rank {failed} cannot compile (logs/rank_{failed}.log)"
@@ -92,13 +93,13 @@ def record(folder: Path, ranks: Ranks, *, compiles: bool | None = None) -> None:
             atomic_io.write_json(folder / COMPILED_NAME, decided_before(folder) | decided)
 
 
-def why_not(config: Config, device: torch.device, base: CheckpointFiles) -> str | None:
+def why_not(adapter: AdapterConfig, rollout: RolloutConfig, device: torch.device, base: CheckpointFiles) -> str | None:
     """Return why train.compile=auto is off on this rank; None if it is on, and the functions are compiled."""
     if device.type != "cpu":
         return "it is for CPUs"
-    if config.rollout.batch_invariant:
+    if rollout.batch_invariant:
         return "rollout.batch_invariant=true computes each token alike with torch's operations"
-    if config.adapter.method == "full":
+    if adapter.method == "full":
         return "adapter=full trains the scales of norms, whose gradients it leaves out"
     architecture = architecture_of(base.config, base.folder / "config.json")
     if not architecture.fusible:

@@ -161,7 +161,7 @@ def describe_steps(reporter: Reporter, run: OpenRun) -> None:
     if train.needs.data == "prompts":
         config = run.config
         reporter.event(
-            f"{total_steps:,} steps of {train.global_batch:,} answers; every {config.steps_per_rollout:,} steps a "
+            f"{total_steps:,} steps of {train.global_batch:,} answers; every {config.rollout.steps:,} steps a "
             f"rollout of {config.prompts_per_rollout:,} prompts, {config.rollout.num_generations:,} answers each"
         )
         return

@@ -19,6 +19,7 @@ from typing import Any
 
 from distlora.checkpoint.state import RunProgress
 from distlora.config import Config, UserError
+from distlora.config.file import as_mapping
 from distlora.config.json_files import read_object
 from distlora.run_folder.eval_documents import EVAL_DOCUMENTS_NAME, DocumentRecord, write_documents
 from distlora.run_folder.expert_load import EXPERT_TOKENS, ExpertTokens
@@ -72,7 +73,9 @@ class Reporter:
         (run_dir / STOPPED_NAME).unlink(missing_ok=True)
         self._held_out: dict[str, float] = {}
         self._display, self._total_steps = Display(total_steps, start_step, label), total_steps
-        self._trackers = Trackers(run_dir, config, world=world, start_step=start_step, say=self._display.say)
+        self._trackers = Trackers(
+            run_dir, config.tracker, as_mapping(config) | {"world": world}, start_step=start_step, say=self._display.say
+        )
 
     def log(
         self, step: int, metrics: Mapping[str, float], *, shown: bool = True, expert_tokens: ExpertTokens | None = None

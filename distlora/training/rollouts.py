@@ -34,6 +34,7 @@ from distlora.rewards.pool import RewardInput, RewardPool
 from distlora.run_folder.layout import ROLLOUT_ADAPTER_NAME, ROLLOUT_ID_NAME, ROLLOUT_NAME
 from distlora.system import atomic_io
 from distlora.training.objectives.grpo import advantages_of, deviations_of_rows, means_of_rows
+from distlora.training.open_run import OpenRun
 from distlora.training.publish import publish_result
 from distlora.weights.reader import TORCH_DTYPES, Reader
 
@@ -300,18 +301,18 @@ class RolloutLoader:
     @property
     def steps_per_epoch(self) -> int:
         """Steps that visit every prompt once."""
-        return self.prompts.steps_per_epoch * self.config.steps_per_rollout
+        return self.prompts.steps_per_epoch * self.config.rollout.steps
 
     def sample(self, step: int) -> Rollout:
         """Return the rollout of a step (from 0). Its answers are sampled where it begins."""
-        within = step % self.config.steps_per_rollout
+        within = step % self.config.rollout.steps
         if self.rollout is None or int(self.rollout.step) != step - within:
             if within:
                 raise UserError(
                     f"the checkpoint of step {step} lacks the answers that it was trained on; move it out of the run "
                     "folder, and the checkpoint before it is used"
                 )
-            began, settings, number = time.monotonic(), self.config.rollout, step // self.config.steps_per_rollout
+            began, settings, number = time.monotonic(), self.config.rollout, step // self.config.rollout.steps
             rows, seed = self.prompts.rows_of_step(number), (1, number)
             self.rollout, _ = self._answers(
                 self.prompts, rows, settings.num_generations, settings.temperature, seed, step
@@ -321,7 +322,7 @@ class RolloutLoader:
 
     def batch(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of a step (from 0)."""
-        rollout, settings, within = self.sample(step), self.config.rollout, step % self.config.steps_per_rollout
+        rollout, settings, within = self.sample(step), self.config.rollout, step % self.config.rollout.steps
         totals = rollout.totals(self.config.data.reward_weights)
         iteration, part = divmod(within, settings.steps_per_generation)
         order = np.arange(len(rollout))
@@ -377,7 +378,7 @@ class RolloutLoader:
 
     def files(self, step: int) -> dict[str, dict[str, Tensor]]:
         """Return the file of a checkpoint after `step` steps: the rollout, if a next step trains on it."""
-        per_rollout = self.config.steps_per_rollout
+        per_rollout = self.config.rollout.steps
         if self.rollout is None or step % per_rollout == 0 or int(self.rollout.step) != step - step % per_rollout:
             return {}
         return {ROLLOUT_NAME: self.rollout.tensors()}
@@ -514,29 +515,21 @@ class RolloutLoader:
 
 @contextlib.contextmanager
 def open_rollouts(
-    config: Config,
-    prompts: RowOrder,
-    held_out: RowOrder | None,
+    opened: OpenRun,
     model: CausalLM,
     backend: Backend,
-    data: Mapping[str, Any],
     *,
-    checkpoint: Path | None,
-    progress: RunProgress,
     log: Callable[[str], None],
     boundary: watch.Marker,
 ) -> Iterator[RolloutLoader]:
-    """Start the processes of rewards, and return the loader of sampled answers.
-
-    `data`: content of RUN/data.json. `checkpoint`: where a resumed run finds the newest rollout, and `progress`
-    what its first start chose.
-    """
+    """Start the processes of rewards, and return the loader of sampled answers, with the newest rollout of a resume."""
+    config = opened.config
     if config.rollout.temperature != 1.0 and not model.head.is_product:
         raise UserError(
             f"rollout.temperature={config.rollout.temperature:g} divides logits, which "
             f"{model.hf_config.model_type} does not compute by a product alone; set it to 1"
         )
-    encoder = PromptEncoder(model, config.model, data)
+    encoder = PromptEncoder(model, config.model, opened.data)
     ends = encoder.stop_tokens(config.model.path)
     with contextlib.ExitStack() as stack:
         engine: Engine | ServedEngine
@@ -547,41 +540,43 @@ def open_rollouts(
                     "rollout.batch_invariant=true is for the CPU, and this rank has a GPU; leave it out",
                 )
                 model.make_batch_invariant()
-            engine = Engine(model, backend, end_tokens=ends, tokenizer=encoder.tokenizer, chosen=progress.sampling)
+            engine = Engine(
+                model, backend, end_tokens=ends, tokenizer=encoder.tokenizer, chosen=opened.progress.sampling
+            )
         else:
-            engine = stack.enter_context(contextlib.closing(_served(config, model, backend, data, ends)))
+            run_dir, template = Path(config.run_dir), opened.data["chat_template"]
+
+            def publish(folder: Path) -> None:
+                publish_result(folder, model, config.spec, template, backend, run_dir=run_dir)
+
+            served = _served(config.rollout.url, run_dir, ends, publish, backend)
+            engine = stack.enter_context(contextlib.closing(served))
         pool = stack.enter_context(RewardPool(config.data, log=log, moved=watch.moved))
         loader = RolloutLoader(
-            prompts,
-            held_out,
+            opened.loader,
+            opened.eval_loader,
             config=config,
             engine=engine,
             encoder=encoder,
             pool=pool,
             backend=backend,
             boundary=boundary,
-            progress=progress,
+            progress=opened.progress,
             log=log,
         )
-        if checkpoint is not None:
-            loader.restore(checkpoint)
+        if opened.newest is not None:
+            loader.restore(opened.newest)
         yield loader
 
 
 def _served(
-    config: Config, model: CausalLM, backend: Backend, data: Mapping[str, Any], ends: Sequence[int]
+    url: str, run_dir: Path, ends: Sequence[int], publish: Callable[[Path], None], backend: Backend
 ) -> ServedEngine:
-    """Return the server of rollout.url. Raises UserError if it does not answer."""
-    assert config.rollout.url is not None
-    run_dir = Path(config.run_dir)
+    """Return the server of rollout.url, given what writes the adapter. Raises UserError if it does not answer."""
     name = _name_on_server(run_dir) if backend.writes else ""  # Only the rank that writes talks to the server.
-    remote = RemoteEngine(config.rollout.url, stop_tokens=ends, run=name)
+    remote = RemoteEngine(url, stop_tokens=ends, run=name)
     if backend.writes:
         remote.connect()
-
-    def publish(folder: Path) -> None:
-        publish_result(folder, model, config.spec, data["chat_template"], backend, run_dir=run_dir)
-
     return ServedEngine(remote, run_dir / ROLLOUT_ADAPTER_NAME, publish, backend)
 
 

@@ -89,19 +89,8 @@ def train(run_dir: Path, config: Config, ranks: Ranks, control: Control) -> None
                 # Imported late: it imports parts of transformers that other runs do not need.
                 from distlora.training.rollouts import open_rollouts
 
-                loaders = (opened.loader, opened.eval_loader)
                 rollouts = stack.enter_context(
-                    open_rollouts(
-                        config,
-                        *loaders,
-                        model,
-                        backend,
-                        opened.data,
-                        checkpoint=opened.newest,
-                        progress=opened.progress,
-                        log=reporter.event,
-                        boundary=control.boundary,
-                    )
+                    open_rollouts(opened, model, backend, log=reporter.event, boundary=control.boundary)
                 )
             trial, saver = trial_of(opened, model, backend, reporter, trained, memory=memory, rollouts=rollouts)
             stack.enter_context(saver)

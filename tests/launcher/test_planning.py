@@ -128,7 +128,7 @@ def test_a_run_that_machines_start_themselves_is_planned_for_what_they_show(
     with pytest.raises(UserError, match="does not fit CPU"):
         planned(config, runs_here=True)
     shows(GEFORCE)
-    auto = compose_run(words("quant=auto", *(cluster if launcher == "torchrun" else ("cluster=slurm",)))).config
-    assert planning.choices(auto, ()).config.quant.method == "nf4", "alike on each machine, whatever it shows"
+    auto = compose_run(words("quant=auto", *(cluster if launcher == "torchrun" else ("cluster=slurm",))))
+    assert planning.choices(auto).config.quant.method == "nf4", "alike on each machine, whatever it shows"
     plan = planned(config, runs_here=True)
     assert (plan.fits, plan.machine.name, plan.machine.ranks) == (True, "RTX 4090 24 GB", config.cluster.ranks)

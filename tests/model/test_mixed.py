@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -234,11 +235,12 @@ def tensors_of(measured: Path) -> dict[str, Tensor]:
 
 
 def test_a_run_records_its_formats_and_is_planned_trained_and_read_by_them(measured: Path, tmp_path: Path) -> None:
-    config = with_formats(config_for(measured))
+    given = config_for(measured)
+    config = replace(given, quant=with_formats(given.quant, given.train.dtype))
     formats = config.quant.formats
     assert set(formats) <= set(MIXED_FORMATS[1:])
     assert 1 <= len(config.quant.exceptions) < 7
-    assert with_formats(config) is config
+    assert with_formats(config.quant, config.train.dtype) is config.quant
     assert build(Config, as_mapping(config)) == config
     model = build_run_model(config)
     found = load_base(model, CheckpointFiles(config.spec.path), parallelize_run(model, ONE, config))

@@ -98,7 +98,7 @@ def write_lines(path: Path, records: Sequence[Any]) -> None:
 
 def make_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a grid of two trials that no worker has begun, in the working folder."""
-    monkeypatch.setattr(sweeps, "run_workers_here", lambda sweep, config: 0)
+    monkeypatch.setattr(sweeps, "start_workers", lambda sweep, config: 0)
     assert main.main(["sweep", MODEL, DATA, "optim.lr=1e-4,2e-4", "run_dir=SWEEP"]) == 0
 
 

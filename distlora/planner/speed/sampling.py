@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 
 from distlora.architecture.shapes import CACHE_SHARE, MOST_ROWS
-from distlora.config import Config
+from distlora.config import RolloutConfig
 from distlora.planner import traffic
 from distlora.planner.decoder_sizes import KernelOptions
 from distlora.planner.machine import Machine
@@ -57,15 +57,14 @@ class Sampling:
 
 
 def sampling_of(
-    config: Config, work: Workload, model: PlannedModel, machine: Machine, device: DeviceBytes
+    rollout: RolloutConfig, work: Workload, model: PlannedModel, machine: Machine, device: DeviceBytes
 ) -> Sampling | None:
     """Return how a run samples; None if it does not, or if a server does (rollout.url)."""
-    rollout, train = config.rollout, config.train
-    if train.needs.data != "prompts" or rollout.url is not None:
+    if work.train.needs.data != "prompts" or rollout.url is not None:
         return None
     shapes, shards = model.shapes, work.shard_degree(machine.ranks)
     itemsize = work.itemsize
-    answers = train.global_batch * rollout.steps_per_generation
+    answers = work.train.global_batch * rollout.steps_per_generation
     own = -(-answers // machine.ranks)
     per_token = sum(
         count * 2 * itemsize * kind.heads[1] * kind.heads[2]
@@ -77,15 +76,15 @@ def sampling_of(
     free = math.inf if machine.usable_bytes is None else machine.usable_bytes - device.persistent
     whole = wanted <= free
     left = free - (wanted if whole else 0)
-    of_row = config.data.sequence_length * per_token
+    of_row = work.sequence_length * per_token
     rows = min(own, MOST_ROWS["cuda" if machine.is_gpu else "cpu"])
     if left < math.inf and of_row:
         rows = max(1, min(rows, int(CACHE_SHARE * left / of_row)))
     turns = -(-own // rows)
-    seconds = _token_seconds(work, model, machine, rows, per_token * config.data.sequence_length, whole=whole)
+    seconds = _token_seconds(work, model, machine, rows, per_token * work.sequence_length, whole=whole)
     return Sampling(
         answers=answers,
-        steps=config.steps_per_rollout,
+        steps=rollout.steps,
         rows=rows,
         cache_bytes=rows * of_row,
         base_bytes=wanted if whole else 0,

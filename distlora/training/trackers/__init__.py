@@ -6,11 +6,11 @@ wandb has a process of its own (wandb_run.py). The calls of every other client r
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from distlora.config import Config
-from distlora.config.file import as_mapping
+from distlora.config import TrackerConfig
 from distlora.config.json_files import object_or_empty
 from distlora.training.trackers.background import Background, Tracker, TrackerStart
 from distlora.training.trackers.wandb_run import FINISH_SECONDS, start_wandb
@@ -20,18 +20,24 @@ class Trackers:
     """The trackers of a run."""
 
     def __init__(
-        self, run_dir: Path, config: Config, *, world: int, start_step: int, say: Callable[[str], None]
+        self,
+        run_dir: Path,
+        tracker: TrackerConfig,
+        settings: Mapping[str, Any],
+        *,
+        start_step: int,
+        say: Callable[[str], None],
     ) -> None:
-        """Start the trackers that the settings name."""
+        """Start the trackers that `tracker` names. `settings`: what they record, by section; the plan is added."""
         self._say, self._active = say, list[Tracker]()
         plan = object_or_empty(run_dir / "plan.json")
         plan.pop("settings", None)  # They are the run's.
-        settings = as_mapping(config) | {"world": world} | ({"planned": plan} if plan else {})
-        start = TrackerStart(run_dir=run_dir, tracker=config.tracker, settings=settings, start_step=start_step)
-        self._active += [Background(name, start, say) for name in config.tracker.names if name != "wandb"]
-        if "wandb" in config.tracker.names:  # Last: the others flush while its `close` waits.
+        recorded = {**settings, **({"planned": plan} if plan else {})}
+        start = TrackerStart(run_dir=run_dir, tracker=tracker, settings=recorded, start_step=start_step)
+        self._active += [Background(name, start, say) for name in tracker.names if name != "wandb"]
+        if "wandb" in tracker.names:  # Last: the others flush while its `close` waits.
             try:
-                wandb_run = start_wandb(run_dir, config.tracker, config.name, settings, say)
+                wandb_run = start_wandb(run_dir, tracker, recorded, say)
                 self._active += [] if wandb_run is None else [wandb_run]
             except Exception as error:
                 self._warn("wandb", error)

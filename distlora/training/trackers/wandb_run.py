@@ -190,7 +190,7 @@ def _gone() -> tuple[type[Exception], ...]:
 
 
 def start_wandb(
-    run_dir: Path, tracker: TrackerConfig, name: str, recorded: Mapping[str, Any], say: Callable[[str], None]
+    run_dir: Path, tracker: TrackerConfig, recorded: Mapping[str, Any], say: Callable[[str], None]
 ) -> WandbRun | None:
     """Start a wandb run, online with a key, otherwise offline under RUN/wandb; None (and a line) without wandb.
 
@@ -206,30 +206,28 @@ def start_wandb(
     if mode == "disabled":
         say("wandb is turned off by WANDB_MODE: figures go to metrics.jsonl only")
         return None
-    started = WandbRun(lambda: _open(run_dir, tracker, name, recorded, say), run_dir / "metrics.jsonl", say)
+    started = WandbRun(lambda: _open(run_dir, tracker, recorded, say), run_dir / "metrics.jsonl", say)
     say(f"wandb: {started.place(read_id(id_path(run_dir, 'wandb')))}")
     return started
 
 
-def _open(
-    run_dir: Path, tracker: TrackerConfig, name: str, recorded: Mapping[str, Any], say: Callable[[str], None]
-) -> Any:
+def _open(run_dir: Path, tracker: TrackerConfig, recorded: Mapping[str, Any], say: Callable[[str], None]) -> Any:
     import wandb
 
     online = _service.settings().mode == "online"
     if online and not _service.is_offline:
         try:
             if _log_in():
-                return _init(run_dir, tracker, name, recorded, "online")
+                return _init(run_dir, tracker, recorded, "online")
         except (wandb.Error, TimeoutError) as error:
             # A run that waited hours in a queue should not end because a plotting server is down.
             say(f"WARNING: wandb cannot log online ({' '.join(str(error).split())}); logging offline")
             _service.is_offline = True
             if _service.runs:  # The online runs stay online.
-                return _init(run_dir, tracker, name, recorded, "offline", has_id=False)
+                return _init(run_dir, tracker, recorded, "offline", has_id=False)
             if not isinstance(error, TimeoutError):  # An attempt that failed still holds the run's id.
                 _service.end(0)
-    return _init(run_dir, tracker, name, recorded, "offline")
+    return _init(run_dir, tracker, recorded, "offline")
 
 
 def _log_in() -> bool:
@@ -260,7 +258,6 @@ def _log_in() -> bool:
 def _init(
     run_dir: Path,
     tracker: TrackerConfig,
-    name: str,
     recorded: Mapping[str, Any],
     mode: Literal["online", "offline"],
     *,
@@ -291,7 +288,7 @@ def _init(
         # An agent's run belongs to its sweep's project.
         project=(agent and agent.project) or tracker.project,
         entity=(agent and agent.entity) or tracker.entity,
-        name=run_dir.name if agent is None else f"{name}-{agent.run_id}",
+        name=run_dir.name if agent is None else f"{recorded['name']}-{agent.run_id}",
         group=tracker.group,
         tags=list(tracker.tags),
         config={**recorded, **({} if agent is None else agent.recorded(recorded))},

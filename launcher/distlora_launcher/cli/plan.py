@@ -237,10 +237,10 @@ def plan_run(settings: Sequence[str], *, config_dir: str | None = None) -> PlanR
     check_parallel(composed.config.parallel, composed.config.cluster.ranks)
     if sweep is not None and sweep.packed != 1:
         check_pack([trial.config for trial in trials])
-        packed = plan_together(sweep, [choices(trial.config, trial.fixed).plan for trial in trials])
+        packed = plan_together(sweep, [choices(trial).plan for trial in trials])
         if packed.most != 0:
             return PlanResult(plan=packed.plan, packed=packed)
-    choice = choices(composed.config, composed.fixed)
+    choice = choices(composed)
     plan, changes = choice.plan, choice.changes
     if plan.fits is False:
         return PlanResult(plan=plan, changes=changes, near=suggest.nearest(plan))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from distlora.config import Config, require
+from distlora.config import require
 from distlora.system.exit_codes import DONE
 from distlora_launcher.launch.lock import holders
 from distlora_launcher.studies.sources import check_optuna, make_source
@@ -12,11 +12,10 @@ from distlora_launcher.studies.start import (
     parse_sweep,
     pinned,
     render_script,
-    run_workers_here,
     show_results,
-    submit,
+    start_workers,
 )
-from distlora_launcher.studies.sweep import Sweep, first_cell, load_sweep, make_sweep
+from distlora_launcher.studies.sweep import first_cell, load_sweep, make_sweep
 from distlora_launcher.studies.table import TrialTable
 from distlora_launcher.studies.worker import conclude
 from distlora_launcher.terminal.output import say, shown
@@ -72,7 +71,7 @@ def main(arguments: list[str]) -> int:
     make_sweep(sweep)
     TrialTable(sweep, source).enqueue()
     say(f"sweep folder {shown(sweep.folder)}")
-    return start(sweep, first.config)
+    return start_workers(sweep, first.config)
 
 
 def resume_trials(folder: Path) -> int:
@@ -92,11 +91,4 @@ def resume_trials(folder: Path) -> int:
         conclude(sweep, table, source)
         return show_results(sweep, table.records(), source)
     say(f"sweep folder {shown(folder)}")
-    return start(sweep, sweep.compose(0, first_cell(sweep.space), source.overrides).config)
-
-
-def start(sweep: Sweep, config: Config) -> int:
-    """Start the workers of a sweep on this node, or as a SLURM array. Returns the exit code."""
-    if config.cluster.launcher == "slurm":
-        return submit(sweep, config)
-    return run_workers_here(sweep, config.cluster.gpus_per_node)
+    return start_workers(sweep, sweep.compose(0, first_cell(sweep.space), source.overrides).config)

@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
         run = (
             compose_sweep(jobs, [number], folder=folder, config_dir=options.config_dir)[0] if composes else runs[number]
         )
-        return start_composed(choices[number] if choices else decide(run.config, run.fixed), is_alone=False)
+        return start_composed(choices[number] if choices else decide(run), is_alone=False)
 
     return run_each(jobs, start)
 
@@ -127,7 +127,7 @@ def choose_each(runs: Sequence[Composed]) -> list[Choice]:
     choices = []
     for number, run in enumerate(runs):
         try:
-            choices.append(decide(run.config, run.fixed))
+            choices.append(decide(run))
         except UserError as error:
             job = f"job {number} ({' '.join(run.job_overrides)}): " if run.job_overrides else ""
             raise UserError(f"{job}{error}") from error

@@ -88,8 +88,11 @@ def check(config: Config, *, new_run: bool) -> None:
                 check_run_dir(Path(config.run_dir))
             check_parallel(config.parallel, config.cluster.ranks)
             check_data(config.data, config.train.objective, config.run_dir)
-        else:
-            check_changed_by_hand(config)
+        else:  # A user may change settings in RUN/config.yaml before a resume.
+            try:
+                check_changeable(config)
+            except UserError as error:
+                raise UserError(f"{Path(config.run_dir) / 'config.yaml'}: {error}") from error
         check_functions(config.data, on_this_node=config.cluster.launcher != "slurm")
         check_model(config)
         if not new_run and checkpoint_folders(Path(config.run_dir)):
@@ -114,14 +117,6 @@ def check(config: Config, *, new_run: bool) -> None:
         import_functions(config.data)  # Last, as it takes as long as the user's imports.
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
-
-
-def check_changed_by_hand(config: Config) -> None:
-    """Refuse wrong values of settings that a user may change in RUN/config.yaml before a resume."""
-    try:
-        check_changeable(config)
-    except UserError as error:
-        raise UserError(f"{Path(config.run_dir) / 'config.yaml'}: {error}") from error
 
 
 def check_run_dir(run_dir: Path) -> None:

@@ -310,7 +310,8 @@ def _compose_one(overrides: list[str], may_lack_paths: bool, number: int = 0) ->
     config = config_from_hydra(composed, run_dir=run_dir, may_lack_paths=may_lack_paths)
     labels = config.train.needs.labels
     adapter = with_initial_adapter(config.adapter, overrides, quant=config.quant.method, labels=labels)
-    typed, config = config, with_formats(dataclasses.replace(config, adapter=adapter))
+    quant = with_formats(config.quant, config.train.dtype)
+    typed, config = config, dataclasses.replace(config, adapter=adapter, quant=quant)
     if config != typed:  # Files have settings too.
         check_settings(config)
     return Composed(config=config, fixed=user_settings(config.plan, overrides))

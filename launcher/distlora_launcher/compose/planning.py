@@ -8,7 +8,7 @@ import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,27 +30,28 @@ from distlora.run_folder.layout import PLAN_NAME, checkpoint_folders, compiled_b
 from distlora.system import atomic_io, host_memory
 from distlora_kernels import processor
 from distlora_launcher.compose.checks import check_model_sizes, gpu_count, visible_gpus
+from distlora_launcher.compose.compose import Composed
 from distlora_launcher.compose.hub import with_small_files
 from distlora_launcher.terminal.output import say, warn
 
 
-def decide(config: Config, fixed: Collection[str]) -> Choice:
+def decide(composed: Composed) -> Choice:
     """Return the settings of a run that is to start. Raises UserError with the nearest fit for what cannot fit."""
-    choice = choices(config, fixed)
+    choice = choices(composed)
     require_fit(choice.plan)
     return choice
 
 
-def choices(config: Config, fixed: Collection[str]) -> Choice:
+def choices(composed: Composed) -> Choice:
     """Return the settings with the choices of `plan=auto` and `quant=auto`, and the learning rate.
 
-    `fixed`: dotted names that the user has chosen. Raises UserError for settings that a model of these sizes does not
-    support, and for plan=auto if GPU memory is unknown.
+    Raises UserError for settings that a model of these sizes does not support, and for plan=auto if GPU memory is
+    unknown.
     """
-    model, machine = planned_model(config), machine_here(config)
-    config, rate = with_learning_rate(config, model)
+    model, machine = planned_model(composed.config), machine_here(composed.config)
+    config, rate = with_learning_rate(composed.config, model)
     check_planned(config, model)
-    search = Search(config=config, model=model, machine=machine, fixed=frozenset(fixed))
+    search = Search(config=config, model=model, machine=machine, fixed=composed.fixed)
     if config.plan.mode == "auto":
         launcher = config.cluster.launcher
         where = "this node" if launcher == "local" else f"cluster={launcher}"
@@ -63,7 +64,7 @@ def choices(config: Config, fixed: Collection[str]) -> Choice:
                 check_deepspeed()
             except UserError:
                 zero3 = ("parallel.backend", "parallel.offload_base")
-                search = dataclasses.replace(search, fixed=frozenset({*fixed, *zero3}))
+                search = dataclasses.replace(search, fixed=composed.fixed.union(zero3))
         choice = choose(search)
     else:
         choice = resolve_auto(search)

@@ -80,7 +80,7 @@ def run_report(run: RunRecords, status: PageStatus) -> str:
         comparison=_comparison(run),
         experts=_experts(run),
         samples=_samples(run.samples),
-        settings=None if run.config is None else _settings(run.config),
+        settings=None if run.config is None else _settings(settings_by_name(run.config)),
         sources=_sources(run.data),
         saved=_saved(run),
         environment=_environment(run),
@@ -359,9 +359,9 @@ def _samples(samples: Sequence[WrittenSample]) -> list[tuple[str, list[WrittenSa
     return result
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return (setting, value, default) of changed settings, and by section (setting, value) of the others."""
-    values = {name: value for name, value in settings_by_name(config).items() if name != "run_dir"}
+    values = {name: value for name, value in settings.items() if name != "run_dir"}
     required: dict[str, Any] = {
         "model": ModelConfig(path=NO_DEFAULT),
         "data": DataConfig(path=NO_DEFAULT),

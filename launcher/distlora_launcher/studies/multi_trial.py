@@ -172,7 +172,7 @@ class Together(Placement):
             config, _ = with_learning_rate(config, planned_model(config))
         is_auto = config.plan.mode == "auto" or "auto" in (config.quant.method, config.quant.dense_layers)
         if is_auto and self._process is None:
-            config = choices(config, composed.fixed).config
+            config = choices(dataclasses.replace(composed, config=config)).config
         elif is_auto and self._process is not None:
             names = [*(CHOSEN if config.plan.mode == "auto" else ()), "quant.method", "quant.dense_layers"]
             free = [name for name in names if name not in composed.fixed or config.value_of(name) == "auto"]
@@ -215,7 +215,9 @@ class Together(Placement):
         trial = self._trials[number]
         if self._process is None:
             self._process = self._make_process(number)
-        elif self._process.closed or not _may_join(trial.config, self._process.config):
+        elif self._process.closed or not _may_join(
+            settings_by_name(trial.config), settings_by_name(self._process.config)
+        ):
             self._later.append(number)
             return
         shutil.copyfile(self._process.folder / PLAN_NAME, trial.trial.run_dir / PLAN_NAME)
@@ -293,10 +295,10 @@ class Together(Placement):
         )
 
 
-def _may_join(config: Config, first: Config) -> bool:
-    """Return whether a trial can be trained together with the first trial of a process."""
+def _may_join(settings: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    """Return whether a trial can be trained together with the first trial of a process, by their settings."""
     try:
-        check_beside(settings_by_name(config), first=settings_by_name(first))
+        check_beside(settings, first=first)
     except UserError:
         return False
     return True
@@ -417,7 +419,7 @@ def largest_trials(sweep: Sweep) -> list[Composed]:
         try:
             trial = sweep.compose(0, values)
             check_trial(trial.config)
-            choices(trial.config, trial.fixed)
+            choices(trial)
             trials.append(trial)
         except UserError as error:  # It will be recorded as failed; the others run.
             refused = error
@@ -436,7 +438,7 @@ def count_trials(sweep: Sweep) -> int:
 
 def plan_first_run(sweep: Sweep) -> MultiTrialPlan:
     """Return the plan of the first trials that run together. Raises UserError if none can, or if so many do not fit."""
-    plans = [choices(trial.config, trial.fixed).plan for trial in largest_trials(sweep)]
+    plans = [choices(trial).plan for trial in largest_trials(sweep)]
     planned = plan_together(sweep.settings, plans, most=count_trials(sweep))
     if planned.trials > 1 and planned.most and planned.plan.fits is False and planned.plan.config.plan.refuse:
         raise UserError(

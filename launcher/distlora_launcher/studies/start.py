@@ -177,12 +177,14 @@ def render_script(sweep: Sweep, config: Config) -> str:
     )
 
 
-def submit(sweep: Sweep, config: Config) -> int:
-    """Submit the workers of a sweep. Returns the exit code.
+def start_workers(sweep: Sweep, config: Config) -> int:
+    """Run the workers of a sweep here, or submit a SLURM array; `config` is of one trial. Returns the exit code.
 
     The model is downloaded and the data of a first trial prepared before the job waits in the queue: compute nodes may
     have no network.
     """
+    if config.cluster.launcher != "slurm":
+        return run_workers_here(sweep, config.cluster.gpus_per_node)
     refuse_live(sweep.folder)
     first = dataclasses.replace(config, model=localize(config.model))
     with tempfile.TemporaryDirectory(prefix="distlora-prepare-") as scratch:
@@ -308,7 +310,7 @@ def check_trials(sweep: Sweep, source: Source, first: Composed) -> None:
         except UserError as error:
             raise UserError(f"trial {number} ({overrides}): {error}" if overrides else str(error)) from error
         try:
-            decide(composed.config, composed.fixed)
+            decide(composed)
         except UserError as error:
             refused.append(f"trial {number} ({overrides}) cannot run, and will be recorded as failed: {error}")
     if len(refused) == len(trials) and isinstance(source, Listed):

@@ -48,16 +48,18 @@ LIBRARY = native._library
 CALLERS_COMPILER, NO_COMPILER = os.environ.get("CXX"), "none-in-tests"
 
 # Caches stay out of the user's home; ranks and commands inherit the variable. All test processes share what is derived,
-# and derive it themselves: a process of its own takes seconds.
+# and derive it themselves: a process of its own takes seconds. So does a proof, of a hundred small models here, which
+# changes only one whose documents leak: test_prove.py and test_conformance.py prove, and the fixture `proof`.
 CALLERS_CACHE = os.environ.get("DISTLORA_CACHE")
 _CACHES = tempfile.TemporaryDirectory(prefix="distlora-tests-")
 os.environ["DISTLORA_CACHE"] = _CACHES.name
 # Trackio reads it once, when a test imports TRL: two test processes would share the database in the user's home.
 os.environ["TRACKIO_DIR"] = f"{_CACHES.name}/trackio"
-SHARED = ROOT / ".pytest_cache" / "architectures"
+SHARED = ROOT / ".pytest_cache" / "probed"
 SHARED.mkdir(parents=True, exist_ok=True)
 Path(_CACHES.name, "architectures").symlink_to(SHARED)
 spec.derive = derive.derive
+PROVED, derive._proved = derive._proved, derive.probe
 transformers.utils.logging.disable_progress_bar()  # Such as that of a small model that it loads.
 
 # A shell starts background jobs (`make test &`) with SIGINT ignored, which the commands under test would inherit.
@@ -126,6 +128,14 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     LIBRARY.cache_clear()  # Else train.compile=auto would be on in later tests of this process.
     products.use(False)
+
+
+@pytest.fixture
+def proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this test derive models as commands do: with all checks, into an empty cache."""
+    monkeypatch.setattr(derive, "_proved", PROVED)
+    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path / "cache"))
+    spec._architecture_of.cache_clear()
 
 
 @pytest.fixture

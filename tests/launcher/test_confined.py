@@ -84,7 +84,7 @@ class Trace:
 
 
 class Place:
-    """A home with secrets, a model, data, and a run that was trained under strace."""
+    """A home with secrets, a model and data."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home, self.number = folder.resolve(), folder.resolve() / "home", 0
@@ -160,8 +160,12 @@ TRAIN = [*MODEL, "tracker=none", "train.max_steps=2", "train.global_batch=4", "c
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("confined"))
+
+
+@pytest.fixture(scope="module")
+def trained(place: Place) -> Place:
     """Train a run of two ranks under strace."""
-    place = Place(tmp_path_factory.mktemp("confined"))
     place.check(place.trace(["train", *TRAIN, "run_dir=run"]), "run")
     return place
 
@@ -194,11 +198,11 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "name",
     [pytest.param(name, marks=pytest.mark.ci if name in ("train", "grpo") else pytest.mark.slow) for name in COMMANDS],
 )
-def test_a_command_reaches_loopback_and_its_own_files_alone(place: Place, name: str) -> None:
+def test_a_command_reaches_loopback_and_its_own_files_alone(trained: Place, name: str) -> None:
     if name == "resume":
-        make_run(place.folder / "stopped", place.folder, train={"max_steps": 2}, cluster={"gpus_per_node": 2})
+        make_run(trained.folder / "stopped", trained.folder, train={"max_steps": 2}, cluster={"gpus_per_node": 2})
     words, results = COMMANDS[name]
-    place.check(place.trace(words), *results)
+    trained.check(trained.trace(words), *results)
 
 
 def test_the_check_finds_a_listener_a_secret_and_a_file_elsewhere(place: Place) -> None:

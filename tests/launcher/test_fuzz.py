@@ -13,7 +13,6 @@ import pytest
 import safetensors
 import yaml
 
-from distlora import derive
 from distlora.architecture.safetensors_headers import read_header
 from distlora.config import AdapterConfig, Config, UserError
 from distlora.config.file import as_mapping, build, load_config
@@ -61,13 +60,9 @@ def config_of(folder: Path, *, model: str = "model", **adapter: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Make a folder with an undamaged file of each type: models, an adapter, data, a run.
-
-    Models are derived without their proof, which takes a second each and is not for damaged ones.
-    """
+    """Make a folder with an undamaged file of each type: models, an adapter, data, a run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(derive, "_proved", derive.probe)
         yield make_place(tmp_path_factory.mktemp("fuzz"))
 
 

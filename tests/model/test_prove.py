@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from distlora.architecture.config_checks import CheckRequest, check_train
+from distlora.architecture.shapes import ARCHITECTURES
 from distlora.architecture.spec import Architecture, kept_text
 from distlora.config import TrainConfig, UserError
 from distlora.derive import check
@@ -21,6 +22,7 @@ from distlora.derive.shrink import shrink
 from distlora.training import worker
 from support.family_models import SINGLE
 from support.own_model import TandemConfig, TandemForCausalLM
+from support.plan_inputs import OF_EACH_TYPE
 from support.small_models import make_run, read_metrics, tokenizer, write_text_file
 from support.tiers import ci
 
@@ -54,6 +56,14 @@ def test_the_command_checks_with_peft_and_on_ranks(
     expected = ["PEFT logits", *(f"adapter of rank {rank}" for rank in range(ranks) if ranks > 1)]
     assert {name.strip() for name, _, _ in rows} >= set(expected)
     assert all(float(difference) <= float(allowed) for _, difference, allowed in rows)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", OF_EACH_TYPE.values())
+def test_a_known_model_passes_every_check(name: str) -> None:
+    """Other tests derive models without this proof (conftest.py)."""
+    config = json.loads(json.dumps(shrink(ARCHITECTURES[name])))
+    assert proved(probe(config, name), config, name).checks
 
 
 CAUGHT = {"leak": "packed documents", "head": "logits", "state": "repeated forward"}
@@ -102,6 +112,7 @@ def test_a_tensor_that_is_not_loaded_is_caught(sound: Architecture, tmp_path: Pa
     assert weights_difference(ours, theirs) == float("inf")
 
 
+@pytest.mark.usefixtures("proof")
 @pytest.mark.parametrize("fault", [None, ci("leak")])
 def test_a_model_type_that_transformers_does_not_have_trains(tmp_path: Path, fault: str | None) -> None:
     torch.manual_seed(0)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distlora import derive
 from distlora.derive.shrink import shrink
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.build import CausalLM
@@ -98,10 +97,8 @@ def counted(model: CausalLM) -> tuple[int, int, list[Tensor]]:
     ],
 )
 def test_recomputation_runs_no_product_whose_output_nobody_reads(
-    name: str, adapter: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, adapter: dict[str, Any], tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(derive, "_proved", derive.probe)  # Other tests prove these models.
     write_model(tmp_path, name)
     sections = {"adapter": {"target_modules": "all-linear", "r": RANK, **adapter}, "quant": {"method": "none"}}
     model, _ = load_ours(tmp_path, **sections)

@@ -21,9 +21,8 @@ import torch
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, ModelSpec, ParallelConfig, TrainConfig, UserError
 from distlora.loading import decomposed_adapters
-from distlora.loading.load_base import Loaded, load_base
+from distlora.loading.load_base import Loaded, QuantizedCacheSettings, load_base
 from distlora.loading.peft_format import keep_teacher, load_peft_adapter
-from distlora.loading.quantized_cache import QuantizedCacheSettings
 from distlora.model import attention, fused_modules
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import DTYPES, CausalLM, build_model

@@ -1,6 +1,6 @@
 """Folder of the quantized-weights cache: its entries, their last use and size, and their removal. Needs no torch.
 
-    FOLDER/<key>/                     an entry: one base, quantized in one way (`quantized_cache.QuantizedCache`)
+    FOLDER/<key>/                     an entry: one base, quantized in one way (`load_base.QuantizedCache`)
         entry.json                    base, checksums and ranks; its mtime is the entry's last use
         config.json, model*           the quantized weights as bitsandbytes stores them
     FOLDER/.<key>-<hex digits>/       an entry that is being written or removed, or that a killed process left

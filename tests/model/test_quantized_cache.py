@@ -23,7 +23,7 @@ from torch import Tensor
 from distlora.architecture.safetensors_headers import read_header
 from distlora.config import Config
 from distlora.config.file import build, load_config
-from distlora.loading import quantized_cache
+from distlora.loading import load_base
 from distlora.loading.load_base import Loaded
 from distlora.model.adapters import AdaptedLinear
 from distlora.parallel import Ranks
@@ -258,14 +258,14 @@ def test_ranks_with_different_base_files_cache_nothing(world: World, folders: Pa
 
 
 def die_while_writing(config: Config) -> None:
-    write, calls = quantized_cache.write_groups, itertools.count()
+    write, calls = load_base.write_groups, itertools.count()
 
     def write_some(*args: Any) -> None:
         if next(calls) == 10:
             os.kill(os.getpid(), signal.SIGKILL)
         write(*args)
 
-    quantized_cache.write_groups = write_some
+    load_base.write_groups = write_some
     start(SINGLE, config=config)
 
 
@@ -322,7 +322,7 @@ def test_changed_base_gets_another_entry(folders: Path, tmp_path: Path, monkeypa
     assert start(SINGLE, config=config_for(tmp_path / "copy", cache)).loaded.from_cache
     # A base that changes while it is read is not kept.
     times = itertools.count()
-    monkeypatch.setattr(quantized_cache, "state_of", lambda file: str(next(times)))
+    monkeypatch.setattr(load_base, "state_of", lambda file: str(next(times)))
     assert start(SINGLE, config=config).loaded.cache_bytes_written == 0
     assert len(list(cache.iterdir())) == 2
 
@@ -382,8 +382,8 @@ def test_full_disk_is_reported_once_and_keeps_free_space(
     plain = start(SINGLE, config=config_for(folders / "llama", None))
     with small_disk(tmp_path / "disk", 128) as disk:
         config = config_for(folders / "llama", disk / "cache")
-        for share, said in ((quantized_cache.FREE_SHARE, "stay free"), (-10.0, "No space left")):
-            monkeypatch.setattr(quantized_cache, "FREE_SHARE", share)
+        for share, said in ((load_base.FREE_SHARE, "stay free"), (-10.0, "No space left")):
+            monkeypatch.setattr(load_base, "FREE_SHARE", share)
             started = start(SINGLE, config=config)
             assert_same(started, plain)
             (line,) = started.said

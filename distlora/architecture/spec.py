@@ -165,6 +165,11 @@ class HeadForm:
     """Names of the model's modules that an `own` forward runs beside decoder and head (modernbert-decoder's MLP)."""
 
 
+NormForm = Literal["llama", "gemma", ""]
+"""RMSNorm: times the scale after rounding (llama), times 1 + scale in fp32 (gemma), or another one."""
+FusiblePart = Literal["norms", "mlps", "rotary"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
     """Everything about a model that config.json decides, as far as building, naming and planning need it."""
@@ -217,10 +222,12 @@ class Architecture:
     scored_by: tuple[str, ...] = ()
     """Task types of PEFT (`SEQ_CLS`, `TOKEN_CLS`) for which transformers has a class that computes a linear `score` of
     the same decoder's output, by the same paths."""
-    norm_form: Literal["llama", "gemma", ""] = ""
-    """RMSNorm of the decoder: times the scale after rounding (llama), times 1 + scale in fp32 (gemma), or others."""
-    fusible: bool = False
-    """True if norms, MLPs and rotary embeddings can be replaced by fused ones."""
+    norm_forms: tuple[tuple[str, NormForm], ...] = ()
+    """Each class of RMSNorm in the decoder, and what it computes."""
+    gated_mlps: tuple[str, ...] = ()
+    """Classes of MLPs in the decoder that compute down(act(gate) * up)."""
+    fusible: tuple[FusiblePart, ...] = ()
+    """Parts of the decoder that can be replaced by fused ones in every layer."""
     disk: DiskNames
     """How transformers names the tensors of a checkpoint."""
     checks: tuple[tuple[str, float], ...] = ()
@@ -241,6 +248,18 @@ class Architecture:
         elif apart := sorted({path for kind in self.kinds for path in kind.apart}):
             notes.append(f"packed documents run one by one in {', '.join(apart)}, which would mix them")
         return notes
+
+    @property
+    def norm_form(self) -> NormForm:
+        """Form of all RMSNorms of the decoder; empty if they differ or are others."""
+        forms = {form for _, form in self.norm_forms}
+        return forms.pop() if len(forms) == 1 else ""
+
+    @property
+    def compilable(self) -> bool:
+        """True if layers are attention and a gated MLP, all of whose parts can be replaced by compiled ones."""
+        whole = bool(self.norm_form) and {"mlps", "rotary"} <= set(self.fusible)
+        return whole and not self.has_experts and not any(kind.apart for kind in self.kinds)
 
     @property
     def composite(self) -> bool:

@@ -164,7 +164,8 @@ class TrainConfig:
     fused_kernels: Literal["own", "liger", "none"] = "own"
     """On CUDA, run norms, gated MLPs, rotary embeddings and the LM head's loss as single passes over memory. `own`:
     Triton kernels of distlora; `liger`: the first three of liger-kernel (needs `distlora[cuda]`); `none`: transformers'
-    own modules."""
+    own modules. Each part that a model computes in such a form is replaced, beside experts and in hybrids too; the log
+    names them."""
     compile: bool | Literal["auto"] = "auto"
     """On the CPU, run norms, gated MLPs, rotary embeddings and losses as compiled single passes, and attention in bf16
     and adapted linears if the processor has AVX2 (linears not with AMX, where oneDNN's are faster). The first start

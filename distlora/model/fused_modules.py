@@ -74,34 +74,37 @@ class GatedMLP(nn.Module):
         return self.get_submodule("down_proj")(self.multiply(gate, up))
 
 
-def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs_are_kept: bool) -> str:
-    """Replace modules of a decoder (on meta or with memory) by `fused`. Return a line about what is used.
+def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs_are_kept: bool) -> list[str]:
+    """Replace modules of a decoder (on meta or with memory) by `fused`. Return what is used.
 
-    - llama, mistral, qwen2, qwen3 (its query and key norms too), phi3: RMSNorm with the scale applied after rounding to
-      the input's dtype, SwiGLU;
-    - gemma2, gemma3: RMSNorm with 1 + weight, all in fp32, GEGLU with the tanh approximation;
-    - all of them: the rotary embedding, partial ones (phi3) included.
+    - RMSNorm with the scale applied after rounding to the input's dtype (llama, qwen3_moe), or with 1 + weight, all in
+      fp32 (gemma3, qwen3_next), norms of queries and keys too;
+    - gated MLPs, also those beside experts: SwiGLU, or GEGLU with the tanh approximation;
+    - the rotary embedding, partial ones (phi3, glm4_moe) included.
 
-    An MLP with another activation is kept. `outputs_are_kept`: linears read their outputs in backward, so only norms
-    are replaced: the rotary embedding overwrites queries and keys, the MLP's backward gate and up, and autograd sees
-    neither.
+    Each where the architecture says so; other modules are kept. `outputs_are_kept`: linears read their outputs in
+    backward, so only norms are replaced: the rotary embedding overwrites queries and keys, the MLP's backward gate and
+    up, and autograd sees neither.
     """
-    gemma = architecture.norm_form == "gemma"
-    norms = [(path, norm) for path, norm in decoder.named_modules() if type(norm).__name__.endswith("RMSNorm")]
+    forms = {name: form for name, form in architecture.norm_forms if form}
+    norms = [(path, norm) for path, norm in decoder.named_modules() if type(norm).__name__ in forms]
     for path, norm in norms:
-        new = fused.norm(norm, gemma)
+        new = fused.norm(norm, forms[type(norm).__name__] == "gemma")
         new.weight = norm.get_parameter("weight")
         decoder.set_submodule(path, new.train(norm.training))
-    used = [f"RMSNorm ({len(norms)})"]
+    used = [f"RMSNorm ({len(norms)})"] if norms else []
     if outputs_are_kept:
-        return f"{fused.name}: {used[0]}; the others write over outputs that DoRA's gradients read"
-    activation = getattr(decoder.config, "hidden_activation", None) or decoder.config.hidden_act
-    if activation in (*_SILU, *_GELU):
+        return used
+    config = decoder.config
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    mlps = [(path, mlp) for path, mlp in decoder.named_modules() if type(mlp).__name__ in architecture.gated_mlps]
+    if mlps and activation in (*_SILU, *_GELU):
         product, multiply = ("SwiGLU", fused.silu) if activation in _SILU else ("GEGLU", fused.gelu)
-        mlps = [(path, mlp) for path, mlp in decoder.named_modules() if path.rpartition(".")[2] == "mlp"]
         for path, mlp in mlps:
             decoder.set_submodule(path, GatedMLP(mlp, multiply).train(mlp.training))
         used.append(f"{product} ({len(mlps)})")
+    if "rotary" not in architecture.fusible:
+        return used
     forwards: dict[types.FunctionType, Any] = {}
     for module in decoder.modules():
         # transformers replaces such a function for some model types only, by the package of the hub's kernels.
@@ -111,8 +114,7 @@ def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs
         if forward not in forwards:
             forwards[forward] = _with_global(forward, _ROTARY, fused.rotate)
         module.forward = types.MethodType(forwards[forward], module)
-    used.append("rotary embedding")
-    return f"{fused.name}: {', '.join(used)}"
+    return [*used, "rotary embedding"]
 
 
 def _with_global(function: types.FunctionType, name: str, value: Any) -> types.FunctionType:
@@ -123,8 +125,8 @@ def _with_global(function: types.FunctionType, name: str, value: Any) -> types.F
     return copy
 
 
-def _eps_of(norm: Any, gemma: bool) -> float:
-    return float(norm.eps if gemma else norm.variance_epsilon)
+def _eps_of(norm: Any) -> float:
+    return float(getattr(norm, "variance_epsilon", None) or norm.eps)
 
 
 class FusedRMSNorm(nn.Module):
@@ -163,29 +165,24 @@ def use_own(
     """Use distlora_kernels' functions, on the CPU after `require_compiled`. Return a line about what is used."""
     fused = _Fused(
         name="fused kernels" if is_gpu else "compiled for this processor",
-        norm=lambda norm, gemma: FusedRMSNorm(eps=_eps_of(norm, gemma), plus_one=gemma),
+        norm=lambda norm, gemma: FusedRMSNorm(eps=_eps_of(norm), plus_one=gemma),
         silu=lambda gate, up: gated(gate, up, "silu"),
         gelu=lambda gate, up: gated(gate, up, "gelu_tanh"),
         rotate=rotate,
     )
     used = exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept)
     if not is_gpu and products.use(True):
-        used = f"{used}, linears"
-    return _use_loss(head, used)
+        used.append("linears")
+    return _with_loss(head, fused.name, used, outputs_are_kept)
 
 
-def _use_loss(head: LossHead, used: str) -> str:
-    if not head.takes_cross_entropy:
-        return used
-    head.cross_entropy = cross_entropy_
-    return f"{used}, cross-entropy"
-
-
-def why_not_fused(*, full: bool, fusible: bool) -> str | None:
-    """Return why no module of a model can be replaced; None if some can."""
-    if full:
-        return "adapter=full trains the norms, and the kernels compute no gradient of their weights"
-    return None if fusible else "the model has norms, MLPs or rotary embeddings that they do not compute"
+def _with_loss(head: LossHead, name: str, used: list[str], outputs_are_kept: bool) -> str:
+    """Use our loss too where the head allows it. Return a line about what is used."""
+    if head.takes_cross_entropy:
+        head.cross_entropy = cross_entropy_
+        used.append("cross-entropy")
+    why = "; the others write over outputs that DoRA's gradients read" if outputs_are_kept else ""
+    return f"{name}: {', '.join(used) or 'none of the modules'}{why}"
 
 
 def require_liger() -> None:
@@ -208,7 +205,7 @@ def use_liger(decoder: Any, architecture: Architecture, head: LossHead, *, outpu
         with torch.device("meta"):
             return LigerRMSNorm(
                 norm.get_parameter("weight").shape[0],
-                eps=_eps_of(norm, gemma),
+                eps=_eps_of(norm),
                 offset=1.0 if gemma else 0.0,
                 casting_mode="gemma" if gemma else "llama",
                 # In place it would overwrite the gradient of its output, which gemma's residual reads again. Out of
@@ -223,4 +220,5 @@ def use_liger(decoder: Any, architecture: Architecture, head: LossHead, *, outpu
         gelu=liger_geglu,
         rotate=liger_rotary_pos_emb,
     )
-    return _use_loss(head, exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept))
+    used = exchange(decoder, architecture, fused, outputs_are_kept=outputs_are_kept)
+    return _with_loss(head, fused.name, used, outputs_are_kept)

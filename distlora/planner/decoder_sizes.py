@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from distlora.architecture.shapes import AdapterShape, Asked, ModelShapes, computed_pairs
-from distlora.architecture.spec import Architecture, LayerKind, Weight
+from distlora.architecture.spec import Architecture, FusiblePart, LayerKind, Weight
 from distlora.planner.machine import Machine
 from distlora.planner.workload import Workload
 from distlora_kernels import native
@@ -350,17 +350,21 @@ def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | 
     return sum(documents) ** 2
 
 
-def fuses(work: Workload, architecture: Architecture, *, is_gpu: bool) -> bool:
-    """Return True if norms are fused, by train.fused_kernels on a GPU or compiled on a CPU.
+def fused_parts(work: Workload, architecture: Architecture, *, is_gpu: bool) -> frozenset[FusedPart]:
+    """Return the parts that are fused, by train.fused_kernels on a GPU or compiled on a CPU.
 
-    MLPs and rotary embeddings are fused too if there is no DoRA. train.compile=auto counts the compiler of this node:
-    runs on CPUs are planned on a node that runs them.
+    With DoRA, MLPs and rotary embeddings would overwrite what gradients read. train.compile=auto counts the compiler of
+    this node: runs on CPUs are planned on a node that runs them.
     """
-    if work.adapter.method == "full" or architecture.has_experts or not architecture.fusible:
-        return False
-    if is_gpu:
-        return work.train.fused_kernels != "none"
-    return work.train.compile is True or (work.train.compile == "auto" and native.unavailable_reason() is None)
+    compiles = work.train.compile is True or (work.train.compile == "auto" and native.unavailable_reason() is None)
+    used = work.train.fused_kernels != "none" if is_gpu else compiles and architecture.compilable
+    if work.adapter.method == "full" or not used:
+        return frozenset()
+    parts: set[FusedPart] = {"loss", *architecture.fusible}
+    return frozenset(parts & {"loss", "norms"} if work.adapter.use_dora else parts)
+
+
+FusedPart = FusiblePart | Literal["loss"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -371,8 +375,8 @@ class KernelOptions:
     """Bytes of an element of train.dtype."""
     is_gpu: bool = True
     attention: AttentionKind = "documents"
-    fused_norms: bool = False
-    """True if norms are fused, and the loss of plain logits; without DoRA gated MLPs and rotary embeddings too."""
+    fused: frozenset[FusedPart] = frozenset()
+    """Parts that are fused in every layer; the loss if logits are plain."""
     norms_in_fp32: bool = False
     """True if norms multiply by their scale in fp32 (Gemma)."""
     dora: bool = False
@@ -389,11 +393,6 @@ class KernelOptions:
     copies: bool = False
     """True if products read copies of the adapters of this step (AdapterCopies)."""
 
-    @property
-    def fused(self) -> bool:
-        """True if gated MLPs and rotary embeddings are fused; with DoRA, they would overwrite what gradients read."""
-        return self.fused_norms and not self.dora
-
     @classmethod
     def planned(
         cls, work: Workload, shapes: ModelShapes, machine: Machine, sizes: Decoder | None = None, **more: Any
@@ -405,7 +404,7 @@ class KernelOptions:
             itemsize=work.itemsize,
             is_gpu=machine.is_gpu,
             attention=attention_kind(work, architecture, sizes or Decoder.of(architecture), is_gpu=machine.is_gpu),
-            fused_norms=fuses(work, architecture, is_gpu=machine.is_gpu),
+            fused=fused_parts(work, architecture, is_gpu=machine.is_gpu),
             norms_in_fp32=architecture.norm_form == "gemma",
             dora=adapter.use_dora,
             dropout=adapter.lora_dropout > 0,

@@ -102,7 +102,7 @@ def why_not(adapter: AdapterConfig, rollout: RolloutConfig, device: torch.device
     if adapter.method == "full":
         return "adapter=full trains the scales of norms, whose gradients it leaves out"
     architecture = architecture_of(base.config, base.folder / "config.json")
-    if not architecture.fusible:
+    if not architecture.compilable:
         return f"{architecture.model_type} computes other norms, MLPs or rotary embeddings than what is compiled"
     try:
         return fused_modules.why_not_compiled()

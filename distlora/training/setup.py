@@ -274,9 +274,8 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
         for block in model.blocks:
             block.remakes = train.checkpointing == "none" and not outputs_are_kept
     if is_gpu and train.fused_kernels != "none":
-        full = spec.adapter.method == "full"
-        reason = fused_modules.why_not_fused(full=full, fusible=model.architecture.fusible)
-        if reason is not None:
+        if spec.adapter.method == "full":
+            reason = "adapter=full trains the norms, and the kernels compute no gradient of their weights"
             model.notes.append(f"fused kernels are not used: {reason}")
         elif train.fused_kernels == "own":
             model.notes.append(fused_modules.use_own(*parts, is_gpu=True, outputs_are_kept=outputs_are_kept))

@@ -24,7 +24,7 @@ from distlora.model.fused_modules import FusedRMSNorm
 from distlora.model.lm_head import LossForm
 from distlora.model.mlp import place_mlps
 from distlora.parallel import Ranks
-from distlora.planner.decoder_sizes import fuses
+from distlora.planner.decoder_sizes import fused_parts
 from distlora.planner.workload import Workload
 from distlora.post.load_trained import load_trained
 from distlora.post.trained import of_run
@@ -190,7 +190,7 @@ def test_models_of_one_process_do_not_change_each_other(tmp_path: Path) -> None:
             train = {"dtype": "fp32", "compile": compiled[name]}
             models[name], _ = load_ours(tmp_path / name.partition(",")[0], ALONE, train=train)
             for kind in ("llama", "qwen3"):
-                assert probe(shrink(model_types.config_of(kind)), kind).fusible
+                assert probe(shrink(model_types.config_of(kind)), kind).compilable
         products.use(False)  # Of the process: each start sets it.
         for name, model in models.items():
             losses[name].add(str(run(model, input_ids)[0].tolist()))
@@ -364,7 +364,8 @@ def test_the_plan_has_the_compiler_of_this_node(monkeypatch: pytest.MonkeyPatch,
     architecture = architecture_of(read_config(tmp_path), tmp_path)
 
     def plans(compile: object) -> bool:
-        return fuses(Workload.of(config_of(train={"compile": compile})), architecture, is_gpu=False)
+        work = Workload.of(config_of(train={"compile": compile}))
+        return fused_parts(work, architecture, is_gpu=False) == {"norms", "mlps", "rotary", "loss"}
 
     with_one = native.unavailable_reason() is None
     assert (plans("auto"), plans(True), plans(False)) == (with_one, True, False)

@@ -110,6 +110,39 @@ def test_a_decoder_with_fused_kernels_computes_what_it_did(
             assert relative_error(actual, gradient) <= 5e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [
+        ci("deepseek_v3", "RMSNorm (9), SwiGLU (2), rotary embedding"),
+        ("glm4_moe", "RMSNorm (5), SwiGLU (2), rotary embedding"),
+        ci("qwen3-moe", "RMSNorm (13), rotary embedding"),
+        ci("mixtral", "RMSNorm (7), rotary embedding"),
+        ci("gpt-oss", "cross-entropy"),
+        ("qwen3_next", "RMSNorm (7), SwiGLU (2), rotary embedding"),
+        ci("qwen3_5", "RMSNorm (7), SwiGLU (2), rotary embedding"),
+        ci("granitemoehybrid", "RMSNorm (5), rotary embedding"),
+        ci("lfm2", "RMSNorm (7), rotary embedding"),
+        ci("nemotron_h", "rotary embedding"),
+        ci("llama4", "RMSNorm (5)"),
+        ci("olmo3", "SwiGLU (2)"),
+        ci("gemma4", "GEGLU (4)"),
+    ],
+)
+def test_each_part_that_fits_is_fused_beside_experts_and_in_hybrids(
+    name: str, used: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_family_folder(tmp_path, name)
+    model, _ = load_ours(tmp_path, RANKS, train={"dtype": "fp32", "checkpointing": "block", "fused_kernels": "none"})
+    input_ids = tokens(2, 4).to(RANKS.device)
+    expected_losses, expected = run(model, input_ids)
+    said = fuse("own", model, monkeypatch)
+    assert f"fused kernels: {used}" == said.removesuffix(", cross-entropy")
+    losses, gradients = run(model, input_ids)
+    assert relative_error(losses, expected_losses) <= 1e-6
+    for actual, gradient in zip(gradients, expected, strict=True):
+        assert relative_error(actual, gradient) <= 5e-6
+
+
 @pytest.mark.parametrize("kernels", ["own", ci("liger", marks=[needs_liger])])
 def test_saved_bytes_of_a_fused_layer_are_those_planned(
     kernels: str, tmp_path: Path, interpretable: None, monkeypatch: pytest.MonkeyPatch

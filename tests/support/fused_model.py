@@ -19,6 +19,7 @@ from support.family_models import tokens
 
 ONE_EACH = ("llama-biases", "mistral-window", "qwen2-tied-window", "qwen3", "gemma2", "gemma3-text", "gemma3", "phi3")
 PARTIAL_ROTARY = "phi3-longrope-tied"
+FUSED = frozenset({"norms", "mlps", "rotary", "loss"})
 RANKS = Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), None)
 
 
@@ -42,6 +43,6 @@ def check_kept(model: CausalLM, folder: Path, kept: Kept, *, remakes: bool) -> N
         adapters[place] = AdapterShape(path, (rank, inner), (out, rank))
     decoder = Decoder.of(model.architecture)
     linears = linears_of(decoder, model.architecture.largest, adapters=[adapters])
-    costs = Costs(decoder=decoder, linears=linears, itemsize=4, fused_norms=True, remakes=remakes, is_gpu=not remakes)
+    costs = Costs(decoder=decoder, linears=linears, itemsize=4, fused=FUSED, remakes=remakes, is_gpu=not remakes)
     # The rotary tables are the blocks' together.
     assert costs.kept("none") == pytest.approx(kept.nbytes / 16 / 3, rel=0.03)

@@ -119,7 +119,7 @@ class Costs(LayerRun):
                 train.micro_batch,
                 deterministic=train.deterministic_attention,
             )
-        remakes = costs.fused and not costs.is_gpu and train.checkpointing == "none"
+        remakes = "mlps" in costs.fused and not costs.is_gpu and train.checkpointing == "none"
         return replace(costs, accumulators=accumulators, remakes=remakes)
 
     @property
@@ -140,7 +140,7 @@ class Costs(LayerRun):
     @property
     def norm_keeps_input(self) -> bool:
         """True if the first norm of a half keeps the input itself and not an fp32 copy."""
-        return self.fused_norms or self.itemsize == 4
+        return "norms" in self.fused or self.itemsize == 4
 
     def attention_half(self, tokens: int = 1, row: int = 1) -> list[Operation]:
         """Return the operations of the attention half on `tokens` tokens in sequences of `row` tokens."""
@@ -232,7 +232,7 @@ class Costs(LayerRun):
     @property
     def _norm_steps(self) -> int:
         """Bytes per token that a norm of the hidden size takes in backward, the incoming gradient included."""
-        return 3 * self.boundary if self.fused_norms else _NORM_STEPS * self.decoder.hidden
+        return 3 * self.boundary if "norms" in self.fused else _NORM_STEPS * self.decoder.hidden
 
     def chunk(self, tokens: int) -> int:
         """Logits at once."""
@@ -248,7 +248,7 @@ class Costs(LayerRun):
         return logit_bytes(
             self.itemsize,
             plain=form == "plain" and not (self.trains_head or self.trained_columns),
-            compiled=self.fused_norms,
+            compiled="loss" in self.fused,
             capped=form == "softcap",
             distills=self.distills,
         )
@@ -277,7 +277,7 @@ class Costs(LayerRun):
         most = self.logit_bytes_at_peak * logits
         if not self.decodes_head:
             return most
-        held = e if self.fused_norms or self.decoder.head_form != "plain" else e % 4 + 4
+        held = e if "loss" in self.fused or self.decoder.head_form != "plain" else e % 4 + 4
         decoded = hidden * (e * rows_at_once(vocabulary, hidden) + (4 + e) * (logits // vocabulary))
         return max(most, held * logits + decoded)
 

@@ -170,7 +170,7 @@ class LayerRun(KernelOptions):
         residual stream is fp32 in an fp32 run. A fused norm keeps x, and makes the gradient of x.
         """
         b = self.itemsize
-        if self.fused_norms:
+        if "norms" in self.fused:
             return Operation(b * columns + 4 * rows, (TransientMemory(2 * b * columns),), b * columns)
         # What a trained scale is multiplied with.
         normalized = (4 if self.norms_in_fp32 else b) * columns if self.trains_base else 0
@@ -306,7 +306,7 @@ class LayerRun(KernelOptions):
     def rotary(self) -> Operation:
         """Return apply_rotary_pos_emb: gradients of inputs, four products with the tables; fused, in place."""
         b, sizes = self.itemsize, self.decoder
-        made = 0 if self.fused else 4 * b * sizes.queries
+        made = 0 if "rotary" in self.fused else 4 * b * sizes.queries
         return Operation(0, (TransientMemory(made),), b * (sizes.queries + 2 * sizes.keys))
 
     def attends(self) -> Operation:
@@ -357,7 +357,7 @@ class LayerRun(KernelOptions):
         A fused product keeps no act(gate), and writes gradients over gate and up.
         """
         b, inner = self.itemsize, self.decoder.inner
-        if self.fused:
+        if "mlps" in self.fused:
             return Operation(2 * b * inner, (TransientMemory(0),), 2 * b * inner)
         return Operation(3 * b * inner, (TransientMemory(2 * b * inner),), 2 * b * inner)
 

@@ -385,7 +385,7 @@ def norm(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLau
     for Gemma); backward takes 17 fp32 passes. A fused one reads x (and dy) and writes y (dx).
     """
     e = how.itemsize
-    if how.fused_norms:
+    if "norms" in how.fused:
         return KernelLaunch("elementwise", (3 if backward else 2) * e * numel)
     casts = 0 if e == FP32 else 2 * (e + FP32)
     own = (17 if backward else 5) * FP32 + casts + 2 * (FP32 if how.norms_in_fp32 else e)
@@ -394,14 +394,14 @@ def norm(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLau
 
 def gated(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLaunch:
     """act(gate) * up of so many inner elements."""
-    if how.fused:
+    if "mlps" in how.fused:
         return KernelLaunch("elementwise", (5 if backward else 3) * how.itemsize * numel)
     return KernelLaunch("elementwise", (9 if backward else 5) * how.itemsize * numel, launches=3 if backward else 2)
 
 
 def rotary(numel: int, how: KernelOptions, *, backward: bool = False) -> KernelLaunch:
     """Return the rotary embedding: two products with tables, a rotation, a sum; fused: one launch in place."""
-    if how.fused:
+    if "rotary" in how.fused:
         return KernelLaunch("elementwise", 2 * how.itemsize * numel)
     return KernelLaunch("elementwise", (14 if backward else 10) * how.itemsize * numel, launches=14 if backward else 10)
 
@@ -460,7 +460,7 @@ def head_work(
     for back in (False, True)[: 1 + backward]:
         yield norm(hidden * m, how, backward=back)
     casts = 0 if e == FP32 else e + FP32
-    plain, compiled = form == "plain" and not (trained or trained_rows), how.fused_norms
+    plain, compiled = form == "plain" and not (trained or trained_rows), "loss" in how.fused
     cap = (24, 28) if form == "softcap" else (0, 0)
     of_loss, of_gradient, launches = casts + 3 * FP32 + cap[0], casts + 5 * FP32 + cap[1], (4, 4)
     if plain and compiled:  # Read twice, and overwritten.

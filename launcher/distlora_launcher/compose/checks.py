@@ -375,7 +375,7 @@ def check_model_sizes(
             f"{without} with train.dtype={train.dtype}, which supports no other; leave it out",
         )
     require(
-        train.compile is not True or architecture.fusible,
+        train.compile is not True or architecture.compilable,
         f"train.compile=true: what it compiles is not what {architecture.model_type} computes in all of its layers; "
         "set train.compile=false",
     )

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length, tiles
 from distlora.architecture.spec import Architecture
+from distlora.model.by_document import DocumentRows
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels.products import product
 
@@ -38,6 +39,8 @@ class Documents(NamedTuple):
     """(B, 1, 1, D) int32: first position of each document of a row, padded with T, at least once."""
     longest: int
     """Tokens of the longest document. The host knows it, because kernel launches depend on it."""
+    rows: DocumentRows | None = None
+    """The same on the host, for modules that run each document alone."""
 
     @classmethod
     def of(cls, position_ids: Tensor) -> Documents:
@@ -53,7 +56,7 @@ class Documents(NamedTuple):
 
     def to(self, device: torch.device) -> Documents:
         """Return the documents with their starts on `device`."""
-        return Documents(self.starts.to(device, non_blocking=True), self.longest)
+        return self._replace(starts=self.starts.to(device, non_blocking=True))
 
 
 def masks_of_documents(decoder: nn.Module, position_ids: Tensor) -> Tensor | dict[str, Tensor | None] | None:

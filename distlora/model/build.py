@@ -158,8 +158,9 @@ class CausalLM(nn.Module):
         """Return (B,) fp32 loss sums, or what `losses` says, from input_ids, position_ids and labels (B, T) int64.
 
         Positions restart at 0 with each packed document. labels[t] is the target at position t, -100 for none.
-        `adapter_rows`, `step_rows`: Rows.adapters and Rows.places. `documents` are required if the model attends by
-        documents; otherwise masks are made from the positions.
+        `adapter_rows`, `step_rows`: Rows.adapters and Rows.places. `documents` (`documents_of`) are required if the
+        model attends by documents. Without them masks are made from the positions, and the host waits for those if
+        modules run each document alone.
 
         labels=None (generation): return the logits after the last position, (B, 1, vocabulary) fp32, or after
         `past.last`, (B, vocabulary), for one document per row; `past` precedes its T tokens.
@@ -196,10 +197,17 @@ class CausalLM(nn.Module):
 
     def logits(self, input_ids: Tensor, adapter_rows: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, vocabulary) fp32 at every position of one document per row, (B, T) int64."""
-        positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        documents = Documents.of(positions).to(input_ids.device) if self.attends_by_documents else None
-        hidden = self.hidden_states(input_ids, positions.to(input_ids.device), adapter_rows, documents=documents)
+        positions, device = torch.arange(input_ids.shape[1]).expand_as(input_ids), input_ids.device
+        documents = self.documents_of(positions, device)
+        hidden = self.hidden_states(input_ids, positions.to(device), adapter_rows, documents=documents)
         return self.head.logits(hidden.flatten(0, 1)).view(*input_ids.shape, -1)
+
+    def documents_of(self, position_ids: Tensor, device: torch.device) -> Documents | None:
+        """Find the packed documents for a forward on `device` from positions (B, T) on the CPU; None: it needs none."""
+        if not (self.attends_by_documents or self.runs_documents_apart):
+            return None
+        rows = DocumentRows.of(position_ids) if self.runs_documents_apart else None
+        return Documents.of(position_ids).to(device)._replace(rows=rows)
 
     def hidden_states(
         self,
@@ -218,8 +226,12 @@ class CausalLM(nn.Module):
         `reference` then holds the last layer's output of its rows. `balanced` and `counted` (B, T) bool: positions over
         which the routers collect statistics for `balance_sums`, and that count in the experts' load.
         """
-        assert documents is None or (self.attends_by_documents and past is None), "no use for documents"
-        packed = DocumentRows.of(position_ids) if self.runs_documents_apart and past is None else None
+        assert documents is None or past is None, "no use for documents"
+        packed = documents.rows if documents is not None else None
+        if packed is None and self.runs_documents_apart and past is None:
+            packed = DocumentRows.of(position_ids)
+        if not self.attends_by_documents:
+            documents = None
         for block in self.blocks:
             block.rows, block.reference = Rows(adapter_rows, step_rows, balanced, packed, counted), reference
         if past is None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
-from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import IGNORED_LABEL, LossHead
 from distlora.parallel import Ranks, sum_over_ranks
@@ -99,7 +98,7 @@ class Readings:
         for step in range(loader.steps_per_epoch):
             (batch,) = loader.batch(step).micro_batches
             positions = batch.position_ids
-            documents = Documents.of(positions).to(device) if model.attends_by_documents else None
+            documents = model.documents_of(positions, device)
             inputs = (each.to(device) for each in (batch.input_ids, positions, batch.labels))
             with model.head.read_by(functools.partial(self._read, model.head, batch=batch, step=step)):
                 model(*inputs, documents=documents)

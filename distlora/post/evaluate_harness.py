@@ -33,7 +33,6 @@ from distlora.config import UserError, nearest
 from distlora.data.chat_template import ChatTemplate, start_tokens
 from distlora.generation.prompts import context_limit
 from distlora.generation.writer import Completion, Writer
-from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks, sum_over_ranks
 from distlora.post.divergence import LOGITS_AT_ONCE, let_go
@@ -144,7 +143,7 @@ class HarnessModel(TemplateLM):
         device, longest = self._device, max(len(row) for row, _ in rows) - 1
         input_ids = torch.tensor([row[:-1] + [0] * (longest + 1 - len(row)) for row, _ in rows])
         positions = torch.arange(longest).expand_as(input_ids)
-        documents = Documents.of(positions).to(device) if self.model.attends_by_documents else None
+        documents = self.model.documents_of(positions, device)
         scores = torch.zeros(len(rows), 2, dtype=torch.float64)
         with self.model.head.read_by(lambda hidden: self._read(hidden, rows, scores)):
             # The labels are unused by a head that is read, but without them it gets the last position alone.

@@ -23,10 +23,6 @@ WAITS: dict[str, tuple[str, str]] = {
         "fp32|attention=sdpa|type deepseek_v3|variant (llama-dynamic|gemma2.*)",
         "the same, for decoders that make masks themselves",
     ),
-    "distlora/model/by_document.py DocumentRows.of: copy to the host": (
-        "type (granitemoehybrid|qwen3_next|lfm2)",
-        "positions are read back from the device, which the host had before",
-    ),
     "distlora_kernels/operands.py Routing.of: copy to the host": (
         "variant qwen3-moe",
         "grouped products need sizes that 8 divides; other experts are computed one by one",

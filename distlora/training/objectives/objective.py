@@ -20,7 +20,6 @@ from distlora.config import RolloutConfig, TrainConfig
 from distlora.config.objectives import ObjectiveNeeds
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.adapters import StepRows
-from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import SUMS, LossForm
 from distlora.parallel import Backend
@@ -124,6 +123,6 @@ def run(
         sent.labels,
         adapter_rows=sent.slots,
         step_rows=None if steps is None else StepRows(steps, sent.rows),
-        documents=Documents.of(batch.position_ids).to(device) if model.attends_by_documents else None,
+        documents=model.documents_of(batch.position_ids, device),
         losses=losses,
     )

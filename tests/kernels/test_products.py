@@ -27,7 +27,6 @@ from distlora_launcher.cli.main import run_command
 from support import cpu_paths
 from support.closeness import relative_error
 from support.small_models import config_with
-from support.tiers import ci
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 ROUNDING = 2**-8
@@ -187,8 +186,9 @@ def test_doctor_describes_the_node_on_one_screen(
         run_command(train)
 
 
-@pytest.mark.parametrize("path", [*(ci(path) for path in cpu_paths.HERE[:-1]), *cpu_paths.HERE[-1:]])
-@pytest.mark.parametrize("compiles", ["true", ci("false")])
+@pytest.mark.ci
+@pytest.mark.parametrize("path", cpu_paths.HERE)
+@pytest.mark.parametrize("compiles", ["true", "false"])
 def test_the_plan_of_a_lesser_processor(folders: Path, path: str, compiles: str) -> None:
     """The peak of a step is within 5 % of the plan, in a process whose libraries are held to that processor too."""
     environment = {**os.environ, **cpu_paths.limits_of(path)}

@@ -159,6 +159,7 @@ def test_deepspeeds_schema_refuses_names_and_values(section: dict[str, Any], sai
     assert re.search(said, schema_error({"stage": 3, **section}))
 
 
+@pytest.mark.ci
 def test_the_launcher_refuses_what_the_schema_does(tmp_path: Path) -> None:
     zero = {"stage": 3, "stage3_prefetch_bucket_size": 5e8, "reduce_bucket_size": "auto", "sub_group_size": None}
     check_parallel(written(tmp_path, zero_optimization=zero), 2)

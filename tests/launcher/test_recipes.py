@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distlora.config import Config
 from distlora.config.plan import GPUS
 from distlora.planner import Plan, plan_of, report
 from distlora.planner.machine import machine_of
@@ -27,7 +28,10 @@ NAMED = [name for name in NAMES if name not in MODEL_FREE]
 
 @functools.cache
 def planned(name: str, gpu: str, *overrides: str) -> Plan:
-    config = compose_config([f"recipe={name}", "data.path=/documents.jsonl", f"gpu={gpu}", *overrides])
+    return plan_on(compose_config([f"recipe={name}", "data.path=/documents.jsonl", f"gpu={gpu}", *overrides]))
+
+
+def plan_on(config: Config) -> Plan:
     return plan_of(config, find_model(config), machine_of(config.gpu, config.cluster))
 
 
@@ -127,7 +131,7 @@ def test_llama3_70b_does_not_fit_two_24_gb_gpus_and_fits_two_of_32() -> None:
 
 NODES = {"24 GB": "rtx4090", "48 GB": "l40s", "80 GB": "h100"}
 """GPU of each kind in the README's table."""
-OFFLOADED = ("parallel=zero3", "parallel.offload_base=true")
+OFFLOADED = {"parallel.backend": "zero3", "parallel.offload_base": True}
 
 
 def test_the_readmes_table_of_what_fits_is_the_plan() -> None:
@@ -139,11 +143,12 @@ def test_the_readmes_table_of_what_fits_is_the_plan() -> None:
         assert model is not None
         for node, cell in zip(head[1:], cells, strict=True):
             count, _, kind = node.strip().partition(" x ")
-            settings = (f"model={model[1]}", f"cluster.gpus_per_node={count}")
-            plan = planned("qlora", NODES[kind], *settings)
+            composed = planned("qlora", NODES[kind], f"model={model[1]}").config
+            config = composed.with_settings({"cluster.gpus_per_node": int(count)})
+            plan = plan_on(config)
             mark = "" if plan.fits else "*"
             if not plan.fits:
-                plan = planned("qlora", NODES[kind], *settings, *OFFLOADED)
+                plan = plan_on(config.with_settings(OFFLOADED))
             expected = f"{plan.device.total / GB:.1f}{mark}" if plan.fits else "no"
             if cell.strip() != expected:
                 wrong.append(f"{model[1]}, {node.strip()}: {cell.strip()}, by the plan {expected}")

@@ -15,17 +15,14 @@ from support.tiers import ci
 from tools import conformance_page
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
-SEAMS = ["afmoe"]
-"""For `make test`: experts and masks."""
 IN_CI = [
-    *("apertus", "bloom", "deepseek_v3", "glm4_moe", "gptj", "lfm2", "llama4_text", "mistral3", "nemotron_h"),
+    *("afmoe", "apertus", "bloom", "deepseek_v3", "glm4_moe", "gptj", "lfm2", "llama4_text", "mistral3", "nemotron_h"),
     *("cohere2", "granitemoehybrid", "qwen3_5_text"),
 ]
-"""Popular types and the other seams, for `make test-ci`."""
+"""Popular types and the seams, for `make test-ci`."""
 TYPES = [
-    *SEAMS,
     *map(ci, IN_CI),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in conformance_page.NAMES if name not in SEAMS + IN_CI),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in conformance_page.NAMES if name not in IN_CI),
 ]
 
 
@@ -39,5 +36,4 @@ def test_a_type_passes_all_checks_and_is_on_the_page(name: str) -> None:
     row = conformance_page.row(name)
     assert row in PAGE, conformance_page.__doc__
     if row.count("|") > 3:
-        slow = name not in SEAMS + IN_CI
-        run(CheckRequest(config=json.dumps(config_of(name)), place=name, ranks=2 if slow else 1))
+        run(CheckRequest(config=json.dumps(config_of(name)), place=name, ranks=1 if name in IN_CI else 2))

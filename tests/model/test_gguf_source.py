@@ -277,7 +277,8 @@ def test_which_embeddings_and_heads_are_kept(in_low_bits: Path, tmp_path: Path) 
     assert kept_tokens(llama, dense) == KeptTokens((None, None), ())
 
 
-@pytest.mark.parametrize(("name", "size"), [("llama", 1), ci("llama", 2), ci("llama-untied", 2), ci("llama-untied", 3)])
+@pytest.mark.ci
+@pytest.mark.parametrize(("name", "size"), [("llama", 1), ("llama", 2), ("llama-untied", 2), ("llama-untied", 3)])
 def test_a_plan_counts_an_embedding_and_a_head_in_low_bits(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:

@@ -74,7 +74,7 @@ METHODS = {
     ),
     "DoRA": Method(adapter={"use_dora": True}),
 }
-FEW = ("LoRA", "experts", "LoRA+", "new tokens, tied", "PiSSA", "DoRA")
+FEW = ("experts", "new tokens, tied", "PiSSA", "DoRA")
 BASES = [(name, base) for name, method in METHODS.items() for base in method.bases]
 CELLS = [
     pytest.param(

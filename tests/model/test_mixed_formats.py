@@ -189,6 +189,7 @@ def test_a_run_on_formats_does_not_depend_on_the_ranks(
     assert_adapters_close(adapter, expected_adapter)
 
 
+@pytest.mark.ci
 def test_a_run_on_formats_resumes_bit_for_bit_and_on_other_ranks(
     world: World, folders: Path, tmp_path: Path, by_one: Callable[..., Any]
 ) -> None:

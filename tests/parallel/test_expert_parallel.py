@@ -76,7 +76,7 @@ def gathered(world: World, models: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 CELLS = [
-    (QWEN, 2, {"expert_degree": 2}, {}),
+    ci(QWEN, 2, {"expert_degree": 2}, {}),
     # Two replicas; a rank of each receives no token. Activations are kept.
     ci(
         BIASED,

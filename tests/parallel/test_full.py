@@ -87,6 +87,7 @@ def test_in_bf16_masters_stay_fp32_and_ranks_compute_what_one_does(world: World,
 SETTINGS = {"max_steps": 4, "save_every": 2, "keep": 9, "global_batch": 6, "micro_batch": 2}
 
 
+@pytest.mark.ci
 def test_a_sharded_run_resumes_bit_for_bit_and_on_another_number_of_ranks(
     world: World, folders: Path, tmp_path: Path
 ) -> None:

@@ -186,6 +186,7 @@ def set_degree(run_dir: Path, degree: int | None) -> None:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(values))
 
 
+@pytest.mark.ci
 def test_a_run_that_goes_on_with_replicas_is_that_of_one_replica_bit_for_bit(
     world: World, folders: Path, tmp_path: Path, one_copy: Path
 ) -> None:

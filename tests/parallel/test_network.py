@@ -108,6 +108,7 @@ def test_the_launcher_of_one_node_listens_on_no_port(tmp_path: Path):
     assert listeners_of_waiting_workers(tmp_path, "None") == []
 
 
+@pytest.mark.ci
 def test_the_store_of_several_nodes_listens_on_the_endpoints_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It listens everywhere only if the node knows its own name as loopback, which is no address of other nodes."""
     port = free_port()

@@ -87,7 +87,7 @@ def alone(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 CELLS = [
     # (ranks, slots, train settings, parallel settings); on two ranks others are beside one that is not finite, below.
-    (1, 3, {"checkpointing": "none"}, {}),
+    ci(1, 3, {"checkpointing": "none"}, {}),
     ci(3, 2, {"accumulate": "block", "micro_batch": 2, "checkpointing": "offload"}, {"bucket_mb": 0.01}),
     ci(4, 3, {"micro_batch": 1, "checkpointing": "selective"}, {"shard_degree": 2}),
 ]

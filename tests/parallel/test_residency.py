@@ -38,6 +38,7 @@ def gathered(metrics: list[dict[str, Any]]) -> list[int]:
     return [line["gathered_bytes"] for line in metrics if "loss" in line]
 
 
+@pytest.mark.ci
 def test_inside_the_block_eight_micro_batches_gather_what_one_does(world: World, folders: Path, tmp_path: Path) -> None:
     bytes_of = {}
     for name, micro_batches, accumulate, prefetch in (

@@ -134,12 +134,13 @@ def adapters_of_poisoned(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
         return adapters_after(ranks, run_dir=run_dir)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("model", "size", "sections"),
     [
         (SOME, 2, {"train": {"micro_batch": 2, "checkpointing": "none", "accumulate": "block", "verify": True}}),
         # Three micro-batches of few tokens.
-        ci(
+        (
             SMALL,
             3,
             {
@@ -148,7 +149,7 @@ def adapters_of_poisoned(ranks: Ranks, *, run_dir: Path) -> dict[str, Tensor]:
                 "data": {"sequence_length": 3},
             },
         ),
-        ci(SOME, 2, {"train": {"micro_batch": 3}, "quant": {"method": "none"}, "parallel": {"offload_base": True}}),
+        (SOME, 2, {"train": {"micro_batch": 3}, "quant": {"method": "none"}, "parallel": {"offload_base": True}}),
     ],
     ids=str,
 )

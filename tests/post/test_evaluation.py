@@ -93,6 +93,7 @@ def evaluate(ranks: Ranks, run_dir: Path, model: Path) -> dict[str, Any]:
     return worker.run(replace(request, source=replace(request.source, most_rows=4)), ranks)
 
 
+@pytest.mark.ci
 def test_sharded_ranks_find_what_one_finds(world: World, run_dir: Path, folders: Path) -> None:
     alone = evaluate(SINGLE, run_dir, folders / "llama")["models"]
     for found in world.run(2, evaluate, run_dir=run_dir, model=folders / "llama"):

@@ -288,6 +288,7 @@ def test_ranks_with_a_sharded_base_decode_in_compiled_calls(world: World, wide_f
     assert first[0].logprobs == pytest.approx(alone[0].logprobs, abs=0.05)
 
 
+@pytest.mark.ci
 def test_little_memory_makes_requests_wait(
     family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

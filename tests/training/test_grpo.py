@@ -445,7 +445,8 @@ def test_a_run_without_rewards_fails(
     assert "RewardsFailedError" in failures.REPEATING
 
 
-@pytest.mark.parametrize("dtype", ["fp32", ci("bf16")])
+@pytest.mark.ci
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_batch_invariant_training_computes_the_samplers_probabilities_to_the_last_bit(
     folders: Path, tmp_path: Path, dtype: str
 ) -> None:
@@ -459,6 +460,7 @@ def test_batch_invariant_training_computes_the_samplers_probabilities_to_the_las
     assert [line["rollout/logprob_difference_max"] for line in fresh] == [0, 0]
 
 
+@pytest.mark.ci
 def test_on_policy_distillation_nears_its_teacher_and_resumes_within_a_rollout(
     world: World, folders: Path, tmp_path: Path
 ) -> None:

@@ -93,7 +93,7 @@ def measured_step_of(ranks: Ranks, *, folder: Path, **sections: dict[str, Any]) 
     return measure_step([config_for(folder, **sections)], ranks)
 
 
-@pytest.mark.parametrize("size", [ci(1), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [ci(1), ci(2), pytest.param(3, marks=pytest.mark.slow)])
 def test_what_a_rank_holds_and_gathers_is_what_its_tensors_take(world: World, folders: Path, size: int) -> None:
     folder = folders / "llama"
     shapes = shapes_of(read_config(folder), folder / "config.json")

@@ -140,6 +140,7 @@ def test_three_ranks_then_two_then_four_see_the_rows_of_one_in_its_order(
     assert_adapters_close(adapter_of(moved), adapter_of(whole(1).folder))
 
 
+@pytest.mark.ci
 def test_part_of_an_epoch_with_a_warm_up_in_steps_resumes_bit_for_bit(folders: Path, tmp_path: Path) -> None:
     settings = {"max_steps": None, "epochs": 1.4, "global_batch": 8, "eval_every": "auto", "evals_per_epoch": 2}
     settings |= {"saves_per_epoch": 2, "keep": 9, "log_every": 1}

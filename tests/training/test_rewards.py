@@ -528,9 +528,11 @@ def test_an_answer_cannot_report_by_what_it_reads_outside_its_memory(isolation: 
                 words += os.read(file, 9999).decode().split(chr(34))
             except (OSError, ValueError): pass
         for number in range(1, 256):
+            try: os.fstat(number)
+            except OSError: continue
             try: os.truncate(number, 0)
             except OSError: pass
-            for word in %s:
+            for word in set(%s):
                 try: os.pwrite(number, word.encode(), 0)
                 except OSError: pass
         os._exit(0)

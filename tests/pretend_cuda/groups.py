@@ -19,17 +19,22 @@ COMPILER = os.environ.get("CXX", "g++")
 """The compiler that the tests were started with; conftest.py hides it from the tests themselves."""
 
 
-def in_process(module: str, out: Path, *arguments: str, mode: str) -> Any:
-    """Run `python -m pretend_cuda.start MODULE OUT ARGUMENTS` and return the JSON that it writes to `out`.
+def start(module: str, *arguments: str, mode: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE ARGUMENTS` where the device can be put in place, which is before torch is imported.
 
-    The device is there before torch, so a process of tests cannot have it. Skips without a C++ compiler.
+    Skips without a C++ compiler.
     """
     if library.build(COMPILER) is None:
         pytest.skip(f"the pretended GPU needs a C++ compiler; there is no {COMPILER}")
     folders = (ROOT / "tests", ROOT, ROOT / "kernels", ROOT / "launcher")
     environment = os.environ | {"PRETEND_CUDA": mode, "PYTHONPATH": os.pathsep.join(map(str, folders))}
-    command = [sys.executable, "-m", "pretend_cuda.start", module, str(out), *arguments]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+def in_process(module: str, out: Path, *arguments: str, mode: str) -> Any:
+    """Run a module of this folder in a process with the device, and return the JSON that it writes to `out`."""
+    ended = start("pretend_cuda.start", module, str(out), *arguments, mode=mode)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
     return json.loads(out.read_text())
 

@@ -1,6 +1,6 @@
 """Run paths of a GPU in this process, on the pretended one, and write what was seen.
 
-    PRETEND_CUDA=skip python -m pretend_cuda.start run_paths OUT.json [--ranks] NAME...
+    PRETEND_CUDA=skip python -m pretend_cuda.start run_paths OUT.json [--ranks] [--beside-cpu N] NAME...
 
 OUT.json has what `seen` returns by path. With --ranks this is rank 3 of 8 of torch's fake process group, which moves
 nothing.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -95,7 +96,9 @@ class Workplace:
     root: Path
     ranks: Ranks
     runs: int = 0
-    batch: dict[str, int] = field(default_factory=lambda: {"global_batch": 4, "micro_batch": 2})
+    train: dict[str, int] = field(default_factory=lambda: {"max_steps": 3, "global_batch": 4, "micro_batch": 2})
+    data: dict[str, float] = field(default_factory=dict)
+    """Settings of every run."""
 
     def written(self, name: str, write: Callable[[Path], Any]) -> Path:
         """Return ROOT/name, written at its first use."""
@@ -111,8 +114,8 @@ class Workplace:
         objective = sections.get("train", {}).get("objective", "sft")
         write, data = DATA[objective]
         base: dict[str, dict[str, Any]] = {
-            "data": {"path": str(self.written(f"{objective}.jsonl", write)), **data},
-            "train": {"max_steps": 3, "dtype": "bf16", "log_every": 1, **self.batch},
+            "data": {"path": str(self.written(f"{objective}.jsonl", write)), **data, **self.data},
+            "train": {"dtype": "bf16", "log_every": 1, **self.train},
             "rollout": {"num_generations": 4, "max_new_tokens": 12} if objective == "grpo" else {},
             "cluster": {"gpus_per_node": self.ranks.world},
         }  # fmt: skip
@@ -202,6 +205,7 @@ def run_path(place: Workplace, name: str) -> list[tuple[float, float]]:
 
 GPU = torch.device("cuda", 3)
 """Not the first, so that a wrong current device shows."""
+CPU = Ranks(0, 1, torch.device("cpu"), None)
 
 
 def fake_ranks() -> Ranks:
@@ -249,6 +253,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="+")
     parser.add_argument("--ranks", action="store_true", help="as rank 3 of 8")
+    parser.add_argument("--beside-cpu", type=int, metavar="N", help="two steps of N sequences, also on the CPU")
     options = parser.parse_args()
     torch.set_num_threads(1)
     spec.derive = derive.derive  # In this process: one of its own takes seconds.
@@ -263,10 +268,15 @@ def main() -> None:
             for model in {paths.OF_EIGHT[name][0] for name in options.names}:  # Only rank 0 of a group writes.
                 place.written(model, functools.partial(write_model, name=model))
             place.ranks = fake_ranks()
-            place.batch = {"global_batch": paths.WORLD, "micro_batch": 1}
+            place.train |= {"global_batch": paths.WORLD, "micro_batch": 1}
+        if options.beside_cpu:
+            place.train = {"max_steps": 2} | dict.fromkeys(("global_batch", "micro_batch"), options.beside_cpu)
+            place.data |= {"eval_fraction": 0}  # An interpreted evaluation takes as long as the steps.
         found = {}
         for name in options.names:
             if name.startswith("zero3"):
                 skip_checks_of_deepspeed()
             found[name] = seen(place, name)
+            if options.beside_cpu:
+                found[name]["cpu_steps"] = run_path(dataclasses.replace(place, ranks=CPU, runs=place.runs + 100), name)
         options.out.write_text(json.dumps(found, indent=1))

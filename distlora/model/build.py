@@ -159,8 +159,7 @@ class CausalLM(nn.Module):
 
         Positions restart at 0 with each packed document. labels[t] is the target at position t, -100 for none.
         `adapter_rows`, `step_rows`: Rows.adapters and Rows.places. `documents` (`documents_of`) are required if the
-        model attends by documents. Without them masks are made from the positions, and the host waits for those if
-        modules run each document alone.
+        model attends by documents. Without them masks are made from the positions, and the host waits for those.
 
         labels=None (generation): return the logits after the last position, (B, 1, vocabulary) fp32, or after
         `past.last`, (B, vocabulary), for one document per row; `past` precedes its T tokens.
@@ -204,7 +203,8 @@ class CausalLM(nn.Module):
 
     def documents_of(self, position_ids: Tensor, device: torch.device) -> Documents | None:
         """Find the packed documents for a forward on `device` from positions (B, T) on the CPU; None: it needs none."""
-        if not (self.attends_by_documents or self.runs_documents_apart):
+        needs_masks = self.architecture.documents == "masks"
+        if not (self.attends_by_documents or self.runs_documents_apart or needs_masks):
             return None
         rows = DocumentRows.of(position_ids) if self.runs_documents_apart else None
         return Documents.of(position_ids).to(device)._replace(rows=rows)
@@ -230,6 +230,7 @@ class CausalLM(nn.Module):
         packed = documents.rows if documents is not None else None
         if packed is None and self.runs_documents_apart and past is None:
             packed = DocumentRows.of(position_ids)
+        is_packed = None if documents is None else documents.is_packed
         if not self.attends_by_documents:
             documents = None
         for block in self.blocks:
@@ -238,7 +239,7 @@ class CausalLM(nn.Module):
             # With a cache transformers does not look for packed documents in the positions, and they leak into each
             # other.
             blind = self.architecture.documents == "masks" and documents is None
-            masks = masks_of_documents(self.decoder, position_ids) if blind else None
+            masks = masks_of_documents(self.decoder, position_ids, is_packed=is_packed) if blind else None
             known: dict[str, Any] = {"attention_mask": masks, "use_cache": False}
         else:
             known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None}

@@ -34,7 +34,6 @@ from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
 from distlora.loading.fill_weight import DoubleQuantizedAbsmax, requantized, run_size
 from distlora.loading.load_base import find_base, segments_of
-from distlora.model.attention import Documents
 from distlora.model.build import CausalLM, build_model
 from distlora.model.experts import ExpertWeight
 from distlora.model.frozen_linear import FrozenLinear, FrozenTensor
@@ -123,7 +122,7 @@ def measure_sensitivity(
     for step in range(len(rows)):
         (batch,) = loader.batch(step).micro_batches
         inputs = (each.to(ranks.device) for each in (batch.input_ids, batch.position_ids, batch.labels))
-        documents = Documents.of(batch.position_ids).to(ranks.device) if model.attends_by_documents else None
+        documents = model.documents_of(batch.position_ids, ranks.device)
         last: list[Tensor] = []
         with model.head.read_by(last.append):
             model(*inputs, documents=documents)

@@ -109,12 +109,13 @@ def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs
     for module in decoder.modules():
         # transformers replaces such a function for some model types only, by the package of the hub's kernels.
         forward: Any = inspect.unwrap(type(module).forward)  # Decorators rename arguments of older callers.
-        if _ROTARY not in forward.__code__.co_names:
+        # With `unsqueeze_dim` heads and tokens lie in another order (the indexers of deepseek_v32).
+        if _ROTARY not in forward.__code__.co_names or "unsqueeze_dim" in inspect.getsource(forward):
             continue
         if forward not in forwards:
             forwards[forward] = _with_global(forward, _ROTARY, fused.rotate)
         module.forward = types.MethodType(forwards[forward], module)
-    return [*used, "rotary embedding"]
+    return [*used, "rotary embedding"] if forwards else used
 
 
 def _with_global(function: types.FunctionType, name: str, value: Any) -> types.FunctionType:

@@ -37,7 +37,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 _MARKS: list[Tensor] = []
-"""Of each unit that was gathered here: 1 while its rows are there, then 0. Never freed, so that others may read it."""
+"""Marks of the units gathered here: 1 while the rows are there, then 0. Never freed, so that others may read them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ PATCHES = {
     "distlora.derive.linears": "inspect.getsource",
     "distlora.derive.probes": "inspect.getsource",
     "distlora.model.fused_modules": "module.forward forward.__code__ function.__code__ function.__closure__ "
-    "function.__globals__ copy.__kwdefaults__",
+    "function.__globals__ copy.__kwdefaults__ inspect.getsource",
     "distlora.model.experts": "module.__class__",
     "distlora.parallel.zero3": "deepspeed.ops.__compatible_ops__",
     "distlora_launcher.compose.compose": "GlobalHydra.instance().hydra HydraConfig.instance().cfg",

@@ -66,6 +66,7 @@ def sound_then_every_unit_damaged(ranks: Ranks, *, run_dir: Path, damaged: tuple
         if ranks.rank == 1:
             assert flat.data_ptr() == rows.data_ptr()
             flat[len(flat) // 2] ^= 4
+        backend.barrier()  # Other ranks read this memory without waiting.
         backend._frozen.check_next_forward()
         model.reshard()  # The root stays gathered after a forward without backward.
         with pytest.raises(DamagedWeightsError) as caught:
@@ -74,6 +75,7 @@ def sound_then_every_unit_damaged(ranks: Ranks, *, run_dir: Path, damaged: tuple
             backend.check_weights()
         if ranks.rank == 1:
             flat[len(flat) // 2] ^= 4
+        backend.barrier()
         said.append(str(caught.value))
         model.reshard()
     backend.check_weights()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from distlora.architecture.shapes import GRADIENT_PARTS, logit_bytes, tokens_per_chunk
@@ -351,7 +351,9 @@ def _mlp_half(layer: PlannedLayer, how: KernelOptions, m: int, which: Pass) -> I
             yield KernelLaunch("elementwise", 6 * e * rows * hidden, launches=12)
         # Experts' outputs times their weights, back in the tokens' order, and added up (experts.combine).
         yield KernelLaunch("elementwise", e * hidden * (5 * rows + m), launches=4)
-    yield gated(decoder.mlp_columns * m, how, backward=backward)
+    # Experts' own products of gate and up are the model's (distlora.model.experts).
+    own = how if experts is None else replace(how, fused=how.fused - {"mlps"})
+    yield gated(decoder.mlp_columns * m, own, backward=backward)
     for name in ("gate_up", "down"):
         yield from linears(layer.linears[name], m, how, which)
     if decoder.shared is not None:

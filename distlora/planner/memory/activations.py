@@ -58,6 +58,8 @@ class Activations:
     """On the device while the head is at work, after the last norm."""
     head_backward: float
     """On the device in their backward."""
+    newest: float
+    """Bytes of the last block's whole input beside the inputs in `kept`; a part of head_forward and head_backward."""
     working: float
     """On the device while a block is at work in backward: what it recomputes, and gradients."""
     dequantized: float
@@ -321,8 +323,8 @@ class Costs(LayerRun):
         offloads = mode == "offload"
         # The gradient of all tokens comes in, and those of the slices that were run before the last are kept for it.
         gradients = (2 * tokens - at_once) * self.boundary
-        # The newest input is a slice of the last block's, which stays whole with it until backward.
-        newest = max(0, tokens - _OFFLOADED_IN_FLIGHT * at_once) * self.boundary if offloads else 0
+        # The last block's whole input stays, of which the newest is a slice, and no other is on its way.
+        newest = (tokens - _OFFLOADED_IN_FLIGHT * at_once) * self.boundary if offloads else 0
         kept_here = at_once * _OFFLOADED_IN_FLIGHT if offloads else tokens * layers
         working = self.working(mode, at_once, tile, row, sliced=tokens > at_once)
         return Activations(
@@ -331,6 +333,7 @@ class Costs(LayerRun):
             + tokens * (self._tables + self._masks(mode, row) + layers * self.indices(mode)),
             head_forward=self.head_forward(tokens) + newest,
             head_backward=self.head_backward(tokens) + newest,
+            newest=newest,
             working=gradients + working.bytes,
             dequantized=working.dense,
         )

@@ -56,7 +56,7 @@ def gathered_of(work: Workload, base: BaseSizes, shards: int, resident: int, *, 
     # A tied unit that is trained is gathered again for the head's backward, and stays until the embedding's.
     behind = rest + (whole if trains_head else 0)
     return Gathered(
-        copying=rest + whole + head + output,
+        copying=rest + whole + 2 * head + output,
         # The output that a tied unit came in is there until the first block is copied out.
         embedding=rest + 2 * embedding + (in_use if base.tied else 0),
         forward=rest + whole + in_use + output + ahead,

@@ -213,7 +213,11 @@ class StepMemory:
             "gradients": self._waiting(self.base.layers),
         }
         before = last | {"kept": self._kept - self.blocks[-1].kept, "gathered": self.gathered.forward}
-        copying = last | {"working": 0, "scratch": 0, "gathered": self.gathered.copying}
+        # FSDP2 copies a head of its own out last, behind the last norm.
+        states = 0
+        if self.base.head and self.work.parallel.backend == "fsdp2":
+            states = int(self.tokens * (self.costs.norm_keeps + self.costs.boundary) + self.activations.newest)
+        copying = last | {"working": states, "scratch": 0, "gathered": self.gathered.copying}
         return _most(last, before, copying)
 
     def _head(self, logits: float, gathered: int) -> dict[Kind, int]:

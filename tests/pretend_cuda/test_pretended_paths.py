@@ -15,13 +15,9 @@ from tools.kernel_cases import all_cases
 GENERATION = r"grpo.*|generate (llama|qwen3_moe)"
 """Paths that sample with the paged engine."""
 WAITS: dict[str, tuple[str, str]] = {
-    "distlora/model/attention.py masks_of_documents: item": (
-        "generate gpt_oss",
-        "transformers asks a device tensor with .all() whether positions restart, once per mask",
-    ),
     "distlora/model/build.py CausalLM.hidden_states: item": (
         "fp32|attention=sdpa|type deepseek_v3|variant (llama-dynamic|gemma2.*)",
-        "the same, for decoders that make masks themselves",
+        "transformers asks a device tensor with .all() whether positions restart, where decoders make masks themselves",
     ),
     "distlora_kernels/operands.py Routing.of: copy to the host": (
         "variant qwen3-moe",

@@ -25,7 +25,7 @@ from distlora.config import UserError
 from distlora.generation.compiled_step import CompiledStep, fits
 from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import Request, Sample, choose
-from distlora.model.adapters import AdaptedLinear, AdapterCopies
+from distlora.model.adapters import AdapterCopies
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
@@ -165,7 +165,9 @@ class Engine:
         mine = self._backend.ranks.part_of(len(requests))
         with contextlib.ExitStack() as stack:
             stack.enter_context(aside(self._model, self._backend))
-            stack.enter_context(self._adapter_copies(requests).fresh())
+            one_adapter = all(request.slot is None for request in requests)
+            copies = AdapterCopies.of(self._model, self._backend.ranks.device, one_adapter=one_adapter)
+            stack.enter_context(copies.fresh())
             stack.enter_context(batch_invariant(self._model.is_batch_invariant))
             batch = _Batch(self, [(index, requests[index]) for index in mine], limit, on_done, on_token)
             stack.enter_context(batch.cache.attending(self._model.decoder))
@@ -186,11 +188,6 @@ class Engine:
                     if batch.works or not alone:
                         batch.forward()
         return gathered(batch.samples, len(requests), self._backend)
-
-    def _adapter_copies(self, requests: Sequence[Request]) -> AdapterCopies:
-        """Return copies that products of all tokens read: on a GPU, for one adapter."""
-        copied = self._backend.ranks.device.type == "cuda" and all(request.slot is None for request in requests)
-        return AdapterCopies([m for m in self._model.modules() if copied and isinstance(m, AdaptedLinear)])
 
     def _choose(self, *, has_room: bool) -> SamplingChoice:
         """Return the most blocks of a rank, and whether it decodes by one compiled call. Every rank must call it."""

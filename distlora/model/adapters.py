@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -328,6 +328,12 @@ class AdapterCopies:
             piece[: master.numel()].view_as(master) for piece, master in zip(flat.split(sizes), masters, strict=True)
         ]
         self._downs, self._ups = copies[: len(self._pairs)], copies[len(self._pairs) :]
+
+    @classmethod
+    def of(cls, model: nn.Module, device: torch.device, *, one_adapter: bool) -> Self:
+        """Return the copies of all adapted linears, and none on a CPU or where rows choose between adapters."""
+        copied = one_adapter and device.type == "cuda"
+        return cls(module for module in model.modules() if copied and isinstance(module, AdaptedLinear))
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:

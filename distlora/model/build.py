@@ -207,7 +207,8 @@ class CausalLM(nn.Module):
         if not (self.attends_by_documents or self.runs_documents_apart or needs_masks):
             return None
         rows = DocumentRows.of(position_ids) if self.runs_documents_apart else None
-        return Documents.of(position_ids).to(device)._replace(rows=rows)
+        documents = Documents.of(position_ids)._replace(rows=rows)
+        return documents.to(device) if self.attends_by_documents else documents
 
     def hidden_states(
         self,
@@ -226,7 +227,7 @@ class CausalLM(nn.Module):
         `reference` then holds the last layer's output of its rows. `balanced` and `counted` (B, T) bool: positions over
         which the routers collect statistics for `balance_sums`, and that count in the experts' load.
         """
-        assert documents is None or past is None, "no use for documents"
+        assert documents is None or past is None, "documents beside a cache"
         packed = documents.rows if documents is not None else None
         if packed is None and self.runs_documents_apart and past is None:
             packed = DocumentRows.of(position_ids)

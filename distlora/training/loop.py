@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distlora.config.objectives import means_of
 from distlora.data.loader import MicroBatch, StepBatch, joined
-from distlora.model.adapters import AdaptedLinear, AdapterCopies
+from distlora.model.adapters import AdapterCopies
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.parallel.ranks import Traffic
@@ -74,8 +74,7 @@ class Trainer(Passes):
         """`shares_steps`: the steps are run elsewhere, with those of other trials."""
         super().__init__(model, backend, control)
         self.trial = trial
-        copied = backend.ranks.device.type == "cuda" and not shares_steps
-        self._copies = AdapterCopies([m for m in model.modules() if copied and isinstance(m, AdaptedLinear)])
+        self._copies = AdapterCopies.of(model, backend.ranks.device, one_adapter=not shares_steps)
 
     def fit(self) -> None:
         """Train to the end or until early stopping, with evaluations, samples and saves.

@@ -21,7 +21,6 @@ from distlora.config import Config
 from distlora.config.cluster import FIRST_TORCH
 from distlora.loading.tensor_files import write_files
 from distlora.model.adapters import adapter_parameters
-from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenLinear
 from distlora.model.layer_wrapper import HostInputs
@@ -79,7 +78,7 @@ def train_steps(model: CausalLM, device: torch.device) -> list[Tensor]:
     tokens = torch.randint(0, 500, (STEPS, 4, 65), generator=generator).to(device)
     # Two documents a row.
     positions = torch.cat([torch.arange(23), torch.arange(41)]).expand(4, 64)
-    documents = Documents.of(positions).to(device) if model.attends_by_documents else None
+    documents = model.documents_of(positions, device)
     positions = positions.to(device)
     adapters = list(adapter_parameters(model).values())
     losses, allocated, pinned = torch.empty(STEPS, device=device), [], []
@@ -195,7 +194,7 @@ def test_moments_that_are_cut_over_the_ranks_are_restored_on_the_gpu(
     model, optimizer, trained, backend = sharded_trainer(config, device, group)
     tokens = torch.randint(0, 500, (2, 65), generator=torch.Generator().manual_seed(0)).to(device)
     positions = torch.arange(64, device=device).expand(2, 64)
-    documents = Documents.of(positions.cpu()).to(device) if model.attends_by_documents else None
+    documents = model.documents_of(positions.cpu(), device)
     for _ in range(2):
         backend.zero_gradients()
         loss = model(tokens[:, :-1], positions, tokens[:, 1:], documents=documents).sum() / 128

@@ -14,7 +14,7 @@ from torch import Tensor
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.shapes import shapes_of
 from distlora.model.adapters import StepRows
-from distlora.model.attention import Documents, attend_on_cpu
+from distlora.model.attention import attend_on_cpu
 from distlora.model.build import CausalLM
 from distlora.model.layer_wrapper import HostInputs
 from distlora.model.lm_head import LossForm
@@ -133,7 +133,7 @@ def set_mode(model: CausalLM, mode: Mode, tile: int | None, num_micro: int = 1) 
 
 def loss(model: CausalLM, rows: int = 1, *, with_reference: bool = False, document: int | None = None) -> torch.Tensor:
     ids, places = tokens(rows, TOKENS), (positions(document) if document else POSITIONS).expand(rows, -1)
-    documents = Documents.of(places) if model.attends_by_documents else None
+    documents = model.documents_of(places, places.device)
     place = StepRows(0, torch.arange(rows))
     labels = ids.roll(-1, 1)
     losses = model(

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from distlora.config import Config
-from distlora.model.attention import Documents
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, Ranks
 from distlora.parallel.ranks import Traffic
@@ -77,7 +76,7 @@ def our_step(model: CausalLM, backend: Backend, config: Config, accumulation: in
     parts = [ids] if in_block else list(ids.split(rows))
     for index, part in enumerate(parts):
         positions = torch.arange(length).expand_as(part)
-        documents = Documents.of(positions).to(part.device) if model.attends_by_documents else None
+        documents = model.documents_of(positions, part.device)
         losses = model(part, positions.to(part.device), part, documents=documents)
         loss = losses.sum() / (ids.numel() * backend.ranks.world)
         backend.backward(loss, last=index == len(parts) - 1)

@@ -379,9 +379,9 @@ def checksum_of(weight: FrozenTensor, backend: Backend) -> Tensor:
     offset = weight.get_buffer("offset").view(torch.int32).to(total.device, torch.int64)
     for at in range(0, len(parts[0]), CACHE_CHUNK_GROUPS):
         chunk = [part[at : at + CACHE_CHUNK_GROUPS] for part in parts]
-        numbers = torch.arange(1, len(chunk[0]) + 1, device=total.device) + (first + at)  # Not 0: so are zeros' sums.
+        ordinals = torch.arange(1, len(chunk[0]) + 1, device=total.device) + (first + at)  # Not 0: so are zeros' sums.
         sums = [checksums(part.view(len(part), -1)) for part in chunk]
-        total += checksums(torch.stack([*sums, numbers, offset.expand(len(numbers))], dim=1)).sum()
+        total += checksums(torch.stack([*sums, ordinals, offset.expand(len(ordinals))], dim=1)).sum()
     return total
 
 

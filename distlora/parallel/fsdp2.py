@@ -108,7 +108,8 @@ class _CountedAllGather(_Counted):
         sizes = [storage.nbytes() for storage in storages]  # With the rows that FSDP2 adds.
         mark = torch.ones(1, dtype=torch.int64)
         _MARKS.append(mark)
-        weakref.finalize(self, mark.zero_)  # The unit's parameters go with it.
+        for storage in storages:
+            weakref.finalize(storage, mark.zero_)
         ours = torch.tensor([os.getpid(), mark.data_ptr(), *(storage.data_ptr() for storage in storages)])
         everyone = ours.new_empty(group.size(), len(ours))
         _gather_places(everyone, ours[None], group=group)

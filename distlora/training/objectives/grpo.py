@@ -20,7 +20,7 @@ from distlora.data.loader import MicroBatch
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import LossForm
-from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
+from distlora.training.objectives.objective import Losses, Objective, document_masks, most_documents, run, send, sums_of
 
 STD_FLOOR = 1e-4
 """Constant that is added to a standard deviation before it divides, as in TRL."""
@@ -53,7 +53,7 @@ class GRPO(Objective):
         # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
         answers = None
         if rollout.importance_sampling_level == "sequence":
-            answers = documents_of(sent.position_ids, most_documents(batch)) & is_label[:, None]  # One per document.
+            answers = document_masks(sent.position_ids, most_documents(batch)) & is_label[:, None]  # One per document.
         reference, form = None, LossForm(by_token=True, temperature=rollout.temperature)
         with batch_invariant(model.is_batch_invariant):
             if self.needs.reference:

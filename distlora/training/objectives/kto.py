@@ -11,7 +11,7 @@ from distlora.data.loader import MicroBatch
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import LossForm
 from distlora.parallel import Backend
-from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
+from distlora.training.objectives.objective import Losses, Objective, document_masks, most_documents, run, send, sums_of
 
 
 class KTO(Objective):
@@ -41,7 +41,7 @@ class KTO(Objective):
         assert sent.judged is not None, "data of another objective"
         assert self._kl is not None, "`prepare` comes first"
         # Before the forward: a copy to the device that is queued after it makes the host wait for its end.
-        documents = documents_of(sent.position_ids, most_documents(batch))
+        documents = document_masks(sent.position_ids, most_documents(batch))
         verdicts = sums_of(sent.judged, documents)
         policy, reference = run(model, batch, sent, step, LossForm(with_reference=True))
         ratios = sums_of(reference - policy, documents)

@@ -96,7 +96,7 @@ def most_documents(batch: MicroBatch) -> int:
     return int((batch.position_ids == 0).sum(dim=1).max())
 
 
-def documents_of(position_ids: Tensor, most: int) -> Tensor:
+def document_masks(position_ids: Tensor, most: int) -> Tensor:
     """Return a mask (B, D, T) of each document's tokens, D = `most`, from position_ids (B, T). No host read."""
     number = torch.arange(most, device=position_ids.device)[:, None]
     return (position_ids == 0).cumsum(dim=1)[:, None] - 1 == number

@@ -15,7 +15,7 @@ from torch import Tensor
 from distlora.data.loader import MicroBatch
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import LossForm
-from distlora.training.objectives.objective import Losses, Objective, documents_of, most_documents, run, send, sums_of
+from distlora.training.objectives.objective import Losses, Objective, document_masks, most_documents, run, send, sums_of
 
 
 class Answers(NamedTuple):
@@ -165,7 +165,7 @@ def pairs_of(position_ids: Tensor, batch: MicroBatch) -> Tensor:
 
     Documents are chosen, rejected, chosen, rejected, ..., padding.
     """
-    return documents_of(position_ids, most_documents(batch) // 2 * 2)
+    return document_masks(position_ids, most_documents(batch) // 2 * 2)
 
 
 def pair_sums(values: Tensor, answers: Tensor) -> Tensor:

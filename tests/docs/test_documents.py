@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 
 from distlora.config import Config
+from distlora.config.objectives import OBJECTIVES
 from distlora.config.sweep import SweepConfig
+from distlora.training.objectives import CLASSES
 from distlora_launcher.cli.main import COMMANDS
 from support.document_stage import Shell, make_stage, make_sweep, no_process_starts
 from support.documents import ROOT, anchors, blocks, commands, documents, links, named, named_files
@@ -131,6 +133,15 @@ def test_links_of_a_document_lead_to_files_and_headings(document: str) -> None:
         assert place.exists(), f"{document}:{line} links to {target}"
         if anchor:
             assert anchor in anchors(str(place.resolve().relative_to(ROOT))), f"{document}:{line} links to {target}"
+
+
+def test_the_lists_of_objectives_name_the_same_ones() -> None:
+    names = set(typing.get_args(typing.get_type_hints(SECTIONS["train"])["objective"]))
+    assert names == set(OBJECTIVES) == set(CLASSES)
+    comment = (ROOT / "conf" / "train" / "default.yaml").read_text().splitlines()[0].partition("#")[2]
+    row = next(line for line in (ROOT / "docs" / "settings.md").read_text().splitlines() if "`train.objective`" in line)
+    for listed in (comment, row.split("|")[2]):
+        assert set(re.findall(r"\w+", listed)) == names
 
 
 def test_the_settings_reference_is_of_the_dataclasses() -> None:

@@ -12,9 +12,9 @@ from distlora.training.objectives.pairs import DPO, IPO, ORPO, SimPO
 from distlora.training.objectives.process_reward import ProcessReward
 from distlora.training.objectives.reward import RewardModel
 
-__all__ = ["DPO", "GRPO", "Losses", "MismatchError", "NextToken", "Objective", "RewardModel", "objective_of"]
+__all__ = ["CLASSES", "DPO", "GRPO", "Losses", "MismatchError", "NextToken", "Objective", "RewardModel", "objective_of"]
 
-_CLASSES: dict[str, type[Objective]] = {
+CLASSES: dict[str, type[Objective]] = {
     "sft": NextToken,
     "dpo": DPO,
     "ipo": IPO,
@@ -27,8 +27,9 @@ _CLASSES: dict[str, type[Objective]] = {
     "reward": RewardModel,
     "process_reward": ProcessReward,
 }
+"""Class of each value of train.objective."""
 
 
 def objective_of(train: TrainConfig, rollout: RolloutConfig | None = None) -> Objective:
     """Return the objective of train.objective. `rollout`: None where no answer is sampled."""
-    return _CLASSES[train.objective](train, rollout or RolloutConfig())
+    return CLASSES[train.objective](train, rollout or RolloutConfig())

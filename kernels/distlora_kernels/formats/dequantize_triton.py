@@ -96,6 +96,7 @@ def blocks_kernel(
         zero = 8 if third_ptr is None else tl.load(third_ptr + at_scales).to(tl.int32)[:, None]
         values = (((codes >> 28) & 15) - zero).to(tl.float32)
     else:
+        tl.static_assert(KIND == "mxfp4" or KIND == "nvfp4", "a kind of codes that this kernel does not decode")
         values = ((codes >> 6) & _SIGN_AND_3).to(tl.float32, bitcast=True) * (2.0**127 if KIND == "mxfp4" else 2.0**126)
     values = (values * scale[:, None]).to(out_ptr.dtype.element_ty)
 

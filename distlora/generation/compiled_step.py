@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -143,15 +143,14 @@ class CompiledStep:
             window=getattr(attention, "sliding_window", None),
         )
 
-    def __call__(self, ids: Tensor, positions: Tensor, step: CacheStep, slots: Sequence[int | None]) -> Tensor:
-        """Return the logits (N, vocabulary) fp32 after one token of each row, (N, 1)."""
+    def __call__(self, ids: Tensor, positions: Tensor, step: CacheStep, slots: Tensor | None) -> Tensor:
+        """Return the logits (N, vocabulary) fp32 after one token of each row, (N, 1). `slots` (N,): their adapters."""
         assert step.tables is not None
         assert step.lengths is not None
         decoder: Any = self._model.decoder
         embedded = F.embedding(ids[:, 0], self._model.embedding.weight)  # type: ignore[arg-type]
         cosines, sines = decoder.rotary_emb(embedded[:, None], position_ids=positions)
         rotary = cosines[:, 0].to(embedded.dtype), sines[:, 0].to(embedded.dtype)
-        chosen = None if slots[0] is None else torch.tensor(slots)
-        hidden = self._kept.decode(embedded, rotary, step.places, step.tables, step.lengths, chosen)
+        hidden = self._kept.decode(embedded, rotary, step.places, step.tables, step.lengths, slots)
         hidden = decoder.norm(hidden)
         return self._model.head.logits(hidden) if self._head is None else product(hidden, self._head).float()

@@ -24,13 +24,15 @@ from distlora.checkpoint.state import SamplingChoice
 from distlora.config import UserError
 from distlora.generation.compiled_step import CompiledStep, fits
 from distlora.generation.prompts import context_limit
-from distlora.generation.sampling import Request, Sample, choose
+from distlora.generation.sampling import NUMBERS, Form, Request, Sample, choose, choose_by, numbers_of
 from distlora.model.adapters import AdapterCopies
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.paged_cache import BLOCK, CacheStep, PagedCache, Past
 from distlora.parallel import Backend
+from distlora.parallel.ranks import max_over_ranks
+from distlora.system.transfer import to_device
 from distlora_kernels import products
 
 PREFILL_TOKENS = 2048
@@ -195,10 +197,9 @@ class Engine:
         blocks = int(CACHE_SHARE * room) if room < sys.maxsize else room
         if before is not None and before.blocks <= room:
             blocks = before.blocks
-        least = torch.tensor(-blocks, device=self._backend.ranks.device)
         compiles = has_room and self._compiled and not self._model.is_batch_invariant and fits(self._model)
         return SamplingChoice(
-            blocks=-int(self._backend.max_over_ranks(least)),
+            blocks=-max_over_ranks(-blocks, self._backend.ranks),
             compiles=compiles and (before is None or before.compiles),
         )
 
@@ -210,8 +211,7 @@ class Engine:
 
     def _any(self, works: bool) -> bool:
         """Return whether any rank has work left."""
-        flag = torch.tensor(int(works), device=self._backend.ranks.device)
-        return bool(self._backend.max_over_ranks(flag))
+        return bool(max_over_ranks(int(works), self._backend.ranks))
 
 
 class _Batch:
@@ -232,6 +232,7 @@ class _Batch:
         for _, request in requests:
             self._prefix_of(request).users += 1
         chosen = {request.slot for _, request in requests}
+        assert None not in chosen or len(chosen) == 1, "requests name a slot or none does"
         self._slots = None if None in chosen else {slot for slot in chosen if slot is not None}
         """Slots of the requests; None if they choose no adapter."""
         self.samples: dict[int, Sample] = {}
@@ -286,9 +287,7 @@ class _Batch:
     def run_nothing(self) -> None:
         """Run the model once for the other ranks' sake."""
         nothing = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-        self._logits(
-            nothing, nothing, torch.zeros(1, dtype=torch.int64), None, CacheStep(nothing[0, :0], nothing[0, :0])
-        )
+        self._logits(nothing, nothing, None, None, CacheStep(nothing[0, :0], nothing[0, :0]))
 
     def _admit(self) -> None:
         """Give waiting requests a place, in order, while there are rows and blocks."""
@@ -335,7 +334,7 @@ class _Batch:
         self._rows += ready
         self._rows.sort(key=lambda row: (row.request.slot is not None, row.request.slot or 0, row.index))
         self._tables = None
-        self._append(ready, logits)
+        self._append(ready, choose(logits, [row.request for row in ready], [row.length for row in ready]))
 
     def _next_prompts(self) -> list[_Prefix]:
         """Return prompts that run together: as many as fit in PREFILL_TOKENS, padded to the longest."""
@@ -350,15 +349,15 @@ class _Batch:
     def _run_prompts(self, prompts: list[_Prefix]) -> None:
         longest = max(len(prompt.tokens) for prompt in prompts)
         ids = torch.tensor([prompt.tokens + [0] * (longest - len(prompt.tokens)) for prompt in prompts])
-        positions = torch.arange(longest).expand_as(ids)
+        positions = torch.arange(longest, device=self._device).expand_as(ids)
         sources = [row * longest + at for row, prompt in enumerate(prompts) for at in range(len(prompt.tokens))]
         places = [
             prompt.blocks[at // BLOCK] * BLOCK + at % BLOCK for prompt in prompts for at in range(len(prompt.tokens))
         ]
-        last = torch.tensor([len(prompt.tokens) - 1 for prompt in prompts])
-        step = CacheStep(torch.tensor(places, device=self._device), torch.tensor(sources, device=self._device))
-        slots = [prompt.slot for prompt in prompts]
-        logits = self._logits(ids.to(self._device), positions.to(self._device), last, slots, step)
+        last = self._sent([len(prompt.tokens) - 1 for prompt in prompts])
+        step = CacheStep(self._sent(places), self._sent(sources))
+        slots = None if self._slots is None else self._sent([prompt.slot for prompt in prompts])
+        logits = self._logits(to_device(ids, self._device), positions, last, slots, step)
         for prompt, row in zip(prompts, logits, strict=True):
             prompt.logits = row.clone()
         self._start()
@@ -368,41 +367,44 @@ class _Batch:
         rows = self._rows
         if self._tables is None:
             most = max(len(row.table) for row in rows)
-            tables = [row.table + [0] * (most - len(row.table)) for row in rows]
-            self._tables = torch.tensor(tables, device=self._device)
-        lengths = torch.tensor([row.length for row in rows], device=self._device)
-        at = lengths - 1
-        places = self._tables.gather(1, (at // BLOCK)[:, None]).squeeze(1) * BLOCK + at % BLOCK
-        longest = max(row.length for row in rows)
-        step = CacheStep(places, places[:0], self._tables, lengths, longest)
-        ids = torch.tensor([row.tokens[-1:] for row in rows], device=self._device)
-        slots = [row.request.slot for row in rows]
+            self._tables = self._sent([row.table + [0] * (most - len(row.table)) for row in rows])
+        # One copy to the device per token: integers below 2^53 are exact in fp64.
+        columns = zip(*map(_numbers_of_row, rows), strict=True)
+        sent = to_device(torch.tensor(list(columns), dtype=torch.float64), self._device)
+        tokens, places, lengths, slots = sent[:-NUMBERS].long()
+        positions = (lengths - 1)[:, None]
+        step = CacheStep(places, places[:0], self._tables, lengths, max(row.length for row in rows))
+        chosen = None if self._slots is None else slots
         if not self.compiles:
-            logits = self._logits(ids, at[:, None], torch.zeros_like(lengths), slots, step)
+            logits = self._logits(tokens[:, None], positions, None, chosen, step).squeeze(1)
         else:
             if self._compiled is None:
                 self._compiled = CompiledStep(self._model, self.cache, self._slots)
-            logits = self._compiled(ids, at[:, None], step, slots)
-        self._append(list(rows), logits)
+            logits = self._compiled(tokens[:, None], positions, step, chosen)
+        self._append(list(rows), choose_by(logits, sent[-NUMBERS:], Form.of([row.request for row in rows])))
+
+    def _sent(self, numbers: Sequence[Any]) -> Tensor:
+        """Return integers as an int64 tensor on the device, without waiting for it."""
+        return to_device(torch.tensor(numbers), self._device)
 
     def _logits(
-        self, ids: Tensor, positions: Tensor, last: Tensor, slots: Sequence[int | None] | None, step: CacheStep
+        self, ids: Tensor, positions: Tensor, last: Tensor | None, slots: Tensor | None, step: CacheStep
     ) -> Tensor:
-        """Return the logits (N, V) fp32 after the token `last` (N,) of each row of ids and positions (N, T)."""
-        adapters = None
-        if slots is not None and any(slot is not None for slot in slots):
-            assert all(slot is not None for slot in slots), "requests name a slot or none does"
-            adapters = torch.tensor(slots, device=self._device)
-        past = Past(None, self.cache, last.to(self._device))
-        with self.cache.step(step):
-            return self._model(ids, positions, None, adapter_rows=adapters, past=past)
+        """Return the logits (N, V) fp32 after the token `last` (N,) of each row of ids and positions (N, T).
 
-    def _append(self, rows: Sequence[_Row], logits: Tensor) -> None:
-        """Choose the next token of these rows, and let those go that have ended."""
-        chosen = choose(logits, [row.request for row in rows], [row.length for row in rows])
-        tokens, logprobs = (column.tolist() for column in chosen)
+        last=None: (N, 1, V) after the last token. `slots` (N,): the rows' adapters.
+        """
+        with self.cache.step(step):
+            past = Past(None, self.cache, last)
+            return self._model(ids, positions, None, adapter_rows=slots, past=past)
+
+    def _append(self, rows: Sequence[_Row], chosen: tuple[Tensor, Tensor]) -> None:
+        """Append the chosen tokens, (N,) with their log-probabilities, and let rows go that have ended."""
+        # The only wait for the device per token. Tokens and fp32 numbers are exact in fp64.
+        tokens, logprobs = torch.stack([column.double() for column in chosen]).tolist()
         gone: set[_Row] = set()
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        for row, number, logprob in zip(rows, tokens, logprobs, strict=True):
+            token = int(number)
             row.tokens.append(token)
             row.logprobs.append(logprob)
             if self._on_token is not None:
@@ -424,6 +426,14 @@ class _Batch:
         self.samples[row.index] = sample = Sample(row.tokens, row.logprobs, ended)
         if self._on_done is not None:
             self._on_done(row.index, sample)
+
+
+def _numbers_of_row(row: _Row) -> tuple[float, ...]:
+    """Return what a step needs of a row: last token, its place in the cache, tokens, slot, and `numbers_of` it."""
+    at = row.length - 1
+    block = row.own[at // BLOCK - len(row.prefix.tokens) // BLOCK]
+    slot = -1 if row.request.slot is None else row.request.slot
+    return row.tokens[-1], block * BLOCK + at % BLOCK, row.length, slot, *numbers_of(row.request, row.length)
 
 
 def gathered(samples: dict[int, Sample], count: int, backend: Backend) -> list[Sample]:

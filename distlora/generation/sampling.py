@@ -12,9 +12,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from distlora.system.transfer import to_device
 
 CHUNK = 256
 """Tokens whose probabilities are summed before the chosen one is looked for among them."""
@@ -59,51 +62,88 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
+class Form(NamedTuple):
+    """Operations that the requests of a batch need; the host knows them, so that it need not wait for the device."""
+
+    divides: bool
+    """True if a temperature is neither 0 nor 1."""
+    draws: bool
+    """True if a row is sampled."""
+    sorts: int | None
+    """Likeliest tokens to sort for top_k and top_p; 0 for the whole vocabulary; None: no request has them."""
+
+    @classmethod
+    def of(cls, requests: Sequence[Request]) -> Form:
+        """Return the operations that some of the requests need."""
+        sampled = [request for request in requests if request.temperature > 0]
+        most = [request.top_k for request in sampled if _is_cut(request)]
+        return cls(
+            divides=any(request.temperature not in (0.0, 1.0) for request in requests),
+            draws=bool(sampled),
+            sorts=(max(most) if all(most) else 0) if most else None,
+        )
+
+
+def _is_cut(request: Request) -> bool:
+    return request.top_p < 1 or request.top_k > 0
+
+
+NUMBERS = 4
+"""Numbers per row that `numbers_of` returns."""
+
+
+def numbers_of(request: Request, position: int) -> tuple[float, float, float, float]:
+    """Return temperature, top_p, top_k and the random number of a row with `position` tokens, the prompt's included."""
+    drawn = uniform(request.seed, position) if request.temperature > 0 else 0.0
+    return request.temperature, request.top_p, float(request.top_k), drawn
+
+
 def choose(logits: Tensor, requests: Sequence[Request], positions: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the chosen tokens (N,) int64 and their log-probabilities (N,) fp32, from logits (N, V) fp32.
 
     `positions`: number of each row's tokens so far, the prompt's included.
     """
-    temperatures = [request.temperature for request in requests]
-    if any(temperature not in (0.0, 1.0) for temperature in temperatures):
-        logits = logits / logits.new_tensor([value or 1.0 for value in temperatures])[:, None]
+    columns = list(zip(*map(numbers_of, requests, positions), strict=True))
+    return choose_by(logits, to_device(torch.tensor(columns, dtype=torch.float64), logits.device), Form.of(requests))
+
+
+def choose_by(logits: Tensor, numbers: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Choose as `choose` does, by the numbers (NUMBERS, N) fp64 of `numbers_of` on the device of the logits.
+
+    The host reads nothing from the device, and shapes depend on `form` alone.
+    """
+    temperatures, _, _, drawn = numbers
+    if form.divides:
+        logits = logits / temperatures.where(temperatures > 0, 1.0).to(logits.dtype)[:, None]
     log_p = logits.log_softmax(-1)
     tokens = log_p.argmax(-1)
-    sampled = [row for row, temperature in enumerate(temperatures) if temperature > 0]
-    if sampled:
-        rows = log_p[sampled] if len(sampled) < len(requests) else log_p
-        numbers = [uniform(requests[row].seed, positions[row]) for row in sampled]
-        drawn = _draw(_cut(rows, [requests[row] for row in sampled]), numbers)
-        tokens[torch.tensor(sampled, device=tokens.device)] = drawn
+    if form.draws:
+        p = log_p.exp()
+        p = p if form.sorts is None else _cut(p, numbers, form.sorts)
+        tokens = _draw(p, drawn).where(temperatures > 0, tokens)
     return tokens, log_p.gather(1, tokens[:, None]).squeeze(1)
 
 
-def _cut(log_p: Tensor, requests: Sequence[Request]) -> Tensor:
-    """Return the probabilities (N, V), zero for tokens that top_k and top_p leave out; their sum may be below 1."""
-    p = log_p.exp()
-    cut = [row for row, request in enumerate(requests) if request.top_p < 1 or request.top_k > 0]
-    if not cut:
-        return p
-    most = [requests[row].top_k for row in cut]
-    count = max(most) if all(most) else p.shape[1]
-    ordered, tokens = p[cut].topk(min(count, p.shape[1]), dim=-1)
+def _cut(p: Tensor, numbers: Tensor, sorts: int) -> Tensor:
+    """Return probabilities (N, V), zero for tokens that top_k and top_p leave out; their sum may be below 1."""
+    _, top_p, top_k, _ = numbers[..., None]
+    ordered, tokens = p.topk(min(sorts or p.shape[1], p.shape[1]), dim=-1)
     at = torch.arange(ordered.shape[1], device=p.device)
-    sizes = torch.tensor([size or p.shape[1] for size in most], device=p.device)[:, None]
-    ordered = ordered.where(at < sizes, 0.0)
+    ordered = ordered.where((at < top_k) | (top_k == 0), 0.0)
     # top_p is a part of what top_k leaves. A token is in it if those before it are not enough.
     before = ordered.cumsum(-1) - ordered
-    parts = p.new_tensor([requests[row].top_p for row in cut])[:, None] * ordered.sum(-1, keepdim=True)
+    parts = top_p.to(p.dtype) * ordered.sum(-1, keepdim=True)
     ordered = ordered.where((before < parts) | (at == 0), 0.0)
-    p[cut] = torch.zeros_like(p[cut]).scatter_(1, tokens, ordered)
-    return p
+    is_cut = (top_p < 1) | (top_k > 0)
+    return torch.zeros_like(p).scatter_(1, tokens, ordered).where(is_cut, p)
 
 
-def _draw(p: Tensor, numbers: Sequence[float]) -> Tensor:
-    """Return (N,) int64: the first token at which the sum of the probabilities (N, V) exceeds a random number (N,)."""
+def _draw(p: Tensor, numbers: Tensor) -> Tensor:
+    """Return (N,) int64: the first token at which the sum of the probabilities (N, V) exceeds `numbers` (N,) fp64."""
     num_rows, vocabulary = p.shape
     padded = torch.nn.functional.pad(p, (0, -vocabulary % CHUNK)).view(num_rows, -1, CHUNK)
     sums = padded.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = torch.tensor(numbers, dtype=torch.float64, device=p.device)[:, None] * sums[:, -1:]
+    target = numbers[:, None] * sums[:, -1:]
     # Rounding must not choose what has no probability: the last chunk with any is the limit.
     chunk = torch.minimum((sums <= target).sum(-1), (sums < sums[:, -1:]).sum(-1))
     rows = torch.arange(num_rows, device=p.device)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distlora.model.batch_invariant import attend_rows
+from distlora.system.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -60,6 +61,8 @@ class PagedCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         """Keys and values (blocks S, K, E) by layer, allocated at the first update."""
         self._step: CacheStep | None = None
+        self._seen: dict[int | None, tuple[Tensor, Tensor]] = {}
+        """What `_seen_by` returns, by window: once per step, not per layer."""
         self._pending: tuple[int, Tensor] | None = None
 
     def resize(self, num_blocks: int) -> None:
@@ -75,6 +78,7 @@ class PagedCache:
             yield
         finally:
             self._step = self._pending = None
+            self._seen.clear()
 
     @contextlib.contextmanager
     def attending(self, decoder: Any) -> Iterator[None]:
@@ -134,30 +138,37 @@ class PagedCache:
         elif self._step.tables is None:
             output = _attend_within(query, key, value, scaling, sliding_window)
         else:
-            output = self._attend_to_blocks(self._step, self._pending[0], query, scaling, sliding_window)
+            output = self._attend_to_blocks(self._pending[0], query, scaling, sliding_window)
         self._pending = None
         return output, None
 
-    def _attend_to_blocks(
-        self, step: CacheStep, layer: int, query: Tensor, scaling: float | None, window: int | None
-    ) -> Tensor:
+    def _attend_to_blocks(self, layer: int, query: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Attend with one query per row (N, H, 1, E) -> (N, 1, H, E)."""
-        assert step.tables is not None
-        assert step.lengths is not None
-        keys, values = self._layers[layer]
-        at = torch.arange(step.longest, device=query.device)
-        places = step.tables[:, at // BLOCK] * BLOCK + at % BLOCK
-        key, value = (blocks[places].transpose(1, 2) for blocks in (keys, values))
+        places, seen = self._seen_by(window)
+        key, value = (blocks[places].transpose(1, 2) for blocks in self._layers[layer])
         if self._batch_invariant:
-            assert step.lengths is not None
-            return self._attend_alike(query, key, value, step.lengths - 1, scaling, window)
-        seen = at < step.lengths[:, None]
-        if window is not None:
-            seen &= at >= step.lengths[:, None] - window
+            assert self._step is not None
+            assert self._step.lengths is not None
+            return self._attend_alike(query, key, value, self._step.lengths - 1, scaling, window)
         # Query heads that share a key head are the queries of one head.
         grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen[:, None, None, :], scale=scaling)
+        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen, scale=scaling)
         return output.flatten(1, 2)[:, None]
+
+    def _seen_by(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Return places (N, L) int64 of the keys of each row, and (N, 1, 1, L) bool, which of them its query sees."""
+        step = self._step
+        assert step is not None
+        assert step.tables is not None
+        assert step.lengths is not None
+        if window not in self._seen:
+            at = torch.arange(step.longest, device=step.tables.device)
+            places = step.tables[:, at // BLOCK] * BLOCK + at % BLOCK
+            seen = at < step.lengths[:, None]
+            if window is not None:
+                seen &= at >= step.lengths[:, None] - window
+            self._seen[window] = places, seen[:, None, None, :]
+        return self._seen[window]
 
     def _attend_alike(
         self, query: Tensor, key: Tensor, value: Tensor, first: Tensor, scaling: float | None, window: int | None
@@ -169,10 +180,13 @@ class PagedCache:
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy the tokens of some blocks to others, in all layers."""
-        for pair in self._layers.values():
-            for tokens in pair:
-                blocks = tokens.view(-1, BLOCK, *tokens.shape[1:])
-                blocks[list(targets)] = blocks[list(sources)]
+        tensors = [tokens for pair in self._layers.values() for tokens in pair]
+        if not tensors:
+            return
+        from_blocks, to_blocks = to_device(torch.tensor([list(sources), list(targets)]), tensors[0].device)
+        for tokens in tensors:
+            blocks = tokens.view(-1, BLOCK, *tokens.shape[1:])
+            blocks.index_copy_(0, to_blocks, blocks[from_blocks])
 
 
 def _attend_within(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:

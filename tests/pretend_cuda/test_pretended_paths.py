@@ -31,35 +31,9 @@ WAITS: dict[str, tuple[str, str]] = {
         (f"distlora/training/rollouts.py RolloutLoader._scored: copy {way} the host" for way in ("to", "from")),
         ("grpo.*", "rewards come from the host and are summed over ranks, once per rollout"),
     ),
-    **dict.fromkeys(
-        (
-            "distlora/generation/engine.py Engine._choose: copy from the host",
-            "distlora/generation/engine.py Engine._choose: item",
-            "distlora/generation/engine.py Engine._any: copy from the host",
-            "distlora/generation/engine.py Engine._any: item",
-        ),
-        (GENERATION, "ranks agree on the next requests, once per batch"),
-    ),
-    **dict.fromkeys(
-        (
-            "distlora/generation/engine.py _Batch._run_prompts: copy from the host",
-            "distlora/generation/engine.py _Batch._logits: copy from the host",
-            "distlora/model/paged_cache.py PagedCache.copy_blocks: copy from the host",
-        ),
-        (GENERATION, "tokens and places of prompts go to the device, once per batch of prompts"),
-    ),
-    **dict.fromkeys(
-        (
-            "distlora/generation/engine.py _Batch._run_rows: copy from the host",
-            "distlora/generation/engine.py _Batch._append.<locals>.<genexpr>: copy to the host",
-            "distlora/generation/sampling.py choose: copy from the host",
-            "distlora/generation/sampling.py _draw: copy from the host",
-        ),
-        (GENERATION, "tokens, places and settings of sampling go to the device for each token, and tokens come back"),
-    ),
-    "distlora/generation/sampling.py _cut: copy from the host": (
-        "generate (llama|qwen3_moe)",
-        "the same, for top_p and top_k",
+    "distlora/generation/engine.py _Batch._append: copy to the host": (
+        GENERATION,
+        "chosen tokens and their log-probabilities come back, in one copy per token",
     ),
     **dict.fromkeys(
         (

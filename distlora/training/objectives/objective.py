@@ -23,6 +23,7 @@ from distlora.model.adapters import StepRows
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import SUMS, LossForm
 from distlora.parallel import Backend
+from distlora.system.transfer import to_device
 
 
 class Losses(NamedTuple):
@@ -80,15 +81,7 @@ class NextToken(Objective):
 
 def send(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Return the micro-batch on the device, without waiting for it."""
-    return MicroBatch._make(None if tensor is None else _to_device(tensor, device) for tensor in batch)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on the device. The host does not wait for the copy.
-
-    It would from memory that is not pinned. torch keeps pinned memory, and takes it again once its copy is done.
-    """
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return MicroBatch._make(None if tensor is None else to_device(tensor, device) for tensor in batch)
 
 
 def most_documents(batch: MicroBatch) -> int:
@@ -116,7 +109,7 @@ def run(
 ) -> Tensor:
     """Run the model; return loss sums (B,), or what `losses` says. `sent`: the batch on the device."""
     device = sent.input_ids.device
-    steps = _to_device(step, device) if isinstance(step, Tensor) else step
+    steps = to_device(step, device) if isinstance(step, Tensor) else step
     return model(
         sent.input_ids,
         sent.position_ids,

@@ -182,7 +182,7 @@ def test_packed_documents_are_as_alone_where_a_mixer_carries_state(model_type: s
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             one = expected[re.sub(r"(\.inner)+\.", ".", name)]
-            # zaya's temperatures are two numbers, each with a gradient summed over all tokens: up to 3.2e-6 (AMD Zen 5).
+            # zaya's temperatures are two numbers, whose gradients are sums over all tokens: 3.2e-6 (AMD Zen 5).
             limit = {"qwen3_next": 1e-4, "zaya": 1e-5}.get(model_type, 2e-6)
             assert (parameter.grad - one).norm() <= limit * one.norm() + 1e-6, name
 

@@ -65,6 +65,8 @@ class ModelSpec:
     """Compute dtype, and storage dtype of weights that are not quantized."""
     seed: int = 0
     """Seed of the adapter's initial values."""
+    images: bool = False
+    """Also build what takes images (tower, projector): frozen, in `dtype`, and whole on each rank."""
 
     @property
     def path(self) -> Path:

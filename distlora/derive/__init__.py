@@ -49,14 +49,21 @@ def derive(content: str, place: str) -> str:
     hf_config = hf_config_of(config, place)
     auto_class = auto_class_of(hf_config, place)
     hf_model = transformers_model(hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.bfloat16)
-    small_config = json.dumps(shrink(config, hf_model), sort_keys=True)
-    small = Architecture.from_json(
-        kept_text(cached_path(f"small {small_config}"), lambda: _proved(json.loads(small_config), place).to_json())
-    )
+    small, _ = small_of(config, hf_model, place)
     full = structure(hf_model, auto_class=auto_class, kinds={kind.key: kind for kind in small.kinds})
     known = {name: getattr(small, name) for name in _FROM_SHRUNK}
     known["looks_up"] = full.looks_up and small.looks_up
     return dataclasses.replace(full, **known, seconds=time.monotonic() - began).to_json()
+
+
+def small_of(config: Mapping[str, Any], hf_model: Any, place: str) -> tuple[Architecture, dict[str, Any]]:
+    """Return the proved architecture of a model's shrunk one, and the content of its config.json.
+
+    `hf_model`: the model of `config` on the meta device.
+    """
+    text = json.dumps(shrink(config, hf_model), sort_keys=True)
+    kept = kept_text(cached_path(f"small {text}"), lambda: _proved(json.loads(text), place).to_json())
+    return Architecture.from_json(kept), json.loads(text)
 
 
 def _proved(small_config: Mapping[str, Any], place: str) -> Architecture:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, hf_config_of
+from distlora.architecture.images import ImageLayout
 from distlora.architecture.spec import Architecture
 from distlora.config import AdapterConfig, ModelConfig, ModelSpec, QuantConfig, TrainConfig, UserError
 from distlora.derive.probes import move_off_start, probe, random_tokens
@@ -174,13 +175,14 @@ def load_theirs(small: Architecture, folder: Path) -> Any:
     return model
 
 
-def spec_of(folder: Path, method: Any = "nf4", dtype: Any = "fp32") -> ModelSpec:
+def spec_of(folder: Path, method: Any = "nf4", dtype: Any = "fp32", *, images: bool = False) -> ModelSpec:
     """Return the settings of distlora's model of a folder."""
     return ModelSpec(
         model=ModelConfig(path=str(folder)),
         quant=QuantConfig(method=method, cache=False),
         adapter=AdapterConfig(target_modules="all-linear", r=4),
         dtype=dtype,
+        images=images,
     )
 
 
@@ -192,11 +194,12 @@ def load_ours(
     ranks: Ranks = SINGLE,
     dtype: Any = "fp32",
     train: TrainConfig | None = None,
+    images: ImageLayout | None = None,
 ) -> tuple[CausalLM, Backend]:
     """Return distlora's model of a folder, with adapters whose B is not zero; without `train` no router loss."""
-    spec = spec_of(folder, method, dtype)
+    spec = spec_of(folder, method, dtype, images=images is not None)
     base = CheckpointFiles(folder)
-    model = build_model(spec, train, base=base, architecture=small)
+    model = build_model(spec, train, base=base, architecture=small, images=images)
     if train is None:
         model.router_aux_loss = 0.0  # transformers' loss of the targets is what is compared.
     backend = parallelize(model, ranks)
@@ -333,7 +336,8 @@ def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Te
     return {name: torch.zeros_like(parameter) if g is None else g for (name, parameter), g in together}
 
 
-def _all(gradients: Mapping[str, Tensor]) -> Tensor:
+def flat(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Return all gradients in one vector."""
     return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
@@ -361,7 +365,7 @@ def _gradient_checks(ours: CausalLM, theirs: Any) -> Iterator[tuple[str, float]]
     sliced_logits, sliced = train(slices=2)
     logits, gradients = train(slices=1)
     yield "slices", relative_error(sliced_logits, logits)
-    yield "sliced gradients", relative_error(_all(sliced), _all(gradients))
+    yield "sliced gradients", relative_error(flat(sliced), flat(gradients))
     name = "gradients of mixers" if mixes_tokens(small) else "gradients"
     of_logits, of_gradients = amplifications(ours, theirs, input_ids)
     yield "adapters", relative_error(logits, output) / of_logits
@@ -433,20 +437,28 @@ def _packing_checks(ours: CausalLM) -> Iterator[tuple[str, float]]:
         one_by_one = [logits_of(ours, document) for document in documents]
         yield "packed documents", relative_error(logits_of(ours, together, positions), torch.cat(one_by_one, dim=1))
     packed = loss(together, positions, torch.cat(labels, dim=1))
-    alone = torch.stack([loss(d, positions_of(d), of) for d, of in zip(documents, labels, strict=True)]).sum()
+
+    def one_by_one_loss() -> Tensor:
+        return torch.stack([loss(d, positions_of(d), of) for d, of in zip(documents, labels, strict=True)]).sum()
+
+    alone = one_by_one_loss()
     yield "packed loss", relative_error(packed, alone)
-    expected = _all(gradients_of(alone, parameters))
-    difference = relative_error(_all(gradients_of(packed, parameters)), expected)
+    expected = flat(gradients_of(alone, parameters))
+    difference = relative_error(flat(gradients_of(packed, parameters)), expected)
     if difference > BOUNDS["packed gradients"][0]:
-        generator, before = torch.Generator().manual_seed(0), [parameter.data for parameter in parameters.values()]
-        for parameter in parameters.values():
-            parameter.data = parameter * (1 + _EPS * torch.randn(parameter.shape, generator=generator))
-        moved = [loss(d, positions_of(d), of) for d, of in zip(documents, labels, strict=True)]
-        rounding = relative_error(_all(gradients_of(torch.stack(moved).sum(), parameters)), expected)
-        difference /= _amplification("packed gradients", rounding)
-        for parameter, data in zip(parameters.values(), before, strict=True):
-            parameter.data = data
+        difference /= packed_amplification(one_by_one_loss, parameters, expected)
     yield "packed gradients", difference
+
+
+def packed_amplification(loss: Callable[[], Tensor], parameters: Mapping[str, Tensor], expected: Tensor) -> float:
+    """Return the `_amplification` of packed gradients. `expected`: the gradient of `loss()`, flat."""
+    generator, before = torch.Generator().manual_seed(0), [parameter.data for parameter in parameters.values()]
+    for parameter in parameters.values():
+        parameter.data = parameter * (1 + _EPS * torch.randn(parameter.shape, generator=generator))
+    rounding = relative_error(flat(gradients_of(loss(), parameters)), expected)
+    for parameter, data in zip(parameters.values(), before, strict=True):
+        parameter.data = data
+    return _amplification("packed gradients", rounding)
 
 
 def _three_steps(ours: CausalLM) -> float:

@@ -204,7 +204,7 @@ def shrink(config: Mapping[str, Any], full: PreTrainedModel | None = None) -> di
         if small_kinds == set(kinds):
             return small
         missing = min(missing, set(kinds) - small_kinds, key=len)
-    layers = ", ".join(str(kinds.index(kind)) for kind in missing)
+    layers = ", ".join(map(str, sorted(kinds.index(kind) for kind in missing)))
     raise UserError(
         f"the first {MOST_LAYERS} layers of a small {settings['model_type']} have no layer like layer {layers} of this "
         f"config.json{reason and '; ' + reason}; it cannot be checked before training"
@@ -265,7 +265,7 @@ class _Smaller:
         """Return small settings of a part: another model, such as a vision tower, has its own layers."""
         if name.endswith("_config") and name != "text_config":
             layers = next((value[key] for key in ("num_hidden_layers", "num_layers", "depth") if value.get(key)), 0)
-            return _Smaller(range(min(2, layers)), layers).settings(value) if layers else self.settings(value)
+            return _Tower(_tower_layers(value, layers), layers).settings(value) if layers else self.settings(value)
         small = self.settings(value)
         head = full.get("head_dim") or full.get("hidden_size", 1) // full.get("num_attention_heads", 1) or 1
         for key in {"short_factor", "long_factor", "mrope_section"} & set(value):  # They share the pairs of a head.
@@ -285,6 +285,24 @@ class _Smaller:
         if len(value) == self.count and not name.endswith("token_id"):
             value = [value[i] for i in self.kept]
         return [_size(name, entry) if type(entry) is int else copy.deepcopy(entry) for entry in value]
+
+
+class _Tower(_Smaller):
+    """Settings of a small vision tower, whose windows are counted in pixels and stay as they are."""
+
+    def value(self, name: str, value: Any, full: Mapping[str, Any]) -> Any:
+        """Return the small value of one of the tower's settings `full`."""
+        return value if name == "window_size" else super().value(name, value, full)
+
+
+def _tower_layers(settings: Mapping[str, Any], count: int) -> Sequence[int]:
+    """Return two layers of a tower that the small one keeps, with two of each list of layers in its settings."""
+    kept: set[int] = set()
+    for name, value in settings.items():
+        if isinstance(value, (list, tuple)) and re.fullmatch(INDEXES, name):
+            kept |= set([layer for layer in value if type(layer) is int and 0 <= layer < count][:2])
+    others = [layer for layer in range(count) if layer not in kept]
+    return sorted({*kept, *others[: max(1, 2 - len(kept))]})
 
 
 def is_size(name: str) -> bool:

@@ -515,8 +515,9 @@ def _load_buffers(model: CausalLM, sources: Mapping[str, ParameterSource], reade
 def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, ParameterSource]:
     """Return the tensors on disk of each parameter of the base, by its Hugging Face name.
 
-    Tensors outside of the decoder and its LM head (a vision tower's) are left alone. Raises UserError if the checkpoint
-    and config.json describe different models: weights without a place, or tied weights that differ.
+    Tensors outside of the decoder and its LM head (a vision tower's) are left alone in a model for text. Raises
+    UserError if the checkpoint and config.json describe different models: weights without a place, or tied weights that
+    differ.
     """
     layout, scope = model.layout, model.architecture.decoder
     strays = names_without_a_place(layout, headers, scope)
@@ -525,7 +526,8 @@ def find_base(model: CausalLM, headers: Mapping[str, Segment]) -> dict[str, Para
             f"the checkpoint holds {strays[0]} ({len(strays)} such tensors), which config.json does not "
             "describe, so the model would run without it; download the folder again"
         )
-    wanted = {name for name in layout.names if name.startswith((f"{scope}.", f"{layout.head}."))}
+    parts = (scope, layout.head) if model.image_layout is None else (scope, layout.head, model.image_layout.merger)
+    wanted = {name for name in layout.names if name.startswith(tuple(f"{part}." for part in parts))}
     wanted |= {model.hf_name(f"head.{name}") for name, _ in model.head.named_parameters()}
     sources = find_sources(layout, headers, wanted)
     for name, other in layout.tied.items():

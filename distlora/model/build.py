@@ -16,22 +16,20 @@ from torch import Tensor, nn
 
 from distlora.architecture.checkpoint_files import CheckpointFiles, read_hf_config
 from distlora.architecture.config_checks import check_config
+from distlora.architecture.images import ImageLayout, image_layout
 from distlora.architecture.kept_weights import KeptTokens, KeptWeight, kept_by, kept_tokens
 from distlora.architecture.spec import Architecture, WeightKind
 from distlora.architecture.targets import check_patterns, select_adapted
 from distlora.architecture.tokens import EMBEDDING, HEAD, Vocabulary, vocabulary_of
-from distlora.config import AdapterConfig, ModelSpec, QuantConfig, TrainConfig, require
+from distlora.config import ModelSpec, QuantConfig, TrainConfig, require
 from distlora.model.adapters import (
     DEFAULT_ADAPTER,
     AdaptedLinear,
     BlockContext,
-    LoRAPair,
     Rows,
     StepRows,
     TokenRows,
     adapter_parameters,
-    slot_name,
-    start_pair,
 )
 from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
 from distlora.model.batch_invariant import attend
@@ -49,6 +47,7 @@ from distlora.model.experts import (
 from distlora.model.frozen_linear import FrozenLinear, fused_paths, keep_token_matrices, link_shared_inputs
 from distlora.model.head_form import loss_head
 from distlora.model.hf_model import made_buffers, stored_buffers, transformers_model
+from distlora.model.images import Images, frozen_merger
 from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import SCORE, SUMS, LossForm, LossHead, RewardHead
 from distlora.model.paged_cache import Past, cache_name
@@ -81,6 +80,8 @@ class CausalLM(nn.Module):
         tied: bool,
         modules_to_save: tuple[str, ...] = (),
         outside_linears: tuple[str, ...] = (),
+        image_layout: ImageLayout | None = None,
+        merger: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.vocabulary = vocabulary
@@ -90,6 +91,10 @@ class CausalLM(nn.Module):
         """Trained rows of embed_tokens and lm_head. A tied head uses the embedding's."""
         self.decoder = decoder
         self.head = head
+        self.image_layout = image_layout
+        """How the model takes images; None: it was built for text alone."""
+        self.merger = merger
+        """transformers' module around the decoder that takes images: tower, projector and the decoder itself."""
         self.tied_in_base = tied
         """True if config.json ties the head's weight to the embedding's."""
         self.tied = tied and not (modules_to_save or isinstance(head, RewardHead))
@@ -144,6 +149,13 @@ class CausalLM(nn.Module):
         inside = {p for module in (self.embedding, *self.blocks, self.head) for p in module.parameters()}
         return [p for p in self.decoder.parameters() if p not in inside]
 
+    def tower(self) -> list[nn.Parameter]:
+        """Return the frozen parameters that compute the features of images. Each rank holds them whole."""
+        if self.merger is None:
+            return []
+        inside = set(self.decoder.parameters())
+        return [parameter for parameter in self.merger.parameters() if parameter not in inside]
+
     def forward(
         self,
         input_ids: Tensor,
@@ -154,12 +166,14 @@ class CausalLM(nn.Module):
         step_rows: StepRows | None = None,
         documents: Documents | None = None,
         losses: LossForm = SUMS,
+        images: Images | None = None,
     ) -> Tensor:
         """Return (B,) fp32 loss sums, or what `losses` says, from input_ids, position_ids and labels (B, T) int64.
 
         Positions restart at 0 with each packed document. labels[t] is the target at position t, -100 for none.
         `adapter_rows`, `step_rows`: Rows.adapters and Rows.places. `documents` (`documents_of`) are required if the
         model attends by documents. Without them masks are made from the positions, and the host waits for those.
+        `images`: those of the rows (`Images.of`); None: text alone.
 
         labels=None (generation): return the logits after the last position, (B, 1, vocabulary) fp32, or after
         `past.last`, (B, vocabulary), for one document per row; `past` precedes its T tokens.
@@ -174,7 +188,7 @@ class CausalLM(nn.Module):
             balanced = positions if self.router_aux_loss > 0 else None
             counted = positions if self.counts_expert_tokens else None
         hidden = self.hidden_states(
-            input_ids, position_ids, adapter_rows, past, step_rows, documents, reference, balanced, counted
+            input_ids, position_ids, adapter_rows, past, step_rows, documents, reference, balanced, counted, images
         )
         if temperature != 1.0:
             assert self.head.is_product, "open_rollouts refuses other logits"
@@ -221,6 +235,7 @@ class CausalLM(nn.Module):
         reference: Reference | None = None,
         balanced: Tensor | None = None,
         counted: Tensor | None = None,
+        images: Images | None = None,
     ) -> Tensor:
         """Return the head's input (B, T, H) for (B, T) tokens.
 
@@ -256,6 +271,11 @@ class CausalLM(nn.Module):
             if noise is not None and step_rows is not None:
                 embedded = noise.add(embedded, position_ids, step_rows)
             known["inputs_embeds"] = embedded
+        if images is not None:
+            assert self.merger is not None, "images for a model that was built for text"
+            assert self.image_layout is not None, "a merger without its layout"
+            known = images.arguments(self.merger, self.decoder, self.image_layout, position_ids, **known)
+            return self.merger(**known).last_hidden_state
         output = self.decoder(position_ids=position_ids, **known)
         return output.last_hidden_state
 
@@ -344,6 +364,8 @@ class CausalLM(nn.Module):
         name = INNER.sub(".", name)
         if name.removesuffix(".weight") in self._fused:
             name = name.removesuffix(".weight")
+        if self.image_layout is not None and name.startswith("merger."):
+            return f"{self.image_layout.merger}.{name.removeprefix('merger.')}"
         return re.sub(r"^decoder\.", f"{self.architecture.decoder}.", name)
 
 
@@ -356,13 +378,14 @@ def build_model(
     training: bool = True,
     for_slots: bool = False,
     architecture: Architecture | None = None,
+    images: ImageLayout | None = None,
 ) -> CausalLM:
     """Build the whole model on the meta device, adapters included.
 
     `train`: activation checkpointing and the router loss; TrainConfig's defaults without it. `base`: the files at
     spec.path, if the caller has read them. `sequence_length`: tokens that the model must have positions for.
     `training`: trained parameters of the base are fp32, otherwise spec.dtype. `for_slots`: no weight has an adapter,
-    every linear can have some (put_trial). `architecture`: that of the config.json, if it is not to be looked up.
+    every linear can have some (put_trial). `architecture`, `images`: the folder's, if they are not to be looked up.
 
     Raises UserError for a model that cannot be trained with these settings, and if target_modules match nothing.
     """
@@ -384,6 +407,9 @@ def build_model(
     decoder, layout, buffers = hf_model.get_submodule(architecture.decoder), layout_of(hf_model), made_buffers(hf_model)
     layers = decoder.get_submodule(architecture.layers)
     hf_model.requires_grad_(full and training)
+    if spec.images:
+        images = images or image_layout(base.folder)
+    merger = None if images is None else frozen_merger(hf_model, images.merger, decoder)
     whole = spec.adapter.modules_to_save
     causal, form, grown = hf_model.get_submodule(architecture.causal), architecture.head_form, vocabulary.has_grown
     head = loss_head(causal, architecture.decoder_in_causal, form, trained=full or HEAD in whole, grown=grown)
@@ -412,6 +438,8 @@ def build_model(
         tied=tied,
         modules_to_save=whole,
         outside_linears=outside,
+        image_layout=images,
+        merger=merger,
     )
     model.made_buffers, model.notes = buffers, [*architecture.notes, *tokens.notes]
     if architecture.has_experts:
@@ -549,45 +577,3 @@ def _train_whole(embedding: Any, head: LossHead, names: Collection[str], *, dtyp
         if name in names:
             weight = torch.empty_like(module.weight, dtype=torch.float32 if training else dtype)
             module.weight = nn.Parameter(weight, requires_grad=training)
-
-
-def put_trial(
-    model: CausalLM, slot: int, config: AdapterConfig, *, seed: int, device: torch.device
-) -> dict[str, nn.Parameter]:
-    """Put a trial's initialized adapters into a free slot. Return `trial_parameters`.
-
-    `seed` is the trial's train.seed. Raises UserError, before anything changes, if its targets match nothing.
-    """
-    for path, weight in _targets(model, config):
-        pair = weight.add_adapter(slot_name(slot), config, path=path, seed=seed, slot=slot, device=device)
-        start_pair(pair, weight, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
-    return trial_parameters(model, slot)
-
-
-def remove_trial(model: CausalLM, slot: int) -> None:
-    """Free a slot. Its rows use the base alone from now on."""
-    for _, weight in list(model.adapted_weights(slot_name(slot))):
-        del weight.adapters[slot_name(slot)]
-
-
-def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:
-    """Return the trained parameters of a slot's trial, in forward order, by their paths in a run alone."""
-    inside = f".adapters.{slot_name(slot)}"
-    return {
-        f"{path.removesuffix(inside)}.adapters.{DEFAULT_ADAPTER}.{name}": parameter
-        for path, child in model.named_modules()
-        if isinstance(child, LoRAPair) and path.endswith(inside)
-        for name, parameter in child.named_parameters()
-    }
-
-
-def _targets(model: CausalLM, config: AdapterConfig) -> list[tuple[str, AdaptedLinear | ExpertWeight]]:
-    """Return (Hugging Face path, weight) of the targets, with the checks of build_model."""
-    targets = set(select_adapted(config, model.architecture))
-    check_patterns(config, targets)
-    weights = (
-        (model.hf_name(name), module)
-        for name, module in model.named_modules()
-        if isinstance(module, (AdaptedLinear, ExpertWeight))
-    )
-    return [(path, weight) for path, weight in weights if path in targets]

@@ -151,7 +151,8 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
     if any(parameter.dtype == torch.uint8 for parameter in model.parameters()):
         check_torch(torch.__version__)
     mesh = shards.mesh(device.type)
-    ignored = {*adapter_parameters(model).values(), *divided_parameters(model)}
+    # Each rank holds the tower whole: a rank without an image must not wait in a gather for one that has some.
+    ignored = {*adapter_parameters(model).values(), *divided_parameters(model), *model.tower()}
 
     def is_trained(module: nn.Module) -> bool:
         return any(parameter.requires_grad for parameter in module.parameters() if parameter not in ignored)

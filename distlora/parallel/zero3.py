@@ -53,9 +53,9 @@ def host_bytes(model: CausalLM, shards: Shards) -> int:
 
 
 def _gathered(model: CausalLM) -> list[nn.Parameter]:
-    """Return all parameters except the adapters', a tied one once, largest first to waste little at chunk ends."""
-    adapters = set(adapter_parameters(model).values())
-    parameters = [parameter for parameter in model.parameters() if parameter not in adapters]
+    """Return all parameters but adapters' and the tower's, a tied one once, largest first to waste little at ends."""
+    whole = {*adapter_parameters(model).values(), *model.tower()}
+    parameters = [parameter for parameter in model.parameters() if parameter not in whole]
     return sorted(parameters, key=lambda parameter: -parameter.nbytes)
 
 

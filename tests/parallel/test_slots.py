@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from distlora.config import AdapterConfig
 from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.adapters import StepRows, adapter_parameters
-from distlora.model.build import CausalLM, put_trial, trial_parameters
+from distlora.model.build import CausalLM
+from distlora.model.trial_slots import put_trial, trial_parameters
 from distlora.parallel import Ranks
 from distlora.parallel.gradients import GradientReducer, Launches
 from distlora.parallel.ranks import Traffic

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from distlora.config import AdapterConfig, Config
 from distlora.config.file import build
 from distlora.derive.shrink import shrink
-from distlora.model.build import CausalLM, put_trial
+from distlora.model.build import CausalLM
 from distlora.model.hf_model import materialize_buffers
+from distlora.model.trial_slots import put_trial
 from distlora.planner import plan_of
 from distlora.planner.decoder_sizes import pairs
 from distlora.planner.flops import active_weights, cut

@@ -34,7 +34,8 @@ from distlora.generation.sampling import Request, Sample
 from distlora.generation.sampling import choose as choose_tokens
 from distlora.generation.writer import Completion, Generator, Writer, generate, generate_all
 from distlora.loading.peft_format import adapter_config, adapter_tensors
-from distlora.model.build import CausalLM, put_trial
+from distlora.model.build import CausalLM
+from distlora.model.trial_slots import put_trial
 from distlora.parallel import Backend, Ranks, fsdp2
 from distlora.parallel import backend as parallel_backend
 from distlora.post import generate as worker

@@ -10,7 +10,7 @@ import torch
 
 from distlora.config import Config
 from distlora.data.loader import MicroBatch, StepBatch, joined
-from distlora.model.build import put_trial
+from distlora.model.trial_slots import put_trial
 from distlora.parallel import Ranks
 from distlora.training.compile_choice import decide_compile
 from distlora.training.loop import prepare

@@ -20,7 +20,8 @@ from distlora.config.json_files import Shape, read_object
 from distlora.data.loader import open_data
 from distlora.loading.load_base import Loaded
 from distlora.model.adapters import MOST_SLOTS
-from distlora.model.build import CausalLM, put_trial, remove_trial
+from distlora.model.build import CausalLM
+from distlora.model.trial_slots import put_trial, remove_trial
 from distlora.parallel import Backend, Ranks, from_rank_0, max_over_ranks, watch
 from distlora.parallel.watch import Control
 from distlora.run_folder import error_file

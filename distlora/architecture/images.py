@@ -1,0 +1,102 @@
+"""Read how a model's folder takes images, with what the proof on its shrunk composite found. Needs no torch.
+
+A vision-language model of transformers has one module above the text decoder that takes images, the *merger*: it runs
+the vision tower and the projector, and writes their output over the embeddings of placeholder tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distlora.architecture.config_checks import read_config
+from distlora.architecture.spec import Weight, cached_path, derived, kept_text
+from distlora.config.json_files import read_object
+
+PROCESSOR_FILE = "preprocessor_config.json"
+"""File with the settings of a model's image processor."""
+LATER_PROCESSOR_FILE = "processor_config.json"
+"""File that holds them under `image_processor` in folders of transformers 5."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageLayout:
+    """Description of how a model takes images."""
+
+    merger: str
+    """Path of the module that merges features into the embeddings."""
+    token_id: int
+    """Token that stands for one feature in the input."""
+    names: tuple[str, ...]
+    """Outputs of the image processor that the tower takes (`pixel_values`, `image_grid_thw`)."""
+    tower: tuple[Weight, ...]
+    """The merger's weights outside of the decoder (tower, projector), by paths in the model."""
+    has_grid: bool
+    """True if positions have a time, a height and a width (M-RoPE)."""
+    ahead: Literal["", "ours", "transformers"] = ""
+    """Whose masks of packed documents let a token of an image see the image's later tokens; empty: it sees none."""
+    deepstack: int = 0
+    """Number of decoder layers after which features are added to the hidden states."""
+    checks: tuple[tuple[str, float], ...] = ()
+    """Name and largest difference of each check on a shrunk model with random weights."""
+    seconds: float = 0.0
+    """Time that deriving and checking took."""
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters that each rank holds whole."""
+        return sum(weight.numel for weight in self.tower)
+
+    @classmethod
+    def from_json(cls, text: str) -> ImageLayout:
+        """Return the layout in a text of `to_json`."""
+        values = json.loads(text)
+        values["tower"] = tuple(Weight(path=w["path"], shape=tuple(w["shape"])) for w in values["tower"])
+        values |= {"names": tuple(values["names"]), "checks": tuple((name, value) for name, value in values["checks"])}
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """Return it as JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def image_layout(folder: str | Path) -> ImageLayout:
+    """Return how the model in a folder takes images.
+
+    The first call for a config.json starts a process that checks images on a shrunk model (`distlora.derive`); its
+    result is kept in the cache. Raises UserError with the reason for a model whose images are not supported.
+    """
+    folder = Path(folder)
+    content = {"config": read_config(folder), "processor": processor_settings(folder)}
+    return _image_layout(json.dumps(content, sort_keys=True), str(folder / "config.json"))
+
+
+@functools.lru_cache(maxsize=16)
+def _image_layout(content: str, place: str) -> ImageLayout:
+    return ImageLayout.from_json(kept_text(cached_path(f"images {content}"), lambda: _derive(content, place)))
+
+
+def _derive(content: str, place: str) -> str:
+    answer = derived("checking how transformers merges images", "--images", place, content=content)
+    layout = ImageLayout.from_json(answer)
+    print(
+        f"{place}: images checked in {layout.seconds:.0f} s on a small model: forward, gradients and packing equal "
+        "transformers'",
+        file=sys.stderr,
+    )
+    return answer
+
+
+def processor_settings(folder: Path) -> dict[str, Any]:
+    """Return the settings of the image processor in a folder; empty without one."""
+    if (file := folder / PROCESSOR_FILE).is_file():
+        return read_object(file, "download the folder again")
+    if (file := folder / LATER_PROCESSOR_FILE).is_file():
+        settings: dict[str, Any] = read_object(file, "download the folder again").get("image_processor") or {}
+        return settings
+    return {}

@@ -1,0 +1,54 @@
+"""Adapters of several trials on one base: put a trial's into a free slot of the model, and take them out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from distlora.architecture.targets import check_patterns, select_adapted
+from distlora.config import AdapterConfig
+from distlora.model.adapters import DEFAULT_ADAPTER, AdaptedLinear, LoRAPair, slot_name, start_pair
+from distlora.model.build import CausalLM
+from distlora.model.experts import ExpertWeight
+
+
+def put_trial(
+    model: CausalLM, slot: int, config: AdapterConfig, *, seed: int, device: torch.device
+) -> dict[str, nn.Parameter]:
+    """Put a trial's initialized adapters into a free slot. Return `trial_parameters`.
+
+    `seed` is the trial's train.seed. Raises UserError, before anything changes, if its targets match nothing.
+    """
+    for path, weight in _targets(model, config):
+        pair = weight.add_adapter(slot_name(slot), config, path=path, seed=seed, slot=slot, device=device)
+        start_pair(pair, weight, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
+    return trial_parameters(model, slot)
+
+
+def remove_trial(model: CausalLM, slot: int) -> None:
+    """Free a slot. Its rows use the base alone from now on."""
+    for _, weight in list(model.adapted_weights(slot_name(slot))):
+        del weight.adapters[slot_name(slot)]
+
+
+def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:
+    """Return the trained parameters of a slot's trial, in forward order, by their paths in a run alone."""
+    inside = f".adapters.{slot_name(slot)}"
+    return {
+        f"{path.removesuffix(inside)}.adapters.{DEFAULT_ADAPTER}.{name}": parameter
+        for path, child in model.named_modules()
+        if isinstance(child, LoRAPair) and path.endswith(inside)
+        for name, parameter in child.named_parameters()
+    }
+
+
+def _targets(model: CausalLM, config: AdapterConfig) -> list[tuple[str, AdaptedLinear | ExpertWeight]]:
+    """Return (Hugging Face path, weight) of the targets, with the checks of build_model."""
+    targets = set(select_adapted(config, model.architecture))
+    check_patterns(config, targets)
+    weights = (
+        (model.hf_name(name), module)
+        for name, module in model.named_modules()
+        if isinstance(module, (AdaptedLinear, ExpertWeight))
+    )
+    return [(path, weight) for path, weight in weights if path in targets]

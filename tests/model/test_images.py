@@ -15,7 +15,7 @@ from distlora.derive import images as of_images
 from distlora.derive.images import IMAGE_BOUNDS, derive_images
 from distlora.derive.shrink import shrink
 from distlora.model.images import masks_that_see_ahead
-from support.image_models import image_content
+from support.image_configs import image_content
 from support.tiers import ci
 
 pytest.importorskip("torchvision", reason="image processors need torchvision: pip install 'distlora[vision]'")

@@ -30,18 +30,16 @@ from distlora.data.formats import (
     check_chat,
     check_meaning,
     document_of,
-    expect,
     form_of,
     good,
     is_prompt,
-    kind_name,
-    listed,
     opened,
     read_record,
     renamed,
     sharegpt_messages,
     untrained,
 )
+from distlora.data.json_values import expect, kind_name, listed
 
 HH_ANSWER = "\n\nAssistant:"
 """Prefix of each answer in Anthropic's hh-rlhf and data sets derived from it."""

@@ -19,7 +19,8 @@ from distlora.config import DataConfig, UserError
 from distlora.config.objectives import OBJECTIVES
 from distlora.data.answers import check_objective
 from distlora.data.chat_template import ChatTemplate, Conversation, TurnFinder, start_tokens
-from distlora.data.formats import SIDES, Document, shown
+from distlora.data.formats import SIDES, Document
+from distlora.data.json_values import shown
 from distlora.data.rows import RIGHT, TRAINED
 from distlora.data.sources import DataSource
 

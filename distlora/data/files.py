@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distlora.config import UserError
-from distlora.data.formats import SourceRecord, check_unicode, kind_name, shown
+from distlora.data.formats import SourceRecord
+from distlora.data.json_values import check_unicode, kind_name, shown
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _CHUNK = 1 << 20

@@ -10,7 +10,8 @@ from typing import Any
 
 from distlora.config import UserError, require
 from distlora.data.files import read_file
-from distlora.data.formats import check_chat, kind_name, listed
+from distlora.data.formats import check_chat
+from distlora.data.json_values import kind_name, listed
 
 _GOOD = 'a good line: {"prompt": "What is a list?"} or {"messages": [{"role": "user", "content": "What is a list?"}]}'
 

@@ -34,10 +34,10 @@ from distlora.data.formats import (
     SourceRecord,
     good,
     keys_of_messages,
-    listed,
     resolve_format,
     to_document,
 )
+from distlora.data.json_values import listed
 from distlora.system.atomic_io import sha256
 from distlora.system.hub_errors import DATASET, explained, unreachable
 

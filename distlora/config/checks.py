@@ -225,6 +225,11 @@ def _objective(adapter: AdapterConfig, model: ModelConfig, data: DataConfig, tra
         )
     if needs.data != "steps" and data.step_separator != "\n":
         yield f"data.step_separator={data.step_separator!r} has no effect with {name}; leave it out"
+    if data.images and needs.data not in ("documents", "pairs"):
+        yield (
+            f"data.images=true: train.objective={train.objective} is not supported with images; set "
+            "train.objective=sft or dpo, or leave data.images out"
+        )
     if needs.data == "documents":
         return
     if data.train_on not in (("assistant", "last") if needs.data == "steps" else ("assistant",)):

@@ -83,6 +83,14 @@ class DataConfig(ReadingConfig):
     eot_tokens: tuple[str, ...] = ()
     """Tokens that the template writes at the end of a turn, beside its special tokens: [<|eot|>]. They are trained with
     the assistant's turns, and generation stops at them."""
+    images: bool = False
+    """Read the images of chats, for a model that takes images. Records with images are refused otherwise. Needs
+    pillow and torchvision."""
+    image_max_pixels: int = 0
+    """Most pixels of an image: a larger one is resized before the model's image processor sees it; 0: no bound but the
+    processor's own."""
+    image_min_pixels: int = 0
+    """Fewest pixels of an image: a smaller one is enlarged, as above; 0: no bound."""
     deduplicate: bool = False
     """Drop training documents whose tokens equal those of an earlier or a held-out document."""
     sequence_length: int = 1024
@@ -180,6 +188,7 @@ def refused_in_data(data: DataConfig) -> Refusals:
     if data.deduplicate and data.streaming:
         why = "compares all documents, and data.streaming=true reads only some of them"
         yield f"data.deduplicate=true {why}; set one of them to false"
+    yield from _images(data)
     yield from _rewards(data)
     for item in fields(ReadingConfig) if data.sources else ():
         value, used = getattr(data, item.name), data.eval_path is not None and item.name not in ("split", "revision")
@@ -196,6 +205,20 @@ def refused_in_data(data: DataConfig) -> Refusals:
         yield "stopping_strategy= needs weights in data.sources; add them, or leave it out"
     if data.eval_split is not None and data.eval_path is None and data.sources:
         yield "data.eval_split belongs to one data set, and data.sources names several; set data.eval_path too"
+
+
+def _images(data: DataConfig) -> Refusals:
+    """Check `data.images` and the bounds of images."""
+    most, fewest = data.image_max_pixels, data.image_min_pixels
+    for name in ("image_max_pixels", "image_min_pixels"):
+        if not data.images and getattr(data, name) != 0:
+            yield f"{name}= has no effect without data.images=true; leave it out"
+        if getattr(data, name) < 0:
+            yield f"{name}= is not a number of pixels; set it to 1 or more, or to 0 for the processor's own bound"
+    if 0 < most < fewest:
+        yield f"data.image_min_pixels={fewest} is above data.image_max_pixels={most}; set it to {most} or less"
+    if data.images and data.too_long == "split":
+        yield "data.too_long=split cuts documents into parts, and images belong to whole ones; set data.too_long=auto"
 
 
 def _rewards(data: DataConfig) -> Refusals:

@@ -39,6 +39,7 @@ from distlora.data.formats import (
     sharegpt_messages,
     untrained,
 )
+from distlora.data.image_records import refuse_images
 from distlora.data.json_values import expect, kind_name, listed
 
 HH_ANSWER = "\n\nAssistant:"
@@ -89,7 +90,7 @@ def to_answers(record: SourceRecord, format: str, has_template: bool, reading: R
     place = record.place
     if format in PROMPTS:
         value = renamed(record, format, reading, joins=False)
-        return document_of(record, prompt_only(value, place, good(format)), value, value.keys())
+        return document_of(record, prompt_only(value, place, good(format)), value, value.keys(), reading)
     is_judged = reading.judged and format not in PAIRS
     refused = NOT_TRAINED.keys() - VERDICT_KEYS if is_judged else NOT_TRAINED.keys()
     value = read_record(record, format, reading, refused)
@@ -105,7 +106,7 @@ def to_answers(record: SourceRecord, format: str, has_template: bool, reading: R
         # In TRL's conversational form, all turns behind the prompt are the answer.
         is_joined = format == "chat" and reading.columns.get("messages", "messages") not in record.value
         form = judged_answer(form, value, place, GOOD_VERDICT, whole=is_joined)
-    return document_of(record, form, value, known)
+    return document_of(record, form, value, known, reading)
 
 
 def judged_answer(
@@ -184,6 +185,7 @@ def prompt_only(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
         {"messages": expect(prompt, list, f"{place}: 'prompt'", good), "tools": value.get("tools")}, place, good
     )
     messages = chat.pop("messages")
+    refuse_images(messages, place, "prompts for sampled answers are texts; leave the record out")
     if messages[-1]["role"] == "assistant":
         raise UserError(f"{place}: the last message of 'prompt' is the assistant's own; end with what it is to answer")
     return {"prompt": opened(messages, system, place, good), "columns": columns, **chat}

@@ -18,11 +18,13 @@ import numpy as np
 from distlora.config import DataConfig, UserError
 from distlora.config.objectives import OBJECTIVES
 from distlora.data.answers import check_objective
-from distlora.data.chat_template import ChatTemplate, Conversation, TurnFinder, start_tokens
+from distlora.data.chat_template import ChatTemplate, start_tokens
 from distlora.data.formats import SIDES, Document
+from distlora.data.images import ImageSpan, ImageText
 from distlora.data.json_values import shown
 from distlora.data.rows import RIGHT, TRAINED
 from distlora.data.sources import DataSource
+from distlora.data.turns import Conversation, TurnFinder
 
 TooLong = Literal["truncate", "drop", "split"]
 _ANCHORS = ("\n", ".", "0")
@@ -37,7 +39,8 @@ class Encoded(NamedTuple):
     tokens: np.ndarray
     """(T,) int32."""
     trained: np.ndarray
-    """(T,) uint8: 1 where the model is trained to predict this token, with rows.RIGHT behind a right step."""
+    """(T,) uint8: 1 where the model is trained to predict this token, with rows.RIGHT behind a right step; rows.IMAGE
+    where an embedding of an image replaces it."""
     rejected: int | None = None
     """The first token of a pair's rejected document; None: there is one document."""
     is_good: bool | None = None
@@ -46,12 +49,15 @@ class Encoded(NamedTuple):
     """A prompt with the columns of its record, as a line of JSON, for rewards."""
     margin: float = 0.0
     """Margin by which a pair's rewards are to differ."""
+    images: tuple[ImageSpan, ...] = ()
 
     @classmethod
     def pair(cls, chosen: Encoded, rejected: Encoded, margin: float = 0.0) -> Encoded:
         """Return a chosen and a rejected document as one."""
-        tokens = np.concatenate([chosen.tokens, rejected.tokens])
-        return cls(tokens, np.concatenate([chosen.trained, rejected.trained]), len(chosen.tokens), margin=margin)
+        tokens, first = np.concatenate([chosen.tokens, rejected.tokens]), len(chosen.tokens)
+        trained = np.concatenate([chosen.trained, rejected.trained])
+        images = chosen.images + tuple(image.moved(first) for image in rejected.images)
+        return cls(tokens, trained, first, margin=margin, images=images)
 
     @property
     def documents(self) -> list[slice]:
@@ -63,33 +69,56 @@ class Encoded(NamedTuple):
         """Return what is packed apart: both answers of a pair if they are judged, else itself."""
         if self.rejected is None or self.is_good is None:
             return [self]
-        sides = zip(self.documents, (True, False), strict=True)
-        return [Encoded(self.tokens[side], self.trained[side], is_good=is_good) for side, is_good in sides]
+        return [side._replace(is_good=is_good) for side, is_good in zip(self._sides, (True, False), strict=True)]
+
+    @property
+    def _sides(self) -> list[Encoded]:
+        """Return the documents of a pair."""
+        return [
+            Encoded(
+                self.tokens[side],
+                self.trained[side],
+                images=tuple(
+                    image.moved(-side.start) for image in self.images if side.start <= image.start < side.stop
+                ),
+            )
+            for side in self.documents
+        ]
 
     @property
     def num_targets(self) -> int:
         """Trained tokens; the first of a document is nobody's target. 0 where a document of a pair has none."""
-        counts = [int(np.count_nonzero(self.trained[document][1:])) for document in self.documents]
+        counts = [int(np.count_nonzero(self.trained[document][1:] & TRAINED)) for document in self.documents]
         return sum(counts) if all(counts) else 0
 
     def cut(self, length: int) -> Encoded:
-        """Return the first `length` tokens.
+        """Return the first `length` tokens, or those in front of an image that these do not hold whole.
 
         Both documents of a longer pair are cut to the same number of tokens, the greatest with which both fit.
         """
         if self.rejected is None:
-            return self._replace(tokens=self.tokens[:length], trained=self.trained[:length])
+            length = min([image.start for image in self.images if image.end > length], default=length)
+            images = tuple(image for image in self.images if image.end <= length)
+            return self._replace(tokens=self.tokens[:length], trained=self.trained[:length], images=images)
         first, second = self.rejected, len(self.tokens) - self.rejected
         most = max(length // 2, length - min(first, second))
-        kept = np.r_[0 : min(first, most), first : first + min(second, most)]
-        return Encoded(self.tokens[kept], self.trained[kept], min(first, most), margin=self.margin)
+        chosen, rejected = (side.cut(most) for side in self._sides)
+        return Encoded.pair(chosen, rejected, self.margin)
 
 
 class Encoder:
     """Encodes documents of any form with one tokenizer, by the settings `data`, for train.objective=`objective`."""
 
-    def __init__(self, tokenizer: Any, model_path: str, data: DataConfig, objective: str = "sft") -> None:
-        self.tokenizer, self.data, self.objective = tokenizer, data, objective
+    def __init__(
+        self,
+        tokenizer: Any,
+        model_path: str,
+        data: DataConfig,
+        objective: str = "sft",
+        images: ImageText | None = None,
+    ) -> None:
+        """`images`: reads the images of chats; None: there are none."""
+        self.tokenizer, self.data, self.objective, self.images = tokenizer, data, objective, images
         self.needs = OBJECTIVES[objective]
         self.template: ChatTemplate | None = None
         """The chat template, from the first chat on."""
@@ -145,7 +174,7 @@ class Encoder:
     @functools.cached_property
     def _chat_tokens(self) -> tuple[TurnFinder, TurnTokens]:
         template = self._opened_template()
-        turns = TurnTokens(self.tokenizer, template, self.data.eot_tokens)
+        turns = TurnTokens(self.tokenizer, template, self.data.eot_tokens, self.images)
         return TurnFinder(self.tokenizer, template, self.data.train_on), turns
 
     def _opened_template(self) -> ChatTemplate:
@@ -299,10 +328,12 @@ class TurnTokens:
     where in the text a token lies; with these the whole text up to the end is tokenized again.
     """
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate, eot_tokens: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, template: ChatTemplate, eot_tokens: Sequence[str] = (), images: ImageText | None = None
+    ) -> None:
         """`eot_tokens` may end a turn beside the special tokens. Raises UserError for one that the template lacks."""
         self._tokenizer = tokenizer
-        self._template = template
+        self._template, self._images = template, images
         added = tokenizer.added_tokens_decoder
         self._added = np.array(sorted(added), np.int64)
         # Some tokenizers hold <|im_end|> as an added token that is not special, as they hold </tool_call>.
@@ -316,6 +347,10 @@ class TurnTokens:
 
     def encode(self, conversations: list[Conversation]) -> Iterator[Encoded]:
         """Encode the turns in order. Raises UserError for a turn without tokens or without an end-of-turn token."""
+        written, placed = conversations, []
+        if self._images is not None:
+            expanded = map(self._images.expand, written)
+            conversations, placed = map(list, zip(*expanded, strict=True))
         batch = tokenize(self._tokenizer, [conversation.text for conversation in conversations])
         documents = []
         for number, conversation in enumerate(conversations):
@@ -335,8 +370,14 @@ class TurnTokens:
         texts = dict.fromkeys(text for _, _, tails in documents for _, text in tails)
         if new := [text for text in texts if text not in self._tails]:
             self._tails |= zip(new, tokenize(self._tokenizer, new).input_ids, strict=True)
-        for conversation, tokens, tails in documents:
-            yield Encoded(tokens, self._trained(conversation, tokens, tails))
+        for number, (conversation, tokens, tails) in enumerate(documents):
+            trained = self._trained(conversation, tokens, tails)
+            if self._images is None or not placed[number]:
+                yield Encoded(tokens, trained)
+                continue
+            tokens, trained, images = self._images.spread(tokens, trained, placed[number], batch.encodings[number])
+            self._images.check(written[number], tokens)
+            yield Encoded(tokens, trained, images=images)
 
     def _trained(self, conversation: Conversation, tokens: np.ndarray, tails: list[tuple[int, str]]) -> np.ndarray:
         trained = np.full(len(tokens), int(conversation.inverse), np.uint8)

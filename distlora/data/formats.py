@@ -5,18 +5,20 @@ that is not what its format says is refused by its place. Imports neither torch 
 checks the head of the data before anything starts.
 
 A chat is {"messages": [...]} and, where there are any, "tools". A message has "role" (one of ROLES) and "content": a
-string, or None where "tool_calls" are there. It may have "tool_calls" ([{"type": "function", "function": {"name": str,
-"arguments": dict}}]), "tool_call_id", "name", "reasoning_content" or "thinking" (strings), one of MASK_KEYS ("train":
-bool; others: 0 or 1), and whatever else a template reads. A key whose value is null is as good as absent: Arrow writes
-those.
+string, a list of parts where images are among them (image_records.py), or None where "tool_calls" are there. It may
+have "tool_calls" ([{"type": "function", "function": {"name": str, "arguments": dict}}]), "tool_call_id", "name",
+"reasoning_content" or "thinking" (strings), one of MASK_KEYS ("train": bool; others: 0 or 1), and whatever else a
+template reads. A key whose value is null is as good as absent: Arrow writes those.
 """
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from distlora.config import UserError, nearest
+from distlora.data.image_records import COLUMNS, PART_TYPES, image_part, joined_parts, refuse_images, with_images
 from distlora.data.json_values import expect, kind_name, listed, parse_string
 
 
@@ -105,10 +107,12 @@ NOT_TRAINED = {
     **dict.fromkeys(
         (*MASK_KEYS, *_MASKS, "sample_weight"), "masks or weights a loss, for which only messages have a key"
     ),
-    **dict.fromkeys(("image", "images"), "holds pictures, which only vision models read"),
+    **dict.fromkeys(COLUMNS, "holds images, which only vision models read, with data.images=true"),
     **dict.fromkeys(("video", "videos", "audio", "audios"), "holds media that no text model reads"),
 }
 """Keys of a record that mean other training than of its text, and the reason."""
+IMAGES_ADVICE = "set data.images=true for a model that takes images, or leave the record out"
+"""End of a message about an image in a chat that is read as text."""
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -157,6 +161,9 @@ class ReadOptions(NamedTuple):
     reasoning_key: str | None = None
     judged: bool = False
     """True if the objective learns from single answers that are judged."""
+    images: bool = False
+    image_root: Path | None = None
+    """Folder of relative paths of images; None: the data lies on a server."""
 
 
 AS_WRITTEN = ReadOptions()
@@ -224,11 +231,18 @@ def to_document(record: SourceRecord, format: str, has_template: bool, reading: 
     """
     value = read_record(record, format, reading, NOT_TRAINED.keys())
     known = {*FORMATS[format].keys, *VERDICT_KEYS}
-    return document_of(record, form_of(value, format, record.place, has_template=has_template), value, known)
+    return document_of(record, form_of(value, format, record.place, has_template=has_template), value, known, reading)
 
 
-def document_of(record: SourceRecord, canonical: dict[str, Any], value: dict[str, Any], known: Set[str]) -> Document:
+def document_of(
+    record: SourceRecord, canonical: dict[str, Any], value: dict[str, Any], known: Set[str], reading: ReadOptions
+) -> Document:
     """Return a document of a record that was read as `value`, of which it read the keys `known`."""
+    if reading.images:
+        canonical, known = with_images(canonical, value, record.place, reading.image_root), {*known, *COLUMNS}
+    else:
+        for side in (canonical, *(item for item in canonical.values() if isinstance(item, dict))):
+            refuse_images(side.get("messages", ()), record.place, IMAGES_ADVICE)
     in_messages = keys_of_messages([item for key, item in value.items() if key in known]) - _MESSAGE_KEYS
     unread = {key for key, item in value.items() if key not in known and item not in (None, "", [], {})}
     return Document(record.place, record.num_bytes, canonical, unread | {f"messages.{key}" for key in in_messages})
@@ -237,7 +251,7 @@ def document_of(record: SourceRecord, canonical: dict[str, Any], value: dict[str
 def read_record(record: SourceRecord, format: str, reading: ReadOptions, refused: Set[str]) -> dict[str, Any]:
     """Return the record with all keys that its format needs, and no value under `refused` ones."""
     value, place = renamed(record, format, reading), record.place
-    check_meaning(value, place, refused)
+    check_meaning(value, place, refused - {*COLUMNS} if reading.images else refused)
     if value.get("tools") and "tools" not in FORMATS[format].keys:
         raise UserError(
             f"{place}: 'tools' belongs to a chat, and data.format={format} has none; write the record as "
@@ -357,8 +371,8 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
     return kept
 
 
-def _content(message: dict[str, Any], where: str, good: str, *, required: bool) -> str | None:
-    """Return a message's text; parts of the type "text" are joined. None only where tool calls stand in for it."""
+def _content(message: dict[str, Any], where: str, good: str, *, required: bool) -> str | list[dict[str, Any]] | None:
+    """Return a message's text, joined from its parts; or those, with images. None only where tool calls stand in."""
     content = message.get("content")
     if content is None:
         if not required:
@@ -367,21 +381,23 @@ def _content(message: dict[str, Any], where: str, good: str, *, required: bool) 
             raise UserError(f"{where} has no 'content' among its keys: {listed(message)}; {good}")
         raise UserError(f"{where}: 'content' is null, not a string, and there are no 'tool_calls'; {good}")
     if isinstance(content, list):
-        return "".join(_part(part, where) for part in content)
+        return joined_parts([_part(part, where) for part in content])
     text: str = expect(content, str, f"{where}: 'content'", good)
     return text
 
 
-def _part(part: Any, where: str) -> str:
-    """Return the text of a part of a message's content."""
+def _part(part: Any, where: str) -> str | dict[str, Any]:
+    """Return the text of a part of a message's content, or an image part in canonical form."""
     if isinstance(part, str):
         return part
     if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXT_PARTS:
         text: str = part["text"]
         return text
+    if isinstance(part, dict) and part.get("type") in PART_TYPES:
+        return image_part(part)
     described = f"of the type {part.get('type')!r}" if isinstance(part, dict) else kind_name(part)
     raise UserError(
-        f"{where}: a part of 'content' is {described}; only text can be trained on: "
+        f"{where}: a part of 'content' is {described}; only texts and images can be read: "
         '{"type": "text", "text": "..."}, or a string'
     )
 
@@ -421,9 +437,8 @@ def _sharegpt_turn(turn: dict[str, Any], where: str, good: str) -> dict[str, Any
         if key not in turn:
             raise UserError(f"{where} has no {key!r} among its keys: {listed(turn)}; {good}")
     speaker, value = turn["from"], turn["value"]
-    if isinstance(value, list):
-        value = "".join(_part(part, where) for part in value)
-    expect(value, str, f"{where}: 'value'", good)
+    value = joined_parts([_part(part, where) for part in value]) if isinstance(value, list) else value
+    expect(value, type(value) if isinstance(value, list) else str, f"{where}: 'value'", good)
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         words = ", ".join(SHAREGPT_ROLES)
         raise UserError(
@@ -431,7 +446,7 @@ def _sharegpt_turn(turn: dict[str, Any], where: str, good: str) -> dict[str, Any
         )
     message: dict[str, Any] = {key: item for key, item in turn.items() if key not in ("from", "value")}
     message["role"] = SHAREGPT_ROLES[speaker]
-    if speaker != "function_call":
+    if speaker != "function_call" or not isinstance(value, str):
         return message | {"content": value}
     calls = parse_string(value, where, "a function_call that", 'write {"name": ..., "arguments": {...}}')
     return message | {"content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -468,7 +483,7 @@ def check_meaning(value: dict[str, Any], place: str, names: Set[str]) -> None:
         if isinstance(item, dict):  # Arrow writes an absent image as {"bytes": null, "path": null}.
             item = [part for part in item.values() if part is not None]
         if item is not None and item not in ("", []):
-            missing = "" if key in VERDICT_KEYS else "; that is not supported yet"
+            missing = "" if key in (*VERDICT_KEYS, *COLUMNS) else "; that is not supported yet"
             raise UserError(
                 f"{place}: {key!r} {NOT_TRAINED[key]}{missing}. To train on the text alone, every record alike, set "
                 f"data.ignore_columns=[{key}]"

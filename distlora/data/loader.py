@@ -5,6 +5,7 @@ Letters: B rows of a micro-batch, L tokens of a row.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from distlora.config import TrainConfig
+from distlora.config import TrainConfig, UserError
+from distlora.data.images import ImageTensors
+from distlora.data.images_ahead import ImagesAhead, RowImages
 from distlora.data.packing import mismatched_rows
-from distlora.data.rows import BAD, EMPTY, JUDGED, RIGHT, STARTS, TRAINED, PackedRows, RowOrder, open_split
+from distlora.data.rows import BAD, EMPTY, IMAGE, JUDGED, RIGHT, STARTS, TRAINED, PackedRows, RowOrder, open_split
 from distlora.parallel import Ranks
 
 IGNORED = -100
@@ -28,7 +31,7 @@ _VERDICTS[JUDGED], _VERDICTS[JUDGED | BAD] = 1, -1
 
 
 class MicroBatch(NamedTuple):
-    """Rows that a rank runs at once. All but margins are int64 CPU tensors, the first three of shape (B, L)."""
+    """Rows that a rank runs at once. All are int64 CPU tensors unless they say otherwise, the first three (B, L)."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -50,12 +53,19 @@ class MicroBatch(NamedTuple):
     judged: torch.Tensor | None = None
     """(B, L): at the first token of each judged answer's document 1 if it is good, -1 if it is bad, else 0; None: no
     answer is judged."""
+    is_image: torch.Tensor | None = None
+    """(B, L) bool: True where an embedding of an image replaces the token; None: text alone."""
+    images: tuple[RowImages, ...] | None = None
+    """The tensors of each row's images, on the CPU, in the order of their tokens; None: text alone."""
 
 
 def joined(micro_batches: Sequence[MicroBatch]) -> MicroBatch:
     """Return the rows of micro-batches as one, in their order."""
     columns: Any = zip(*micro_batches, strict=True)
-    return MicroBatch._make(None if column[0] is None else torch.cat(column) for column in columns)
+    return MicroBatch._make(
+        torch.cat(column) if isinstance(column[0], torch.Tensor) else column[0] and tuple(itertools.chain(*column))
+        for column in columns
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,20 +98,37 @@ class StepLoader(RowOrder):
     mismatched: bool = False
     """Give each step the prompts of its judged answers a second time, each with the answer before it in the order of
     the rows, the first with the last one. What is then longer than a row is cut. A step's only answer has no labels."""
+    image_tensors: ImageTensors | None = None
+    """Makes the tensors of the rows' images; None: the rows have none."""
+    _ahead: ImagesAhead | None = field(default=None, init=False)
     _are_judged: bool = field(default=False, init=False)
     """True if the answers of the data are judged; then every row has some."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._are_judged = bool((self.rows.flags[0] & JUDGED).any())
+        if self.rows.images is not None:
+            if self.image_tensors is None:
+                raise UserError(
+                    f"{self.rows.folder} holds images, which only training reads; name data without images, or leave "
+                    "data.images out and prepare it again"
+                )
+            self._ahead = ImagesAhead(self.rows.images, self.image_tensors, rows=self.micro_batch)
 
     def batch(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of step `step` (from 0; epochs follow each other without end)."""
         assert step >= 0, f"step {step}"
         step_rows = self.rows_of_step(step)
         own = self.rows_of_ranks(step)[:, self.rank]
+        micro_batches = [self._assemble(indices, self.rows.read) for indices in own]
+        if self._ahead is not None:
+            following = self.rows_of_ranks(step + 1)[:, self.rank]
+            images = self._ahead.step(step, own.reshape(-1).tolist(), following.reshape(-1).tolist())
+            micro_batches = [
+                batch._replace(images=tuple(itertools.islice(images, len(batch.rows)))) for batch in micro_batches
+            ]
         return StepBatch(
-            micro_batches=[self._assemble(indices, self.rows.read) for indices in own],
+            micro_batches=micro_batches,
             global_rows=len(step_rows),
             global_targets=int(self.rows.targets[step_rows].sum(dtype=np.int64)),
             global_pairs=int(self.rows.pairs[step_rows].sum(dtype=np.int64)),
@@ -140,6 +167,7 @@ class StepLoader(RowOrder):
             slots=None if self.slot is None else torch.full((len(indices),), self.slot),
             margins=self._margins(indices),
             judged=torch.from_numpy(_VERDICTS[flags & (JUDGED | BAD)]) if self._are_judged else None,
+            is_image=None if self._ahead is None else torch.from_numpy(flags & IMAGE != 0),
         )
 
     def _margins(self, indices: np.ndarray) -> torch.Tensor | None:
@@ -150,17 +178,28 @@ class StepLoader(RowOrder):
 
 
 def open_data(
-    run_dir: Path, train: TrainConfig, ranks: Ranks, slot: int | None = None
+    run_dir: Path,
+    train: TrainConfig,
+    ranks: Ranks,
+    slot: int | None = None,
+    image_tensors: ImageTensors | None = None,
 ) -> tuple[StepLoader, StepLoader | None]:
     """Return the loaders of the training rows and of the held-out rows, if there are any."""
     rows, held_out = open_split(run_dir, "train"), open_split(run_dir, "eval")
     assert rows is not None, "a preparation without training rows is refused"
-    evaluation = None if held_out is None else step_loader(held_out, train, ranks, shuffle=False, slot=slot)
-    return step_loader(rows, train, ranks, shuffle=True, slot=slot), evaluation
+    opened: dict[str, Any] = {"slot": slot, "image_tensors": image_tensors}
+    evaluation = None if held_out is None else step_loader(held_out, train, ranks, shuffle=False, **opened)
+    return step_loader(rows, train, ranks, shuffle=True, **opened), evaluation
 
 
 def step_loader(
-    rows: PackedRows, train: TrainConfig, ranks: Ranks, *, shuffle: bool, slot: int | None = None
+    rows: PackedRows,
+    train: TrainConfig,
+    ranks: Ranks,
+    *,
+    shuffle: bool,
+    slot: int | None = None,
+    image_tensors: ImageTensors | None = None,
 ) -> StepLoader:
     """Return the loader of this rank's rows of each step."""
     return StepLoader(
@@ -173,4 +212,5 @@ def step_loader(
         shuffle=shuffle,
         slot=slot,
         mismatched=train.needs.mismatched,
+        image_tensors=image_tensors,
     )

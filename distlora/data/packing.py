@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from distlora.data.rows import (
     BAD,
     DOCUMENTS,
     HELD_OUT,
+    IMAGE,
+    IMAGES,
     JUDGED,
     MARGINS,
     MIXTURE,
@@ -30,15 +32,16 @@ from distlora.data.rows import (
     TRAINED,
     below,
     hash64,
+    image_digest,
     split_file,
 )
 from distlora.data.sources import DataSource
 
 TRUNCATED, DROPPED, DUPLICATE = 1, 2, 3
 """Fates of a document: it lost its end; it was left out for its length, or because an equal one came before."""
-_PIECE = np.dtype([("document", "i8"), ("length", "i8"), ("targets", "i8"), ("record", "i8"), ("margin", "f4")])
+_PIECE = np.dtype([(name, "i8") for name in ("document", "length", "targets", "record", "images")] + [("margin", "f4")])
 _DOCUMENT = np.dtype([("source", "i8"), ("fate", "i1")])
-_FILES = ("tokens", "marks", "records")
+_FILES = ("tokens", "marks", "records", "images")
 
 
 @dataclass
@@ -46,8 +49,8 @@ class Corpus:
     """Documents cut into pieces of at most `sequence_length` tokens, in the order in which they were appended."""
 
     stem: Path
-    """Files `<stem>.tokens` (int32), `<stem>.marks` (uint8) and `<stem>.records` (JSON lines of prompts) hold the
-    pieces, one after the other."""
+    """Files `<stem>.tokens` (int32), `<stem>.marks` (uint8), `<stem>.records` (JSON lines of prompts) and
+    `<stem>.images` (each distinct encoded image once) hold the pieces, one after the other."""
     sequence_length: int
     seen: set[bytes] | None = None
     """Digests of the documents so far, and of those of corpora that share the set; None: none are kept."""
@@ -56,10 +59,14 @@ class Corpus:
     num_documents: int = 0
     _pieces: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, _PIECE)])
     _documents: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, _DOCUMENT)])
+    _images: list[tuple[int, int, int]] = field(default_factory=list)
+    """(first byte, bytes, digest) of each image of each piece."""
+    _stored: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
+    """The same by the digest of the image."""
 
     @property
     def pieces(self) -> np.ndarray:
-        """(P,) records: number of the document, ascending; length; targets, above 0; bytes of its record; margin."""
+        """(P,) records: document, ascending; length; targets, above 0; bytes of its record; images; margin."""
         self._pieces = [np.concatenate(self._pieces)]
         return self._pieces[0]
 
@@ -83,7 +90,8 @@ class Corpus:
         """
         new_pieces, new_documents = [], []
         files = (self._file(name).open("ab") for name in _FILES)
-        with next(files) as tokens_file, next(files) as marks_file, next(files) as records_file:
+        tokens_file, marks_file, records_file, images_file = files
+        with tokens_file, marks_file, records_file, images_file:
             for number, document in enumerate(encoded, start=self.num_documents):
                 pieces, fate = self._cut(document, too_long)
                 for piece in pieces:
@@ -96,7 +104,9 @@ class Corpus:
                             marks[0] |= JUDGED if piece.is_good else JUDGED | BAD
                         marks_file.write(marks.data)
                         size = records_file.write(piece.record)
-                        new_pieces.append((number, len(piece.tokens), num_targets, size, piece.margin))
+                        self._images += [self._store(span.image, images_file) for span in piece.images]
+                        counts = (number, len(piece.tokens), num_targets, size, len(piece.images))
+                        new_pieces.append((*counts, piece.margin))
                 new_documents.append((source, fate))
         self._pieces.append(np.array(new_pieces, _PIECE))
         self._documents.append(np.array(new_documents, _DOCUMENT))
@@ -111,7 +121,10 @@ class Corpus:
         if all(len(piece.tokens) <= length for piece in pieces):
             return pieces, 0
         if too_long == "truncate":
-            return [piece.cut(length) for piece in pieces], TRUNCATED
+            cut = [piece.cut(length) for piece in pieces]
+            if any(len(piece.images) < len(whole.images) for piece, whole in zip(cut, pieces, strict=True)):
+                cut = [piece for piece in cut if piece.num_targets]  # An image that does not fit left no answer.
+            return cut, TRUNCATED if cut else DROPPED
         if too_long == "drop":
             return [], DROPPED
         assert document.rejected is None is document.is_good, "refused by the settings"
@@ -126,6 +139,7 @@ class Corpus:
             parts.append(str(document.margin).encode())
         if document.is_good is not None:
             parts.append(str(document.is_good).encode())
+        parts += [_read_image(span.image) for span in document.images]
         if document.record:  # Rewards read its columns: another answer to the same prompt is another document.
             parts.append(document.record)
         digest = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
@@ -137,7 +151,7 @@ class Corpus:
         """Return all tokens (int32) and marks (uint8), flat and memory-mapped. Needs at least one piece.
 
         A mark has the bits TRAINED: predicting this token is trained; REJECTED: a pair's rejected document begins here;
-        JUDGED, BAD: a judged document does.
+        JUDGED, BAD: a judged document does; IMAGE: an embedding of an image replaces this token.
         """
         return (
             np.memmap(self._file("tokens"), np.int32, mode="r"),
@@ -159,6 +173,40 @@ class Corpus:
                 file.write(stored.read(sizes[piece]))
         np.save(split_file(folder, split, RECORDS), np.cumsum(sizes[pieces]), allow_pickle=False)
 
+    def _store(self, image: str | bytes, file: BinaryIO) -> tuple[int, int, int]:
+        """Append an encoded image, or a file's, unless it is there."""
+        content = _read_image(image)
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        if digest not in self._stored:
+            self._stored[digest] = (file.tell(), file.write(content), image_digest(content))
+        return self._stored[digest]
+
+    def write_images(self, folder: Path, split: str, pieces: np.ndarray, rows: np.ndarray) -> dict[str, int]:
+        """Write the images of these pieces, in these rows (both (n,) int64), each once; return counts of them.
+
+        The split's table has one for each place, in the order of the rows: (I, 4) int64, its row, its first byte, its
+        bytes and their digest.
+        """
+        counts = self.pieces["images"]
+        number = counts[pieces].sum()
+        if not number:
+            return {}
+        before, places = np.cumsum(counts[pieces]) - counts[pieces], np.array(self._images, np.int64)
+        first = (np.cumsum(counts) - counts)[pieces] - before
+        chosen = places[np.repeat(first, counts[pieces]) + np.arange(number)]
+        starts, of_start, numbers = np.unique(chosen[:, 0], return_index=True, return_inverse=True)
+        sizes = chosen[of_start, 1]
+        with (
+            self._file("images").open("rb") as stored,
+            split_file(folder, split, IMAGES, ".bin").open("wb") as file,
+        ):
+            for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+                stored.seek(start)
+                file.write(stored.read(size))
+        columns = np.repeat(rows, counts[pieces]), (np.cumsum(sizes) - sizes)[numbers], chosen[:, 1], chosen[:, 2]
+        np.save(split_file(folder, split, IMAGES), np.stack(columns, axis=1), allow_pickle=False)
+        return {"images": int(number), "image_bytes": int(sizes.sum())}
+
     def delete(self) -> None:
         """Remove the files."""
         for name in _FILES:
@@ -166,6 +214,10 @@ class Corpus:
 
     def _file(self, name: str) -> Path:
         return self.stem.with_suffix("." + name)
+
+
+def _read_image(image: str | bytes) -> bytes:
+    return Path(image).read_bytes() if isinstance(image, str) else image
 
 
 class Mixture(NamedTuple):
@@ -282,13 +334,17 @@ def write_split(
     targets, pairs = (new_file(name, np.int32, shape[:1]) for name in ("targets", "pairs"))
     new_file(DOCUMENTS, np.int64, packed.shape)[:] = pieces["document"][packed]
     corpus.write_records(folder, split, packed)
+    counts: dict[str, Any] = corpus.write_images(
+        folder, split, packed, np.repeat(np.arange(packing.num_rows), np.diff(packing.row_bounds))
+    )
     largest = 0
     for rows, row_tokens, row_flags in build_rows(packing, *corpus.read(), pad):
         tokens[rows], flags[rows] = row_tokens, row_flags
         targets[rows] = np.count_nonzero(row_flags & TRAINED, axis=1)
         pairs[rows] = np.count_nonzero(row_flags & (REJECTED | JUDGED), axis=1)
         largest = max(largest, int(row_tokens.max()))
-    counts: dict[str, Any] = {}
+        if counts.get("images"):
+            counts["image_tokens"] = counts.get("image_tokens", 0) + int(np.count_nonzero(row_flags & IMAGE))
     if (margins := pieces["margin"][packed]).any():
         in_row = np.diff(packing.row_bounds)
         number = np.arange(len(margins)) - np.repeat(packing.row_bounds[:-1], in_row)
@@ -454,6 +510,7 @@ def build_rows(
         is_right = np.zeros_like(is_trained)
         is_right[target] = marks[source] & RIGHT != 0
         out_flags[:-1][is_trained[1:] & is_right[1:]] |= RIGHT
+        out_flags[target] |= marks[source] & IMAGE
         out_flags[begin] |= STARTS | (marks[packing.offsets[pieces]] & (JUDGED | BAD))
         out_flags[rejected] |= STARTS | REJECTED
         out_flags[end] |= STARTS  # Where the next piece starts too, or the next row, or the padding.

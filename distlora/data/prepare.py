@@ -24,11 +24,13 @@ from distlora.config.objectives import OBJECTIVES
 from distlora.data.chat_template import template_choice, template_source
 from distlora.data.encoding import Encoder
 from distlora.data.formats import MASK_KEYS, Document
+from distlora.data.images import PROCESSOR_FILES, ImageProcessor, ImageText, image_settings
 from distlora.data.packing import DROPPED, DUPLICATE, TRUNCATED, Corpus, Mixture, count_sources, write_split
 from distlora.data.rows import (
     FORMAT_VERSION,
     HELD_OUT,
     TEMPLATE_FILES,
+    TOKENIZER_FILES,
     PackedRows,
     below,
     cache_key,
@@ -76,12 +78,13 @@ def prepare(
     sources = sources or find_sources(data)
     settings, fingerprints = _settings(model, data, train, sources)
     cache_dir = Path(data.cache_dir).expanduser().absolute()
+    files = (*TOKENIZER_FILES, *PROCESSOR_FILES) if data.images else TOKENIZER_FILES
     if "train_on" in settings and _writes_date(data, model_dir):
         today = settings | {"date": time.strftime("%Y-%m-%d")}
         earlier = settings | {"date": earlier_date}
-        is_there = (cache_dir / cache_key(fingerprints, model_dir, earlier)).is_dir()
+        is_there = (cache_dir / cache_key(fingerprints, model_dir, earlier, files)).is_dir()
         settings = earlier if earlier_date is not None and is_there else today
-    entry = cache_dir / cache_key(fingerprints, model_dir, settings)
+    entry = cache_dir / cache_key(fingerprints, model_dir, settings, files)
     if not entry.is_dir():
         with new_entry(cache_dir, entry.name) as folder:
             _build(folder, model, data, train, sources, settings)
@@ -118,7 +121,8 @@ def _settings(
     model: ModelConfig, data: DataConfig, train: TrainConfig, sources: Sources
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the settings that decide the packed sequences, and the fingerprints of the sources."""
-    fingerprints = [source.fingerprint() for of_split in sources.values() for source in of_split]
+    form = train.needs.data
+    fingerprints = [source.fingerprint(form) for of_split in sources.values() for source in of_split]
     holds_out = "eval" not in sources and data.eval_fraction > 0
     weights = [source.config.weight for source in sources["train"] if source.config.weight is not None]
     config = Path(model.path).expanduser() / "config.json"
@@ -135,6 +139,7 @@ def _settings(
         "weights": weights,
         "stopping_strategy": data.stopping_strategy if weights else None,
         "stream_rows": _needed_rows(train) if data.streaming else None,
+        "images": image_settings(data) if data.images else None,
         "objective": train.objective if train.objective != "sft" else None,
     }
     if all(source["format"] in ("text", "prompt_completion") for source in fingerprints):
@@ -195,9 +200,8 @@ def _build(
     settings: dict[str, Any],
 ) -> None:
     """Write a whole cache entry into `folder`."""
-    model_dir = Path(model.path).expanduser()
-    tokenizer = load_tokenizer(model_dir, model.new_tokens, model.special_tokens)
-    encoder = Encoder(tokenizer, model.name or str(model_dir), data, train.objective)
+    encoder = open_encoder(model, data, train.objective)
+    tokenizer = encoder.tokenizer
     corpora, mixture = corpora_of(folder, data, sources), Mixture.of(data, sources["train"], train.seed)
     ended = np.ones(len(sources["train"]), bool)
     if "eval" in sources:  # First, since training leaves out what is held out.
@@ -251,11 +255,21 @@ def _build(
         "unread": [unread for source in itertools.chain(*sources.values()) if (unread := encoder.unread(source))],
         "settings": settings,
         "content": content_digest(folder, list(splits)),
-        "model": str(model_dir.absolute()),
+        "model": str(Path(model.path).expanduser().absolute()),
         "ended": ended.tolist(),
         "splits": splits,
     }
     write_json(folder / "meta.json", meta)
+
+
+def open_encoder(model: ModelConfig, data: DataConfig, objective: str) -> Encoder:
+    """Return the encoder of a run's documents. Raises UserError for a tokenizer or a processor that cannot be read."""
+    model_dir = Path(model.path).expanduser()
+    # The processor first: it needs torch, which `tokenize_alone` hides from transformers.
+    processor = ImageProcessor(model_dir, data) if data.images else None
+    tokenizer = load_tokenizer(model_dir, model.new_tokens, model.special_tokens)
+    images = None if processor is None else ImageText(processor, tokenizer)
+    return Encoder(tokenizer, model.name or str(model_dir), data, objective, images)
 
 
 def _shorten_rows(corpora: dict[str, Corpus]) -> None:
@@ -371,6 +385,7 @@ def nothing_to_train(corpus: Corpus, source: DataSource, number: int, data: Data
     if (long := np.isin(fates, (TRUNCATED, DROPPED))).any():
         fate = "left out as longer than a row" if (fates == DROPPED).any() else "truncated before it"
         advice = f"{np.count_nonzero(long):,} were {fate}: raise {{data.sequence_length}}={data.sequence_length}"
+        advice += ", or set a lower data.image_max_pixels" * data.images
     which = "its first" if data.streaming and len(fates) >= PATIENCE else "its"
     return UserError(f"{source.config.path}: none of {which} {len(fates):,} documents has a token to train; {advice}")
 
@@ -469,6 +484,12 @@ def summary(record: dict[str, Any]) -> str:
             f"tokens, {counts['targets']:,} of {counts['tokens']:,} tokens trained, padding {share:.1%}"
             + (f" ({', '.join(notes)})" if notes else "")
         )
+        if "images" in counts:
+            lines.append(
+                f"  images       {counts['images']:,}, {counts['image_tokens']:,} tokens, "
+                f"{counts['image_bytes'] / 1e6:,.1f} MB encoded"
+                + (" (data.image_max_pixels makes them shorter)" if counts["dropped_long"] else "")
+            )
         if len(counts["sources"]) > 1:
             for source in counts["sources"]:
                 wanted = "" if source["share_wanted"] is None else f" (wanted {source['share_wanted']:.1%})"

@@ -25,7 +25,7 @@ from distlora.data.chat_template import ChatTemplate
 from distlora.data.encoding import Encoded, Encoder, TooLong
 from distlora.data.formats import Document
 from distlora.data.packing import DROPPED, DUPLICATE, Corpus, Mixture, pack
-from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of
+from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of, open_encoder
 from distlora.data.rows import BAD, JUDGED, REJECTED, STARTS, TRAINED, PackedRows, open_split
 from distlora.data.sources import DataSource, find_sources
 from distlora.system.exit_codes import BAD_INPUT, DONE
@@ -79,13 +79,7 @@ def preview(
     has no token to train.
     """
     paint, length = _paint_for_stdout(no_color=no_color), data.sequence_length
-    model_dir = Path(model.path).expanduser()
-    encoder = Encoder(
-        load_tokenizer(model_dir, model.new_tokens, model.special_tokens),
-        model.name or str(model_dir),
-        data,
-        train.objective,
-    )
+    encoder = open_encoder(model, data, train.objective)
     with tempfile.TemporaryDirectory(prefix="distlora-preview-") as scratch:
         splits = _read(model, data, encoder, None if read_all else SAMPLE, documents, Path(scratch))
         samples = [sample for _, of_split in splits.values() for sample in of_split]

@@ -11,6 +11,7 @@ from typing import Any
 from distlora.config import UserError, require
 from distlora.data.files import read_file
 from distlora.data.formats import check_chat
+from distlora.data.image_records import refuse_images
 from distlora.data.json_values import kind_name, listed
 
 _GOOD = 'a good line: {"prompt": "What is a list?"} or {"messages": [{"role": "user", "content": "What is a list?"}]}'
@@ -60,6 +61,7 @@ def _prompt(place: str, value: Any) -> Prompt:
         require(isinstance(text, str), f"{place}: 'prompt' is {kind_name(text)}, not a string; {_GOOD}")
         return Prompt(place=place, text=text)
     chat = check_chat(value, place, _GOOD)
+    refuse_images(chat["messages"], place, "write the prompt as text")
     last = chat["messages"][-1]["role"]
     require(last != "assistant", f"{place}: the last message is the assistant's own; end with what it is to answer")
     return Prompt(place=place, messages=tuple(chat["messages"]), tools=tuple(chat.get("tools", ())))

@@ -68,6 +68,10 @@ TRAINED, STARTS, REJECTED, JUDGED, BAD = 1, 2, 4, 8, 16
 here is the rejected answer of a pair, whose chosen one lies right before it; is judged; and is judged bad."""
 RIGHT = 32
 """Bit of a flag, beside TRAINED: the label at this position is that of a right step, and not the next token."""
+IMAGE = 64
+"""Bit of a flag: an embedding of an image replaces the token at this position."""
+IMAGES = "images"
+"""Files of a split's images: their encoded bytes (.bin), and the table of StoredImages (.npy)."""
 
 
 EMPTY = -1
@@ -148,6 +152,52 @@ class Records:
         return record
 
 
+def image_digest(content: bytes) -> int:
+    """Return 63 bits of the BLAKE2b hash of an encoded image."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImages:
+    """Encoded images of a split, read from disk one at a time."""
+
+    content: np.ndarray
+    """(bytes of the file,) uint8, memory-mapped."""
+    table: np.ndarray
+    """(I, 4) int64, in memory: row, first byte, bytes and digest of each image, in the order of their tokens."""
+    folder: Path
+
+    @classmethod
+    def open(cls, cache_dir: Path, split: str, count: int) -> StoredImages:
+        """Open those of a split. Raises UserError when absent, cut short or misshapen."""
+        table = np.array(_load(split_file(cache_dir, split, IMAGES), (count, 4), np.int64))
+        path = split_file(cache_dir, split, IMAGES, ".bin")
+        if not path.is_file() or (table[:, 1:3].sum(axis=1) > path.stat().st_size).any() or (table[:, 1:3] < 0).any():
+            raise UserError(f"{path} is damaged: it is absent or cut short; {_make_again(cache_dir)}")
+        return cls(np.memmap(path, mode="r"), table, cache_dir)
+
+    def of(self, row: int) -> range:
+        """Return the numbers of a row's images."""
+        first, last = np.searchsorted(self.table[:, 0], [row, row + 1])
+        return range(int(first), int(last))
+
+    def read(self, number: int) -> bytes:
+        """Return an encoded image. Raises UserError if it has changed."""
+        row, start, size, digest = self.table[number].tolist()
+        content = self.content[start : start + size].tobytes()
+        if image_digest(content) != digest:
+            place = self.folder
+            raise UserError(f"{place} is damaged: an image of row {row:,} has changed; {_make_again(place)}")
+        return content
+
+    def take(self, rows: np.ndarray) -> StoredImages:
+        """Return the images of these rows, (n,) integers, as those of the rows from 0 to n."""
+        numbers = [self.of(row) for row in rows.tolist()]
+        table = self.table[[number for of_row in numbers for number in of_row]]
+        table[:, 0] = np.repeat(np.arange(len(rows)), [len(of_row) for of_row in numbers])
+        return replace(self, table=table)
+
+
 @dataclass(frozen=True, slots=True)
 class PackedRows:
     """A split of N packed sequences of L tokens, memory-mapped: reading a sequence touches its pages only."""
@@ -155,7 +205,7 @@ class PackedRows:
     tokens: np.ndarray
     """(N, L) int32."""
     flags: np.ndarray
-    """(N, L) uint8, bits TRAINED, STARTS, REJECTED, JUDGED and BAD."""
+    """(N, L) uint8, bits TRAINED, STARTS, REJECTED, JUDGED, BAD, RIGHT and IMAGE."""
     targets: np.ndarray
     """(N,) int32, in memory: how many labels of each row are trained."""
     pairs: np.ndarray
@@ -175,6 +225,8 @@ class PackedRows:
     """(N, M) float32: the margin of each pair of a row of at most M, 0 after the last; None if no record has one."""
     classifies: bool = False
     """True if labels are the classes of steps: 1 where the flag is RIGHT, 0 elsewhere."""
+    images: StoredImages | None = None
+    """The images among the tokens; None: text alone."""
 
     @classmethod
     def open(cls, cache_dir: Path, split: str) -> PackedRows:
@@ -200,6 +252,7 @@ class PackedRows:
             if MARGINS in counts
             else None,
             classifies=meta["objective"] in OBJECTIVES and OBJECTIVES[meta["objective"]].labels > 1,
+            images=StoredImages.open(cache_dir, split, counts[IMAGES]) if IMAGES in counts else None,
         )
 
     def __len__(self) -> int:
@@ -208,7 +261,9 @@ class PackedRows:
     def take(self, indices: np.ndarray) -> PackedRows:
         """Return the sequences of these numbers, (n,) integers, in this order, in memory; `counts` stay the split's."""
         margins = None if self.margins is None else self.margins[indices]
-        return replace(self, documents=None, margins=margins, **{name: getattr(self, name)[indices] for name in ARRAYS})
+        images = None if self.images is None else self.images.take(indices)
+        arrays = {name: getattr(self, name)[indices] for name in ARRAYS}
+        return replace(self, documents=None, margins=margins, images=images, **arrays)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, flags) of the rows of these numbers, each (n, L), in memory.
@@ -339,8 +394,10 @@ _ABANDONED_AFTER = 86_400.0
 """Seconds after which a partial entry belongs to a process that was killed: no preparation takes a day."""
 
 
-def cache_key(sources: list[dict[str, Any]], model_dir: Path, settings: dict[str, Any]) -> str:
-    """SHA-256, in 64 hex digits, over the documents and the tokenizer, the settings and the versions.
+def cache_key(
+    sources: list[dict[str, Any]], model_dir: Path, settings: dict[str, Any], files: Sequence[str] = TOKENIZER_FILES
+) -> str:
+    """SHA-256, in 64 hex digits, over the documents and the model's `files`, the settings and the versions.
 
     `sources` are the fingerprints of where the documents come from (`Source.fingerprint`). `settings` holds plain JSON
     values: all that decide what the rows are, and nothing else. Where files lie does not matter. The versions of
@@ -352,7 +409,7 @@ def cache_key(sources: list[dict[str, Any]], model_dir: Path, settings: dict[str
         "sources": sources,
         "tokenizer": {
             str(path.relative_to(model_dir)): sha256(path)
-            for pattern in TOKENIZER_FILES
+            for pattern in files
             for path in sorted(model_dir.glob(pattern))
             if path.is_file()
         },
@@ -366,11 +423,12 @@ def content_digest(folder: Path, splits: Sequence[str]) -> str:
 
     The key of an entry says what it was made from; this says what came of it.
     """
-    files = {f"{split}/{name}": split_file(folder, split, name) for split in splits for name in (*ARRAYS, MARGINS)}
-    arrays = {name: sha256(file) for name, file in files.items() if file.is_file()}
-    records = {split: split_file(folder, split, RECORDS, ".jsonl") for split in splits}
-    arrays |= {f"{split}/{RECORDS}": sha256(path) for split, path in records.items() if path.is_file()}
-    return hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
+    arrays = (*ARRAYS, MARGINS, IMAGES)
+    files = {f"{split}/{name}": split_file(folder, split, name) for split in splits for name in arrays}
+    files |= {f"{split}/{RECORDS}": split_file(folder, split, RECORDS, ".jsonl") for split in splits}
+    files |= {f"{split}/{IMAGES}.bin": split_file(folder, split, IMAGES, ".bin") for split in splits}
+    digests = {name: sha256(file) for name, file in files.items() if file.is_file()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ preparations of one run read the same documents. Every failure of the network, o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -16,18 +15,18 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distlora.config import DataConfig, SourceConfig, UserError, nearest
+from distlora.config import DataConfig, SourceConfig, UserError, nearest, require
 from distlora.config.base import is_hub_name
 from distlora.config.errors import FILES
-from distlora.config.json_files import read_object
 from distlora.config.objectives import DataForm
 from distlora.data.answers import reads, to_answers
-from distlora.data.files import is_compressed, is_data_file, read_file, without_nulls
+from distlora.data.dataset_rows import dataset_errors, first_line, records_of_rows, saved_records
+from distlora.data.files import is_compressed, is_data_file, read_file
 from distlora.data.formats import (
     Document,
     ReadOptions,
@@ -37,12 +36,10 @@ from distlora.data.formats import (
     resolve_format,
     to_document,
 )
+from distlora.data.image_records import images_of
 from distlora.data.json_values import listed
 from distlora.system.atomic_io import sha256
 from distlora.system.hub_errors import DATASET, explained, unreachable
-
-_MEDIA = ("Image", "Audio", "Video", "Pdf", "Nifti", "Mesh")
-"""Features that datasets would decode with libraries of their own."""
 
 
 def _resolve_commit(source: SourceConfig) -> str:
@@ -62,10 +59,8 @@ def _resolve_commit(source: SourceConfig) -> str:
         except Exception as error:
             if not unreachable(error):
                 raise
-            print(
-                f"cannot reach the hub ({_first_line(error)}); looking for a cached copy", file=sys.stderr, flush=True
-            )
-            return _cached_commit(source, f"the hub cannot be reached ({_first_line(error)}), and")
+            print(f"cannot reach the hub ({first_line(error)}); looking for a cached copy", file=sys.stderr, flush=True)
+            return _cached_commit(source, f"the hub cannot be reached ({first_line(error)}), and")
     assert commit is not None, "the hub names the commit of every data set"
     return commit
 
@@ -79,7 +74,7 @@ def _check_hub(source: SourceConfig, commit: str, *, streaming: bool) -> None:
             f"split={source.split} takes a slice, for which all of {source.path} must be there; name the split "
             "without a slice, or set data.streaming=false"
         )
-    with _explained(source):
+    with dataset_errors(source):
         try:
             builder = datasets.load_dataset_builder(source.path, source.name, revision=commit)
         except ValueError as error:
@@ -107,76 +102,16 @@ def _check_hub(source: SourceConfig, commit: str, *, streaming: bool) -> None:
             )
 
 
-def hub_records(source: SourceConfig, commit: str, *, streaming: bool) -> Iterator[SourceRecord]:
+def hub_records(source: SourceConfig, commit: str, *, streaming: bool, images: bool = False) -> Iterator[SourceRecord]:
     """Yield every row of a split in order. Streaming, nothing is downloaded but what the rows read so far lie in."""
     import datasets
 
     _check_hub(source, commit, streaming=streaming)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    with _explained(source):
+    with dataset_errors(source):
         rows = datasets.load_dataset(source.path, source.name, split=source.split, revision=commit, streaming=streaming)
-    yield from _records(rows, f"{source.path} {source.split}", source)
-
-
-def _saved_records(source: SourceConfig) -> Iterator[SourceRecord]:
-    """Yield every row of a folder that save_to_disk wrote: one data set, or several splits of which one is named."""
-    import datasets
-
-    folder = Path(source.path).expanduser()
-    _check_within(folder)
-    try:
-        saved = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise UserError(
-            f"{folder} holds no data set that can be loaded: {_first_line(error)}; save it again (save_to_disk), or "
-            "set {data.path} to files"
-        ) from error
-    if isinstance(saved, datasets.DatasetDict):
-        if source.split not in saved:
-            raise UserError(
-                f"{folder} has no split {source.split!r}{nearest(source.split, saved)}; its splits are "
-                f"{', '.join(saved)}"
-            )
-        saved = saved[source.split]
-    yield from _records(saved, str(folder), source)
-
-
-def _check_within(folder: Path) -> None:
-    """Raise UserError if a saved data set names splits or files outside its folder, which datasets would read."""
-    remedy = "save it again (save_to_disk)"
-
-    def check_names(names: Sequence[str], place: Path) -> None:
-        for name in names:
-            if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
-                raise UserError(f"{place} names {name!r}, which does not lie in its folder; {remedy}")
-
-    folders, place = [folder], folder / "dataset_dict.json"
-    if place.is_file():
-        values = read_object(place, remedy, {"splits": [str]})
-        check_names(values["splits"], place)
-        folders = [folder / name for name in values["splits"]]
-    for place in (inner / "state.json" for inner in folders):
-        if place.is_file():
-            values = read_object(place, remedy, {"_data_files": [{"filename": str}]})
-            check_names([file["filename"] for file in values["_data_files"]], place)
-
-
-def _records(rows: Any, label: str, source: SourceConfig) -> Iterator[SourceRecord]:
-    features = rows.features or {}
-    media = [name for name, feature in features.items() if any(f"{kind}(" in repr(feature) for kind in _MEDIA)]
-    for name in media:
-        if name not in source.ignore_columns:
-            raise UserError(
-                f"{label}: the column {name!r} holds media, which only vision and audio models read; that is not "
-                f"supported yet. To train on the text alone, set data.ignore_columns=[{','.join(media)}]"
-            )
-    if media:
-        rows = rows.remove_columns(media)
-    with _explained(source):
-        for number, row in enumerate(rows, start=1):
-            value = without_nulls(row)
-            yield SourceRecord(f"{label} row {number}", len(str(value)), value)
+    yield from records_of_rows(rows, f"{source.path} {source.split}", source, images=images)
 
 
 def _cached_commit(source: SourceConfig, why: str) -> str:
@@ -188,7 +123,7 @@ def _cached_commit(source: SourceConfig, why: str) -> str:
         commit: str = datasets.load_dataset_builder(source.path, source.name, revision=source.revision).hash
     except Exception as error:
         raise UserError(
-            f"{why} the data set {source.path} is not in the cache of datasets ({_first_line(error)}); connect to the "
+            f"{why} the data set {source.path} is not in the cache of datasets ({first_line(error)}); connect to the "
             "hub once, or download its files and set {data.path} to their folder (no such folder exists on this node)"
         ) from error
     if source.revision is not None and not commit.startswith(source.revision) and len(source.revision) >= 7:
@@ -197,30 +132,6 @@ def _cached_commit(source: SourceConfig, why: str) -> str:
             f"data.revision={source.revision}; set data.revision={commit}, or connect to the hub"
         )
     return commit
-
-
-@contextlib.contextmanager
-def _explained(source: SourceConfig) -> Iterator[None]:
-    """Turn errors of datasets and the Hub into a UserError about this data set."""
-    import datasets.exceptions as raised
-
-    try:
-        with explained(source.path, source.revision, DATASET):
-            yield
-    except UserError:
-        raise
-    except Exception as error:
-        is_theirs = isinstance(error, (raised.DatasetsError, ValueError, FileNotFoundError, RuntimeError))
-        if not is_theirs:
-            raise
-        raise UserError(
-            f"the data set {source.path} cannot be loaded: {_first_line(error.__cause__ or error)}; download "
-            "its files and set {data.path} to their folder"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 _SPLIT_NAMES = re.compile(r"(?:^|[/._-])(train|training|test|testing|valid|validation|val|dev|eval)(?:[/._-]|$)", re.I)
@@ -244,6 +155,8 @@ class DataSource:
     is_saved: bool = False
     """A folder that datasets' save_to_disk wrote."""
     streaming: bool = False
+    images: bool = False
+    """Read the images of chats."""
     unread: Counter[str] = field(default_factory=Counter)
     """Number of records in which nothing read a key, so far; see `Document.unread`."""
     _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
@@ -273,9 +186,9 @@ class DataSource:
     def records(self) -> Iterator[SourceRecord]:
         """Yield all records in order."""
         if self.commit is not None:
-            yield from hub_records(self.config, self.commit, streaming=self.streaming)
+            yield from hub_records(self.config, self.commit, streaming=self.streaming, images=self.images)
         elif self.is_saved:
-            yield from _saved_records(self.config)
+            yield from saved_records(self.config, images=self.images)
         else:
             for path in self.files:
                 yield from read_file(path, good(self.config.format), self.config.sample_by)
@@ -294,7 +207,14 @@ class DataSource:
         config, head = self.config, [first]
         if config.reasoning_key is not None:
             head = head_with_key(itertools.chain(head, records), config.reasoning_key)
-        reading = ReadOptions(config.columns, config.ignore_columns, config.reasoning_key, judged=form == "judged")
+        reading = ReadOptions(
+            config.columns,
+            config.ignore_columns,
+            config.reasoning_key,
+            judged=form == "judged",
+            images=self.images,
+            image_root=None if self.commit is not None else self._root,
+        )
         format = resolve_format(first, config.format, reading)
         return format, self._documents(itertools.chain(head, records), format, has_template, reading)
 
@@ -307,7 +227,7 @@ class DataSource:
             self.unread.update(document.unread)
             yield document
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self, form: DataForm = "documents") -> dict[str, Any]:
         """Return what decides the documents, as plain JSON for the cache key, without the place of local files.
 
         Local files count with all their bytes; streamed files with size, time and first MiB, since they may be too
@@ -322,7 +242,26 @@ class DataSource:
             return settings | hub
         settings |= {"sample_by": config.sample_by} if self.has_text else {}
         format = self.open(has_template=False)[0] if not self.is_saved else config.format
+        settings |= {"images": self._images(form)} if self.images else {}
         return settings | {"files": [self._digest(path) for path in self.files], "format": format}
+
+    @property
+    def _root(self) -> Path:
+        path = Path(self.config.path).expanduser().absolute()
+        return path if path.is_dir() else path.parent
+
+    def _images(self, form: DataForm) -> str:
+        """Return a digest of the names, sizes and times of the local images, and note these two for each."""
+        found: dict[str, tuple[int, int]] = {}
+        for document in self.open(True, form)[1]:
+            for side in (document.value, *(item for item in document.value.values() if isinstance(item, dict))):
+                for image in images_of(side.get("messages", ())):
+                    if isinstance(image, str) and image not in found:
+                        found[image] = _stamp(Path(image))
+        self.unread.clear()  # The preparation counts them again.
+        self._stamps.update({Path(image): stamp for image, stamp in found.items()})
+        named = {os.path.relpath(image, self._root): stamp for image, stamp in found.items()}
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """Return the source's entry in data.json: enough to find it again."""
@@ -364,13 +303,10 @@ def find_sources(data: DataConfig, pinned: Mapping[str, str] | None = None) -> d
     for documents that two of them share, and for sample_by where nothing is plain text.
     """
     field = "data.sources" if data.sources else "data.path"
-    training = [find_source(source, field, streaming=data.streaming, pinned=pinned) for source in data.training_sources]
+    found: dict[str, Any] = {"streaming": data.streaming, "images": data.images, "pinned": pinned}
+    training = [find_source(source, field, **found) for source in data.training_sources]
     held_out = data.held_out_source
-    named = (
-        [find_source(held_out, "data.eval_path", streaming=data.streaming, pinned=pinned)]
-        if held_out is not None
-        else []
-    )
+    named = [find_source(held_out, "data.eval_path", **found)] if held_out is not None else []
     for number, source in enumerate(training):
         for other in training[:number]:
             if shared := _shared(source, other):
@@ -446,7 +382,12 @@ def _pin_name(path: str, revision: str | None) -> str:
 
 
 def find_source(
-    config: SourceConfig, field: str = "data.path", *, streaming: bool = False, pinned: Mapping[str, str] | None = None
+    config: SourceConfig,
+    field: str = "data.path",
+    *,
+    streaming: bool = False,
+    images: bool = False,
+    pinned: Mapping[str, str] | None = None,
 ) -> DataSource:
     """Find the source that the setting `field` names. Reads no document.
 
@@ -458,7 +399,7 @@ def find_source(
     if is_hub_name(config.path):
         commit = (pinned or {}).get(_pin_name(config.path, config.revision)) or _resolve_commit(config)
         label = f"{config.path} {config.split}"
-        return DataSource(config=config, label=label, commit=commit, streaming=streaming)
+        return DataSource(config=config, label=label, commit=commit, streaming=streaming, images=images)
     path = Path(config.path).expanduser()
     if not path.exists():
         raise _absent(path, field)
@@ -472,6 +413,10 @@ def find_source(
         raise UserError(
             f"{path} is local and has one split, train, not {config.split!r}; name the file that holds it instead"
         )
+    require(
+        not (streaming and images),
+        f"data.streaming=true reads a part of {path}, and data.images=true checks all of its images; set one to false",
+    )
     files = _files(path, field, is_saved)
     return DataSource(
         config=config,
@@ -479,6 +424,7 @@ def find_source(
         files=files,
         is_saved=is_saved,
         streaming=streaming,
+        images=images,
         _stamps={file: _stamp(file) for file in files},
     )
 

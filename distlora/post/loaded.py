@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distlora.config import UserError, require
 from distlora.data.formats import check_chat
+from distlora.data.image_records import refuse_images
 from distlora.data.prompts import GenerateRequest, Prompt
 from distlora.generation.prompts import PromptEncoder, sampling
 from distlora.generation.writer import Writer
@@ -129,6 +130,7 @@ def _prompt(prompt: str | list[Message]) -> Prompt:
     if isinstance(prompt, str):
         return Prompt(place="the prompt", text=prompt)
     messages = check_chat({"messages": prompt}, "the prompt", f"a good message: {_GOOD}")["messages"]
+    refuse_images(messages, "the prompt", "write the prompt as text")
     is_open = messages[-1]["role"] != "assistant"
     require(is_open, "the prompt: the last message is the assistant's own; end with what it is to answer")
     return Prompt(place="the prompt", messages=tuple(messages))

@@ -68,6 +68,8 @@ EXTRAS = {
     "accelerate": "bnb",
     "math_verify": "rl",
     "jsonschema": "rl",
+    "PIL": "vision",
+    "torchvision": "vision",
     **{name: name for name in ("tensorboard", "mlflow", "trackio", "swanlab")},
 }
 """Optional package, as it is imported, to the extra of distlora that installs it."""

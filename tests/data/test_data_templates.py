@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from distlora.config import DataConfig, UserError
 from distlora.data import chat_template
-from distlora.data.chat_template import NAMED, ChatTemplate, Conversation, Turn, template_source
+from distlora.data.chat_template import NAMED, ChatTemplate, template_source
 from distlora.data.encoding import Encoder, TurnTokens
 from distlora.data.formats import Document
+from distlora.data.turns import Conversation, Turn
 from support.chat_tokenizers import KINDS, chat_tokenizer
 from support.data_folders import CHATML, MARKED, chat, write_model
 

@@ -97,6 +97,7 @@ REFUSED_WITHOUT = ("data.ignore_columns", "data.eot_tokens")
 
 NO_CHANGE: dict[str, str] = yaml.safe_load("""
 the launcher sets it from the file of adapter.init_from: adapter.init_from_loftq
+of images, test_data_images.py: data.images data.image_max_pixels data.image_min_pixels
 of a hub data set, test_data_hub.py: data.name data.split data.revision data.eval_split data.streaming
 places and numbers of processes, on which no result depends: data.cache_dir data.reward_processes
 where functions are, and that a resume has the same, test_rewards.py: data.reward_folder data.reward_digests

@@ -81,7 +81,7 @@ class NextToken(Objective):
 
 def send(batch: MicroBatch, device: torch.device) -> MicroBatch:
     """Return the micro-batch on the device, without waiting for it."""
-    return MicroBatch._make(None if tensor is None else to_device(tensor, device) for tensor in batch)
+    return MicroBatch._make(to_device(item, device) if isinstance(item, Tensor) else item for item in batch)
 
 
 def most_documents(batch: MicroBatch) -> int:

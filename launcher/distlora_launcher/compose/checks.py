@@ -82,6 +82,7 @@ ROW_TOKENS = 1024
 
 def check(config: Config, *, new_run: bool) -> None:
     """Refuse a run that cannot work. new_run: refuse a folder that holds a run, unless several nodes share it."""
+    require(not config.data.images, "data.images=true: training with images is not supported yet; leave it out")
     try:
         if new_run:
             if not config.cluster.on_each_node:

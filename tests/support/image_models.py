@@ -1,0 +1,142 @@
+"""Folders of small models with a processor of images, for eight families, without weights."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_PARTS = (
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+)
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}" + _PARTS + "{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_TILES = ["<fake_token_around_image>", "<global-img>"]
+_TILES += [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
+_QWEN: dict[str, Any] = {
+    "processor": "Qwen3VLProcessor",
+    "image_processor": "Qwen2VLImageProcessor",
+    "video": "Qwen3VLVideoProcessor",
+    "image": "<|vision_start|><|image_pad|><|vision_end|>",
+    "token": "<|image_pad|>",
+    "more": ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>"],
+}
+_SMALL = {"size": {"longest_edge": 728}, "max_image_size": {"longest_edge": 364}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_vl": _QWEN | {"pixels": {"patch_size": 16, "merge_size": 2}},
+    "qwen3_5": _QWEN,
+    "gemma3": {
+        "processor": "Gemma3Processor",
+        "image_processor": "Gemma3ImageProcessor",
+        "image": "<start_of_image>",
+        "token": "<image_soft_token>",
+        "settings": {"image_seq_length": 49},
+        "named": {
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+    },
+    "mistral3": {
+        "processor": "PixtralProcessor",
+        "image_processor": "PixtralImageProcessor",
+        "image": "[IMG]",
+        "token": "[IMG]",
+        "more": ["[IMG_BREAK]", "[IMG_END]"],
+        "settings": {"spatial_merge_size": 2, "patch_size": 14},
+    },
+    "smolvlm": {
+        "processor": "SmolVLMProcessor",
+        "image_processor": "SmolVLMImageProcessor",
+        "pixels": _SMALL,
+        "video": "SmolVLMVideoProcessor",
+        "image": "<image>",
+        "token": "<image>",
+        "more": _TILES,
+        "named": {
+            "fake_image_token": "<fake_token_around_image>",
+            "image_token": "<image>",
+            "end_of_utterance_token": "<end_of_utterance>",
+            "global_image_token": "<global-img>",
+        },
+    },
+    "idefics3": {
+        "processor": "Idefics3Processor",
+        "image_processor": "Idefics3ImageProcessor",
+        "pixels": _SMALL,
+        "image": "<image>",
+        "token": "<image>",
+        "more": _TILES,
+    },
+    "llava": {
+        "processor": "LlavaProcessor",
+        "image_processor": "LlavaImageProcessor",
+        "image": "<image>\n",
+        "token": "<image>",
+        "settings": {
+            "patch_size": 14,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    },
+    "internvl": {
+        "processor": "InternVLProcessor",
+        "image_processor": "GotOcr2ImageProcessor",
+        "video": "InternVLVideoProcessor",
+        "image": "<IMG_CONTEXT>\n",
+        "token": "<IMG_CONTEXT>",
+        "named": {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    },
+}
+TEXTS = ["What colour is the left half? It is red.", "user\nassistant\nsystem\n\n", "green blue white black"] * 20
+
+
+@cache
+def write_image_model(folder: Path, family: str, config: str = "{}") -> Any:
+    """Write the folder of a model without weights and return its processor. `config`: more of config.json."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    form = FAMILIES[family]
+    special = ["<pad>", "<|im_start|>", "<|im_end|>", form["token"], *form.get("more", ())]
+    special = list(dict.fromkeys([*special, *form.get("named", {}).values()]))
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=450, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<|im_end|>", extra_special_tokens=form.get("named")
+    )
+    tokenizer.chat_template = _CHATML.replace("IMAGE", form["image"])
+    parts = {"image_processor": getattr(transformers, form["image_processor"])(**form.get("pixels", {}))}
+    if "video" in form:
+        parts["video_processor"] = getattr(transformers, form["video"])()
+    processor = getattr(transformers, form["processor"])(
+        **parts, tokenizer=tokenizer, **form.get("settings", {}), chat_template=tokenizer.chat_template
+    )
+    processor.save_pretrained(folder)
+    token = tokenizer.convert_tokens_to_ids(form["token"])
+    settings = {"model_type": family, "image_token_id": token} | json.loads(config)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return processor
+
+
+def picture(size: tuple[int, int], seed: int = 0) -> Any:
+    """Return a random PIL image of (width, height)."""
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8))

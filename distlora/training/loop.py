@@ -1,6 +1,6 @@
 """Run the training loop, without knowledge of the backend and without host syncs within a step.
 
-Exceptions that read from the device in a step: 8-bit optimizers and Muon (optimizers.py), DeepSpeed
+Exceptions that read from the device in a step: 8-bit optimizers (optimizers.py), DeepSpeed
 (parallel/README.md), and the first forward, with train.verify also the one after each save, which checks the base
 (parallel/integrity.py).
 

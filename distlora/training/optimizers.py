@@ -140,8 +140,9 @@ class BitsAndBytesAdamW(Optimizer):
 class Muon(Optimizer):
     """torch.optim.Muon for matrices (arXiv 2502.16982), and fused AdamW for all other parameters.
 
-    The size of an update is matched to AdamW's (0.2 sqrt(max(rows, columns)) x lr). The host reads `ok` in every step,
-    because torch's Muon has no switch for it.
+    The size of an update is matched to AdamW's (0.2 sqrt(max(rows, columns)) x lr). torch's Muon has no switch for
+    `ok`, so each matrix and its state are copied first, and put back on the device if it is false. A matrix has an
+    optimizer of its own, so that one is copied at a time.
     """
 
     per_element = ("momentum_buffer", *FusedAdamW.per_element)
@@ -150,21 +151,29 @@ class Muon(Optimizer):
         self._matrices = {name: each for name, each in parameters.items() if is_matrix(name, each.ndim)}
         others = {name: each for name, each in parameters.items() if name not in self._matrices}
         self._others = FusedAdamW(others, config) if others else None
-        inner = torch.optim.Muon(
-            parameter_groups(self._matrices, config),
-            lr=config.peak_lr,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        super().__init__(parameters, inner, *(self._others.inners if self._others is not None else ()))
+        self._muons = [
+            torch.optim.Muon(
+                parameter_groups({name: matrix}, config),
+                lr=config.peak_lr,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            for name, matrix in self._matrices.items()
+        ]
+        super().__init__(parameters, *self._muons, *(self._others.inners if self._others is not None else ()))
 
     def states_of(self, name: str) -> set[str]:
         """Return Muon's one state of a matrix, or AdamW's."""
         return {"momentum_buffer"} if name in self._matrices else {"step", *FusedAdamW.per_element}
 
+    @torch.no_grad()
     def _update(self, ok: Tensor) -> None:
-        if bool(ok):
-            self.inner.step()
+        for muon, matrix in zip(self._muons, self._matrices.values(), strict=True):
+            state = muon.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+            before = matrix.clone(), state.clone()
+            muon.step()
+            for tensor, old in zip((matrix, state), before, strict=True):
+                torch.where(ok, tensor, old, out=tensor)
         if self._others is not None:
             self._others._update(ok)
 

@@ -23,10 +23,6 @@ WAITS: dict[str, tuple[str, str]] = {
         "variant qwen3-moe",
         "grouped products need sizes that 8 divides; other experts are computed one by one",
     ),
-    "distlora/training/optimizers.py Muon._update: item": (
-        "muon",
-        "torch's Muon cannot skip an update on the device, so the host asks whether gradients are finite",
-    ),
     **dict.fromkeys(
         (f"distlora/training/rollouts.py RolloutLoader._scored: copy {way} the host" for way in ("to", "from")),
         ("grpo.*", "rewards come from the host and are summed over ranks, once per rollout"),

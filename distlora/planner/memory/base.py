@@ -201,11 +201,19 @@ PAGED_FROM = 100_000
 """Elements from which a paged state is in CUDA's managed memory, which is on the GPU while there is room for it
 (Optimizer8bit.get_state_buffer). Nothing is paged on the CPU."""
 
-UPDATE_BYTES: Mapping[str, int] = {"adamw": 28, "paged_adamw": 28, "adamw_8bit": 16, "paged_adamw_8bit": 16, "muon": 64}
+UPDATE_BYTES: Mapping[str, int] = {
+    "adamw": 28,
+    "paged_adamw": 28,
+    "adamw_8bit": 16,
+    "paged_adamw_8bit": 16,
+    "muon": 104,
+}
 """Bytes that an update moves per trained element: it and two states (4 bytes or 1 each) are read and written, its
-gradient is read. Muon: one state, and five products of the update in 16 bits, which are read twice and written."""
-MUON_BYTES = 4 + 3 * 2
-"""Bytes per element of a matrix that Muon updates: the update in fp32, and in 16 bits its copy, a product and a sum."""
+gradient is read. Muon: one state, five products of the update in 16 bits, which are read twice and written, and copies
+of the matrix and its state, made and put back."""
+MUON_BYTES = 2 * 4 + 4 + 3 * 2
+"""Bytes per element of a matrix that Muon updates: its and its state's copy in fp32, the update in fp32, and in 16 bits
+the update's copy, a product and a sum."""
 
 
 def is_in_8_bits(optimizer: str, numel: int) -> bool:

@@ -27,12 +27,13 @@ from distlora.derive.memory import with_memory
 from distlora.derive.shrink import is_size
 from distlora.derive.structure import structure
 from distlora.model.adapters import BlockContext, Rows
-from distlora.model.attention import LONGEST, Documents, masks_of_documents, reference, use
+from distlora.model.attention import LONGEST, Documents, reference, use
 from distlora.model.by_document import ByDocument, DocumentRows
 from distlora.model.experts import find_routers
 from distlora.model.head_form import head_form, tail_of
 from distlora.model.hf_model import auto_class_of, calls_of, transformers_model
 from distlora.model.layer_wrapper import argument_names, batch_dims
+from distlora.model.packed_masks import masks_of_documents
 from distlora.model.paged_cache import BLOCK, CacheStep, PagedCache, cache_name
 
 LENGTHS = (11, 1, 19)

@@ -64,30 +64,6 @@ class Documents(NamedTuple):
         return self._replace(starts=self.starts.to(device, non_blocking=True))
 
 
-def masks_of_documents(
-    decoder: nn.Module, position_ids: Tensor, *, is_packed: bool | None = None
-) -> Tensor | dict[str, Tensor | None] | None:
-    """Build masks that separate documents, for decoders that ignore positions (B, T) in their own masks.
-
-    One mask for each layer type if the config names them, otherwise one for all layers: transformers' function decides.
-    `is_packed`: whether a row has several documents; with None transformers finds out, and the host waits for it.
-    """
-    from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
-
-    config: Any = decoder.config
-    weight = decoder.get_input_embeddings().weight  # type: ignore[operator]
-    # Only its dtype, device and first two dimensions are read.
-    embeds = torch.empty((*position_ids.shape, 0), dtype=weight.dtype, device=position_ids.device)
-    of_documents: dict[str, Any] = {"position_ids": position_ids if is_packed is None else None}
-    if is_packed:
-        of_documents["and_mask_function"] = packed_sequence_mask_function((position_ids == 0).cumsum(-1))
-    # The fourth argument is a cache, named past_key_values by older versions.
-    masks: Tensor | dict[str, Tensor | None] | None = create_masks_for_generate(
-        config, embeds, None, None, **of_documents
-    )
-    return masks
-
-
 VarlenOp = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]
 """Causal attention within each document of flattened rows: (query (B T, H, E), key and value (B T, K, E), cu_seqlens,
 longest, scale, left) -> (B T, H, E).

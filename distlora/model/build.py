@@ -31,7 +31,7 @@ from distlora.model.adapters import (
     TokenRows,
     adapter_parameters,
 )
-from distlora.model.attention import LONGEST, Documents, VarlenOp, masks_of_documents, use
+from distlora.model.attention import LONGEST, Documents, VarlenOp, use
 from distlora.model.batch_invariant import attend
 from distlora.model.by_document import ByDocument, DocumentRows
 from distlora.model.embedding_noise import EmbeddingNoise
@@ -50,6 +50,7 @@ from distlora.model.hf_model import made_buffers, stored_buffers, transformers_m
 from distlora.model.images import Images, frozen_merger
 from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import SCORE, SUMS, LossForm, LossHead, RewardHead
+from distlora.model.packed_masks import ask_host_for_masks, masks_of_documents, rows_known
 from distlora.model.paged_cache import Past, cache_name
 from distlora.weights.conversion import CheckpointLayout, layout_of
 
@@ -215,11 +216,8 @@ class CausalLM(nn.Module):
         hidden = self.hidden_states(input_ids, positions.to(device), adapter_rows, documents=documents)
         return self.head.logits(hidden.flatten(0, 1)).view(*input_ids.shape, -1)
 
-    def documents_of(self, position_ids: Tensor, device: torch.device) -> Documents | None:
-        """Find the packed documents for a forward on `device` from positions (B, T) on the CPU; None: it needs none."""
-        needs_masks = self.architecture.documents == "masks"
-        if not (self.attends_by_documents or self.runs_documents_apart or needs_masks):
-            return None
+    def documents_of(self, position_ids: Tensor, device: torch.device) -> Documents:
+        """Find the packed documents for a forward on `device` from positions (B, T) on the CPU."""
         rows = DocumentRows.of(position_ids) if self.runs_documents_apart else None
         documents = Documents.of(position_ids)._replace(rows=rows)
         return documents.to(device) if self.attends_by_documents else documents
@@ -255,7 +253,8 @@ class CausalLM(nn.Module):
             # With a cache transformers does not look for packed documents in the positions, and they leak into each
             # other.
             blind = self.architecture.documents == "masks" and documents is None
-            masks = masks_of_documents(self.decoder, position_ids, is_packed=is_packed) if blind else None
+            with rows_known(is_packed):
+                masks = masks_of_documents(self.decoder, position_ids) if blind else None
             known: dict[str, Any] = {"attention_mask": masks, "use_cache": False}
         else:
             known = {"attention_mask": past.attention_mask, "use_cache": past.cache is not None}
@@ -271,13 +270,16 @@ class CausalLM(nn.Module):
             if noise is not None and step_rows is not None:
                 embedded = noise.add(embedded, position_ids, step_rows)
             known["inputs_embeds"] = embedded
+        module: Any = self.decoder
         if images is not None:
             assert self.merger is not None, "images for a model that was built for text"
             assert self.image_layout is not None, "a merger without its layout"
+            module = self.merger
             known = images.arguments(self.merger, self.decoder, self.image_layout, position_ids, **known)
-            return self.merger(**known).last_hidden_state
-        output = self.decoder(position_ids=position_ids, **known)
-        return output.last_hidden_state
+        else:
+            known["position_ids"] = position_ids
+        with rows_known(is_packed):
+            return module(**known).last_hidden_state
 
     @property
     def cache_name(self) -> str:
@@ -405,6 +407,7 @@ def build_model(
         hf_config, place, auto_class=architecture.auto_class, attention=architecture.attention, dtype=dtype
     )
     decoder, layout, buffers = hf_model.get_submodule(architecture.decoder), layout_of(hf_model), made_buffers(hf_model)
+    ask_host_for_masks(decoder)
     layers = decoder.get_submodule(architecture.layers)
     hf_model.requires_grad_(full and training)
     if spec.images:

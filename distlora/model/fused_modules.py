@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from distlora.architecture.spec import Architecture
 from distlora.config import UserError, require
 from distlora.config.base import cache_root
+from distlora.model.hf_model import with_globals
 from distlora.model.lm_head import LossHead
 from distlora_kernels import native, products
 from distlora_kernels.elementwise import cross_entropy_, gated, rms_norm, rotate
@@ -113,17 +114,9 @@ def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs
         if _ROTARY not in forward.__code__.co_names or "unsqueeze_dim" in inspect.getsource(forward):
             continue
         if forward not in forwards:
-            forwards[forward] = _with_global(forward, _ROTARY, fused.rotate)
+            forwards[forward] = with_globals(forward, {_ROTARY: fused.rotate})
         module.forward = types.MethodType(forwards[forward], module)
     return [*used, "rotary embedding"] if forwards else used
-
-
-def _with_global(function: types.FunctionType, name: str, value: Any) -> types.FunctionType:
-    """Return a copy of a function for which one of the names of its Python module means `value`."""
-    known = function.__globals__ | {name: value}
-    copy = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
 
 
 def _eps_of(norm: Any) -> float:

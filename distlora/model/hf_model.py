@@ -8,7 +8,8 @@ from_pretrained.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import types
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -133,6 +134,20 @@ def calls_of(modules: Iterable[nn.Module], run: Callable[[], Any]) -> list[Call]
         for hook in hooks:
             hook.remove()
     return calls
+
+
+def with_globals(function: types.FunctionType, values: Mapping[str, Any]) -> types.FunctionType:
+    """Return a copy of a function, decorated or not, for which names of its Python module mean `values`."""
+    inner, closure = getattr(function, "__wrapped__", None), function.__closure__
+    known, changed = {**function.__globals__, **values}, None
+    if inner is not None:  # A decorator has the function that it wraps in its closure.
+        known, changed = function.__globals__, with_globals(inner, values)
+        closure = tuple(types.CellType(changed) if c.cell_contents is inner else c for c in closure or ())
+    new = types.FunctionType(function.__code__, known, function.__name__, function.__defaults__, closure)
+    new.__kwdefaults__ = function.__kwdefaults__
+    if changed is not None:
+        new.__wrapped__ = changed  # type: ignore[attr-defined]
+    return new
 
 
 def keep_in_fp32(hf_model: PreTrainedModel, dtype: torch.dtype) -> None:

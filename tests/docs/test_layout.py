@@ -142,8 +142,10 @@ PATCHES = {
     "distlora.data.sources": "datasets.config.HF_HUB_OFFLINE",
     "distlora.derive.linears": "inspect.getsource",
     "distlora.derive.probes": "inspect.getsource",
-    "distlora.model.fused_modules": "module.forward forward.__code__ function.__code__ function.__closure__ "
-    "function.__globals__ copy.__kwdefaults__ inspect.getsource",
+    "distlora.model.fused_modules": "module.forward forward.__code__ inspect.getsource",
+    "distlora.model.hf_model": "function.__code__ function.__closure__ function.__globals__ new.__kwdefaults__ "
+    "new.__wrapped__",
+    "distlora.model.packed_masks": "decoder.forward inspect.unwrap(forward).__globals__",
     "distlora.model.experts": "module.__class__",
     "distlora.parallel.zero3": "deepspeed.ops.__compatible_ops__",
     "distlora_launcher.compose.compose": "GlobalHydra.instance().hydra HydraConfig.instance().cfg",

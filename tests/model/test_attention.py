@@ -93,6 +93,28 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "deepseek_v3"])
+@torch.no_grad()
+def test_masks_of_decoders_take_the_hosts_word_for_packed_rows(name: str, tmp_path: Path) -> None:
+    write_family_folder(tmp_path, name)
+    model, _ = load_ours(tmp_path, train={"attention": "sdpa"})
+    ids = tokens(len(LAYOUTS), 64)
+    known = inspect.signature(type(model.decoder).forward).parameters
+    assert ["self", *inspect.signature(model.decoder.forward).parameters] == list(known), "callers look names up"
+
+    def hidden(documents: Documents | None) -> Tensor:
+        return model.hidden_states(ids, POSITIONS, documents=documents)
+
+    packed = model.documents_of(POSITIONS, ids.device)
+    asked_of_device = hidden(None)
+    assert torch.equal(hidden(packed), asked_of_device)
+    single = model.documents_of(torch.arange(64).expand_as(ids), ids.device)
+    assert not torch.equal(hidden(single), asked_of_device), "the masks read the positions"
+    positions = torch.arange(64).expand_as(ids)
+    alone = model.hidden_states(ids, positions)
+    assert torch.equal(model.hidden_states(ids, positions, documents=single), alone)
+
+
 def mask_of(make: Any, config: Any, embeds: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor | None:
     """Return a mask as a decoder has it made; the cache's name depends on transformers' version."""
     cache = "cache" if "cache" in inspect.signature(make).parameters else "past_key_values"

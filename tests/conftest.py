@@ -47,9 +47,10 @@ LIBRARY = native._library
 """The function itself: tests replace it."""
 CALLERS_COMPILER, NO_COMPILER = os.environ.get("CXX"), "none-in-tests"
 
-# Caches stay out of the user's home; ranks and commands inherit the variable. All test processes share what is derived,
-# and derive it themselves: a process of its own takes seconds. So does a proof, of a hundred small models here, which
-# changes only one whose documents leak: test_prove.py and test_conformance.py prove, and the fixture `proof`.
+# Caches stay out of the user's home; ranks and commands inherit the variable. All test processes share the derived
+# architectures, and derive them in this process: a new process takes seconds. They are probed, not proved, because the
+# proofs of a hundred small models take minutes. test_prove.py, test_conformance.py, the fixture `proof` and
+# pretend_cuda/ prove models, and do not use this cache.
 CALLERS_CACHE = os.environ.get("DISTLORA_CACHE")
 _CACHES = tempfile.TemporaryDirectory(prefix="distlora-tests-")
 os.environ["DISTLORA_CACHE"] = _CACHES.name

@@ -85,8 +85,9 @@ def forward(
         mask = seen(b - a, end - c, is_causal, window_size_left, window_size_right)
         scores = scores_of(q[a:b], k[c:end], scale, mask)
         sums[:, a:b] = scores.logsumexp(-1)
+        weights = scores.softmax(-1).masked_fill(~mask, 0.0)  # Also where a query sees no key.
         values = v[c:end].repeat_interleave(heads // v.shape[1], 1)
-        output[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1).nan_to_num(), values)
+        output[a:b] = torch.einsum("hqk,khd->qhd", weights, values)
     if cu_q is None:
         sums = sums.unflatten(1, (query.shape[0], -1)).transpose(0, 1).contiguous()
     moved = output.view(*query.shape[:-1], -1).to(query.dtype).to(query.device)
@@ -133,7 +134,7 @@ def backward(
         if b == a or d == c:
             continue
         mask = seen(b - a, d - c, is_causal, window_size_left, window_size_right)
-        weights = scores_of(q[a:b], k[c:d], scale, mask).softmax(-1)
+        weights = scores_of(q[a:b], k[c:d], scale, mask).softmax(-1).masked_fill(~mask, 0.0)
         keys, values = (tensor[c:d].repeat_interleave(group, 1) for tensor in (k, v))
         dweights = torch.einsum("qhd,khd->hqk", g[a:b], values)
         dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * factor

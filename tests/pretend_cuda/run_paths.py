@@ -42,7 +42,7 @@ from distlora.post.trained import Name
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.training import worker
 from distlora.training.loop import Trainer
-from pretend_cuda import device, launches, library, paths
+from pretend_cuda import device, launches, paths
 from support.family_models import write_family_folder
 from support.low_bit_models import write_kept_model
 from support.preference_data import write_preferences
@@ -258,11 +258,6 @@ def main() -> None:
     torch.set_num_threads(1)
     spec.derive = derive.derive  # In this process: one of its own takes seconds.
     with tempfile.TemporaryDirectory(prefix="pretend-cuda-") as root:
-        # A model that another process of these tests has checked is not checked again.
-        (library.CACHE / "architectures").mkdir(exist_ok=True)
-        Path(root, "cache").mkdir()
-        Path(root, "cache", "architectures").symlink_to(library.CACHE / "architectures")
-        os.environ["DISTLORA_CACHE"] = f"{root}/cache"
         place = Workplace(Path(root), Ranks(0, 1, GPU, None))
         if options.ranks:
             for model in {paths.OF_EIGHT[name][0] for name in options.names}:  # Only rank 0 of a group writes.

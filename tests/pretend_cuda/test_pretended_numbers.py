@@ -26,8 +26,17 @@ def test_two_steps_equal_the_cpu_path(name: str, sequences: int, tmp_path: Path)
         assert ours == pytest.approx(theirs, rel=RELATIVE), "(loss, gradient norm) on the GPU and on the CPU"
 
 
-@pytest.mark.ci
+OF_A_GPU = {
+    "kernels/test_gpu.py": "test_quantizing_and_dequantizing_on_the_device_equal_the_cpu",
+    "kernels/test_dropout.py": "test_a_gpu_drops_what_the_cpu_drops",
+    "model/test_attention.py": "test_the_op_on_the_device_equals_its_reference_and_itself",
+    "training/test_saving.py": "test_gpu_copies_hold_the_state_when_queued",
+}
+"""Tests marked `gpu` that take seconds here, by file. Most others train with interpreted kernels for minutes."""
+
+
 def test_tests_of_a_gpu_run_on_it() -> None:
-    arguments = ("-p", "pretend_cuda.plugin", "-q", "-m", "gpu", "tests/kernels/test_gpu.py", "-k", "quantizing")
-    ended = groups.start("pytest", *arguments, mode="run")
-    assert "3 passed" in ended.stdout, ended.stdout + ended.stderr
+    names = [f"tests/{file}::{name}" for file, name in OF_A_GPU.items()]
+    ended = groups.start("pytest", "-p", "pretend_cuda.plugin", "-q", "-m", "gpu", *names, mode="run")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "7 passed" in ended.stdout, ended.stdout + ended.stderr

@@ -223,6 +223,22 @@ class ImageText:
             size = opened.size[::-1] if opened.getexif().get(0x0112) in _ROTATED else opened.size
         return self._processor.resized(size)
 
+    def describe(self, image: str | bytes, place: str) -> str:
+        """Return an image's name and size, and the shapes and small tensors that the processor makes of it."""
+        from PIL import Image
+
+        with open_image(image, place) as opened:
+            written = "x".join(map(str, opened.size))
+        size = self.size(image, place)
+        made, _ = self._processor(Image.new("RGB", size))
+        tensors = [
+            f"{name} {'x'.join(map(str, tensor.shape)) if tensor.numel() > 6 else tensor.tolist()}"
+            for name, tensor in made.items()
+            if hasattr(tensor, "shape")
+        ]
+        name = Path(image).name if isinstance(image, str) else f"{len(image):,} bytes"
+        return f"{name}, {written} pixels, read as {size[0]}x{size[1]}: {', '.join(tensors)}"
+
     def _text_of(self, size: tuple[int, int]) -> tuple[str, tuple[int, ...]]:
         if size not in self._texts:
             from PIL import Image

@@ -139,7 +139,7 @@ class Corpus:
             parts.append(str(document.margin).encode())
         if document.is_good is not None:
             parts.append(str(document.is_good).encode())
-        parts += [_read_image(span.image) for span in document.images]
+        parts += [read_image(span.image) for span in document.images]
         if document.record:  # Rewards read its columns: another answer to the same prompt is another document.
             parts.append(document.record)
         digest = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
@@ -175,7 +175,7 @@ class Corpus:
 
     def _store(self, image: str | bytes, file: BinaryIO) -> tuple[int, int, int]:
         """Append an encoded image, or a file's, unless it is there."""
-        content = _read_image(image)
+        content = read_image(image)
         digest = hashlib.blake2b(content, digest_size=16).digest()
         if digest not in self._stored:
             self._stored[digest] = (file.tell(), file.write(content), image_digest(content))
@@ -216,7 +216,8 @@ class Corpus:
         return self.stem.with_suffix("." + name)
 
 
-def _read_image(image: str | bytes) -> bytes:
+def read_image(image: str | bytes) -> bytes:
+    """Return the encoded bytes of an image, of a file if it is a path."""
     return Path(image).read_bytes() if isinstance(image, str) else image
 
 

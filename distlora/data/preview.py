@@ -6,6 +6,7 @@ Trained and special tokens are marked, and control characters are escaped.
 
 from __future__ import annotations
 
+import base64
 import io
 import itertools
 import os
@@ -24,10 +25,11 @@ from distlora.config.file import load_config
 from distlora.data.chat_template import ChatTemplate
 from distlora.data.encoding import Encoded, Encoder, TooLong
 from distlora.data.formats import Document
-from distlora.data.packing import DROPPED, DUPLICATE, Corpus, Mixture, pack
+from distlora.data.packing import DROPPED, DUPLICATE, Corpus, Mixture, pack, read_image
 from distlora.data.prepare import check_trainable, check_vocabulary, corpora_of, open_encoder
-from distlora.data.rows import BAD, JUDGED, REJECTED, STARTS, TRAINED, PackedRows, open_split
+from distlora.data.rows import BAD, IMAGE, JUDGED, REJECTED, STARTS, TRAINED, PackedRows, open_split
 from distlora.data.sources import DataSource, find_sources
+from distlora.results.page import render
 from distlora.system.exit_codes import BAD_INPUT, DONE
 
 SAMPLE = 1000
@@ -72,8 +74,11 @@ def preview(
     documents: int = 2,
     read_all: bool = False,
     no_color: bool = False,
+    html: str | None = None,
 ) -> int:
     """Print `documents` of each source, then figures of SAMPLE documents of each, or of all.
+
+    `html`: a file to write, a page of the same documents with their images.
 
     Returns the exit code: 2 where a run would refuse documents. Raises UserError for a source that cannot be read or
     has no token to train.
@@ -85,7 +90,10 @@ def preview(
         samples = [sample for _, of_split in splits.values() for sample in of_split]
         for sample in samples:
             for document, encoded in sample.shown:
-                print(*_document_lines(encoder.tokenizer, sample, document, encoded, length, paint), sep="\n")
+                print(*_document_lines(encoder, sample, document, encoded, length, paint), sep="\n")
+        if html is not None:
+            Path(html).write_text(_page(encoder.tokenizer, samples, length), "utf-8")
+            print(f"wrote {html}")
         legend = "trained tokens are green" if paint.colour else "trained tokens are between [[ and ]]"
         print(paint.title(f"What is trained ({legend})"))
         for name, split in splits.items():
@@ -148,25 +156,34 @@ def _encoded(encoder: Encoder, sample: SourceSample, batch: list[Document], show
 
 
 def _document_lines(
-    tokenizer: Any, sample: SourceSample, document: Document, encoded: Encoded, length: int, paint: Paint
+    encoder: Encoder, sample: SourceSample, document: Document, encoded: Encoded, length: int, paint: Paint
 ) -> Iterator[str]:
-    """Yield a document, or both of a pair, as text with the trained tokens marked."""
-    excess = len(encoded.tokens) - length
+    """Yield a document, or both of a pair, as text with the trained tokens marked, and its images."""
+    tokenizer, excess = encoder.tokenizer, len(encoded.tokens) - length
     kept = encoded.cut(length) if excess > 0 and sample.too_long != "split" else encoded
     for whole, shown, side in zip(encoded.documents, kept.documents, ("chosen", "rejected"), strict=False):
         tokens, trained = encoded.tokens[whole], encoded.trained[whole].copy()
-        trained[0] = 0  # Nothing comes before it that could predict it.
+        trained[0] &= ~np.uint8(TRAINED)  # Nothing comes before it that could predict it.
         place = document.place if encoded.rejected is None else f"{document.place}, {side}"
         if encoded.is_good is not None:
             place += f", a {_VERDICTS[encoded.is_good]} answer"
-        yield paint.title(f"--- {place}: {len(tokens):,} tokens, {np.count_nonzero(trained):,} trained")
+        yield paint.title(f"--- {place}: {len(tokens):,} tokens, {np.count_nonzero(trained & TRAINED):,} trained")
         end = shown.stop - shown.start
+        for image in encoded.images:
+            if encoder.images is not None and whole.start <= image.start < whole.stop:
+                first, last = image.start - whole.start, image.end - whole.start
+                lost = "" if last <= end else ", cut off"
+                described = encoder.images.describe(image.image, place)
+                yield f"    image at tokens {first:,} to {last - 1:,} ({last - first:,}{lost}): {described}"
+        is_shown = _without_runs(trained)
+        tokens, trained, end = tokens[is_shown], trained[is_shown], int(np.count_nonzero(is_shown[:end]))
         if end <= _HEAD + _TAIL:
             yield _painted(tokenizer, tokens, trained, 0, end, paint)
         else:
             yield _painted(tokenizer, tokens, trained, 0, _HEAD, paint)
             hidden = trained[_HEAD : end - _TAIL]
-            yield paint.title(f"--- {len(hidden):,} tokens not shown, {np.count_nonzero(hidden):,} of them trained")
+            count = np.count_nonzero(hidden & TRAINED)
+            yield paint.title(f"--- {len(hidden):,} tokens not shown, {count:,} of them trained")
             yield _painted(tokenizer, tokens, trained, end - _TAIL, end, paint)
         if end < len(tokens) and encoded.rejected is not None:
             yield paint.title(f"--- {len(tokens) - end:,} more tokens")
@@ -287,23 +304,49 @@ def _paint_for_stdout(*, no_color: bool) -> Paint:
 
 def _painted(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray, start: int, end: int, paint: Paint) -> str:
     """Return the tokens from `start` to `end` as text, painted by stretches."""
-    special = np.isin(tokens[start:end], sorted(tokenizer.added_tokens_decoder))
-    kinds = trained[start:end] * 2 + special
-    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), end - start]
-    # Some tokenizers drop the space in front of what they decode, so a stretch is what it adds to those before it.
-    texts = [tokenizer.decode(tokens[start : start + edge].tolist()) for edge in edges]
+    stretches = _stretches(tokenizer, tokens[start:end], trained[start:end])
     parts = []
-    for is_trained, group in itertools.groupby(range(len(edges) - 1), key=lambda i: bool(kinds[edges[i]] >= 2)):
-        stretch = "".join(
-            paint.stretch(
-                texts[i + 1][len(texts[i]) :].translate(_UNPRINTABLE),
-                trained=is_trained,
-                special=bool(kinds[edges[i]] % 2),
-            )
-            for i in group
-        )
-        parts.append(paint.trained(stretch) if is_trained else stretch)
+    for is_trained, group in itertools.groupby(stretches, key=lambda stretch: stretch[1]):
+        text = "".join(paint.stretch(text, trained=is_trained, special=special) for text, _, special in group)
+        parts.append(paint.trained(text) if is_trained else text)
     return "".join(parts)
+
+
+def _stretches(tokenizer: Any, tokens: np.ndarray, trained: np.ndarray) -> list[tuple[str, bool, bool]]:
+    """Return the text of tokens (T,) as stretches: (text, trained, special)."""
+    special = np.isin(tokens, sorted(tokenizer.added_tokens_decoder))
+    kinds = (trained & TRAINED) * 2 + special
+    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(tokens)]
+    # Some tokenizers drop the space in front of what they decode, so a stretch is what it adds to those before it.
+    texts = [tokenizer.decode(tokens[:edge].tolist()) for edge in edges]
+    return [
+        (after[len(before) :].translate(_UNPRINTABLE), bool(kinds[edge] >= 2), bool(kinds[edge] % 2))
+        for edge, (before, after) in zip(edges, itertools.pairwise(texts), strict=False)
+    ]
+
+
+def _without_runs(trained: np.ndarray) -> np.ndarray:
+    """Return a mask (T,) of the tokens but those of images that follow one of the same image."""
+    is_image = trained & IMAGE != 0
+    return ~(is_image & np.append(False, is_image[:-1]))
+
+
+def _page(tokenizer: Any, samples: Sequence[SourceSample], length: int) -> str:
+    """Return an HTML page of the documents that are shown, cut as in a run, with their images."""
+    documents = []
+    for document, encoded, too_long in ((*pair, sample.too_long) for sample in samples for pair in sample.shown):
+        kept = encoded if too_long == "split" else encoded.cut(length)
+        edges, parts = [*(image.start for image in kept.images), len(kept.tokens)], []
+        for number, (start, end) in enumerate(zip([0, *edges[:-1]], edges, strict=True)):
+            content = read_image(kept.images[number - 1].image) if number else b""
+            is_shown = np.flatnonzero(_without_runs(kept.trained[start:end])) + start
+            parts.append((content, _stretches(tokenizer, kept.tokens[is_shown], kept.trained[is_shown])))
+        documents.append((document.place, len(kept.tokens), parts))
+    return render("preview.html.jinja", documents=[(*head, [(_url(c), s) for c, s in p]) for *head, p in documents])
+
+
+def _url(image: bytes) -> str:
+    return f"data:;base64,{base64.b64encode(image).decode()}" if image else ""
 
 
 def show_rows(run_dir: str, numbers: Sequence[int], *, no_color: bool = False) -> int:
@@ -330,6 +373,7 @@ def _row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> I
     (tokens,), (flags,) = rows.read(np.array([number]))
     trained = np.zeros(len(tokens), np.uint8)
     trained[1:] = flags[:-1] & TRAINED  # A flag is about the token that follows.
+    marked = trained | (flags & IMAGE)
     starts = [*np.flatnonzero(flags & STARTS).tolist(), len(tokens)]
     yield paint.title(f"row {number:,}: {len(tokens):,} tokens, {np.count_nonzero(trained):,} trained")
     is_rejected = [*(flags & REJECTED > 0), False]
@@ -339,6 +383,7 @@ def _row_lines(rows: PackedRows, number: int, tokenizer: Any, paint: Paint) -> I
             if flags[start] & JUDGED:
                 side = f", a {_VERDICTS[flags[start] & BAD == 0]} answer"
             yield paint.title(f"--- tokens {start:,} to {end - 1:,}{side}")
-            yield _painted(tokenizer, tokens, trained, start, end, paint)
+            is_shown = np.flatnonzero(_without_runs(marked[start:end])) + start
+            yield _painted(tokenizer, tokens[is_shown], trained[is_shown], 0, len(is_shown), paint)
         else:
             yield paint.title(f"--- tokens {start:,} to {end - 1:,}: padding")

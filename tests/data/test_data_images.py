@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("torchvision")
 
+from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.config.checks import check_section
 from distlora.data.answers import to_answers
@@ -22,6 +23,7 @@ from distlora.data.formats import ReadOptions, SourceRecord, to_document
 from distlora.data.image_records import images_of
 from distlora.data.images import ImageProcessor, ImageTensors, ImageText
 from distlora.data.loader import StepLoader, joined
+from distlora.data.preview import Paint, _row_lines, preview
 from distlora.data.rows import IMAGE, TRAINED, PackedRows, content_digest, read_meta, split_file
 from distlora.data.sources import find_source
 from support.data_folders import prepare, write_lines
@@ -341,3 +343,26 @@ def test_settings_without_effect_and_other_objectives_are_refused():
     ):
         with pytest.raises(UserError, match=reason):
             check_section("data", DataConfig(**data, **changes))
+
+
+def test_the_preview_shows_where_images_stand_and_the_page_shows_them(prepared, capsys, tmp_path):
+    config, entry = prepared
+    page = tmp_path / "page.html"
+    assert preview(config.model, config.data, config.train, documents=13, html=str(page)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = (line for line in lines if "1.png, " in line and "11.png" not in line)
+    assert first == (
+        "    image at tokens 4 to 9 (6): 1.png, 96x64 pixels, read as 96x64: pixel_values 24x1536, "
+        "image_grid_thw [[1, 4, 6]]"
+    )
+    (large,) = (line for line in lines if "large.png" in line)
+    assert "cut off): large.png, 900x900 pixels" in large
+    assert sum(line.count("<|image_pad|>") for line in lines) == 12  # One for each image.
+    written = page.read_text()
+    assert written.count('<img src="data:;base64,') == 12
+    assert data_url((Path(config.data.path).parent / "1.png").read_bytes())[14:] in written
+    assert "<mark>Which of 1?" in written
+    rows = PackedRows.open(entry, "train")
+    row = int(rows.images.table[0, 0])
+    shown = _row_lines(rows, row, load_tokenizer(Path(config.model.path)), Paint(colour=False))
+    assert "".join(shown).count("<|image_pad|>") == len(rows.images.of(row)) > 0

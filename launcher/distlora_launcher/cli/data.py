@@ -40,6 +40,8 @@ class PreviewArguments:
     """Read all documents (default: the first 1,000 per source)."""
     no_color: bool = False
     """Mark trained tokens with [[ ]] instead of a color."""
+    html: str | None = None
+    """FILE: write the documents also to an HTML page that shows their images."""
     config_dir: str | None = None
     """FOLDER: folder with your own recipes and config groups, as for `distlora train`."""
 
@@ -106,6 +108,7 @@ def preview_documents(options: PreviewArguments) -> int:
             documents=options.rows,
             read_all=options.all,
             no_color=options.no_color,
+            html=options.html,
         )
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from distlora.model.batch_invariant import attend_rows
 from distlora.system.transfer import to_device
+from distlora_kernels.dispatch import uses_triton
+from distlora_kernels.paged_attention import attend_blocks, attend_places, seen_places
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -62,7 +64,7 @@ class PagedCache:
         """Keys and values (blocks S, K, E) by layer, allocated at the first update."""
         self._step: CacheStep | None = None
         self._seen: dict[int | None, tuple[Tensor, Tensor]] = {}
-        """What `_seen_by` returns, by window: once per step, not per layer."""
+        """Places of the rows' keys by window: once per step, not per layer (`seen_places`)."""
         self._pending: tuple[int, Tensor] | None = None
 
     def resize(self, num_blocks: int) -> None:
@@ -144,31 +146,23 @@ class PagedCache:
 
     def _attend_to_blocks(self, layer: int, query: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Attend with one query per row (N, H, 1, E) -> (N, 1, H, E)."""
-        places, seen = self._seen_by(window)
-        key, value = (blocks[places].transpose(1, 2) for blocks in self._layers[layer])
-        if self._batch_invariant:
-            assert self._step is not None
-            assert self._step.lengths is not None
-            return self._attend_alike(query, key, value, self._step.lengths - 1, scaling, window)
-        # Query heads that share a key head are the queries of one head.
-        grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
-        output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=seen, scale=scaling)
-        return output.flatten(1, 2)[:, None]
-
-    def _seen_by(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """Return places (N, L) int64 of the keys of each row, and (N, 1, 1, L) bool, which of them its query sees."""
-        step = self._step
+        step, (keys, values) = self._step, self._layers[layer]
         assert step is not None
         assert step.tables is not None
         assert step.lengths is not None
+        if uses_triton(query):
+            one = query.squeeze(2)
+            output = attend_blocks(
+                one, keys, values, step.tables, step.lengths, block=BLOCK, scale=scaling, window=window
+            )
+            return output[:, None]
         if window not in self._seen:
-            at = torch.arange(step.longest, device=step.tables.device)
-            places = step.tables[:, at // BLOCK] * BLOCK + at % BLOCK
-            seen = at < step.lengths[:, None]
-            if window is not None:
-                seen &= at >= step.lengths[:, None] - window
-            self._seen[window] = places, seen[:, None, None, :]
-        return self._seen[window]
+            self._seen[window] = seen_places(step.tables, step.lengths, step.longest, BLOCK, window)
+        places, seen = self._seen[window]
+        if self._batch_invariant:
+            key, value = (tokens[places].transpose(1, 2) for tokens in (keys, values))
+            return self._attend_alike(query, key, value, step.lengths - 1, scaling, window)
+        return attend_places(query.squeeze(2), keys, values, places, seen, scaling)[:, None]
 
     def _attend_alike(
         self, query: Tensor, key: Tensor, value: Tensor, first: Tensor, scaling: float | None, window: int | None

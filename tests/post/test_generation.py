@@ -34,6 +34,7 @@ from distlora.generation.sampling import Request, Sample
 from distlora.generation.sampling import choose as choose_tokens
 from distlora.generation.writer import Completion, Generator, Writer, generate, generate_all
 from distlora.loading.peft_format import adapter_config, adapter_tensors
+from distlora.model import paged_cache
 from distlora.model.build import CausalLM
 from distlora.model.trial_slots import put_trial
 from distlora.parallel import Backend, Ranks, fsdp2
@@ -203,6 +204,17 @@ def test_rows_of_a_batch_choose_their_adapters(family_folder: Callable[[str], Pa
     for request, sample in zip(requests, samples, strict=True):
         assert_log_probs_are_those_of_a_forward(model, request, sample)
     assert samples[0].tokens != samples[4].tokens, "two adapters continue one prompt alike"
+
+
+def test_the_kernel_of_a_gpu_attends_to_the_rows_of_a_batch(
+    family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Triton's interpreter, with windows; all else runs as on a CPU."""
+    model, backend = load_ours(family_folder("mistral-window"))
+    monkeypatch.setattr(paged_cache, "uses_triton", lambda tensor: True)
+    requests = [dataclasses.replace(request, max_new_tokens=5) for request in REQUESTS[:3]]
+    for request, sample in zip(requests, Engine(model, backend).run(requests), strict=True):
+        assert_log_probs_are_those_of_a_forward(model, request, sample)
 
 
 def test_a_stop_string_ends_a_completion_wherever_tokens_divide_it(family_folder: Callable[[str], Path]) -> None:

@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distlora_kernels import dora_triton, elementwise_triton, fused_triton, nf4_triton, skinny_triton
+from distlora_kernels import (
+    dora_triton,
+    elementwise_triton,
+    fused_triton,
+    nf4_triton,
+    paged_attention_triton,
+    skinny_triton,
+)
 from distlora_kernels.buffers import KernelTile, tile_of
 from distlora_kernels.formats import FORMATS, dequantize_triton
 from distlora_kernels.formats.base import Format
@@ -302,6 +309,36 @@ def skinny() -> list[Case]:
     ]
 
 
+def paged_attention() -> list[Case]:
+    """Return the cases of paged_attention_triton.py, with eight query heads per key head."""
+
+    def attend(name: str, dtype: str = "bf16", *, size: int = 128, split: bool = False, window: bool = False) -> Case:
+        tokens = paged_attention_triton.KEYS[4 if dtype == "fp32" else 2]
+        absent = {} if split else {"parts_ptr": None, "sums_ptr": None}
+        numbers = {"table_columns": "i32", "split_tokens": "i32", "window": "i32" if window else None}
+        pointers = {"tables_ptr": "*i64:16", "lengths_ptr": "*i64:16", "parts_ptr": "*fp32:16", "sums_ptr": "*fp32:16"}
+        return case(
+            f"paged attention {name}", paged_attention_triton.attend_kernel,
+            {"GROUP": 8, "HEADS": 16, "KEYS": tokens, "SIZE": size, "BLOCK": 16}, pointers | numbers | absent,
+            dtype=dtype, num_warps=paged_attention_triton.NUM_WARPS, num_stages=paged_attention_triton.NUM_STAGES,
+            elements=tokens * size, loads_128=True, matrix=dtype != "fp32",
+        )  # fmt: skip
+
+    return [
+        attend("bf16"),
+        attend("bf16, split", split=True),
+        attend("bf16, split, window, E=64", size=64, split=True, window=True),
+        attend("bf16, E=256", size=256),
+        attend("fp16", "fp16"),
+        attend("fp32, split", "fp32", split=True),
+        case(
+            "paged attention join", paged_attention_triton.join_kernel, {"SPLITS": 32, "SIZE": 128},
+            {"parts_ptr": "*fp32:16", "sums_ptr": "*fp32:16", "splits": "i32"},
+            num_warps=paged_attention_triton.NUM_WARPS, loads_128=True,
+        ),
+    ]  # fmt: skip
+
+
 def all_cases() -> list[Case]:
     """Return the cases of all kernels, by module."""
-    return [*dora(), *elementwise(), *formats(), *fused(), *nf4(), *skinny()]
+    return [*dora(), *elementwise(), *formats(), *fused(), *nf4(), *paged_attention(), *skinny()]

@@ -362,3 +362,9 @@ MOST_ROWS = {"cpu": 64, "cuda": 256}
 """Rows that generate together, by device type."""
 CACHE_SHARE = 0.5
 """Part of the free memory that the keys and values of generation may take."""
+DENSE_SHARE = 0.5
+"""Part of the free memory that weights dequantized for generation may take."""
+DENSE_ROWS = 64
+"""Rows that a GPU decodes at once for which NF4 weights are decoded in each product, rather than once for all tokens.
+
+By the costs of fused_threshold.py, which are predicted: up to here a fused product reads and decodes a weight once."""

@@ -47,6 +47,8 @@ class SamplingChoice(NamedTuple):
     """Most blocks of keys and values per rank."""
     compiles: bool
     """Whether a token is decoded by one compiled call."""
+    dense: bool = True
+    """Whether the weights are dequantized once per call; on a GPU their products then round elsewhere."""
 
 
 @dataclass(slots=True)
@@ -143,7 +145,9 @@ def load_state(folder: Path) -> TrainState:
     if tokens is None and progress.get("expert_tokens") is not None:
         raise UserError(f"{path} is damaged: progress.expert_tokens has no counts of tokens by layer; {remedy}")
     sampling = progress.get("sampling")
-    if sampling is not None and (not isinstance(sampling, list) or list(map(type, sampling)) != [int, bool]):
+    if sampling is not None and (
+        not isinstance(sampling, list) or list(map(type, sampling)) not in ([int, bool], [int, bool, bool])
+    ):
         raise UserError(f"{path} is damaged: progress.sampling is {short(sampling)}; {remedy}")
     for name in ("step", "tokens", "published_step"):
         if (progress.get(name) or 0) < 0:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distlora.architecture.shapes import CACHE_SHARE, MOST_ROWS
+from distlora.architecture.shapes import CACHE_SHARE, DENSE_ROWS, DENSE_SHARE, MOST_ROWS
 from distlora.checkpoint.state import SamplingChoice
 from distlora.config import UserError
 from distlora.generation.compiled_step import CompiledStep, fits
@@ -39,9 +39,6 @@ PREFILL_TOKENS = 2048
 """Tokens of prompts per forward, padding included; a longer prompt runs alone."""
 FORWARDS = 32
 """Forwards between two checks whether any rank has work left, while no forward needs the other ranks."""
-DENSE_SHARE = 0.5
-"""Part of the available host memory that dequantized weights may take."""
-
 
 MOST_BYTES = 4
 """Bytes of a character in UTF-8. A token has one byte at least."""
@@ -175,11 +172,11 @@ class Engine:
             stack.enter_context(batch.cache.attending(self._model.decoder))
             # The cache has no blocks yet: it gets a part of the memory that the whole base leaves.
             alone = stack.enter_context(self._backend.whole_base(self._model, batch.run_nothing, wanted=self._resident))
-            has_room = alone and self._resident and self._has_room()
+            has_room = alone and self._resident and self._has_room(min(len(mine), self._most_rows))
             self.chosen = self._choose(has_room=has_room)
             batch.allocate(self.chosen.blocks)
             batch.compiles = self.chosen.compiles
-            if has_room and not batch.compiles:
+            if self.chosen.dense and not batch.compiles:
                 stack.enter_context(dense_copies(self._model))
             for number in itertools.count(1):
                 if not self._any(batch.works):
@@ -192,22 +189,33 @@ class Engine:
         return gathered(batch.samples, len(requests), self._backend)
 
     def _choose(self, *, has_room: bool) -> SamplingChoice:
-        """Return the most blocks of a rank, and whether it decodes by one compiled call. Every rank must call it."""
-        before, room = self.chosen, _memory_blocks(self._model, self._backend)
+        """Return the most blocks of a rank, and what it decodes with. Every rank must call it."""
+        before, on_cpu = self.chosen, self._backend.ranks.device.type == "cpu"
+        dense = has_room and (before is None or before.dense)
+        taken = dense_bytes(self._model) if dense and not on_cpu else 0
+        room = _memory_blocks(self._model, self._backend, taken)
         blocks = int(CACHE_SHARE * room) if room < sys.maxsize else room
         if before is not None and before.blocks <= room:
             blocks = before.blocks
-        compiles = has_room and self._compiled and not self._model.is_batch_invariant and fits(self._model)
+        may_compile = has_room and on_cpu and self._compiled and not self._model.is_batch_invariant
+        compiles = may_compile and fits(self._model)
         return SamplingChoice(
             blocks=-max_over_ranks(-blocks, self._backend.ranks),
             compiles=compiles and (before is None or before.compiles),
+            dense=dense,
         )
 
-    def _has_room(self) -> bool:
-        """Return whether this is a CPU with memory for the dequantized weights. Every rank must call it."""
-        nbytes = sum(weight.numel for weight in quantized_weights(self._model)) * _dtype_of(self._model).itemsize
-        on_cpu = self._backend.ranks.device.type == "cpu"
-        return on_cpu and not self._backend.lacks_host_memory(int(nbytes / DENSE_SHARE))
+    def _has_room(self, rows: int) -> bool:
+        """Return whether every rank has memory for the dequantized weights, and gains by them. Every rank must call it.
+
+        `rows` that decode together gain on a CPU, above DENSE_ROWS on a GPU, and where no product decodes the format.
+        """
+        nbytes = dense_bytes(self._model) / DENSE_SHARE
+        if self._backend.ranks.device.type == "cpu":
+            return not self._backend.lacks_host_memory(int(nbytes))
+        fused = all(weight.frozen_weight.is_nf4 for weight in quantized_weights(self._model))
+        lacks = (fused and rows <= DENSE_ROWS) or nbytes > self._backend.free_bytes()
+        return not max_over_ranks(int(lacks), self._backend.ranks)
 
     def _any(self, works: bool) -> bool:
         """Return whether any rank has work left."""
@@ -456,14 +464,17 @@ def gathered(samples: dict[int, Sample], count: int, backend: Backend) -> list[S
     return [samples[index] for index in range(count)]
 
 
-def _memory_blocks(model: CausalLM, backend: Backend) -> int:
-    """Return the number of blocks of keys and values that fill the free memory; sys.maxsize if that is unknown."""
+def _memory_blocks(model: CausalLM, backend: Backend, taken: int) -> int:
+    """Return the number of blocks of keys and values that fill the free memory; sys.maxsize if that is unknown.
+
+    `taken` bytes of it are for something else.
+    """
     kinds = [model.architecture.layer(index) for index in range(model.architecture.num_layers)]
     size = _dtype_of(model).itemsize
     per_token = sum(2 * size * kind.heads[1] * kind.heads[2] for kind in kinds if kind.heads is not None)
     free = backend.free_bytes()
     # Exactly 0 is an unknown amount; below it, nothing is free.
-    return max(int(free / (per_token * BLOCK)), 0) if free else sys.maxsize
+    return max(int((free - taken) / (per_token * BLOCK)), 0) if free else sys.maxsize
 
 
 def _dtype_of(model: CausalLM) -> torch.dtype:
@@ -490,6 +501,11 @@ def quantized_weights(model: CausalLM) -> list[FrozenTensor]:
     """Return the weights of the layers that each forward dequantizes."""
     modules = (module for block in model.blocks for module in block.modules() if isinstance(module, FrozenTensor))
     return [weight for weight in modules if weight.quantized and weight.dense_copy is None]
+
+
+def dense_bytes(model: CausalLM) -> int:
+    """Return the bytes of the copies of `dense_copies`."""
+    return sum(weight.numel for weight in quantized_weights(model)) * _dtype_of(model).itemsize
 
 
 @contextlib.contextmanager

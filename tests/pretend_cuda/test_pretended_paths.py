@@ -12,7 +12,7 @@ from pretend_cuda import groups, paths
 from support.tiers import ci
 from tools.kernel_cases import all_cases
 
-GENERATION = r"grpo.*|generate (llama|qwen3_moe)"
+GENERATION = r"grpo.*|generate (llama|qwen3_moe|kept-fp8)"
 """Paths that sample with the paged engine."""
 WAITS: dict[str, tuple[str, str]] = {
     "distlora/model/build.py CausalLM.hidden_states: item": (

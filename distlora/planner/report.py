@@ -343,6 +343,7 @@ def sampling_text(sampling: Sampling, plan: Plan) -> str:
     """Return how answers are sampled, the memory that it takes beside what training holds, and its speed, in words."""
     gpu = _device(plan)
     base = f", {size(sampling.base_bytes)} for the whole base" if sampling.base_bytes else ""
+    base += f", {size(sampling.dense_bytes)} for dequantized weights" if sampling.dense_bytes else ""
     if not sampling.is_whole:
         base = ", the base gathered for each token"
     steps = "a step" if sampling.steps == 1 else f"{sampling.steps:,} steps"

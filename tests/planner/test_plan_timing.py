@@ -10,6 +10,7 @@ import pytest
 from distlora.config import UserError
 from distlora.planner import Machine, plan_of, traffic
 from distlora.planner.speed.rates import missing_rates, rates_of
+from distlora.planner.speed.sampling import HOST_CHOICE, HOST_LAYER
 from distlora.planner.speed.scaling import ScalingRow, numbers_of, scaling
 from distlora.planner.speed.timing import StepTime, step_flops, step_time
 from distlora.planner.workload import Workload
@@ -146,7 +147,9 @@ def test_sampling_reads_the_base_and_the_cache_for_each_token(name: str, ranks: 
     assert sampling.cache_bytes + sampling.base_bytes + plan.device.persistent < machine.usable_bytes
     assert sampling.is_whole
     turns = -(-512 // ranks // sampling.rows)
-    packed = 0.5 * plan.model.shapes.quantized_numel("nf4", (None, None))
+    numel = plan.model.shapes.quantized_numel("nf4", (None, None))
+    packed = 0.5 * numel
+    assert sampling.dense_bytes == (2 * numel if ranks == 1 else 0), "64 rows of a rank decode NF4 in the product"
     read = turns * 512 * (packed + sampling.cache_bytes)
     assert read / machine.bandwidth < sampling.seconds < 10 * read / machine.bandwidth
     assert sampling.tokens == 512 * 512
@@ -155,6 +158,12 @@ def test_sampling_reads_the_base_and_the_cache_for_each_token(name: str, ranks: 
     assert tight.rows < sampling.rows
     assert tight.seconds > sampling.seconds
     assert tight.is_whole == (ranks == 1), "2 GiB hold no base of 70B"
+    assert tight.dense_bytes == 0
+    few = plan_of(
+        timed_config(ranks, **ONLINE | {"train": {"objective": "grpo", "global_batch": 8}}), model_of(name), machine
+    )
+    layers = plan.model.shapes.num_layers
+    assert few.sampling.seconds == pytest.approx(512 * (HOST_LAYER * layers + HOST_CHOICE)), "its host launches kernels"
 
 
 def rows_of(rows: list[ScalingRow], **values: object) -> dict[int, ScalingRow]:

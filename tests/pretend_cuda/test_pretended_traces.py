@@ -68,6 +68,20 @@ def test_launches_of_a_layer(tokens: int, tmp_path: Path) -> None:
     assert {text.split()[0] for text in missing} == NOT_COMPILED, sorted(missing)
 
 
+TOKEN = {1: (897, 180), 64: (801, 340)}
+"""By rows that decode together: launches of Triton kernels and of torch per token of 8B, docs/benchmarks.md's."""
+
+
+@pytest.mark.parametrize("rows", TOKEN)
+def test_launches_of_a_token(rows: int, tmp_path: Path) -> None:
+    cell = {"model": "8b", "rows": rows, "tokens": 1024}
+    seen = groups.in_process("trace_token", tmp_path / "seen.json", json.dumps(cell), mode="shapes")
+    assert (sum(seen["kernels"].values()), sum(seen["operators"].values())) == TOKEN[rows]
+    assert sum(seen["waits"].values()) == 1, seen["waits"]
+    gathered = rows * cell["tokens"] * 2 * 2 * 8 * 128
+    assert seen["temporary"] < gathered + 2 * 4 * rows * 128256, "a layer's keys and values are gathered"
+
+
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "u8": "uint8", "i64": "int64", "i32": "int32"}
 
 

@@ -3,6 +3,9 @@
 It follows `distlora/generation/engine.py`: the ranks divide the answers, a row that ends makes room for the next, and
 keys and values take at most a part of the memory that training leaves free. As in the engine the base is kept whole on
 each rank where that fits. The figures are for answers of rollout.max_new_tokens; shorter ones take less.
+
+A GPU reads keys and values where they lie. Its host launches each kernel of a token and then waits for the tokens, so
+a token takes the longer of the two.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
-from distlora.architecture.shapes import CACHE_SHARE, MOST_ROWS
+from distlora.architecture.shapes import CACHE_SHARE, DENSE_ROWS, DENSE_SHARE, MOST_ROWS
 from distlora.config import RolloutConfig
 from distlora.planner import traffic
 from distlora.planner.decoder_sizes import KernelOptions
@@ -23,6 +26,13 @@ from distlora.planner.speed.launches import KernelLaunch, gemm
 from distlora.planner.speed.rates import rates_of, total
 from distlora.planner.speed.timing import blocks_of, seconds_of_launches
 from distlora.planner.workload import Workload
+from distlora_kernels.format_layouts import is_nf4
+
+HOST_LAYER, HOST_CHOICE = 5.5e-4, 3e-4
+"""Seconds of the host per decoder layer of a token, and per token beside them: estimates, not measured.
+
+A layer has 25 launches of Triton kernels at 15 us and 10 of torch at 5 us, as traced for Llama's (docs/benchmarks.md),
+and 0.15 ms of Python."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +51,8 @@ class Sampling:
     """Bytes beside a rank's shard to keep the base whole; 0 if it is, or if there is no room."""
     is_whole: bool
     """True if each rank has the whole base meanwhile; False: it is gathered for each token."""
+    dense_bytes: int
+    """Bytes of the dequantized weights beside it, if a GPU keeps them meanwhile; otherwise 0."""
     seconds: float | None
     """Seconds of a rollout; None without rates of the node."""
     tokens: int
@@ -78,10 +90,15 @@ def sampling_of(
     left = free - (wanted if whole else 0)
     of_row = work.sequence_length * per_token
     rows = min(own, MOST_ROWS["cuda" if machine.is_gpu else "cpu"])
+    numel = shapes.quantized_numel(work.format) if machine.is_gpu and whole and work.dense_layers == 0 else 0
+    gains = rows > DENSE_ROWS or not is_nf4(work.format)
+    dense = itemsize * numel if gains and itemsize * numel <= DENSE_SHARE * left else 0
+    left -= dense
     if left < math.inf and of_row:
         rows = max(1, min(rows, int(CACHE_SHARE * left / of_row)))
     turns = -(-own // rows)
-    seconds = _token_seconds(work, model, machine, rows, per_token * work.sequence_length, whole=whole)
+    token = replace(work, dense_layers=shapes.num_layers) if dense else work
+    seconds = _token_seconds(token, model, machine, rows, per_token * work.sequence_length, whole=whole)
     return Sampling(
         answers=answers,
         steps=rollout.steps,
@@ -89,6 +106,7 @@ def sampling_of(
         cache_bytes=rows * of_row,
         base_bytes=wanted if whole else 0,
         is_whole=whole,
+        dense_bytes=dense,
         seconds=None if seconds is None else seconds * turns * rollout.max_new_tokens,
         tokens=answers * rollout.max_new_tokens,
     )
@@ -113,6 +131,8 @@ def _token_seconds(
     launches.append(gemm("head", rows, shapes.vocabulary, shapes.hidden, how))
     launches.append(KernelLaunch("attention", rows * cached))
     seconds = total(seconds_of_launches(launches, rates))
+    if machine.is_gpu:
+        seconds = max(seconds, HOST_LAYER * shapes.num_layers + HOST_CHOICE)
     if not whole and machine.link:
         seconds += traffic.moved_bytes(work, shapes, shards) / machine.link
     return seconds

@@ -22,9 +22,11 @@ from torch import Tensor
 from distlora.architecture.shapes import CACHE_SHARE, DENSE_ROWS, DENSE_SHARE, MOST_ROWS
 from distlora.checkpoint.state import SamplingChoice
 from distlora.config import UserError
+from distlora.generation import step_graph
 from distlora.generation.compiled_step import CompiledStep, fits
 from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import NUMBERS, Form, Request, Sample, choose, choose_by, numbers_of
+from distlora.generation.step_graph import StepGraphs, padded_rows
 from distlora.model.adapters import AdapterCopies
 from distlora.model.batch_invariant import batch_invariant
 from distlora.model.build import CausalLM
@@ -121,18 +123,21 @@ class Engine:
         most_rows: int | None = None,
         resident: bool = True,
         compiled: bool | None = None,
+        captured: bool | None = None,
         chosen: SamplingChoice | None = None,
     ) -> None:
         """Prepare to run requests.
 
         `resident`: keep the base whole on each rank meanwhile, where memory allows. `compiled`: decode by one compiled
-        call where that is possible; None: if the model's linears are compiled. `chosen`: an earlier engine's choice.
+        call where that is possible; None: if the model's linears are compiled. `captured`: replay decoding steps as
+        CUDA graphs on a GPU; None: step_graph.CAPTURED. `chosen`: an earlier engine's choice.
         """
         assert serves(model), "the engine does not serve this model"
         self._model, self._backend, self._tokenizer = model, backend, tokenizer
         self._ends = frozenset(end_tokens)
         self._most_rows = most_rows or MOST_ROWS[backend.ranks.device.type]
         self._resident = resident
+        self._captured = step_graph.CAPTURED if captured is None else captured
         self._compiled = products.is_used() if compiled is None else compiled
         self.chosen = chosen
         """What the free memory of the first run decided, alike on all ranks: later runs compute the same numbers. It
@@ -174,7 +179,8 @@ class Engine:
             alone = stack.enter_context(self._backend.whole_base(self._model, batch.run_nothing, wanted=self._resident))
             has_room = alone and self._resident and self._has_room(min(len(mine), self._most_rows))
             self.chosen = self._choose(has_room=has_room)
-            batch.allocate(self.chosen.blocks)
+            captures = self._captured and alone and self._backend.ranks.device.type == "cuda"
+            batch.allocate(self.chosen.blocks, captures=captures)
             batch.compiles = self.chosen.compiles
             if self.chosen.dense and not batch.compiles:
                 stack.enter_context(dense_copies(self._model))
@@ -251,6 +257,9 @@ class _Batch:
         self.compiles = False
         """Decode by one compiled call (`CompiledStep`)."""
         self._compiled: CompiledStep | None = None
+        self._graphs: StepGraphs | None = None
+        self._width = 0
+        """Blocks that any row may have."""
         self._free: list[int] = []
         self._tables: Tensor | None = None
         """(N, blocks) of the rows; None after the rows have changed."""
@@ -273,13 +282,20 @@ class _Batch:
         total = len(request.tokens) + self._tokens_of(request) - 1
         return max(-(-total // BLOCK) - len(request.tokens) // BLOCK, 0)
 
-    def allocate(self, most: int) -> None:
-        """Give the cache blocks for all rows at once, but not more than `most`; at least for the largest request."""
-        requests = (request for _, request in self._waiting)
+    def allocate(self, most: int, *, captures: bool) -> None:
+        """Give the cache blocks for all rows at once, but not more than `most`; at least for the largest request.
+
+        `captures`: decode by graphs. A further block is then for the rows that fill a graph up.
+        """
+        requests = [request for _, request in self._waiting]
         sizes = sorted(self._own_blocks(request) - (-len(request.tokens) // BLOCK) for request in requests)
         wanted = sum(sizes[-self._engine._most_rows :])
-        self.cache.resize(max(min(wanted, most), sizes[-1] if sizes else 0))
-        self._free = list(range(self.cache.num_blocks))
+        blocks = max(min(wanted, most), sizes[-1] if sizes else 0)
+        self.cache.resize(blocks + captures)
+        self._free = list(range(blocks))
+        if captures and requests:
+            self._width = max(self._own_blocks(request) + len(request.tokens) // BLOCK for request in requests)
+            self._graphs = StepGraphs(self._step, self._device)
 
     def forward(self) -> None:
         """Run the model once: prompts that have a place, else one token of each row, else nothing that counts."""
@@ -342,7 +358,7 @@ class _Batch:
         self._rows += ready
         self._rows.sort(key=lambda row: (row.request.slot is not None, row.request.slot or 0, row.index))
         self._tables = None
-        self._append(ready, choose(logits, [row.request for row in ready], [row.length for row in ready]))
+        self._append(ready, _in_one(choose(logits, [row.request for row in ready], [row.length for row in ready])))
 
     def _next_prompts(self) -> list[_Prefix]:
         """Return prompts that run together: as many as fit in PREFILL_TOKENS, padded to the longest."""
@@ -372,16 +388,29 @@ class _Batch:
 
     def _run_rows(self) -> None:
         """Generate one token of each row."""
-        rows = self._rows
+        rows, graphs = self._rows, self._graphs
+        more = 0 if graphs is None else padded_rows(len(rows)) - len(rows)
         if self._tables is None:
-            most = max(len(row.table) for row in rows)
-            self._tables = self._sent([row.table + [0] * (most - len(row.table)) for row in rows])
+            most = self._width or max(len(row.table) for row in rows)
+            tables = [row.table + [0] * (most - len(row.table)) for row in rows]
+            self._tables = self._sent(tables + more * [[self.cache.num_blocks - 1] * most])
         # One copy to the device per token: integers below 2^53 are exact in fp64.
-        columns = zip(*map(_numbers_of_row, rows), strict=True)
-        sent = to_device(torch.tensor(list(columns), dtype=torch.float64), self._device)
-        tokens, places, lengths, slots = sent[:-NUMBERS].long()
+        filled = more * [(0, (self.cache.num_blocks - 1) * BLOCK, 1, -1, 0.0, 1.0, 0.0, 0.0)]
+        columns = zip(*map(_numbers_of_row, rows), *filled, strict=True)
+        numbers = to_device(torch.tensor(list(columns), dtype=torch.float64), self._device)
+        form = Form.of([row.request for row in rows])
+        chosen = (graphs or self._step)(numbers, self._tables, form)
+        self._append(list(rows), chosen[:, : len(rows)])
+
+    def _step(self, numbers: Tensor, tables: Tensor, form: Form) -> Tensor:
+        """Return the next tokens of rows and their log-probabilities (2, N) fp64; the host reads nothing on a GPU.
+
+        numbers (4 + NUMBERS, N) fp64 on the device: `_numbers_of_row` of each. tables (N, B) int64: blocks of each.
+        """
+        tokens, places, lengths, slots = numbers[:-NUMBERS].long()
         positions = (lengths - 1)[:, None]
-        step = CacheStep(places, places[:0], self._tables, lengths, max(row.length for row in rows))
+        longest = int(lengths.max()) if self._device.type == "cpu" else 0
+        step = CacheStep(places, places[:0], tables, lengths, longest)
         chosen = None if self._slots is None else slots
         if not self.compiles:
             logits = self._logits(tokens[:, None], positions, None, chosen, step).squeeze(1)
@@ -389,7 +418,7 @@ class _Batch:
             if self._compiled is None:
                 self._compiled = CompiledStep(self._model, self.cache, self._slots)
             logits = self._compiled(tokens[:, None], positions, step, chosen)
-        self._append(list(rows), choose_by(logits, sent[-NUMBERS:], Form.of([row.request for row in rows])))
+        return _in_one(choose_by(logits, numbers[-NUMBERS:], form))
 
     def _sent(self, numbers: Sequence[Any]) -> Tensor:
         """Return integers as an int64 tensor on the device, without waiting for it."""
@@ -406,10 +435,9 @@ class _Batch:
             past = Past(None, self.cache, last)
             return self._model(ids, positions, None, adapter_rows=slots, past=past)
 
-    def _append(self, rows: Sequence[_Row], chosen: tuple[Tensor, Tensor]) -> None:
-        """Append the chosen tokens, (N,) with their log-probabilities, and let rows go that have ended."""
-        # The only wait for the device per token. Tokens and fp32 numbers are exact in fp64.
-        tokens, logprobs = torch.stack([column.double() for column in chosen]).tolist()
+    def _append(self, rows: Sequence[_Row], chosen: Tensor) -> None:
+        """Append the chosen tokens and their log-probabilities (2, N) fp64, and let rows go that have ended."""
+        tokens, logprobs = chosen.tolist()  # The only wait for the device per token.
         gone: set[_Row] = set()
         for row, number, logprob in zip(rows, tokens, logprobs, strict=True):
             token = int(number)
@@ -434,6 +462,11 @@ class _Batch:
         self.samples[row.index] = sample = Sample(row.tokens, row.logprobs, ended)
         if self._on_done is not None:
             self._on_done(row.index, sample)
+
+
+def _in_one(chosen: tuple[Tensor, Tensor]) -> Tensor:
+    """Return tokens (N,) int64 and log-probabilities (N,) fp32 as (2, N) fp64, which is exact: one copy to the host."""
+    return torch.stack([column.double() for column in chosen])
 
 
 def _numbers_of_row(row: _Row) -> tuple[float, ...]:

@@ -52,6 +52,8 @@ host_waits: Counter[str] = Counter()
 python_operators: Counter[str] = Counter()
 """How often an operator ran that is written in Python here, while `recording`."""
 is_recording = False
+is_capturing = False
+"""True while a CUDA graph is captured (graphs.py)."""
 
 
 @contextlib.contextmanager
@@ -93,6 +95,7 @@ def caller() -> str:
 
 def note_wait(operation: str) -> None:
     """Record that an operation made the host wait."""
+    assert not is_capturing, f"{caller()} waits for the device in a capture: {operation}"
     if is_recording:
         host_waits[f"{caller()}: {operation}"] += 1
 
@@ -296,14 +299,13 @@ def _replacements() -> dict[str, Any]:
         "get_rng_state": lambda device="cuda": generator.get_state(),
         "set_rng_state": lambda state, device="cuda": generator.set_state(state),
         "_sleep": lambda cycles: None,
-        "is_current_stream_capturing": lambda: False,
         "ipc_collect": lambda: None,
     }
 
 
 def install() -> None:
     """Put the device in place, with its attention and the checks of Triton launches. Call it once."""
-    from pretend_cuda import flash_attention, launches
+    from pretend_cuda import flash_attention, graphs, launches
 
     for name, value in _replacements().items():
         for module in (torch.cuda, torch.cuda.streams, torch.cuda.random, torch.cuda.memory):
@@ -320,6 +322,7 @@ def install() -> None:
     _replace_methods()
     flash_attention.install()
     launches.install()
+    graphs.install()
 
 
 def _replace_methods() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ class Launch(NamedTuple):
 
 recorded: list[Launch] = []
 """Launches while device.recording()."""
+on_launch: Callable[..., None] | None = None
+"""Called with what runs a launch, its arguments and options, while a graph is captured."""
 
 
 def check_devices(arguments: dict[str, Any], where: str) -> None:
@@ -80,6 +83,8 @@ def install() -> None:
         grid = grid_of(self.grid, bound, where)
         if device.is_recording:
             recorded.append(Launch(self.fn.__name__, place, not all(grid), variant_of(self, bound, options)))
+        if on_launch is not None and device.MODE == "run":
+            on_launch(run, (self, *arguments), options)
         if device.MODE == "run":
             run(self, *arguments, **options)
 

@@ -31,7 +31,9 @@ import torch.distributed as dist
 from distlora import derive
 from distlora.architecture import spec
 from distlora.data.prompts import Prompt
+from distlora.generation.engine import Engine
 from distlora.generation.prompts import PromptEncoder, sampling
+from distlora.generation.sampling import Request
 from distlora.generation.writer import Writer
 from distlora.parallel import Ranks
 from distlora.post import evaluate_worker
@@ -161,6 +163,19 @@ def generate(place: Workplace, run_dir: Path) -> None:
             Writer(model, backend, encoder.tokenizer, compiled=False).complete(tokens, settings, seed=1)
 
 
+def captured(place: Workplace, run_dir: Path) -> None:
+    """Complete prompts by replayed graphs, as without them. With MODE=skip completions say nothing."""
+    trained = Name(place=str(run_dir)).read()
+    model, backend = load_trained(trained, place.ranks)
+    requests = [
+        Request([5 + number] * size, seed=number, max_new_tokens=tokens, temperature=number / 2, top_k=9 * (number % 2))
+        for number, (size, tokens) in enumerate(((3, 5), (17, 5), (3, 3)))
+    ]
+    plain = Engine(model, backend).run(requests)
+    with device.recording():
+        assert Engine(model, backend, captured=True).run(requests) == plain
+
+
 def evaluate(place: Workplace, run_dir: Path) -> None:
     """Measure a run's held-out loss, as `distlora eval` does."""
     name = Name(place=str(run_dir))
@@ -186,6 +201,7 @@ def resume(place: Workplace, run_dir: Path) -> None:
 
 THEN: dict[str, Callable[[Workplace, Path], None]] = {
     "generate": generate,
+    "captured": captured,
     "evaluate": evaluate,
     "merge": merge,
     "resume": resume,

@@ -26,6 +26,13 @@ def test_two_steps_equal_the_cpu_path(name: str, sequences: int, tmp_path: Path)
         assert ours == pytest.approx(theirs, rel=RELATIVE), "(loss, gradient norm) on the GPU and on the CPU"
 
 
+@pytest.mark.ci
+def test_replayed_graphs_generate_what_launched_steps_do(tmp_path: Path) -> None:
+    """Rows that fill a graph up, another number of rows, and replays of both: equal to the bit."""
+    found = groups.in_process("run_paths", tmp_path / "seen.json", "captured llama", mode="run")
+    assert found["captured llama"]["error"] is None, found["captured llama"]["error"]
+
+
 OF_A_GPU = {
     "kernels/test_gpu.py": "test_quantizing_and_dequantizing_on_the_device_equal_the_cpu",
     "kernels/test_dropout.py": "test_a_gpu_drops_what_the_cpu_drops",

@@ -12,7 +12,7 @@ from pretend_cuda import groups, paths
 from support.tiers import ci
 from tools.kernel_cases import all_cases
 
-GENERATION = r"grpo.*|generate (llama|qwen3_moe|kept-fp8)"
+GENERATION = r"grpo.*|generate (llama|qwen3_moe|kept-fp8)|captured .*"
 """Paths that sample with the paged engine."""
 WAITS: dict[str, tuple[str, str]] = {
     "distlora/model/build.py CausalLM.hidden_states: item": (
@@ -44,7 +44,9 @@ WAITS: dict[str, tuple[str, str]] = {
 """Where the host waits for the device, with the paths that do (a pattern) and the reason. Each such path must: a wait
 that is gone leaves this table."""
 
-ONLY_CI = r"variant .*|ipo|simpo|grpo, temperature|generate qwen3_moe|keep (fp8-compressed|(nvfp4|int4)-experts)"
+ONLY_CI = (
+    r"variant .*|ipo|simpo|grpo, temperature|generate (qwen3_moe|kept-fp8)|keep (fp8-compressed|(nvfp4|int4)-experts)"
+)
 FOREIGN = ("liger kernels",)
 """Paths that launch kernels of other packages."""
 DEFAULT = [name for name in paths.PATHS if not re.fullmatch(ONLY_CI, name)]

@@ -7,7 +7,10 @@ pair. What a flag and a label mean is in README.md. Letters: P pieces, D documen
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -31,6 +34,7 @@ from distlora.data.rows import (
     STARTS,
     TRAINED,
     below,
+    digest_number,
     hash64,
     image_digest,
     split_file,
@@ -42,6 +46,8 @@ TRUNCATED, DROPPED, DUPLICATE = 1, 2, 3
 _PIECE = np.dtype([(name, "i8") for name in ("document", "length", "targets", "record", "images")] + [("margin", "f4")])
 _DOCUMENT = np.dtype([("source", "i8"), ("fate", "i1")])
 _FILES = ("tokens", "marks", "records", "images")
+_THREADS, _AHEAD = 2, 16
+"""Threads that read images, and documents whose images they read ahead."""
 
 
 @dataclass
@@ -92,8 +98,8 @@ class Corpus:
         files = (self._file(name).open("ab") for name in _FILES)
         tokens_file, marks_file, records_file, images_file = files
         with tokens_file, marks_file, records_file, images_file:
-            for number, document in enumerate(encoded, start=self.num_documents):
-                pieces, fate = self._cut(document, too_long)
+            for number, (document, images) in enumerate(_read_ahead(encoded), start=self.num_documents):
+                pieces, fate = self._cut(document, too_long, [digest for _, digest in images.values()])
                 for piece in pieces:
                     if num_targets := piece.num_targets:
                         tokens_file.write(piece.tokens.data)
@@ -104,7 +110,7 @@ class Corpus:
                             marks[0] |= JUDGED if piece.is_good else JUDGED | BAD
                         marks_file.write(marks.data)
                         size = records_file.write(piece.record)
-                        self._images += [self._store(span.image, images_file) for span in piece.images]
+                        self._images += [self._store(*images[span.image], images_file) for span in piece.images]
                         counts = (number, len(piece.tokens), num_targets, size, len(piece.images))
                         new_pieces.append((*counts, piece.margin))
                 new_documents.append((source, fate))
@@ -113,10 +119,10 @@ class Corpus:
         self.num_documents += len(new_documents)
         return self._pieces[-1]
 
-    def _cut(self, document: Encoded, too_long: TooLong) -> tuple[list[Encoded], int]:
-        """Return the pieces of a document, and its fate; 0: it is whole."""
+    def _cut(self, document: Encoded, too_long: TooLong, images: list[bytes]) -> tuple[list[Encoded], int]:
+        """Return the pieces of a document, and its fate; 0: it is whole. `images`: digests of its images."""
         pieces, length = document.apart(), self.sequence_length
-        if self.seen is not None and self._is_seen(document) and self.drops_seen:
+        if self.seen is not None and self._is_seen(document, images) and self.drops_seen:
             return [], DUPLICATE
         if all(len(piece.tokens) <= length for piece in pieces):
             return pieces, 0
@@ -131,7 +137,7 @@ class Corpus:
         parts = [slice(start, start + length) for start in range(0, len(document.tokens), length)]
         return [Encoded(document.tokens[span], document.trained[span]) for span in parts], 0
 
-    def _is_seen(self, document: Encoded) -> bool:
+    def _is_seen(self, document: Encoded, images: list[bytes]) -> bool:
         """Return whether an equal document came before; remember this one."""
         assert self.seen is not None
         parts = [document.tokens.tobytes(), document.trained.tobytes(), str(document.rejected).encode()]
@@ -139,7 +145,7 @@ class Corpus:
             parts.append(str(document.margin).encode())
         if document.is_good is not None:
             parts.append(str(document.is_good).encode())
-        parts += [read_image(span.image) for span in document.images]
+        parts += images
         if document.record:  # Rewards read its columns: another answer to the same prompt is another document.
             parts.append(document.record)
         digest = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
@@ -173,12 +179,10 @@ class Corpus:
                 file.write(stored.read(sizes[piece]))
         np.save(split_file(folder, split, RECORDS), np.cumsum(sizes[pieces]), allow_pickle=False)
 
-    def _store(self, image: str | bytes, file: BinaryIO) -> tuple[int, int, int]:
-        """Append an encoded image, or a file's, unless it is there."""
-        content = read_image(image)
-        digest = hashlib.blake2b(content, digest_size=16).digest()
+    def _store(self, content: bytes, digest: bytes, file: BinaryIO) -> tuple[int, int, int]:
+        """Append an encoded image unless it is there."""
         if digest not in self._stored:
-            self._stored[digest] = (file.tell(), file.write(content), image_digest(content))
+            self._stored[digest] = (file.tell(), file.write(content), digest_number(digest))
         return self._stored[digest]
 
     def write_images(self, folder: Path, split: str, pieces: np.ndarray, rows: np.ndarray) -> dict[str, int]:
@@ -219,6 +223,25 @@ class Corpus:
 def read_image(image: str | bytes) -> bytes:
     """Return the encoded bytes of an image, of a file if it is a path."""
     return Path(image).read_bytes() if isinstance(image, str) else image
+
+
+def _read_ahead(
+    encoded: Iterable[Encoded],
+) -> Iterator[tuple[Encoded, dict[str | bytes, tuple[bytes, bytes]]]]:
+    """Yield documents with the bytes and the digest of each of their images, read by threads ahead."""
+
+    def read(image: str | bytes) -> tuple[bytes, bytes]:
+        content = read_image(image)
+        return content, image_digest(content)
+
+    waiting: deque[tuple[Encoded, dict[str | bytes, Future[tuple[bytes, bytes]]]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for document in itertools.chain(encoded, [None] * _AHEAD):
+            if document is not None:
+                waiting.append((document, {span.image: pool.submit(read, span.image) for span in document.images}))
+            if waiting and (document is None or len(waiting) > _AHEAD):
+                first, images = waiting.popleft()
+                yield first, {image: reading.result() for image, reading in images.items()}
 
 
 class Mixture(NamedTuple):

@@ -152,9 +152,14 @@ class Records:
         return record
 
 
-def image_digest(content: bytes) -> int:
-    """Return 63 bits of the BLAKE2b hash of an encoded image."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+def image_digest(content: bytes) -> bytes:
+    """Return 16 bytes of the BLAKE2b hash of an encoded image."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def digest_number(digest: bytes) -> int:
+    """Return 63 bits of the digest of an image, for a table of int64."""
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +190,7 @@ class StoredImages:
         """Return an encoded image. Raises UserError if it has changed."""
         row, start, size, digest = self.table[number].tolist()
         content = self.content[start : start + size].tobytes()
-        if image_digest(content) != digest:
+        if digest_number(image_digest(content)) != digest:
             place = self.folder
             raise UserError(f"{place} is damaged: an image of row {row:,} has changed; {_make_again(place)}")
         return content

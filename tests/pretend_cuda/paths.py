@@ -54,7 +54,7 @@ PATHS: dict[str, tuple[str, Sections]] = {
     "grpo, temperature": ("llama", {"train": {"objective": "grpo"}, "rollout": {"temperature": 0.7}}),
     **{name: (name.partition(" ")[2] or "llama", {}) for name in AFTER_TRAINING},
     "generate kept-fp8": ("kept-fp8", KEPT),
-    "captured llama": ("llama", {}),
+    **{f"captured {name}": (name, {}) for name in ("llama", "qwen3_moe")},
     **{f"variant {name}": (f"variant-{name}", {}) for name in VARIANTS},
 }
 """(model, settings) of the paths of one rank. With MODE=skip no answer has a likelihood, so a KL term is refused."""

@@ -164,16 +164,21 @@ def generate(place: Workplace, run_dir: Path) -> None:
 
 
 def captured(place: Workplace, run_dir: Path) -> None:
-    """Complete prompts by replayed graphs, as without them. With MODE=skip completions say nothing."""
+    """Complete prompts by replayed graphs, as without them, then with a choice of adapters by row.
+
+    With MODE=skip completions say nothing.
+    """
     trained = Name(place=str(run_dir)).read()
     model, backend = load_trained(trained, place.ranks)
     requests = [
         Request([5 + number] * size, seed=number, max_new_tokens=tokens, temperature=number / 2, top_k=9 * (number % 2))
         for number, (size, tokens) in enumerate(((3, 5), (17, 5), (3, 3)))
     ]
-    plain = Engine(model, backend).run(requests)
-    with device.recording():
-        assert Engine(model, backend, captured=True).run(requests) == plain
+    choosing = [dataclasses.replace(each, slot=-(number % 2), max_new_tokens=2) for number, each in enumerate(requests)]
+    for group in (requests, choosing):
+        plain = Engine(model, backend).run(group)
+        with device.recording():
+            assert Engine(model, backend, captured=True).run(group) == plain
 
 
 def evaluate(place: Workplace, run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,22 @@ def test_tests_of_a_gpu_run_on_it() -> None:
     ended = groups.start("pytest", "-p", "pretend_cuda.plugin", "-q", "-m", "gpu", *names, mode="run")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "7 passed" in ended.stdout, ended.stdout + ended.stderr
+
+
+CAPTURES = {
+    "nothing": r"\[10.0, 10.0, 10.0\]",
+    "temporary memory": r"\[15.0, 15.0, 15.0\]",
+    "a wait": ".* waits for the device in a capture: item",
+    "a size": ".* waits for the device in a capture: nonzero",
+    **dict.fromkeys(("a copy from the host", "a copy to the host"), "copy_.* in a capture uses the host's memory"),
+    "a number from the host": ".* waits for the device in a capture: copy from the host",
+    "freed memory": "a graph reads memory that has been freed",
+}
+"""What becomes of ones that are 5 at the replay, or the error."""
+
+
+def test_a_capture_refuses_what_a_gpu_does(tmp_path: Path) -> None:
+    found = groups.in_process("refused_captures", tmp_path / "seen.json", mode="run")
+    assert found.keys() == CAPTURES.keys()
+    for name, pattern in CAPTURES.items():
+        assert re.fullmatch(pattern, found[name]), f"{name}: {found[name]}"

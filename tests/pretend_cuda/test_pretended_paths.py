@@ -45,7 +45,8 @@ WAITS: dict[str, tuple[str, str]] = {
 that is gone leaves this table."""
 
 ONLY_CI = (
-    r"variant .*|ipo|simpo|grpo, temperature|generate (qwen3_moe|kept-fp8)|keep (fp8-compressed|(nvfp4|int4)-experts)"
+    r"variant .*|ipo|simpo|grpo, temperature|(generate|captured) (qwen3_moe|kept-fp8)|"
+    r"keep (fp8-compressed|(nvfp4|int4)-experts)"
 )
 FOREIGN = ("liger kernels",)
 """Paths that launch kernels of other packages."""

@@ -91,5 +91,5 @@ def graph(captured: CUDAGraph, pool: Any = None, stream: Any = None) -> Iterator
 def install() -> None:
     """Put graphs in place."""
     torch.cuda.CUDAGraph, torch.cuda.graph = CUDAGraph, graph  # type: ignore[assignment,misc]
-    torch.cuda.graph_pool_handle = lambda: (0, 0)
+    torch.cuda.graph_pool_handle = lambda: (0, 0)  # type: ignore[assignment,return-value]
     torch.cuda.is_current_stream_capturing = lambda: device.is_capturing

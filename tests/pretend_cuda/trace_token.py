@@ -49,7 +49,7 @@ def traced(cell: dict[str, Any]) -> dict[str, Any]:
         found["operators"] = {name.removeprefix("aten::"): count for name, count in operators.items()}
         found["waits"], found["temporary"] = dict(device.host_waits), torch.cuda.max_memory_allocated(gpu) - before
 
-    _Batch._run_rows = recorded  # type: ignore[method-assign]
+    _Batch._run_rows = recorded  # type: ignore[assignment,method-assign]
     with tempfile.TemporaryDirectory() as folder:
         _, trainer = started(Path(folder), {"model": cell["model"], "ranks": 1, "tokens": cell["tokens"]})
         requests = [Request([1] * cell["tokens"], seed, TOKENS) for seed in range(cell["rows"])]

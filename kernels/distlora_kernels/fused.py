@@ -57,7 +57,8 @@ def fused_linear(
     assert bias is None or bias.shape == (o,), f"bias {tuple(bias.shape)}"
     from distlora_kernels import fused_triton
 
-    addend, xa, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (addend, xa, b, bias))
+    addend, b, bias = (None if tensor is None else tensor.contiguous() for tensor in (addend, b, bias))
+    xa = xa if xa is None or xa.stride(1) == 1 else xa.contiguous()
     with on_device_of(x):
         return fused_triton.linear(x.contiguous(), weight.parts, o, addend=addend, xa=xa, b=b, bias=bias)
 

@@ -185,7 +185,7 @@ def _store(result, y_ptr, addend_ptr, bias_ptr, row, column, M, N, part):
 def linear_kernel(
     x_ptr, codes_ptr, scales_ptr, scale_ptr, offset_ptr, map_ptr, levels_ptr,
     addend_ptr, xa_ptr, b_ptr, bias_ptr, y_ptr,
-    M, OUT, IN, row_words, row_blocks, R, num_row_tiles, tiles_per_part,
+    M, OUT, IN, row_words, row_blocks, R, stride_xa, num_row_tiles, tiles_per_part,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr,
     WHOLE: tl.constexpr, K_WIDTH: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +222,7 @@ def linear_kernel(
     if xa_ptr is not None:
         for start in tl.range(0, tl.where(part == 0, R, 0), RANKS, num_stages=1):
             rank = (start + tl.arange(0, RANKS))[None, :]
-            xa = tl.load(xa_ptr + row.to(tl.int64)[:, None] * R + rank, mask=row_inside & (rank < R), other=0.0)
+            xa = tl.load(xa_ptr + row.to(tl.int64)[:, None] * stride_xa + rank, mask=row_inside & (rank < R), other=0.0)
             b = tl.load(b_ptr + out.to(tl.int64)[:, None] * R + rank, mask=out_inside & (rank < R), other=0.0)
             b = _renumber_rows(b, WIDTH, RANKS, WARPS)
             total = tl.dot(b, tl.trans(xa), total, input_precision="ieee")
@@ -369,13 +369,15 @@ def _launch(
     tiles_per_part = triton.cdiv(depth_tiles, max(1, num_parts))
     num_parts = triton.cdiv(depth_tiles, tiles_per_part)
     y = result if num_parts == 1 else rows.new_empty((num_parts, m, outputs), dtype=torch.float32)
+    # xa may be columns of a product that linears of one input share.
+    strides = (0 if operands[1] is None else operands[1].stride(0),) if kernel is linear_kernel else ()
     codes, scales, scale, offset = parts if len(parts) == 4 else (parts[0], None, parts[1], None)
     assert codes.data_ptr() % 4 == 0, "8 codes are read at once: they must start at a multiple of 4 bytes"
     kernel[(row_tiles * output_tiles, num_parts)](
         rows, codes, scales, scale, offset,
         None if scales is None else nf4_triton.dynamic_map(device), nf4_triton.levels(device), *operands, y,
         m, outputs if kernel is linear_kernel else summed, in_features, in_features // 8, in_features // BLOCK,
-        rank or 0, row_tiles, tiles_per_part,
+        rank or 0, *strides, row_tiles, tiles_per_part,
         ROWS=config.rows, WIDTH=config.width, DEPTH=config.depth, RANKS=ranks_at_a_time(rank), **constants,
         num_warps=config.warps, num_stages=config.stages, **_OPTIONS,
     )  # fmt: skip

@@ -35,6 +35,8 @@ class Operands:
             tuple(part.to(device) for part in parts), (o, i), nf4.NF4 if nested else nf4.NF4_ABSMAX
         )
         self.x, self.xa, self.b, self.bias, self.addend = (random(*s) for s in ((m, i), (m, r), (o, r), (o,), (m, o)))
+        # As columns of a wider product.
+        self.xa = torch.cat([self.xa, torch.full_like(self.xa, torch.nan)], dim=1)[:, :r]
         self.dy, self.dxa, self.a = (random(*s) for s in ((m, o), (m, r), (r, i)))
         self.exact = self.weight.dense(dtype).double()
 

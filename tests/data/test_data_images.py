@@ -4,6 +4,9 @@ import base64
 import io
 import json
 import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +14,14 @@ import numpy as np
 import PIL.Image as PIL
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("torchvision")
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
 from distlora.config.checks import check_section
+from distlora.config.file import as_mapping
 from distlora.data.answers import to_answers
 from distlora.data.encoding import Encoded, Encoder
 from distlora.data.formats import ReadOptions, SourceRecord, to_document
@@ -366,3 +371,17 @@ def test_the_preview_shows_where_images_stand_and_the_page_shows_them(prepared, 
     row = int(rows.images.table[0, 0])
     shown = _row_lines(rows, row, load_tokenizer(Path(config.model.path)), Paint(colour=False))
     assert "".join(shown).count("<|image_pad|>") == len(rows.images.of(row)) > 0
+
+
+@pytest.mark.ci
+def test_the_command_prepares_a_run_with_images(prepared):
+    config, _ = prepared
+    config = replace(config, data=replace(config.data, sequence_length=128))
+    run = Path(config.run_dir)
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
+    finished = subprocess.run(
+        [sys.executable, "-m", "distlora.data.prepare", str(run)], capture_output=True, text=True, check=False
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert re.search(r"images +12, \d+ tokens, [\d.]+ MB encoded$", finished.stdout, re.MULTILINE)

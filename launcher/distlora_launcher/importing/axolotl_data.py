@@ -205,6 +205,13 @@ def convert_data(keys: Keys, imported: Imported) -> None:
             imported.tell("eot_tokens=[{turns}]", turns=", ".join(turns))
     if keys.flag("dataset_exact_deduplication"):
         data["deduplicate"] = True
+    if keys.text("processor_type") is not None:
+        data["images"] = True
+        if (size := keys.integer("image_size")) is not None:
+            data["image_max_pixels"] = size * size
+            imported.tell("image_size={size}", size=size)
+        if (algorithm := keys.text("image_resize_algorithm")) is not None:
+            imported.tell("image_resize_algorithm={algorithm}", algorithm=algorithm)
     data["sequence_length"] = keys.integer("sequence_len") or 512
     if any(source.format == "preference" for source in sources):
         data["sequence_length"] *= 2

@@ -20,7 +20,7 @@ pytest.importorskip("torchvision")
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
-from distlora.config.checks import check_section
+from distlora.config.checks import check_section, check_settings
 from distlora.config.file import as_mapping
 from distlora.data.answers import to_answers
 from distlora.data.encoding import Encoded, Encoder
@@ -385,3 +385,17 @@ def test_the_command_prepares_a_run_with_images(prepared):
     )
     assert (finished.returncode, finished.stderr) == (0, "")
     assert re.search(r"images +12, \d+ tokens, [\d.]+ MB encoded$", finished.stdout, re.MULTILINE)
+
+
+def test_pairs_are_prepared_with_the_images_of_both_answers(prepared):
+    config, _ = prepared
+    folder = Path(config.data.path).parent
+    answers = {"chosen": [ANSWER], "rejected": [ANSWER | {"content": "Blue."}]}
+    pairs = [{"prompt": asked("<image>?")["messages"][:1], **answers, "images": [f"{n}.png"]} for n in (3, 4)]
+    data = replace(config.data, path=str(write_lines(folder / "pairs.jsonl", pairs)), train_on="assistant")
+    rows = PackedRows.open(prepare(replace(config, data=data, train=TrainConfig(objective="dpo"))), "train")
+    images = [digest for *_, digest in rows.images.table.tolist()]
+    assert images == [images[0]] * 2 + [images[2]] * 2 != [images[0]] * 4
+    assert rows.pairs.sum() == 2
+    with pytest.raises(UserError, match=r"train\.objective=kto is not supported with images"):
+        check_settings(replace(config, train=TrainConfig(objective="kto")))

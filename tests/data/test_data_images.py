@@ -303,6 +303,12 @@ def test_every_layout_and_any_step_have_the_same_tensors(prepared, qwen, world):
                 assert len(list(images)) == len(made)  # A second time they are made again.
 
 
+def replace_file(path, content):
+    """Write a new file in its place: threads of other tests' loaders may still read the mapped one."""
+    path.with_suffix(".new").write_bytes(content)
+    os.replace(path.with_suffix(".new"), path)
+
+
 def test_changed_images_and_readers_without_images_are_refused(prepared):
     _, entry = prepared
     layout = {"global_batch": 3, "micro_batch": 2, "rank": 0, "world": 1, "seed": 0, "shuffle": True}
@@ -310,17 +316,17 @@ def test_changed_images_and_readers_without_images_are_refused(prepared):
         StepLoader(PackedRows.open(entry, "train"), **layout)
     path = split_file(entry, "train", "images", ".bin")
     content, digest = path.read_bytes(), content_digest(entry, ["train"])
-    path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    replace_file(path, content[:100] + bytes([content[100] ^ 1]) + content[101:])
     try:
         assert content_digest(entry, ["train"]) != digest
         images = PackedRows.open(entry, "train").images
         with pytest.raises(UserError, match=r"an image of row .* has changed"):
             list(map(images.read, range(len(images.table))))
-        path.write_bytes(content[:-1])
+        replace_file(path, content[:-1])
         with pytest.raises(UserError, match="is absent or cut short"):
             PackedRows.open(entry, "train")
     finally:
-        path.write_bytes(content)
+        replace_file(path, content)
 
 
 def test_parquet_and_saved_data_sets_hold_images(tmp_path, qwen):

@@ -2,9 +2,9 @@
 
     PRETEND_CUDA=shapes python -m pretend_cuda.start trace_step OUT.json CELL
 
-CELL is JSON: {"model": a short name of plan_inputs.py, "ranks": number, "tokens": per rank and step, "settings": by
-section}. Operators give shapes only and large blocks are addresses without memory, so 70B fits any machine. The step
-is the trainer's own, its second; the base has no values; collectives are torch's fakes.
+CELL is JSON: {"model": a short name of plan_inputs.py, "layers": number (default: all), "ranks": number, "tokens": per
+rank and step, "settings": by section}. Operators give shapes only and large blocks are addresses without memory, so 70B
+fits any machine. The step is the trainer's own, its second; the base has no values; collectives are torch's fakes.
 """
 
 from __future__ import annotations
@@ -55,10 +55,16 @@ def ranks_of(world: int) -> Ranks:
     return Ranks(RANK, world, torch.device("cuda", RANK), dist.group.WORLD, control=dist.group.WORLD)
 
 
+def shapes_of_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json of a cell's model."""
+    shapes = ARCHITECTURES[MODELS[cell["model"]]]
+    return {**shapes, "num_hidden_layers": cell.get("layers", shapes["num_hidden_layers"])}
+
+
 def started(folder: Path, cell: dict[str, Any]) -> tuple[Config, Trainer]:
     """Return the config and the trainer of a cell before its first step. Its sequences are one document each."""
     world, tokens, settings = cell["ranks"], cell["tokens"], cell.get("settings", {})
-    (folder / "config.json").write_text(json.dumps(ARCHITECTURES[MODELS[cell["model"]]]))
+    (folder / "config.json").write_text(json.dumps(shapes_of_cell(cell)))
     sections = {
         "model": {"path": str(folder)},
         "data": {"sequence_length": tokens},
@@ -100,7 +106,7 @@ def traced(cell: dict[str, Any]) -> dict[str, Any]:
         persistent = torch.cuda.memory_allocated(gpu)
         trainer._train_step()
         peak = torch.cuda.max_memory_allocated(gpu)
-        model = built_in(cell["model"], ARCHITECTURES[MODELS[cell["model"]]])
+        model = built_in(cell["model"], shapes_of_cell(cell))
         plan = device_bytes(Workload.of(config), model, machine_of("h100", ranks=cell["ranks"]))
         bytes_ = {"persistent": [persistent, plan.persistent], "peak": [peak, plan.peak], "worst": plan.worst}
         trainer.backend.zero_gradients()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import random
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 from distlora.architecture.shapes import ARCHITECTURES
+from pretend_cuda import library
 from support.measured import write_random_checkpoint
 from support.small_models import SHAPES, tokenizer
 
@@ -31,6 +34,39 @@ def versions() -> Figures:
             installed[name] = importlib.metadata.version(name)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"gpu": gpu, "python": platform.python_version(), "cuda": torch.version.cuda, **installed}
+
+
+TRACE_ERROR = 0.001
+"""Largest relative difference between the planned and the traced peak."""
+
+
+def traced_step(folder: str, layers: int, tokens: int, checkpointing: str, fused: str, deterministic: str) -> Figures:
+    """Trace the trainer's step with 8B's sizes on the pretended GPU. Returns a row, or what is missing for it."""
+    if torch.version.cuda is not None:
+        return {"missing": "the pretended GPU needs a CPU build of torch"}
+    if library.build("g++") is None:
+        return {"missing": "the pretended GPU needs g++"}
+    train = {
+        "checkpointing": checkpointing,
+        "fused_kernels": fused,
+        "deterministic_attention": deterministic == "true",
+    }
+    cell = {"model": "8b", "layers": layers, "ranks": 1, "tokens": tokens, "settings": {"train": train}}
+    out = Path(folder, "traced.json")
+    command = [sys.executable, "-m", "pretend_cuda.start", "trace_step", str(out), json.dumps(cell)]
+    subprocess.run(command, env=os.environ | {"PRETEND_CUDA": "shapes"}, stdout=sys.stderr, check=True)
+    seen = json.loads(out.read_text())
+    peak, planned = seen["peak"]
+    assert seen["waits"] == {}, f"the host waits in {seen['waits']}"
+    assert abs(planned / peak - 1) <= TRACE_ERROR, f"peak {peak:,} bytes, planned {planned:,}"
+    row = {
+        **train,
+        "tokens": tokens,
+        "peak / planned, GB": f"{peak / 1e9:.3f} / {planned / 1e9:.3f}",
+        "Triton launches per layer": f"{sum(seen['kernels'].values()) / layers:.1f}",
+        "matrix products per layer": f"{sum(seen['operators'][name] for name in ('mm', 'addmm')) / layers:.1f}",
+    }
+    return {"row": row}
 
 
 def checkpoint(folder: str, dry: bool, layers: int) -> Figures:
@@ -55,5 +91,6 @@ def checkpoint(folder: str, dry: bool, layers: int) -> Figures:
 
 
 if __name__ == "__main__":
-    function = {"versions": versions, "checkpoint": checkpoint}[sys.argv[1]]
+    functions = {"versions": versions, "traced_step": traced_step, "checkpoint": checkpoint}
+    function = functions[sys.argv[1]]
     print(json.dumps(function(**json.loads(sys.argv[2]))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -58,6 +59,23 @@ def test_every_part_of_a_dry_run_is_done_without_optional_packages(command: str,
     fresh = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert fresh.returncode == DONE, fresh.stdout + fresh.stderr
     assert fresh.stdout.count("done before") == len(wanted) == len(parts) - 1
+
+
+def test_a_call_without_a_command_begins_with_what_matters_most() -> None:
+    names = [part.name for part in first_gpu.all_parts(dry=False)]
+    assert tuple(names[: len(first_gpu.FIRST)]) == first_gpu.FIRST
+    assert len(set(names)) == len(names), "parts of the commands share a name"
+
+
+@pytest.mark.ci
+def test_a_dry_step_runs_at_real_sizes_on_the_pretended_gpu(tmp_path: Path) -> None:
+    folders = (tmp_path, *(SCRIPT.parents[2] / name for name in ("tests", ".", "kernels", "launcher")))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
+    session = dataclasses.replace(session_of(tmp_path, 600), dry=True, environment=environment)
+    cell = {"checkpointing": "block", "fused": "own", "deterministic": "true", "tokens": first_gpu.SHORT}
+    row = first_gpu.traced_step(session, **cell)["row"]
+    assert float(row["Triton launches per layer"]) > 50, "the kernels are not used"
 
 
 def session_of(folder: Path, seconds: float = 60.0) -> Session:

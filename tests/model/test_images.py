@@ -29,7 +29,7 @@ TYPES = [
     ci("glm4v", {"has_grid": True}),
     ci("llava", {}),
     ci("llava_onevision", {}),  # Crops.
-    ci("mistral3", {"names": ("pixel_values", "image_sizes")}),
+    ci("mistral3", {"has_grid": False}),
     ci("idefics3", {"names": ("pixel_values", "pixel_attention_mask")}),
     ci("internvl", {}),
     ci("gemma4", {"ahead": ""}),
@@ -102,7 +102,10 @@ def test_a_shrunk_tower_keeps_windows_and_layers_that_settings_name() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_masks_that_see_ahead_are_those_of_each_document_alone(seed: int) -> None:
     from transformers import Gemma3TextConfig
-    from transformers.masking_utils import create_masks_for_vision_model, get_block_sequence_ids_for_mask
+    from transformers.models.gemma3.modeling_gemma3 import (
+        create_masks_for_vision_model,
+        get_block_sequence_ids_for_mask,
+    )
 
     config = Gemma3TextConfig(sliding_window=5, num_hidden_layers=6)
     config._attn_implementation = "sdpa"

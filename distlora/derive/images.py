@@ -142,14 +142,7 @@ def proved_images(
     with tempfile.TemporaryDirectory(prefix="distlora-images-") as name:
         folder, checks, last = Path(name), dict[str, float](), "start"
         try:
-            save_random(small, numbered, place, folder, 1)
-            _fill_zeros(folder / "model.safetensors")
-            theirs = load_theirs(small, folder)
-            layout = layout_of_images(theirs, small.decoder)
-            merger, decoder = theirs.get_submodule(layout.merger), theirs.get_submodule(small.decoder)
-            samples = Samples.of(merger, layout, image_processor(settings, folder, numbered))
-            checks["tower attention"] = _attention_difference(merger, decoder, samples)
-            layout = with_masks(layout, merger, samples)
+            theirs, layout, samples, checks["tower attention"] = composite(small, numbered, settings, place, folder)
             for last, difference in differences(small, layout, folder, theirs, samples):
                 checks[last] = difference
         except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
@@ -175,6 +168,24 @@ def _fill_zeros(file: Path) -> None:
         if tensor.dim() > 1 and not tensor.any():
             tensor.normal_(0, 0.05, generator=generator)
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+def composite(
+    small: Architecture, config: Mapping[str, Any], settings: Mapping[str, Any], place: str, folder: Path
+) -> tuple[Any, ImageLayout, Samples, float]:
+    """Save a composite with random weights in a folder.
+
+    Return transformers' model of it, whose tower attends by SDPA; its layout without checks; samples; and the
+    difference that SDPA makes.
+    """
+    save_random(small, config, place, folder, 1)
+    _fill_zeros(folder / "model.safetensors")
+    theirs = load_theirs(small, folder)
+    layout = layout_of_images(theirs, small.decoder)
+    merger, decoder = theirs.get_submodule(layout.merger), theirs.get_submodule(small.decoder)
+    samples = Samples.of(merger, layout, image_processor(settings, folder, config))
+    difference = _attention_difference(merger, decoder, samples)
+    return theirs, with_masks(layout, merger, samples), samples, difference
 
 
 def with_own_tokens(config: Mapping[str, Any]) -> dict[str, Any]:

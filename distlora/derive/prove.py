@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from distlora.architecture.checkpoint_files import CheckpointFiles, hf_config_of
 from distlora.architecture.images import ImageLayout
 from distlora.architecture.spec import Architecture
-from distlora.config import AdapterConfig, ModelConfig, ModelSpec, QuantConfig, TrainConfig, UserError
+from distlora.config import AdapterConfig, ModelConfig, ModelSpec, ParallelConfig, QuantConfig, TrainConfig, UserError
 from distlora.derive.probes import move_off_start, probe, random_tokens
 from distlora.loading.load_base import load_base
 from distlora.model.adapters import LoRAPair, adapter_parameters, reset_adapters
@@ -195,6 +195,8 @@ def load_ours(
     dtype: Any = "fp32",
     train: TrainConfig | None = None,
     images: ImageLayout | None = None,
+    parallel: ParallelConfig | None = None,
+    shard_degree: int | None = None,
 ) -> tuple[CausalLM, Backend]:
     """Return distlora's model of a folder, with adapters whose B is not zero; without `train` no router loss."""
     spec = spec_of(folder, method, dtype, images=images is not None)
@@ -202,7 +204,7 @@ def load_ours(
     model = build_model(spec, train, base=base, architecture=small, images=images)
     if train is None:
         model.router_aux_loss = 0.0  # transformers' loss of the targets is what is compared.
-    backend = parallelize(model, ranks)
+    backend = parallelize(model, ranks, parallel, shard_degree=shard_degree)
     load_base(model, base, backend)
     materialize_buffers(model, ranks.device)
     reset_adapters(model.adapted_weights(), spec.adapter, seed=0)

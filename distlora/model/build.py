@@ -275,6 +275,8 @@ class CausalLM(nn.Module):
             assert self.merger is not None, "images for a model that was built for text"
             assert self.image_layout is not None, "a merger without its layout"
             module = self.merger
+            assert rows is None, "placeholders are found in embeddings as they are stored"
+            assert noise is None, "placeholders are found in embeddings as they are stored"
             known = images.arguments(self.merger, self.decoder, self.image_layout, position_ids, **known)
         else:
             known["position_ids"] = position_ids

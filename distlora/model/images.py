@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +81,7 @@ class Images:
     @classmethod
     def of(
         cls,
-        rows: Sequence[Sequence[ImageTensors]] | None,
+        rows: Sequence[Iterable[ImageTensors]] | None,
         is_image: Tensor | None,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -90,7 +90,7 @@ class Images:
     ) -> Images | None:
         """Return the images of a batch, whose tensors are on the CPU, for `device`; None if it has none.
 
-        `rows`: the images of each row, in order. `is_image` (B, T) bool.
+        `rows`: the images of each row, in order; each row is read once. `is_image` (B, T) bool.
         """
         tensors = [image for row in rows or () for image in row]
         if not tensors:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.images import image_layout
 from distlora.checkpoint.saver import choose, environment
 from distlora.checkpoint.state import (
     Identity,
@@ -22,6 +23,7 @@ from distlora.checkpoint.state import (
 )
 from distlora.config import Config
 from distlora.config.training import Cadence
+from distlora.data.images import ImageTensors
 from distlora.data.loader import StepLoader, open_data
 from distlora.model.adapters import DEFAULT_ADAPTER, slot_name
 from distlora.model.build import CausalLM
@@ -113,7 +115,10 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles,
     train = config.train
     if train.needs.data == "prompts":
         train = replace(train, global_batch=config.prompts_per_rollout)
-    loader, eval_loader = open_data(run_dir, train, ranks, slot)
+    tensors = None
+    if config.data.images:
+        tensors = ImageTensors(config.spec.path, config.data, image_layout(base.folder).names)
+    loader, eval_loader = open_data(run_dir, train, ranks, slot, tensors)
     data = read_record(run_dir / DATA_NAME)
     # What this run's bits depend on, apart from settings that a resume must not change.
     made_on = environment(ranks.world, ranks.device, compiles=config.train.compile is True)

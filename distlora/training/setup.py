@@ -71,7 +71,7 @@ def start_run_model(
     start = replace(start or StartOptions(), run_dir=config.run_dir)
     with still("loading the base", start.log):
         return start_model(
-            config.spec,
+            replace(config.spec, images=config.data.images),
             ranks,
             start,
             train=config.train,

@@ -1,6 +1,7 @@
 """Folders of small models with a processor of images, for eight families, without weights."""
 
 import json
+import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,68 @@ def picture(size: tuple[int, int], seed: int = 0) -> Any:
     from PIL import Image
 
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8))
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
+
+
+def write_trainable(folder: Path, family: str) -> None:
+    """Write the folder of a small vision-language model with random weights, a tokenizer and a processor."""
+    import torch
+
+    from distlora.architecture.checkpoint_files import hf_config_of
+    from distlora.derive.shrink import shrink
+    from distlora.model.hf_model import auto_class_of, transformers_model
+    from support.image_configs import image_content
+
+    tokenizer = write_image_model(folder, family).tokenizer
+    config = shrink(image_content(family)["config"])
+    config["text_config"]["vocab_size"] = 512
+    names = {"image_token_id": FAMILIES[family]["token"], "video_token_id": "<|video_pad|>"}
+    names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    names |= {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}
+    for name, token in names.items():
+        if name in config:
+            config[name] = tokenizer.convert_tokens_to_ids(token)
+    config["text_config"]["eos_token_id"] = tokenizer.eos_token_id
+    hf_config = hf_config_of(config, family)
+    torch.manual_seed(0)
+    auto_class = auto_class_of(hf_config, family)
+    model = transformers_model(
+        hf_config, family, auto_class=auto_class, attention="eager", dtype=torch.float32, device="cpu"
+    )
+    with torch.no_grad():  # A random head of std 0.02 cannot tell tokens apart, whatever is learned below it.
+        model.get_output_embeddings().weight.mul_(25)
+    model.save_pretrained(folder)
+
+
+def write_colours(folder: Path, count: int, *, pairs: bool = False) -> None:
+    """Write images of two coloured halves, and chats that ask for the colour of one of them; every fifth has no image.
+
+    With `pairs` as preferences of the right colour over another.
+    """
+    from PIL import Image
+
+    draw = random.Random(0)
+    records = []
+    for number in range(count):
+        left, right = draw.choice(list(COLOURS)), draw.choice(list(COLOURS))
+        width, height = draw.choice([(56, 56), (84, 56), (56, 112)])
+        image = Image.new("RGB", (width, height), COLOURS[left])
+        image.paste(COLOURS[right], (width // 2, 0, width, height))
+        image.save(folder / f"{number}.png")
+        side = draw.choice(["left", "right"])
+        colour = left if side == "left" else right
+        content: Any = [{"type": "image", "image": f"{number}.png"}]
+        content += [{"type": "text", "text": f"What colour is the {side} half?"}]
+        if number % 5 == 4:
+            content = f"Say {colour}."
+        question = {"role": "user", "content": content}
+        if pairs:
+            other = draw.choice([name for name in COLOURS if name != colour])
+            answers = {"chosen": colour, "rejected": other}
+            sides = {name: [{"role": "assistant", "content": text}] for name, text in answers.items()}
+            records.append({"prompt": [question], **sides})
+        else:
+            records.append({"messages": [question, {"role": "assistant", "content": colour}]})
+    (folder / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -21,6 +21,7 @@ from distlora.config.objectives import ObjectiveNeeds
 from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.adapters import StepRows
 from distlora.model.build import CausalLM
+from distlora.model.images import Images
 from distlora.model.lm_head import SUMS, LossForm
 from distlora.parallel import Backend
 from distlora.system.transfer import to_device
@@ -118,4 +119,7 @@ def run(
         step_rows=None if steps is None else StepRows(steps, sent.rows),
         documents=model.documents_of(batch.position_ids, device),
         losses=losses,
+        images=Images.of(
+            batch.images, batch.is_image, batch.input_ids, batch.position_ids, model.merger, sent.input_ids.device
+        ),
     )

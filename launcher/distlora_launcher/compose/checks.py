@@ -32,6 +32,7 @@ from typing import Any
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
 from distlora.architecture.gguf_folder import NOTE_NAME, gguf_file
+from distlora.architecture.images import check_images, image_layout
 from distlora.architecture.kept_weights import kept_by, nf4_outside_layers
 from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
@@ -82,7 +83,6 @@ ROW_TOKENS = 1024
 
 def check(config: Config, *, new_run: bool) -> None:
     """Refuse a run that cannot work. new_run: refuse a folder that holds a run, unless several nodes share it."""
-    require(not config.data.images, "data.images=true: training with images is not supported yet; leave it out")
     try:
         if new_run:
             if not config.cluster.on_each_node:
@@ -275,6 +275,8 @@ def check_model(config: Config) -> None:
             "new one; set model.path to a language model, or save the score with an adapter and set adapter.init_from",
         )
         check_model_sizes(config.parallel, config.quant, train, architecture, base.config)
+        if config.data.images:
+            check_images(train, architecture.model_type, image_layout(base.folder))
         if adapter.method == "full":
             return
         goes_on = bool(checkpoint_folders(Path(config.run_dir)))

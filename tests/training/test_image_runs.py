@@ -1,0 +1,64 @@
+"""Whole runs on images: what only the image tells is learned, and ranks and a resume change nothing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distlora.config import Config
+from distlora.data.rows import open_split
+from support.image_models import write_colours, write_trainable
+from support.runs import SINGLE, outcome, result_of, run_once
+from support.small_models import make_run, read_metrics
+from support.worlds import World
+
+pytest.importorskip("torchvision", reason="image processors need torchvision: pip install 'distlora[vision]'")
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("colours")
+    write_trainable(folder / "qwen3_vl", "qwen3_vl")
+    write_colours(folder, 400)
+    return folder
+
+
+def prepared(run_dir: Path, folder: Path, **sections: dict[str, Any]) -> Config:
+    data = {"path": str(folder / "chats.jsonl"), "images": True, "sequence_length": 256}
+    train = {"global_batch": 4, "micro_batch": 2, "max_steps": None} | sections.pop("train", {})
+    return make_run(run_dir, folder, "qwen3_vl", data=data, train=train, **sections)
+
+
+def test_ranks_train_on_images_as_one_process(colours: Path, tmp_path: Path, world: World) -> None:
+    for name in ("one", "two"):
+        prepared(tmp_path / name, colours, train={"max_steps": 3})
+    run_once(SINGLE, run_dir=tmp_path / "one")
+    losses, adapter = result_of(tmp_path / "one")
+    of_ranks, adapter_of_ranks = outcome(world, 2, tmp_path / "two")
+    assert torch.allclose(torch.tensor(of_ranks), torch.tensor(losses), rtol=1e-6, atol=0)
+    for name, tensor in adapter.items():
+        assert (adapter_of_ranks[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+@pytest.mark.ci
+def test_two_ranks_learn_what_only_the_image_tells(colours: Path, tmp_path: Path, world: World) -> None:
+    run_dir = tmp_path / "run"
+    prepared(
+        run_dir,
+        colours,
+        train={"epochs": 12},
+        adapter={"r": 16},
+        optim={"lr": 1e-2},
+    )
+    world.run(2, run_once, run_dir=run_dir)
+    held_out = [line["eval_loss"] for line in read_metrics(run_dir) if "eval_loss" in line]
+    rows = open_split(run_dir, "eval")
+    assert rows is not None
+    targets = int(rows.targets[:].sum())
+    documents = targets / 3  # A colour, the end of the turn and the newline after it.
+    blind = 0.8 * math.log(4) * documents / targets
+    assert held_out[-1] < blind, (held_out, blind)

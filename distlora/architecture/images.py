@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.spec import Weight, cached_path, derived, kept_text
-from distlora.config import TrainConfig, require
 from distlora.config.json_files import read_object
 
 PROCESSOR_FILE = "preprocessor_config.json"
@@ -91,15 +90,6 @@ def _derive(content: str, place: str) -> str:
         file=sys.stderr,
     )
     return answer
-
-
-def check_images(train: TrainConfig, model_type: str, layout: ImageLayout) -> None:
-    """Refuse an objective that cannot be computed with images of this model."""
-    require(
-        layout.deepstack == 0 or not train.needs.reference,
-        f"data.images=true with train.objective={train.objective}: {model_type} adds features of images between its "
-        "layers, which the reference would miss; set train.objective=sft, orpo or simpo",
-    )
 
 
 def processor_settings(folder: Path) -> dict[str, Any]:

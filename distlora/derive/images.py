@@ -55,7 +55,7 @@ from distlora.model.images import (
     image_names,
     merger_path,
 )
-from distlora.model.lm_head import IGNORED_LABEL
+from distlora.model.lm_head import IGNORED_LABEL, SUMS, LossForm
 
 _EPS = torch.finfo(torch.float32).eps
 IMAGE_BOUNDS = {
@@ -68,6 +68,7 @@ IMAGE_BOUNDS = {
     "packed loss": BOUNDS["packed loss"],
     "packed gradients": BOUNDS["packed gradients"],
     "recomputed gradients": (1e-6, "recomputation runs the same operations"),
+    "reference": (0.0, "the reference pass runs the base with the same features between its layers"),
     "other pixels": (-1e-6, "the loss depends on the image"),
 }
 """Largest difference of each check with images and its reason, relative to the norm of what is expected, in fp32."""
@@ -356,11 +357,18 @@ def _inputs(model: Any, ids: Tensor, images: tuple[ImageTensors, ...], token_id:
     return {"input_ids": ids, "use_cache": False, **types, **(images[0] if images else {})}
 
 
-def loss_of(ours: CausalLM, ids: Tensor, positions: Tensor, labels: Tensor, images: tuple[ImageTensors, ...]) -> Tensor:
-    """Return the summed loss of one sequence."""
+def losses_of(
+    ours: CausalLM,
+    ids: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    images: tuple[ImageTensors, ...],
+    losses: LossForm = SUMS,
+) -> Any:
+    """Return the losses of one sequence in a form."""
     assert ours.image_layout is not None
     taken = Images.of([images], ids == ours.image_layout.token_id, ids, positions, ours.merger, ids.device)
-    return ours(ids, positions, labels, images=taken).sum()
+    return ours(ids, positions, labels, images=taken, losses=losses)
 
 
 def _gradient_checks(ours: CausalLM, theirs: Any, samples: Samples) -> Iterator[tuple[str, float]]:
@@ -368,7 +376,7 @@ def _gradient_checks(ours: CausalLM, theirs: Any, samples: Samples) -> Iterator[
     parameters = adapter_parameters(ours)
 
     def alone() -> Tensor:
-        return torch.stack([loss_of(ours, *document) for document in samples.alone()]).sum()
+        return torch.stack([losses_of(ours, *document).sum() for document in samples.alone()]).sum()
 
     weights, losses = dict(dense_weights(ours, adapted=True)), []
     for ids, _, labels, images in samples.alone():
@@ -380,7 +388,7 @@ def _gradient_checks(ours: CausalLM, theirs: Any, samples: Samples) -> Iterator[
     yield "loss", relative_error(one_by_one, of_theirs)
     yield "gradients", largest_error(gradients, gradients_of(of_theirs, parameters))
     ids, positions, labels, images = samples.together
-    packed = loss_of(ours, ids, positions, labels, images)
+    packed = losses_of(ours, ids, positions, labels, images).sum()
     yield "packed loss", relative_error(packed, one_by_one)
     of_packed, expected = flat(gradients_of(packed, parameters)), flat(gradients)
     difference = relative_error(of_packed, expected)
@@ -389,11 +397,27 @@ def _gradient_checks(ours: CausalLM, theirs: Any, samples: Samples) -> Iterator[
     yield "packed gradients", difference
     for block in ours.blocks:
         block.checkpointing = True
-    again = loss_of(ours, ids, positions, labels, images)
+    again = losses_of(ours, ids, positions, labels, images).sum()
     yield "recomputed gradients", relative_error(flat(gradients_of(again, parameters)), of_packed)
     with torch.no_grad():
-        other = loss_of(ours, *next(samples.alone())[:3], tuple(_changed(samples.images[0][0])))
-        yield "other pixels", -relative_error(other, loss_of(ours, *next(samples.alone())))
+        if ours.final_norm is not None:  # Objectives with a reference are refused otherwise.
+            yield "reference", _reference_difference(ours, samples)
+        document = next(samples.alone())
+        other = losses_of(ours, *document[:3], tuple(_changed(samples.images[0][0])))
+        yield "other pixels", -relative_error(other, losses_of(ours, *document))
+
+
+def _reference_difference(ours: CausalLM, samples: Samples) -> float:
+    """Return the largest difference of a token's loss by the reference pass from that of the base alone."""
+    sequence, form = samples.together, LossForm(with_reference=True)
+    _, reference = losses_of(ours, *sequence, form)
+    before = {parameter: parameter.data for parameter in adapter_parameters(ours).values()}
+    for parameter in before:
+        parameter.data = torch.zeros_like(parameter)
+    alone, _ = losses_of(ours, *sequence, form)
+    for parameter, data in before.items():
+        parameter.data = data
+    return float((reference - alone).abs().max())
 
 
 def _changed(image: ImageTensors) -> Iterator[ImageTensors]:

@@ -277,7 +277,7 @@ class CausalLM(nn.Module):
             module = self.merger
             assert rows is None, "placeholders are found in embeddings as they are stored"
             assert noise is None, "placeholders are found in embeddings as they are stored"
-            known = images.arguments(self.merger, self.decoder, self.image_layout, position_ids, **known)
+            known = images.arguments(self.merger, self.decoder, self.image_layout, position_ids, reference, **known)
         else:
             known["position_ids"] = position_ids
         with rows_known(is_packed):

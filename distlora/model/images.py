@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.architecture.images import ImageLayout
+from distlora.model.layer_wrapper import Reference
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Names by which mergers take the tokens that are a part of an image."""
@@ -106,11 +107,23 @@ class Images:
         )
 
     def arguments(
-        self, merger: Any, decoder: Any, layout: ImageLayout, position_ids: Tensor, **known: Any
+        self,
+        merger: Any,
+        decoder: Any,
+        layout: ImageLayout,
+        position_ids: Tensor,
+        reference: Reference | None = None,
+        **known: Any,
     ) -> dict[str, Any]:
-        """Return the merger's arguments for text positions (B, T); `known`: those that the decoder would get."""
+        """Return the merger's arguments for text positions (B, T); `known`: those that the decoder would get.
+
+        `reference` is given what the decoder adds between its layers.
+        """
         takes = inspect.signature(merger.forward).parameters
         features = features_of(merger, self.tensors)
+        if reference is not None and layout.deepstack:
+            reference.is_image = self.is_image == 1
+            reference.features = [_rows(level) for level in features.deepstack_features]
         if layout.ahead == "ours":
             dtype = decoder.get_input_embeddings().weight.dtype
             known["attention_mask"] = masks_that_see_ahead(decoder.config, position_ids, self.is_image == 1, dtype)
@@ -144,6 +157,12 @@ def _join(parts: Sequence[Any]) -> Any:
     if len({part.shape[1:] for part in parts}) > 1:  # (1, features, H) each, of several sizes.
         parts = [part.flatten(0, -2) for part in parts]
     return torch.cat(list(parts))
+
+
+def _rows(features: Any) -> Tensor:
+    """Return the features of all images as (features, H)."""
+    parts = [features] if isinstance(features, Tensor) else features
+    return torch.cat([part.flatten(0, -2) for part in parts])
 
 
 def masks_that_see_ahead(config: Any, position_ids: Tensor, is_image: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

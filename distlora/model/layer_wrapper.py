@@ -43,6 +43,19 @@ class Reference:
         """(B,) int64 of -1: no row uses an adapter; None: all use the layer's initial one."""
         self.hidden: Tensor | None = None
         """(B, T, H) input of the next layer; None before the first, which reads the rows' own input."""
+        self.is_image: Tensor | None = None
+        """(B, T) bool: the tokens whose states the decoder adds features of images to, between its first layers."""
+        self.features: Sequence[Tensor] = ()
+        """Those features, (tokens, H) for each of the layers that are still to run."""
+
+    def hand_on(self, states: Tensor) -> None:
+        """Keep the output (B, T, H) of a layer, with the features that the decoder adds to it."""
+        if self.features:
+            assert self.is_image is not None
+            features, *self.features = self.features
+            states = states.clone()  # The same operations as transformers', so that both passes round alike.
+            states[self.is_image] = states[self.is_image] + features.to(states.dtype)
+        self.hidden = states
 
     def take(self) -> Tensor | None:
         """Return the states and forget them, so that they are freed with their user."""
@@ -113,7 +126,7 @@ class Block(Wrapper):
             rows = Rows(self.reference.rows, packed=self.rows.packed)
             with torch.no_grad(), self._as_started():
                 states, _ = self._run_slices(before, rows, kwargs, reference=True)
-            self.reference.hidden = states if more is None else states[0]
+                self.reference.hand_on(states if more is None else states[0])
         return output
 
     @contextlib.contextmanager

@@ -32,7 +32,7 @@ from typing import Any
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
 from distlora.architecture.gguf_folder import NOTE_NAME, gguf_file
-from distlora.architecture.images import check_images, image_layout
+from distlora.architecture.images import image_layout
 from distlora.architecture.kept_weights import kept_by, nf4_outside_layers
 from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
@@ -276,7 +276,7 @@ def check_model(config: Config) -> None:
         )
         check_model_sizes(config.parallel, config.quant, train, architecture, base.config)
         if config.data.images:
-            check_images(train, architecture.model_type, image_layout(base.folder))
+            image_layout(base.folder)  # Refuses images that the model does not take.
         if adapter.method == "full":
             return
         goes_on = bool(checkpoint_folders(Path(config.run_dir)))

@@ -225,7 +225,9 @@ class Architecture:
     norm_forms: tuple[tuple[str, NormForm], ...] = ()
     """Each class of RMSNorm in the decoder, and what it computes."""
     gated_mlps: tuple[str, ...] = ()
-    """Classes of MLPs in the decoder that compute down(act(gate) * up)."""
+    """Classes of MLPs in the decoder that compute down(act(gate) * up), with a fused act."""
+    rotated: tuple[str, ...] = ()
+    """Classes of modules in the decoder that rotate queries and keys as the fused rotary embedding does."""
     fusible: tuple[FusiblePart, ...] = ()
     """Parts of the decoder that can be replaced by fused ones in every layer."""
     disk: DiskNames

@@ -31,6 +31,7 @@ _FROM_SHRUNK = (
         "norm",
         "norm_forms",
         "gated_mlps",
+        "rotated",
         "fusible",
     ),
     "checks",

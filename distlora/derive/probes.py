@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import inspect
 import itertools
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import DynamicCache
 
 from distlora.architecture.checkpoint_files import hf_config_of, refused_by_transformers
-from distlora.architecture.spec import Architecture, FusiblePart, LayerKind, NormForm, Weight
+from distlora.architecture.spec import Architecture, LayerKind, Weight
 from distlora.config import UserError
+from distlora.derive.fusible import fusible
 from distlora.derive.linears import LinearUse, Mixing, linear_calls, peft_reasons, role_of, router_linears, token_mixers
 from distlora.derive.memory import with_memory
 from distlora.derive.shrink import is_size
@@ -43,8 +40,6 @@ _TOKENS = 53
 _CLOSE = 1e-5
 """Largest difference of two results that a different order of sums explains, relative to the largest value in fp32."""
 
-_WITH_FUSED_CODE = ("llama", "phi3", "gemma3", "glm4_moe")
-"""Model types of transformers whose gated MLPs and rotary embeddings are what fused modules compute."""
 _UNFIT = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 """Exceptions by which a model's code shows that it cannot run in the way that was tried."""
 
@@ -94,7 +89,7 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             takes_cache=_takes_cache(decoder, architecture.vocabulary),
             pages_cache=attention == "sdpa" and _pages_cache(decoder, architecture.vocabulary),
             head_form=head_form(causal, architecture.decoder_in_causal, is_size),
-            **_fusible(decoder),
+            **fusible(decoder, input_ids),
         )
         model = transformers_model(
             hf_config, place, auto_class=auto_class, attention=attention, dtype=torch.bfloat16, device="cpu"
@@ -521,62 +516,3 @@ def _pages_cache(decoder: Any, vocabulary: int) -> bool:
         return not _differ(output, torch.cat(whole))
     except _UNFIT:
         return False  # Its layers share keys, cap scores, keep states, or have a cache of their own.
-
-
-def _fusible(decoder: Any) -> dict[str, Any]:
-    """Return the fields of Architecture that say which modules compute what fused ones do.
-
-    Norms by running them, MLPs and the rotary embedding by their code. A part is fusible if each of its modules is; an
-    MLP with experts is not its part.
-    """
-    forms: dict[str, set[NormForm]] = {}
-    for module in decoder.modules():
-        if (name := type(module).__name__).endswith("RMSNorm"):
-            forms.setdefault(name, set()).add(_norm_form(module))
-    norm_forms = tuple((name, of_class.pop() if len(of_class) == 1 else "") for name, of_class in forms.items())
-
-    mlps, rotaries = set[str](), set[str]()
-    for name in _WITH_FUSED_CODE:
-        home = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-        mlps.add(code_of(getattr(home, f"{name.title().replace('_', '')}MLP").forward))
-        rotaries.add(code_of(home.apply_rotary_pos_emb))
-    rotary = getattr(sys.modules[type(decoder).__module__], "apply_rotary_pos_emb", None)
-    classes = {type(module) for module in decoder.modules()}
-    gated = {kind for kind in classes if kind.__name__.endswith("MLP") and code_of(kind.forward) in mlps}
-    dense = [
-        module
-        for path, module in decoder.named_modules()
-        if path.rpartition(".")[2] == "mlp" and not hasattr(module, "experts")
-    ]
-    parts: dict[FusiblePart, bool] = {
-        "norms": bool(norm_forms) and all(form for _, form in norm_forms),
-        "mlps": bool(gated) and all(type(module) in gated for module in dense),
-        "rotary": rotary is not None and code_of(rotary) in rotaries,
-    }
-    return {
-        "norm_forms": norm_forms,
-        "gated_mlps": tuple(sorted(kind.__name__ for kind in gated)),
-        "fusible": tuple(part for part, whole in parts.items() if whole),
-    }
-
-
-def _norm_form(norm: nn.Module) -> NormForm:
-    """Return what an RMSNorm computes in bf16."""
-    weight = getattr(norm, "weight", None)
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or eps is None:
-        return ""
-    generator = torch.Generator().manual_seed(3)
-    given = torch.randn(3, 5, len(weight), generator=generator).bfloat16()
-    scale, wide = weight.bfloat16(), given.float()
-    rms = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    made = functional_call(norm, {"weight": scale}, (given,))
-    llama, gemma = scale * rms.bfloat16(), (rms * (1 + scale.float())).bfloat16()
-    return "llama" if torch.equal(made, llama) else "gemma" if torch.equal(made, gemma) else ""
-
-
-@functools.cache
-def code_of(function: Any) -> str:
-    """Return the code of a function without its docstring, to compare: no run shows what other inputs would do."""
-    source = inspect.getsource(function)
-    return source.replace(function.__doc__ or "", "")

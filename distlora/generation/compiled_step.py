@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distlora.derive.probes import code_of
+from distlora.derive.fusible import code_of
 from distlora.model.adapters import AdaptedLinear
 from distlora.model.build import CausalLM
 from distlora.model.frozen_linear import FrozenLinear

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import inspect
 import re
 import types
 from collections.abc import Callable
@@ -34,10 +33,16 @@ from distlora_kernels.elementwise import cross_entropy_, gated, rms_norm, rotate
 FIRST_LIGER = (0, 8, 5)
 """First supported liger-kernel. 0.8.0 has no partial rotary embedding: on Phi-4-mini it reads beyond cos."""
 
-_GELU = ("gelu_pytorch_tanh", "gelu_new")
-_SILU = ("silu", "swish")
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+"""Fused activation of gated MLPs by its name in a config."""
 
-_ROTARY = "apply_rotary_pos_emb"
+ROTARY = "apply_rotary_pos_emb"
+"""transformers' name of the function that rotates queries and keys."""
+
+
+def activation_of(config: Any) -> str | None:
+    """Return the fused activation, silu or gelu, of a decoder's MLPs by its config; None if it has another one."""
+    return _ACTIVATIONS.get(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or "")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,27 +101,19 @@ def exchange(decoder: Any, architecture: Architecture, fused: _Fused, *, outputs
     used = [f"RMSNorm ({len(norms)})"] if norms else []
     if outputs_are_kept:
         return used
-    config = decoder.config
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     mlps = [(path, mlp) for path, mlp in decoder.named_modules() if type(mlp).__name__ in architecture.gated_mlps]
-    if mlps and activation in (*_SILU, *_GELU):
-        product, multiply = ("SwiGLU", fused.silu) if activation in _SILU else ("GEGLU", fused.gelu)
+    if mlps:
+        is_silu = activation_of(decoder.config) == "silu"
+        product, multiply = ("SwiGLU", fused.silu) if is_silu else ("GEGLU", fused.gelu)
         for path, mlp in mlps:
             decoder.set_submodule(path, GatedMLP(mlp, multiply).train(mlp.training))
         used.append(f"{product} ({len(mlps)})")
-    if "rotary" not in architecture.fusible:
-        return used
-    forwards: dict[types.FunctionType, Any] = {}
-    for module in decoder.modules():
+    rotating = [module for module in decoder.modules() if type(module).__name__ in architecture.rotated]
+    for module in rotating:
         # transformers replaces such a function for some model types only, by the package of the hub's kernels.
-        forward: Any = inspect.unwrap(type(module).forward)  # Decorators rename arguments of older callers.
-        # With `unsqueeze_dim` heads and tokens lie in another order (the indexers of deepseek_v32).
-        if _ROTARY not in forward.__code__.co_names or "unsqueeze_dim" in inspect.getsource(forward):
-            continue
-        if forward not in forwards:
-            forwards[forward] = with_globals(forward, {_ROTARY: fused.rotate})
-        module.forward = types.MethodType(forwards[forward], module)
-    return [*used, "rotary embedding"] if forwards else used
+        forward: Any = type(module).forward
+        module.forward = types.MethodType(with_globals(forward, {ROTARY: fused.rotate}), module)
+    return [*used, "rotary embedding"] if rotating else used
 
 
 def _eps_of(norm: Any) -> float:

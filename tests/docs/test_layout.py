@@ -141,8 +141,8 @@ PATCHES = {
     "distlora.config.field_docs": "inspect.getsource",
     "distlora.data.sources": "datasets.config.HF_HUB_OFFLINE",
     "distlora.derive.linears": "inspect.getsource",
-    "distlora.derive.probes": "inspect.getsource",
-    "distlora.model.fused_modules": "module.forward forward.__code__ inspect.getsource",
+    "distlora.derive.fusible": "inspect.getsource module.forward",
+    "distlora.model.fused_modules": "module.forward",
     "distlora.model.hf_model": "function.__code__ function.__closure__ function.__globals__ new.__kwdefaults__ "
     "new.__wrapped__",
     "distlora.model.packed_masks": "decoder.forward inspect.unwrap(forward).__globals__",

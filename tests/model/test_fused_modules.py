@@ -7,6 +7,7 @@ interpreter (conftest.py), the adapted linears on the CPU.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from distlora.derive.fusible import fusible
 from distlora.model.build import CausalLM
 from distlora.model.fused_modules import use_liger, use_own
 from distlora.model.mlp import place_mlps
 from distlora_kernels import elementwise
 from support.accounting import Kept
 from support.closeness import relative_error
-from support.family_models import load_ours, tokens, write_family_folder
+from support.family_models import hf_model, load_ours, tokens, write_family_folder
 from support.fused_model import ONE_EACH, PARTIAL_ROTARY, RANKS, check_kept, run
 from support.tiers import ci
 
@@ -89,7 +91,7 @@ def test_a_decoder_with_fused_kernels_computes_what_it_did(
 
     home = "liger_kernel" if kernels == "liger" else "distlora_kernels"
     attention = model.blocks[0].inner.self_attn.forward
-    assert attention.__globals__["apply_rotary_pos_emb"].__module__.startswith(home)
+    assert inspect.unwrap(attention).__globals__["apply_rotary_pos_emb"].__module__.startswith(home)
     gated = "GEGLU" if name.startswith("gemma") else "SwiGLU"
     norms = {"gemma2": 13, "gemma3": 19, "gemma3-text": 19, "qwen3": 13}.get(name, 7)
     assert f"RMSNorm ({norms}), {gated} (3), rotary embedding" in said
@@ -108,6 +110,21 @@ def test_a_decoder_with_fused_kernels_computes_what_it_did(
         assert relative_error(losses, expected_losses) <= 1e-6
         for actual, gradient in zip(gradients, expected, strict=True):
             assert relative_error(actual, gradient) <= 5e-6
+
+
+def interleaved(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def test_a_rotation_of_neighbours_and_an_unfused_activation_are_not_fusible(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = hf_model("llama").model
+    plain = fusible(decoder, tokens(1, 8))
+    assert (plain["gated_mlps"], plain["rotated"]) == (("LlamaMLP",), ("LlamaAttention",))
+    assert plain["fusible"] == ("norms", "mlps", "rotary")
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.rotate_half", interleaved)
+    monkeypatch.setattr(decoder.config, "hidden_act", "relu")
+    other = fusible(decoder, tokens(1, 8))
+    assert (other["gated_mlps"], other["rotated"], other["fusible"]) == ((), (), ("norms",))
 
 
 @pytest.mark.parametrize(

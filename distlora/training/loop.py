@@ -36,10 +36,34 @@ from distlora.training.trial import Due, StepFigures, Trial
 class Passes:
     """Forward and backward passes of a model's steps."""
 
-    def __init__(self, model: CausalLM, backend: Backend, control: Control) -> None:
+    def __init__(self, model: CausalLM, backend: Backend, control: Control, *, one_adapter: bool) -> None:
+        """`one_adapter`: all rows of a step use the same adapters."""
         self.model, self.backend, self.control = model, backend, control
+        self._copies = AdapterCopies.of(model, backend.ranks.device, one_adapter=one_adapter)
         self.is_cold = True
         """True until a step is done: kernels are compiled, memory is allocated, connections are made."""
+
+    def of_trial(
+        self, objective: Objective, batch: StepBatch, units: int, done: int, *, whole: bool
+    ) -> tuple[list[Losses], int]:
+        """Run one trial's step after `done` steps; return its micro-batches' losses and the passes of estimates.
+
+        `whole`: the layers slice one batch of all rows.
+        """
+        step = done + 1
+        with self._copies.fresh():
+            place = "forward of mismatched answers, batch"
+            mark = functools.partial(self.control.boundary, step, place, long=self.is_cold)
+            estimates = prepare(objective, self.model, batch, units, self.backend, whole=whole, mark=mark)
+            if whole:  # As one batch, which the layers slice.
+                self.model.set_num_micro(len(batch.micro_batches))
+            parts = [joined(batch.micro_batches)] if whole else batch.micro_batches
+
+            def means(_: int, rows: Tensor) -> list[Tensor]:
+                return [rows.sum() / units]
+
+            losses = self.backward(objective, [(micro_batch, done) for micro_batch in parts], means, step)
+        return losses, estimates
 
     def backward(
         self,
@@ -72,9 +96,8 @@ class Trainer(Passes):
         self, model: CausalLM, backend: Backend, control: Control, trial: Trial, *, shares_steps: bool = False
     ) -> None:
         """`shares_steps`: the steps are run elsewhere, with those of other trials."""
-        super().__init__(model, backend, control)
+        super().__init__(model, backend, control, one_adapter=not shares_steps)
         self.trial = trial
-        self._copies = AdapterCopies.of(model, backend.ranks.device, one_adapter=not shares_steps)
 
     def fit(self) -> None:
         """Train to the end or until early stopping, with evaluations, samples and saves.
@@ -154,22 +177,11 @@ class Trainer(Passes):
         backend.traffic.take()  # Drop what was counted between steps.
         backend.zero_gradients()
         whole = trial.train.accumulate == "block"
-        with self._copies.fresh():
-            place = "forward of mismatched answers, batch"
-            mark = functools.partial(self.control.boundary, step, place, long=self.is_cold)
-            estimates = prepare(trial.objective, self.model, batch, units, backend, whole=whole, mark=mark)
-            if whole:  # As one batch, which the layers slice.
-                self.model.set_num_micro(len(batch.micro_batches))
-            parts = [joined(batch.micro_batches)] if whole else batch.micro_batches
-
-            def means(_: int, rows: Tensor) -> list[Tensor]:
-                return [rows.sum() / units]
-
-            losses = self.backward(trial.objective, [(micro_batch, done) for micro_batch in parts], means, step)
+        losses, estimates = self.of_trial(trial.objective, batch, units, done, whole=whole)
         watch.at(step, "update", long=self.is_cold)
         trial.update()
         self.is_cold = False
-        rows, passes = [part.rows for part in losses], 2 * len(parts) + estimates
+        rows, passes = [part.rows for part in losses], 2 * len(losses) + estimates
         trial.note(step_figures(trial, batch, rows, losses, began=began, traffic=backend.traffic.take(), passes=passes))
 
     def evaluate(self) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from distlora.config import Config
-from distlora.data.loader import MicroBatch, StepBatch, joined
+from distlora.data.loader import MicroBatch, StepBatch
 from distlora.model.trial_slots import put_trial
 from distlora.parallel import Ranks
+from distlora.parallel.watch import Control
 from distlora.training.compile_choice import decide_compile
-from distlora.training.loop import prepare
+from distlora.training.loop import Passes
 from distlora.training.memory_meter import MemoryMeter, StepMemory
-from distlora.training.multi_trial.stacks import Stack, stacks
+from distlora.training.multi_trial.stacks import stacks
 from distlora.training.objectives import objective_of
 from distlora.training.optimizers import Optimizer, build_optimizer, learning_rate
 from distlora.training.setup import StartOptions, start_run_model
@@ -68,6 +68,8 @@ class TrainingSteps:
         self._batches = [self._step_batch(trial, vocabulary, slot) for slot, trial in enumerate(trials)]
         self._whole = first.train.accumulate == "block"
         self._objective = objective_of(first.train, first.rollout)
+        control = Control(ranks.control, save_minutes=None)
+        self._passes = Passes(self.model, self.backend, control, one_adapter=not in_slots)
         self._ok = torch.ones((), dtype=torch.bool, device=ranks.device)
         self.model.set_num_micro(first.train.slices(ranks.world))
 
@@ -88,26 +90,19 @@ class TrainingSteps:
         batch = StepBatch(micro_batches, *counts, tuple(places.tolist()))
         return replace(batch, mismatched=micro_batches) if trial.train.needs.mismatched else batch
 
-    def _parts(self, number: int) -> list[tuple[MicroBatch, Any, Stack | None]]:
-        if self._in_slots:
-            stacked = stacks(self._batches, [number] * len(self._batches), whole=self._whole)
-            return [(part.batch, part.steps, part) for part in stacked]
-        own = self._batches[0].micro_batches
-        return [(batch, number, None) for batch in ([joined(own)] if self._whole else own)]
-
     def run(self, number: int) -> None:
         """Run step `number` (0-based) of all trials."""
         backend, trials = self.backend, self.trials
         backend.zero_gradients()
         units = [batch.global_targets for batch in self._batches]
-        if prepare(self._objective, self.model, self._batches[0], units[0], backend, whole=self._whole):
-            self.model.set_num_micro(trials[0].train.slices(self.ranks.world))
-        parts = self._parts(number)
-        for index, (batch, step, part) in enumerate(parts):
-            rows = self._objective.losses(self.model, batch, self.ranks.device, step).rows
-            means = [rows.sum() / units[0]] if part is None else part.mean_losses(rows, units)
-            backend.backward(*means, last=index == len(parts) - 1)
-        backend.finish_gradients()
+        if self._in_slots:
+            parts = stacks(self._batches, [number] * len(self._batches), whole=self._whole)
+            steps = [(part.batch, part.steps) for part in parts]
+            self._passes.backward(
+                self._objective, steps, lambda index, rows: parts[index].mean_losses(rows, units), number
+            )
+        else:
+            self._passes.of_trial(self._objective, self._batches[0], units[0], number, whole=self._whole)
         for gradients, trial in zip(backend.gradients, trials, strict=True):
             gradients.clip(trial.optim.max_grad_norm)
         for optimizer, trial in zip(self.optimizers, trials, strict=True):

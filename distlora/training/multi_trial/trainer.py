@@ -200,7 +200,7 @@ class MultiTrialTrainer(Passes):
 
         `compiles`: the decided train.compile.
         """
-        super().__init__(model, backend, control)
+        super().__init__(model, backend, control, one_adapter=False)
         self._inbox, self._slots, self._verdicts, self._shared, self._loaded = inbox, slots, verdicts, shared, loaded
         self._base, self._compiles = base, compiles
         self._in_slots: list[SlotTrial] = []

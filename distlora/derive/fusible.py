@@ -25,7 +25,7 @@ def fusible(decoder: Any, input_ids: Tensor) -> dict[str, Any]:
     """Return the fields of Architecture that say which modules compute what fused ones do.
 
     A part is fusible if each of its modules is. An MLP with experts is not its part, nor is what rotates within a
-    module that is fusible (an indexer of an attention). The decoder is run on `input_ids` (B, T).
+    module that is fusible (an indexer of an attention). The decoder, in bf16, is run on `input_ids` (B, T).
     """
     forms: dict[str, set[NormForm]] = {}
     for module in decoder.modules():
@@ -87,14 +87,16 @@ def _rotates(decoder: Any, input_ids: Tensor) -> dict[nn.Module, bool]:
 
 
 def _is_rotation(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    """Return whether a call of transformers' apply_rotary_pos_emb is what a fused one computes, in bf16 too."""
+    """Return whether a call of transformers' apply_rotary_pos_emb is what a fused one computes."""
     if len(arguments) != 4 or named:
         return False  # With `unsqueeze_dim` heads and tokens lie in another order.
-    query, key, cos, sin = (tensor.bfloat16() for tensor in arguments)
+    query, key, cos, sin = arguments
     if cos.dim() != 3 or any(x.dim() != 4 or x.shape[2] != cos.shape[1] for x in (query, key)):
         return False
     made = function(query, key, cos, sin)
-    return all(torch.equal(x, reference_rotated(y, cos, sin)) for x, y in zip(made, (query, key), strict=True))
+    # Fused ones round the tables to the dtype of what they rotate (olmo3 does not).
+    fused = (reference_rotated(x, cos.to(x.dtype), sin.to(x.dtype)) for x in (query, key))
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(made, fused, strict=True))
 
 
 def _norm_form(norm: nn.Module) -> NormForm:
@@ -105,7 +107,7 @@ def _norm_form(norm: nn.Module) -> NormForm:
         return ""
     generator = torch.Generator().manual_seed(3)
     given = torch.randn(3, 5, len(weight), generator=generator).bfloat16()
-    scale, wide = weight.bfloat16(), given.float()
+    scale, wide = torch.randn(len(weight), generator=generator).bfloat16(), given.float()
     rms = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     made = functional_call(norm, {"weight": scale}, (given,))
     llama, gemma = scale * rms.bfloat16(), (rms * (1 + scale.float())).bfloat16()

@@ -89,13 +89,13 @@ def probe(config: Mapping[str, Any], place: str, *, seed: int = 0) -> Architectu
             takes_cache=_takes_cache(decoder, architecture.vocabulary),
             pages_cache=attention == "sdpa" and _pages_cache(decoder, architecture.vocabulary),
             head_form=head_form(causal, architecture.decoder_in_causal, is_size),
-            **fusible(decoder, input_ids),
         )
         model = transformers_model(
             hf_config, place, auto_class=auto_class, attention=attention, dtype=torch.bfloat16, device="cpu"
         )
         decoder = model.get_submodule(architecture.decoder)
         architecture = _without_fp32_linears(architecture, model)
+        architecture = dataclasses.replace(architecture, **fusible(decoder, input_ids))
     try:
         return dataclasses.replace(architecture, kinds=with_memory(architecture, decoder))
     except _UNFIT as error:

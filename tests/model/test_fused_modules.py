@@ -117,7 +117,7 @@ def interleaved(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_rotation_of_neighbours_and_an_unfused_activation_are_not_fusible(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = hf_model("llama").model
+    decoder = hf_model("llama").model.bfloat16()
     plain = fusible(decoder, tokens(1, 8))
     assert (plain["gated_mlps"], plain["rotated"]) == (("LlamaMLP",), ("LlamaAttention",))
     assert plain["fusible"] == ("norms", "mlps", "rotary")
@@ -130,7 +130,7 @@ def test_a_rotation_of_neighbours_and_an_unfused_activation_are_not_fusible(monk
 @pytest.mark.parametrize(
     ("name", "used"),
     [
-        ci("deepseek_v3", "RMSNorm (9), SwiGLU (2), rotary embedding"),
+        ci("deepseek_v3", "RMSNorm (9), SwiGLU (2)"),
         ("glm4_moe", "RMSNorm (5), SwiGLU (2), rotary embedding"),
         ci("qwen3-moe", "RMSNorm (13), rotary embedding"),
         ci("mixtral", "RMSNorm (7), rotary embedding"),
@@ -138,7 +138,7 @@ def test_a_rotation_of_neighbours_and_an_unfused_activation_are_not_fusible(monk
         ci("deepseek_v32", "RMSNorm (9), SwiGLU (2)"),
         ("qwen3_next", "RMSNorm (7), SwiGLU (2), rotary embedding"),
         ci("qwen3_5", "RMSNorm (7), SwiGLU (2), rotary embedding"),
-        ci("granitemoehybrid", "RMSNorm (5), rotary embedding"),
+        ci("granitemoehybrid", "RMSNorm (5)"),
         ci("lfm2", "RMSNorm (7), rotary embedding"),
         ci("nemotron_h", "cross-entropy"),
         ci("llama4", "RMSNorm (5)"),

@@ -158,6 +158,37 @@ def select_adapted(adapter: AdapterConfig, architecture: Architecture) -> list[s
     return selected
 
 
+def refuse_frozen_targets(targets: str | tuple[str, ...], architecture: Architecture, tensors: Collection[str]) -> None:
+    """Raise UserError if `targets`, or an entry of a list, means modules of a vision tower or a projector alone.
+
+    `tensors`: names of all tensors of the checkpoint.
+    """
+    if not architecture.composite or targets in TARGET_PRESETS:
+        return
+    known = architecture.parameters()
+    renamed = {architecture.disk.rename(name, known)[0] for name in tensors}
+    beside = sorted(name.removesuffix(".weight") for name in renamed - known.keys() if name.endswith(".weight"))
+    linears = [path for path, _ in architecture.adaptable()]
+    for entry in [targets] if isinstance(targets, str) else [(name,) for name in targets]:
+        if not _matching(entry, linears) and (frozen := _matching(entry, beside)):
+            raise UserError(
+                f"adapter.target_modules={written(entry)} names {frozen[0]}, and only linears of the text model's "
+                f"layers are adapted: a vision tower and its projector stay as they are, as vLLM serves them. Leave "
+                "it out, or set adapter.target_modules=all-linear"
+            )
+
+
+def _matching(targets: str | tuple[str, ...], paths: list[str]) -> list[str]:
+    """Return the paths that a list or a regular expression means; none if it is not valid."""
+    if not isinstance(targets, str):
+        return match_ending(targets, paths)
+    try:
+        pattern = re.compile(targets)
+    except re.error:  # `select_targets` says so.
+        return []
+    return [path for path in paths if pattern.fullmatch(path)]
+
+
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of the fused weights of experts, in the order of their modules' parameters."""
 EXPERT_PRESETS = ("mlp", "experts", "all-linear")

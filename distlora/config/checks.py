@@ -76,6 +76,7 @@ def check_settings(config: Config, sections: Collection[str] | None = None) -> N
         *(_full(adapter, config.quant, config.parallel, config.optim, train) if adapter.method == "full" else ()),
         *_base(adapter, config.quant, config.parallel),
         *_objective(adapter, config.model, data, train),
+        *(_with_images(adapter, config.model, train) if data.images else ()),
         *(_sampling(adapter, config.model, data, train, rollout) if train.needs.data == "prompts" else ()),
         *(_not_sampling(train, rollout) if train.needs.data != "prompts" else ()),
         *_length(data, config.optim, train, rollout, config.plan.tokens),
@@ -225,11 +226,6 @@ def _objective(adapter: AdapterConfig, model: ModelConfig, data: DataConfig, tra
         )
     if needs.data != "steps" and data.step_separator != "\n":
         yield f"data.step_separator={data.step_separator!r} has no effect with {name}; leave it out"
-    if data.images and needs.data not in ("documents", "pairs"):
-        yield (
-            f"data.images=true: train.objective={train.objective} is not supported with images; set "
-            "train.objective=sft or dpo, or leave data.images out"
-        )
     if needs.data == "documents":
         return
     if data.train_on not in (("assistant", "last") if needs.data == "steps" else ("assistant",)):
@@ -239,6 +235,25 @@ def _objective(adapter: AdapterConfig, model: ModelConfig, data: DataConfig, tra
         yield (
             "data.too_long=split makes documents of the parts of a longer one, and parts of an answer cannot be "
             "compared or judged; set data.too_long=truncate or drop"
+        )
+
+
+def _with_images(adapter: AdapterConfig, model: ModelConfig, train: TrainConfig) -> Refusals:
+    """Check settings that runs on images (data.images=true) cannot use."""
+    name, needs = "data.images=true", train.needs
+    if needs.data not in ("documents", "pairs") or needs.labels:
+        what = "answers are sampled" if needs.data == "prompts" else "answers are judged"
+        yield (
+            f"{name} with train.objective={train.objective}: {what} from text alone; set train.objective=sft, dpo, "
+            "ipo, orpo or simpo, or leave data.images out"
+        )
+    if adapter.method == "full":
+        yield f"{name} with adapter=full: the vision tower stays as it is, and so must the rest; set adapter=lora"
+    changing = [f"train.neftune_alpha={train.neftune_alpha:g}"] if train.neftune_alpha is not None else []
+    for setting in [*changing, *adapter.token_settings(model.new_tokens)]:
+        yield (
+            f"{name} with {setting}: embeddings of images are put in the places of tokens, which are found by the "
+            "embedding as it is stored; leave one of them out"
         )
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("torchvision")
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import Config, DataConfig, ModelConfig, SourceConfig, TrainConfig, UserError
-from distlora.config.checks import check_section, check_settings
+from distlora.config.checks import check_section
 from distlora.config.file import as_mapping
 from distlora.data.answers import to_answers
 from distlora.data.encoding import Encoded, Encoder
@@ -403,5 +403,3 @@ def test_pairs_are_prepared_with_the_images_of_both_answers(prepared):
     images = [digest for *_, digest in rows.images.table.tolist()]
     assert images == [images[0]] * 2 + [images[2]] * 2 != [images[0]] * 4
     assert rows.pairs.sum() == 2
-    with pytest.raises(UserError, match=r"train\.objective=kto is not supported with images"):
-        check_settings(replace(config, train=TrainConfig(objective="kto")))

@@ -35,6 +35,8 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("llama", adapter(target_parameters=["experts.down_proj"]), r"names weights of experts, and llama has none"),
     ("phi3", adapter(target_modules="qv"), r"qv \(q_proj, v_proj\) names a part of .*qkv_proj.*\[qkv_proj\]"),
     ("phi3", adapter(target_modules=["k_proj"]), r"no module is named 'k_proj' \(it is a part of qkv_proj\)"),
+    ("gemma3", adapter(target_modules=["q_proj", "fc1"]), r"\[fc1\] names model.vision_tower.* stay as they are"),
+    ("gemma3", adapter(target_modules=r".*vision.*\.(q|v)_proj"), r"names model\.vision_tower.* stay as they are"),
     # Methods.
     ("qwen3-moe", adapter(lora_dropout=0.1), r"lora_dropout=0.1 is not supported for adapters"),
     ("qwen3-moe", adapter(use_dora=True), r"use_dora=true is not supported for adapters of experts"),

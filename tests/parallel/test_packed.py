@@ -273,6 +273,7 @@ REFUSED = [
     ({"adapter": {"trainable_token_indices": [1]}}, "adapter.trainable_token_indices"),
     ({"model": {"path": "m", "new_tokens": ["<a>"]}}, "model.new_tokens"),
     ({"train": {"objective": "dpo"}, "data": {"path": "d", "format": "preference"}}, "train.objective=dpo"),
+    ({"data": {"path": "d", "images": True}}, "data.images=true"),
     ({"parallel": {"resident_blocks": "auto"}}, "parallel.resident_blocks=auto"),
     ({"train": {"neftune_alpha": 5.0}}, "train.neftune_alpha=5.0"),
     ({"train": {"sample_every": 2, "sample_prompts": ["a"]}}, "train.sample_every=2"),

@@ -19,6 +19,8 @@ BASES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Settings of an objective beside which the others are given."""
 
+IMAGES = {"data.images": True}
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     # (objective, settings, what the message says)
     ("sft", {"adapter.r": 0}, r"adapter.r=0 is not a valid rank"),
@@ -54,6 +56,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("reward", {"data.format": "steps"}, "data.format=steps is data for train.objective=process_reward"),
     ("reward", {"data.step_separator": "|"}, r"data.step_separator='|' has no effect"),
     ("process_reward", {"data.train_on": "all"}, "data.train_on=all has no effect"),
+    # Images.
+    ("sft", {**IMAGES, "train.neftune_alpha": 5.0}, r"images=true with train\.neftune_alpha=5: embeddings of images"),
+    ("sft", {**IMAGES, "model.new_tokens": ["<x>"]}, r"images=true with model\.new_tokens: embeddings of images"),
+    ("sft", {**IMAGES, "adapter.trainable_token_indices": [7]}, r"images=true with adapter\.trainable_token_indices"),
+    ("dpo", {**IMAGES, "adapter.modules_to_save": ["lm_head"]}, "trains rows of the embedding or the head"),
+    ("sft", {**IMAGES, "adapter.method": "full", "quant.method": "none"}, r"images=true with adapter=full"),
+    ("reward", IMAGES, r"images=true with train\.objective=reward: answers are judged from text alone; set"),
+    ("process_reward", IMAGES, r"images=true with train\.objective=process_reward"),
+    ("kto", IMAGES, r"images=true with train\.objective=kto"),
+    ("grpo", IMAGES, r"images=true with train\.objective=grpo: answers are sampled from text alone"),
     # Sampled answers.
     ("grpo", {"rollout.batch_invariant": True, "rollout.temperature": 0.5}, r"set rollout.temperature=1"),
     ("grpo", {"rollout.batch_invariant": True, "train.compile": True}, r"train.compile=true with others"),

@@ -78,6 +78,7 @@ def check_trial(config: Config) -> None:
         "adapter.trainable_token_indices, which": bool(adapter.trainable_token_indices),
         f"model.new_tokens={list(model.new_tokens)}, which": bool(model.new_tokens),
         f"train.objective={train.objective}, which": train.objective != "sft",
+        "data.images=true, which": config.data.images,
         "parallel.resident_blocks=auto (a number of layers is), which": config.parallel.resident_blocks == "auto",
         f"train.neftune_alpha={train.neftune_alpha}, which": train.neftune_alpha is not None,
         f"train.sample_every={train.sample_every}, which": train.sample_every is not None,

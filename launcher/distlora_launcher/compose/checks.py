@@ -37,7 +37,12 @@ from distlora.architecture.kept_weights import kept_by, nf4_outside_layers
 from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
 from distlora.architecture.spec import Architecture, architecture_of
-from distlora.architecture.targets import check_patterns, check_router_loss, select_adapted
+from distlora.architecture.targets import (
+    check_patterns,
+    check_router_loss,
+    refuse_frozen_targets,
+    select_adapted,
+)
 from distlora.architecture.tokens import check_before_tokenizer
 from distlora.checkpoint.state import check_newest_settings, fixed_settings
 from distlora.config import (
@@ -60,6 +65,7 @@ from distlora.config.cluster import check_torch
 from distlora.config.deepspeed_file import check_deepspeed, read_gathering, read_sections
 from distlora.config.errors import FILES, as_typed
 from distlora.config.objectives import OBJECTIVES
+from distlora.data.images import image_settings
 from distlora.rewards.find import check_functions, import_functions
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
@@ -115,6 +121,8 @@ def check(config: Config, *, new_run: bool) -> None:
         for name in config.tracker.names:
             if name != "wandb":  # It is always installed; a node that lacks it says so, and trains.
                 require_package(name, f"tracker={name}")
+        if config.data.images:
+            image_settings(config.data)
         import_functions(config.data)  # Last, as it takes as long as the user's imports.
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error
@@ -314,6 +322,7 @@ def check_base(
         if train is not None:
             check_train(train, architecture)
         if spec.adapter.method == "lora":
+            refuse_frozen_targets(spec.adapter.target_modules, architecture, base.headers)
             check_patterns(spec.adapter, select_adapted(spec.adapter, architecture))
         return base, architecture
 

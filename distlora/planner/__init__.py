@@ -55,7 +55,8 @@ class Plan:
     @property
     def uncounted(self) -> list[str]:
         """Parts of device memory that the plan leaves out, in words; empty if there are none."""
-        return Costs.of(self.work, self.model, self.machine).uncounted
+        images = ["what the vision tower computes with, one image at a time"] if self.model.images else []
+        return Costs.of(self.work, self.model, self.machine).uncounted + images
 
     @property
     def time(self) -> StepTime | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import NOTE_NAME, gguf_file
+from distlora.architecture.images import ImageLayout, image_layout
 from distlora.architecture.kept_weights import expected_headers, kept_tokens, kept_weights, nothing_to_keep
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, read_index
@@ -43,6 +44,8 @@ class PlannedModel:
     """Assumption of the plan on the model, as a sentence."""
     why_not_kept: str | None = None
     """Why quant=keep is refused, in a sentence; None if `shapes.kept` has what it keeps."""
+    images: ImageLayout | None = None
+    """How the model takes images; None: the run has none, or the model's files are not here."""
 
 
 Preview = Callable[[ModelConfig], AbstractContextManager[ModelConfig]]
@@ -62,7 +65,8 @@ def find_model(
     length = None if any_length else config.data.sequence_length
 
     def in_folder(folder: str | Path, name: str | None) -> PlannedModel:
-        return model_in(Path(folder), name=name, new_tokens=new, full=full, sequence_length=length)
+        planned = model_in(Path(folder), name=name, new_tokens=new, full=full, sequence_length=length)
+        return dataclasses.replace(planned, images=image_layout(folder)) if config.data.images else planned
 
     with ExitStack() as stack:
         if not is_hub_name(path):
@@ -87,6 +91,9 @@ def find_model(
                 near = nearest_architecture(path)
                 raise UserError(f"{path} is not built in{near}: {error}" if near else str(error)) from error
             planned = in_folder(folder.path, path)
+    if config.data.images:
+        note = f"the time of the vision tower{'' if planned.images else ', and its memory,'} is not counted"
+        planned = dataclasses.replace(planned, note=f"{planned.note}; {note}" if planned.note else note)
     if not config.quant.exceptions:
         return planned
     return dataclasses.replace(planned, shapes=_with_formats(planned.shapes, config.quant.exceptions))

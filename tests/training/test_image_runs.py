@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config
 from distlora.data.rows import open_split
+from distlora.model.build import build_model
+from distlora.planner import plan_of
+from distlora.planner.model import find_model
 from support.image_models import write_colours, write_trainable
+from support.plan_inputs import cpu_machine
 from support.runs import SINGLE, outcome, result_of, run_once
 from support.small_models import make_run, read_metrics
 from support.worlds import World
@@ -42,6 +48,18 @@ def test_ranks_train_on_images_as_one_process(colours: Path, tmp_path: Path, wor
     assert torch.allclose(torch.tensor(of_ranks), torch.tensor(losses), rtol=1e-6, atol=0)
     for name, tensor in adapter.items():
         assert (adapter_of_ranks[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+@pytest.mark.parametrize(("accumulate", "rows"), [("step", 2), ("block", 4)])
+def test_the_plan_counts_the_tower_and_the_features(colours: Path, tmp_path: Path, accumulate: str, rows: int) -> None:
+    config = prepared(tmp_path / "run", colours, train={"max_steps": 3, "accumulate": accumulate})
+    plan = plan_of(config, find_model(config), cpu_machine(1))
+    spec = replace(config.spec, images=True)
+    model = build_model(spec, base=CheckpointFiles(spec.path))
+    assert model.image_layout is not None
+    features = rows * 256 * plan.model.shapes.hidden * (1 + model.image_layout.deepstack)
+    tower = sum(parameter.numel() for parameter in model.tower())
+    assert plan.device.held["images"] == 4 * (tower + features)
 
 
 @pytest.mark.ci

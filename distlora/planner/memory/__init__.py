@@ -10,6 +10,7 @@ KINDS = {
     "weights": "16-bit weights of the base",
     "embeddings": "embedding and LM head",
     "norms": "norms and biases",  # With routers and the rotary embedding's frequencies.
+    "images": "vision tower, and features of images",  # Whole on each rank.
     "dense": "dense copies of 4-bit weights",
     "resident": "resident decoder layers",
     "adapters": "trained parameters, fp32",  # With DoRA's norms of rows, DPO's reference, and copies in bf16.

@@ -105,6 +105,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     if not (machine.is_gpu and offloads_base(work.parallel, shards)):
         held.update(base.kept(shards))
     held["norms"] += buffer_bytes(model, work)
+    held["images"] += image_bytes(work, model, machine)
     held["dense"] += dense_bytes(work, model)
     held["resident"] += base.total(lambda unit: unit_bytes(unit, shards), 0, resident) if shards > 1 else 0
     if shards > 1 and work.parallel.backend == "zero3":
@@ -152,6 +153,21 @@ def buffer_bytes(model: PlannedModel, work: Workload) -> int:
     masters = work.adapter.method == "full"
     sizes = {"fp32": 4, "dtype": 4 if masters else work.itemsize}
     return sum(count * sizes[dtype] for dtype, count in model.shapes.architecture.buffers)
+
+
+def image_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
+    """Return the bytes of the vision tower and of the features of images, as if each token of a pass were an image's.
+
+    Features are added to the embeddings, and after `deepstack` layers too. What the tower computes with, one image at a
+    time, is not counted.
+    """
+    if model.images is None:
+        return 0
+    train, tokens = work.train, work.tokens_at_once
+    if train.accumulate == "block":  # All rows of a step are in each layer.
+        tokens = train.global_batch // machine.ranks * work.sequence_length
+    features = tokens * model.shapes.hidden * (1 + model.images.deepstack)
+    return (model.images.numel + features) * work.itemsize
 
 
 def _packed_shapes(work: Workload, model: PlannedModel) -> list[tuple[tuple[int, ...], ...]]:

@@ -16,9 +16,10 @@ from distlora.data.rows import open_split
 from distlora.model.build import build_model
 from distlora.planner import plan_of
 from distlora.planner.model import find_model
+from support.closeness import assert_same_run
 from support.image_models import write_colours, write_trainable
 from support.plan_inputs import cpu_machine
-from support.runs import SINGLE, outcome, result_of, run_once
+from support.runs import SINGLE, outcome, result_of, run_once, run_until
 from support.small_models import make_run, read_metrics
 from support.worlds import World
 
@@ -33,8 +34,16 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    write_trainable(folder / "qwen3_vl", "qwen3_vl")
+    write_colours(folder, 400, pairs=True)
+    return folder
+
+
 def prepared(run_dir: Path, folder: Path, **sections: dict[str, Any]) -> Config:
-    data = {"path": str(folder / "chats.jsonl"), "images": True, "sequence_length": 256}
+    data = {"path": str(folder / "chats.jsonl"), "images": True, "sequence_length": 256} | sections.pop("data", {})
     train = {"global_batch": 4, "micro_batch": 2, "max_steps": None} | sections.pop("train", {})
     return make_run(run_dir, folder, "qwen3_vl", data=data, train=train, **sections)
 
@@ -80,3 +89,29 @@ def test_two_ranks_learn_what_only_the_image_tells(colours: Path, tmp_path: Path
     documents = targets / 3  # A colour, the end of the turn and the newline after it.
     blind = 0.8 * math.log(4) * documents / targets
     assert held_out[-1] < blind, (held_out, blind)
+
+
+@pytest.mark.ci
+def test_two_ranks_prefer_what_only_the_image_tells(pairs: Path, tmp_path: Path, world: World) -> None:
+    run_dir = tmp_path / "run"
+    prepared(
+        run_dir,
+        pairs,
+        data={"format": "preference"},
+        train={"objective": "dpo", "epochs": 12},
+        adapter={"r": 16},
+        optim={"lr": 1e-2},
+    )
+    world.run(2, run_once, run_dir=run_dir)
+    held_out = [line["eval_loss"] for line in read_metrics(run_dir) if "eval_loss" in line]
+    # Four pairs of five can be told apart by their images alone: a blind model's loss of them is ln 2 or more.
+    assert held_out[-1] < 0.8 * math.log(2), held_out
+
+
+@pytest.mark.ci
+def test_a_run_on_images_that_was_stopped_goes_on_bit_for_bit(colours: Path, tmp_path: Path, world: World) -> None:
+    for name, stops in (("whole", [None]), ("stopped", [3, None])):
+        prepared(tmp_path / name, colours, train={"max_steps": 5, "save_every": 2})
+        for stop in stops:
+            world.run(2, run_until, run_dir=tmp_path / name, stop_before=stop)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")

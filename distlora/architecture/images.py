@@ -40,6 +40,8 @@ class ImageLayout:
     """True if positions have a time, a height and a width (M-RoPE)."""
     ahead: Literal["", "ours", "transformers"] = ""
     """Whose masks of packed documents let a token of an image see the image's later tokens; empty: it sees none."""
+    reads_embedding: bool = False
+    """True if the merger reads the embedding's weight outside of the embedding's forward (per-layer inputs)."""
     deepstack: int = 0
     """Number of decoder layers after which features are added to the hidden states."""
     checks: tuple[tuple[str, float], ...] = ()

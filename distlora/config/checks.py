@@ -244,8 +244,8 @@ def _with_images(adapter: AdapterConfig, model: ModelConfig, train: TrainConfig)
     if needs.data not in ("documents", "pairs") or needs.labels:
         what = "answers are sampled" if needs.data == "prompts" else "answers are judged"
         yield (
-            f"{name} with train.objective={train.objective}: {what} from text alone; set train.objective=sft, dpo, "
-            "ipo, orpo or simpo, or leave data.images out"
+            f"{name} with train.objective={train.objective}: {what} from text alone; set train.objective=sft, "
+            "distill, dpo, ipo, orpo or simpo, or leave data.images out"
         )
     if adapter.method == "full":
         yield f"{name} with adapter=full: the vision tower stays as it is, and so must the rest; set adapter=lora"
@@ -253,7 +253,7 @@ def _with_images(adapter: AdapterConfig, model: ModelConfig, train: TrainConfig)
     for setting in [*changing, *adapter.token_settings(model.new_tokens)]:
         yield (
             f"{name} with {setting}: embeddings of images are put in the places of tokens, which are found by the "
-            "embedding as it is stored; leave one of them out"
+            "embedding as it is stored, so embedding and LM head stay as they are; leave one of them out"
         )
 
 

@@ -159,7 +159,11 @@ class Encoder:
         for key, group in itertools.groupby(
             documents, lambda doc: next(key for key in self._by_key if key in doc.value)
         ):
-            yield from self._by_key[key](list(group))
+            batch = list(group)
+            for document, encoded in zip(batch, self._by_key[key](batch), strict=True):
+                if self.images is not None:
+                    self.images.check_places(document.place, encoded.tokens, encoded.trained)
+                yield encoded
 
     def unread(self, source: DataSource) -> str:
         """Name the keys of a source's records that neither we nor the chat template read; empty for none."""

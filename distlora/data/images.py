@@ -267,10 +267,11 @@ class ImageText:
         `tokens` and `trained` (T,) are those of the text that `expand` returned, `encoding` says where in it they lie.
         """
         trained, repeats = trained.copy(), np.ones(len(tokens), np.int64)
-        is_image = tokens == self._processor.token
+        is_image = np.zeros(len(tokens), bool)
         bounds = [(encoding.char_to_token(each.start), encoding.char_to_token(each.end - 1) + 1) for each in placed]
         for start, end in bounds:
             trained[start:end] &= ~np.uint8(TRAINED)
+            is_image[start:end] = tokens[start:end] == self._processor.token
         if self._run is not None:
             repeats[is_image] = [length for each in placed for length in each.runs]
         ends = np.cumsum(repeats)
@@ -280,6 +281,14 @@ class ImageText:
         )
         trained[is_image] |= IMAGE
         return np.repeat(tokens, repeats), np.repeat(trained, repeats), spans
+
+    def check_places(self, place: str, tokens: np.ndarray, flags: np.ndarray) -> None:
+        """Raise UserError for a document with the image's token where no image is."""
+        if bool(((tokens == self._processor.token) & (flags & IMAGE == 0)).any()):
+            written = self._tokenizer.convert_ids_to_tokens(self._processor.token)
+            raise UserError(
+                f"{place}: the text holds {written}, the token of images, where no image is; remove it from the text"
+            )
 
     def check(self, conversation: Conversation, tokens: np.ndarray) -> None:
         """Compare the first conversations' tokens with a call of the processor. Raises UserError where they differ."""

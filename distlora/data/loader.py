@@ -109,10 +109,7 @@ class StepLoader(RowOrder):
         self._are_judged = bool((self.rows.flags[0] & JUDGED).any())
         if self.rows.images is not None:
             if self.image_tensors is None:
-                raise UserError(
-                    f"{self.rows.folder} holds images, which only training reads; name data without images, or leave "
-                    "data.images out and prepare it again"
-                )
+                raise UserError(f"{self.rows.folder} holds images, which only training reads; name data without images")
             self._ahead = ImagesAhead(self.rows.images, self.image_tensors, rows=self.micro_batch)
 
     def batch(self, step: int) -> StepBatch:

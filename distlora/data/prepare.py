@@ -29,6 +29,7 @@ from distlora.data.packing import DROPPED, DUPLICATE, TRUNCATED, Corpus, Mixture
 from distlora.data.rows import (
     FORMAT_VERSION,
     HELD_OUT,
+    PIXELS_NAME,
     TEMPLATE_FILES,
     TOKENIZER_FILES,
     PackedRows,
@@ -41,7 +42,7 @@ from distlora.data.rows import (
 )
 from distlora.data.sources import DataSource, find_sources, pinned_commits
 from distlora.run_folder.layout import DATA_NAME
-from distlora.system.atomic_io import write_json
+from distlora.system.atomic_io import sha256, write_json
 from distlora.system.exit_codes import DONE, run_to_exit_code
 
 _BATCH_DOCUMENTS, _BATCH_BYTES = 1024, 2_000_000
@@ -243,6 +244,9 @@ def _build(
     check_vocabulary(model, max(counts["largest_token"] for counts in splits.values()))
     for corpus in corpora.values():
         corpus.delete()
+    if data.images:  # Pixels are made while training: what makes them is content.
+        files = [path for name in PROCESSOR_FILES if (path := Path(model.path).expanduser() / name).is_file()]
+        write_json(folder / PIXELS_NAME, image_settings(data) | {path.name: sha256(path) for path in files})
     meta = {
         "version": FORMAT_VERSION,
         "created": time.time(),

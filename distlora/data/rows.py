@@ -395,6 +395,8 @@ TOKENIZER_FILES = (
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template*", "additional_chat_templates/*")
 """Files that can hold a chat template."""
 
+PIXELS_NAME = "pixels.json"
+"""File of an entry with images: what makes pixels of them (settings, versions, digests of the processor's files)."""
 _ABANDONED_AFTER = 86_400.0
 """Seconds after which a partial entry belongs to a process that was killed: no preparation takes a day."""
 
@@ -432,6 +434,7 @@ def content_digest(folder: Path, splits: Sequence[str]) -> str:
     files = {f"{split}/{name}": split_file(folder, split, name) for split in splits for name in arrays}
     files |= {f"{split}/{RECORDS}": split_file(folder, split, RECORDS, ".jsonl") for split in splits}
     files |= {f"{split}/{IMAGES}.bin": split_file(folder, split, IMAGES, ".bin") for split in splits}
+    files[PIXELS_NAME] = folder / PIXELS_NAME
     digests = {name: sha256(file) for name, file in files.items() if file.is_file()}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 

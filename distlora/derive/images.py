@@ -128,6 +128,7 @@ def layout_of_images(hf_model: Any, decoder: str) -> ImageLayout:
             if parameter not in inside
         ),
         has_grid=hasattr(merger, "get_rope_index"),
+        reads_embedding=bool(getattr(config.get_text_config(), "hidden_size_per_layer_input", 0)),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distlora.architecture.images import ImageLayout
 from distlora.model.layer_wrapper import Reference
+from distlora.system.transfer import to_device
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Names by which mergers take the tokens that are a part of an image."""
@@ -71,9 +72,10 @@ def frozen_merger(hf_model: nn.Module, path: str, decoder: nn.Module) -> nn.Modu
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """Images of a batch on the model's device, in the order of their placeholder tokens."""
+    """Images of a batch, in the order of their placeholder tokens."""
 
     tensors: Sequence[ImageTensors]
+    """On the CPU: each image's go to the device when the tower runs on it."""
     is_image: Tensor
     """(B, T) int64: 1 at the placeholders."""
     grid: Tensor | None
@@ -100,11 +102,7 @@ class Images:
         assert is_image is not None, "images without their placeholders"
         types = is_image.long()
         grid = grid_positions(merger, input_ids, position_ids, types, tensors)
-        return cls(
-            [{name: tensor.to(device) for name, tensor in image.items()} for image in tensors],
-            types.to(device),
-            None if grid is None else grid.to(device),
-        )
+        return cls(tensors, to_device(types, device), None if grid is None else to_device(grid, device))
 
     def arguments(
         self,
@@ -142,7 +140,10 @@ def features_of(merger: Any, tensors: Sequence[ImageTensors]) -> Any:
     tower = next(parameter for parameter in merger.parameters() if parameter.is_floating_point())
     features = []
     for image in tensors:
-        cast = {name: t.to(tower.dtype) if t.is_floating_point() else t for name, t in image.items()}
+        cast = {
+            name: to_device(t.to(tower.dtype) if t.is_floating_point() else t, tower.device)
+            for name, t in image.items()
+        }
         features.append(merger.get_image_features(**cast, return_dict=True))
     joined = copy.copy(features[0])
     joined.pooler_output = _join([one.pooler_output for one in features])
@@ -175,12 +176,11 @@ def masks_that_see_ahead(config: Any, position_ids: Tensor, is_image: Tensor, dt
     begins = is_image & ~nn.functional.pad(is_image, (1, 0))[:, :-1]
     numbers = torch.where(is_image, begins.cumsum(dim=1), 0)
     at = torch.arange(position_ids.shape[1], device=position_ids.device)
-    distance = at[:, None] - at[None]
     same_image = (numbers[:, :, None] == numbers[:, None]) & is_image[:, :, None]
-    full = (documents[:, :, None] == documents[:, None]) & ((distance >= 0) | same_image)
+    full = (documents[:, :, None] == documents[:, None]) & ((at[:, None] >= at) | same_image)
     masks = {"full_attention": full}
     if (window := getattr(config, "sliding_window", None)) is not None:
-        masks["sliding_attention"] = full & (distance < window)
+        masks["sliding_attention"] = full & (at[:, None] < at + window)
     if config._attn_implementation == "eager":
         lowest = torch.finfo(dtype).min
         masks = {kind: torch.where(mask, 0.0, lowest).to(dtype) for kind, mask in masks.items()}

@@ -98,6 +98,7 @@ def held_out(trained: Trained, label: str, **settings: Any) -> Text:
         f"{label} held out data of train.objective={trained.train.objective}, which has no perplexity; "
         "name a text with --text FILE",
     )
+    require(not trained.data.images, f"{label} has images, which no evaluation reads yet; name a text with --text FILE")
     require(
         "eval" in read_record(trained.run_dir / DATA_NAME).get("splits", {}),
         f"{label} held no documents out (data.eval_fraction=0); name a text with --text FILE",

@@ -181,6 +181,8 @@ def test_images_that_cannot_be_read_and_placeholders_in_texts_are_refused(qwen):
             list(encoder.encode([read(asked({"type": "image", "image": data_url(content)}))]))
     with pytest.raises(UserError, match=r"has <\|image_pad\|> 1 times for 0 images"):
         list(encoder.encode([read(asked("<|image_pad|>"))]))
+    with pytest.raises(UserError, match=r"the text holds <\|image_pad\|>, the token of images, where no image is"):
+        list(encoder.encode([read({"text": "a <|image_pad|>"}, format="text")]))
 
 
 def test_a_cut_keeps_whole_images(qwen):
@@ -277,6 +279,9 @@ def test_an_entry_is_found_again_until_an_image_or_a_bound_changes(prepared):
     assert prepare(config) != entry
     bounded = replace(config, data=replace(config.data, image_max_pixels=4096))
     assert prepare(bounded) not in (entry, prepare(config))
+    # A resume compares this: what makes pixels counts, also where it changes no token.
+    unbounded = replace(config, data=replace(config.data, image_max_pixels=10**8))
+    assert read_meta(prepare(unbounded))["content"] != read_meta(prepare(config))["content"]
 
 
 @pytest.mark.parametrize("world", [1, 3])

@@ -163,9 +163,7 @@ def image_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
     """
     if model.images is None:
         return 0
-    train, tokens = work.train, work.tokens_at_once
-    if train.accumulate == "block":  # All rows of a step are in each layer.
-        tokens = train.global_batch // machine.ranks * work.sequence_length
+    tokens = work.train.slices(machine.ranks) * work.tokens_at_once
     features = tokens * model.shapes.hidden * (1 + model.images.deepstack)
     return (model.images.numel + features) * work.itemsize
 

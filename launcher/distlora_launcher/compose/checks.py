@@ -284,7 +284,13 @@ def check_model(config: Config) -> None:
         )
         check_model_sizes(config.parallel, config.quant, train, architecture, base.config)
         if config.data.images:
-            image_layout(base.folder)  # Refuses images that the model does not take.
+            layout, degree = image_layout(base.folder), config.shard_degree(config.cluster.ranks)
+            require(
+                not layout.reads_embedding or degree == 1,
+                f"data.images=true with {degree} ranks that share the base: transformers reads this model's embedding "
+                "where it is not gathered (per-layer inputs); set parallel.shard_degree=1, so that each rank has all "
+                "of the base, or cluster.gpus_per_node=1",
+            )
         if adapter.method == "full":
             return
         goes_on = bool(checkpoint_folders(Path(config.run_dir)))

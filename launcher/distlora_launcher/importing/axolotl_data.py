@@ -205,19 +205,40 @@ def convert_data(keys: Keys, imported: Imported) -> None:
             imported.tell("eot_tokens=[{turns}]", turns=", ".join(turns))
     if keys.flag("dataset_exact_deduplication"):
         data["deduplicate"] = True
-    if keys.text("processor_type") is not None:
-        data["images"] = True
-        if (size := keys.integer("image_size")) is not None:
-            data["image_max_pixels"] = size * size
-            imported.tell("image_size={size}", size=size)
-        if (algorithm := keys.text("image_resize_algorithm")) is not None:
-            imported.tell("image_resize_algorithm={algorithm}", algorithm=algorithm)
+    _images(keys, imported)
     data["sequence_length"] = keys.integer("sequence_len") or 512
     if any(source.format == "preference" for source in sources):
         data["sequence_length"] *= 2
         imported.tell("sequence_len")
     data["too_long"] = _too_long(keys, imported, {source.format for source in sources})
     _held_out(keys, imported, shared, sources)
+
+
+OF_AUDIO = ("VoxtralProcessor", "Qwen2AudioProcessor", "GraniteSpeechProcessor", "WhisperProcessor")
+"""Values of processor_type for models of speech."""
+TOWERS = r"vis(ion|ual)|projector|connector|aligner|merger"
+"""Names of modules outside of a text model, in a regular expression of targets."""
+
+
+def _images(keys: Keys, imported: Imported) -> None:
+    """Convert the processor of a model that takes images, and the bound of their size."""
+    kind, data, adapter = keys.text("processor_type"), imported.section("data"), imported.section("adapter")
+    if kind is None:
+        return
+    if kind in OF_AUDIO or imported.options["adapter"] == "full":
+        imported.tell("processor_type={kind} | " + ("audio" if kind in OF_AUDIO else "full"), kind=kind)
+        return
+    data["images"] = True
+    targets = adapter.get("target_modules")
+    if isinstance(targets, str) and re.search(TOWERS, targets):
+        imported.tell("lora_target_modules={targets} | tower", targets=targets)
+    if saved := adapter.pop("modules_to_save", None):
+        imported.tell("lora_modules_to_save={names} | images", names=f"[{', '.join(saved)}]")
+    if (size := keys.integer("image_size")) is not None:
+        data["image_max_pixels"] = size * size
+        imported.tell("image_size={size}", size=size)
+    if (algorithm := keys.text("image_resize_algorithm")) is not None:
+        imported.tell("image_resize_algorithm={algorithm}", algorithm=algorithm)
 
 
 def _entries(value: Any, name: str) -> list[Keys]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.spec import Weight, cached_path, derived, kept_text
 from distlora.config.json_files import read_object
+from distlora.system.exit_codes import require_package
 
 PROCESSOR_FILE = "preprocessor_config.json"
 """File with the settings of a model's image processor."""
@@ -65,6 +66,12 @@ class ImageLayout:
     def to_json(self) -> str:
         """Return it as JSON."""
         return json.dumps(dataclasses.asdict(self))
+
+
+def require_image_packages() -> None:
+    """Raise UserError for a package that reading images needs and that is not installed."""
+    for module in ("PIL", "torchvision"):
+        require_package(module, "data.images=true")
 
 
 def image_layout(folder: str | Path) -> ImageLayout:

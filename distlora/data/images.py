@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.images import require_image_packages
 from distlora.config import DataConfig, UserError
 from distlora.data.rows import IMAGE, TRAINED
 from distlora.data.turns import Conversation
-from distlora.system.exit_codes import require_package
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,8 +67,7 @@ class _Placed(NamedTuple):
 
 def image_settings(data: DataConfig) -> dict[str, Any]:
     """Return what decides tokens and pixels beside the processor's files. Raises UserError for a missing package."""
-    for module in ("PIL", "torchvision"):
-        require_package(module, "data.images=true")
+    require_image_packages()
     versions = {package: importlib.metadata.version(package) for package in ("pillow", "torchvision")}
     return {"max_pixels": data.image_max_pixels, "min_pixels": data.image_min_pixels, **versions}
 

@@ -48,16 +48,18 @@ def settings(**train: int) -> dict[str, Any]:
 
 
 def test_importing_is_light_and_planning_imports_no_torch() -> None:
-    # A model's first plan on a machine says on stderr that it was checked; a later one says nothing.
-    distlora.plan(model="llama3_8b", gpu="rtx4090", recipe="qlora", settings={"adapter": {"r": 64}})
     code = (
         "import sys, distlora; assert not {'torch', 'hydra', 'distlora_launcher'} & set(sys.modules); "
         "assert {'train', 'plan', 'load', 'Run'} <= set(dir(distlora)) and distlora.__version__; "
         "result = distlora.plan(model='llama3_8b', gpu='rtx4090', recipe='qlora', settings={'adapter': {'r': 64}}); "
         "assert result.fits and result.as_json()['fits']; assert 'torch' not in sys.modules"
     )
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert (finished.returncode, finished.stderr) == (0, "")
+    # A model's first plan on a machine may say on stderr that it was checked; a later one says nothing.
+    first, later = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/") for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert (later.returncode, later.stderr) == (0, "")
 
 
 def test_a_plan_prints_as_the_command_does(capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,7 +180,6 @@ def test_an_axolotl_file_is_imported_for_the_gpus_of_the_command_line(place: Pat
             "`distlora init FILE` starts. These of its keys have the same meaning here: model.path=a/b "
             "data.sequence_length=2048 adapter.r=8",
         ),
-        (AXOLOTL + "processor_type: AutoProcessor", "processor_type=AutoProcessor: images, audio and video"),
         (AXOLOTL + "lora_rr: 3", "lora_rr: not a known key of Axolotl"),
     ],
 )

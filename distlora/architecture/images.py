@@ -23,6 +23,8 @@ PROCESSOR_FILE = "preprocessor_config.json"
 """File with the settings of a model's image processor."""
 LATER_PROCESSOR_FILE = "processor_config.json"
 """File that holds them under `image_processor` in folders of transformers 5."""
+TOKEN_NAMES = ("image_token_id", "image_token_index", "img_context_token_id", "im_patch_id", "image_patch_id")
+"""Names in a config for the token whose embedding an embedding of the image replaces."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.images import require_image_packages
+from distlora.architecture.images import LATER_PROCESSOR_FILE, PROCESSOR_FILE, TOKEN_NAMES, require_image_packages
 from distlora.config import DataConfig, UserError
 from distlora.data.rows import IMAGE, TRAINED
 from distlora.data.turns import Conversation
@@ -27,10 +27,8 @@ from distlora.data.turns import Conversation
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+PROCESSOR_FILES = (PROCESSOR_FILE, LATER_PROCESSOR_FILE, "video_preprocessor_config.json")
 """Files in a model's folder that decide the tokens and the pixels of an image."""
-_TOKENS = ("image_token_id", "image_token_index", "img_context_token_id", "im_patch_id", "image_patch_id")
-"""Names in config.json for the token whose embedding an embedding of the image replaces."""
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 """Last bytes of whole files."""
 _TAIL = 1 << 16
@@ -100,7 +98,7 @@ class ImageProcessor:
             ) from error
         self.placeholder: str | None = getattr(self.processor, "image_token", None)
         """Text that the chat template writes for an image."""
-        token = next((config[name] for name in _TOKENS if isinstance(config.get(name), int)), None)
+        token = next((config[name] for name in TOKEN_NAMES if isinstance(config.get(name), int)), None)
         if token is None or self.placeholder is None or not hasattr(self.processor, "image_processor"):
             raise UserError(
                 f"data.images=true: the processor in {model_dir} ({type(self.processor).__name__}) and its config.json "

@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from distlora.architecture.checkpoint_files import hf_config_of
-from distlora.architecture.images import PROCESSOR_FILE, ImageLayout
+from distlora.architecture.images import PROCESSOR_FILE, TOKEN_NAMES, ImageLayout
 from distlora.architecture.spec import Architecture, Weight
 from distlora.config import UserError
 from distlora.derive import small_of
@@ -49,7 +49,7 @@ from distlora.model.hf_model import auto_class_of, decoder_path, transformers_mo
 from distlora.model.images import (
     TOKEN_TYPES,
     Images,
-    ImageTensors,
+    ProcessedImage,
     attend_fast,
     features_of,
     image_names,
@@ -73,7 +73,6 @@ IMAGE_BOUNDS = {
 }
 """Largest difference of each check with images and its reason, relative to the norm of what is expected, in fp32."""
 
-_TOKEN_IDS = ("image_token_id", "image_token_index", "img_context_token_id", "im_patch_id", "image_patch_id")
 _TEXT_IDS = (5, 95)
 """Range of the ids of text in a small vocabulary of 160 tokens."""
 _FIRST_SPECIAL = 100
@@ -110,7 +109,7 @@ def layout_of_images(hf_model: Any, decoder: str) -> ImageLayout:
     Raises UserError if its forward merges no features that were computed before.
     """
     config, path = hf_model.config, merger_path(hf_model, decoder)
-    token = next((value for name in _TOKEN_IDS if isinstance(value := getattr(config, name, None), int)), None)
+    token = next((value for name in TOKEN_NAMES if isinstance(value := getattr(config, name, None), int)), None)
     if not path or token is None:
         raise _refused(
             config.model_type,
@@ -226,7 +225,7 @@ class Samples(NamedTuple):
 
     documents: tuple[Tensor, ...]
     """Their tokens, (1, T) int64 each."""
-    images: tuple[tuple[ImageTensors, ...], ...]
+    images: tuple[tuple[ProcessedImage, ...], ...]
     """The images of each document."""
     token_id: int
 
@@ -253,7 +252,7 @@ class Samples(NamedTuple):
         return cls(documents, ((tensors[0],), (), (tensors[1],)), layout.token_id)
 
     @property
-    def together(self) -> tuple[Tensor, Tensor, Tensor, tuple[ImageTensors, ...]]:
+    def together(self) -> tuple[Tensor, Tensor, Tensor, tuple[ProcessedImage, ...]]:
         """Tokens, positions and labels (1, T) of the packed documents, and their images."""
         labels = torch.cat([self.labels(document) for document in self.documents], dim=1)
         positions = torch.cat([positions_of(document) for document in self.documents], dim=1)
@@ -264,7 +263,7 @@ class Samples(NamedTuple):
         labels = next_tokens(document)
         return labels.masked_fill(labels == self.token_id, IGNORED_LABEL)
 
-    def alone(self) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[ImageTensors, ...]]]:
+    def alone(self) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[ProcessedImage, ...]]]:
         """Yield the same as `together` for each document."""
         for document, images in zip(self.documents, self.images, strict=True):
             yield document, positions_of(document), self.labels(document), images
@@ -303,7 +302,7 @@ def with_masks(layout: ImageLayout, merger: Any, samples: Samples) -> ImageLayou
     takes = inspect.signature(merger.forward).parameters
 
     def run(
-        ids: Tensor, positions: Tensor, images: tuple[ImageTensors, ...], change: Callable[[Any], None] | None = None
+        ids: Tensor, positions: Tensor, images: tuple[ProcessedImage, ...], change: Callable[[Any], None] | None = None
     ) -> Tensor:
         known: dict[str, Any] = {n: (ids == samples.token_id).long() for n in TOKEN_TYPES if n in takes}
         if images:
@@ -351,7 +350,7 @@ def differences(
     yield from _gradient_checks(ours, theirs, samples)
 
 
-def _inputs(model: Any, ids: Tensor, images: tuple[ImageTensors, ...], token_id: int) -> dict[str, Any]:
+def _inputs(model: Any, ids: Tensor, images: tuple[ProcessedImage, ...], token_id: int) -> dict[str, Any]:
     """Return the arguments of transformers' model, or its merger, for a document with at most one image."""
     takes = inspect.signature(model.forward).parameters
     types = {name: (ids == token_id).long() for name in TOKEN_TYPES if name in takes}
@@ -363,7 +362,7 @@ def losses_of(
     ids: Tensor,
     positions: Tensor,
     labels: Tensor,
-    images: tuple[ImageTensors, ...],
+    images: tuple[ProcessedImage, ...],
     losses: LossForm = SUMS,
 ) -> Any:
     """Return the losses of one sequence in a form."""
@@ -421,6 +420,6 @@ def _reference_difference(ours: CausalLM, samples: Samples) -> float:
     return float((reference - alone).abs().max())
 
 
-def _changed(image: ImageTensors) -> Iterator[ImageTensors]:
+def _changed(image: ProcessedImage) -> Iterator[ProcessedImage]:
     """Yield the image with other pixels."""
     yield {name: tensor.flip(-1) if tensor.is_floating_point() else tensor for name, tensor in image.items()}

@@ -23,7 +23,7 @@ from distlora.system.transfer import to_device
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 """Names by which mergers take the tokens that are a part of an image."""
-ImageTensors = Mapping[str, Tensor]
+ProcessedImage = Mapping[str, Tensor]
 """What the image processor makes of one image: pixel_values, image_grid_thw, ..."""
 
 
@@ -74,7 +74,7 @@ def frozen_merger(hf_model: nn.Module, path: str, decoder: nn.Module) -> nn.Modu
 class Images:
     """Images of a batch, in the order of their placeholder tokens."""
 
-    tensors: Sequence[ImageTensors]
+    tensors: Sequence[ProcessedImage]
     """On the CPU: each image's go to the device when the tower runs on it."""
     is_image: Tensor
     """(B, T) int64: 1 at the placeholders."""
@@ -84,7 +84,7 @@ class Images:
     @classmethod
     def of(
         cls,
-        rows: Sequence[Iterable[ImageTensors]] | None,
+        rows: Sequence[Iterable[ProcessedImage]] | None,
         is_image: Tensor | None,
         input_ids: Tensor,
         position_ids: Tensor,
@@ -135,7 +135,7 @@ class Images:
 
 
 @torch.no_grad()
-def features_of(merger: Any, tensors: Sequence[ImageTensors]) -> Any:
+def features_of(merger: Any, tensors: Sequence[ProcessedImage]) -> Any:
     """Return the features of images as one call of `get_image_features` does, computed one image at a time."""
     tower = next(parameter for parameter in merger.parameters() if parameter.is_floating_point())
     features = []
@@ -188,7 +188,7 @@ def masks_that_see_ahead(config: Any, position_ids: Tensor, is_image: Tensor, dt
 
 
 def grid_positions(
-    merger: Any, input_ids: Tensor, position_ids: Tensor, types: Tensor, tensors: Sequence[ImageTensors]
+    merger: Any, input_ids: Tensor, position_ids: Tensor, types: Tensor, tensors: Sequence[ProcessedImage]
 ) -> Tensor | None:
     """Return `Images.grid` of tensors on the CPU, document by document, by the model's own rule; None without one.
 

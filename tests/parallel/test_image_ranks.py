@@ -21,7 +21,7 @@ from distlora.derive.images import Samples, composite, with_own_tokens
 from distlora.derive.prove import SINGLE, load_ours, next_tokens, positions_of, relative_error
 from distlora.derive.shrink import build_on_meta, read_settings
 from distlora.model.adapters import adapter_parameters
-from distlora.model.images import Images, ImageTensors
+from distlora.model.images import Images, ProcessedImage
 from distlora.parallel import Ranks
 from support.image_configs import image_content
 from support.tiers import ci
@@ -66,7 +66,7 @@ class Row(NamedTuple):
     ids: Tensor
     positions: Tensor
     labels: Tensor
-    images: tuple[ImageTensors, ...]
+    images: tuple[ProcessedImage, ...]
 
 
 def rows_of(samples: Samples) -> list[Row]:

@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,12 @@ def traced(cell: dict[str, Any]) -> dict[str, Any]:
         return bytes_ | seen_in_step(trainer)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(trace: Callable[[Any], Any] = traced, description: str | None = __doc__) -> None:
+    """Write what `trace` finds in the cell of the command line."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path)
     parser.add_argument("cell", type=json.loads)
     options = parser.parse_args()
     torch.set_num_threads(1)
     spec.derive = derive.derive  # In this process: one of its own takes seconds.
-    options.out.write_text(json.dumps(traced(options.cell), indent=1))
+    options.out.write_text(json.dumps(trace(options.cell), indent=1))

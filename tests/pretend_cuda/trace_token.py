@@ -8,8 +8,6 @@ rows have one prompt. What is traced is the fourth token.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -17,12 +15,10 @@ from typing import Any
 
 import torch
 
-from distlora import derive
-from distlora.architecture import spec
 from distlora.generation.engine import Engine, _Batch
 from distlora.generation.sampling import Request
 from distlora.training import setup
-from pretend_cuda import device, launches
+from pretend_cuda import device, launches, trace_step
 from pretend_cuda.trace_step import load_nothing, started
 
 TOKENS = 4
@@ -59,10 +55,4 @@ def traced(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("cell", type=json.loads)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    spec.derive = derive.derive  # In this process: one of its own takes seconds.
-    options.out.write_text(json.dumps(traced(options.cell), indent=1))
+    trace_step.main(traced, __doc__)

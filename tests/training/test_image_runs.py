@@ -71,19 +71,18 @@ def test_the_plan_counts_the_tower_and_the_features(colours: Path, tmp_path: Pat
     assert plan.device.held["images"] == 4 * (tower + features)
 
 
+def held_out_losses(run_dir: Path, folder: Path, world: World, **sections: Any) -> list[float]:
+    """Train 12 epochs on two ranks; return the losses of held-out data, in order."""
+    train = {"epochs": 12} | sections.pop("train", {})
+    prepared(run_dir, folder, train=train, adapter={"r": 16}, optim={"lr": 1e-2}, **sections)
+    world.run(2, run_once, run_dir=run_dir)
+    return [line["eval_loss"] for line in read_metrics(run_dir) if "eval_loss" in line]
+
+
 @pytest.mark.ci
 def test_two_ranks_learn_what_only_the_image_tells(colours: Path, tmp_path: Path, world: World) -> None:
-    run_dir = tmp_path / "run"
-    prepared(
-        run_dir,
-        colours,
-        train={"epochs": 12},
-        adapter={"r": 16},
-        optim={"lr": 1e-2},
-    )
-    world.run(2, run_once, run_dir=run_dir)
-    held_out = [line["eval_loss"] for line in read_metrics(run_dir) if "eval_loss" in line]
-    rows = open_split(run_dir, "eval")
+    held_out = held_out_losses(tmp_path / "run", colours, world)
+    rows = open_split(tmp_path / "run", "eval")
     assert rows is not None
     targets = int(rows.targets[:].sum())
     documents = targets / 3  # A colour, the end of the turn and the newline after it.
@@ -93,17 +92,8 @@ def test_two_ranks_learn_what_only_the_image_tells(colours: Path, tmp_path: Path
 
 @pytest.mark.ci
 def test_two_ranks_prefer_what_only_the_image_tells(pairs: Path, tmp_path: Path, world: World) -> None:
-    run_dir = tmp_path / "run"
-    prepared(
-        run_dir,
-        pairs,
-        data={"format": "preference"},
-        train={"objective": "dpo", "epochs": 12},
-        adapter={"r": 16},
-        optim={"lr": 1e-2},
-    )
-    world.run(2, run_once, run_dir=run_dir)
-    held_out = [line["eval_loss"] for line in read_metrics(run_dir) if "eval_loss" in line]
+    sections = {"data": {"format": "preference"}, "train": {"objective": "dpo"}}
+    held_out = held_out_losses(tmp_path / "run", pairs, world, **sections)
     # Four pairs of five can be told apart by their images alone: a blind model's loss of them is ln 2 or more.
     assert held_out[-1] < 0.8 * math.log(2), held_out
 

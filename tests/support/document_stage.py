@@ -39,6 +39,7 @@ from distlora_launcher.compose import checks
 from distlora_launcher.launch import local
 from support.documents import ROOT, Command, assigned, documents, expanded, named_files
 from support.family_models import SINGLE
+from support.image_models import write_trainable
 from support.small_models import make_run, write_model_folder, write_text_file
 
 MODELS = ("Llama-3.2-1B", "demo/model", "hidden-64", "hidden-256")
@@ -63,6 +64,7 @@ def make_stage(folder: Path) -> Path:
     write_model_folder(folder / MODELS[0], "llama", max_position_embeddings=131072)
     for name in MODELS[1:]:
         shutil.copytree(folder / MODELS[0], folder / name)
+    write_trainable(folder / "Qwen3-VL-2B-Instruct", "qwen3_vl")
     chats = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(30)]
     write_lines(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
     for name in ("demo/pairs.jsonl", "demo/persona.jsonl", "demo/held_out.jsonl", "pairs.jsonl", "held_out.jsonl"):

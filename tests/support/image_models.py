@@ -157,7 +157,7 @@ def write_trainable(folder: Path, family: str) -> None:
 
     tokenizer = write_image_model(folder, family).tokenizer
     config = shrink(image_content(family)["config"])
-    config["text_config"]["vocab_size"] = 512
+    config["text_config"] |= {"vocab_size": 512, "max_position_embeddings": 131072}
     names = {"image_token_id": FAMILIES[family]["token"], "video_token_id": "<|video_pad|>"}
     names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
     names |= {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>"}

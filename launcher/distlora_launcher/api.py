@@ -118,7 +118,7 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """The state (`status.state`: running, done, stopped, failed ...), step, losses, time left and last save."""
+        """The state (`state`: running, done, stopped, failed ...), with `figures`, `seconds_left` and `saved`."""
         return statuses(self.folder)[0]
 
     def resume(self, *, callbacks: Sequence[Callback] = ()) -> Run:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import operator
 import re
 import shlex
 import subprocess
+import tomllib
 import typing
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+import distlora
 from distlora.config import Config
 from distlora.config.objectives import OBJECTIVES
 from distlora.config.sweep import SweepConfig
@@ -142,6 +145,22 @@ def test_the_lists_of_objectives_name_the_same_ones() -> None:
     row = next(line for line in (ROOT / "docs" / "settings.md").read_text().splitlines() if "`train.objective`" in line)
     for listed in (comment, row.split("|")[2]):
         assert set(re.findall(r"\w+", listed)) == names
+
+
+def test_the_python_page_names_attributes_that_a_run_has(stage: Path) -> None:
+    named = re.findall(r"\brun\.((?:[a-z]\w*\.)*[a-z]\w*)", (ROOT / "docs/python.md").read_text())
+    assert {"status.figures", "metrics", "resume"} <= set(named)
+    run = distlora.Run(stage / "RUN")
+    for path in named:
+        operator.attrgetter(path)(run)
+
+
+def test_the_page_of_the_installation_has_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    trackers = {"mlflow", "swanlab", "tensorboard", "trackio"}  # One row has them all.
+    page = (ROOT / "docs/install.md").read_text()
+    rows = set(re.findall(r"^\| `([\w-]+)` \|", page.partition("## Extras")[2].partition("\n## ")[0], re.MULTILINE))
+    assert rows == set(extras) - trackers - {"dev"}
 
 
 def test_the_settings_reference_is_of_the_dataclasses() -> None:

@@ -8,13 +8,18 @@ Letters: B rows, T tokens per row, L tokens of one document.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import inspect
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from distlora.system.exit_codes import EXTRAS
 
 if TYPE_CHECKING:
     from distlora.model.adapters import BlockContext, Rows
@@ -99,6 +104,27 @@ class ByDocument(Wrapper):
         if balances:
             self.context.leave_balance(torch.cat(balances))
         return join(outputs, leading, dim=1, drop_weights=isinstance(outputs[0], tuple))
+
+
+def slow_scan_note(decoder: nn.Module) -> str | None:
+    """Return a line for the log if packages are missing that transformers would use for layers with a state, else None.
+
+    The module of a class in transformers quotes the names of the packages that it looks for. No interface lists them.
+    """
+    inner = (module.inner for module in decoder.modules() if isinstance(module, ByDocument))
+    sources = {inspect.getsource(module) for kind in set(map(type, inner)) if (module := inspect.getmodule(kind))}
+    missing = [
+        package
+        for package, extra in EXTRAS.items()
+        if extra == "hybrid" and importlib.util.find_spec(package) is None
+        if any(re.search(f"[\"']{package.replace('_', '[-_]')}[\"']", source) for source in sources)
+    ]
+    if not missing:
+        return None
+    return (
+        f"layers with a state run transformers' slow reference code: {', '.join(missing)} not installed; "
+        "`pip install --no-build-isolation 'distlora[hybrid]'`"
+    )
 
 
 def _token_dims(packed: DocumentRows, leaf: Any) -> tuple[int, ...]:

@@ -70,6 +70,9 @@ EXTRAS = {
     "jsonschema": "rl",
     "PIL": "vision",
     "torchvision": "vision",
+    "causal_conv1d": "hybrid",
+    "mamba_ssm": "hybrid",
+    "fla": "hybrid",
     **{name: name for name in ("tensorboard", "mlflow", "trackio", "swanlab")},
 }
 """Optional package, as it is imported, to the extra of distlora that installs it."""

@@ -26,6 +26,7 @@ from distlora.loading.peft_format import keep_teacher, load_peft_adapter
 from distlora.model import attention, fused_modules
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import DTYPES, CausalLM, build_model
+from distlora.model.by_document import slow_scan_note
 from distlora.model.embedding_noise import EmbeddingNoise
 from distlora.model.frozen_linear import FrozenTensor
 from distlora.model.hf_model import materialize_buffers
@@ -253,6 +254,8 @@ def use_device_kernels(model: CausalLM, spec: ModelSpec, train: TrainConfig, dev
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         if compiles:
             raise UserError("train.compile=true is for CPUs, and this rank has a GPU; set train.compile=false")
+    if is_gpu and (note := slow_scan_note(model.decoder)):
+        model.notes.append(note)
     if compiles:
         fused_modules.require_compiled()
     choice = attention.choose(

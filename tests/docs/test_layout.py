@@ -142,6 +142,7 @@ PATCHES = {
     "distlora.data.sources": "datasets.config.HF_HUB_OFFLINE",
     "distlora.derive.linears": "inspect.getsource",
     "distlora.derive.fusible": "inspect.getsource module.forward",
+    "distlora.model.by_document": "inspect.getsource",
     "distlora.model.fused_modules": "module.forward",
     "distlora.model.hf_model": "function.__code__ function.__closure__ function.__globals__ new.__kwdefaults__ "
     "new.__wrapped__",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from distlora.derive.shrink import build, decoder_layers, shrink
 from distlora.model.adapters import BlockContext, Rows, StepRows
-from distlora.model.by_document import ByDocument, DocumentRows
+from distlora.model.by_document import ByDocument, DocumentRows, slow_scan_note
 from distlora.model.layer_wrapper import Block, Reference, argument_names, batch_dims
 from support.model_types import config_of
 
@@ -185,6 +186,33 @@ def test_packed_documents_are_as_alone_where_a_mixer_carries_state(model_type: s
             # zaya's temperatures are two numbers, whose gradients are sums over all tokens: 3.2e-6 (AMD Zen 5).
             limit = {"qwen3_next": 1e-4, "zaya": 1e-5}.get(model_type, 2e-6)
             assert (parameter.grad - one).norm() <= limit * one.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "packages"),
+    [
+        ("lfm2", "causal_conv1d"),
+        ("falcon_h1", "causal_conv1d, mamba_ssm"),
+        ("qwen3_next", "causal_conv1d, fla"),
+        ("zaya", None),
+    ],
+)
+def test_the_log_names_the_missing_packages_that_a_type_looks_for(
+    model_type: str, packages: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed: set[str] = set()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package if package in installed else None)
+    model = tiny_model(model_type)
+    assert slow_scan_note(model) is None, "no layer has a state that is known here"
+    wrapped(model, [{}] * 9, num_micro=1, by_document=BY_DOCUMENT[model_type])
+    note = slow_scan_note(model)
+    if packages is None:
+        assert note is None
+        return
+    assert note is not None
+    assert f"reference code: {packages} not installed; `pip install" in note
+    installed.update({"causal_conv1d", "mamba_ssm", "fla"})
+    assert slow_scan_note(model) is None
 
 
 class Sharing(nn.Module):

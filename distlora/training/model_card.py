@@ -24,6 +24,8 @@ from distlora.weights.peft_folder import WEIGHTS_NAME
 from distlora_kernels.format_layouts import labels
 
 HUB = "https://huggingface.co"
+_TASKS = ("text-generation", "text-classification", "token-classification")
+"""The hub's names of what a model does, by the number of kinds of labels."""
 _VERSIONS = ("distlora", "torch", "transformers", "python")
 
 
@@ -68,7 +70,7 @@ def _metadata(result: Result, base: str | None, license_of_base: Mapping[str, An
     values: dict[str, Any] = {
         **({"base_model": base} if base else {}),
         "library_name": "peft" if result.adapter is not None else "transformers",
-        "pipeline_tag": ("text-generation", "text-classification", "token-classification")[config.train.needs.labels],
+        "pipeline_tag": "image-text-to-text" if config.data.images else _TASKS[config.train.needs.labels],
         "tags": tags,
         **({"datasets": datasets} if datasets else {}),
         **license_of_base,
@@ -133,8 +135,13 @@ def _data(result: Result) -> Iterator[str]:
             yield (
                 f"- {title}: {place}{counts['documents']:,} documents, {counts['targets']:,} trained of "
                 f"{counts['tokens']:,} tokens"
+                + (f", of them {counts['image_tokens']:,} of {counts['images']:,} images" if "images" in counts else "")
             )
     data = result.config.data
+    bounds = [("image_min_pixels", "at least"), ("image_max_pixels", "at most")]
+    given = [f"{word} {getattr(data, name):,}" for name, word in bounds if getattr(data, name)]
+    if data.images and given:
+        yield f"- pixels of an image: {', '.join(given)}"
     if "train_on" not in result.data.get("settings", {}):  # The documents hold no chats.
         return
     if data.template is not None and result.chat_template is not None:
@@ -266,6 +273,8 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             f'template = hf_hub_download("{repository}", "{TEMPLATE_NAME}")\n'
             'tokenizer.chat_template = Path(template).read_text(encoding="utf-8")\n'
         )
+    if result.config.data.images:  # A processor holds the tokenizer, and writes chats with images.
+        code = code.replace("AutoTokenizer", "AutoProcessor").replace("tokenizer", "processor")
     text = f"```python\n{code}```"
     if result.config.quant.method == "keep":
         text += "\n\nThe adapter is for the checkpoint's own quantized weights: training had the codes and scales in "

@@ -346,6 +346,7 @@ def sampling_text(sampling: Sampling, plan: Plan) -> str:
     base += f", {size(sampling.dense_bytes)} for dequantized weights" if sampling.dense_bytes else ""
     if not sampling.is_whole:
         base = ", the base gathered for each token"
+    base += f", {size(sampling.adapter_bytes)} for copies of the adapters" if sampling.adapter_bytes else ""
     steps = "a step" if sampling.steps == 1 else f"{sampling.steps:,} steps"
     text = f"{sampling.answers:,} answers for {steps}, {sampling.rows:,} at once per {gpu}"
     text += f" with {size(sampling.cache_bytes)} of keys and values{base}"

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 
+from distlora.architecture.shapes import CACHE_SHARE
 from distlora.config import UserError
 from distlora.planner import Machine, plan_of, traffic
+from distlora.planner.decoder_sizes import copied_adapters
+from distlora.planner.report import sampling_text
 from distlora.planner.speed.rates import missing_rates, rates_of
 from distlora.planner.speed.sampling import HOST_CHOICE, HOST_LAYER
 from distlora.planner.speed.scaling import ScalingRow, numbers_of, scaling
 from distlora.planner.speed.timing import StepTime, step_flops, step_time
 from distlora.planner.workload import Workload
+from distlora.system.numbers import size
 from support.plan_inputs import machine_of, model_of, timed_config
 
 
@@ -145,6 +149,9 @@ def test_sampling_reads_the_base_and_the_cache_for_each_token(name: str, ranks: 
     sampling = plan.sampling
     assert sampling.cache_bytes == sampling.rows * 1024 * 2 * 2 * keys, "bf16 keys and values of all layers"
     assert sampling.cache_bytes + sampling.base_bytes + plan.device.persistent < machine.usable_bytes
+    copies = copied_adapters(plan.work, plan.model.shapes, machine)[1]
+    assert sampling.adapter_bytes == copies > 0, "the engine copies the adapters beside training's copies"
+    assert f"{size(copies)} for copies of the adapters" in sampling_text(sampling, plan)
     assert sampling.is_whole
     turns = -(-512 // ranks // sampling.rows)
     numel = plan.model.shapes.quantized_numel("nf4", (None, None))
@@ -159,6 +166,7 @@ def test_sampling_reads_the_base_and_the_cache_for_each_token(name: str, ranks: 
     assert tight.seconds > sampling.seconds
     assert tight.is_whole == (ranks == 1), "2 GiB hold no base of 70B"
     assert tight.dense_bytes == 0
+    assert tight.rows == int(CACHE_SHARE * (2**31 - copies) / (1024 * 2 * 2 * keys)), "what the copies leave"
     few = plan_of(
         timed_config(ranks, **ONLINE | {"train": {"objective": "grpo", "global_batch": 8}}), model_of(name), machine
     )

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from distlora.architecture.shapes import CACHE_SHARE, DENSE_ROWS, DENSE_SHARE, MOST_ROWS
 from distlora.config import RolloutConfig
 from distlora.planner import traffic
-from distlora.planner.decoder_sizes import KernelOptions
+from distlora.planner.decoder_sizes import KernelOptions, copied_adapters
 from distlora.planner.machine import Machine
 from distlora.planner.memory.base import base_of
 from distlora.planner.memory.device import DeviceBytes
@@ -53,6 +53,8 @@ class Sampling:
     """True if each rank has the whole base meanwhile; False: it is gathered for each token."""
     dense_bytes: int
     """Bytes of the dequantized weights beside it, if a GPU keeps them meanwhile; otherwise 0."""
+    adapter_bytes: int
+    """Bytes of the engine's own copies of the adapters in 16 bits, on a GPU; training's copies stay beside them."""
     seconds: float | None
     """Seconds of a rollout; None without rates of the node."""
     tokens: int
@@ -85,7 +87,8 @@ def sampling_of(
     )
     base = base_of(work, shapes)
     wanted = base.total(lambda unit: unit_bytes(unit, shards), 0, shapes.num_layers) if shards > 1 else 0
-    free = math.inf if machine.usable_bytes is None else machine.usable_bytes - device.persistent
+    copies = copied_adapters(work, shapes, machine)[1]
+    free = math.inf if machine.usable_bytes is None else machine.usable_bytes - device.persistent - copies
     whole = wanted <= free
     left = free - (wanted if whole else 0)
     of_row = work.sequence_length * per_token
@@ -107,6 +110,7 @@ def sampling_of(
         base_bytes=wanted if whole else 0,
         is_whole=whole,
         dense_bytes=dense,
+        adapter_bytes=copies,
         seconds=None if seconds is None else seconds * turns * rollout.max_new_tokens,
         tokens=answers * rollout.max_new_tokens,
     )

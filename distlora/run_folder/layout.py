@@ -188,7 +188,7 @@ _COUNTS: Shape = {"documents?": int, "share?": float, "commit?": (str, type(None
 _DATA: Shape = {
     "chat_template?": (str, type(None)),
     "settings?": dict,
-    "splits?": {"*": {"documents": int, "targets": int, "tokens": int, "sources?": [_COUNTS]}},
+    "splits?": {"*": {"documents": int, "targets": int, "tokens": int, "images?": int, "sources?": [_COUNTS]}},
 }
 ENVIRONMENT: Shape = {"*": (int, str, bool)}
 """Shape of `TrainState.environment` on disk, for readers without a run."""

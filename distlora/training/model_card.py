@@ -24,8 +24,6 @@ from distlora.weights.peft_folder import WEIGHTS_NAME
 from distlora_kernels.format_layouts import labels
 
 HUB = "https://huggingface.co"
-_TASKS = ("text-generation", "text-classification", "token-classification")
-"""The hub's names of what a model does, by the number of kinds of labels."""
 _VERSIONS = ("distlora", "torch", "transformers", "python")
 
 
@@ -70,7 +68,9 @@ def _metadata(result: Result, base: str | None, license_of_base: Mapping[str, An
     values: dict[str, Any] = {
         **({"base_model": base} if base else {}),
         "library_name": "peft" if result.adapter is not None else "transformers",
-        "pipeline_tag": "image-text-to-text" if config.data.images else _TASKS[config.train.needs.labels],
+        "pipeline_tag": "image-text-to-text"
+        if config.data.images
+        else ("text-generation", "text-classification", "token-classification")[config.train.needs.labels],
         "tags": tags,
         **({"datasets": datasets} if datasets else {}),
         **license_of_base,
@@ -134,14 +134,14 @@ def _data(result: Result) -> Iterator[str]:
                 place = f"{_source(held_out, next(iter(counts.get('sources', [])), {}), [])}, "
             yield (
                 f"- {title}: {place}{counts['documents']:,} documents, {counts['targets']:,} trained of "
-                f"{counts['tokens']:,} tokens"
-                + (f", of them {counts['image_tokens']:,} of {counts['images']:,} images" if "images" in counts else "")
+                f"{counts['tokens']:,} tokens" + (f", {counts['images']:,} images" if "images" in counts else "")
             )
     data = result.config.data
-    bounds = [("image_min_pixels", "at least"), ("image_max_pixels", "at most")]
-    given = [f"{word} {getattr(data, name):,}" for name, word in bounds if getattr(data, name)]
-    if data.images and given:
-        yield f"- pixels of an image: {', '.join(given)}"
+    if data.images:
+        bounds = {"at most": data.image_max_pixels, "at least": data.image_min_pixels}
+        resized = " and ".join(f"{word} {pixels:,} pixels" for word, pixels in bounds.items() if pixels)
+        sizes = f"resized to {resized}" if resized else "of any size"
+        yield f"- images: {sizes}, then read by the base's image processor"
     if "train_on" not in result.data.get("settings", {}):  # The documents hold no chats.
         return
     if data.template is not None and result.chat_template is not None:
@@ -246,7 +246,8 @@ def _use(result: Result, repository: str, base: str | None) -> str:
     needs_nf4 = result.config.adapter.for_nf4 and not is_low_bit
     # PEFT adds to fused experts in 16 bits alone.
     dense = _DENSE.get(str(stored), "") if result.adapter and result.adapter.get("target_parameters") else ""
-    classes = f"{auto}, AutoTokenizer" + (", BitsAndBytesConfig" if needs_nf4 else f", {dense}" if dense else "")
+    readers = "AutoProcessor, AutoTokenizer" if result.config.data.images else "AutoTokenizer"
+    classes = f"{auto}, {readers}" + (", BitsAndBytesConfig" if needs_nf4 else f", {dense}" if dense else "")
     code = f"from peft import PeftModel\nfrom transformers import {classes}\n\n"
     if needs_nf4:  # By default bitsandbytes computes in fp32.
         dtype = _TORCH_NAMES[result.config.train.dtype]
@@ -273,8 +274,8 @@ def _use(result: Result, repository: str, base: str | None) -> str:
             f'template = hf_hub_download("{repository}", "{TEMPLATE_NAME}")\n'
             'tokenizer.chat_template = Path(template).read_text(encoding="utf-8")\n'
         )
-    if result.config.data.images:  # A processor holds the tokenizer, and writes chats with images.
-        code = code.replace("AutoTokenizer", "AutoProcessor").replace("tokenizer", "processor")
+    if result.config.data.images:
+        code += _use_images(f'{tokenizer}"{revision}')
     text = f"```python\n{code}```"
     if result.config.quant.method == "keep":
         text += "\n\nThe adapter is for the checkpoint's own quantized weights: training had the codes and scales in "
@@ -295,6 +296,19 @@ def _use(result: Result, repository: str, base: str | None) -> str:
     elif "active_parameters" in result.summary or result.adapter.get("target_parameters"):
         note = "Training had the experts in 4 bits; bitsandbytes leaves fused experts in 16."
     return f"{text}\n\n{note}"
+
+
+def _use_images(place: str) -> str:
+    """Return the code that asks about an image; `place`: the rest of the call that loads the base's processor."""
+    return (
+        f'processor = AutoProcessor.from_pretrained("{place})\n'
+        "processor.tokenizer, processor.chat_template = tokenizer, tokenizer.chat_template\n\n"
+        'content = [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What does it show?"}]\n'
+        'how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}\n'
+        'inputs = processor.apply_chat_template([{"role": "user", "content": content}], **how)\n'
+        "answer = model.generate(**inputs, max_new_tokens=64)\n"
+        "print(tokenizer.decode(answer[0, inputs.input_ids.shape[1] :]))\n"
+    )
 
 
 def _table(rows: Iterator[tuple[str, str]]) -> str:

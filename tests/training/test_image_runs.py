@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config
@@ -19,12 +16,8 @@ from distlora.data.rows import open_split
 from distlora.model.build import build_model
 from distlora.planner import plan_of
 from distlora.planner.model import find_model
-from distlora.post.merge_worker import merge_to
-from distlora.post.trained import Name
-from distlora.run_folder.layout import read_result
-from distlora.training.model_card import model_card
 from support.closeness import assert_same_run
-from support.image_models import picture, write_colours, write_trainable
+from support.image_models import write_colours, write_trainable
 from support.plan_inputs import cpu_machine
 from support.runs import SINGLE, outcome, result_of, run_once, run_until
 from support.small_models import make_run, read_metrics
@@ -112,29 +105,3 @@ def test_a_run_on_images_that_was_stopped_goes_on_bit_for_bit(colours: Path, tmp
         for stop in stops:
             world.run(2, run_until, run_dir=tmp_path / name, stop_before=stop)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-
-
-@pytest.mark.ci
-def test_a_merged_model_of_images_opens_in_transformers_and_the_card_names_them(colours: Path, tmp_path: Path) -> None:
-    prepared(tmp_path / "run", colours, data={"image_max_pixels": 4096}, quant={"method": "none"})
-    run_once(SINGLE, run_dir=tmp_path / "run")
-    trained = Name(place=str(tmp_path / "run")).read()
-    merge_to(trained, tmp_path / "merged", onto="trained", dtype=torch.float32, say=lambda *_: None)
-    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
-    content = [{"type": "image"}, {"type": "text", "text": "What colour is the left half?"}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=[picture((96, 64))], text=text, return_tensors="pt")
-    merged, base = (
-        AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-        for folder in (tmp_path / "merged", colours / "qwen3_vl")
-    )
-    with torch.no_grad():
-        before = base(**inputs).logits
-        adapted = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")(**inputs).logits
-        difference = (merged(**inputs).logits - adapted).abs().max()
-    assert difference <= 2e-5 * adapted.abs().max() < (adapted - before).abs().max(), difference
-    card = model_card(read_result(tmp_path / "run"), repository="owner/adapter", base="org/base", license_of_base={})
-    assert "pipeline_tag: image-text-to-text" in card
-    assert re.search(r"tokens, of them [\d,]+ of [\d,]+ images$", card, re.MULTILINE)
-    assert "- pixels of an image: at most 4,096" in card
-    assert 'processor = AutoProcessor.from_pretrained("org/base")' in card

@@ -48,8 +48,10 @@ def write(export: Export) -> None:
     whole = trained.spec.adapter.method == "full"
     merged = DTYPES.get(request.dtype, torch.float32)  # The converter rounds from fp32 to 8 bits.
     weight_bytes = BYTES[request.dtype] + (0 if whole else merged.itemsize)
-    weights = open_base(trained.spec, trained.initial_adapter_dir).weights.values()
-    num_bytes = int(weight_bytes * sum(math.prod(weight.shape) for weight in weights))
+    opened = open_base(trained.spec, trained.initial_adapter_dir)
+    if opened.model.architecture.composite:
+        export.say("the file holds the text decoder alone, without the vision tower and the projector: no images")
+    num_bytes = int(weight_bytes * sum(math.prod(weight.shape) for weight in opened.weights.values()))
     check_space(export.place.parent, num_bytes, "the file" if whole else "the file, with the merged model beside it,")
     with tempfile.TemporaryDirectory(dir=export.place.parent, prefix=".merged-") as scratch:
         folder = Path(scratch) / "model"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import sys
 from dataclasses import dataclass
@@ -70,10 +71,11 @@ class ImageLayout:
         return json.dumps(dataclasses.asdict(self))
 
 
-def require_image_packages() -> None:
-    """Raise UserError for a package that reading images needs and that is not installed."""
+def image_packages() -> dict[str, str]:
+    """Return the versions of the packages that make pixels. Raises UserError for one that is not installed."""
     for module in ("PIL", "torchvision"):
         require_package(module, "data.images=true")
+    return {package: importlib.metadata.version(package) for package in ("pillow", "torchvision")}
 
 
 def image_layout(folder: str | Path) -> ImageLayout:
@@ -89,7 +91,9 @@ def image_layout(folder: str | Path) -> ImageLayout:
 
 @functools.lru_cache(maxsize=16)
 def _image_layout(content: str, place: str) -> ImageLayout:
-    return ImageLayout.from_json(kept_text(cached_path(f"images {content}"), lambda: _derive(content, place)))
+    return ImageLayout.from_json(
+        kept_text(cached_path(f"images {content} {image_packages()}"), lambda: _derive(content, place))
+    )
 
 
 def _derive(content: str, place: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import importlib.metadata
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from distlora.architecture.config_checks import read_config
-from distlora.architecture.images import LATER_PROCESSOR_FILE, PROCESSOR_FILE, TOKEN_NAMES, require_image_packages
+from distlora.architecture.images import LATER_PROCESSOR_FILE, PROCESSOR_FILE, TOKEN_NAMES, image_packages
 from distlora.config import DataConfig, UserError
 from distlora.data.rows import IMAGE, TRAINED
 from distlora.data.turns import Conversation
@@ -65,9 +64,7 @@ class _Placed(NamedTuple):
 
 def image_settings(data: DataConfig) -> dict[str, Any]:
     """Return what decides tokens and pixels beside the processor's files. Raises UserError for a missing package."""
-    require_image_packages()
-    versions = {package: importlib.metadata.version(package) for package in ("pillow", "torchvision")}
-    return {"max_pixels": data.image_max_pixels, "min_pixels": data.image_min_pixels, **versions}
+    return {"max_pixels": data.image_max_pixels, "min_pixels": data.image_min_pixels, **image_packages()}
 
 
 class ImageProcessor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from distlora.architecture import images
 from distlora.architecture.images import ImageLayout
 from distlora.config import UserError
 from distlora.derive import images as of_images
@@ -87,6 +89,21 @@ def _swapped(together: Any) -> property:
         return ids, positions, labels, images[::-1]
 
     return property(changed)
+
+
+def test_a_proof_is_made_again_for_other_versions_of_what_makes_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path))
+    layout = ImageLayout(merger="model", token_id=1, names=(), tower=(), has_grid=False)
+    proved = []
+    monkeypatch.setattr(images, "_derive", lambda content, place: proved.append(content) or layout.to_json())
+    for version, proofs in (("0.28", 1), ("0.28", 1), ("0.29", 2)):
+        monkeypatch.setattr(images, "image_packages", lambda version=version: {"torchvision": version})
+        images._image_layout.cache_clear()
+        assert images._image_layout("{}", "config.json") == layout
+        assert len(proved) == proofs
+    images._image_layout.cache_clear()
 
 
 def test_types_without_a_merger_are_refused_by_name() -> None:

@@ -32,7 +32,7 @@ from typing import Any
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, check_train, read_config
 from distlora.architecture.gguf_folder import NOTE_NAME, gguf_file
-from distlora.architecture.images import image_layout, require_image_packages
+from distlora.architecture.images import image_layout, image_packages
 from distlora.architecture.kept_weights import kept_by, nf4_outside_layers
 from distlora.architecture.low_bit_headers import LowBitSegment, in_nf4
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, check_stored_shape
@@ -121,7 +121,7 @@ def check(config: Config, *, new_run: bool) -> None:
             if name != "wandb":  # It is always installed; a node that lacks it says so, and trains.
                 require_package(name, f"tracker={name}")
         if config.data.images:
-            require_image_packages()
+            image_packages()
         import_functions(config.data)  # Last, as it takes as long as the user's imports.
     except OSError as error:  # No permission, a name too long, a broken disk: the system's reason says enough.
         raise UserError(f"cannot read {error.filename}: {error.strerror}" if error.filename else str(error)) from error

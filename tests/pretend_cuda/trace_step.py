@@ -30,6 +30,7 @@ from distlora.parallel import Ranks
 from distlora.planner.memory.device import device_bytes
 from distlora.planner.model import built_in
 from distlora.planner.workload import Workload
+from distlora.system import host_memory
 from distlora.training import setup
 from distlora.training.loop import Trainer
 from pretend_cuda import device, launches
@@ -97,6 +98,7 @@ def seen_in_step(trainer: Trainer) -> dict[str, Any]:
 def traced(cell: dict[str, Any]) -> dict[str, Any]:
     """Return what a cell's second step allocates, what the plan says, and what its third step launches."""
     setup.load_base = load_nothing
+    host_memory.available_bytes = lambda: None  # Blocks of the host are addresses too: no memory is taken.
     with tempfile.TemporaryDirectory() as folder:
         config, trainer = started(Path(folder), cell)
         gpu = trainer.backend.ranks.device

@@ -28,6 +28,8 @@ class CheckRequest:
     """Content of its config.json."""
     place: str
     """The model, for messages."""
+    processor: str = "{}"
+    """Settings of its image processor, as JSON; an empty object if they are not on this node."""
     ranks: int = 1
     """Processes that also train three steps."""
 

@@ -18,7 +18,10 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from distlora.architecture.config_checks import CheckRequest
+from distlora.architecture.images import PROCESSOR_FILE, ImageLayout, image_packages
 from distlora.architecture.spec import Architecture
+from distlora.config import UserError
+from distlora.derive.images import IMAGE_BOUNDS, derive_images
 from distlora.derive.probes import probe, random_tokens
 from distlora.derive.prove import (
     SINGLE,
@@ -69,11 +72,31 @@ def run(request: CheckRequest) -> int:
             if not difference <= bound_of(check):
                 raise failed(small.model_type, check, difference)
     print("\n".join(["", *small.notes]))
+    if small.composite:
+        _show_images(request)
     return DONE
 
 
 def _show(name: str, difference: float) -> None:
     print(f"{name:30} {difference:10.1e} {bound_of(name):9.1e}", flush=True)
+
+
+def _show_images(request: CheckRequest) -> None:
+    """Print the checks with images, or the reason why the model trains on text alone."""
+    processor = json.loads(request.processor)
+    if not processor:
+        print(f"images: not checked, because {PROCESSOR_FILE} is not on this node; name a folder that has it")
+        return
+    try:
+        image_packages()
+        content = json.dumps({"config": json.loads(request.config), "processor": processor})
+        layout = ImageLayout.from_json(derive_images(content, request.place))
+    except UserError as error:
+        print(f"images: no; {error}")
+        return
+    print(f"images: yes; the vision tower and the projector have {layout.numel:,} parameters\n")
+    for name, difference in layout.checks:
+        print(f"{f'images: {name}':40} {difference:10.1e} {IMAGE_BOUNDS[name][0]:9.1e}")
 
 
 def _with_peft(small: Architecture, folder: Path) -> Iterator[tuple[str, float]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import NOTE_NAME, gguf_file
-from distlora.architecture.images import ImageLayout, image_layout
+from distlora.architecture.images import ImageLayout, image_layout, processor_settings
 from distlora.architecture.kept_weights import expected_headers, kept_tokens, kept_weights, nothing_to_keep
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME, Segment, read_index
@@ -46,6 +46,8 @@ class PlannedModel:
     """Why quant=keep is refused, in a sentence; None if `shapes.kept` has what it keeps."""
     images: ImageLayout | None = None
     """How the model takes images; None: the run has none, or the model's files are not here."""
+    processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of its image processor; empty without them."""
 
 
 Preview = Callable[[ModelConfig], AbstractContextManager[ModelConfig]]
@@ -181,6 +183,7 @@ def model_in(
         stored_bytes=size,
         note=note_on(shapes),
         why_not_kept=why_not_kept,
+        processor=processor_settings(folder),
     )
 
 

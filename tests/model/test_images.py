@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from distlora.architecture import images
+from distlora.architecture.config_checks import CheckRequest
 from distlora.architecture.images import ImageLayout
 from distlora.config import UserError
+from distlora.derive import check
 from distlora.derive import images as of_images
 from distlora.derive.images import IMAGE_BOUNDS, derive_images
 from distlora.derive.shrink import shrink
@@ -112,6 +115,27 @@ def test_types_without_a_merger_are_refused_by_name() -> None:
     without = image_content("qwen3_vl") | {"processor": {}}
     with pytest.raises(UserError, match=r"has no preprocessor_config\.json; download it again"):
         derive_images(json.dumps(without), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "answer"),
+    [
+        pytest.param(None, "images: yes; the vision tower and the projector have", marks=pytest.mark.ci),
+        ({}, "images: not checked, because preprocessor_config.json is not on this node"),
+        ({"image_processor_type": "NoSuchProcessor"}, "images: no; images are not supported for qwen3_vl"),
+    ],
+)
+def test_the_check_command_says_whether_images_pass(
+    settings: dict[str, Any] | None, answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = image_content("qwen3_vl")
+    processor = json.dumps(content["processor"] if settings is None else settings)
+    check._show_images(CheckRequest(config=json.dumps(content["config"]), place="config.json", processor=processor))
+    printed = capsys.readouterr().out
+    assert answer in printed
+    rows = re.findall(r"^images: .+? +(-?\d\.\de[+-]\d\d) +(\S+)$", printed, re.MULTILINE)
+    assert bool(rows) == (settings is None)
+    assert all(float(difference) <= float(allowed) for difference, allowed in rows)
 
 
 def test_a_shrunk_tower_keeps_windows_and_layers_that_settings_name() -> None:

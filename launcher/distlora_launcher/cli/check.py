@@ -23,8 +23,9 @@ class CheckArguments:
 
     It needs config.json alone: the model is shrunk to one layer of each kind, with random weights, in fp32 on the CPU.
     `distlora train` runs the same checks, without PEFT, once for each config.json. PEFT is compared if it is installed.
+    A model with a vision tower is also checked with images, if its folder has the image processor's settings.
 
-    Exit codes: 0 all checks pass, 2 one fails or the model is not supported.
+    Exit codes: 0 all checks of text pass, 2 one fails or the model is not supported.
 
     example: distlora check Qwen/Qwen3-0.6B --ranks 2
     """
@@ -43,6 +44,6 @@ def main(arguments: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table.
         composed = compose_run([], may_lack_paths=True)
         model = planned_model(composed.config.with_settings({"model.path": name}), any_length=True)
-    become(
-        "distlora.derive.check:run", CheckRequest(config=json.dumps(model.settings), place=name, ranks=options.ranks)
-    )
+    config, processor = json.dumps(model.settings), json.dumps(model.processor)
+    request = CheckRequest(config=config, place=name, processor=processor, ranks=options.ranks)
+    become("distlora.derive.check:run", request)

@@ -480,7 +480,8 @@ def load_base(
                 name = model.hf_name(full)
                 matrix = token_matrices.get(full)
                 if matrix is None:
-                    segments = segments_of(sources, name, tuple(whole_shape(parameter)))
+                    shape, in_tower = tuple(whole_shape(parameter)), full.startswith("merger.")
+                    segments = segments_of(sources, name, shape, dequantizes_nf4=in_tower)
                     taken = residual if local_name == "weight" else None
                     copy_into(parameter, segments, reader, backend, name, residual=taken)
                     continue
@@ -552,15 +553,21 @@ def _sample(source: ParameterSource) -> bytes:
 
 
 def segments_of(
-    sources: Mapping[str, ParameterSource], name: str, shape: tuple[int, ...], dtypes: Collection[str] = SOURCE_DTYPES
+    sources: Mapping[str, ParameterSource],
+    name: str,
+    shape: tuple[int, ...],
+    dtypes: Collection[str] = SOURCE_DTYPES,
+    *,
+    dequantizes_nf4: bool = False,
 ) -> Sequence[Segment]:
     """Return a parameter's segments by its Hugging Face name.
 
-    Raises UserError if it is absent or contradicts config.json.
+    `dequantizes_nf4`: a weight in NF4 is read as its values, as weights in other low-bit formats are. Raises UserError
+    if it is absent or contradicts config.json.
     """
     source = source_of(sources, name)
     check_stored_shape(name, source.shape, shape)
-    if in_nf4(source.segments[0]):
+    if in_nf4(source.segments[0]) and not dequantizes_nf4:
         raise nf4_outside_layers(name)
     dtype = source.segments[0].dtype
     if dtype not in dtypes and not (dtypes is SOURCE_DTYPES and isinstance(source.segments[0], LowBitSegment)):

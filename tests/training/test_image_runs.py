@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
@@ -16,8 +18,11 @@ from distlora.data.rows import open_split
 from distlora.model.build import build_model
 from distlora.planner import plan_of
 from distlora.planner.model import find_model
-from support.closeness import assert_same_run
+from distlora.weights.reader import Reader
+from distlora_launcher.compose.checks import check_model
+from support.closeness import assert_adapters_close, assert_losses_close, assert_same_run
 from support.image_models import write_colours, write_trainable
+from support.low_bit_checkpoints import CHECKPOINTS, convert_folder
 from support.plan_inputs import cpu_machine
 from support.runs import SINGLE, outcome, result_of, run_once, run_until
 from support.small_models import make_run, read_metrics
@@ -42,10 +47,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepared(run_dir: Path, folder: Path, **sections: dict[str, Any]) -> Config:
+def prepared(run_dir: Path, folder: Path, model: str = "qwen3_vl", **sections: dict[str, Any]) -> Config:
     data = {"path": str(folder / "chats.jsonl"), "images": True, "sequence_length": 256} | sections.pop("data", {})
     train = {"global_batch": 4, "micro_batch": 2, "max_steps": None} | sections.pop("train", {})
-    return make_run(run_dir, folder, "qwen3_vl", data=data, train=train, **sections)
+    return make_run(run_dir, folder, model, data=data, train=train, **sections)
 
 
 def test_ranks_train_on_images_as_one_process(colours: Path, tmp_path: Path, world: World) -> None:
@@ -96,6 +101,45 @@ def test_two_ranks_prefer_what_only_the_image_tells(pairs: Path, tmp_path: Path,
     held_out = held_out_losses(tmp_path / "run", pairs, world, **sections)
     # Four pairs of five can be told apart by their images alone: a blind model's loss of them is ln 2 or more.
     assert held_out[-1] < 0.8 * math.log(2), held_out
+
+
+TOWER = ("_proj", "attn.qkv", "attn.proj", "linear_fc1", "linear_fc2")
+LAYERS = ("_proj",)
+BASES = [
+    ("bnb-nf4", TOWER, "nf4"),
+    ("bnb-nf4-absmax", LAYERS, "nf4"),
+    ("fp8", TOWER, "keep"),
+    ("ct-int4", LAYERS, "keep"),
+    ("ct-nvfp4", LAYERS, "keep"),
+    ("ct-mxfp4", LAYERS, "keep"),
+    ("awq-32", LAYERS, "keep"),
+    ("gptq-v2-32", LAYERS, "keep"),
+    ("bnb-int8", TOWER, "none"),
+]
+"""Format of the base, endings of the modules in it, and quant= that keeps its values."""
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(("format", "endings", "method"), BASES, ids=[format for format, *_ in BASES])
+def test_images_on_a_base_in_low_bits_train_as_on_its_values(
+    colours: Path, tmp_path: Path, format: str, endings: tuple[str, ...], method: str
+) -> None:
+    low, dense, results = colours / f"{format}-low", colours / f"{format}-dense", {}
+    convert_folder(colours / "qwen3_vl", low, CHECKPOINTS[format][1], only=endings)
+    shutil.copytree(colours / "qwen3_vl", dense)
+    with Reader() as reader:
+        values = {
+            name: reader.read([segment], 0, segment.numel).view(segment.shape).float()
+            for name, segment in CheckpointFiles(low).headers.items()
+        }
+    safetensors.torch.save_file(values, dense / "model.safetensors", metadata={"format": "pt"})
+    for folder, quant in ((low, method), (dense, "none")):
+        run_dir, sections = tmp_path / folder.name, {"quant": {"method": quant}, "train": {"max_steps": 3}}
+        check_model(prepared(run_dir, colours, folder.name, **sections))
+        run_once(SINGLE, run_dir=run_dir)
+        results[folder] = result_of(run_dir)
+    assert_losses_close(results[low][0], results[dense][0])
+    assert_adapters_close(results[low][1], results[dense][1])
 
 
 @pytest.mark.ci

@@ -30,6 +30,7 @@ from distlora.config import UserError
 from distlora.derive import small_of
 from distlora.derive.prove import (
     BOUNDS,
+    CANNOT_RUN,
     dense_weights,
     flat,
     gradients_of,
@@ -146,7 +147,7 @@ def proved_images(
             theirs, layout, samples, checks["tower attention"] = composite(small, numbered, settings, place, folder)
             for last, difference in differences(small, layout, folder, theirs, samples):
                 checks[last] = difference
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
+        except CANNOT_RUN as error:
             if isinstance(error, UserError):
                 raise
             reason = f"a small model cannot run the checks after {last!r} ({type(error).__name__}: {error})"

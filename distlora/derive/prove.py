@@ -72,6 +72,10 @@ BOUNDS = {
 """Largest difference of each check and its reason, relative to the norm of what is expected, in fp32."""
 
 
+CANNOT_RUN = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
+"""Errors of a model that cannot run a check."""
+
+
 def bound_of(name: str) -> float:
     """Return the largest difference that a check allows."""
     return BOUNDS[re.sub(r"rank \d+", "each rank", name)][0]
@@ -111,7 +115,7 @@ def measure(small: Architecture, config: Mapping[str, Any], place: str, seed: in
             save_random(small, config, place, Path(folder), seed)
             for name, difference in differences(small, Path(folder)):
                 yield name, difference
-        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
+        except CANNOT_RUN as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(

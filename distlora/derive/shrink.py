@@ -250,6 +250,8 @@ class _Smaller:
                     small[str(j)]["head_dim"] *= max(1, layers[i]["head_dim"] // full["head_dim"])
             return small or None
         if isinstance(value, Mapping):
+            if not all(isinstance(key, str) for key in value):
+                return dict(value)  # Aria's numbers of patches, not settings.
             return self.section(name, value, full)
         if isinstance(value, (list, tuple)):
             return self.entries(name, list(value), full)

@@ -81,15 +81,26 @@ def transformers_model(
 
 
 def decoder_path(hf_model: Any) -> str:
-    """Return the path of the text decoder: the innermost model that holds the input embedding."""
+    """Return the path of the text decoder: the innermost model that holds the input embedding.
+
+    Raises UserError if there is none.
+    """
     from transformers import PreTrainedModel
 
-    embedding = hf_model.get_input_embeddings()
+    try:
+        embedding = hf_model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None  # No module holds it.
     paths = [
         path
         for path, module in hf_model.named_modules()
         if path and isinstance(module, PreTrainedModel) and embedding in set(module.modules())
     ]
+    if not paths:
+        raise UserError(
+            f"{hf_model.config.model_type} has no text decoder with an input embedding of its own; set {{model.path}} "
+            "to another model"
+        )
     return max(paths, key=lambda path: path.count("."))
 
 

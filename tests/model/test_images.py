@@ -109,6 +109,17 @@ def test_a_proof_is_made_again_for_other_versions_of_what_makes_pixels(
     images._image_layout.cache_clear()
 
 
+@pytest.mark.parametrize("model_type", ["pp_formulanet", "udop"])
+def test_a_model_without_a_text_decoder_is_refused_by_name(model_type: str) -> None:
+    with pytest.raises(UserError, match=rf"{model_type} has no text decoder with an input embedding of its own"):
+        derive_images(json.dumps({"config": {"model_type": model_type}, "processor": {}}), "config.json")
+
+
+def test_numbers_as_names_of_settings_stay_in_a_shrunk_config() -> None:
+    config = shrink({"model_type": "aria"})  # Its projector has numbers of patches as names.
+    assert config["projector_patch_to_query_dict"] == {1225: 128, 4900: 256}
+
+
 def test_types_without_a_merger_are_refused_by_name() -> None:
     with pytest.raises(UserError, match="images are not supported for llama: transformers has no module around"):
         derive_images(json.dumps({"config": {"model_type": "llama"}, "processor": {}}), "config.json")

@@ -39,7 +39,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 _WHOLE = {"size": {"longest_edge": 364}, "max_image_size": {"longest_edge": 364}, "do_image_splitting": False}
 PROCESSORS: dict[str, dict[str, Any]] = dict.fromkeys(("idefics3", "smolvlm"), _WHOLE)
 """The same for image processors."""
-_LIKE = {"glmga": "glm46v"}
+_LIKE = {
+    "glmga": "glm46v",
+    "glm4v_moe": "glm4v",
+    "glm_ocr": "glm46v",
+    "mistral4": "mistral3",
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen2_5_omni_thinker": "qwen2_5_omni",
+    "qwen3_omni_moe_thinker": "qwen2_5_omni",
+    "fast_vlm": "llava",
+    "diffusion_gemma": "gemma4",
+}
 """Types whose checkpoints name the image processor of another type."""
 
 
@@ -50,10 +60,12 @@ def image_content(model_type: str) -> dict[str, Any]:
 
 
 def processor_settings(model_type: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the type's image processor, with the sizes of the tower in `config`."""
+    """Return the settings of the type's image processor, with the sizes of the tower in `config`; empty without one."""
     from transformers.models.auto import image_processing_auto as auto
 
-    names = auto.IMAGE_PROCESSOR_MAPPING_NAMES[_LIKE.get(model_type, model_type)]
+    names = auto.IMAGE_PROCESSOR_MAPPING_NAMES.get(_LIKE.get(model_type, model_type))
+    if names is None:
+        return {}
     name = names.get("torchvision") or names["pil"]
     processor = auto.get_image_processor_class_from_name(name)()
     settings = processor.to_dict() | {"image_processor_type": name}

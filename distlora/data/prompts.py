@@ -98,6 +98,8 @@ class GenerateRequest:
     """S: sampling seed."""
     system: str | None = None
     """TEXT: system message for every conversation without one."""
+    image: str | None = None
+    """FILE: image before the first message of each conversation, for a run with data.images=true."""
     # Through the chat template (--chat), as text to continue (--raw), or as the run was trained; a system message and
     # messages ask for the template themselves.
     as_chat: bool | None = None
@@ -115,6 +117,15 @@ class GenerateRequest:
         require(
             temperature != 0 or (top_p is None and top_k is None),
             "--temperature=0 takes the most likely token, so --top-p and --top-k have no effect; leave them out",
+        )
+        require(
+            self.image is None or self.prompts is None,
+            f"--image={self.image} belongs to a chat or to the lines of stdin; --prompts takes text alone; leave one "
+            "of them out",
+        )
+        require(
+            self.image is None or self.as_chat is not False,
+            "--image is a part of a chat, and --raw continues prompts without one; leave one of them out",
         )
         require(
             self.as_chat is not False or self.system is None,

@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import GenerationConfig
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import ModelConfig, UserError
 from distlora.data.chat_template import ChatTemplate, start_tokens
+from distlora.data.encoding import tokenize
+from distlora.data.image_records import with_images
+from distlora.data.images import ImageProcessor, ImageText
 from distlora.data.prompts import Prompt
+from distlora.data.turns import Conversation
 from distlora.model.build import CausalLM
 
 
@@ -35,12 +40,20 @@ def context_limit(model: CausalLM) -> int:
 class PromptEncoder:
     """Encode prompts as the model was trained: through the chats' template, or as plain text if it saw no chats.
 
-    `data` is RUN/data.json. as_chat=True always uses the template, False always plain text. Raises UserError for a
-    tokenizer that cannot be loaded or lacks a requested template.
+    `data` is RUN/data.json. as_chat=True always uses the template, False always plain text. `image`: the file of an
+    image before the first message of the user, for a `processor`. Raises UserError for a tokenizer that cannot be
+    loaded or lacks a requested template.
     """
 
     def __init__(
-        self, model: CausalLM, base: ModelConfig, data: Mapping[str, Any], *, as_chat: bool | None = None
+        self,
+        model: CausalLM,
+        base: ModelConfig,
+        data: Mapping[str, Any],
+        *,
+        as_chat: bool | None = None,
+        image: str | None = None,
+        processor: ImageProcessor | None = None,
     ) -> None:
         folder = base.path
         self.tokenizer = load_tokenizer(Path(folder), base.new_tokens, base.special_tokens)
@@ -50,6 +63,8 @@ class PromptEncoder:
             self.template = ChatTemplate(self.tokenizer, folder, source=data["chat_template"])
         self._eot_tokens = data.get("settings", {}).get("eot_tokens", [])
         self._limit = context_limit(model)
+        self._image = image
+        self._image_text = None if processor is None else ImageText(processor, self.tokenizer)
         self._stops = _as_set(model.decoder.config.eos_token_id)  # type: ignore[union-attr, arg-type]
         # The tokens that training puts in front of a text, without others that the tokenizer would add (an end token).
         self._start = start_tokens(self.tokenizer)
@@ -63,8 +78,12 @@ class PromptEncoder:
             messages = list(prompt.messages) if prompt.text is None else [{"role": "user", "content": prompt.text}]
             if system is not None and messages[0]["role"] not in ("system", "developer"):
                 messages.insert(0, {"role": "system", "content": system})
+            if self._image is not None:
+                record = {"images": [self._image]}
+                messages = with_images({"messages": messages}, record, prompt.place, Path())["messages"]
             self.template.check_tools(prompt.place, messages, prompt.tools)
-            ids = self._tokenize(self.template.render(prompt.place, messages, prompt.tools, prompt=True))
+            text = self.template.render(prompt.place, messages, prompt.tools, prompt=True)
+            ids = self._tokenize(text) if self._image_text is None else self._with_image(prompt.place, text)
         else:
             if prompt.text is None:
                 raise UserError(
@@ -80,6 +99,18 @@ class PromptEncoder:
                 "its completion; shorten it"
             )
         return ids
+
+    def _with_image(self, place: str, text: str) -> list[int]:
+        assert self._image_text is not None, "an image without a processor"
+        assert self._image is not None, "a processor without an image"
+        conversation = Conversation(place, text, (), marked=False, inverse=False, images=(self._image,))
+        expanded, placed = self._image_text.expand(conversation)
+        batch = tokenize(self.tokenizer, [expanded.text])
+        tokens = np.array(batch.input_ids[0], np.int32)
+        flags = np.zeros(len(tokens), np.uint8)
+        tokens, flags, _ = self._image_text.spread(tokens, flags, placed, batch.encodings[0])
+        self._image_text.check_places(place, tokens, flags)
+        return [int(token) for token in tokens]
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -31,6 +31,7 @@ from distlora.generation.engine import Engine, aside, serves
 from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import Request, Sample
 from distlora.model.build import CausalLM
+from distlora.model.images import Images, ProcessedImage
 from distlora.model.paged_cache import Past
 from distlora.parallel import Backend
 
@@ -61,12 +62,15 @@ class Generator(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, model: CausalLM, backend: Backend) -> None:
+    def __init__(self, model: CausalLM, backend: Backend, images: Sequence[ProcessedImage] = ()) -> None:
+        """`images`: those of every prompt, in the order of their placeholders; each prompt then runs alone."""
         super().__init__(copy.deepcopy(model.decoder.config))  # type: ignore[arg-type]
         # transformers would copy use_cache=false from config.json, which training leaves there and which is slow.
         self.generation_config = GenerationConfig()
         self.causal_lm = model
         self.backend = backend
+        self.images = images
+        self._grid_shift: int | None = None
 
     def forward(
         self,
@@ -84,8 +88,9 @@ class Generator(PreTrainedModel, GenerationMixin):
         result say.
         """
         cache = past_key_values if cache is None else cache
-        past = Past(attention_mask, cache)
-        logits = self.causal_lm(input_ids, position_ids, None, past=past)
+        images = self._images_of(input_ids, position_ids)
+        past = Past(attention_mask, cache, grid_shift=self._grid_shift)
+        logits = self.causal_lm(input_ids, position_ids, None, past=past, images=images)
         if self.backend.ranks.world > 1:
             # Ranks compute the same logits. If one differed by a bit and stopped a token earlier, the others would wait
             # forever, so all use rank 0's: a sum with zeros, which is exact.
@@ -93,6 +98,18 @@ class Generator(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(logits=logits)
         output[self.causal_lm.cache_name] = cache
         return output
+
+    def _images_of(self, input_ids: Tensor, position_ids: Tensor) -> Images | None:
+        """Return the images of a prompt (1, T), and keep how they shift later positions; None for a later token."""
+        if not self.images or int(position_ids[0, 0]) > 0:
+            return None
+        model, ids, positions = self.causal_lm, input_ids.cpu(), position_ids.cpu()
+        assert model.image_layout is not None, "images for a model that was built for text"
+        is_image = ids == model.image_layout.token_id
+        images = Images.of([self.images], is_image, ids, positions, model.merger, input_ids.device)
+        if images is not None and images.grid is not None:
+            self._grid_shift = int(images.grid.max()) + 1 - ids.shape[1]
+        return images
 
 
 def generate(
@@ -167,10 +184,18 @@ class _Criterion(StoppingCriteria):
 class Writer:
     """Completes prompts with one model. Every rank calls it alike."""
 
-    def __init__(self, model: CausalLM, backend: Backend, tokenizer: Any, *, compiled: bool | None = None) -> None:
-        """Prepare to complete prompts. `compiled`: as the engine has it."""
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: Backend,
+        tokenizer: Any,
+        *,
+        compiled: bool | None = None,
+        images: Sequence[ProcessedImage] = (),
+    ) -> None:
+        """Prepare to complete prompts. `compiled`: as the engine has it. `images`: those of every streamed prompt."""
         self._model, self._backend, self._tokenizer, self._compiled = model, backend, tokenizer, compiled
-        self._generator = Generator(model, backend)
+        self._generator = Generator(model, backend, images)
 
     def complete(
         self,
@@ -186,6 +211,7 @@ class Writer:
         `seed` is that of the first prompt; the next ones have the next numbers. `stop`: texts that end a completion.
         `on_done(index, completion)` is called as soon as one is there, on the rank that writes it.
         """
+        assert not self._generator.images, "images in a batch of prompts"
         if self._by_engine(settings):
             ends = frozenset(settings.eos_token_id or ())
 
@@ -240,7 +266,9 @@ class Writer:
         return Engine(model, backend, end_tokens=sorted(ends), tokenizer=self._tokenizer, compiled=self._compiled)
 
     def _by_engine(self, settings: GenerationConfig) -> bool:
-        # Penalties, min_p and beams are transformers'.
+        # Penalties, min_p and beams are transformers', and so are prompts with images.
+        if self._generator.images:
+            return False
         others = {name for name, value in settings.to_diff_dict().items() if _NEUTRAL.get(name, ...) != value}
         return serves(self._model) and others <= _BY_ENGINE
 

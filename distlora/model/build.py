@@ -278,6 +278,8 @@ class CausalLM(nn.Module):
             assert rows is None, "placeholders are found in embeddings as they are stored"
             assert noise is None, "placeholders are found in embeddings as they are stored"
             known = images.arguments(self.merger, self.decoder, self.image_layout, position_ids, reference, **known)
+        elif past is not None and past.grid_shift is not None:
+            known["position_ids"] = torch.cat([position_ids[None], (position_ids + past.grid_shift).expand(3, -1, -1)])
         else:
             known["position_ids"] = position_ids
         with rows_known(is_packed):

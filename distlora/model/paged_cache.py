@@ -206,3 +206,5 @@ class Past:
     """Keys and values of earlier tokens, to which the decoder adds the new ones; None: every token is passed again."""
     last: Tensor | None = None
     """(B,) the token of each row after which the logits are wanted; None: the last of the T."""
+    grid_shift: int | None = None
+    """Added to a token's position for that in time, height and width, behind a prompt with images (M-RoPE)."""

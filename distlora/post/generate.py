@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,9 +24,11 @@ from transformers.generation.streamers import TextStreamer
 
 from distlora.config import UserError, nearest
 from distlora.config.file import load_config
+from distlora.data.images import ImageProcessor, ImageTensors
 from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
 from distlora.generation.prompts import PromptEncoder, sampling
 from distlora.generation.writer import Completion, Writer
+from distlora.model.images import ProcessedImage
 from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained, run_on_ranks
 from distlora.post.trained import of_run
@@ -153,13 +156,22 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     config = load_config(request.run)
     speaks = ranks.rank == 0
     began = time.monotonic()
+    trained = of_run(config, request.weights, foreign=request.foreign)
+    trained = replace(trained, spec=replace(trained.spec, images=request.image is not None))
     with still("loading") if speaks else contextlib.nullcontext():
-        model, backend = load_trained(of_run(config, request.weights, foreign=request.foreign), ranks)
+        model, backend = load_trained(trained, ranks)
     data = read_record(Path(request.run) / DATA_NAME)
     prompts = None if request.prompts is None else read_prompts(Path(request.prompts))
     holds_messages = any(prompt.text is None for prompt in prompts or ())
-    as_chat = True if request.system is not None or (holds_messages and request.as_chat is None) else request.as_chat
-    encoder = PromptEncoder(model, config.model, data, as_chat=as_chat)
+    asks_chat = request.system is not None or request.image is not None
+    as_chat = True if asks_chat or (holds_messages and request.as_chat is None) else request.as_chat
+    processor, images = None, list[ProcessedImage]()
+    if request.image is not None:
+        assert model.image_layout is not None, "a model that was built for text"
+        processor = ImageProcessor(config.spec.path, config.data)
+        tensors = ImageTensors(config.spec.path, config.data, model.image_layout.names)
+        images.append(tensors(Path(request.image).read_bytes()))
+    encoder = PromptEncoder(model, config.model, data, as_chat=as_chat, image=request.image, processor=processor)
     choice = sampling(
         encoder,
         config.model.path,
@@ -170,7 +182,7 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     )
     if speaks:
         say(f"loaded in {time.monotonic() - began:.1f} s; {described(encoder, choice)}")
-    writer = Writer(model, backend, encoder.tokenizer, compiled=config.train.compile is not False)
+    writer = Writer(model, backend, encoder.tokenizer, compiled=config.train.compile is not False, images=images)
     if prompts is not None:
         answer_file(prompts, request, writer, encoder, choice, writes=speaks)
     elif sys.stdin.isatty() and sys.stdout.isatty():

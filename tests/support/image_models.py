@@ -77,6 +77,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llava": {
         "processor": "LlavaProcessor",
         "image_processor": "LlavaImageProcessor",
+        "pixels": {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},
         "image": "<image>\n",
         "token": "<image>",
         "settings": {
@@ -171,8 +172,13 @@ def write_trainable(folder: Path, family: str) -> None:
     model = transformers_model(
         hf_config, family, auto_class=auto_class, attention="eager", dtype=torch.float32, device="cpu"
     )
-    with torch.no_grad():  # A random head of std 0.02 cannot tell tokens apart, whatever is learned below it.
-        model.get_output_embeddings().weight.mul_(25)
+    head = model.get_output_embeddings().weight
+    with torch.no_grad():
+        if head is not model.get_input_embeddings().weight:
+            head.mul_(25)  # A random head of std 0.02 cannot tell tokens apart, whatever is learned below it.
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(0, 0.05)  # Gemma 3's projector starts at zero, and would hide its images.
     model.save_pretrained(folder)
 
 

@@ -58,10 +58,17 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{shown(run_dir)} is the adapter of {of}; write distlora generate {of}")
     config = load_config(run_dir)
     require_language_model(config.train, run_dir)
+    if options.image is not None:
+        require(
+            config.data.images,
+            f"--image={options.image}: {shown(run_dir)} was trained on text alone; train with data.images=true",
+        )
+        require(Path(options.image).is_file(), f"--image={options.image} is not a file; name an image")
     weights = find_weights(run_dir, config.spec, options.adapter, options.checkpoint)
     resolved = {
         "run": str(run_dir),
         "weights": None if weights is None else str(weights),
+        "image": None if options.image is None else str(Path(options.image).absolute()),
         "foreign": options.adapter not in (None, "base"),
         "as_chat": options.chat if options.chat or options.raw else None,
     }

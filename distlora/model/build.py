@@ -47,7 +47,7 @@ from distlora.model.experts import (
 from distlora.model.frozen_linear import FrozenLinear, fused_paths, keep_token_matrices, link_shared_inputs
 from distlora.model.head_form import loss_head
 from distlora.model.hf_model import made_buffers, stored_buffers, transformers_model
-from distlora.model.images import Images, frozen_merger
+from distlora.model.images import Images, frozen_merger, tower_parameters
 from distlora.model.layer_wrapper import Block, Reference
 from distlora.model.lm_head import SCORE, SUMS, LossForm, LossHead, RewardHead
 from distlora.model.packed_masks import ask_host_for_masks, masks_of_documents, rows_known
@@ -152,10 +152,7 @@ class CausalLM(nn.Module):
 
     def tower(self) -> list[nn.Parameter]:
         """Return the frozen parameters that compute the features of images. Each rank holds them whole."""
-        if self.merger is None:
-            return []
-        inside = set(self.decoder.parameters())
-        return [parameter for parameter in self.merger.parameters() if parameter not in inside]
+        return [] if self.merger is None else list(tower_parameters(self.merger, self.decoder).values())
 
     def forward(
         self,

@@ -59,14 +59,18 @@ def attend_fast(merger: nn.Module, decoder: nn.Module) -> None:
             module.set_attn_implementation("sdpa")
 
 
+def tower_parameters(merger: nn.Module, decoder: nn.Module) -> dict[str, nn.Parameter]:
+    """Return a merger's parameters outside of its decoder (tower, projector), by their paths in the merger."""
+    inside = set(decoder.parameters())
+    return {name: parameter for name, parameter in merger.named_parameters() if parameter not in inside}
+
+
 def frozen_merger(hf_model: nn.Module, path: str, decoder: nn.Module) -> nn.Module:
     """Return the merger at a path, whose towers attend fast and are not trained."""
     merger = hf_model.get_submodule(path)
     attend_fast(merger, decoder)
-    inside = set(decoder.parameters())
-    for parameter in merger.parameters():
-        if parameter not in inside:
-            parameter.requires_grad_(False)
+    for parameter in tower_parameters(merger, decoder).values():
+        parameter.requires_grad_(False)
     return merger
 
 

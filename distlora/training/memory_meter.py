@@ -170,7 +170,7 @@ def _sums(storages: dict[tuple[int, int], Kind]) -> dict[Kind, int]:
 def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
     """Yield the storages of parameters and buffers: for sharded ones this rank's rows with their padding."""
     adapters = set(adapter_parameters(model).values())
-    matrices = {model.embedding, model.head, model.head.matrix}
+    matrices, tower = {model.embedding, model.head, model.head.matrix}, set(model.tower())
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             kind: Kind = "norms"
@@ -178,6 +178,8 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
                 kind = "adapters"
             elif module in matrices:
                 kind = "embeddings"
+            elif parameter in tower:
+                kind = "images"
             elif isinstance(module, FrozenTensor) and name in module.part_names:
                 kind = "codes" if name == module.part_names[0] else "scales"
             elif name == "weight" and isinstance(module, (FrozenTensor, nn.Linear)):

@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.spec import Weight, cached_path, derived, kept_text
@@ -26,6 +27,19 @@ LATER_PROCESSOR_FILE = "processor_config.json"
 """File that holds them under `image_processor` in folders of transformers 5."""
 TOKEN_NAMES = ("image_token_id", "image_token_index", "img_context_token_id", "im_patch_id", "image_patch_id")
 """Names in a config for the token whose embedding an embedding of the image replaces."""
+
+
+class TowerWork(NamedTuple):
+    """Work of the tower and the projector for one image."""
+
+    pixels: int
+    tokens: int
+    pixel_numel: int
+    """Elements of the image processor's floating-point tensors."""
+    fp32_bytes: int
+    """Peak bytes of activations in fp32, without these tensors."""
+    bf16_bytes: int
+    flops: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +62,8 @@ class ImageLayout:
     """True if the merger reads the embedding's weight outside of the embedding's forward (per-layer inputs)."""
     deepstack: int = 0
     """Number of decoder layers after which features are added to the hidden states."""
+    work: tuple[TowerWork, ...] = ()
+    """Of a small and of a larger image; empty if the tower could not be traced."""
     checks: tuple[tuple[str, float], ...] = ()
     """Name and largest difference of each check on a shrunk model with random weights."""
     seconds: float = 0.0
@@ -58,11 +74,34 @@ class ImageLayout:
         """Number of parameters that each rank holds whole."""
         return sum(weight.numel for weight in self.tower)
 
+    def largest_image(self, max_pixels: int, sequence_length: int) -> TowerWork | None:
+        """Return the work of the largest image of a run; None if the tower could not be traced.
+
+        An image is never cut, so it has at most `sequence_length` tokens. `max_pixels`: data.image_max_pixels.
+        """
+        if not self.work:
+            return None
+        small, large = self.work
+        fixed = small.tokens == large.tokens
+        tokens = min(large.tokens if fixed else sequence_length, sequence_length)
+        if max_pixels and not fixed:
+            tokens = min(tokens, math.ceil(max_pixels * large.tokens / large.pixels))
+
+        def grown(low: int, high: int) -> int:
+            """Return the value at `tokens` of a curve a t + b t^2 through those of the traced images."""
+            slopes = low / small.tokens, high / large.tokens
+            square = 0.0 if fixed else max(0.0, (slopes[1] - slopes[0]) / (large.tokens - small.tokens))
+            return round(tokens * (slopes[1] + square * (tokens - large.tokens)))
+
+        values = (grown(*pair) for pair in zip(small[2:], large[2:], strict=True))
+        return TowerWork(round(tokens * large.pixels / large.tokens), tokens, *values)
+
     @classmethod
     def from_json(cls, text: str) -> ImageLayout:
         """Return the layout in a text of `to_json`."""
         values = json.loads(text)
         values["tower"] = tuple(Weight(path=w["path"], shape=tuple(w["shape"])) for w in values["tower"])
+        values["work"] = tuple(TowerWork(*work) for work in values["work"])
         values |= {"names": tuple(values["names"]), "checks": tuple((name, value) for name, value in values["checks"])}
         return cls(**values)
 

@@ -44,6 +44,7 @@ from distlora.derive.prove import (
     relative_error,
     save_random,
 )
+from distlora.derive.tower_work import traced_work
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.hf_model import auto_class_of, decoder_path, transformers_model
@@ -55,6 +56,7 @@ from distlora.model.images import (
     features_of,
     image_names,
     merger_path,
+    tower_parameters,
 )
 from distlora.model.lm_head import IGNORED_LABEL, SUMS, LossForm
 
@@ -96,8 +98,9 @@ def derive_images(content: str, place: str) -> str:
     small, small_config = small_of(config, hf_model, place)
     with torch.enable_grad():
         proof = proved_images(small, small_config, settings, place)
+    work = traced_work(hf_model, full, decoder_path(hf_model), settings, config)
     told = {name: getattr(proof, name) for name in ("ahead", "deepstack", "checks")}
-    return dataclasses.replace(full, **told, seconds=time.monotonic() - began).to_json()
+    return dataclasses.replace(full, **told, work=work, seconds=time.monotonic() - began).to_json()
 
 
 def _refused(model_type: str, reason: str) -> UserError:
@@ -117,16 +120,12 @@ def layout_of_images(hf_model: Any, decoder: str) -> ImageLayout:
             "transformers has no module around its decoder that merges features of images into the embeddings",
         )
     merger = hf_model.get_submodule(path)
-    inside = set(hf_model.get_submodule(decoder).parameters())
+    parameters = tower_parameters(merger, hf_model.get_submodule(decoder))
     return ImageLayout(
         merger=path,
         token_id=token,
         names=image_names(merger),
-        tower=tuple(
-            Weight(f"{path}.{name}", tuple(parameter.shape))
-            for name, parameter in merger.named_parameters()
-            if parameter not in inside
-        ),
+        tower=tuple(Weight(f"{path}.{name}", tuple(parameter.shape)) for name, parameter in parameters.items()),
         has_grid=hasattr(merger, "get_rope_index"),
         reads_embedding=bool(getattr(config.get_text_config(), "hidden_size_per_layer_input", 0)),
     )

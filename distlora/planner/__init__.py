@@ -55,7 +55,8 @@ class Plan:
     @property
     def uncounted(self) -> list[str]:
         """Parts of device memory that the plan leaves out, in words; empty if there are none."""
-        images = ["what the vision tower computes with, one image at a time"] if self.model.images else []
+        is_traced = self.model.images is None or self.model.images.work
+        images = [] if is_traced else ["activations of the vision tower, of one image at a time"]
         return Costs.of(self.work, self.model, self.machine).uncounted + images
 
     @property

@@ -103,6 +103,7 @@ def page(
         *_row("disk", _disk(plan)),
         *_row("traffic", _traffic(plan)),
         *_row("operations", _operations(plan)),
+        *(_row("images", images) if (images := _images(plan)) is not None else ()),
         *_row("time", time_of(plan)),
         *(_row("sampling", sampling_text(plan.sampling, plan)) if plan.sampling is not None else ()),
         *(_row("batch", empty) if (empty := empty_rows(plan)) is not None else ()),
@@ -319,6 +320,21 @@ def _operations(plan: Plan) -> str:
     parts = ", ".join(f"{FLOPS[kind]} {percent}%" for kind, percent in shares(compute.by_kind))
     tera = f"{compute.total / 1e12:,.0f}" if compute.total >= 1e14 else f"{compute.total / 1e12:.3g}"
     return f"{tera} TFLOP per step on each {_device(plan)}: {parts}"
+
+
+def _images(plan: Plan) -> str | None:
+    """Return what the largest image takes; None without images, or for a tower that was not traced."""
+    work, layout = plan.work, plan.model.images
+    largest = None if layout is None else layout.largest_image(work.image_max_pixels, work.sequence_length)
+    if largest is None:
+        return None
+    share = plan.compute.tokens / largest.tokens * largest.flops / plan.compute.total
+    nbytes = largest.bf16_bytes if work.itemsize == 2 else largest.fp32_bytes
+    return (
+        f"the largest has {largest.tokens:,} tokens and takes {size(nbytes)} and "
+        f"{largest.flops / 1e12:.3g} TFLOP in the vision tower; where every token is an image's, the tower adds "
+        f"{share:.0%} to the operations of a step"
+    )
 
 
 def time_of(plan: Plan) -> str:

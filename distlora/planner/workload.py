@@ -41,6 +41,8 @@ class Workload:
     new_tokens: tuple[str, ...]
     sequence_length: int
     """Tokens per packed sequence."""
+    image_max_pixels: int
+    """data.image_max_pixels; 0: no bound but the processor's."""
     train: TrainConfig
     """Settings of a step; of trials trained together, `micro_batch` and `global_batch` are those of all."""
     optim: OptimConfig
@@ -70,6 +72,7 @@ class Workload:
             keeps_shards=config.quant.keeps_shards,
             new_tokens=tuple(config.model.new_tokens),
             sequence_length=data.sequence_length,
+            image_max_pixels=data.image_max_pixels,
             train=train,
             optim=config.optim,
             steps=steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ from distlora.data.rows import open_split
 from distlora.model.build import build_model
 from distlora.planner import plan_of
 from distlora.planner.model import find_model
+from distlora.planner.report import page
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.checks import check_model
 from support.closeness import assert_adapters_close, assert_losses_close, assert_same_run
@@ -26,6 +28,7 @@ from support.low_bit_checkpoints import CHECKPOINTS, convert_folder
 from support.plan_inputs import cpu_machine
 from support.runs import SINGLE, outcome, result_of, run_once, run_until
 from support.small_models import make_run, read_metrics
+from support.tiers import ci
 from support.worlds import World
 
 pytest.importorskip("torchvision", reason="image processors need torchvision: pip install 'distlora[vision]'")
@@ -70,10 +73,37 @@ def test_the_plan_counts_the_tower_and_the_features(colours: Path, tmp_path: Pat
     plan = plan_of(config, find_model(config), cpu_machine(1))
     spec = replace(config.spec, images=True)
     model = build_model(spec, base=CheckpointFiles(spec.path))
-    assert model.image_layout is not None
-    features = rows * 256 * plan.model.shapes.hidden * (1 + model.image_layout.deepstack)
-    tower = sum(parameter.numel() for parameter in model.tower())
-    assert plan.device.held["images"] == 4 * (tower + features)
+    layout = model.image_layout
+    assert layout is not None
+    assert plan.device.held["images"] == 4 * sum(parameter.numel() for parameter in model.tower())
+    largest = layout.largest_image(0, 256)
+    assert largest is not None
+    assert largest.tokens == 256
+    features = 4 * rows * 256 * plan.model.shapes.hidden * (1 + layout.deepstack)
+    assert plan.device.moments["images"] == {"working": features + largest.fp32_bytes}
+    assert "the largest has 256 tokens" in page(plan).replace("\n", " ")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", ci("fp32")])
+def test_the_memory_of_a_step_with_images_is_planned(colours: Path, tmp_path: Path, dtype: str) -> None:
+    """Within 10 % of the peak. Images of 320x320 pixels are 100 tokens each; in bf16 the tower makes the peak."""
+    from PIL import Image
+
+    (tmp_path / "large").mkdir()
+    for file in colours.glob("*.png"):
+        with Image.open(file) as image:
+            image.resize((320, 320)).save(tmp_path / "large" / file.name)
+    shutil.copy(colours / "chats.jsonl", tmp_path / "large")
+    data = {"path": str(tmp_path / "large" / "chats.jsonl"), "image_max_pixels": 320 * 320}
+    train = {"max_steps": 3, "global_batch": 2, "dtype": dtype}
+    config = prepared(tmp_path / "run", colours, data=data, train=train, plan={"measure": True})
+    plan = plan_of(config, find_model(config), cpu_machine(1))
+    assert plan.device.worst == ("images" if dtype == "bf16" else "block")
+    (tmp_path / "run" / "plan.json").write_text(json.dumps(plan.as_json()))
+    run_once(SINGLE, run_dir=tmp_path / "run")
+    (measured,) = [line for line in read_metrics(tmp_path / "run") if "memory/peak" in line]
+    assert measured["memory/images"] == plan.device.held["images"]
+    assert plan.device.peak == pytest.approx(measured["memory/peak"], rel=0.1)
 
 
 def held_out_losses(run_dir: Path, folder: Path, world: World, **sections: Any) -> list[float]:

@@ -10,7 +10,7 @@ KINDS = {
     "weights": "16-bit weights of the base",
     "embeddings": "embedding and LM head",
     "norms": "norms and biases",  # With routers and the rotary embedding's frequencies.
-    "images": "vision tower, and features of images",  # Whole on each rank.
+    "images": "vision tower",  # With the projector, whole on each rank.
     "dense": "dense copies of 4-bit weights",
     "resident": "resident decoder layers",
     "adapters": "trained parameters, fp32",  # With DoRA's norms of rows, DPO's reference, and copies in bf16.
@@ -30,6 +30,7 @@ Phase = str
 """A phase of a run at which memory may peak: a key of PHASES."""
 PHASES = {
     "loading": "while adapters are initialized from the base",
+    "images": "in the vision tower",
     "embedding": "in the embedding's forward",
     "forward": "in a decoder layer's forward",
     "head": "in the LM head's forward",

@@ -105,7 +105,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     if not (machine.is_gpu and offloads_base(work.parallel, shards)):
         held.update(base.kept(shards))
     held["norms"] += buffer_bytes(model, work)
-    held["images"] += image_bytes(work, model, machine)
+    held["images"] += 0 if model.images is None else model.images.numel * work.itemsize
     held["dense"] += dense_bytes(work, model)
     held["resident"] += base.total(lambda unit: unit_bytes(unit, shards), 0, resident) if shards > 1 else 0
     if shards > 1 and work.parallel.backend == "zero3":
@@ -115,7 +115,7 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     held["optimizer"] += trained.optimizer_bytes(work.optim.name, is_gpu=machine.is_gpu)
     held["scratch"] += scratch_bytes(work, model) if machine.is_gpu else widened_bytes(work)
     step = StepMemory.of(work, model, machine, base, trained, resident)
-    moments = step.moments()
+    moments = image_moments(work, model, machine, step.moments())
     later = held["gradients"] + held["optimizer"]
     if machine.is_gpu:  # Of a CPU, HostBytes.loading has it.
         moments["loading"] = {"working": max(0, decomposing_bytes(work, shapes) - later)}
@@ -155,17 +155,27 @@ def buffer_bytes(model: PlannedModel, work: Workload) -> int:
     return sum(count * sizes[dtype] for dtype, count in model.shapes.architecture.buffers)
 
 
-def image_bytes(work: Workload, model: PlannedModel, machine: Machine) -> int:
-    """Return the bytes of the vision tower and of the features of images, as if each token of a pass were an image's.
+def image_moments(
+    work: Workload, model: PlannedModel, machine: Machine, moments: Mapping[Phase, Mapping[Kind, int]]
+) -> dict[Phase, dict[Kind, int]]:
+    """Return the moments of a step with images: that of the tower, and features until the end of the forward.
 
-    Features are added to the embeddings, and after `deepstack` layers too. What the tower computes with, one image at a
-    time, is not counted.
+    The features are counted as if each token of a pass were an image's; they are added to the embeddings, and after
+    `deepstack` layers too. The tower runs one image at a time, and its own memory is that of the largest one.
     """
+    with_images = {moment: dict(kinds) for moment, kinds in moments.items()}
     if model.images is None:
-        return 0
+        return with_images
     tokens = work.train.slices(machine.ranks) * work.tokens_at_once
-    features = tokens * model.shapes.hidden * (1 + model.images.deepstack)
-    return (model.images.numel + features) * work.itemsize
+    features = tokens * model.shapes.hidden * (1 + model.images.deepstack) * work.itemsize
+    with_images["images"] = {}
+    for moment in ("images", "embedding", "forward"):
+        with_images[moment]["working"] = with_images[moment].get("working", 0) + features
+    if (largest := model.images.largest_image(work.image_max_pixels, work.sequence_length)) is not None:
+        tower = largest.bf16_bytes if work.itemsize == 2 else largest.fp32_bytes
+        is_copied = machine.is_gpu or work.itemsize == 2  # The image processor makes fp32 in host memory.
+        with_images["images"]["working"] += tower + is_copied * largest.pixel_numel * work.itemsize
+    return with_images
 
 
 def _packed_shapes(work: Workload, model: PlannedModel) -> list[tuple[tuple[int, ...], ...]]:

@@ -82,7 +82,9 @@ def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
 def planned_kinds(device: Mapping[str, Any], part: str | None) -> dict[str, int]:
     """Return the planned bytes by category at the moment `part`; the plan's worst moment if it has no such part."""
     moments = {moment: kinds for moment, kinds in device["moments"].items() if moment != "loading"}
-    meant = {"forward": ("embedding", "forward"), "block": ("block", "embedding_backward")}.get(part or "", (part,))
+    meant = {"forward": ("images", "embedding", "forward"), "block": ("block", "embedding_backward")}.get(
+        part or "", (part,)
+    )
     planned: dict[str, int] = dict(device["held"])
     at = [moments[moment] for moment in meant if moment in moments] or list(moments.values())
     for kind, nbytes in max(at, key=lambda kinds: sum(kinds.values()), default={}).items():

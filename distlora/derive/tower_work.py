@@ -1,0 +1,103 @@
+"""Trace the vision tower of a full-size model on the meta device: the memory of its activations, and its operations.
+
+No weight is read and nothing is computed. Integers that decide shapes (grids of patches) stay on the CPU.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from distlora.architecture.images import ImageLayout, TowerWork
+from distlora.model.images import attend_fast
+
+_SIDES = (224, 448)
+"""Sides of the traced square images, in pixels: two give the terms that grow with the tokens and with their square."""
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Count the bytes of storages on the meta device that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if any(tensor.is_meta for tensor in tensors) and "copy" not in func.name():
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs or {}))
+        taken = {tensor.untyped_storage()._cdata for tensor in tensors}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in taken | self._alive:
+                    self._now += storage.nbytes()
+                    self.peak = max(self.peak, self._now)
+                    self._alive.add(storage._cdata)
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, key: int, nbytes: int) -> None:
+        self._now -= nbytes
+        self._alive.discard(key)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attend without scores in memory, as fused kernels do; the meta device would make them."""
+
+    flops = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        self.flops += 4 * named["query"].numel() * named["key"].shape[-2]
+        return torch.empty_like(named["query"])
+
+
+def traced_work(
+    hf_model: Any, layout: ImageLayout, decoder: str, settings: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[TowerWork, ...]:
+    """Return the work of a square image of each of _SIDES for transformers' full-size model on the meta device.
+
+    `settings`: those of the image processor. Empty for a tower that decides shapes by pixels, which meta has not; the
+    plan then names it as not counted.
+    """
+    from distlora.derive.images import image_processor, num_features
+
+    merger = hf_model.get_submodule(layout.merger)
+    attend_fast(merger, hf_model.get_submodule(decoder))
+    with tempfile.TemporaryDirectory(prefix="distlora-images-") as folder:
+        processor = image_processor(settings, Path(folder), config)
+    traced = []
+    for side in _SIDES:
+        made = processor(np.zeros((side, side, 3), np.uint8), return_tensors="pt")
+        image = {name: torch.as_tensor(np.asarray(value)) for name, value in made.items() if name in layout.names}
+        peaks: dict[torch.dtype, int] = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            merger.to(dtype)
+            sent = {n: t.to("meta", dtype) if t.is_floating_point() else t for n, t in image.items()}
+            live, attention = _LiveBytes(), _FusedAttention()
+            try:
+                with torch.no_grad(), FlopCounterMode(display=False) as counter, attention, live:
+                    tokens = num_features(merger.get_image_features(**sent, return_dict=True))
+            except (NotImplementedError, RuntimeError):
+                return ()
+            peaks[dtype] = live.peak
+        flops, numel = counter.get_total_flops() + attention.flops, sum(t.numel() for t in sent.values() if t.is_meta)
+        traced.append(TowerWork(side * side, tokens, numel, peaks[torch.float32], peaks[torch.bfloat16], flops))
+    return tuple(traced)

@@ -133,6 +133,12 @@ class StepLoader(RowOrder):
             mismatched=self._mismatched(step_rows) if self.mismatched else (),
         )
 
+    def largest_image(self) -> Mapping[str, torch.Tensor] | None:
+        """Return the tensors of an image with the most tokens, on the CPU; None if the rows have none."""
+        if self.rows.images is None or self.image_tensors is None:
+            return None
+        return self.image_tensors(self.rows.images.largest())
+
     def _mismatched(self, step_rows: np.ndarray) -> list[MicroBatch]:
         """Return this rank's micro-batches of mismatched prompts and answers. Every rank packs those of all ranks."""
         # Where every row holds one answer, so do these: the model may mix documents, and the number of rows is known.

@@ -65,7 +65,7 @@ class Corpus:
     num_documents: int = 0
     _pieces: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, _PIECE)])
     _documents: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, _DOCUMENT)])
-    _images: list[tuple[int, int, int]] = field(default_factory=list)
+    _images: list[tuple[int, int, int, int]] = field(default_factory=list)
     """(first byte, bytes, digest) of each image of each piece."""
     _stored: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
     """The same by the digest of the image."""
@@ -110,7 +110,9 @@ class Corpus:
                             marks[0] |= JUDGED if piece.is_good else JUDGED | BAD
                         marks_file.write(marks.data)
                         size = records_file.write(piece.record)
-                        self._images += [self._store(*images[span.image], images_file) for span in piece.images]
+                        for span in piece.images:
+                            first, length, digest = self._store(*images[span.image], images_file)
+                            self._images.append((first, length, span.end - span.start, digest))
                         counts = (number, len(piece.tokens), num_targets, size, len(piece.images))
                         new_pieces.append((*counts, piece.margin))
                 new_documents.append((source, fate))
@@ -188,8 +190,8 @@ class Corpus:
     def write_images(self, folder: Path, split: str, pieces: np.ndarray, rows: np.ndarray) -> dict[str, int]:
         """Write the images of these pieces, in these rows (both (n,) int64), each once; return counts of them.
 
-        The split's table has one for each place, in the order of the rows: (I, 4) int64, its row, its first byte, its
-        bytes and their digest.
+        The split's table has one for each place, in the order of the rows: (I, 5) int64, its row, its first byte, its
+        bytes, its tokens and the digest of its bytes.
         """
         counts = self.pieces["images"]
         number = counts[pieces].sum()
@@ -207,8 +209,8 @@ class Corpus:
             for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
                 stored.seek(start)
                 file.write(stored.read(size))
-        columns = np.repeat(rows, counts[pieces]), (np.cumsum(sizes) - sizes)[numbers], chosen[:, 1], chosen[:, 2]
-        np.save(split_file(folder, split, IMAGES), np.stack(columns, axis=1), allow_pickle=False)
+        columns = np.repeat(rows, counts[pieces]), (np.cumsum(sizes) - sizes)[numbers], chosen[:, 1:]
+        np.save(split_file(folder, split, IMAGES), np.column_stack(columns), allow_pickle=False)
         return {"images": int(number), "image_bytes": int(sizes.sum())}
 
     def delete(self) -> None:

@@ -140,7 +140,7 @@ def _settings(
         "weights": weights,
         "stopping_strategy": data.stopping_strategy if weights else None,
         "stream_rows": _needed_rows(train) if data.streaming else None,
-        "images": image_settings(data) if data.images else None,
+        "images": image_settings(data) | {"columns": 5} if data.images else None,  # Of the table of StoredImages.
         "objective": train.objective if train.objective != "sft" else None,
     }
     if all(source["format"] in ("text", "prompt_completion") for source in fingerprints):

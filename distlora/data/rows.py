@@ -169,13 +169,13 @@ class StoredImages:
     content: np.ndarray
     """(bytes of the file,) uint8, memory-mapped."""
     table: np.ndarray
-    """(I, 4) int64, in memory: row, first byte, bytes and digest of each image, in the order of their tokens."""
+    """(I, 5) int64, in memory: row, first byte, bytes, tokens and digest of each image, in the tokens' order."""
     folder: Path
 
     @classmethod
     def open(cls, cache_dir: Path, split: str, count: int) -> StoredImages:
         """Open those of a split. Raises UserError when absent, cut short or misshapen."""
-        table = np.array(_load(split_file(cache_dir, split, IMAGES), (count, 4), np.int64))
+        table = np.array(_load(split_file(cache_dir, split, IMAGES), (count, 5), np.int64))
         path = split_file(cache_dir, split, IMAGES, ".bin")
         if not path.is_file() or (table[:, 1:3].sum(axis=1) > path.stat().st_size).any() or (table[:, 1:3] < 0).any():
             raise UserError(f"{path} is damaged: it is absent or cut short; {_make_again(cache_dir)}")
@@ -188,12 +188,16 @@ class StoredImages:
 
     def read(self, number: int) -> bytes:
         """Return an encoded image. Raises UserError if it has changed."""
-        row, start, size, digest = self.table[number].tolist()
+        row, start, size, _, digest = self.table[number].tolist()
         content = self.content[start : start + size].tobytes()
         if digest_number(image_digest(content)) != digest:
             place = self.folder
             raise UserError(f"{place} is damaged: an image of row {row:,} has changed; {_make_again(place)}")
         return content
+
+    def largest(self) -> bytes:
+        """Return an image with the most tokens, encoded."""
+        return self.read(int(self.table[:, 3].argmax()))
 
     def take(self, rows: np.ndarray) -> StoredImages:
         """Return the images of these rows, (n,) integers, as those of the rows from 0 to n."""

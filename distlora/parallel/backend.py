@@ -245,14 +245,16 @@ class Backend:
         for gradients in self.gradients:
             gradients.zero()
 
-    def settle_residency(self) -> str | None:
+    def settle_residency(self, run_largest: Callable[[], object] = lambda: None) -> str | None:
         """Choose the number of resident layers once, after a whole step, if parallel.resident_blocks=auto.
 
+        `run_largest` is called before, to take the memory that a later step may need beyond that of the first.
         The rank with the least free memory decides. The host waits for the device. Returns a line for the log, or None.
         """
         residency = self.residency
         if residency is None or not residency.waits:
             return None
+        run_largest()
         fitting, usable = residency.fitting()
         residency.keep(-int(self.max_over_ranks(-fitting)))
         described = residency.describe() if residency.count > 0 else "no layer stays gathered"

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from distlora.config.objectives import means_of
-from distlora.data.loader import MicroBatch, StepBatch, joined
+from distlora.data.loader import MicroBatch, StepBatch, StepLoader, joined
 from distlora.model.adapters import AdapterCopies
 from distlora.model.build import CausalLM
+from distlora.model.images import features_of
 from distlora.parallel import Backend, watch
 from distlora.parallel.ranks import Traffic
 from distlora.parallel.watch import Control
@@ -125,9 +126,15 @@ class Trainer(Passes):
     def advance(self) -> None:
         """Run one step, and what is due after it."""
         self._measure_or_train()
-        if (settled := self.backend.settle_residency()) is not None:
+        if (settled := self.backend.settle_residency(self._run_largest_image)) is not None:
             self.trial.reporter.event(settled)
         self._follow()
+
+    def _run_largest_image(self) -> None:
+        """Run the vision tower on the largest image of the data, if there are any, and drop its features."""
+        loader = self.trial.loader
+        if isinstance(loader, StepLoader) and (image := loader.largest_image()) is not None:
+            features_of(self.model.merger, [image])
 
     def _follow(self) -> None:
         if self.follow(self.trial.due(self.control)):

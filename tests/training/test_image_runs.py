@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -15,11 +16,14 @@ import torch
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config
+from distlora.data.images import ImageTensors
 from distlora.data.rows import open_split
 from distlora.model.build import build_model
+from distlora.parallel import Ranks
 from distlora.planner import plan_of
 from distlora.planner.model import find_model
 from distlora.planner.report import page
+from distlora.training import loop
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.checks import check_model
 from support.closeness import assert_adapters_close, assert_losses_close, assert_same_run
@@ -104,6 +108,29 @@ def test_the_memory_of_a_step_with_images_is_planned(colours: Path, tmp_path: Pa
     (measured,) = [line for line in read_metrics(tmp_path / "run") if "memory/peak" in line]
     assert measured["memory/images"] == plan.device.held["images"]
     assert plan.device.peak == pytest.approx(measured["memory/peak"], rel=0.1)
+
+
+def images_run_before_settling(ranks: Ranks, *, run_dir: Path) -> list[list[int]]:
+    """Return the grid of each image that the trainer itself runs."""
+    with mock.patch.object(loop, "features_of", wraps=loop.features_of) as calls:
+        run_once(ranks, run_dir=run_dir)
+    return [image["image_grid_thw"].tolist()[0] for call in calls.call_args_list for image in call.args[1]]
+
+
+@pytest.mark.ci
+def test_resident_layers_are_chosen_after_the_largest_image_of_the_data(
+    colours: Path, tmp_path: Path, world: World
+) -> None:
+    parallel = {"resident_blocks": "auto"}
+    config = prepared(tmp_path / "run", colours, train={"max_steps": 2}, parallel=parallel)
+    rows = open_split(tmp_path / "run", "train")
+    assert rows is not None
+    assert rows.images is not None
+    tensors = ImageTensors(Path(config.model.path), config.data, ("pixel_values", "image_grid_thw"))
+    of_data = [tensors(rows.images.read(number))["image_grid_thw"].tolist()[0] for number in range(60)]
+    for grids in world.run(2, images_run_before_settling, run_dir=tmp_path / "run"):
+        (grid,) = grids
+        assert math.prod(grid) == max(map(math.prod, of_data)) > min(map(math.prod, of_data))
 
 
 def held_out_losses(run_dir: Path, folder: Path, world: World, **sections: Any) -> list[float]:

@@ -94,7 +94,7 @@ def find_model(
                 raise UserError(f"{path} is not built in{near}: {error}" if near else str(error)) from error
             planned = in_folder(folder.path, path)
     if config.data.images:
-        note = f"the time of the vision tower{'' if planned.images else ', and its memory,'} is not counted"
+        note = f"the time of the vision tower{'' if planned.images else ', and its memory,'} is not in that of a step"
         planned = dataclasses.replace(planned, note=f"{planned.note}; {note}" if planned.note else note)
     if not config.quant.exceptions:
         return planned

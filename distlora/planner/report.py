@@ -14,10 +14,11 @@ from typing import TypeVar
 from distlora.planner import Plan
 from distlora.planner.choose import SettingChange, typed
 from distlora.planner.memory import KINDS, PHASES, Kind
-from distlora.planner.speed.rates import WAITS, missing_rates
+from distlora.planner.speed.launches import KernelLaunch
+from distlora.planner.speed.rates import WAITS, missing_rates, rates_of, total
 from distlora.planner.speed.sampling import Sampling
 from distlora.planner.speed.scaling import OWN, ScalingRow
-from distlora.planner.speed.timing import FLOPS
+from distlora.planner.speed.timing import FLOPS, seconds_of_launches
 from distlora.planner.storage import trained_tensors
 from distlora.planner.suggest import LargerRun, MultiTrialPlan, Nearest
 from distlora.results.figures import Curve, Figure, Style, save_png, save_stacked_bars
@@ -326,14 +327,18 @@ def _images(plan: Plan) -> str | None:
     """Return what the largest image takes; None without images, or for a tower that was not traced."""
     work, layout = plan.work, plan.model.images
     largest = None if layout is None else layout.largest_image(work.image_max_pixels, work.sequence_length)
-    if largest is None:
+    if layout is None or largest is None:
         return None
-    share = plan.compute.tokens / largest.tokens * largest.flops / plan.compute.total
+    number, time = plan.compute.tokens / largest.tokens, ""
+    share = number * largest.flops / plan.compute.total
+    if (rates := rates_of(work, plan.machine)) is not None:
+        launch = KernelLaunch("products", layout.numel * work.itemsize, largest.flops)
+        time = f" and {seconds_in_words(number * total(seconds_of_launches([launch], rates)))} to its time"
     nbytes = largest.bf16_bytes if work.itemsize == 2 else largest.fp32_bytes
     return (
         f"the largest has {largest.tokens:,} tokens and takes {size(nbytes)} and "
         f"{largest.flops / 1e12:.3g} TFLOP in the vision tower; where every token is an image's, the tower adds "
-        f"{share:.0%} to the operations of a step"
+        f"{share:.0%} to the operations of a step{time}"
     )
 
 

@@ -68,7 +68,12 @@ def find_model(
 
     def in_folder(folder: str | Path, name: str | None) -> PlannedModel:
         planned = model_in(Path(folder), name=name, new_tokens=new, full=full, sequence_length=length)
-        return dataclasses.replace(planned, images=image_layout(folder)) if config.data.images else planned
+        if not config.data.images:
+            return planned
+        shapes, images = planned.shapes, image_layout(folder)
+        if images.ahead:  # Rows with images attend by dense masks.
+            shapes = dataclasses.replace(shapes, architecture=dataclasses.replace(shapes.architecture, varlen=False))
+        return dataclasses.replace(planned, shapes=shapes, images=images)
 
     with ExitStack() as stack:
         if not is_hub_name(path):

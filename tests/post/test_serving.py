@@ -33,7 +33,10 @@ EXPERTS = (
     *("qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next", "mixtral", "gpt_oss", "glm4_moe", "deepseek_v3"),
     *("olmoe", "granitemoe", "qwen2_moe"),
 )
+COMPOSITES = ("qwen3_vl", "gemma3", "mistral3", "qwen2_vl", "qwen2_5_vl")
+"""Types with a vision tower, whose decoder has no experts."""
 REFUSED = {
+    **{("sglang", name): f"model_type='{name}' is not among" for name in ("mistral3", "qwen2_vl", "qwen2_5_vl")},
     ("sglang", "qwen3_next"): "model_type='qwen3_next' is not among",
     ("sglang", "qwen3_5_moe_text"): "in_proj_b: SGLang wraps no module of this name",
     ("sglang", "qwen3_5_moe"): "in_proj_b: SGLang wraps no module of this name",
@@ -104,7 +107,7 @@ def write(
 
 
 @pytest.mark.parametrize("name", CONSUMERS)
-@pytest.mark.parametrize("model_type", [*DENSE, *EXPERTS])
+@pytest.mark.parametrize("model_type", [*DENSE, *COMPOSITES, *EXPERTS])
 def test_every_tensor_binds_and_means_what_was_trained(tmp_path: Path, name: str, model_type: str) -> None:
     """Compare dW of rsLoRA with patterns of ranks and alphas, within 1e-6 by the consumer's formula, or the refusal."""
     architecture, config = model_of(model_type)
@@ -123,10 +126,12 @@ def test_every_tensor_binds_and_means_what_was_trained(tmp_path: Path, name: str
     written = write(tmp_path, name, model_type)
     assert served_folder.check_folder(tmp_path, *written) <= 1e-6
     names = set(read_header(tmp_path / "adapter_model.safetensors"))
+    assert all(key.startswith(f"{PREFIX}{architecture.layer_prefix}") for key in names)
+    assert (".language_model.layers." in architecture.layer_prefix) is architecture.composite
     stacked = any(".experts.base_layer." in key for key in names)
     numbered = any(re.search(r"\.experts\.\d+\.", key) for key in names)
     assert (stacked, numbered) == (
-        (False, False) if model_type in DENSE else (True, False) if not row.names else (False, True)
+        (False, False) if model_type in DENSE + COMPOSITES else (True, False) if not row.names else (False, True)
     )
 
 

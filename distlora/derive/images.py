@@ -44,7 +44,7 @@ from distlora.derive.prove import (
     relative_error,
     save_random,
 )
-from distlora.derive.tower_work import traced_work
+from distlora.derive.tower_work import num_features, traced_work
 from distlora.model.adapters import adapter_parameters
 from distlora.model.build import CausalLM
 from distlora.model.hf_model import auto_class_of, decoder_path, transformers_model
@@ -92,13 +92,16 @@ def derive_images(content: str, place: str) -> str:
     hf_config = hf_config_of(config, place)
     auto_class = auto_class_of(hf_config, place)
     hf_model = transformers_model(hf_config, place, auto_class=auto_class, attention="eager", dtype=torch.bfloat16)
-    full = layout_of_images(hf_model, decoder_path(hf_model))
+    decoder = decoder_path(hf_model)
+    full = layout_of_images(hf_model, decoder)
     if "image_processor_type" not in settings and "feature_extractor_type" not in settings:
         raise _refused(hf_config.model_type, f"the folder of {place} has no {PROCESSOR_FILE}; download it again")
     small, small_config = small_of(config, hf_model, place)
     with torch.enable_grad():
         proof = proved_images(small, small_config, settings, place)
-    work = traced_work(hf_model, full, decoder_path(hf_model), settings, config)
+    with tempfile.TemporaryDirectory(prefix="distlora-images-") as folder:
+        processor = image_processor(settings, Path(folder), config)
+    work = traced_work(hf_model, full, decoder, processor)
     told = {name: getattr(proof, name) for name in ("ahead", "deepstack", "checks")}
     return dataclasses.replace(full, **told, work=work, seconds=time.monotonic() - began).to_json()
 
@@ -206,7 +209,7 @@ def with_own_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def image_processor(settings: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> Any:
-    """Return transformers' image processor with these settings, for the small model of `config` in `folder`."""
+    """Return transformers' image processor with these settings, for the model of `config`, written to `folder`."""
     from transformers import AutoImageProcessor
 
     (folder / PROCESSOR_FILE).write_text(json.dumps(settings))
@@ -267,13 +270,6 @@ class Samples(NamedTuple):
         """Yield the same as `together` for each document."""
         for document, images in zip(self.documents, self.images, strict=True):
             yield document, positions_of(document), self.labels(document), images
-
-
-def num_features(features: Any) -> int:
-    """Return the number of features of images."""
-    pooled = features.pooler_output
-    parts = [pooled] if isinstance(pooled, Tensor) else pooled
-    return sum(part.numel() // part.shape[-1] for part in parts)
 
 
 def _last_changed(features: Any) -> None:

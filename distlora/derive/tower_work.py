@@ -5,10 +5,7 @@ No weight is read and nothing is computed. Integers that decide shapes (grids of
 
 from __future__ import annotations
 
-import tempfile
 import weakref
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,20 +66,21 @@ class _FusedAttention(TorchFunctionMode):
         return torch.empty_like(named["query"])
 
 
-def traced_work(
-    hf_model: Any, layout: ImageLayout, decoder: str, settings: Mapping[str, Any], config: Mapping[str, Any]
-) -> tuple[TowerWork, ...]:
+def num_features(features: Any) -> int:
+    """Return the number of features of images."""
+    pooled = features.pooler_output
+    parts = [pooled] if isinstance(pooled, Tensor) else pooled
+    return sum(part.numel() // part.shape[-1] for part in parts)
+
+
+def traced_work(hf_model: Any, layout: ImageLayout, decoder: str, processor: Any) -> tuple[TowerWork, ...]:
     """Return the work of a square image of each of _SIDES for transformers' full-size model on the meta device.
 
-    `settings`: those of the image processor. Empty for a tower that decides shapes by pixels, which meta has not; the
+    `processor`: transformers' image processor. Empty for a tower that decides shapes by pixels, which meta has not; the
     plan then names it as not counted.
     """
-    from distlora.derive.images import image_processor, num_features
-
     merger = hf_model.get_submodule(layout.merger)
     attend_fast(merger, hf_model.get_submodule(decoder))
-    with tempfile.TemporaryDirectory(prefix="distlora-images-") as folder:
-        processor = image_processor(settings, Path(folder), config)
     traced = []
     for side in _SIDES:
         made = processor(np.zeros((side, side, 3), np.uint8), return_tensors="pt")
@@ -95,7 +93,7 @@ def traced_work(
             try:
                 with torch.no_grad(), FlopCounterMode(display=False) as counter, attention, live:
                     tokens = num_features(merger.get_image_features(**sent, return_dict=True))
-            except (NotImplementedError, RuntimeError):
+            except RuntimeError:  # NotImplementedError too, which is one.
                 return ()
             peaks[dtype] = live.peak
         flops, numel = counter.get_total_flops() + attention.flops, sum(t.numel() for t in sent.values() if t.is_meta)

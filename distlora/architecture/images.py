@@ -41,6 +41,10 @@ class TowerWork(NamedTuple):
     bf16_bytes: int
     flops: int
 
+    def activation_bytes(self, itemsize: int) -> int:
+        """Return the peak bytes of activations in a dtype of 2 or 4 bytes."""
+        return self.bf16_bytes if itemsize == 2 else self.fp32_bytes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLayout:

@@ -334,9 +334,8 @@ def _images(plan: Plan) -> str | None:
     if (rates := rates_of(work, plan.machine)) is not None:
         launch = KernelLaunch("products", layout.numel * work.itemsize, largest.flops)
         time = f" and {seconds_in_words(number * total(seconds_of_launches([launch], rates)))} to its time"
-    nbytes = largest.bf16_bytes if work.itemsize == 2 else largest.fp32_bytes
     return (
-        f"the largest has {largest.tokens:,} tokens and takes {size(nbytes)} and "
+        f"the largest has {largest.tokens:,} tokens and takes {size(largest.activation_bytes(work.itemsize))} and "
         f"{largest.flops / 1e12:.3g} TFLOP in the vision tower; where every token is an image's, the tower adds "
         f"{share:.0%} to the operations of a step{time}"
     )

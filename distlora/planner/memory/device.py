@@ -172,9 +172,9 @@ def image_moments(
     for moment in ("images", "embedding", "forward"):
         with_images[moment]["working"] = with_images[moment].get("working", 0) + features
     if (largest := model.images.largest_image(work.image_max_pixels, work.sequence_length)) is not None:
-        tower = largest.bf16_bytes if work.itemsize == 2 else largest.fp32_bytes
         is_copied = machine.is_gpu or work.itemsize == 2  # The image processor makes fp32 in host memory.
-        with_images["images"]["working"] += tower + is_copied * largest.pixel_numel * work.itemsize
+        pixels = is_copied * largest.pixel_numel * work.itemsize
+        with_images["images"]["working"] += largest.activation_bytes(work.itemsize) + pixels
     return with_images
 
 

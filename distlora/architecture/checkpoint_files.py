@@ -114,10 +114,8 @@ def refused_by_transformers(place: Path | str) -> Iterator[None]:
     except ImportError as error:
         raise UserError(f"transformers cannot build {place}: {' '.join(str(error).split())}") from error
     except kinds as error:
-        reason, version = (
-            " ".join(f"{type(error).__name__}: {error}".split()),
-            importlib.metadata.version("transformers"),
-        )
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        version = importlib.metadata.version("transformers")
         raise UserError(
             f"transformers cannot build {place}: {reason}; transformers {version} is installed: install the release "
             "that wrote the file, correct it, or set {model.path} to another model"

@@ -66,9 +66,9 @@ class Corpus:
     _pieces: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, _PIECE)])
     _documents: list[np.ndarray] = field(default_factory=lambda: [np.empty(0, _DOCUMENT)])
     _images: list[tuple[int, int, int, int]] = field(default_factory=list)
-    """(first byte, bytes, digest) of each image of each piece."""
+    """(first byte, bytes, tokens, digest) of each image of each piece."""
     _stored: dict[bytes, tuple[int, int, int]] = field(default_factory=dict)
-    """The same by the digest of the image."""
+    """(first byte, bytes, digest) of each distinct image, by its digest."""
 
     @property
     def pieces(self) -> np.ndarray:

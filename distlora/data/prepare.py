@@ -29,6 +29,7 @@ from distlora.data.packing import DROPPED, DUPLICATE, TRUNCATED, Corpus, Mixture
 from distlora.data.rows import (
     FORMAT_VERSION,
     HELD_OUT,
+    IMAGE_COLUMNS,
     PIXELS_NAME,
     TEMPLATE_FILES,
     TOKENIZER_FILES,
@@ -140,7 +141,7 @@ def _settings(
         "weights": weights,
         "stopping_strategy": data.stopping_strategy if weights else None,
         "stream_rows": _needed_rows(train) if data.streaming else None,
-        "images": image_settings(data) | {"columns": 5} if data.images else None,  # Of the table of StoredImages.
+        "images": image_settings(data) | {"columns": IMAGE_COLUMNS} if data.images else None,
         "objective": train.objective if train.objective != "sft" else None,
     }
     if all(source["format"] in ("text", "prompt_completion") for source in fingerprints):

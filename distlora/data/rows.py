@@ -72,6 +72,8 @@ IMAGE = 64
 """Bit of a flag: an embedding of an image replaces the token at this position."""
 IMAGES = "images"
 """Files of a split's images: their encoded bytes (.bin), and the table of StoredImages (.npy)."""
+IMAGE_COLUMNS = 5
+"""Columns of the table of StoredImages."""
 
 
 EMPTY = -1
@@ -175,7 +177,7 @@ class StoredImages:
     @classmethod
     def open(cls, cache_dir: Path, split: str, count: int) -> StoredImages:
         """Open those of a split. Raises UserError when absent, cut short or misshapen."""
-        table = np.array(_load(split_file(cache_dir, split, IMAGES), (count, 5), np.int64))
+        table = np.array(_load(split_file(cache_dir, split, IMAGES), (count, IMAGE_COLUMNS), np.int64))
         path = split_file(cache_dir, split, IMAGES, ".bin")
         if not path.is_file() or (table[:, 1:3].sum(axis=1) > path.stat().st_size).any() or (table[:, 1:3] < 0).any():
             raise UserError(f"{path} is damaged: it is absent or cut short; {_make_again(cache_dir)}")

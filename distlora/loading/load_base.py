@@ -480,8 +480,8 @@ def load_base(
                 name = model.hf_name(full)
                 matrix = token_matrices.get(full)
                 if matrix is None:
-                    shape, in_tower = tuple(whole_shape(parameter)), full.startswith("merger.")
-                    segments = segments_of(sources, name, shape, dequantizes_nf4=in_tower)
+                    shape = tuple(whole_shape(parameter))
+                    segments = segments_of(sources, name, shape, dequantizes_nf4=full.startswith("merger."))
                     taken = residual if local_name == "weight" else None
                     copy_into(parameter, segments, reader, backend, name, residual=taken)
                     continue

@@ -9,8 +9,12 @@ group of its own, and returns each rank's result. `function` must be importable 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -20,6 +24,8 @@ from torch.distributed import TCPStore
 
 SIZE = 4
 TIMEOUT_SECONDS = 240.0
+STACKS = signal.SIGRTMIN
+"""Signal at which a rank writes the stacks of its threads."""
 IMPORTED = ["distlora.training.worker", "transformers.models.llama.modeling_llama", "peft"]
 """What nearly every function that runs on ranks needs: 4 CPU seconds. Starts no thread, so it can be forked."""
 
@@ -42,18 +48,35 @@ class World:
         for connection in self._connections[:size]:
             connection.send((self._number, size, function, arguments))
         try:
-            return [self._receive(rank, size) for rank in range(size)]
+            return self._receive(size)
         except AssertionError:
             self.stop()
             self._start()
             raise
 
-    def _receive(self, rank: int, size: int) -> Any:
-        connection = self._connections[rank]
-        assert connection.poll(TIMEOUT_SECONDS), f"rank {rank} of {size} did not answer within {TIMEOUT_SECONDS:.0f} s"
-        error, result = connection.recv()
-        assert error is None, f"rank {rank} of {size} failed:\n{error}"
-        return result
+    def _receive(self, size: int) -> list[Any]:
+        """Return the ranks' results. The first rank that fails is named: the others may wait for it for ever."""
+        waiting = dict(zip(self._connections, range(size), strict=False))
+        results: dict[int, Any] = {}
+        ends = time.monotonic() + TIMEOUT_SECONDS
+        while waiting:
+            answered = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, ends - time.monotonic()))
+            if not answered:
+                self._show_stacks(size)
+            assert answered, f"ranks {[*waiting.values()]} of {size} did not answer within {TIMEOUT_SECONDS:.0f} s"
+            for connection in answered:
+                assert isinstance(connection, Connection)
+                rank = waiting.pop(connection)
+                error, results[rank] = connection.recv()
+                assert error is None, f"rank {rank} of {size} failed:\n{error}"
+        return [results[rank] for rank in range(size)]
+
+    def _show_stacks(self, size: int) -> None:
+        """Let the ranks write where each of their threads is, to stderr."""
+        for process in self._processes[:size]:
+            assert process.pid is not None
+            os.kill(process.pid, STACKS)
+        time.sleep(1.0)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -86,6 +109,7 @@ def start_world(size: int = SIZE, *, regroups: bool = False) -> Iterator[World]:
 
 def _serve(rank: int, world: int, port: int, regroups: bool, connection: Connection) -> None:
     os.environ.update(OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    faulthandler.register(STACKS)
     import torch
 
     from distlora import derive

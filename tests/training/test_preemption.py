@@ -73,9 +73,9 @@ def ask_at(monkeypatch: pytest.MonkeyPatch, point: str, ask: Callable[[], None])
         evaluating = self.trial.done
         evaluate(self)
 
-    def a_weight(*arguments: Any) -> Any:
+    def a_weight(*arguments: Any, **named: Any) -> Any:
         when(point == "loading")
-        return segments_of(*arguments)
+        return segments_of(*arguments, **named)
 
     def a_save(self: Saver, progress: RunProgress) -> None:
         when(point == f"save {progress.step}")

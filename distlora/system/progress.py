@@ -1,7 +1,8 @@
 """The terminal of rank 0 while a run goes on: a live bar, or a line every few seconds, and lines that stay between.
 
-Shown of a step's figures, where present: `loss`, the last `eval_loss`, `lr`, `tokens_per_second`, `mfu`,
-`peak_memory_bytes`, and the time left. Colour is rich's business, which respects NO_COLOR and terminals without any.
+Shown of a step's figures, where present: `loss`, what the objective adds (its reward, margin or accuracy), the last
+`eval_loss`, `lr`, `tokens_per_second`, `mfu`, `peak_memory_bytes`, and the time left. Colour is rich's business, which
+respects NO_COLOR and terminals without any.
 """
 
 from __future__ import annotations
@@ -135,15 +136,30 @@ class Display:
             self._bar.stop()
 
 
+OBJECTIVE_FORMATS: dict[str, Callable[[float], str]] = {
+    "divergence": lambda value: f"divergence {value:.3f}",
+    "reward": lambda value: f"reward {value:.3f}",
+    "frac_reward_zero_std": lambda value: f"equal groups {value:.0%}",
+    "rewards/failed": lambda value: f"failed {value:,.0f}" if value else "",
+    "rewards/margins": lambda value: f"margin {value:.3f}",
+    "rewards/accuracies": lambda value: f"accuracy {value:.0%}",
+    "labels/accuracies": lambda value: f"accuracy {value:.0%}",
+}
+"""How the figures that an objective adds to the loss are shown, by name."""
+
+
 def figures(metrics: Mapping[str, float]) -> str:
-    """Return `loss 3.214 eval_loss 3.301 lr 1.9e-04 12,345 tok/s MFU 41% mem 1.23 GB`, without absent ones."""
+    """Return `loss 3.214 eval_loss 3.301 lr 1.9e-04 12,345 tok/s MFU 41% mem 1.23 GB`, without absent ones.
+
+    Behind the loss: `reward 0.412 equal groups 25% failed 2` of sampled answers, `margin 0.310 accuracy 71%` of pairs.
+    """
     formats: dict[str, Callable[[float], str]] = {
         "loss": lambda value: f"loss {value:.3f}",
-        "reward": lambda value: f"reward {value:.3f}",
+        **OBJECTIVE_FORMATS,
         "eval_loss": lambda value: f"eval_loss {value:.3f}",
         "lr": lambda value: f"lr {value:.1e}",
         "tokens_per_second": lambda value: f"{value:,.0f} tok/s",
         "mfu": lambda value: f"MFU {value:.0%}",
         "peak_memory_bytes": lambda value: f"mem {size(value)}",
     }
-    return " ".join(shown(metrics[name]) for name, shown in formats.items() if name in metrics)
+    return " ".join(filter(None, (shown(metrics[name]) for name, shown in formats.items() if name in metrics)))

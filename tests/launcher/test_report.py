@@ -84,6 +84,28 @@ def test_planned_and_measured_memory_count_the_same(tmp_path: Path) -> None:
     assert "7.2 MB at step 1" in chart
 
 
+def test_the_first_chart_of_a_run_with_rewards_is_the_reward_with_its_spread(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    lines = metrics(40)
+    for line in lines:
+        share = line["step"] / 40
+        if "eval_loss" in line:
+            line |= {"eval_reward": share, "eval_completions/mean_length": 9.0}
+        else:
+            line |= {"reward": share, "reward_std": 0.25, "frac_reward_zero_std": share}
+            line |= {"completions/mean_length": 20 - 10 * share, "rewards/failed": 3 if line["step"] == 7 else 0}
+    write_lines(run / "metrics.jsonl", lines)
+    charts = reported(run).charts
+    assert "Reward" in charts[0]
+    assert "Length of the answers" in charts[1]
+    assert "mean standard deviation of a group: -0.225 at step 1, 0.75 at step 40" in charts[0]
+    assert "held out: 0 at step 0, 1 at step 40" in charts[0]
+    assert "held out: 9 at step 0, 9 at step 40" in charts[1]
+    for place, title in enumerate(("Share of groups with equal rewards", "Answers left out", "Loss"), 2):
+        assert title in charts[place]
+    assert not any("reward_std" in chart for chart in charts)
+
+
 def test_the_page_is_one_file_that_loads_and_runs_nothing(tmp_path: Path) -> None:
     run = make_folder(tmp_path / "run")
     page = reported(run)

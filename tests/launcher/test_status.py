@@ -111,6 +111,13 @@ def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+def test_the_figures_of_the_objective_are_shown_as_the_run_logs_them(run: Path, capsys: pytest.CaptureFixture[str]):
+    sampled = {"reward": 0.4125, "frac_reward_zero_std": 0.25, "rewards/failed": 2}
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 3, "loss": 0.5, **sampled, "rewards/math/mean": 0.1}) + "\n")
+    assert "figures   loss 0.500 reward 0.412 equal groups 25% failed 2\n" in said(run, capsys)
+    assert status(run, capsys)["objective"] == sampled
+
+
 def test_a_local_run_is_found_by_who_holds_it_and_asked_to_stop(
     run: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ):

@@ -81,6 +81,23 @@ def test_each_step_is_one_line_and_an_evaluation_another(tmp_path, capsys):
     assert shown[3:] == ["saved", "step 4/4 eval_loss 3.0000"]
 
 
+@pytest.mark.parametrize(
+    ("objective", "line"),
+    [
+        ({"reward": 0.4125, "frac_reward_zero_std": 0.25, "rewards/failed": 0}, "reward 0.412 equal groups 25%"),
+        ({"reward": 0.4125, "rewards/failed": 2}, "reward 0.412 failed 2"),
+        ({"rewards/margins": 0.31, "rewards/accuracies": 0.7083}, "margin 0.310 accuracy 71%"),
+        ({"rewards/margins": -0.2}, "margin -0.200"),
+        ({"labels/accuracies": 0.5}, "accuracy 50%"),
+        ({"divergence": 1.25}, "divergence 1.250"),
+    ],
+)
+def test_the_line_of_a_step_shows_the_figures_of_its_objective(tmp_path, capsys, objective, line):
+    with make_reporter(tmp_path) as reporter:
+        reporter.log(1, {"loss": 0.5, **objective, "lr": 1e-4})
+    assert capsys.readouterr().out == f"step 1/4 loss 0.500 {line} lr 1.0e-04\n"
+
+
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     with make_reporter(tmp_path, rank=1, tracker="wandb") as reporter:
         reporter.log(1, {"loss": 1.0})

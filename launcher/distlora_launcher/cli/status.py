@@ -261,8 +261,9 @@ def as_object(status: Status) -> dict[str, Any]:
 
 
 def shown_figures(figures: Figures) -> str:
-    """Return the metrics as the run's log does: `loss 2.103 eval_loss 2.201 12,345 tok/s mem 1.23 GB`."""
-    return progress.figures({name: value for name, value in asdict(figures).items() if value is not None})
+    """Return the metrics as the run's log does: `loss 2.103 reward 0.412 eval_loss 2.201 12,345 tok/s mem 1.23 GB`."""
+    newest = {name: value for name, value in asdict(figures).items() if value is not None}
+    return progress.figures(newest | newest.pop("objective"))
 
 
 def headline(status: Status) -> str:

@@ -37,6 +37,7 @@ from distlora.run_folder.layout import (
     steps,
 )
 from distlora.system.numbers import length
+from distlora.system.progress import OBJECTIVE_FORMATS
 
 SAMPLES_NAME = "samples.jsonl"
 SMOOTHED_FROM = 12
@@ -375,6 +376,8 @@ class Figures:
     """Peak bytes of tensors per rank so far, which the plan predicts."""
     time: float | None = None
     """Time of the newest line, in seconds since 1970."""
+    objective: Mapping[str, float] = field(default_factory=dict)
+    """The newest figures that the objective adds to the loss (reward, margin, accuracy), by the metric's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -428,6 +431,7 @@ def read_figures(run_dir: Path) -> Figures:
         eval_loss=held_out.values[-1] if held_out is not None and held_out.steps[-1] > 0 else None,
         tokens_per_second=len(rates) / sum(1 / rate for rate in rates) if rates else None,
         time=metrics.ended,
+        objective={name: training[name].values[-1] for name in OBJECTIVE_FORMATS if name in training},
         **newest,
     )
 

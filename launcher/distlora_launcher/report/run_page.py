@@ -49,6 +49,15 @@ _CHARTED |= {"target_tokens", "pairs", "answers", "answers/rejected"}
 # between_copies: of runs before it was renamed.
 _TRAFFIC_OF = ("gathered", "exchanged", "reduced", "scattered", "between_replicas", "between_copies")
 _TRAFFIC = {f"{name}_bytes" for name in _TRAFFIC_OF}
+_SAMPLED = {
+    "reward": ("", ""),
+    "reward_std": ("", ""),
+    "completions/mean_length": ("Length of the answers", "tokens"),
+    "completions/clipped_ratio": ("Share of answers cut off by rollout.max_new_tokens", ""),
+    "frac_reward_zero_std": ("Share of groups with equal rewards, which have no gradient", ""),
+    "rewards/failed": ("Answers left out because a reward failed", "answers"),
+}
+"""Figures of sampled answers, with the title and the unit of the chart of each; without a unit it is a share."""
 _TITLES = {
     "experts/imbalance": "Busiest expert over the mean load, mean of the layers",
     "experts/imbalance_max": "Busiest expert over the mean load, in the worst layer",
@@ -172,6 +181,7 @@ def _figures(run: RunRecords) -> Iterator[tuple[str, str, str | None]]:
 def _charts(run: RunRecords) -> Iterator[Figure]:
     training, config = run.metrics.training, run.config
     speed, peak = (run.plan.get("time") or {}).get("tokens_per_second"), run.plan.get("device", {}).get("peak")
+    yield from _reward_charts(run)
     yield _loss_chart(run)
     if "lr" in training:
         yield Figure(title="Learning rate", curves=[training["lr"].curve("lr")], from_zero=True)
@@ -190,13 +200,38 @@ def _charts(run: RunRecords) -> Iterator[Figure]:
     if "mfu" in training:
         curves = _with_mean("", training["mfu"])
         yield Figure(title="MFU", unit="of the GPU's peak", curves=curves, kind="share", from_zero=True)
+    drawn = _CHARTED | _TRAFFIC | _SAMPLED.keys()
     for name, series in training.items():
-        if name not in _CHARTED | _TRAFFIC and not name.startswith("memory") and not series.is_constant:
+        if name not in drawn and not name.startswith("memory") and not series.is_constant:
             curves = _with_mean("training", series)
             if (held_out := run.metrics.held_out.get(f"eval_{name}")) is not None:
                 curves.append(_held_out(held_out))
             kind = "share" if name in ("rewards/accuracies", "answers/chosen", "experts/unused") else "number"
             yield Figure(title=_TITLES.get(name, name), curves=curves, kind=cast(Any, kind))
+
+
+def _reward_charts(run: RunRecords) -> Iterator[Figure]:
+    """Yield the reward of the sampled answers, with its spread, and what explains it; nothing without rewards."""
+    training, held_out = run.metrics.training, run.metrics.held_out
+    if (rewards := training.get("reward")) is None:
+        return
+    curves, spread = _with_mean("sampled answers", rewards), training.get("reward_std", Series([], []))
+    values = zip(rewards.steps, rewards.values, map(spread.at, rewards.steps), strict=True)
+    edges = [(step, value - width, value + width) for step, value, width in values if width is not None]
+    if edges:
+        steps, lower, upper = map(list, zip(*edges, strict=True))
+        name = "less and plus the mean standard deviation of a group"
+        curves.insert(0, Curve(name=name, x=steps, y=lower, upper=upper, style="faint"))
+    if "eval_reward" in held_out:
+        curves.append(_held_out(held_out["eval_reward"]))
+    yield Figure(title="Reward", unit="mean of the answers", curves=curves, is_wide=True)
+    for name, (title, unit) in _SAMPLED.items():
+        if title and (series := training.get(name)) is not None and not series.is_constant:
+            kind: Any = "number" if unit else "share"
+            curves = _with_mean("", series)
+            if (evaluated := held_out.get(f"eval_{name}")) is not None:
+                curves.append(_held_out(evaluated))
+            yield Figure(title=title, unit=unit, curves=curves, kind=kind, from_zero=True)
 
 
 def _loss_chart(run: RunRecords) -> Figure:

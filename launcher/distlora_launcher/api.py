@@ -146,7 +146,7 @@ def train(
     """Fine-tune a model and return its run once it has ended.
 
     Args:
-        config: a settings file (mine.yaml) or an Axolotl file; the other arguments win over it.
+        config: a settings file (mine.yaml), or one of Axolotl or LLaMA-Factory; the other arguments win over it.
         model: a name for model= (`llama3_8b`), a folder in Hugging Face format, or a name on the hub.
         data: a file, a folder or a data set on the hub; or documents as a list of dictionaries, which are written to
             RUN/documents.jsonl.

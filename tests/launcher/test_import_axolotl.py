@@ -18,7 +18,8 @@ from distlora_launcher.compose.checks import check_parallel
 from distlora_launcher.compose.compose import compose_config
 from distlora_launcher.importing import import_settings, main
 from distlora_launcher.importing.axolotl import convert
-from distlora_launcher.importing.recipe import Imported, recipe_text, report
+from distlora_launcher.importing.recipe import report
+from support.imports import composed, lost, reported
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "axolotl"
 FILES = sorted(path.stem for path in GOLDEN.glob("*.yml"))
@@ -57,22 +58,6 @@ FULL: dict[str, Any] = LEAST | {
 }
 """Keys in keys, each with a value that another would change."""
 MLP = ("up_proj", "gate_proj", "down_proj")
-
-
-def composed(imported: Imported, tmp_path: Path) -> Config:
-    """Return the Config that `distlora train --config-dir tmp_path recipe=imported` runs."""
-    place = tmp_path / "recipe" / "imported.yaml"
-    place.parent.mkdir(exist_ok=True)
-    place.write_text(recipe_text(imported, source=Path("axolotl.yml")))
-    return compose_config(["recipe=imported"], config_dir=str(tmp_path))
-
-
-def reported(imported: Imported, group: str) -> list[str]:
-    return [note.key for note in imported.notes if note.group == group]
-
-
-def lost(imported: Imported) -> list[str]:
-    return reported(imported, "unsupported") + reported(imported, "refused")
 
 
 @pytest.mark.parametrize("name", FILES)

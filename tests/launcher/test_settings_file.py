@@ -175,9 +175,9 @@ def test_an_axolotl_file_is_imported_for_the_gpus_of_the_command_line(place: Pat
         ("zero_optimization: {stage: 3}", "write parallel=zero3 parallel.deepspeed_config=mine.yaml"),
         ("model_name_or_path: a/b\ndataset_name: c\nlearning_rate: 1e-4", "is a file of TRL"),
         (
-            "model_name_or_path: a/b\nstage: sft\ncutoff_len: 2048\nlora_rank: 8",
-            "LLaMA-Factory, which distlora does not read; write its settings into a file of distlora's, which "
-            "`distlora init FILE` starts. These of its keys have the same meaning here: model.path=a/b "
+            "model: a/b\ntrain_dataset: data.yaml\ncutoff_len: 2048\nlora_rank: 8",
+            "LLaMA-Factory V1, which distlora does not read; write its settings into a file of distlora's, which "
+            "`distlora init FILE` starts. These of its keys have the same meaning here: "
             "data.sequence_length=2048 adapter.r=8",
         ),
         (AXOLOTL + "lora_rr: 3", "lora_rr: not a known key of Axolotl"),

@@ -83,6 +83,8 @@ def make_stage(folder: Path) -> Path:
     write_text_file(folder / "text.jsonl")
     shutil.copy(folder / "text.jsonl", folder / "demo/pretraining.jsonl")
     shutil.copy(ROOT / "tests/golden/axolotl/mistral_7b_qlora.yml", folder / "axolotl.yaml")
+    theirs = "model_name_or_path: a/b\nstage: sft\ndo_train: true\ndataset: org/data\ndataset_dir: ONLINE\n"
+    (folder / "llamafactory.yaml").write_text(theirs)
     short = {"max_steps": 1, "global_batch": 6, "dtype": "fp32"}
     make_run(folder / "RUN", folder, BASE, adapter={"r": 16}, train=short)
     worker.run(folder / "RUN", SINGLE)

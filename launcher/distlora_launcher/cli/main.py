@@ -22,7 +22,7 @@ GROUPS = {
         "sweep": "compare many runs: a grid, Optuna, a search for the smallest sufficient rank, wandb agents",
         "resume": "continue a run that was stopped",
         "cancel": "save and stop a run, on this node or in SLURM",
-        "import": "turn an Axolotl configuration into a recipe, and list what has no equivalent",
+        "import": "turn a file of Axolotl or LLaMA-Factory into a recipe, and list what has no equivalent",
         "demo": "fine-tune a small chat model in minutes, on any computer",
     },
     "Inspect": {

@@ -19,9 +19,9 @@ examples:
   distlora train recipe=llama3_8b_24gb data.path=chats.jsonl adapter.r=32
   distlora train -m mine.yaml train.seed=0,1                        # one run per value
 
-FILE.yaml holds settings by section (`distlora init FILE.yaml` writes one), or is an Axolotl file. Relative paths in it
-are from the working folder. model.path is a folder in Hugging Face format or a name on the hub; data.path is a file
-(jsonl, json, parquet, csv, txt), a folder of such files, or a data set on the hub.
+FILE.yaml holds settings by section (`distlora init FILE.yaml` writes one), or is a file of Axolotl or LLaMA-Factory.
+Relative paths in it are from the working folder. model.path is a folder in Hugging Face format or a name on the hub;
+data.path is a file (jsonl, json, parquet, csv, txt), a folder of such files, or a data set on the hub.
 
 options:
   --help [NAME]      this text; with a section (optim) or a setting (optim.lr) all about that

@@ -1,4 +1,4 @@
-"""`distlora import axolotl FILE.yaml`: another tool's configuration as a recipe of ours, and what of it is left behind.
+"""`distlora import TOOL FILE.yaml`: another tool's configuration as a recipe of ours, and what of it is left behind.
 
 The recipe goes to stdout or, with --out, into a file; the report goes to stderr. What was written is composed and
 checked before it leaves, so `distlora train` takes it.
@@ -24,12 +24,14 @@ from distlora_launcher.terminal.arguments import read
 if TYPE_CHECKING:
     from distlora_launcher.importing.recipe import Imported
 
-TOOLS = ("axolotl",)
+TOOLS = ("axolotl", "llamafactory")
+CURE = "give the path of a YAML file of Axolotl or LLaMA-Factory"
+_OF_LLAMAFACTORY = {"finetuning_type", "stage", "cutoff_len", "dataset_dir", "template", "dataset"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportArguments:
-    """Convert an Axolotl configuration into a recipe, and list on stderr every key that has no exact equal.
+    """Convert a file of Axolotl or LLaMA-Factory into a recipe, and list on stderr every key that has no exact equal.
 
     Keys are listed as changed (something close to it happens), without effect here, not supported, refused or unknown,
     each with the reason. The recipe is printed or written to --out.
@@ -39,7 +41,7 @@ class ImportArguments:
     """
 
     tool: str
-    """axolotl: format of the file; only axolotl is supported."""
+    """axolotl or llamafactory: the tool whose file it is."""
     file: Path
     """FILE.yaml: configuration file of that tool."""
     processes: int | None = None
@@ -54,7 +56,10 @@ def main(arguments: list[str]) -> int:
     """Import the file; return 0, or with --strict 2 when a key was not imported exactly."""
     options = read(ImportArguments, "distlora import", arguments)
     near = nearest(options.tool, TOOLS)
-    require(options.tool in TOOLS, f"cannot import {options.tool!r}{near}; write distlora import axolotl FILE.yaml")
+    require(
+        options.tool in TOOLS,
+        f"cannot import {options.tool!r}{near}; write distlora import {' or '.join(TOOLS)} FILE.yaml",
+    )
     require(
         options.processes is None or options.processes > 0,
         f"--processes {options.processes} is not a number of processes; write --processes 1 or more",
@@ -63,7 +68,7 @@ def main(arguments: list[str]) -> int:
         check_place(options.out)
     from distlora_launcher.importing.recipe import recipe_text, report  # settings_file.py can do without the table.
 
-    imported = import_settings(options.file, processes=options.processes)
+    imported = import_settings(options.file, processes=options.processes, tool=options.tool)
     text = recipe_text(imported, source=options.file)
     check_composes(text, options.file, starts_from_adapter="init_from" in imported.section("adapter"))
     if options.out is None:
@@ -75,31 +80,39 @@ def main(arguments: list[str]) -> int:
     return BAD_INPUT if options.strict and imported.not_carried else DONE
 
 
-def import_settings(source: Path | Mapping[str, Any], *, processes: int | None = None) -> Imported:
-    """Return an Axolotl file, or its parsed content, as `options` and `settings` with their differences (`notes`).
+def tool_of(values: Mapping[str, Any]) -> str | None:
+    """Return the one of TOOLS whose file this is, by its keys."""
+    if "base_model" in values:
+        return "axolotl"
+    return "llamafactory" if "model_name_or_path" in values and _OF_LLAMAFACTORY & values.keys() else None
 
-    processes: the number of GPUs to run on; None: as many as the file names. Raises UserError for what is no Axolotl
-    configuration, and for objectives that distlora has not.
+
+def import_settings(
+    source: Path | Mapping[str, Any], *, processes: int | None = None, tool: str = "axolotl"
+) -> Imported:
+    """Return a tool's file, or its parsed content, as `options` and `settings` with their differences (`notes`).
+
+    processes: the number of GPUs to run on; None: as many as the file names. Raises UserError for what is no
+    configuration of that tool, and for objectives that distlora has not.
     """
-    from distlora_launcher.importing.axolotl import convert
+    from distlora_launcher.importing import axolotl, llamafactory
 
+    convert = llamafactory.convert if tool == "llamafactory" else axolotl.convert
     return convert(read_yaml(source) if isinstance(source, Path) else dict(source), processes=processes)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the file's mapping. Raises UserError for one that cannot be read, is no YAML or no mapping."""
     if path.exists() and not path.is_file():
-        raise UserError(f"cannot read {path}: it is not a file; give the path of an Axolotl YAML file")
+        raise UserError(f"cannot read {path}: it is not a file; {CURE}")
     try:
         values = parse_yaml(path.read_bytes())
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; give the path of an Axolotl YAML file") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {CURE}") from error
     except ValueError as error:
-        raise UserError(f"{path} is not YAML ({error}); give the path of an Axolotl YAML file") from error
+        raise UserError(f"{path} is not YAML ({error}); {CURE}") from error
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path} holds no settings; give the path of an Axolotl YAML file, which begins with base_model"
-        )
+        raise UserError(f"{path} holds no settings; {CURE}, which names the model")
     return {str(key): value for key, value in values.items()}
 
 

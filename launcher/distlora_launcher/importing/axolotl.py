@@ -456,7 +456,7 @@ def convert_precision(keys: Keys, imported: Imported) -> None:
     """bf16 is Axolotl's default too; 32 bits only where 16 are turned off by name."""
     bf16, fp16 = keys.any("bf16"), keys.flag("fp16") or keys.flag("float16")
     if bf16 not in (None, True, False, "auto", "full"):
-        raise UserError(f"bf16={bf16!r} is not auto, true, false or full; correct it in the Axolotl file")
+        raise UserError(f"bf16={bf16!r} is not auto, true, false or full; correct it in the file")
     whole_bf16, fp32 = keys.flag("bfloat16"), keys.flag("float32")
     if fp16:
         imported.tell("fp16")

@@ -222,23 +222,29 @@ TOWERS = r"vis(ion|ual)|projector|connector|aligner|merger"
 
 def _images(keys: Keys, imported: Imported) -> None:
     """Convert the processor of a model that takes images, and the bound of their size."""
-    kind, data, adapter = keys.text("processor_type"), imported.section("data"), imported.section("adapter")
+    kind, data = keys.text("processor_type"), imported.section("data")
     if kind is None:
         return
     if kind in OF_AUDIO or imported.options["adapter"] == "full":
         imported.tell("processor_type={kind} | " + ("audio" if kind in OF_AUDIO else "full"), kind=kind)
         return
     data["images"] = True
-    targets = adapter.get("target_modules")
-    if isinstance(targets, str) and re.search(TOWERS, targets):
-        imported.tell("lora_target_modules={targets} | tower", targets=targets)
-    if saved := adapter.pop("modules_to_save", None):
-        imported.tell("lora_modules_to_save={names} | images", names=f"[{', '.join(saved)}]")
+    adapters_beside_images(imported)
     if (size := keys.integer("image_size")) is not None:
         data["image_max_pixels"] = size * size
         imported.tell("image_size={size}", size=size)
     if (algorithm := keys.text("image_resize_algorithm")) is not None:
         imported.tell("image_resize_algorithm={algorithm}", algorithm=algorithm)
+
+
+def adapters_beside_images(imported: Imported) -> None:
+    """Note adapters on a vision tower, and leave out trained modules, which a run with images does not have."""
+    adapter = imported.section("adapter")
+    targets = adapter.get("target_modules")
+    if isinstance(targets, str) and re.search(TOWERS, targets):
+        imported.tell("lora_target_modules={targets} | tower", targets=targets)
+    if saved := adapter.pop("modules_to_save", None):
+        imported.tell("lora_modules_to_save={names} | images", names=f"[{', '.join(saved)}]")
 
 
 def _entries(value: Any, name: str) -> list[Keys]:

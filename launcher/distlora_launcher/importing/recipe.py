@@ -1,13 +1,14 @@
 """The result of an import: settings by group, notes on keys that were not carried over, and both as text.
 
-Axolotl's keys that have no setting here are in axolotl_keys.yaml, each with the reason and what to do instead. A key
-that is off (false, empty) asks for nothing and is not mentioned, except where off is what changes the run.
+Keys that have no setting here are in axolotl_keys.yaml and llamafactory_keys.yaml, each with the reason and what to do
+instead. A key that is off (false, empty) asks for nothing and is not mentioned, except where off is what changes the
+run.
 """
 
 import dataclasses
 import math
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -22,8 +23,10 @@ from distlora.config import Config, UserError, nearest
 class Keys:
     """The settings of a mapping, each marked as read when it is asked for. A key without a value counts as unset."""
 
-    def __init__(self, values: dict[str, Any], place: str = "") -> None:
+    def __init__(self, values: dict[str, Any], place: str = "", names: Mapping[str, str] | None = None) -> None:
         self.values = values
+        self.names = names or {}
+        """The file's own name of keys that it calls otherwise."""
         self.place = place
         """Stands before a key's name in messages: `datasets[0].`."""
         self.read: set[str] = set()
@@ -91,7 +94,7 @@ class Keys:
 
     def _wrong(self, names: tuple[str, ...], value: Any, kind: str) -> UserError:
         name = next((name for name in names if self.values.get(name) is not None), names[0])
-        return UserError(f"{self.place}{name}={value!r} is not {kind}; correct it in the Axolotl file")
+        return UserError(f"{self.place}{self.names.get(name, name)}={value!r} is not {kind}; correct it in the file")
 
 
 Group = Literal["changed", "idle", "unsupported", "refused", "unknown"]
@@ -129,6 +132,8 @@ class Imported:
     notes: list[Note] = field(default_factory=list)
     processes: int = 1
     """Number of GPUs that the global batch is for."""
+    tool: str = "Axolotl"
+    """The tool whose file it was."""
 
     def section(self, name: str) -> dict[str, Any]:
         """Return the settings of a section, to be filled."""
@@ -153,7 +158,7 @@ class Imported:
 def recipe_text(imported: Imported, *, source: Path) -> str:
     """Return the recipe as a YAML file that Hydra composes over the defaults; settings in the order of `Config`."""
     many = f"{imported.processes} GPU{'s' if imported.processes > 1 else ''}"
-    lines = ["# @package _global_", f"# Imported from {ascii(source.name)[1:-1]} (Axolotl), for {many}."]
+    lines = ["# @package _global_", f"# Imported from {ascii(source.name)[1:-1]} ({imported.tool}), for {many}."]
     lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in imported.options.items()), ""]
     sections = typing.get_type_hints(Config)
     lines += [f"{name}: {_line(value)}" for name, value in imported.settings.items() if isinstance(value, str)]
@@ -201,16 +206,25 @@ def report(imported: Imported, *, source: Path, out: Path | None) -> str:
     return "\n".join(lines)
 
 
-_DATA = yaml.safe_load(resources.files(__package__).joinpath("axolotl_keys.yaml").read_text("utf-8"))
-_UNSUPPORTED: list[dict[str, Any]] = _DATA["config"]
-WHEN_OFF: dict[str, tuple[Group, str]] = _DATA["when_off"]
+def _table(tool: str) -> dict[str, Any]:
+    table: dict[str, Any] = yaml.safe_load(
+        resources.files(__package__).joinpath(f"{tool}_keys.yaml").read_text("utf-8")
+    )
+    return table
+
+
+_DATA, _LLAMAFACTORY = _table("axolotl"), _table("llamafactory")
+WHEN_OFF: dict[str, tuple[Group, str]] = _DATA["when_off"] | _LLAMAFACTORY["when_off"]
 NOTES: dict[str, tuple[Group, str]] = {
-    name: (group, reason) for group, rows in _DATA["notes"].items() for name, reason in rows.items()
+    name: (group, reason)
+    for table in (_DATA, _LLAMAFACTORY)
+    for group, rows in table["notes"].items()
+    for name, reason in rows.items()
 }
 """Group and reason of the notes of keys that are converted."""
 _DATA_SET_KEYS = {name: (row["group"], row["reason"]) for row in _DATA["data_set"] for name in row["keys"]}
 
-SECRETS = ("_key", "_secret", "_url")
+SECRETS = ("_key", "_secret", "_url", "_token")
 """Endings of keys whose values are not printed."""
 
 PLUGINS: dict[str, tuple[Group, str]] = {
@@ -219,12 +233,16 @@ PLUGINS: dict[str, tuple[Group, str]] = {
 
 
 def note_unread(keys: Keys, imported: Imported) -> None:
-    """Note every unread key with its group and reason, or that Axolotl does not know it."""
+    """Note every unread key with its group and reason, or that the tool does not know it."""
     for plugin in keys.words("plugins") or []:
         name = plugin.rpartition(".")[2]
         group, reason = PLUGINS.get(name, ("unsupported", "plugins of Axolotl are not run"))
         imported.note(group, f"plugins: {name}", reason)
-    rows = {name: (row["group"], row["reason"]) for row in _UNSUPPORTED for name in row["keys"]}
+    table = _DATA["config"] if imported.tool == "Axolotl" else _LLAMAFACTORY["config"] + _DATA["config"]
+    rows: dict[str, tuple[Group, str]] = {}
+    for row in table:
+        for name in row["keys"]:
+            rows.setdefault(name, (row["group"], row["reason"]))
     patterns = {name: row for name, row in rows.items() if "*" in name}
     for name, value in keys.unread():
         row = rows.get(name) or next((row for pattern, row in patterns.items() if fnmatchcase(name, pattern)), None)
@@ -232,7 +250,7 @@ def note_unread(keys: Keys, imported: Imported) -> None:
             imported.note(WHEN_OFF[name][0], f"{name}=false", WHEN_OFF[name][1])
         elif row is None and name not in WHEN_OFF:
             near = nearest(name, sorted(keys.read | rows.keys() - patterns.keys()))
-            imported.note("unknown", name, f"not a known key of Axolotl{near}")
+            imported.note("unknown", name, f"not a known key of {imported.tool}{near}")
         elif row is not None and value not in (None, False, "", [], {}):
             is_shown = isinstance(value, (int, float, str)) and value is not True and not name.endswith(SECRETS)
             imported.note(row[0], f"{name}={value}" if is_shown else name, row[1])

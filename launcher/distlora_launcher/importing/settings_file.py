@@ -1,7 +1,8 @@
 """A settings file on the command line: `distlora train mine.yaml [setting=value ...]`.
 
-The file holds distlora's settings, nested by section, or is an Axolotl file, which its keys tell. It becomes overrides
-in front of those of the command line, which win; so a sweep or a job in a queue does not depend on the file.
+The file holds distlora's settings, nested by section, or is a file of Axolotl or LLaMA-Factory, which its keys tell. It
+becomes overrides in front of those of the command line, which win; so a sweep or a job in a queue does not depend on
+the file.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from distlora.config.peer_names import peer_hint, same_setting
 from distlora.run_folder.sweep import words_of
 from distlora_launcher.compose.compose import merge_file
 from distlora_launcher.compose.overrides import nearest_setting, options_of
-from distlora_launcher.importing import import_settings
+from distlora_launcher.importing import import_settings, tool_of
 
 SUFFIXES = (".yaml", ".yml")
 SECTIONS: dict[str, Any] = {
@@ -44,7 +45,7 @@ OPTION_FIELDS = {
 
 PEERS = {
     "torchtune": {"_component_"},
-    "LLaMA-Factory": {"finetuning_type", "stage", "cutoff_len", "dataset_dir", "template"},
+    "LLaMA-Factory V1": {"peft_config", "dist_config", "kernel_config", "train_dataset"},
     "TRL": {"model_name_or_path", "dataset_name", "per_device_train_batch_size"},
     "Accelerate": {"compute_environment", "distributed_type"},
     "DeepSpeed": {"zero_optimization"},
@@ -65,8 +66,8 @@ def with_file(words: Sequence[str], program: str, *, config_dir: str | None = No
     require(len(files) == 1, f"{' and '.join(files)} are two settings files; write all settings into one of them")
     path = Path(files[0]).expanduser()
     values = read_values(path, program)
-    if "base_model" in values:
-        return merge_file(import_axolotl(path, values, overrides), overrides, config_dir=config_dir)
+    if (tool := tool_of(values)) is not None:
+        return merge_file(import_tool(path, values, overrides, tool), overrides, config_dir=config_dir)
     refuse_peers(path, values)
     text = path.read_text(encoding="utf-8")
     try:  # OmegaConf reads 2e-4 as a number, and refuses a key that stands there twice.
@@ -156,7 +157,7 @@ def _hint(name: str) -> str:
 
 
 def refuse_peers(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuse a file of another tool than Axolotl, with the settings that have an equal here."""
+    """Refuse a file of a tool that is not imported, with the settings that have an equal here."""
     keys = {*values, *("_component_" for item in values.values() if isinstance(item, dict) and "_component_" in item)}
     tool = next((name for name, known in PEERS.items() if keys & known), None)
     if tool is None:
@@ -172,8 +173,8 @@ def refuse_peers(path: Path, values: Mapping[str, Any]) -> None:
     raise UserError(f"{path} is a file of {tool}, which distlora does not read; {advice.get(tool, cure)}")
 
 
-def import_axolotl(path: Path, values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return an Axolotl file as settings, and print what differs. Raises UserError for keys that are not supported.
+def import_tool(path: Path, values: dict[str, Any], overrides: Sequence[str], tool: str) -> dict[str, Any]:
+    """Return a file of one of importing.TOOLS as settings, and print what differs. Raises UserError for lost keys.
 
     The global batch is for as many GPUs as the command line sets, or else the file.
     """
@@ -183,7 +184,7 @@ def import_axolotl(path: Path, values: dict[str, Any], overrides: Sequence[str])
     sizes = (typed.get(name, "") for name in ("cluster.gpus_per_node", "cluster.nodes"))
     gpus_per_node, nodes = (max(1, int(size)) if size.isdecimal() else None for size in sizes)
     nodes = nodes or 1
-    imported = import_settings(values, processes=gpus_per_node and gpus_per_node * nodes)
+    imported = import_settings(values, processes=gpus_per_node and gpus_per_node * nodes, tool=tool)
     require(
         imported.processes % nodes == 0,
         f"cluster.nodes={nodes}: {path} is for {imported.processes} GPUs in all; add cluster.gpus_per_node=N",
@@ -192,10 +193,10 @@ def import_axolotl(path: Path, values: dict[str, Any], overrides: Sequence[str])
     notes = imported.not_carried
     refused = [f"  {note.key}: {note.reason}" for note in notes if note.group != "changed"]
     if refused:
-        cure = f"remove them, or convert the rest: distlora import axolotl {path} --out mine/recipe/NAME.yaml"
+        cure = f"remove them, or convert the rest: distlora import {tool} {path} --out mine/recipe/NAME.yaml"
         raise UserError(f"{path} has keys that distlora does not follow:", *refused, cure)
     gpus = f"{imported.processes} GPU{'s' if imported.processes > 1 else ''}"
-    lines = [f"{path} (Axolotl), for {gpus}: {len(notes) or 'no'} difference{'s' if len(notes) != 1 else ''}"]
+    lines = [f"{path} ({imported.tool}), for {gpus}: {len(notes) or 'no'} difference{'s' if len(notes) != 1 else ''}"]
     print("\n".join([*lines, *(f"  {note.key}: {note.reason}" for note in notes)]), file=sys.stderr)
     settings = dict(_flat(imported.settings))
     return {**imported.options, **typing.cast("dict[str, Any]", escaped(settings))}

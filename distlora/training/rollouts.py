@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
@@ -24,18 +23,17 @@ from distlora.config import Config, RolloutConfig, UserError, require
 from distlora.data.loader import IGNORED, MicroBatch, StepBatch
 from distlora.data.packing import assign_rows
 from distlora.data.rows import EMPTY, PARTS, SAMPLES, RowOrder, hash64
-from distlora.generation.engine import Engine, gathered
+from distlora.generation.engine import Engine
 from distlora.generation.prompts import PromptEncoder
-from distlora.generation.remote import RemoteEngine, ServerError
-from distlora.generation.sampling import Request, Sample
+from distlora.generation.sampling import Request
 from distlora.model.build import CausalLM
-from distlora.parallel import Backend, from_rank_0, watch
+from distlora.parallel import Backend, watch
 from distlora.rewards.pool import RewardInput, RewardPool
-from distlora.run_folder.layout import ROLLOUT_ADAPTER_NAME, ROLLOUT_ID_NAME, ROLLOUT_NAME
-from distlora.system import atomic_io
+from distlora.run_folder.layout import ROLLOUT_NAME
 from distlora.training.objectives.grpo import advantages_of, deviations_of_rows, means_of_rows
 from distlora.training.open_run import OpenRun
 from distlora.training.publish import publish_result
+from distlora.training.served_engine import ServedEngine, start_served_engine
 from distlora.weights.reader import TORCH_DTYPES, Reader
 
 SHOWN = 3
@@ -222,38 +220,6 @@ def pack_answers(
         weights=sampled[2],
     )
     return PackedAnswers(rows=whole, num_labels=num_labels)
-
-
-class ServedEngine:
-    """A server in the place of `Engine`. Rank 0 talks to it, and the others get its samples.
-
-    `publish` writes the adapter as a PEFT folder; every rank calls it.
-    """
-
-    def __init__(self, remote: RemoteEngine, folder: Path, publish: Callable[[Path], None], backend: Backend) -> None:
-        self._remote, self._folder, self._publish, self._backend = remote, folder, publish, backend
-        self._version = 0
-
-    def run(self, requests: Sequence[Request]) -> list[Sample]:
-        """Return the samples of all requests, in their order. Every rank calls it. Raises ServerError, on all."""
-        self._publish(self._folder)
-        samples: dict[int, Sample] = {}
-        error: ServerError | None = None
-        if self._backend.ranks.rank == 0:
-            try:
-                self._remote.load(self._folder, self._version)
-                samples = dict(enumerate(self._remote.run(requests)))
-            except ServerError as raised:
-                error = raised
-        self._version += 1
-        if from_rank_0(int(error is not None), self._backend.ranks):
-            raise error or ServerError("the vLLM server failed; the log of rank 0 says how")
-        return gathered(samples, len(requests), self._backend)
-
-    def close(self) -> None:
-        """Remove the adapter from the server."""
-        if self._backend.ranks.rank == 0:
-            self._remote.close()
 
 
 class RewardsFailedError(RuntimeError):
@@ -549,7 +515,7 @@ def open_rollouts(
             def publish(folder: Path) -> None:
                 publish_result(folder, model, config.spec, template, backend, run_dir=run_dir)
 
-            served = _served(config.rollout.url, run_dir, ends, publish, backend)
+            served = start_served_engine(config.rollout.url, run_dir, ends, publish, backend)
             engine = stack.enter_context(contextlib.closing(served))
         pool = stack.enter_context(RewardPool(config.data, log=log, moved=watch.moved))
         loader = RolloutLoader(
@@ -567,25 +533,6 @@ def open_rollouts(
         if opened.newest is not None:
             loader.restore(opened.newest)
         yield loader
-
-
-def _served(
-    url: str, run_dir: Path, ends: Sequence[int], publish: Callable[[Path], None], backend: Backend
-) -> ServedEngine:
-    """Return the server of rollout.url, given what writes the adapter. Raises UserError if it does not answer."""
-    name = _name_on_server(run_dir) if backend.writes else ""  # Only the rank that writes talks to the server.
-    remote = RemoteEngine(url, stop_tokens=ends, run=name)
-    if backend.writes:
-        remote.connect()
-    return ServedEngine(remote, run_dir / ROLLOUT_ADAPTER_NAME, publish, backend)
-
-
-def _name_on_server(run_dir: Path) -> str:
-    """Return the prefix of the run's adapter names, which no other run has; a resume replaces those left by a kill."""
-    path = run_dir / ROLLOUT_ID_NAME
-    if not path.is_file():
-        atomic_io.write_text(path, secrets.token_hex(8))
-    return f"{run_dir.resolve().name}-{path.read_text(encoding='utf-8')}"
 
 
 def _text_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:

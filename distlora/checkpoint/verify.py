@@ -20,6 +20,7 @@ from distlora.checkpoint.state import check_matches, identity_of, load_state
 from distlora.config import AdapterConfig, Config, ModelSpec, UserError, require
 from distlora.config.file import load_config
 from distlora.config.json_files import Shape, check_shape, parse_object, read_object
+from distlora.data.files import read_file
 from distlora.data.rows import PackedRows, content_digest
 from distlora.run_folder.layout import (
     BEST_NAME,
@@ -29,11 +30,13 @@ from distlora.run_folder.layout import (
     METRICS_NAME,
     PLAN_NAME,
     PUBLISHED,
+    ROLLOUTS_NAME,
     STATE_NAME,
     SUMMARY_NAME,
     TRAINER_NAME,
     fault,
     read_record,
+    rollout_files,
     step_of,
     steps,
 )
@@ -95,12 +98,13 @@ def verify(run_dir: Path) -> Iterator[Item]:
         (CHECKPOINTS, _checkpoints(run_dir, config)),
         ("results", _results(run_dir, None if config is None else config.adapter)),
         (METRICS_NAME, _files(run_dir)),
+        (ROLLOUTS_NAME, _rollouts(run_dir)),
     ):
         try:
             yield from items
         except (UserError, OSError) as error:  # The other checks go on.
             yield Item(name, "damaged", str(error))
-    for folder in (run_dir, run_dir / CHECKPOINTS):
+    for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / ROLLOUTS_NAME):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if _LEFT_OVER.fullmatch(path.name):
                 message = "left by a process that was killed while writing; delete it, or resume the run"
@@ -250,6 +254,18 @@ def _files(run_dir: Path) -> Iterator[Item]:
                 yield Item(name, "ok")
             except UserError as error:
                 yield Item(name, "damaged", str(error))
+
+
+def _rollouts(run_dir: Path) -> Iterator[Item]:
+    """Read the files of sampled answers, which a resume does not need."""
+    counts = []
+    for path in rollout_files(run_dir).values():
+        try:
+            counts.append(sum(1 for _ in read_file(path, "", "auto")))
+        except UserError as error:
+            yield Item(f"{ROLLOUTS_NAME}/{path.name}", "damaged", f"{error}; or delete it: no step needs it")
+    if counts:
+        yield Item(ROLLOUTS_NAME, "ok", f"{sum(counts):,} answers of {len(counts):,} rollouts")
 
 
 def _is_locked(run_dir: Path) -> bool:

@@ -74,6 +74,10 @@ class RolloutConfig:
     """Largest mean difference, in nats, between the log-probabilities that the sampler reported and those that training
     computes at the same weights; a run that exceeds it fails. null: 1e-4 in fp32, 0.2 in bf16."""
 
+    keep: int = 100
+    """Number of newest rollouts whose answers, with rewards and advantages, are kept in RUN/rollouts, a parquet file
+    each. 0: none."""
+
     @property
     def steps(self) -> int:
         """Optimizer steps between two rollouts."""
@@ -96,6 +100,7 @@ def refused_in_rollout(rollout: RolloutConfig) -> Refusals:
     if rollout.epsilon > 1:
         yield "epsilon= would clip at a negative ratio; set it to at most 1 (0.2 is usual)"
     yield from at_least_zero(rollout, eval_temperature="is not a temperature; set 0 (the likeliest token) or more")
+    yield from at_least_zero(rollout, keep="is no number of rollouts; set 0 (keep none) or more")
     if rollout.batch_invariant and rollout.temperature != 1:
         yield (
             "rollout.batch_invariant=true: training divides hidden states by "

@@ -1,4 +1,4 @@
-"""Records of local files: jsonl, json, csv, tsv, txt (each also compressed) and parquet.
+"""Records of local files: jsonl, json, csv, tsv, txt (each also compressed) and parquet, which it also writes.
 
 Our own readers, and not those of `datasets`: a broken line is refused by file and line, a csv's cells stay the strings
 that they are (pandas makes 7 of "007" and nothing of "NA"), a tool's arguments may differ from row to row (Arrow
@@ -16,7 +16,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -281,6 +281,15 @@ def _parquet(path: Path) -> Iterator[SourceRecord]:
                     yield SourceRecord(f"{path} row {row}", size, without_nulls(value))
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a parquet file that can be read: {error}; write it again") from error
+
+
+def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write columns of equal lengths (lists or arrays) to a parquet file, NaN as null. Raises OSError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({name: pyarrow.array(values, from_pandas=True) for name, values in columns.items()})
+    pyarrow.parquet.write_table(table, path, compression="zstd")
 
 
 def without_nulls(value: Any) -> Any:

@@ -29,10 +29,11 @@ from distlora.generation.sampling import Request
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.rewards.pool import RewardInput, RewardPool
-from distlora.run_folder.layout import ROLLOUT_NAME
+from distlora.run_folder.layout import ROLLOUT_NAME, ROLLOUTS_NAME
 from distlora.training.objectives.grpo import advantages_of, deviations_of_rows, means_of_rows
 from distlora.training.open_run import OpenRun
 from distlora.training.publish import publish_result
+from distlora.training.rollout_files import RolloutFiles, columns_of
 from distlora.training.served_engine import ServedEngine, start_served_engine
 from distlora.weights.reader import TORCH_DTYPES, Reader
 
@@ -248,6 +249,8 @@ class RolloutLoader:
     progress: RunProgress
     """Progress of the run, which keeps the engine's choice for a resume."""
     log: Callable[[str], None]
+    files_to_read: RolloutFiles
+    """RUN/rollouts, which shows a person what was sampled."""
     rollout: Rollout | None = None
     """The newest rollout; of a resumed run what the checkpoint held."""
     peak_bytes: int = 0
@@ -283,8 +286,21 @@ class RolloutLoader:
             self.rollout, _ = self._answers(
                 self.prompts, rows, settings.num_generations, settings.temperature, seed, step
             )
+            if self.files_to_read.writes:
+                self._write_to_read(self.rollout)
             self._figures["rollout/seconds"] = time.monotonic() - began
         return self.rollout
+
+    def _write_to_read(self, rollout: Rollout) -> None:
+        """Write the answers of a rollout to RUN/rollouts. If the disk refuses them, say so and continue."""
+        settings, names = self.config.rollout, self.config.data.rewards
+        totals = rollout.totals(self.config.data.reward_weights)
+        advantages = advantages_of(totals, settings.num_generations, settings.scale_rewards)
+        columns = columns_of(rollout, totals, advantages, names, settings.num_generations, self.encoder.tokenizer)
+        try:
+            self.files_to_read.write(int(rollout.step) + 1, columns)
+        except OSError as error:
+            self.log(f"WARNING: sampled answers could not be written to {ROLLOUTS_NAME} ({error}). Training continues")
 
     def batch(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of a step (from 0)."""
@@ -529,6 +545,9 @@ def open_rollouts(
             boundary=boundary,
             progress=opened.progress,
             log=log,
+            files_to_read=RolloutFiles(
+                Path(config.run_dir), config.rollout.keep, done=opened.progress.step, writes=backend.writes
+            ),
         )
         if opened.newest is not None:
             loader.restore(opened.newest)

@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,15 @@ from distlora.checkpoint.state import load_state
 from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.config.file import load_config
+from distlora.data.files import read_file
 from distlora.data.rows import open_split
 from distlora.generation.remote import ServerError
 from distlora.loading.peft_format import adapter_tensors
 from distlora.parallel import Backend, Ranks
-from distlora.run_folder.layout import ROLLOUT_NAME, steps
+from distlora.run_folder.layout import ROLLOUT_NAME, rollout_file, rollout_files, steps
 from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
+from distlora.training.rollout_files import RolloutFiles
 from distlora.training.rollouts import RewardsFailedError, Rollout, advantages_of, pack_answers
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
@@ -245,6 +249,40 @@ def of_steps(run_dir: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in times} for line in lines]
 
 
+def test_sampled_answers_are_kept_with_their_rewards(whole: Path) -> None:
+    import pyarrow.parquet
+
+    assert list(rollout_files(whole)) == [1, 5]
+    logged = {line["step"]: line for line in of_steps(whole)}
+    for first, path in rollout_files(whole).items():
+        columns = pyarrow.parquet.read_table(path).to_pydict()
+        count, rewards = len(columns["step"]), columns["reward"]
+        assert {*columns["step"]} == {first}
+        assert columns["group"] == [number // GROUP for number in range(count)]
+        assert count == {1: 24, 5: 16}[first], "the epoch ends in the second"
+        known = {record["prompt"] for record in questions()}
+        assert all(any(text in prompt for text in known) for prompt in columns["prompt"])
+        assert rewards == columns["rewards/regex"]
+        assert rewards == [float(re.search("[aeiou]{2}", text) is not None) for text in columns["completion"]]
+        assert np.mean(rewards) == pytest.approx(logged[first]["reward"])
+        assert np.mean(columns["tokens"]) == pytest.approx(logged[first]["completions/mean_length"])
+        assert np.mean(columns["ended"]) == pytest.approx(1 - logged[first]["completions/clipped_ratio"])
+        assert columns["advantage"] == pytest.approx(advantages_of(np.array(rewards), GROUP, "group").tolist())
+        assert not any(columns["failed"])
+
+
+def test_only_the_newest_rollouts_are_kept_and_a_resume_removes_later_ones(tmp_path: Path) -> None:
+    files = RolloutFiles(tmp_path, 2, done=0, writes=True)
+    for first in (1, 5, 9):
+        files.write(first, {"step": [first], "reward": np.array([np.nan])})
+    assert list(rollout_files(tmp_path)) == [5, 9]
+    assert [record.value for record in read_file(rollout_file(tmp_path, 9), "", "auto")] == [{"step": 9}]
+    RolloutFiles(tmp_path, 2, done=8, writes=False)
+    assert list(rollout_files(tmp_path)) == [5, 9]
+    RolloutFiles(tmp_path, 0, done=8, writes=True)
+    assert list(rollout_files(tmp_path)) == [5]
+
+
 def test_a_run_counts_staleness_and_its_first_steps_have_the_samplers_probabilities(whole: Path) -> None:
     steps = of_steps(whole)
     assert [line["rollout/staleness"] for line in steps] == [0, 1, 2, 3, 0, 1]
@@ -280,11 +318,19 @@ def test_a_killed_run_goes_on_with_the_same_answers_and_bits(
     assert states[0].progress.sampling == states[1].progress.sampling is not None
     assert 0 < states[0].progress.sampling.blocks < 10
     assert of_steps(tmp_path / "run") == of_steps(whole)
+    written = [[path.read_bytes() for path in rollout_files(run_dir).values()] for run_dir in (tmp_path / "run", whole)]
+    assert written[0] == written[1]
+    assert len(written[0]) == 2
 
 
-def test_verify_finds_no_fault_in_a_run(whole: Path) -> None:
+def test_verify_finds_no_fault_in_a_run_and_answers_that_are_cut_off(whole: Path, tmp_path: Path) -> None:
     assert [(item.name, item.message) for item in verify(whole) if item.state == "damaged"] == []
     assert any(item.name.startswith("checkpoints/") and item.state == "ok" for item in verify(whole))
+    assert "40 answers of 2 rollouts" in [item.message for item in verify(whole)]
+    shutil.copytree(whole, tmp_path / "run")
+    path = rollout_file(tmp_path / "run", 5)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert [item.name for item in verify(tmp_path / "run") if item.state == "damaged"] == [f"rollouts/{path.name}"]
 
 
 UNEVEN: dict[str, Any] = {

@@ -105,6 +105,7 @@ limits, test_rewards.py: data.reward_timeout data.reward_memory_gb
 permissions, test_rewards.py: data.rewards_execute_code data.rewards_isolation
 when a run fails, test_grpo.py: rollout.max_failed_steps rollout.max_logprob_difference
 another sampler, test_grpo.py: rollout.url
+what is kept, test_grpo.py: rollout.keep
 """)
 """Why settings of the sections below change no result of such a run."""
 

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distlora.data.images import ImageTensors
 from distlora.data.loader import MicroBatch, StepLoader
 from distlora.data.rows import PackedRows
 from distlora.model.build import CausalLM
+from distlora.model.images import Images
 from distlora.model.lm_head import IGNORED_LABEL, LossHead
 from distlora.parallel import Ranks, sum_over_ranks
 
@@ -65,9 +67,15 @@ class Readings:
     """
 
     def __init__(
-        self, rows: PackedRows, ranks: Ranks, say: Callable[[str], None], dense: Readings | None = None
+        self,
+        rows: PackedRows,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        dense: Readings | None = None,
+        image_tensors: ImageTensors | None = None,
     ) -> None:
-        self.rows, self.ranks, self.say, self.dense = rows, ranks, say, dense
+        """`image_tensors`: makes the tensors of the rows' images; None: the rows have none."""
+        self.rows, self.ranks, self.say, self.dense, self.image_tensors = rows, ranks, say, dense, image_tensors
         self.losses = torch.zeros(len(rows), dtype=torch.float64)
         """(N,) sums of -log p per row."""
         self.divergences = torch.zeros(len(rows), dtype=torch.float64)
@@ -94,14 +102,16 @@ class Readings:
             world=world,
             seed=0,
             shuffle=False,
+            image_tensors=self.image_tensors,
         )
         for step in range(loader.steps_per_epoch):
             (batch,) = loader.batch(step).micro_batches
             positions = batch.position_ids
             documents = model.documents_of(positions, device)
             inputs = (each.to(device) for each in (batch.input_ids, positions, batch.labels))
+            images = Images.of(batch.images, batch.is_image, batch.input_ids, positions, model.merger, device)
             with model.head.read_by(functools.partial(self._read, model.head, batch=batch, step=step)):
-                model(*inputs, documents=documents)
+                model(*inputs, documents=documents, images=images)
             done = min((step + 1) * loader.global_batch, len(self.rows))
             self.say(f"perplexity: {name}, {done:,}/{len(self.rows):,} rows")
         for sums in (self.losses, self.divergences, self.largest, self.changed):

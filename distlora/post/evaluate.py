@@ -69,6 +69,8 @@ class Text:
     """Cache of tokenized rows."""
     most_rows: int = 128
     """Most rows; of more, as many are taken at even distances."""
+    images: bool = False
+    """True if the rows hold images."""
 
     def __post_init__(self) -> None:
         require(self.most_rows > 0, f"--rows={self.most_rows} is not a valid number of rows; write 1 or more")
@@ -98,14 +100,16 @@ def held_out(trained: Trained, label: str, **settings: Any) -> Text:
         f"{label} held out data of train.objective={trained.train.objective}, which has no perplexity; "
         "name a text with --text FILE",
     )
-    require(not trained.data.images, f"{label} has images, which no evaluation reads yet; name a text with --text FILE")
     require(
         "eval" in read_record(trained.run_dir / DATA_NAME).get("splits", {}),
         f"{label} held no documents out (data.eval_fraction=0); name a text with --text FILE",
     )
-    length = trained.data.sequence_length
     return Text(
-        name=f"the documents that {label} held out", run=str(trained.run_dir), sequence_length=length, **settings
+        name=f"the documents that {label} held out",
+        run=str(trained.run_dir),
+        sequence_length=trained.data.sequence_length,
+        images=trained.data.images,
+        **settings,
     )
 
 

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,12 @@ import transformers
 from torch import Tensor
 
 from distlora.architecture.config_checks import read_config
+from distlora.architecture.images import PROCESSOR_FILE, image_layout, processor_settings
 from distlora.architecture.spec import architecture_of
 from distlora.architecture.tokens import load_tokenizer
-from distlora.config import ModelConfig, UserError
+from distlora.config import ModelConfig, UserError, require
+from distlora.config.file import load_config
+from distlora.data.images import ImageTensors
 from distlora.data.prepare import check_vocabulary, prepare
 from distlora.data.rows import STARTS, PackedRows, open_split
 from distlora.model.build import CausalLM
@@ -70,8 +73,10 @@ def run(request: EvaluateRequest, ranks: Ranks) -> dict[str, Any]:
         return run_draft(request, request.draft, rows, tell) | made
     for model, subject in zip(models, request.subjects, strict=True):
         check_same_tokens(rows, models[0].spec.model, model.spec.model, subject.label)
+    folders = {subject.label: model.base for model, subject in zip(models, request.subjects, strict=True)}
+    image_tensors = None if rows.images is None else tensors_for(request.source, folders, ranks.world)
     with other_forms(request.merged, ranks, tell) as forms:
-        measured = measure((*request.subjects, *forms), request.compute_dtype, rows, ranks, tell)
+        measured = measure((*request.subjects, *forms), request.compute_dtype, rows, ranks, tell, image_tensors)
     text = {
         "name": request.source.name,
         "rows": len(rows),
@@ -111,12 +116,17 @@ def main(request: EvaluateRequest) -> int:
 
 
 def measure(
-    subjects: Sequence[Subject], dtype: Dtype, rows: PackedRows, ranks: Ranks, say: Callable[[str], None]
+    subjects: Sequence[Subject],
+    dtype: Dtype,
+    rows: PackedRows,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    image_tensors: ImageTensors | None = None,
 ) -> list[dict[str, Any]]:
     """Return the figures of each model in order, with one in memory at a time; a non-finite value is None.
 
     Every rank must call it alike. Divergences and differences are those from the first model: the largest of a logit
-    over all targets, and the share of the targets whose likeliest token differs.
+    over all targets, and the share of the targets whose likeliest token differs. `image_tensors` as of `Readings`.
     """
     targets = torch.from_numpy(rows.targets.astype(np.float64))
     first: Readings | None = None
@@ -124,8 +134,8 @@ def measure(
     for number, subject in enumerate(subjects, start=1):
         say(f"loading {subject.label} ({number} of {len(subjects)})")
         with still("loading") if ranks.rank == 0 else contextlib.nullcontext():
-            model, _ = load(subject, dtype, ranks)
-        readings = Readings(rows, ranks, say, first)
+            model, _ = load(subject, dtype, ranks, images=image_tensors is not None)
+        readings = Readings(rows, ranks, say, first, image_tensors)
         readings.take(model, subject.label)
         del model
         let_go(ranks.device)
@@ -146,12 +156,12 @@ def measure(
 
 
 @torch.no_grad()
-def load(subject: Subject, dtype: Dtype, ranks: Ranks) -> tuple[CausalLM, Backend]:
-    """Load the model of a subject on these ranks, and its backend."""
-    computes_in = subject.dtype or dtype
+def load(subject: Subject, dtype: Dtype, ranks: Ranks, *, images: bool = False) -> tuple[CausalLM, Backend]:
+    """Load the model of a subject on these ranks, and its backend. `images`: also what takes images."""
+    computes_in, trained = subject.dtype or dtype, subject.read()
+    trained = replace(trained, spec=replace(trained.spec, images=images))
     if subject.name is not None and computes_in == "fp32":
-        return load_in_fp32(subject.name.read(), ranks)
-    trained = subject.read()
+        return load_in_fp32(trained, ranks)
     model, backend = load_trained(replace(trained, spec=replace(trained.spec, dtype=computes_in)), ranks)
     if subject.rounded is not None:  # As a checkpoint in 16 bits would be.
         for parameter in model.parameters():
@@ -175,6 +185,30 @@ def open_rows(text: Text, first: Trained, ranks: Ranks) -> tuple[PackedRows, int
         from_rank_0(0, ranks)  # The other ranks use the cache that rank 0 made.
         rows = PackedRows.open(prepare(*arguments), "train")
     return evenly(rows, text.most_rows), len(rows)
+
+
+def tensors_for(text: Text, folders: Mapping[str, Path], world: int) -> ImageTensors:
+    """Return what makes the tensors of the images that a run held out, for the models in `folders`, by label.
+
+    Raises UserError for a model that reads images otherwise than the run's.
+    """
+    assert text.run is not None, "images of a text without its run"
+    config = load_config(text.run)
+    base = config.spec.path
+    layout, settings = image_layout(base), processor_settings(base)
+    require(
+        world == 1 or not layout.reads_embedding,
+        f"--processes={world}: transformers reads the embedding of {base} outside of its forward, so its images need "
+        "it whole on each rank; leave --processes out",
+    )
+    for label, folder in folders.items():
+        same = processor_settings(folder) == settings
+        if not same or (other := image_layout(folder)).token_id != layout.token_id or other.names != layout.names:
+            raise UserError(
+                f"{label} reads images otherwise than {base}: its {PROCESSOR_FILE} or its token for images differs; "
+                "leave it out, or name a text with --text FILE"
+            )
+    return ImageTensors(base, config.data, layout.names)
 
 
 def check_same_tokens(rows: PackedRows, first: ModelConfig, other: ModelConfig, label: str) -> None:

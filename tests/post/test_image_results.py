@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,19 @@ import torch
 from distlora.architecture.images import image_layout
 from distlora.config import UserError
 from distlora.model.images import Images
+from distlora.post import evaluate_worker
+from distlora.post.evaluate import EvaluateRequest
 from distlora.post.export import gguf_model
 from distlora.post.load_trained import load_trained
 from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Name
 from distlora.run_folder.layout import read_result
 from distlora.training.model_card import model_card
+from distlora_launcher.cli import evaluate as evaluating
 from support.exports import export
 from support.image_models import picture, write_colours, write_trainable
 from support.runs import SINGLE, run_once
-from support.small_models import make_run
+from support.small_models import make_run, read_metrics
 
 pytest.importorskip("torchvision", reason="image processors need torchvision: pip install 'distlora[vision]'")
 
@@ -56,6 +60,23 @@ def test_the_card_names_images_and_its_code_answers_about_one(
     exec(code, names)
     assert (names["inputs"].input_ids == image_layout(place / "qwen3_vl").token_id).any()
     assert names["answer"].shape[1] > names["inputs"].input_ids.shape[1]
+
+
+def test_an_evaluation_reads_the_images_that_were_held_out(place: Path, tmp_path: Path) -> None:
+    run = place / "run"
+    request = evaluating.checked(EvaluateRequest(places=[str(run)], dtype="fp32"))
+    assert request.source is not None
+    assert request.source.images
+    figures = evaluate_worker.run(request, SINGLE)
+    adapted, base = figures["models"]
+    losses = [line["eval_loss"] for line in read_metrics(run) if "eval_loss" in line]
+    assert adapted["loss"] == pytest.approx(losses[-1], rel=1e-6)
+    assert base["loss"] == pytest.approx(losses[0], rel=1e-6)  # Before the first step adapters add zero.
+    shutil.copytree(place / "qwen3_vl", tmp_path / "other")
+    settings = tmp_path / "other" / "processor_config.json"
+    settings.write_text(settings.read_text().replace('"image_mean"', '"image_average"', 1))
+    with pytest.raises(UserError, match="other reads images otherwise than"):
+        evaluate_worker.tensors_for(request.source, {"other": tmp_path / "other"}, 1)
 
 
 def test_a_gguf_file_of_a_model_of_images_is_said_to_hold_text_alone(

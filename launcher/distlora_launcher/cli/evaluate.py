@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from distlora.architecture.config_checks import check_config, read_config
 from distlora.architecture.gguf_folder import gguf_file
@@ -75,6 +76,10 @@ def checked(options: EvaluateRequest) -> EvaluateRequest:
         usual = ROWS if options.draft is None else DRAFT_ROWS
         rows = usual if options.rows is None else options.rows
         source = text_of(options.text, subjects[0], runs, rows=rows, sequence_length=options.sequence_length)
+        require(
+            draft is None or not source.images,
+            f"--draft={options.draft} continues texts, and {source.name} hold images; name a text with --text FILE",
+        )
         for subject in subjects:
             folder = subject.read().base
             check_config(read_config(folder), folder / "config.json", sequence_length=source.sequence_length)
@@ -244,6 +249,7 @@ def text_of(
         )
         return held_out(run, shown(run.run_dir), most_rows=rows)
     path, data = place_of(place), None if run is None else run.data
+    shared: dict[str, Any] = {} if data is None else {"cache_dir": data.cache_dir}
     if sequence_length is None:
         folder = first.model if first.model is not None else runs[0].spec.model.path
         sequence_length = row_tokens(Path(folder)) if data is None else data.sequence_length
@@ -252,7 +258,7 @@ def text_of(
         path=path,
         sequence_length=sequence_length,
         most_rows=rows,
-        **({} if data is None else {"cache_dir": data.cache_dir}),
+        **shared,
     )
     if data is not None and data.template is not None and holds_chats(text):
         text = dataclasses.replace(text, template=data.template)

@@ -64,13 +64,15 @@ def load_trained(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
 def load_in_fp32(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
     """Load a trained model that computes in fp32 with the weights of training, rounded as training rounds them.
 
-    Raises UserError as `load_trained`.
+    Its vision tower is not rounded, since a merged model has it as the base stores it. Raises UserError as
+    `load_trained`.
     """
     held = {name: weight.dtype for name, weight in build_model(trained.spec, training=False).named_parameters()}
     model, backend = load_trained(replace(trained, spec=replace(trained.spec, dtype="fp32")), ranks)
     whole = set(map(id, whole_modules(model).values()))
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and id(weight) not in whole and held[name] is not weight.dtype:
+        is_kept = id(weight) in whole or name.startswith("merger.")
+        if weight.is_floating_point() and not is_kept and held[name] is not weight.dtype:
             local, _ = backend.local_rows(weight)
             local.copy_(local.to(held[name]))
     backend.watch_weights(model)

@@ -17,7 +17,7 @@ from distlora.model.images import Images
 from distlora.post import evaluate_worker
 from distlora.post.evaluate import EvaluateRequest
 from distlora.post.export import gguf_model
-from distlora.post.load_trained import load_trained
+from distlora.post.load_trained import load_in_fp32, load_trained
 from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Name
 from distlora.run_folder.layout import read_result
@@ -113,5 +113,10 @@ def test_a_merged_folder_opens_by_auto_classes_and_computes_what_was_trained(pla
     images = Images.of([[tensors]], is_image, ids, positions, model.merger, torch.device("cpu"))
     ours = model.head.logits(model.hidden_states(ids, positions, images=images).flatten(0, 1)).view_as(theirs)
     assert (ours - theirs).abs().max() <= 2e-5 * theirs.abs().max().clamp(min=1)
+    # Beside a run in bf16 the merged model is measured with the tower that it has: the base's.
+    in_bf16, _ = load_in_fp32(replace(trained, spec=replace(trained.spec, images=True, dtype="bf16")), SINGLE)
+    tower = dict(model.merger.visual.named_parameters())
+    assert tower
+    assert all(torch.equal(weight, tower[name]) for name, weight in in_bf16.merger.visual.named_parameters())
     without = AutoModelForImageTextToText.from_pretrained(place / "qwen3_vl", dtype=torch.float32)(**inputs).logits
     assert (without - theirs).abs().max() > 1e-2  # The adapter changes what is computed.

@@ -46,6 +46,7 @@ _SIZES = (
     (8, r"laurel_rank hc_lowrank adapter_rank gated_norm_rank loop_gate_rank mamba_dt_rank time_step_rank"),
     # Attention: heads and their sizes.
     (4, r"((swa_)?num_)?(attention_)?heads(_per_layer)? n_heads? num_query_groups linear_num_(value_)?heads"),
+    (4, r"encoder_attention_heads"),
     (2, r"(swa_)?num_(global_)?(key_value|kv)_heads kv_n_heads linear_num_key_heads indexer_kv_heads o_groups"),
     (16, r"((swa|global|index|indexer|linear|linear_key|linear_value|attention)_)?head_dim dim_head kv_channels"),
     (16, r"qk_nope_head_dim v_head_dim index(er)?_n_heads rel_extent"),

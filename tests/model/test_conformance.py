@@ -27,7 +27,16 @@ TYPES = [
 
 
 def test_the_page_has_a_row_for_every_type() -> None:
-    assert not [name for name in conformance_page.NAMES if f"| `{name}` |" not in PAGE], conformance_page.__doc__
+    names = {*conformance_page.NAMES, *conformance_page.IMAGES}
+    assert not [name for name in names if f"| `{name}` |" not in PAGE], conformance_page.__doc__
+    passed = PAGE.partition("| type | images |")[2].count("` | yes |")
+    assert conformance_page.images_sentence(passed) in PAGE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", conformance_page.IMAGES)
+def test_a_type_with_images_passes_or_has_its_reason_on_the_page(name: str) -> None:
+    assert conformance_page.image_row(name) in PAGE, conformance_page.__doc__
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -25,11 +25,6 @@ from support.tiers import ci
 
 pytest.importorskip("torchvision", reason="image processors need torchvision: pip install 'distlora[vision]'")
 
-_OTHERS = """
-aya_vision cohere2_vision cosmos3_edge cosmos3_omni deepseek_vl deepseek_vl_hybrid exaone4_5 glm46v glm5_next glmga
-granite_docling hyperclovax_vision_v2 idefics2 kimi_k25 lfm3_vl llava_next minicpmv4_6 minimax_m3_vl paddleocr_vl
-qwen2_vl qwen3_5_moe smolvlm video_llava
-"""
 TYPES = [
     ("qwen3_vl", {"deepstack": 2, "has_grid": True, "merger": "model"}),
     ("gemma3", {"ahead": "ours", "names": ("pixel_values",)}),
@@ -43,8 +38,8 @@ TYPES = [
     ci("idefics3", {"names": ("pixel_values", "pixel_attention_mask")}),
     ci("internvl", {}),
     ci("gemma4", {"ahead": ""}),
-    *(pytest.param(name, {}, marks=pytest.mark.slow) for name in _OTHERS.split()),
 ]
+"""All others are in `tests/model/test_conformance.py`."""
 
 
 @pytest.mark.parametrize(("model_type", "expected"), TYPES)

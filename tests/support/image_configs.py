@@ -9,18 +9,29 @@ import json
 from typing import Any
 
 from distlora.derive.shrink import read_settings
+from support.model_types import config_of
 
 _MROPE = {"rope_type": "default", "rope_theta": 1e6}
 _QWEN = {"text_config": {"rope_parameters": _MROPE | {"mrope_section": [16, 24, 24]}}}
+_GLM_MOE = {
+    "text_config": {
+        "head_dim": 128,
+        "rope_parameters": _MROPE | {"mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5},
+    }
+}
 _GLM = {"text_config": {"rope_parameters": _MROPE | {"mrope_section": [8, 12, 12], "partial_rotary_factor": 0.5}}}
 _SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 768, "num_attention_heads": 12, "image_size": 224}
 _GEMMA = {"mm_tokens_per_image": 49}
 _IDEFICS = {"vision_config": {"image_size": 364, "patch_size": 14}}
 CONFIGS: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), _QWEN),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"), _QWEN),
     **dict.fromkeys(("glm4v", "glm46v", "glmga"), _GLM),
     **dict.fromkeys(("gemma3", "shieldgemma2"), _GEMMA),
     **dict.fromkeys(("idefics3", "smolvlm"), _IDEFICS),
+    "glm4v_moe": _GLM_MOE,
+    "step3p7": {"text_config": {"sliding_window": 512}},
+    "glm_ocr": {"text_config": {"head_dim": 128, "rope_parameters": _MROPE | {"mrope_section": [16, 24, 24]}}},
+    "aria": {"vision_config": {"model_type": "idefics3_vision", "image_size": 490, "patch_size": 14}},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "aya_vision": {"vision_config": _SIGLIP | {"patch_size": 16}},
     "minicpmv4_6": {"image_token_id": 5, "video_token_id": 6},
@@ -37,7 +48,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """Settings that checkpoints of a type have and its config class leaves out."""
 _WHOLE = {"size": {"longest_edge": 364}, "max_image_size": {"longest_edge": 364}, "do_image_splitting": False}
-PROCESSORS: dict[str, dict[str, Any]] = dict.fromkeys(("idefics3", "smolvlm"), _WHOLE)
+PROCESSORS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("idefics3", "smolvlm"), _WHOLE),
+    "aria": {"max_image_size": 490, "split_image": False},
+}
 """The same for image processors."""
 _LIKE = {
     "glmga": "glm46v",
@@ -55,7 +69,7 @@ _LIKE = {
 
 def image_content(model_type: str) -> dict[str, Any]:
     """Return {"config": config.json, "processor": settings of the image processor} of a full-size model."""
-    config = read_settings({"model_type": model_type, **CONFIGS.get(model_type, {})})
+    config = read_settings({**config_of(model_type), **CONFIGS.get(model_type, {})})
     return json.loads(json.dumps({"config": config, "processor": processor_settings(model_type, config)}))
 
 

@@ -1,35 +1,85 @@
 """Write the tables of docs/models.md: `PYTHONPATH=tests python tests/tools/conformance_page.py`.
 
-It takes 20 minutes the first time, and leaves what stands before the tables as it is.
+It takes 40 minutes the first time, and leaves what stands before the tables as it is.
 After an upgrade of transformers, its difference says which models changed, came or are refused now.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
 from distlora.architecture import spec
 from distlora.architecture.spec import Architecture, LayerKind, architecture_of
 from distlora.config import UserError
+from distlora.derive.images import derive_images
+from support.image_configs import image_content
 from support.model_types import CAUSAL, COMPOSITES, VARIANTS, config_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-COLUMNS = ("type", "layers", "packed documents", "LM head", "experts", "adapters", "formats", "full", "plan")
+COLUMNS = ("type", "layers", "packed documents", "LM head", "experts", "adapters", "formats", "full", "images", "plan")
 NAMES = [*CAUSAL, *COMPOSITES, *VARIANTS]
-"""All rows of the page."""
+"""All rows of the tables of text decoders."""
+IMAGES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - {"inkling_mm_model"})
+"""All rows of the table of images. The shrunk inkling_mm_model does not fit the memory of a small machine."""
 
 
 def page() -> str:
-    """Return the page: a table of the types that train, and one of those that are refused."""
+    """Return the page: tables of the types that train, of those that take images, and of those that are refused."""
     rows = {name: row(name) for name in sorted(NAMES)}
     trained = [text for text in rows.values() if text.count("|") > 3]
     refused = [text for text in rows.values() if text.count("|") == 3]
     table = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS), *trained]
     before = PAGE.read_text().partition(table[0])[0]
-    return before + "\n".join([*table, "", "## Refused", "| type | reason |", "|---|---|", *refused]) + "\n"
+    images = [image_row(name) for name in IMAGES]
+    passed = sum(line.endswith("| yes |") for line in images)
+    image_table = ["## Types with images", images_sentence(passed), "", "| type | images |", "|---|---|", *images]
+    return (
+        "\n".join(
+            [
+                before + table[0],
+                *table[1:],
+                "",
+                *image_table,
+                "",
+                "## Refused",
+                "| type | reason |",
+                "|---|---|",
+                *refused,
+            ]
+        )
+        + "\n"
+    )
+
+
+def images_sentence(passed: int) -> str:
+    """Return the sentence above the table of images."""
+    return (
+        f"{passed} of {len(IMAGES)} types that transformers builds for images and text pass all checks with images, at "
+        "the settings of their class."
+    )
+
+
+@functools.cache
+def image_cell(name: str) -> str:
+    """Return "yes" for a type that trains with images, or the reason why it does not."""
+    try:
+        derive_images(json.dumps(image_content(name)), name)
+    except UserError as error:
+        return reason_of(error).removeprefix(f"images are not supported for {name}: ")
+    return "yes"
+
+
+def image_row(name: str) -> str:
+    """Return the line of a type in the table of images."""
+    print(f"\r{name:40}", end="", file=sys.stderr)
+    return f"| `{name}` | {image_cell(name).replace('|', chr(92) + '|')} |"
 
 
 def row(name: str) -> str:
@@ -40,7 +90,7 @@ def row(name: str) -> str:
     except UserError as error:
         cells = [reason_of(error)]
     else:
-        cells = cells_of(architecture)
+        cells = cells_of(architecture, name)
     return f"| {' | '.join([f'`{name}`', *(cell.replace('|', chr(92) + '|') for cell in cells)])} |"
 
 
@@ -49,7 +99,7 @@ def reason_of(error: UserError) -> str:
     return re.sub(r"\d\.\de[+-]\d\d", "more", str(error).partition("; ")[0])
 
 
-def cells_of(architecture: Architecture) -> list[str]:
+def cells_of(architecture: Architecture, name: str) -> list[str]:
     """Return the cells of a type that trains, after its name."""
     kinds = architecture.kinds
     weights = [weight for kind in kinds for weight in kind.weights]
@@ -65,6 +115,7 @@ def cells_of(architecture: Architecture) -> list[str]:
         adapters(kinds),
         listed(formats),
         "yes" if full else "",
+        "yes" if name in IMAGES and image_cell(name) == "yes" else "",
         "measured" if measured else "formulas",
     ]
 

@@ -386,6 +386,9 @@ def refused_in_train(train: TrainConfig) -> Refusals:
     if train.loss_watchdog_threshold is None and train.loss_watchdog_patience != 3:
         yield "loss_watchdog_patience= has no effect without train.loss_watchdog_threshold; set both"
     yield from positive(train, _POSITIVE)
+    if train.micro_batch > train.global_batch:
+        what = f"is more than the sequences of a step, train.global_batch={train.global_batch}, and would be padded"
+        yield f"micro_batch= {what} with empty ones; set {{field}}={train.global_batch} or less"
     if not isinstance(train.compile, bool):
         require_choice("train.compile", train.compile, ("auto", "true", "false"))
     yield from _objective(train)

@@ -150,6 +150,7 @@ def make_run(
     from distlora.data.prepare import prepare_run
 
     write_type(folders, model)
+    batch = sections.get("train", {}).get("global_batch", 12)
     base: dict[str, dict[str, Any]] = {
         "model": {"path": str(folders / model), "new_tokens": list(new_tokens)},
         "data": {
@@ -166,7 +167,7 @@ def make_run(
         # tensor (1e-5 of a norm of 0.1); with 1e-5 one element of llama made 99 % of its tensor's error, 1.1e-5.
         "optim": {"lr": 2e-3, "eps": 1e-4},
         # Small passes cost what large ones do: by threes a run takes half the time that it takes row by row.
-        "train": {"max_steps": 6, "global_batch": 12, "micro_batch": 3, "dtype": "fp32"},
+        "train": {"max_steps": 6, "global_batch": batch, "micro_batch": min(3, batch), "dtype": "fp32"},
         "tracker": {},
         # A measured step takes twice its time; it is on in test_memory_meter.py and wherever a command runs.
         "plan": {"measure": False},

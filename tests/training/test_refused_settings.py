@@ -111,6 +111,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("sft", {"train.eval_every": 5, "data.eval_fraction": 0.0}, "train.eval_every=5 needs held-out documents"),
     ("sft", {"train.eval_documents": True, "data.eval_fraction": 0.0}, "eval_documents=True needs held-out documents"),
     ("sft", {"train.epochs": 0}, "train.epochs=0.0 must be positive"),
+    ("sft", {"train.micro_batch": 9}, "train.micro_batch=9 is more than the sequences of a step, train.global_batch=8"),
     ("sft", {"train.loss_watchdog_patience": 2}, "has no effect without train.loss_watchdog_threshold"),
     ("sft", {"optim.warmup_steps": 9, "train.max_steps": 8}, r"warmup_steps=9 is more than train\.max_steps=8"),
     ("sft", {"optim.warmup_steps": 4, "optim.warmup_ratio": 0.03}, "warmup_ratio=0.03 both set the length"),

@@ -35,6 +35,8 @@ SWEPT = {
 """(name, best rate) by (model_type, hidden size, layers, vocabulary)."""
 SWEPT_ALPHA = 32
 """r x s of the adapters in that sweep."""
+FAR_ABOVE = 30
+"""Ratio to the usual rate from which a rate is warned of: the published sweeps span 75."""
 FULL_RATIO = 0.1
 """Rate of full fine-tuning, as a fraction of LoRA's."""
 
@@ -49,6 +51,17 @@ def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Set
     lr = float(f"{lr:.3g}")
     changed = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=lr))
     return changed, SettingChange(settings={"optim.lr": lr}, why=source)
+
+
+def warning_of_rate(config: Config, model: PlannedModel) -> str | None:
+    """Return a sentence about an optim.lr far above the usual one of the model and method; None for any other."""
+    usual, lr = _rate(config.adapter, config.train.objective, model)[0], config.optim.lr or 0.0
+    if lr <= FAR_ABOVE * usual:
+        return None
+    return (
+        f"WARNING: optim.lr={lr:g} is {lr / usual:,.0f} times the usual rate for this model and adapter ({usual:g}), "
+        "and training will probably diverge; leave optim.lr out to use that rate"
+    )
 
 
 def _rate(adapter: AdapterConfig, objective: str, model: PlannedModel) -> tuple[float, str]:

@@ -6,7 +6,7 @@ import pytest
 
 from distlora.architecture.shapes import ARCHITECTURES
 from distlora.config.training import DEFAULT_LR
-from distlora.planner.learning_rate import SWEPT, with_learning_rate
+from distlora.planner.learning_rate import SWEPT, warning_of_rate, with_learning_rate
 from distlora.planner.model import built_in
 from support.plan_inputs import composed
 
@@ -43,6 +43,14 @@ def test_a_rate_that_is_set_stays() -> None:
     config = composed("optim.lr=0.0003", **BASE)
     assert with_learning_rate(config, built_in("Qwen/Qwen3-8B", ARCHITECTURES["Qwen/Qwen3-8B"])) == (config, None)
     assert composed(**BASE).optim.peak_lr == DEFAULT_LR
+
+
+def test_a_rate_a_thousand_times_too_high_is_warned_of_and_a_swept_one_is_not() -> None:
+    model = built_in("Qwen/Qwen3-8B", ARCHITECTURES["Qwen/Qwen3-8B"])
+    assert warning_of_rate(composed("optim.lr=0.003", **BASE), model) is None
+    line = warning_of_rate(composed("optim.lr=0.5", **BASE), model)
+    assert line is not None
+    assert line.startswith("WARNING: optim.lr=0.5 is 1,000 times the usual rate for this model and adapter (0.0005)")
 
 
 def test_every_swept_model_that_has_a_short_name_is_found() -> None:

@@ -19,7 +19,7 @@ from distlora.config.deepspeed_file import check_deepspeed
 from distlora.config.plan import GPUS, find_gpu
 from distlora.planner import Plan, plan_of
 from distlora.planner.choose import Choice, Search, choose, resolve_auto
-from distlora.planner.learning_rate import with_learning_rate
+from distlora.planner.learning_rate import warning_of_rate, with_learning_rate
 from distlora.planner.machine import LocalHardware, Machine, machine_of, used_device
 from distlora.planner.model import PlannedModel, find_model
 from distlora.planner.report import largest, lines, needs, verdict
@@ -39,6 +39,8 @@ def decide(composed: Composed) -> Choice:
     """Return the settings of a run that is to start. Raises UserError with the nearest fit for what cannot fit."""
     choice = choices(composed)
     require_fit(choice.plan)
+    if (line := warning_of_rate(choice.config, choice.plan.model)) is not None:
+        warn(line)
     return choice
 
 

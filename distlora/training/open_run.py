@@ -146,7 +146,7 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles,
         check_matches(state, newest, identity(), reference=config.reference_setting)
         progress, line = state.progress, environment_line(state.environment, made_on)
         notes += [] if line is None else [line]
-    return OpenRun(
+    opened = OpenRun(
         folder=run_dir,
         config=config,
         loader=loader,
@@ -159,3 +159,9 @@ def open_run(run_dir: Path, config: Config, ranks: Ranks, base: CheckpointFiles,
         notes=notes,
         slot=slot,
     )
+    if opened.total_steps == 1 and train.max_steps is None and train.needs.data != "prompts":
+        notes.append(
+            f"WARNING: the whole run is one step, of {len(loader.rows):,} sequences with train.global_batch="
+            f"{train.global_batch}; lower train.global_batch, or raise train.epochs"
+        )
+    return opened

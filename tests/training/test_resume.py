@@ -265,6 +265,13 @@ def test_a_checkpoint_of_another_base_or_other_data_is_refused(folders: Path, tm
         run_until(SINGLE, run_dir=tmp_path / "run", stop_before=None)
 
 
+def test_a_run_of_one_step_is_warned_of(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"max_steps": None, "global_batch": 400, "micro_batch": 12}
+    make_run(tmp_path / "run", folders, train=settings)
+    run_until(SINGLE, run_dir=tmp_path / "run", stop_before=0)
+    assert "WARNING: the whole run is one step, of " in capsys.readouterr().out
+
+
 def resume(run_dir: Path) -> None:
     """Prepare and train as `distlora resume` does."""
     if not is_prepared(run_dir):

@@ -194,6 +194,11 @@ def test_a_run_has_its_settings_in_its_folder(place: Path, steps: Steps, capsys:
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml", "data.json", "logs", "plan.json"]
     said = capsys.readouterr().out
     assert "run folder runs/one\nplan: " in said
+    assert "try it with: distlora generate runs/one\n" in said
+    pair = {"prompt": "The capital of France is", "chosen": " Paris.", "rejected": " Rome."}
+    (place / "data.jsonl").write_text(f"{json.dumps(pair)}\n" * 20)
+    assert train("run_dir=runs/scores", "train.objective=reward", "data.format=preference") == 0
+    assert "see how it learned with: distlora report runs/scores\n" in capsys.readouterr().out
     assert json.loads((run_dir / "plan.json").read_text())["settings"]["adapter"]["r"] == 8
     assert train("run_dir=runs/one") == 2
     assert "already holds a run" in capsys.readouterr().err

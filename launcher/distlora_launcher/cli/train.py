@@ -206,5 +206,7 @@ def start_composed(choice: Choice, *, is_alone: bool = True) -> int:
     code = start_in_job(choice.plan) if is_job(config.cluster) else start_run(choice.plan)
     note_end(Path(config.run_dir), code)
     if code == DONE and is_alone:
-        say(f"try it with: distlora generate {shown(Path(config.run_dir))}")
+        run = shown(Path(config.run_dir))
+        scores = config.train.needs.labels != 0  # A reward model has no LM head to sample from.
+        say(f"see how it learned with: distlora report {run}" if scores else f"try it with: distlora generate {run}")
     return code

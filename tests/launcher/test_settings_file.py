@@ -19,6 +19,7 @@ from distlora_launcher.compose.overrides import known_models
 from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.studies.start import parse_sweep
 from support.damage import YAML_TRICKS
+from support.launcher_fakes import write_model
 
 OWN = """
 recipe: tool_calls
@@ -242,6 +243,17 @@ def test_every_command_with_settings_reads_a_file(place: Path, capsys: pytest.Ca
     assert " in the settings file is a setting of `distlora sweep`" in capsys.readouterr().err
     assert main(["data", "preview", "mine.yaml", "model.path=missing"]) == 2
     assert "missing" in capsys.readouterr().err
+
+
+def test_a_file_of_init_starts_a_rank_search(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["init", "mine.yaml"]) == 0
+    write_model(place / "model")
+    paths = ["model.path=model", "data.path=data.jsonl", "data.eval_fraction=0.1", "run_dir=search"]
+    search, _ = parse_sweep(["mine.yaml", "sweep=rank_search", *paths])
+    assert not [word for word in search.overrides if "adapter.r=" in word], "the search tries ranks"
+    typed, _ = parse_sweep(["mine.yaml", "sweep=rank_search", "adapter.r=8", *paths])
+    assert "adapter.r=8" in typed.overrides, "refused by RankSearch"
+    assert "adapter.r=16 of the settings file is not used" in capsys.readouterr().out
 
 
 def test_init_writes_a_file_that_runs_and_overwrites_none(place: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -243,6 +244,11 @@ def parse_sweep(arguments: Sequence[str]) -> tuple[Sweep, Composed]:
     options = parser.parse_args([expand_home(word) for word in arguments])
     config_dir = None if options.config_dir is None else str(Path(options.config_dir).absolute())
     words = with_file(options.words, "distlora sweep", config_dir=config_dir)
+    typed = {word for word in options.words if "=" in word}
+    if "sweep=rank_search" in words:  # A file that `distlora init` wrote sets the rank; a typed one is refused.
+        for word in [word for word in words if re.match(r"\+*adapter\.r=", word) and word not in typed]:
+            say(f"{word.lstrip('+')} of the settings file is not used: sweep=rank_search tries ranks")
+            words.remove(word)
     settings, space, shared = read_section(words, config_dir=config_dir)
     probe = compose_run([*shared, *words_of(first_cell(space))], config_dir=config_dir)
     folder = Path(probe.config.run_dir)

@@ -28,7 +28,6 @@ from distlora.planner.choose import (
 )
 from distlora.planner.machine import Machine, machine_of
 from distlora.planner.memory import Kind
-from distlora.planner.model import PlannedModel
 from distlora.system.numbers import size
 
 LEAST_LENGTH, LEAST_RANK = 256, 4
@@ -294,10 +293,11 @@ class LargerRun:
         return f"{self.what}: {size(self.total)}, {verdict}{' with other settings' if self.chosen_again else ''}"
 
 
-def larger_runs(choice: Choice, larger: tuple[str, PlannedModel] | None = None) -> list[LargerRun]:
-    """Return the needs of the next larger micro-batch, sequence length, adapter rank and model.
+def larger_runs(choice: Choice) -> list[LargerRun]:
+    """Return the needs of the next larger micro-batch, sequence length and adapter rank.
 
-    `larger` is the model's command-line override and the model. Chosen settings that do not fit are chosen again.
+    Chosen settings that do not fit are chosen again. A larger model is not among them: deriving what it is takes as
+    long as the plan that was requested.
     """
     plan, config = choice.plan, choice.config
     limit, length = plan.model.settings.get("max_position_embeddings"), 2 * config.data.sequence_length
@@ -306,22 +306,17 @@ def larger_runs(choice: Choice, larger: tuple[str, PlannedModel] | None = None) 
     tries: list[Settings] = [] if micro is None else [{"train.micro_batch": micro}]
     tries += [{"data.sequence_length": length}] if not isinstance(limit, int) or length <= limit else []
     tries += [{"adapter.r": 2 * config.adapter.r}] if config.adapter.method == "lora" else []
-    runs = [
+    return [
         _larger_run(choice, " ".join(typed(*entry) for entry in settings.items()), larger_run, settings)
         for settings in tries
         if (larger_run := plan.replan(settings)) is not None
     ]
-    if larger is not None:
-        runs.append(_larger_run(choice, larger[0], plan_of(config, larger[1], plan.machine), {}))
-    return runs
 
 
 def _larger_run(choice: Choice, what: str, plan: Plan, settings: Settings) -> LargerRun:
     quant, chooses = choice.search.config.quant, plan.config.plan.mode == "auto"
     if plan.fits is False and (chooses or quant.dense_layers == "auto"):
-        # For another model quant=auto may become another method.
-        method = plan.config.quant.method if settings else quant.method
-        config = plan.config.with_settings({"quant.method": method, "quant.dense_layers": quant.dense_layers})
+        config = plan.config.with_settings({"quant.dense_layers": quant.dense_layers})
         fixed = {*choice.search.fixed, *settings}
         search = dataclasses.replace(choice.search, config=config, model=plan.model, fixed=fixed)
         again = (choose if chooses else resolve_auto)(search).plan

@@ -18,7 +18,6 @@ from distlora.config.plan import GPUS
 from distlora.planner import Plan, suggest
 from distlora.planner.choose import Search, SettingChange, choose, typed
 from distlora.planner.machine import machine_of
-from distlora.planner.model import PlannedModel
 from distlora.planner.report import (
     assumptions,
     leverage_table,
@@ -244,27 +243,7 @@ def plan_run(settings: Sequence[str], *, config_dir: str | None = None) -> PlanR
     plan, changes = choice.plan, choice.changes
     if plan.fits is False:
         return PlanResult(plan=plan, changes=changes, near=suggest.nearest(plan))
-    return PlanResult(plan=plan, changes=changes, larger=tuple(larger_runs(choice, larger_than(plan))))
-
-
-def larger_than(plan: Plan) -> tuple[str, PlannedModel] | None:
-    """Return the next larger known model with a similar name (`model=llama3_70b` after llama3_8b), or None."""
-    known = known_models()
-    own = next((name for name, path in known.items() if path == plan.config.model.path), None)
-    if own is None:
-        return None
-    kin = [name for name in known if name.partition("_")[0] == own.partition("_")[0]]
-    larger = [name for name in kin if _billions(name) > _billions(own)]
-    if not larger:
-        return None
-    name = min(larger, key=_billions)
-    return f"model={name}", planned_model(plan.config.with_settings({"model.path": path_named(name)}))
-
-
-def _billions(name: str) -> float:
-    """Return the size in a short name, as in qwen3_0b6 and qwen3_30b_a3b; 0 without one. Others need a derivation."""
-    match = re.search(r"(\d+)b(\d*)", name)
-    return float(f"{match[1]}.{match[2] or 0}") if match else 0.0
+    return PlanResult(plan=plan, changes=changes, larger=tuple(larger_runs(choice)))
 
 
 def require_model(model: ModelConfig) -> None:

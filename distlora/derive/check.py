@@ -39,6 +39,7 @@ from distlora.derive.prove import (
     positions_of,
     proved,
     relative_error,
+    result_texts,
     save_random,
     spec_of,
 )
@@ -78,7 +79,8 @@ def run(request: CheckRequest) -> int:
 
 
 def _show(name: str, difference: float) -> None:
-    print(f"{name:30} {difference:10.1e} {bound_of(name):9.1e}", flush=True)
+    found, allowed = result_texts(name, difference)
+    print(f"{name:30} {found:>10} {allowed:>9}", flush=True)
 
 
 def _show_images(request: CheckRequest) -> None:

@@ -61,7 +61,7 @@ BOUNDS = {
     "packed loss": (1e-6, "the losses of documents are added in another order"),
     "packed gradients": (2e-6, "so are their gradients"),
     "one document per sequence": (2e-5, "a padded document is multiplied in other blocks than alone"),
-    "three steps": (-1e-4, "the loss of a batch falls when it is trained on"),
+    "loss falls in three steps": (-1e-4, "the loss of a batch falls when it is trained on"),
     "PEFT adapter": (0.0, "PEFT finds each tensor of a saved adapter, and no other"),
     "PEFT logits": (2e-5, "PEFT sums in another order"),
     "PEFT gradients": (1e-5, "PEFT sums in another order"),
@@ -126,12 +126,26 @@ def measure(small: Architecture, config: Mapping[str, Any], place: str, seed: in
 
 def failed(model_type: str, name: str, difference: float) -> UserError:
     """Return the error for a check that fails."""
-    bound, reason = BOUNDS[re.sub(r"rank \d+", "each rank", name)]
+    reason = BOUNDS[re.sub(r"rank \d+", "each rank", name)][1]
+    found, allowed = result_texts(name, difference)
+    if bound_of(name) < 0:
+        what = f"the loss falls by {found} of itself, and must fall by {allowed}"
+    else:
+        what = f"the difference is {found}, and at most {allowed} is allowed"
     return UserError(
-        f"{model_type} fails the check {name!r} on a small model with random weights: the difference is "
-        f"{difference:.1e}, and at most {bound:.1e} is allowed, because {reason}; set {{model.path}} to another model, "
-        "or run `distlora check MODEL` for the results of all checks"
+        f"{model_type} fails the check {name!r} on a small model with random weights: {what}, because {reason}; set "
+        "{model.path} to another model, or run `distlora check MODEL` for the results of all checks"
     )
+
+
+def result_texts(name: str, difference: float) -> tuple[str, str]:
+    """Return the result of a check and its bound as texts.
+
+    A negative bound is one of the loss, which must fall by that much or more; `1.9e-02` and `>=1.0e-04` are falls. Any
+    other difference is at most its bound.
+    """
+    bound = bound_of(name)
+    return (f"{-difference:.1e}", f">={-bound:.1e}") if bound < 0 else (f"{difference:.1e}", f"{bound:.1e}")
 
 
 def save_random(small: Architecture, config: Mapping[str, Any], place: str, folder: Path, seed: int) -> None:
@@ -237,7 +251,7 @@ def differences(small: Architecture, folder: Path) -> Iterator[tuple[str, float]
         yield from _forward_checks(ours, theirs)
     yield from _gradient_checks(ours, theirs)
     yield from _packing_checks(ours)
-    yield "three steps", _three_steps(ours)
+    yield "loss falls in three steps", _three_steps(ours)
 
 
 def weights_difference(ours: CausalLM, theirs: Any) -> float:

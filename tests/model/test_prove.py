@@ -17,7 +17,16 @@ from distlora.architecture.spec import Architecture, kept_text
 from distlora.config import TrainConfig, UserError
 from distlora.derive import check
 from distlora.derive.probes import probe
-from distlora.derive.prove import BOUNDS, load_ours, load_theirs, measure, proved, save_random, weights_difference
+from distlora.derive.prove import (
+    BOUNDS,
+    failed,
+    load_ours,
+    load_theirs,
+    measure,
+    proved,
+    save_random,
+    weights_difference,
+)
 from distlora.derive.shrink import shrink
 from distlora.training import worker
 from support.family_models import SINGLE
@@ -55,7 +64,17 @@ def test_the_command_checks_with_peft_and_on_ranks(
     rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines() if "e-" in line or "e+" in line]
     expected = ["PEFT logits", *(f"adapter of rank {rank}" for rank in range(ranks) if ranks > 1)]
     assert {name.strip() for name, _, _ in rows} >= set(expected)
-    assert all(float(difference) <= float(allowed) for _, difference, allowed in rows)
+    falls = {name.strip(): (found, bound) for name, found, bound in rows if bound.startswith(">=")}
+    assert falls.keys() == {"loss falls in three steps"}
+    assert float(falls["loss falls in three steps"][0]) >= 1e-4
+    others = [(difference, allowed) for _, difference, allowed in rows if not allowed.startswith(">=")]
+    assert all(float(difference) <= float(allowed) for difference, allowed in others)
+
+
+def test_a_loss_that_does_not_fall_is_named_as_such() -> None:
+    error = str(failed("llama", "loss falls in three steps", -2e-5))
+    assert "the loss falls by 2.0e-05 of itself, and must fall by >=1.0e-04, because the loss of a batch falls" in error
+    assert "the difference is 3.0e-05, and at most 2.0e-05 is allowed" in str(failed("llama", "logits", 3e-5))
 
 
 @pytest.mark.ci

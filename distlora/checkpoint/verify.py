@@ -27,6 +27,7 @@ from distlora.run_folder.layout import (
     CHECKPOINTS,
     COMPILED_NAME,
     DATA_NAME,
+    EVAL_ANSWERS_NAME,
     METRICS_NAME,
     PLAN_NAME,
     PUBLISHED,
@@ -34,9 +35,9 @@ from distlora.run_folder.layout import (
     STATE_NAME,
     SUMMARY_NAME,
     TRAINER_NAME,
+    answers_files,
     fault,
     read_record,
-    rollout_files,
     step_of,
     steps,
 )
@@ -98,13 +99,14 @@ def verify(run_dir: Path) -> Iterator[Item]:
         (CHECKPOINTS, _checkpoints(run_dir, config)),
         ("results", _results(run_dir, None if config is None else config.adapter)),
         (METRICS_NAME, _files(run_dir)),
-        (ROLLOUTS_NAME, _rollouts(run_dir)),
+        (ROLLOUTS_NAME, _answers(run_dir / ROLLOUTS_NAME)),
+        (EVAL_ANSWERS_NAME, _answers(run_dir / EVAL_ANSWERS_NAME)),
     ):
         try:
             yield from items
         except (UserError, OSError) as error:  # The other checks go on.
             yield Item(name, "damaged", str(error))
-    for folder in (run_dir, run_dir / CHECKPOINTS, run_dir / ROLLOUTS_NAME):
+    for folder in (run_dir, *(run_dir / name for name in (CHECKPOINTS, ROLLOUTS_NAME, EVAL_ANSWERS_NAME))):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if _LEFT_OVER.fullmatch(path.name):
                 message = "left by a process that was killed while writing; delete it, or resume the run"
@@ -256,16 +258,16 @@ def _files(run_dir: Path) -> Iterator[Item]:
                 yield Item(name, "damaged", str(error))
 
 
-def _rollouts(run_dir: Path) -> Iterator[Item]:
+def _answers(folder: Path) -> Iterator[Item]:
     """Read the files of sampled answers, which a resume does not need."""
     counts = []
-    for path in rollout_files(run_dir).values():
+    for path in answers_files(folder).values():
         try:
             counts.append(sum(1 for _ in read_file(path, "", "auto")))
         except UserError as error:
-            yield Item(f"{ROLLOUTS_NAME}/{path.name}", "damaged", f"{error}; or delete it: no step needs it")
+            yield Item(f"{folder.name}/{path.name}", "damaged", f"{error}; or delete it: no step needs it")
     if counts:
-        yield Item(ROLLOUTS_NAME, "ok", f"{sum(counts):,} answers of {len(counts):,} rollouts")
+        yield Item(folder.name, "ok", f"{sum(counts):,} answers in {len(counts):,} files")
 
 
 def _is_locked(run_dir: Path) -> bool:

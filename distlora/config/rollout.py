@@ -76,7 +76,7 @@ class RolloutConfig:
 
     keep: int = 100
     """Number of newest rollouts whose answers, with rewards and advantages, are kept in RUN/rollouts, a parquet file
-    each. 0: none."""
+    each, and of newest evaluations in RUN/eval_answers. 0: none."""
 
     @property
     def steps(self) -> int:

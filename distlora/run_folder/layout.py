@@ -6,6 +6,7 @@
                                     adapter=full), trainer.safetensors (optimizer), state.json, manifest.json (SHA-256);
                                     rollout.safetensors of answers that the next steps train on
     RUN/rollouts/step_00000101.parquet  sampled answers and their rewards, by the first step that trains on them
+    RUN/eval_answers/step_00000100.parquet  answers to held-out prompts, by the steps done before
 
 A checkpoint is written to a temporary folder, synced and renamed, so a name `step_*` always stands for a complete one.
 The manifest reveals later damage.
@@ -34,13 +35,15 @@ ROLLOUT_NAME = "rollout.safetensors"
 """The answers that the next steps of online reinforcement learning train on."""
 ROLLOUTS_NAME = "rollouts"
 """Folder of the sampled answers that a person reads."""
+EVAL_ANSWERS_NAME = "eval_answers"
+"""Folder of the answers to the held-out prompts."""
 ROLLOUT_ADAPTER_NAME = "rollout_adapter"
 """Folder of the adapter that a vLLM server samples with (rollout.url)."""
 ROLLOUT_ID_NAME = "rollout_id.txt"
 """Random id in the names that this run's adapters have on the server: other runs may have a folder of the same name."""
 
 _STEP = re.compile(r"step_(\d{8,})")
-_ROLLOUT = re.compile(r"step_(\d{8,})\.parquet")
+_ANSWERS = re.compile(r"step_(\d{8,})\.parquet")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY, _REPLACED = ".tmp", ".old"
 
@@ -64,16 +67,15 @@ def steps(checkpoints: Path) -> list[Path]:
     return sorted((path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name)), key=step_of)
 
 
-def rollout_file(run_dir: Path, first: int) -> Path:
-    """Return the file of the sampled answers whose first step is `first` (counted from 1)."""
-    return run_dir / ROLLOUTS_NAME / f"step_{first:08d}.parquet"
+def answers_file(folder: Path, step: int) -> Path:
+    """Return the file of this step in RUN/rollouts or RUN/eval_answers."""
+    return folder / f"step_{step:08d}.parquet"
 
 
-def rollout_files(run_dir: Path) -> dict[int, Path]:
-    """Return the files of sampled answers by their first step, oldest first."""
-    folder = run_dir / ROLLOUTS_NAME
+def answers_files(folder: Path) -> dict[int, Path]:
+    """Return the files in RUN/rollouts or RUN/eval_answers by step, oldest first."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    return dict(sorted((int(match[1]), path) for path in paths if (match := _ROLLOUT.fullmatch(path.name))))
+    return dict(sorted((int(match[1]), path) for path in paths if (match := _ANSWERS.fullmatch(path.name))))
 
 
 def temporary_folder(folder: Path) -> Path:

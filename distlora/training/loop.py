@@ -195,11 +195,10 @@ class Trainer(Passes):
         """Compute the mean held-out loss and metrics over all held-out units, or of the answers to held-out prompts."""
         trial = self.trial
         if trial.rollouts is not None:
-            figures, samples, answers = trial.rollouts.evaluate(trial.progress.step)
-            if answers is not None:
-                figures |= self._means_of([answers])
-            trial.evaluated(figures)
-            trial.reporter.samples(trial.progress.step, samples)
+            found = trial.rollouts.evaluate(trial.progress.step)
+            more = {} if found.answers is None else self._means_of([found.answers])
+            trial.evaluated(found.figures | more)
+            trial.reporter.samples(trial.progress.step, found.samples, found.notable)
             return
         if trial.documents is not None:
             trial.documents.begin()

@@ -4,7 +4,8 @@ Every rank constructs a `Reporter` and calls it alike; only rank 0 writes. A lin
 "time": seconds since 1970, ...}` with the metrics of a training step or of a held-out evaluation (`eval_loss`); numbers
 that JSON cannot hold (NaN, infinity) are null. Twenty lines of a mixture of experts also have `expert_tokens`
 (run_folder/expert_load.py), the load of each expert in all steps so far. RUN/samples.jsonl holds generated samples,
-`{"step", "prompt", "text"}`.
+`{"step", "prompt", "text"}`, and the best, worst and changed answers of evaluations with rewards, which also have
+`category` and `reward`.
 """
 
 from __future__ import annotations
@@ -112,17 +113,25 @@ class Reporter:
         """Return whether this rank writes and has no samples of that step yet."""
         return self._writes and step not in self._sampled
 
-    def samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
-        """Record samples after `step` steps: (prompt, text) pairs. A repeated step adds none."""
+    def samples(self, step: int, samples: Sequence[tuple[str, str]], notable: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Record samples after `step` steps: (prompt, text) pairs. A repeated step adds none.
+
+        `notable`: the best, worst and changed answers of an evaluation (training/rollout_files.py).
+        """
         if not self.lacks_samples(step):
             return
         self._sampled.add(step)
         lines = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
-        self._append(self._samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        written = [*lines, *({"step": step, **answer} for answer in notable)]
+        self._append(self._samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written))
         for prompt, text in samples:
             self._display.say(f"after step {step}: {_shortened(prompt, 40)} -> {_shortened(text, 80)}")
         rows = [list(line.values()) for line in lines]
         self._trackers.each(lambda tracker: tracker.log_table(step, "samples", ["step", "prompt", "text"], rows))
+        if notable:
+            columns = ["category", "reward", "prompt", "text", "reward_before", "before"]
+            answers = [[step, *map(answer.get, columns)] for answer in notable]
+            self._trackers.each(lambda tracker: tracker.log_table(step, "answers", ["step", *columns], answers))
 
     def event(self, text: str) -> None:
         """Print one line, which is not kept with the metrics."""

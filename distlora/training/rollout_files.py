@@ -1,72 +1,105 @@
-"""Write RUN/rollouts: the sampled answers and their rewards, for a person to read; a parquet file per rollout.
+"""Write RUN/rollouts and RUN/eval_answers: answers and their rewards, for a person to read, as parquet files.
 
 Letters: N answers, G answers of a group (of one prompt).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distlora.data.files import write_parquet
-from distlora.run_folder.layout import rollout_file, rollout_files
+from distlora.data.files import read_file, write_parquet
+from distlora.run_folder.layout import answers_file, answers_files
 from distlora.system import atomic_io
 from distlora.system.exit_codes import require_package
 
 if TYPE_CHECKING:
     from distlora.training.rollouts import Rollout
 
+NOTABLE = 3
+"""Answers of each category that are shown of an evaluation."""
 
-class RolloutFiles:
-    """The newest `keep` rollouts of a run. Every rank makes one, and the rank that writes calls `write`."""
 
-    def __init__(self, run_dir: Path, keep: int, *, done: int, writes: bool) -> None:
-        """Remove the files of rollouts that a run which continues after `done` steps samples again.
+class AnswerFiles:
+    """The newest `keep` files of answers in a folder. Every rank makes one, and the rank that writes calls `write`."""
+
+    def __init__(self, folder: Path, keep: int, *, done: int, writes: bool) -> None:
+        """Remove the files of steps that a run which continues after `done` steps does again.
 
         Raises UserError if pyarrow is missing.
         """
         if keep > 0:
             require_package("pyarrow", f"rollout.keep={keep}", otherwise=", or set rollout.keep=0")
-        self._run_dir, self._keep, self.writes = run_dir, keep, writes and keep > 0
-        if not writes:
-            return
-        for first, path in rollout_files(run_dir).items():
-            if first > done:
+        self.folder, self._keep, self.writes = folder, keep, writes and keep > 0
+        for step, path in answers_files(folder).items() if writes else ():
+            if step > done:
                 path.unlink()
 
-    def write(self, first: int, columns: dict[str, Any]) -> None:
-        """Write the answers whose first step is `first` (counted from 1), and remove the oldest files.
-
-        Raises OSError if the disk refuses it.
-        """
-        path = rollout_file(self._run_dir, first)
-        path.parent.mkdir(exist_ok=True)
+    def write(self, step: int, columns: Mapping[str, Any]) -> None:
+        """Write the answers of a step, and remove the oldest files. Raises OSError if the disk refuses it."""
+        self.folder.mkdir(exist_ok=True)
+        path = answers_file(self.folder, step)
         atomic_io.replace_file(path, lambda temporary: write_parquet(temporary, columns))
-        for old in [*rollout_files(self._run_dir).values()][: -self._keep]:
+        for old in [*answers_files(self.folder).values()][: -self._keep]:
             old.unlink()
+
+    def before(self, step: int) -> list[dict[str, Any]]:
+        """Return the answers of the newest file before a step; none without one. Raises UserError if it is damaged."""
+        older = [path for number, path in answers_files(self.folder).items() if number < step]
+        return [record.value for record in read_file(older[-1], "", "auto")] if older else []
+
+
+def notable_answers(
+    columns: Mapping[str, Any], before: Sequence[Mapping[str, Any]], prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the best and worst answers of an evaluation, and those whose reward has changed most, NOTABLE of each.
+
+    `columns` are those of `columns_of`, `before` the rows of the evaluation before, `prompts` (N,) texts to show. A row
+    has category, reward, prompt and text; a changed one also reward_before and before. Answers that all have one reward
+    are neither best nor worst.
+    """
+    now = zip(columns["group"], columns["reward"].tolist(), columns["completion"], strict=True)
+    scored = [
+        {"reward": reward, "prompt": prompts[group], "text": text, "group": group}
+        for group, reward, text in now
+        if not np.isnan(reward)
+    ]
+    ranked = sorted(scored, key=lambda answer: answer["reward"])
+    count = min(NOTABLE, len(ranked) // 2) if ranked and ranked[0]["reward"] < ranked[-1]["reward"] else 0
+    rows = [{"category": "best", **answer} for answer in ranked[::-1][:count]]
+    rows += [{"category": "worst", **answer} for answer in ranked[:count]]
+    old = {answer["group"]: answer for answer in before if "reward" in answer}
+    changed = [
+        {"category": "changed", **answer, "reward_before": earlier["reward"], "before": earlier["completion"]}
+        for answer in scored
+        if (earlier := old.get(answer["group"])) is not None and earlier["completion"] != answer["text"]
+    ]
+    rows += sorted(changed, key=lambda row: -abs(row["reward"] - row["reward_before"]))[:NOTABLE]
+    return [{name: value for name, value in row.items() if name != "group"} for row in rows]
 
 
 def columns_of(
+    step: int,
     rollout: Rollout,
     totals: np.ndarray,
-    advantages: np.ndarray,
+    advantages: np.ndarray | None,
     names: Sequence[str],
     group: int,
     tokenizer: Any,
 ) -> dict[str, Any]:
-    """Return the columns of N answers; NaN where an answer is left out or a reward does not apply.
+    """Return the columns of the N answers of a step; NaN where an answer is left out or a reward does not apply.
 
-    `totals` and `advantages` (N,), `names` of the rewards. Prompts are decoded with special tokens, as the model reads
-    them, and answers without, as rewards do.
+    `totals` and `advantages` (N,), None for answers that are not trained on; `names` of the rewards. Prompts are
+    decoded with special tokens, as the model reads them, and answers without, as rewards do.
     """
     wholes = np.split(rollout.tokens, np.cumsum(rollout.prompt_lengths + rollout.lengths)[:-1])
     parts = [np.split(whole, [size]) for whole, size in zip(wholes, rollout.prompt_lengths.tolist(), strict=True)]
     prompts = [tokenizer.decode(prompt) for prompt, _ in parts[::group]]
     columns: dict[str, Any] = {
-        "step": np.full(len(rollout), int(rollout.step) + 1),
+        "step": np.full(len(rollout), step),
         "group": np.arange(len(rollout)) // group,
         "prompt": [prompts[index // group] for index in range(len(rollout))],
         "completion": [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in parts],
@@ -74,7 +107,9 @@ def columns_of(
         "ended": rollout.ended == 1,
     }
     if names:
-        columns |= {"reward": totals, "advantage": np.where(np.isnan(totals), np.nan, advantages)}
+        columns["reward"] = totals
+        if advantages is not None:
+            columns["advantage"] = np.where(np.isnan(totals), np.nan, advantages)
         columns |= {f"rewards/{name}": rollout.rewards[:, number] for number, name in enumerate(names)}
         columns["failed"] = rollout.failed == 1
     return columns

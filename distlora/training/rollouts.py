@@ -29,11 +29,11 @@ from distlora.generation.sampling import Request
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.rewards.pool import RewardInput, RewardPool
-from distlora.run_folder.layout import ROLLOUT_NAME, ROLLOUTS_NAME
+from distlora.run_folder.layout import EVAL_ANSWERS_NAME, ROLLOUT_NAME, ROLLOUTS_NAME
 from distlora.training.objectives.grpo import advantages_of, deviations_of_rows, means_of_rows
 from distlora.training.open_run import OpenRun
 from distlora.training.publish import publish_result
-from distlora.training.rollout_files import RolloutFiles, columns_of
+from distlora.training.rollout_files import AnswerFiles, columns_of, notable_answers
 from distlora.training.served_engine import ServedEngine, start_served_engine
 from distlora.weights.reader import TORCH_DTYPES, Reader
 
@@ -227,6 +227,19 @@ class RewardsFailedError(RuntimeError):
     """Report that no answer has had a reward for rollout.max_failed_steps steps."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """An evaluation on held-out prompts."""
+
+    figures: dict[str, float]
+    samples: list[tuple[str, str]]
+    """The first SHOWN prompts with their answers."""
+    notable: list[dict[str, Any]]
+    """Rows of `notable_answers`, on the rank that writes."""
+    answers: StepBatch | None
+    """All answers, of which an objective without rewards computes the loss; None for others."""
+
+
 @dataclass(eq=False)
 class RolloutLoader:
     """Answers of each step, with the interface of StepLoader. Every rank calls it alike.
@@ -249,8 +262,10 @@ class RolloutLoader:
     progress: RunProgress
     """Progress of the run, which keeps the engine's choice for a resume."""
     log: Callable[[str], None]
-    files_to_read: RolloutFiles
+    sampled: AnswerFiles
     """RUN/rollouts, which shows a person what was sampled."""
+    evaluated: AnswerFiles
+    """RUN/eval_answers."""
     rollout: Rollout | None = None
     """The newest rollout; of a resumed run what the checkpoint held."""
     peak_bytes: int = 0
@@ -286,21 +301,26 @@ class RolloutLoader:
             self.rollout, _ = self._answers(
                 self.prompts, rows, settings.num_generations, settings.temperature, seed, step
             )
-            if self.files_to_read.writes:
-                self._write_to_read(self.rollout)
+            if self.sampled.writes:
+                totals = self.rollout.totals(self.config.data.reward_weights)
+                advantages = advantages_of(totals, settings.num_generations, settings.scale_rewards)
+                columns = self._columns(step + 1, self.rollout, totals, advantages, settings.num_generations)
+                self._write(self.sampled, step + 1, columns)
             self._figures["rollout/seconds"] = time.monotonic() - began
         return self.rollout
 
-    def _write_to_read(self, rollout: Rollout) -> None:
-        """Write the answers of a rollout to RUN/rollouts. If the disk refuses them, say so and continue."""
-        settings, names = self.config.rollout, self.config.data.rewards
-        totals = rollout.totals(self.config.data.reward_weights)
-        advantages = advantages_of(totals, settings.num_generations, settings.scale_rewards)
-        columns = columns_of(rollout, totals, advantages, names, settings.num_generations, self.encoder.tokenizer)
+    def _columns(
+        self, step: int, rollout: Rollout, totals: np.ndarray, advantages: np.ndarray | None, group: int
+    ) -> dict[str, Any]:
+        names, tokenizer = self.config.data.rewards, self.encoder.tokenizer
+        return columns_of(step, rollout, totals, advantages, names, group, tokenizer)
+
+    def _write(self, files: AnswerFiles, step: int, columns: Mapping[str, Any]) -> None:
+        """Write the answers of a step. If the disk refuses them, say so and continue."""
         try:
-            self.files_to_read.write(int(rollout.step) + 1, columns)
+            files.write(step, columns)
         except OSError as error:
-            self.log(f"WARNING: sampled answers could not be written to {ROLLOUTS_NAME} ({error}). Training continues")
+            self.log(f"WARNING: answers could not be written to {files.folder} ({error}). Training continues")
 
     def batch(self, step: int) -> StepBatch:
         """Return this rank's micro-batches of a step (from 0)."""
@@ -370,11 +390,10 @@ class RolloutLoader:
         if (path := checkpoint / ROLLOUT_NAME).is_file():
             self.rollout = Rollout.read(path)
 
-    def evaluate(self, step: int) -> tuple[dict[str, float], list[tuple[str, str]], StepBatch | None]:
-        """Return the metrics of answers to the held-out prompts, the first SHOWN prompts with their answers, and all.
+    def evaluate(self, step: int) -> Evaluation:
+        """Answer the held-out prompts, and return the metrics of the answers.
 
         eval_loss is the negative mean reward, as that is what the objective minimizes; there is none without a reward.
-        An objective without rewards computes it from all answers, which others do not get (None).
         """
         assert self.held_out is not None
         rows = np.arange(len(self.held_out.rows))
@@ -385,12 +404,24 @@ class RolloutLoader:
             figures.pop(name, None)
         loss = {"loss": -figures["reward"]} if self.config.train.needs.rewards and "reward" in figures else {}
         figures, self._figures = {**loss, **figures, **self._figures}, {}
-        shown = [(_text_of(self._record(self.held_out, row)["prompt"]), texts[row]) for row in range(len(texts))]
+        prompts = [_text_of(self._record(self.held_out, row)["prompt"]) for row in rows.tolist()]
+        notable: list[dict[str, Any]] = []
+        if self.backend.writes:
+            columns = self._columns(step, rollout, totals, None, 1)
+            if self.config.data.rewards:
+                notable = notable_answers(columns, self.evaluated.before(step), prompts)
+            if self.evaluated.writes:
+                self._write(self.evaluated, step, columns)
         batch = None
         if not self.config.train.needs.rewards:
             alone = replace(self.config.rollout, num_generations=1)
             batch = self._packed(rollout, np.arange(len(rollout)), np.zeros(len(rollout)), alone)
-        return {f"eval_{name}": value for name, value in figures.items()}, shown, batch
+        return Evaluation(
+            figures={f"eval_{name}": value for name, value in figures.items()},
+            samples=list(zip(prompts, texts, strict=False)),
+            notable=notable,
+            answers=batch,
+        )
 
     def _answers(
         self,
@@ -534,6 +565,12 @@ def open_rollouts(
             served = start_served_engine(config.rollout.url, run_dir, ends, publish, backend)
             engine = stack.enter_context(contextlib.closing(served))
         pool = stack.enter_context(RewardPool(config.data, log=log, moved=watch.moved))
+        sampled, evaluated = (
+            AnswerFiles(
+                Path(config.run_dir) / name, config.rollout.keep, done=opened.progress.step, writes=backend.writes
+            )
+            for name in (ROLLOUTS_NAME, EVAL_ANSWERS_NAME)
+        )
         loader = RolloutLoader(
             opened.loader,
             opened.eval_loader,
@@ -545,9 +582,8 @@ def open_rollouts(
             boundary=boundary,
             progress=opened.progress,
             log=log,
-            files_to_read=RolloutFiles(
-                Path(config.run_dir), config.rollout.keep, done=opened.progress.step, writes=backend.writes
-            ),
+            sampled=sampled,
+            evaluated=evaluated,
         )
         if opened.newest is not None:
             loader.restore(opened.newest)

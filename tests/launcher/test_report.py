@@ -106,6 +106,26 @@ def test_the_first_chart_of_a_run_with_rewards_is_the_reward_with_its_spread(tmp
     assert not any("reward_std" in chart for chart in charts)
 
 
+def test_the_best_worst_and_changed_answers_of_each_evaluation_are_shown(tmp_path: Path) -> None:
+    run = make_folder(tmp_path / "run")
+    changed = {"category": "changed", "reward": 0.75, "reward_before": 0.125, "before": "I think 41"}
+    rows = [
+        {"step": 10, "prompt": "6 x 7?", "text": "I think 41", "category": "worst", "reward": 0.125},
+        {"step": 20, "prompt": "6 x 7?", "text": "42 " * 400, **changed},
+    ]
+    damaged = rows[0] | {"reward": "x"}
+    write_lines(run / "samples.jsonl", [{"step": 20, "prompt": "Hello", "text": "world"}, damaged, *rows])
+    page = reported(run)
+    text = " ".join(page.text.split())
+    assert "1 line is not a sample, and skipped" in text
+    newest, older = text.index("after step 20 reward before"), text.index("after step 10 reward before")
+    shown = text[newest:older]
+    assert "changed 0.75 0.125 6 x 7? 42 42" in shown
+    assert "... (1,200 characters) I think 41" in shown
+    assert "worst 0.125 6 x 7? I think 41" in text[older:]
+    assert text.count("6 x 7?") == 2, "no samples of train.sample_prompts"
+
+
 def test_the_page_is_one_file_that_loads_and_runs_nothing(tmp_path: Path) -> None:
     run = make_folder(tmp_path / "run")
     page = reported(run)

@@ -22,15 +22,21 @@ from distlora.checkpoint.state import load_state
 from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.data.files import read_file
 from distlora.data.rows import open_split
 from distlora.generation.remote import ServerError
 from distlora.loading.peft_format import adapter_tensors
 from distlora.parallel import Backend, Ranks
-from distlora.run_folder.layout import ROLLOUT_NAME, rollout_file, rollout_files, steps
+from distlora.run_folder.layout import (
+    EVAL_ANSWERS_NAME,
+    ROLLOUT_NAME,
+    ROLLOUTS_NAME,
+    answers_file,
+    answers_files,
+    steps,
+)
 from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
-from distlora.training.rollout_files import RolloutFiles
+from distlora.training.rollout_files import AnswerFiles, notable_answers
 from distlora.training.rollouts import RewardsFailedError, Rollout, advantages_of, pack_answers
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
@@ -252,9 +258,9 @@ def of_steps(run_dir: Path) -> list[dict[str, Any]]:
 def test_sampled_answers_are_kept_with_their_rewards(whole: Path) -> None:
     import pyarrow.parquet
 
-    assert list(rollout_files(whole)) == [1, 5]
+    assert list(answers_files(whole / ROLLOUTS_NAME)) == [1, 5]
     logged = {line["step"]: line for line in of_steps(whole)}
-    for first, path in rollout_files(whole).items():
+    for first, path in answers_files(whole / ROLLOUTS_NAME).items():
         columns = pyarrow.parquet.read_table(path).to_pydict()
         count, rewards = len(columns["step"]), columns["reward"]
         assert {*columns["step"]} == {first}
@@ -271,16 +277,34 @@ def test_sampled_answers_are_kept_with_their_rewards(whole: Path) -> None:
         assert not any(columns["failed"])
 
 
-def test_only_the_newest_rollouts_are_kept_and_a_resume_removes_later_ones(tmp_path: Path) -> None:
-    files = RolloutFiles(tmp_path, 2, done=0, writes=True)
+def test_only_the_newest_files_of_answers_are_kept_and_a_resume_removes_later_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "answers"
+    files = AnswerFiles(folder, 2, done=0, writes=True)
     for first in (1, 5, 9):
         files.write(first, {"step": [first], "reward": np.array([np.nan])})
-    assert list(rollout_files(tmp_path)) == [5, 9]
-    assert [record.value for record in read_file(rollout_file(tmp_path, 9), "", "auto")] == [{"step": 9}]
-    RolloutFiles(tmp_path, 2, done=8, writes=False)
-    assert list(rollout_files(tmp_path)) == [5, 9]
-    RolloutFiles(tmp_path, 0, done=8, writes=True)
-    assert list(rollout_files(tmp_path)) == [5]
+    assert list(answers_files(folder)) == [5, 9]
+    assert files.before(9) == [{"step": 5}]
+    assert files.before(5) == []
+    AnswerFiles(folder, 2, done=8, writes=False)
+    assert list(answers_files(folder)) == [5, 9]
+    AnswerFiles(folder, 0, done=8, writes=True)
+    assert list(answers_files(folder)) == [5]
+
+
+def test_the_best_worst_and_most_changed_answers_are_found() -> None:
+    rewards = np.array([0.5, 0.0, 1.0, np.nan, 0.25, 0.5])
+    columns = {"group": np.arange(6), "reward": rewards, "completion": list("abcdef")}
+    before = [{"group": 0, "reward": 0.0, "completion": "x"}, {"group": 1, "reward": 0.75, "completion": "y"}]
+    before += [{"group": 2, "reward": 0.9, "completion": "c"}, {"group": 4, "completion": "no reward"}]
+    rows = notable_answers(columns, before, list("ABCDEF"))
+    found = [(row["category"], row["prompt"], row["text"], row["reward"]) for row in rows]
+    assert found == [
+        *(("best", "C", "c", 1.0), ("best", "F", "f", 0.5), ("worst", "B", "b", 0.0), ("worst", "E", "e", 0.25)),
+        *(("changed", "B", "b", 0.0), ("changed", "A", "a", 0.5)),
+    ]
+    assert [(row["before"], row["reward_before"]) for row in rows[4:]] == [("y", 0.75), ("x", 0.0)]
+    equal = columns | {"reward": np.full(6, 0.5)}
+    assert [row["category"] for row in notable_answers(equal, before[:1], list("ABCDEF"))] == ["changed"]
 
 
 def test_a_run_counts_staleness_and_its_first_steps_have_the_samplers_probabilities(whole: Path) -> None:
@@ -300,7 +324,13 @@ def test_a_run_counts_staleness_and_its_first_steps_have_the_samplers_probabilit
     assert [line["step"] for line in evaluations] == [0, 3, 6]
     assert all(line["eval_loss"] == -line["eval_reward"] for line in evaluations)
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == sorted([0, 3, 6] * (len(samples) // 3))
+    firsts = [sample["step"] for sample in samples if "category" not in sample]
+    assert firsts == sorted([0, 3, 6] * (len(firsts) // 3))
+    assert list(answers_files(whole / EVAL_ANSWERS_NAME)) == [0, 3, 6]
+    best = [sample for sample in samples if sample.get("category") == "best"]
+    assert best
+    assert all(re.search("[aeiou]{2}", sample["text"]) and sample["reward"] == 1 for sample in best)
+    assert {sample["step"] for sample in samples if sample.get("category") == "changed"} == {3, 6}
 
 
 @pytest.mark.parametrize("stop_before", [ci(1), ci(4), 5])
@@ -318,17 +348,20 @@ def test_a_killed_run_goes_on_with_the_same_answers_and_bits(
     assert states[0].progress.sampling == states[1].progress.sampling is not None
     assert 0 < states[0].progress.sampling.blocks < 10
     assert of_steps(tmp_path / "run") == of_steps(whole)
-    written = [[path.read_bytes() for path in rollout_files(run_dir).values()] for run_dir in (tmp_path / "run", whole)]
-    assert written[0] == written[1]
-    assert len(written[0]) == 2
+    for name, count in ((ROLLOUTS_NAME, 2), (EVAL_ANSWERS_NAME, 3)):
+        files = [answers_files(run_dir / name).values() for run_dir in (tmp_path / "run", whole)]
+        written = [[path.read_bytes() for path in paths] for paths in files]
+        assert written[0] == written[1]
+        assert len(written[0]) == count
+    assert (tmp_path / "run/samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
 
 
 def test_verify_finds_no_fault_in_a_run_and_answers_that_are_cut_off(whole: Path, tmp_path: Path) -> None:
     assert [(item.name, item.message) for item in verify(whole) if item.state == "damaged"] == []
     assert any(item.name.startswith("checkpoints/") and item.state == "ok" for item in verify(whole))
-    assert "40 answers of 2 rollouts" in [item.message for item in verify(whole)]
+    assert "40 answers in 2 files" in [item.message for item in verify(whole)]
     shutil.copytree(whole, tmp_path / "run")
-    path = rollout_file(tmp_path / "run", 5)
+    path = answers_file(tmp_path / "run" / ROLLOUTS_NAME, 5)
     path.write_bytes(path.read_bytes()[:-100])
     assert [item.name for item in verify(tmp_path / "run") if item.state == "damaged"] == [f"rollouts/{path.name}"]
 

@@ -67,7 +67,8 @@ def run_dir(tmp_path_factory):
         killed.close(STOPPED)
         resumed = make_reporter(run_dir, tracker, start_step=2)
         resumed.log(3, {"loss": 1.5})
-        resumed.samples(3, [("a|b", "c\nd")])
+        best = {"category": "best", "reward": 0.5, "prompt": "p", "text": "t"}
+        resumed.samples(3, [("a|b", "c\nd")], [best])
         resumed.evaluation(3, {"eval_loss": 3.0})
         resumed.log(4, {"loss": 1.0})
         resumed.summary({"adapter_bytes": 12, "names": ["x"]})
@@ -83,6 +84,8 @@ def test_tensorboard_reads_each_step_once_and_the_settings(run_dir):
     read = EventAccumulator(str(run_dir / "tensorboard"))
     read.Reload()
     assert {tag: [(e.step, e.value) for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]} == EXPECTED
+    (answers,) = read.Tensors("answers/text_summary")
+    assert b"| 3 | best | 0.5 | p | t | None | None |" in answers.tensor_proto.string_val[0]
     (samples,) = read.Tensors("samples/text_summary")
     assert samples.step == 3
     assert b"| 3 | a\\|b | c d |" in samples.tensor_proto.string_val[0]

@@ -78,7 +78,10 @@ _STATE: Shape = {
     "environment?": ENVIRONMENT,
     "identity?": {"base_fingerprint?": str, "data_digest?": str},
 }
-_SAMPLE: Shape = {"step": int, "prompt": str, "text": str}
+_SAMPLE: Shape = {"step": int, "prompt": str, "text": str} | {
+    **{f"{name}?": _TEXT for name in ("category", "before")},
+    **{f"{name}?": _NUMBER for name in ("reward", "reward_before")},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,12 @@ class WrittenSample:
     step: int
     prompt: str
     text: str
+    category: str | None = None
+    """best, worst or changed, of an answer to a held-out prompt that has a reward."""
+    reward: float | None = None
+    reward_before: float | None = None
+    before: str | None = None
+    """Answer of the evaluation before, and its reward, of a changed one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +264,8 @@ def _samples(path: Path, problems: list[str]) -> list[WrittenSample]:
         try:
             entry = parse_object(line, "", "")
             check_shape(entry, _SAMPLE, "", "")
-            samples.append(WrittenSample(step=entry["step"], prompt=entry["prompt"], text=entry["text"]))
+            known = (name.removesuffix("?") for name in _SAMPLE)
+            samples.append(WrittenSample(**{name: entry[name] for name in known if name in entry}))
         except UserError:
             damaged += number < len(lines) - 1  # The last may be cut off.
     if damaged:

@@ -33,6 +33,8 @@ from distlora_launcher.terminal.output import say, shown, warn
 
 MAX_SAMPLES, MAX_PROMPTS = 12, 40
 """Samples per prompt, the first and the last among them, and prompts."""
+MAX_EVALUATIONS, MAX_CHARACTERS = 10, 600
+"""Evaluations whose best, worst and changed answers are shown, and characters of each."""
 NO_DEFAULT = "no default"
 
 _MERGED_CATEGORIES = {
@@ -88,7 +90,8 @@ def run_report(run: RunRecords, status: PageStatus) -> str:
         plan_note=_plan_note(run),
         comparison=_comparison(run),
         experts=_experts(run),
-        samples=_samples(run.samples),
+        answers=list(_answers(run.samples)),
+        samples=_samples([sample for sample in run.samples if sample.category is None]),
         settings=None if run.config is None else _settings(settings_by_name(run.config)),
         sources=_sources(run.data),
         saved=_saved(run),
@@ -377,6 +380,26 @@ def _experts(run: RunRecords) -> dict[str, Any] | None:
     unused = f"No token chose {count:,} of {sum(map(len, load.values())):,} experts." if count else ""
     columns = ["layer", "busiest expert", "over the mean", "no token", "load"]
     return {"step": step, "table": Table("", columns, rows), "unused": unused}
+
+
+def _answers(samples: Sequence[WrittenSample]) -> Iterator[Table]:
+    """Yield the best, worst and changed answers of each evaluation, the newest first."""
+    columns = {"": "", "reward": ".4g", "before": ".4g", "prompt": "", "answer": "", "answer before": ""}
+    by_step: dict[int, list[WrittenSample]] = {}
+    for sample in samples:
+        if sample.category is not None:
+            by_step.setdefault(sample.step, []).append(sample)
+    for step, answers in sorted(by_step.items(), reverse=True)[:MAX_EVALUATIONS]:
+        rows = [
+            [answer.category, answer.reward, "" if answer.reward_before is None else answer.reward_before]
+            + [_cut(text) for text in (answer.prompt, answer.text, answer.before or "")]
+            for answer in answers
+        ]
+        yield Table(f"after step {step:,}", columns, rows)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ... ({len(text):,} characters)"
 
 
 def _samples(samples: Sequence[WrittenSample]) -> list[tuple[str, list[WrittenSample], int]]:

@@ -99,6 +99,8 @@ _MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "tool_calls", *_S
 """Keys of a message that are read, whatever the template reads besides."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of a content's parts that are text, in the words of OpenAI's APIs."""
+_LIFTED = {"reasoning": "reasoning_content", "tool_call": "tool_calls"}
+"""Key of a message that holds the parts of a type (LLaMA-Factory V1, whose parts are {"type", "value"})."""
 _MASKS = frozenset(("mask", "loss_mask", "response_mask", "completion_mask", "assistant_masks", "train_detail"))
 MEDIA_KEYS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 NOT_TRAINED = {
@@ -125,6 +127,8 @@ ALPACA_WITHOUT_INPUT = (
 )
 """The prompts of github.com/tatsu-lab/stanford_alpaca, with the newline at the end that LLaMA-Factory has."""
 _GOOD_CALL = 'a good call: {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}'
+_CALL = "a part of the type 'tool_call' that"
+_GOOD_PART = 'a good part: {"type": "tool_call", "value": "{\\"name\\": \\"weather\\", \\"arguments\\": {}}"}'
 _GOOD_TOOL = 'a good one: {"type": "function", "function": {"name": "weather", "parameters": {...}}}'
 
 
@@ -259,7 +263,12 @@ def read_record(record: SourceRecord, format: str, reading: ReadOptions, refused
         )
     for key in FORMATS[format].required:
         if key not in value:
-            raise UserError(f"{place}: no {key!r} among its keys: {listed(value)}; {good(format)}")
+            other = next(
+                (name for name, keys in FORMATS.items() if name != "prompt_only" and value.keys() >= {*keys.required}),
+                None,
+            )
+            cure = f"; set data.format={other}, which reads them" if other else ""
+            raise UserError(f"{place}: no {key!r} among its keys: {listed(value)}{cure}; {good(format)}")
     return value
 
 
@@ -350,6 +359,7 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
     if "role" not in message:
         raise UserError(f"{where} has no 'role' among its keys: {listed(message)}; {good}")
     role = expect(message["role"], str, f"{where}: 'role'", good)
+    message = _lifted(message, where)
     if role not in ROLES:
         raise UserError(f"{where} has the role {role!a}{nearest(role, ROLES)}; use one of {', '.join(ROLES)}. {good}")
     kept = {key: item for key, item in message.items() if item is not None}
@@ -371,6 +381,30 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
     return kept
 
 
+def _lifted(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a message with its parts of _LIFTED under the keys that templates read."""
+    parts = message["content"] if isinstance(message.get("content"), list) else []
+    moved = {
+        kind: [part.get("value") for part in parts if isinstance(part, dict) and part.get("type") == kind]
+        for kind in _LIFTED
+    }
+    if not any(moved.values()):
+        return message
+    for kind, key in _LIFTED.items():
+        if moved[kind] and message.get(key):
+            raise UserError(f"{where}: {key!r} stands beside a part of the type {kind!r}; leave one of them out")
+    texts = [expect(text, str, f"{where}: a part of the type 'reasoning'", _GOOD_PART) for text in moved["reasoning"]]
+    calls = [
+        parse_string(
+            expect(call, str, f"{where}: a part of the type 'tool_call'", _GOOD_PART), where, _CALL, _GOOD_PART
+        )
+        for call in moved["tool_call"]
+    ]
+    rest = [part for part in parts if not isinstance(part, dict) or part.get("type") not in _LIFTED]
+    lifted = {"content": rest or (None if calls else ""), "tool_calls": calls, "reasoning_content": "".join(texts)}
+    return message | {key: item for key, item in lifted.items() if key == "content" or item}
+
+
 def _content(message: dict[str, Any], where: str, good: str, *, required: bool) -> str | list[dict[str, Any]] | None:
     """Return a message's text, joined from its parts; or those, with images. None only where tool calls stand in."""
     content = message.get("content")
@@ -390,8 +424,10 @@ def _part(part: Any, where: str) -> str | dict[str, Any]:
     """Return the text of a part of a message's content, or an image part in canonical form."""
     if isinstance(part, str):
         return part
-    if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in _TEXT_PARTS:
-        text: str = part["text"]
+    text = None
+    if isinstance(part, dict):  # Arrow writes the other key as null.
+        text = part.get("value") if part.get("text") is None else part["text"]
+    if isinstance(text, str) and part.get("type", "text") in _TEXT_PARTS:
         return text
     if isinstance(part, dict) and part.get("type") in PART_TYPES:
         return image_part(part)
@@ -437,8 +473,7 @@ def _sharegpt_turn(turn: dict[str, Any], where: str, good: str) -> dict[str, Any
         if key not in turn:
             raise UserError(f"{where} has no {key!r} among its keys: {listed(turn)}; {good}")
     speaker, value = turn["from"], turn["value"]
-    value = joined_parts([_part(part, where) for part in value]) if isinstance(value, list) else value
-    expect(value, type(value) if isinstance(value, list) else str, f"{where}: 'value'", good)
+    expect(value, list if isinstance(value, list) else str, f"{where}: 'value'", good)
     if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         words = ", ".join(SHAREGPT_ROLES)
         raise UserError(

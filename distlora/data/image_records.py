@@ -21,7 +21,7 @@ PART_TYPES = ("image", "image_url", "input_image")
 """Types of a content's parts that are images, in the words of OpenAI's APIs and of Hugging Face."""
 MARKER = "<image>"
 """Text that stands for an image in the data of LLaVA and LLaMA-Factory."""
-_PART_KEYS = ("image", "image_url", "path", "url", "base64", "bytes")
+_PART_KEYS = ("image", "image_url", "path", "url", "base64", "bytes", "value")
 """Keys of an image part that may hold the image."""
 
 

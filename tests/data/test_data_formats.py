@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from distlora.data.formats import (
 from distlora.data.sources import head_with_key
 from support.data_folders import chat
 
+DATA_PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": None}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
@@ -269,6 +272,60 @@ def test_content_may_be_parts_of_text():
     assert canonical(message(content=parts), "chat") == message(content="abcd")
     turns = {"conversations": [{"from": "human", "value": parts}]}
     assert canonical(turns, "sharegpt") == message(content="abcd")
+
+
+def test_parts_of_llamafactory_v1_are_what_templates_read():
+    call = {"type": "tool_call", "value": json.dumps(CALL["function"])}
+    parts = [{"type": "reasoning", "value": "Hm."}, {"type": "text", "value": "Wait.", "text": None}, call, call]
+    read = {"role": "assistant", "content": "Wait.", "reasoning_content": "Hm.", "tool_calls": [CALL, CALL]}
+    assert canonical(message("assistant", parts), "chat") == {"messages": [read]}
+    turns = {"conversations": [{"from": "gpt", "value": parts[:1]}, {"from": "gpt", "value": parts[2:3]}]}
+    first, second = canonical(turns, "sharegpt")["messages"]
+    assert (first["content"], second["content"]) == ("", None)
+    for broken, reason in (
+        ([{"type": "tool_call", "value": "rain"}], "a part of the type 'tool_call' that is not JSON"),
+        ([{"type": "tool_call", "value": {}}], "a part of the type 'tool_call' is an object, not a string"),
+        ([{"type": "reasoning"}], "a part of the type 'reasoning' is null, not a string"),
+        ([{"type": "video_url", "value": "a.mp4"}], "a part of 'content' is of the type 'video_url'; only texts"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            canonical(message("assistant", broken), "chat")
+    with pytest.raises(UserError, match="'reasoning_content' stands beside a part of the type 'reasoning'"):
+        canonical(message("assistant", parts, reasoning_content="Hm."), "chat")
+
+
+SECTION = DATA_PAGE.read_text().partition("### Data sets of LLaMA-Factory and TRL")[2].partition("## Images")[0]
+TABLE = re.findall(r"^\| ([^|`]+) \| `(\{.*\})` \| ([a-z].*) \|$", SECTION, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "text", "read_as"), TABLE, ids=[name for name, *_ in TABLE])
+def test_forms_of_llamafactory_and_trl_are_read_as_the_page_says(name, text, read_as, tmp_path):
+    reading = ReadOptions(judged="kto" in read_as)
+    value = record(json.loads(text))
+    format = resolve_format(value, "auto", reading)
+    convert = to_answers if reads(format, reading) else to_document
+    if read_as.startswith("refused"):
+        with pytest.raises(UserError, match=re.escape(read_as.split("`")[1])):
+            convert(value, format, True, reading)
+        if "data.images" not in read_as:
+            return
+        (tmp_path / "a.png").touch()
+        reading, read_as = ReadOptions(images=True, image_root=tmp_path), format
+    document = convert(value, format, True, reading)
+    assert format == read_as.partition(",")[0]
+    assert not document.unread, "every key has a meaning"
+
+
+def test_the_table_has_every_form_of_llamafactory_and_trl():
+    assert len(TABLE) == 28
+
+
+def test_a_wrong_format_names_the_one_that_fits():
+    turns = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "tools": "[]"}
+    with pytest.raises(
+        UserError, match=r"no 'messages' among its keys: .*; set data\.format=sharegpt, which reads them; a good"
+    ):
+        canonical(turns, "chat")
 
 
 def test_reasoning_under_another_key_is_reasoning_content_and_can_be_ignored():

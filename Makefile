@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A test run starts hundreds of Python processes; without .pyc files each compiles our modules for 0.3 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ci test-all test-documents test-llama-cpp chaos fuzz audit lint format slurm-shell gpu-wheels gpu-dry-run clean
+.PHONY: demo test test-ci test-all test-documents test-examples test-llama-cpp chaos fuzz audit lint format slurm-shell gpu-wheels gpu-dry-run clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -21,14 +21,18 @@ test: $(READY)
 test-ci: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'ci and not slow'
 
-# All tests, including those that take minutes. Not in CI.
+# All tests, including those that take minutes, but the examples. Not in CI.
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m ''
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not examples'
 
 # Every command of docs/tutorial.md, with its output: about ten minutes. Set DISTLORA_CACHE=~/.cache/distlora after a demo to use its
 # model. Not in CI.
 test-documents: $(READY)
-	$(BIN)/python -m pytest -m slow tests/docs/test_tutorial.py
+	$(BIN)/python -m pytest -m 'slow and not examples' tests/docs/test_shown_output.py
+
+# Every command of examples/, with its output: half an hour. Not in CI, nor in test-all. The demo's model as above.
+test-examples: $(READY)
+	$(BIN)/python -m pytest -m examples tests/docs/test_shown_output.py
 
 # GGUF files loaded by llama.cpp, which is built from source (three minutes the first time). Not in CI.
 test-llama-cpp: $(READY)

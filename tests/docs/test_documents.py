@@ -1,7 +1,8 @@
 """The commands, links, settings and files in the documents exist, and the commands run as far as their workers.
 
 A command that needs a GPU, the Hub, SLURM or wandb says so in its comment (`documents.py`). `document_stage.py` makes
-the folder in which the commands are typed. `make test-documents` runs the tutorial in real processes.
+the folder in which the commands are typed. `make test-documents` runs the tutorial in real processes, `make
+test-examples` the examples.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from support.small_models import read_metrics
 from tools import settings_page
 from tools.chaos import DISTLORA
 
-FOLDERS = ("benchmarks", "distlora", "kernels", "launcher", "conf", "tests", "slurm", "docs")
+FOLDERS = ("benchmarks", "distlora", "kernels", "launcher", "conf", "tests", "slurm", "docs", "examples")
 PYTHON_FILES = {str(path) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
 DOCUMENTS = documents()
 WITH_COMMANDS = [

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+import transformers
 
 from distlora.config import Config
 from distlora.config.base import is_hub_name
@@ -61,9 +62,12 @@ class StartsError(BaseException):
 
 def make_stage(folder: Path) -> Path:
     """Models, data of each kind, a finished run, what was merged of it, and a PATH without SLURM and drivers."""
-    write_model_folder(folder / MODELS[0], "llama", max_position_embeddings=131072)
+    write_model_folder(folder / MODELS[0], "llama", max_position_embeddings=131072, vocab_size=1024)
     for name in MODELS[1:]:
         shutil.copytree(folder / MODELS[0], folder / name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / BASE)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)  # The demo's model has them.
+    tokenizer.save_pretrained(folder / BASE)
     write_trainable(folder / "Qwen3-VL-2B-Instruct", "qwen3_vl")
     chats = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}] for n in range(30)]
     write_lines(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
@@ -78,6 +82,7 @@ def make_stage(folder: Path) -> Path:
     for document in documents():
         for name, text in named_files(document).items():
             (folder / name).write_text(text)
+    copy_examples(folder)
     (folder / "wikipedia.txt").write_text("An article.\n" * 40)
     (folder / "prompts.txt").write_text("What is a list?\nWhat is a tuple?\n")
     write_text_file(folder / "text.jsonl")
@@ -94,6 +99,13 @@ def make_stage(folder: Path) -> Path:
     for program in ("bash", "env", "c++"):
         (folder / "bin" / program).symlink_to(shutil.which(program) or "/bin/bash")
     return folder
+
+
+def copy_examples(folder: Path) -> None:
+    """Copy the examples without what their commands have made, and link docs/, which one of them reads."""
+    made = shutil.ignore_patterns("runs", "model", "data", "*.jsonl")
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=made)
+    (folder / "docs").symlink_to(ROOT / "docs")
 
 
 def write_lines(path: Path, records: Sequence[Any]) -> None:
@@ -155,6 +167,7 @@ class Shell:
     """The shell of one document: its variables, and what its commands have made so far, which later ones name."""
 
     def __init__(self) -> None:
+        self._stage = Path.cwd()
         self._variables: dict[str, str] = {}
         self._made: list[Path] = []
 
@@ -164,7 +177,7 @@ class Shell:
 
     def run(self, command: Command) -> str | None:
         """Type a command in the working folder; what is wrong with it, None where nothing is."""
-        text = expanded(command.text.replace(MADE_BASE, BASE), self._variables)
+        text = expanded(command.text.replace(MADE_BASE, str(self._stage / BASE)), self._variables)
         assignment = assigned(text)
         if assignment is not None:
             self._variables[assignment[0]] = " ".join(shlex.split(assignment[1]))
@@ -173,6 +186,11 @@ class Shell:
         while "=" in words[0]:  # NAME=value before a command.
             words = words[1:]
         program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
+        if program == "cd" and rest[0].startswith("examples/"):
+            os.chdir(self._stage / rest[0])
+            return None
+        if program == "python" and Path.cwd() != self._stage:  # An example makes its data.
+            return failure(text)
         if program in IN_OWN_SHELL:
             return unknown_extra(rest) if program == "pip" else None
         if program == "make":
@@ -200,9 +218,10 @@ class Shell:
             self._copy("MERGED", f"{words[1]}/merged")
 
     def _copy(self, source: str, to: str) -> None:
-        if not Path(to).exists():
-            shutil.copytree(source, to)
-            self._made.append(Path(to))
+        path = Path(to).absolute()
+        if not path.exists():
+            shutil.copytree(self._stage / source, path)
+            self._made.append(path)
 
 
 def completed(command: Command, words: Sequence[str]) -> list[str]:
@@ -241,6 +260,12 @@ def typed(command: Command, words: Sequence[str]) -> int:
             return 0
         except SystemExit as ended:
             return int(ended.code or 0)
+
+
+def failure(text: str) -> str | None:
+    """Run a command in bash. Return what it says if it fails."""
+    finished = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    return finished.stderr if finished.returncode else None
 
 
 def unknown_target(words: Sequence[str]) -> str | None:

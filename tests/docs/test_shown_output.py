@@ -1,7 +1,7 @@
-"""The tutorial from its first command to its last, as a stranger types it, in an empty folder.
+"""The tutorial and the examples from the first command to the last, as a stranger types them, in a new folder.
 
-What it promises in a block of text stands in the output of the commands before it, line by line and in order. Figures
-stand for any of their form, since machines and Pythons differ; `...` stands for anything.
+What a document promises in a block of text stands in the output of the commands before it, line by line and in order.
+Figures stand for any of their form, since machines and Pythons differ; `...` stands for anything.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from pathlib import Path
 import pytest
 
 from conftest import CALLERS_CACHE
-from support.documents import Block, blocks, commands_of
+from support.document_stage import copy_examples
+from support.documents import Block, blocks, commands, commands_of, documents
 
-TUTORIAL = "docs/tutorial.md"
+EXAMPLES = [
+    name for name in documents() if name.startswith("examples/") and not any(item.mark for item in commands(name))
+]
+"""Examples whose commands this node can run."""
 INSTALLED = "source .venv/bin/activate"
 """Command that is done before."""
 SECONDS = 900
@@ -41,13 +45,17 @@ def pattern(promised: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
-def test_every_line_of_the_tutorial_is_as_promised(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "document", ["docs/tutorial.md", *(pytest.param(name, marks=pytest.mark.examples) for name in EXAMPLES)]
+)
+def test_every_line_of_a_document_is_as_promised(document: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment["DISTLORA_CACHE"] = CALLERS_CACHE or str(tmp_path / "cache")
-    (tmp_path / "hour").mkdir()
+    copy_examples(tmp_path)
+    folder = tmp_path
     output: list[str] = []
-    for block in blocks(TUTORIAL):
+    for block in blocks(document):
         if block.info == "text":
             assert_promised(block, output)
             continue
@@ -56,12 +64,15 @@ def test_every_line_of_the_tutorial_is_as_promised(tmp_path: Path) -> None:
             text = command.text
             if text == INSTALLED:
                 continue
+            if text.startswith("cd "):
+                folder /= text.removeprefix("cd ")
+                continue
             name, _, value = text.partition("=")
             if re.fullmatch(r"[a-z]+", name):
                 text = f"printf %s {value}"
             finished = subprocess.run(
                 ["bash", "-c", text],
-                cwd=tmp_path / "hour",
+                cwd=folder,
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE if text.startswith("printf") else subprocess.STDOUT,
@@ -81,5 +92,5 @@ def assert_promised(block: Block, output: list[str]) -> None:
     rest = iter(output)
     for number, promised in enumerate(block.lines, start=block.line):
         wanted = re.compile(pattern(promised))
-        said = "\n".join(output)
-        assert any(wanted.fullmatch(line.strip()) for line in rest), f"{TUTORIAL}:{number}: {promised}\nnot in\n{said}"
+        place = f"{block.document}:{number}: {promised}"
+        assert any(wanted.fullmatch(line.strip()) for line in rest), "\n".join([place, "not in", *output])

@@ -32,7 +32,7 @@ _FREE = {
     "train": "teacher micro_batch accumulate checkpointing mlp_tile attention deterministic_attention "
     "fused_kernels compile log_every eval_every evals_per_epoch eval_documents save_every saves_per_epoch save_minutes "
     "save_in_background loss_watchdog_threshold loss_watchdog_patience keep verify sample_every sample_prompts "
-    "sample_tokens",
+    "sample_images sample_tokens",
     "rollout": "max_failed_steps eval_temperature url max_logprob_difference keep",
 }
 """Settings of these sections that may change on resume: they change the result by rounding at most."""

@@ -76,7 +76,7 @@ def check_settings(config: Config, sections: Collection[str] | None = None) -> N
         *(_full(adapter, config.quant, config.parallel, config.optim, train) if adapter.method == "full" else ()),
         *_base(adapter, config.quant, config.parallel),
         *_objective(adapter, config.model, data, train),
-        *(_with_images(adapter, config.model, train) if data.images else ()),
+        *(_with_images(adapter, config.model, train) if data.images else _without_images(train)),
         *(_sampling(adapter, config.model, data, train, rollout) if train.needs.data == "prompts" else ()),
         *(_not_sampling(train, rollout) if train.needs.data != "prompts" else ()),
         *_length(data, config.optim, train, rollout, config.plan.tokens),
@@ -255,6 +255,11 @@ def _with_images(adapter: AdapterConfig, model: ModelConfig, train: TrainConfig)
             f"{name} with {setting}: embeddings of images are put in the places of tokens, which are found by the "
             "embedding as it is stored, so embedding and LM head stay as they are; leave one of them out"
         )
+
+
+def _without_images(train: TrainConfig) -> Refusals:
+    if train.sample_images:
+        yield "train.sample_images needs a run that takes images; set data.images=true, or leave it out"
 
 
 def _not_sampling(train: TrainConfig, rollout: RolloutConfig) -> Refusals:

@@ -227,6 +227,8 @@ class TrainConfig:
     """Steps between samples: answers to sample_prompts, written to RUN/samples.jsonl and to the tracker; null: none."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts to sample from; each is a user turn if the tokenizer has a chat template."""
+    sample_images: tuple[str, ...] = ()
+    """Image files, one for each of sample_prompts in their order ("": none), before the prompt or at its <image>."""
     sample_tokens: int = 64
     """Most tokens per sample."""
 
@@ -409,6 +411,11 @@ def refused_in_train(train: TrainConfig) -> Refusals:
             yield f"{name}= needs evaluations during training; set train.eval_every"
     if (train.sample_every is None) != (not train.sample_prompts):
         yield "train.sample_every and train.sample_prompts belong together; set both or neither"
+    if train.sample_images and len(train.sample_images) != len(train.sample_prompts):
+        yield (
+            f"sample_images= names {len(train.sample_images)} images for {len(train.sample_prompts)} prompts; name one "
+            'for each of train.sample_prompts, or "" for none'
+        )
 
 
 def _objective(train: TrainConfig) -> Refusals:

@@ -127,7 +127,7 @@ class ImageTensors:
 
     def __init__(self, model_dir: Path, data: DataConfig, names: Sequence[str]) -> None:
         """`names`: those of the tensors that the model takes."""
-        self._processor, self._names = ImageProcessor(model_dir, data), tuple(names)
+        self.processor, self._names = ImageProcessor(model_dir, data), tuple(names)
 
     def __call__(self, image: bytes) -> dict[str, Tensor]:
         """Return the tensors of an encoded image, on the CPU: a pure function, from any thread."""
@@ -135,9 +135,9 @@ class ImageTensors:
 
         with open_image(image, "an image of the prepared data") as opened:
             pixels = ImageOps.exif_transpose(opened).convert("RGB")
-        if (size := self._processor.resized(pixels.size)) != pixels.size:
+        if (size := self.processor.resized(pixels.size)) != pixels.size:
             pixels = pixels.resize(size)
-        made, _ = self._processor(pixels)
+        made, _ = self.processor(pixels)
         return {name: made[name] for name in self._names if name in made}
 
 

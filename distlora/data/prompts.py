@@ -4,6 +4,7 @@ Imports no torch: the command refuses a broken file, or a flag out of range, bef
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from distlora.config import UserError, require
 from distlora.data.files import read_file
 from distlora.data.formats import check_chat
-from distlora.data.image_records import refuse_images
+from distlora.data.image_records import COLUMNS, images_of, with_images
 from distlora.data.json_values import kind_name, listed
 
 _GOOD = 'a good line: {"prompt": "What is a list?"} or {"messages": [{"role": "user", "content": "What is a list?"}]}'
@@ -19,7 +20,7 @@ _GOOD = 'a good line: {"prompt": "What is a list?"} or {"messages": [{"role": "u
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A prompt: a text, or the messages of a conversation that the assistant is to answer."""
+    """A prompt: a text, or the messages of a conversation that the assistant is to answer, perhaps with images."""
 
     place: str
     """Place in the file, for messages to the user."""
@@ -31,13 +32,29 @@ class Prompt:
         """Return its part of a line of the result."""
         if self.text is not None:
             return {"prompt": self.text}
-        return {"messages": list(self.messages)} | ({"tools": list(self.tools)} if self.tools else {})
+        messages = [message | {"content": _written(message.get("content"))} for message in self.messages]
+        return {"messages": messages} | ({"tools": list(self.tools)} if self.tools else {})
+
+
+def asked(place: str, messages: Sequence[dict[str, Any]], image: str | None) -> Prompt:
+    """Return a conversation, with the file of an image before its first message of the user, or at its `<image>`."""
+    if image is not None:
+        messages = with_images({"messages": list(messages)}, {"image": image}, place, Path())["messages"]
+    return Prompt(place=place, messages=tuple(messages))
+
+
+def _written(content: Any) -> Any:
+    """Return a content as JSON can hold it: without the bytes of images."""
+    if not isinstance(content, list):
+        return content
+    return [part | {"image": "bytes"} if isinstance(part.get("image"), bytes) else part for part in content]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Return the prompts of a file: lines of a text file, or {"prompt"} or {"messages"} of a jsonl file.
 
-    Raises UserError for a file that is absent, empty or of another kind, and for a broken line.
+    Images are in parts of a content or in "images", as in data (docs/data.md); relative paths begin at the file's
+    folder. Raises UserError for a file that is absent, empty or of another kind, and for a broken line.
     """
     require(path.suffix in (".txt", ".jsonl"), f"--prompts={path} ends in {path.suffix!r}; name a .txt or .jsonl file")
     require(path.is_file(), f"--prompts={path} is not a file; name a .txt or .jsonl file")
@@ -48,10 +65,10 @@ def read_prompts(path: Path) -> list[Prompt]:
     require(bool(records), f"--prompts={path} holds no prompt; write one per line")
     if path.suffix == ".txt":
         return [Prompt(place=record.place, text=record.value["text"]) for record in records]
-    return [_prompt(record.place, record.value) for record in records]
+    return [_prompt(record.place, record.value, path.parent) for record in records]
 
 
-def _prompt(place: str, value: Any) -> Prompt:
+def _prompt(place: str, value: Any, folder: Path) -> Prompt:
     require(isinstance(value, dict), f"{place} is {kind_name(value)}, not an object; {_GOOD}")
     keys = {"prompt", "messages"} & value.keys()
     require(bool(keys), f"{place} has neither 'prompt' nor 'messages' among its keys: {listed(value)}; {_GOOD}")
@@ -59,9 +76,12 @@ def _prompt(place: str, value: Any) -> Prompt:
     if "prompt" in value:
         text = value["prompt"]
         require(isinstance(text, str), f"{place}: 'prompt' is {kind_name(text)}, not a string; {_GOOD}")
-        return Prompt(place=place, text=text)
+        if not any(value.get(key) for key in COLUMNS):
+            return Prompt(place=place, text=text)
+        value = value | {"messages": [{"role": "user", "content": text}]}
     chat = check_chat(value, place, _GOOD)
-    refuse_images(chat["messages"], place, "write the prompt as text")
+    if images_of(chat["messages"]) or any(value.get(key) for key in COLUMNS):
+        chat = with_images(chat, value, place, folder)
     last = chat["messages"][-1]["role"]
     require(last != "assistant", f"{place}: the last message is the assistant's own; end with what it is to answer")
     return Prompt(place=place, messages=tuple(chat["messages"]), tools=tuple(chat.get("tools", ())))
@@ -99,7 +119,8 @@ class GenerateRequest:
     system: str | None = None
     """TEXT: system message for every conversation without one."""
     image: str | None = None
-    """FILE: image before the first message of each conversation, for a run with data.images=true."""
+    """FILE: image before the first message of each conversation, for a run with data.images=true. Prompts of a .jsonl
+    file name their own: "images": [FILE]."""
     # Through the chat template (--chat), as text to continue (--raw), or as the run was trained; a system message and
     # messages ask for the template themselves.
     as_chat: bool | None = None
@@ -120,8 +141,8 @@ class GenerateRequest:
         )
         require(
             self.image is None or self.prompts is None,
-            f"--image={self.image} belongs to a chat or to the lines of stdin; --prompts takes text alone; leave one "
-            "of them out",
+            f"--image={self.image} belongs to a chat or to the lines of stdin, and each of --prompts names its own; "
+            'leave --image out and write {"prompt": "What is this?", "images": ["cat.png"]}',
         )
         require(
             self.image is None or self.as_chat is not False,

@@ -13,11 +13,12 @@ from distlora.architecture.tokens import load_tokenizer
 from distlora.config import ModelConfig, UserError
 from distlora.data.chat_template import ChatTemplate, start_tokens
 from distlora.data.encoding import tokenize
-from distlora.data.image_records import with_images
-from distlora.data.images import ImageProcessor, ImageText
+from distlora.data.image_records import images_of
+from distlora.data.images import ImageTensors, ImageText
 from distlora.data.prompts import Prompt
 from distlora.data.turns import Conversation
 from distlora.model.build import CausalLM
+from distlora.model.images import ProcessedImage
 
 
 def context_limit(model: CausalLM) -> int:
@@ -40,9 +41,8 @@ def context_limit(model: CausalLM) -> int:
 class PromptEncoder:
     """Encode prompts as the model was trained: through the chats' template, or as plain text if it saw no chats.
 
-    `data` is RUN/data.json. as_chat=True always uses the template, False always plain text. `image`: the file of an
-    image before the first message of the user, for a `processor`. Raises UserError for a tokenizer that cannot be
-    loaded or lacks a requested template.
+    `data` is RUN/data.json. as_chat=True always uses the template, False always plain text. `image_tensors`: for
+    prompts with images. Raises UserError for a tokenizer that cannot be loaded or lacks a requested template.
     """
 
     def __init__(
@@ -52,8 +52,7 @@ class PromptEncoder:
         data: Mapping[str, Any],
         *,
         as_chat: bool | None = None,
-        image: str | None = None,
-        processor: ImageProcessor | None = None,
+        image_tensors: ImageTensors | None = None,
     ) -> None:
         folder = base.path
         self.tokenizer = load_tokenizer(Path(folder), base.new_tokens, base.special_tokens)
@@ -63,8 +62,8 @@ class PromptEncoder:
             self.template = ChatTemplate(self.tokenizer, folder, source=data["chat_template"])
         self._eot_tokens = data.get("settings", {}).get("eot_tokens", [])
         self._limit = context_limit(model)
-        self._image = image
-        self._image_text = None if processor is None else ImageText(processor, self.tokenizer)
+        self._image_tensors = image_tensors
+        self._image_text = None if image_tensors is None else ImageText(image_tensors.processor, self.tokenizer)
         self._stops = _as_set(model.decoder.config.eos_token_id)  # type: ignore[union-attr, arg-type]
         # The tokens that training puts in front of a text, without others that the tokenizer would add (an end token).
         self._start = start_tokens(self.tokenizer)
@@ -78,12 +77,10 @@ class PromptEncoder:
             messages = list(prompt.messages) if prompt.text is None else [{"role": "user", "content": prompt.text}]
             if system is not None and messages[0]["role"] not in ("system", "developer"):
                 messages.insert(0, {"role": "system", "content": system})
-            if self._image is not None:
-                record = {"images": [self._image]}
-                messages = with_images({"messages": messages}, record, prompt.place, Path())["messages"]
             self.template.check_tools(prompt.place, messages, prompt.tools)
             text = self.template.render(prompt.place, messages, prompt.tools, prompt=True)
-            ids = self._tokenize(text) if self._image_text is None else self._with_image(prompt.place, text)
+            images = images_of(messages)
+            ids = self._with_images(prompt.place, text, images) if images else self._tokenize(text)
         else:
             if prompt.text is None:
                 raise UserError(
@@ -100,10 +97,17 @@ class PromptEncoder:
             )
         return ids
 
-    def _with_image(self, place: str, text: str) -> list[int]:
-        assert self._image_text is not None, "an image without a processor"
-        assert self._image is not None, "a processor without an image"
-        conversation = Conversation(place, text, (), marked=False, inverse=False, images=(self._image,))
+    def images(self, prompt: Prompt) -> list[ProcessedImage]:
+        """Return the tensors of a prompt's images, in the order of their places."""
+        images = images_of(prompt.messages)
+        if not images:
+            return []
+        assert self._image_tensors is not None, "a prompt with images for a model of text"
+        return [self._image_tensors(i if isinstance(i, bytes) else Path(i).read_bytes()) for i in images]
+
+    def _with_images(self, place: str, text: str, images: tuple[str | bytes, ...]) -> list[int]:
+        assert self._image_text is not None, "a prompt with images for a model of text"
+        conversation = Conversation(place, text, (), marked=False, inverse=False, images=images)
         expanded, placed = self._image_text.expand(conversation)
         batch = tokenize(self.tokenizer, [expanded.text])
         tokens = np.array(batch.input_ids[0], np.int32)

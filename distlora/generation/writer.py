@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,15 +62,18 @@ class Generator(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, model: CausalLM, backend: Backend, images: Sequence[ProcessedImage] = ()) -> None:
-        """`images`: those of every prompt, in the order of their placeholders; each prompt then runs alone."""
+    def __init__(self, model: CausalLM, backend: Backend) -> None:
         super().__init__(copy.deepcopy(model.decoder.config))  # type: ignore[arg-type]
         # transformers would copy use_cache=false from config.json, which training leaves there and which is slow.
         self.generation_config = GenerationConfig()
         self.causal_lm = model
         self.backend = backend
-        self.images = images
+        self._images: Sequence[ProcessedImage] = ()
         self._grid_shift: int | None = None
+
+    def look_at(self, images: Sequence[ProcessedImage]) -> None:
+        """Take the images of the next prompt, in the order of their placeholders. With any, it runs alone."""
+        self._images, self._grid_shift = images, None
 
     def forward(
         self,
@@ -101,12 +104,12 @@ class Generator(PreTrainedModel, GenerationMixin):
 
     def _images_of(self, input_ids: Tensor, position_ids: Tensor) -> Images | None:
         """Return the images of a prompt (1, T), and keep how they shift later positions; None for a later token."""
-        if not self.images or int(position_ids[0, 0]) > 0:
+        if not self._images or int(position_ids[0, 0]) > 0:
             return None
         model, ids, positions = self.causal_lm, input_ids.cpu(), position_ids.cpu()
         assert model.image_layout is not None, "images for a model that was built for text"
         is_image = ids == model.image_layout.token_id
-        images = Images.of([self.images], is_image, ids, positions, model.merger, input_ids.device)
+        images = Images.of([self._images], is_image, ids, positions, model.merger, input_ids.device)
         if images is not None and images.grid is not None:
             self._grid_shift = int(images.grid.max()) + 1 - ids.shape[1]
         return images
@@ -117,10 +120,13 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     *,
+    images: Sequence[ProcessedImage] = (),
     streamer: BaseStreamer | None = None,
     stopping: StoppingCriteriaList | None = None,
 ) -> list[Completion]:
-    """Continue a batch of prompts (token ids), each shorter than `context_limit`."""
+    """Continue a batch of prompts (token ids), each shorter than `context_limit`, or a single one with images."""
+    assert not images or len(prompts) == 1, "images of several prompts"
+    generator.look_at(images)
     longest = max(map(len, prompts))
     device, pad = generator.backend.ranks.device, settings.pad_token_id
     input_ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
@@ -150,11 +156,17 @@ def generate_all(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     stopping: StoppingCriteriaList | None = None,
+    images: Iterable[Sequence[ProcessedImage]] | None = None,
 ) -> Iterator[list[Completion]]:
     """Return completions of any number of prompts, in order, one batch at a time.
 
-    A prompt near the context limit runs alone, so that it does not shorten others.
+    A prompt near the context limit runs alone, so that it does not shorten others. `images`: those of each prompt, and
+    each runs alone then; None: there are none.
     """
+    if images is not None:
+        for prompt, own in zip(prompts, images, strict=True):
+            yield generate(generator, [prompt], settings, images=own, stopping=stopping)
+        return
     roomy = context_limit(generator.causal_lm) - settings.max_new_tokens
     start = 0
     while start < len(prompts):
@@ -184,18 +196,10 @@ class _Criterion(StoppingCriteria):
 class Writer:
     """Completes prompts with one model. Every rank calls it alike."""
 
-    def __init__(
-        self,
-        model: CausalLM,
-        backend: Backend,
-        tokenizer: Any,
-        *,
-        compiled: bool | None = None,
-        images: Sequence[ProcessedImage] = (),
-    ) -> None:
-        """Prepare to complete prompts. `compiled`: as the engine has it. `images`: those of every streamed prompt."""
+    def __init__(self, model: CausalLM, backend: Backend, tokenizer: Any, *, compiled: bool | None = None) -> None:
+        """Prepare to complete prompts. `compiled`: as the engine has it."""
         self._model, self._backend, self._tokenizer, self._compiled = model, backend, tokenizer, compiled
-        self._generator = Generator(model, backend, images)
+        self._generator = Generator(model, backend)
 
     def complete(
         self,
@@ -204,15 +208,16 @@ class Writer:
         *,
         seed: int = 0,
         stop: Sequence[str] = (),
+        images: Iterable[Sequence[ProcessedImage]] | None = None,
         on_done: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """Return the completions of prompts (token ids), each shorter than `context_limit`, in order.
 
+        `images`: those of each prompt, read as they are needed; None: there are none.
         `seed` is that of the first prompt; the next ones have the next numbers. `stop`: texts that end a completion.
         `on_done(index, completion)` is called as soon as one is there, on the rank that writes it.
         """
-        assert not self._generator.images, "images in a batch of prompts"
-        if self._by_engine(settings):
+        if self._by_engine(settings) and images is None:
             ends = frozenset(settings.eos_token_id or ())
 
             def done(index: int, sample: Sample) -> None:
@@ -224,7 +229,7 @@ class Writer:
         criteria = [StopStringCriteria(self._tokenizer, list(stop))] if stop else []
         completions: list[Completion] = []
         with self._seeded(seed), aside(self._model, self._backend):
-            batches = generate_all(self._generator, prompts, settings, StoppingCriteriaList(criteria))
+            batches = generate_all(self._generator, prompts, settings, StoppingCriteriaList(criteria), images)
             for completion in itertools.chain.from_iterable(batches):
                 if on_done is not None:
                     on_done(len(completions), completion)
@@ -238,13 +243,16 @@ class Writer:
         streamer: BaseStreamer,
         *,
         seed: int = 0,
+        images: Sequence[ProcessedImage] = (),
         stopped: Callable[[], bool] = lambda: False,
     ) -> Completion:
         """Complete one prompt and give `streamer` each token. It ends after the token at which `stopped` is True."""
-        if not self._by_engine(settings):
+        if images or not self._by_engine(settings):
             criteria = StoppingCriteriaList([_Criterion(stopped)])
             with self._seeded(seed):
-                (completion,) = generate(self._generator, [prompt], settings, streamer=streamer, stopping=criteria)
+                (completion,) = generate(
+                    self._generator, [prompt], settings, images=images, streamer=streamer, stopping=criteria
+                )
             return completion
         tokens: list[int] = []
 
@@ -267,8 +275,6 @@ class Writer:
 
     def _by_engine(self, settings: GenerationConfig) -> bool:
         # Penalties, min_p and beams are transformers', and so are prompts with images.
-        if self._generator.images:
-            return False
         others = {name for name, value in settings.to_diff_dict().items() if _NEUTRAL.get(name, ...) != value}
         return serves(self._model) and others <= _BY_ENGINE
 

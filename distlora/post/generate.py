@@ -7,6 +7,7 @@ stderr.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -24,11 +25,11 @@ from transformers.generation.streamers import TextStreamer
 
 from distlora.config import UserError, nearest
 from distlora.config.file import load_config
-from distlora.data.images import ImageProcessor, ImageTensors
-from distlora.data.prompts import GenerateRequest, Prompt, read_prompts
+from distlora.data.image_records import images_of
+from distlora.data.images import ImageTensors
+from distlora.data.prompts import GenerateRequest, Prompt, asked, read_prompts
 from distlora.generation.prompts import PromptEncoder, sampling
 from distlora.generation.writer import Completion, Writer
-from distlora.model.images import ProcessedImage
 from distlora.parallel import Ranks
 from distlora.post.load_trained import load_trained, run_on_ranks
 from distlora.post.trained import of_run
@@ -76,10 +77,17 @@ class Chat:
     """Reads prompts from the terminal and answers them. Without a chat template, each prompt is continued by itself."""
 
     def __init__(
-        self, writer: Writer, encoder: PromptEncoder, settings: GenerationConfig, *, system: str | None, seed: int = 0
+        self,
+        writer: Writer,
+        encoder: PromptEncoder,
+        settings: GenerationConfig,
+        *,
+        system: str | None,
+        image: str | None = None,
+        seed: int = 0,
     ) -> None:
         self._writer, self._encoder, self._settings = writer, encoder, settings
-        self._system, self._seeds = system, itertools.count(seed)
+        self._system, self._image, self._seeds = system, image, itertools.count(seed)
         self._messages: list[dict[str, Any]] = []
 
     def run(self) -> None:
@@ -130,19 +138,24 @@ class Chat:
 
     def _answer(self, line: str) -> None:
         if self._encoder.template is None:
-            self._stream(self._encoder.encode(Prompt(place="the prompt", text=line)))
+            self._stream(Prompt(place="the prompt", text=line))
             return
         messages = [*self._messages, {"role": "user", "content": line}]
-        conversation = Prompt(place="the conversation (/reset starts again)", messages=tuple(messages))
-        completion = self._stream(self._encoder.encode(conversation, system=self._system))
+        completion = self._stream(asked("the conversation (/reset starts again)", messages, self._image))
         self._messages = [*messages, {"role": "assistant", "content": self._encoder.decode(completion.tokens)}]
 
-    def _stream(self, tokens: list[int]) -> Completion:
+    def _stream(self, prompt: Prompt) -> Completion:
         """Print the completion of a prompt as it is generated, and why it ended if the model did not end it."""
+        tokens, images = self._encoder.encode(prompt, system=self._system), self._encoder.images(prompt)
         with Interruption() as interruption:
             printer = Printer(self._encoder.tokenizer, self._settings)
             completion = self._writer.stream(
-                tokens, self._settings, printer, seed=next(self._seeds), stopped=lambda: interruption.requested
+                tokens,
+                self._settings,
+                printer,
+                seed=next(self._seeds),
+                images=images,
+                stopped=lambda: interruption.requested,
             )
         if interruption.requested:
             print("(stopped)")
@@ -157,21 +170,18 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     speaks = ranks.rank == 0
     began = time.monotonic()
     trained = of_run(config, request.weights, foreign=request.foreign)
-    trained = replace(trained, spec=replace(trained.spec, images=request.image is not None))
+    prompts = None if request.prompts is None else read_prompts(Path(request.prompts))
+    has_images = request.image is not None or any(images_of(prompt.messages) for prompt in prompts or ())
+    trained = replace(trained, spec=replace(trained.spec, images=has_images))
     with still("loading") if speaks else contextlib.nullcontext():
         model, backend = load_trained(trained, ranks)
     data = read_record(Path(request.run) / DATA_NAME)
-    prompts = None if request.prompts is None else read_prompts(Path(request.prompts))
     holds_messages = any(prompt.text is None for prompt in prompts or ())
     asks_chat = request.system is not None or request.image is not None
     as_chat = True if asks_chat or (holds_messages and request.as_chat is None) else request.as_chat
-    processor, images = None, list[ProcessedImage]()
-    if request.image is not None:
-        assert model.image_layout is not None, "a model that was built for text"
-        processor = ImageProcessor(config.spec.path, config.data)
-        tensors = ImageTensors(config.spec.path, config.data, model.image_layout.names)
-        images.append(tensors(Path(request.image).read_bytes()))
-    encoder = PromptEncoder(model, config.model, data, as_chat=as_chat, image=request.image, processor=processor)
+    layout = model.image_layout
+    image_tensors = None if layout is None else ImageTensors(config.spec.path, config.data, layout.names)
+    encoder = PromptEncoder(model, config.model, data, as_chat=as_chat, image_tensors=image_tensors)
     choice = sampling(
         encoder,
         config.model.path,
@@ -182,17 +192,21 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     )
     if speaks:
         say(f"loaded in {time.monotonic() - began:.1f} s; {described(encoder, choice)}")
-    writer = Writer(model, backend, encoder.tokenizer, compiled=config.train.compile is not False, images=images)
+    writer = Writer(model, backend, encoder.tokenizer, compiled=config.train.compile is not False)
     if prompts is not None:
         answer_file(prompts, request, writer, encoder, choice, writes=speaks)
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        Chat(writer, encoder, choice, system=request.system, seed=request.seed).run()
+        Chat(writer, encoder, choice, system=request.system, image=request.image, seed=request.seed).run()
     else:
         for number, line in enumerate(sys.stdin, 1):
             if line.strip():  # As it comes, as text.
-                prompt = Prompt(place=f"line {number} of stdin", text=line.rstrip("\n"))
-                tokens = encoder.encode(prompt, system=request.system)
-                writer.stream(tokens, choice, Printer(encoder.tokenizer, choice), seed=request.seed + number - 1)
+                place, text = f"line {number} of stdin", line.rstrip("\n")
+                prompt = Prompt(place=place, text=text)
+                if request.image is not None:
+                    prompt = asked(place, [{"role": "user", "content": text}], request.image)
+                tokens, seed = encoder.encode(prompt, system=request.system), request.seed + number - 1
+                printer = Printer(encoder.tokenizer, choice)
+                writer.stream(tokens, choice, printer, seed=seed, images=encoder.images(prompt))
 
 
 def described(encoder: PromptEncoder, settings: GenerationConfig) -> str:
@@ -221,8 +235,10 @@ def answer_file(
     Its keys: the prompt, "completion", "tokens" (their number) and "ended" (false: cut at the limit).
     """
     encoded = [encoder.encode(prompt, system=request.system) for prompt in prompts]
+    images = map(encoder.images, prompts) if any(images_of(prompt.messages) for prompt in prompts) else None
+    complete = functools.partial(writer.complete, encoded, settings, seed=request.seed, images=images)
     if not writes:
-        writer.complete(encoded, settings, seed=request.seed)
+        complete()
         return
     began = shown = time.monotonic()
     num_tokens, written, waiting = 0, 0, dict[int, Completion]()
@@ -251,7 +267,7 @@ def answer_file(
                 rate = num_tokens / (now - began)
                 say(f"{written + len(waiting):,}/{len(prompts):,} prompts  {rate:,.0f} tokens/s")
 
-        for index, completion in enumerate(writer.complete(encoded, settings, seed=request.seed, on_done=done)):
+        for index, completion in enumerate(complete(on_done=done)):
             done(index, completion)  # Those of other ranks.
 
 

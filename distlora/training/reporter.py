@@ -69,6 +69,7 @@ class Reporter:
         sampled = _keep_steps(path, start_step, per_step=len(config.train.sample_prompts))
         self._samples = atomic_io.AppendedFile(path)
         self._sampled = {line["step"] for line in sampled}
+        self._sample_images = config.train.sample_images
         self._disk_failed = False
         self._uploads = config.tracker.artifact
         (run_dir / STOPPED_NAME).unlink(missing_ok=True)
@@ -122,7 +123,9 @@ class Reporter:
             return
         self._sampled.add(step)
         lines = [{"step": step, "prompt": prompt, "text": text} for prompt, text in samples]
-        written = [*lines, *({"step": step, **answer} for answer in notable)]
+        images = self._sample_images or ("",) * len(lines)
+        written = [line | ({"image": image} if image else {}) for line, image in zip(lines, images, strict=True)]
+        written += [{"step": step, **answer} for answer in notable]
         self._append(self._samples, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written))
         for prompt, text in samples:
             self._display.say(f"after step {step}: {_shortened(prompt, 40)} -> {_shortened(text, 80)}")

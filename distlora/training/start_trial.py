@@ -12,7 +12,7 @@ import torch
 
 from distlora.checkpoint.saver import Saver, checkpoint_files
 from distlora.checkpoint.state import RunProgress, TrainState
-from distlora.config import ModelConfig, TrainConfig
+from distlora.config import DataConfig, ModelConfig, TrainConfig
 from distlora.loading.peft_format import header_marks
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend
@@ -70,7 +70,7 @@ def trial_of(
         save=saver.save,
         save_last=saver.save_last,
         publish_best=keep_best,
-        sample=sample_hook(model, backend, config.model, config.train, reporter, run.data),
+        sample=sample_hook(model, backend, config.model, config.train, config.data, reporter, run.data),
     )
     return Trial(model, backend, run, trained, reporter, hooks, rollouts=rollouts, memory=memory), saver
 
@@ -80,6 +80,7 @@ def sample_hook(
     backend: Backend,
     base: ModelConfig,
     train: TrainConfig,
+    settings: DataConfig,
     reporter: Reporter,
     data: Mapping[str, Any],
 ) -> Callable[[int], None] | None:
@@ -89,7 +90,7 @@ def sample_hook(
     # Imported late: it imports parts of transformers that other runs do not need.
     from distlora.training.samples import Sampler
 
-    sampler = Sampler(model, backend, base, train, dict(data))
+    sampler = Sampler(model, backend, base, train, settings, dict(data))
 
     def sample(step: int) -> None:
         lacking = torch.tensor(reporter.lacks_samples(step), dtype=torch.int64, device=backend.ranks.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import time
@@ -134,7 +136,24 @@ def test_the_page_is_one_file_that_loads_and_runs_nothing(tmp_path: Path) -> Non
     assert all(not {"src", "srcset", "action"} & attributes.keys() for _, attributes in page.elements)
     assert len(page.ids) == len(set(page.ids))
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def test_a_sample_about_an_image_is_shown_with_it(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image", reason="pictures need pillow: pip install 'distlora[vision]'")
+    run = make_folder(tmp_path / "run")
+    image.new("RGB", (1000, 500), "red").save(tmp_path / "red.png")
+    (tmp_path / "secret.png").write_text("no image")
+    rows = [
+        {"step": 20, "prompt": "Which colour?", "text": "red", "image": str(tmp_path / name)}
+        for name in ("red.png", "secret.png", "gone.png")
+    ]
+    write_lines(run / "samples.jsonl", rows)
+    page = reported(run)
+    (source,) = [attributes["src"] for name, attributes in page.elements if name == "img"]
+    shown = image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
+    assert (shown.size, shown.getpixel((5, 5))) == ((256, 128), (255, 0, 0))
+    assert page.text.count("Which colour?") == 3
 
 
 def test_a_hostile_text_is_shown_and_never_markup(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ BASES: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Settings of an objective beside which the others are given."""
 
+SAMPLES = {"train.sample_every": 2, "train.sample_prompts": ["Hi"]}
 IMAGES = {"data.images": True}
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -65,6 +66,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("reward", IMAGES, r"images=true with train\.objective=reward: answers are judged from text alone; set"),
     ("process_reward", IMAGES, r"images=true with train\.objective=process_reward"),
     ("kto", IMAGES, r"images=true with train\.objective=kto"),
+    ("sft", {**SAMPLES, "train.sample_images": ["a.png"]}, r"needs a run that takes images; set data.images=true"),
+    ("sft", {**SAMPLES, "train.sample_images": ["", "a.png"]}, r"names 2 images for 1 prompts; name one for each"),
     ("grpo", IMAGES, r"images=true with train\.objective=grpo: answers are sampled from text alone"),
     # Sampled answers.
     ("grpo", {"rollout.batch_invariant": True, "rollout.temperature": 0.5}, r"set rollout.temperature=1"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distlora.config import UserError, require
 from distlora.config.file import load_config
+from distlora.data.image_records import images_of
 from distlora.data.prompts import GenerateRequest, read_prompts
 from distlora.post.trained import find_weights, require_language_model
 from distlora_launcher.compose.hub import restore
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> int:
         "as_chat": options.chat if options.chat or options.raw else None,
     }
     request = GenerateRequest(**{item.name: getattr(options, item.name) for item in fields(GenerateRequest)} | resolved)
-    check_files(options.prompts, options.out)
+    check_files(options.prompts, options.out, takes_images=config.data.images)
     check_processes(options.processes)
     require(
         options.processes == 1 or options.prompts is not None,
@@ -94,10 +95,14 @@ def main(arguments: list[str]) -> int:
     become(WORKER, request)
 
 
-def check_files(prompts: str | None, out: str | None) -> None:
+def check_files(prompts: str | None, out: str | None, *, takes_images: bool) -> None:
     """Refuse a broken file of prompts, and a result that has no prompts or would overwrite something."""
-    if prompts is not None:
-        read_prompts(Path(prompts))
+    for prompt in [] if prompts is None else read_prompts(Path(prompts)):
+        require(
+            takes_images or not images_of(prompt.messages),
+            f"{prompt.place} holds an image, and the run was trained on text alone; train with data.images=true, or "
+            "write the prompt as text",
+        )
     if out is None:
         return
     require(prompts is not None, f"--out={out} is where the answers to --prompts go; add --prompts FILE")

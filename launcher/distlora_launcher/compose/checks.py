@@ -100,6 +100,8 @@ def check(config: Config, *, new_run: bool) -> None:
             except UserError as error:
                 raise UserError(f"{Path(config.run_dir) / 'config.yaml'}: {error}") from error
         check_functions(config.data, on_this_node=config.cluster.launcher != "slurm")
+        for image in filter(None, config.train.sample_images):
+            require(Path(image).is_file(), f"train.sample_images={image} is not a file; name an image")
         check_model(config)
         if not new_run and checkpoint_folders(Path(config.run_dir)):
             check_newest_settings(Path(config.run_dir) / CHECKPOINTS, fixed_settings(config))

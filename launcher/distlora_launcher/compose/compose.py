@@ -360,6 +360,10 @@ def _make_absolute(values: dict[str, Any]) -> None:
     for name, section, key in [*places, ("run_dir", values, "run_dir")]:
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _absolute_path(name, section[key])
+    train = values["train"] if isinstance(values["train"], dict) else {}
+    if isinstance(train.get("sample_images"), list):
+        images = train["sample_images"]
+        train["sample_images"] = [_absolute_path("train.sample_images", image) if image else "" for image in images]
 
 
 def _absolute_path(name: str, path: str) -> str:

@@ -79,7 +79,7 @@ _STATE: Shape = {
     "identity?": {"base_fingerprint?": str, "data_digest?": str},
 }
 _SAMPLE: Shape = {"step": int, "prompt": str, "text": str} | {
-    **{f"{name}?": _TEXT for name in ("category", "before")},
+    **{f"{name}?": _TEXT for name in ("image", "category", "before")},
     **{f"{name}?": _NUMBER for name in ("reward", "reward_before")},
 }
 
@@ -167,6 +167,8 @@ class WrittenSample:
     step: int
     prompt: str
     text: str
+    image: str | None = None
+    """File of the image that the prompt is about."""
     category: str | None = None
     """best, worst or changed, of an answer to a held-out prompt that has a reward."""
     reward: float | None = None

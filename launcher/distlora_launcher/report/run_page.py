@@ -1,12 +1,14 @@
 """Build the report of a run from its records (`run_report`), with the commands to type next; write it at the end."""
 
+import base64
+import io
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-from distlora.config import Config, DataConfig, ModelConfig
+from distlora.config import Config, DataConfig, ModelConfig, UserError
 from distlora.config.file import settings_by_name
 from distlora.config.json_files import object_or_empty
 from distlora.planner.memory import KINDS, PHASES
@@ -35,6 +37,8 @@ MAX_SAMPLES, MAX_PROMPTS = 12, 40
 """Samples per prompt, the first and the last among them, and prompts."""
 MAX_EVALUATIONS, MAX_CHARACTERS = 10, 600
 """Evaluations whose best, worst and changed answers are shown, and characters of each."""
+PICTURE_SIZE = 256
+"""Pixels of the longer side of a sample's image."""
 NO_DEFAULT = "no default"
 
 _MERGED_CATEGORIES = {
@@ -402,19 +406,34 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ... ({len(text):,} characters)"
 
 
-def _samples(samples: Sequence[WrittenSample]) -> list[tuple[str, list[WrittenSample], int]]:
-    """Return (prompt, samples to show, number of samples left out) for each prompt."""
-    by_prompt: dict[str, list[WrittenSample]] = {}
+def _samples(samples: Sequence[WrittenSample]) -> list[tuple[str, str, list[WrittenSample], int]]:
+    """Return (prompt, URL of its image, samples to show, number of samples left out) for each prompt."""
+    by_prompt: dict[tuple[str, str | None], list[WrittenSample]] = {}
     for sample in samples:
-        by_prompt.setdefault(sample.prompt, []).append(sample)
+        by_prompt.setdefault((sample.prompt, sample.image), []).append(sample)
     result = []
-    for prompt, texts in list(by_prompt.items())[:MAX_PROMPTS]:
+    for (prompt, image), texts in list(by_prompt.items())[:MAX_PROMPTS]:
         last = len(texts) - 1
         places = range(len(texts))
         if len(texts) > MAX_SAMPLES:
             places = [round(last * place / (MAX_SAMPLES - 1)) for place in range(MAX_SAMPLES)]  # type: ignore[assignment]
-        result.append((prompt, [texts[place] for place in places], len(texts) - len(places)))
+        url = "" if image is None else _small_picture(image)
+        result.append((prompt, url, [texts[place] for place in places], len(texts) - len(places)))
     return result
+
+
+def _small_picture(file: str) -> str:
+    """Return an image as a data: URL of at most PICTURE_SIZE pixels a side; empty for what is no image here and now."""
+    from distlora.data.images import open_image  # Imported late: reports of other runs need no numpy.
+
+    made = io.BytesIO()
+    try:
+        with open_image(file, "the report") as image:
+            image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+            image.convert("RGB").save(made, "PNG")
+    except (UserError, ModuleNotFoundError):  # The file is gone, or where the report is written there is no pillow.
+        return ""
+    return f"data:image/png;base64,{base64.b64encode(made.getvalue()).decode()}"
 
 
 def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,19 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distlora.config import Config, UserError
+from distlora.config.checks import CHANGEABLE
 from distlora.config.errors import as_typed, short
 from distlora.config.file import settings_by_name
 from distlora.config.json_files import Shape, read_object
 from distlora.run_folder.expert_load import ExpertTokens, expert_tokens_in
 from distlora.run_folder.layout import STATE_NAME, steps
+from distlora.run_folder.stages import earlier_stages
 from distlora.weights.initial_adapter_file import needs_initial_adapter
 from distlora.weights.peft_folder import weights_digest
 
@@ -38,6 +40,13 @@ _FREE = {
 """Settings of these sections that may change on resume: they change the result by rounding at most."""
 _OF_EVALUATIONS = ("train.eval_every", "train.evals_per_epoch", "train.eval_documents", "rollout.eval_temperature")
 """Settings that decide when a run stops or which adapter it publishes, if it compares evaluations."""
+_OF_STAGES = {
+    "optim": "lr loraplus_lr_ratio betas eps weight_decay max_grad_norm schedule warmup_steps warmup_ratio decay_ratio "
+    "min_lr_ratio",
+    "train": "max_steps epochs early_stopping_patience early_stopping_threshold eval_every evals_per_epoch "
+    "eval_documents",
+}
+"""Settings that a new stage of a run may change: they change what the next steps do, and fit any saved state."""
 
 
 class SamplingChoice(NamedTuple):
@@ -99,6 +108,8 @@ class Identity:
     reference_digest: str | None = None
     """SHA-256 of the weights at train.teacher, or at adapter.init_from if they are DPO's reference: those that every
     resume reads."""
+    earlier: Sequence[Mapping[str, Any]] = ()
+    """`fixed_settings` of the run's earlier stages, which its checkpoints may have too. Not saved."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,6 +133,13 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         for name, value in settings_by_name(config).items()
         if name in fixed or (name.partition(".")[0] in sections and name not in free)
     }
+
+
+def changeable_settings(config: Config) -> set[str]:
+    """Return the settings that `distlora resume RUN setting=value` may change, by full name."""
+    of_stages = {f"{section}.{name}" for section, names in _OF_STAGES.items() for name in names.split()}
+    free = {name for name in settings_by_name(config) if name.partition(".")[0] in CHANGEABLE}
+    return of_stages | (free - fixed_settings(config).keys())
 
 
 _NULL = type(None)
@@ -178,7 +196,7 @@ def check_matches(state: TrainState, folder: Path, identity: Identity, *, refere
     `reference`: `Config.reference_setting`.
     """
     saved = state.identity
-    check_fixed_settings(state, folder, identity.settings)
+    check_fixed_settings(state, folder, identity.settings, identity.earlier)
     if saved.base_fingerprint != identity.base_fingerprint:
         raise UserError(
             f"{folder} belongs to another base model (fingerprint {saved.base_fingerprint[:12]}, now "
@@ -198,18 +216,22 @@ def check_matches(state: TrainState, folder: Path, identity: Identity, *, refere
         )
 
 
-def check_fixed_settings(state: TrainState, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise UserError if a run's `fixed_settings` differ from those of the checkpoint in `folder`.
+def check_fixed_settings(
+    state: TrainState, folder: Path, settings: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    """Raise UserError if the `fixed_settings` of the checkpoint in `folder` are those of no stage of the run.
 
-    Settings that did not exist when the checkpoint was made are ignored.
+    settings: those of the present stage. Settings that did not exist when the checkpoint was made are ignored.
     """
     then = state.identity.settings
-    differing = list(_differences(then, {name: value for name, value in settings.items() if name in then}))
-    if differing:
+    stages = [{name: value for name, value in each.items() if name in then} for each in (settings, *earlier)]
+    differing = list(_differences(then, stages[0]))
+    if differing and all(any(_differences(then, stage)) for stage in stages):
         raise UserError(
             f"{folder} was made with {', '.join(f'{name}={as_typed(then)}' for name, then, _ in differing)}, and "
             f"config.yaml now has {', '.join(f'{name}={as_typed(now)}' for name, _, now in differing)}; set "
-            f"{'them' if len(differing) > 1 else 'it'} back there, or start a new run"
+            f"{'them' if len(differing) > 1 else 'it'} back there (`distlora resume RUN setting=value` changes what a "
+            "run may change), or start a new run"
         )
 
 
@@ -221,13 +243,15 @@ def newest_state(checkpoints: Path) -> tuple[Path, TrainState] | None:
     return None
 
 
-def check_newest_settings(checkpoints: Path, settings: Mapping[str, Any]) -> None:
+def check_newest_settings(
+    checkpoints: Path, settings: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]] = ()
+) -> None:
     """Apply `check_fixed_settings` to the newest readable checkpoint.
 
     The launcher calls it to refuse before a worker starts. Without checkpoints it does nothing.
     """
     if (newest := newest_state(checkpoints)) is not None:
-        check_fixed_settings(newest[1], newest[0], settings)
+        check_fixed_settings(newest[1], newest[0], settings, earlier)
 
 
 def environment_line(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
@@ -270,4 +294,10 @@ def identity_of(config: Config, *, data_digest: str, base_identity: str) -> Iden
         data_digest=data_digest,
         settings=fixed_settings(config),
         reference_digest=digest,
+        earlier=settings_of_earlier_stages(config),
     )
+
+
+def settings_of_earlier_stages(config: Config) -> list[dict[str, Any]]:
+    """Return the `fixed_settings` of a run's earlier stages."""
+    return [fixed_settings(each) for each in earlier_stages(Path(config.run_dir)).values()]

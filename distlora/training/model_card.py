@@ -19,6 +19,7 @@ from distlora.config.base import is_hub_name
 from distlora.config.file import parse_yaml, settings_by_name
 from distlora.config.training import DEFAULT_WARMUP
 from distlora.run_folder.layout import DATA_NAME, TEMPLATE_NAME, Result
+from distlora.run_folder.stages import stage_rows
 from distlora.system.numbers import length, size
 from distlora.weights.peft_folder import WEIGHTS_NAME
 from distlora_kernels.format_layouts import labels
@@ -191,6 +192,7 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
         yield name, _shown(value) if name == "adapter.init_from" else str(value)
     if result.step is not None:
         yield "steps", f"{result.step:,}"
+    yield from stage_rows(result.config)
 
 
 def _figures(result: Result) -> Iterator[tuple[str, str]]:

@@ -121,10 +121,13 @@ class Run:
         """The state (`state`: running, done, stopped, failed ...), with `figures`, `seconds_left` and `saved`."""
         return statuses(self.folder)[0]
 
-    def resume(self, *, callbacks: Sequence[Callback] = ()) -> Run:
-        """Continue the run from its newest checkpoint, as `distlora resume` does. Errors are those of `train`."""
+    def resume(self, *, settings: Mapping[str, Any] | None = None, callbacks: Sequence[Callback] = ()) -> Run:
+        """Continue the run from its newest checkpoint, as `distlora resume` does. Errors are those of `train`.
+
+        settings: those of a new stage, such as `{"train.max_steps": 2000}`.
+        """
         check_callbacks(callbacks, self.config.cluster.launcher)
-        return _follow(["resume", str(self.folder)], self.folder, callbacks)
+        return _follow(["resume", str(self.folder), *as_overrides(settings=settings)], self.folder, callbacks)
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the HTML report of the run to `out`, by default report.html in its folder. Returns its path."""

@@ -44,7 +44,7 @@ from distlora.architecture.targets import (
     select_adapted,
 )
 from distlora.architecture.tokens import check_before_tokenizer
-from distlora.checkpoint.state import check_newest_settings, fixed_settings
+from distlora.checkpoint.state import check_newest_settings, fixed_settings, settings_of_earlier_stages
 from distlora.config import (
     ClusterConfig,
     Config,
@@ -104,7 +104,8 @@ def check(config: Config, *, new_run: bool) -> None:
             require(Path(image).is_file(), f"train.sample_images={image} is not a file; name an image")
         check_model(config)
         if not new_run and checkpoint_folders(Path(config.run_dir)):
-            check_newest_settings(Path(config.run_dir) / CHECKPOINTS, fixed_settings(config))
+            checkpoints, earlier = Path(config.run_dir) / CHECKPOINTS, settings_of_earlier_stages(config)
+            check_newest_settings(checkpoints, fixed_settings(config), earlier)
             needed = needs_initial_adapter(config.adapter, is_reference=config.train.refers_to_start, restores=True)
             if config.adapter.decomposes and needed:
                 require_initial_adapter(config.run_dir, config.adapter, CheckpointFiles(config.model.path))

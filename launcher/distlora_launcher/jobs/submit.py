@@ -87,12 +87,7 @@ def submit_run(plan: Plan) -> int:
 
 def resubmit_run(run_dir: Path) -> int:
     """Submit a run again, to continue from its newest checkpoint. Refused while its job waits or runs."""
-    job = live_job(run_dir)
-    if job is not None:
-        raise UserError(
-            f"{run_dir} is SLURM job {job.job_id}, which is {job.state.lower()}; wait for it (`distlora status "
-            f"{shown(run_dir)}`), or end it with `distlora cancel {shown(run_dir)}`"
-        )
+    require_no_job(run_dir)
     code = make_ready(run_dir)
     if code != DONE:
         print_resume_hint(run_dir, code)
@@ -101,6 +96,15 @@ def resubmit_run(run_dir: Path) -> int:
     say(f"{shown(run_dir)} continues from {saved[-1].name if saved else 'the start, as nothing was saved yet'}")
     submit_prepared(run_dir)
     return DONE
+
+
+def require_no_job(run_dir: Path) -> None:
+    """Raise UserError while a job of the run waits or runs."""
+    if (job := live_job(run_dir)) is not None:
+        raise UserError(
+            f"{run_dir} is SLURM job {job.job_id}, which is {job.state.lower()}; wait for it (`distlora status "
+            f"{shown(run_dir)}`), or end it with `distlora cancel {shown(run_dir)}`"
+        )
 
 
 def live_job(run_dir: Path) -> Job | None:

@@ -36,6 +36,7 @@ from distlora.run_folder.layout import (
     step_of,
     steps,
 )
+from distlora.run_folder.stages import stage_rows
 from distlora.system.numbers import length
 from distlora.system.progress import OBJECTIVE_FORMATS
 
@@ -196,6 +197,8 @@ class RunRecords:
     folder: Path
     config: Config | None = None
     """None if the settings are damaged."""
+    stages: list[tuple[str, str]] = field(default_factory=list)
+    """Each stage of a run whose settings changed, with those that did."""
     metrics: Metrics = field(default_factory=Metrics)
     plan: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -220,6 +223,9 @@ def read_run(folder: Path) -> RunRecords:
     problems = records.problems
     with recorded(problems):
         records.config = load_config(folder)
+    if records.config is not None:
+        with recorded(problems):
+            records.stages = stage_rows(records.config)
     with recorded(problems):
         records.metrics = read_metrics(folder / METRICS_NAME)
     if records.metrics.damaged:

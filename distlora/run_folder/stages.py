@@ -1,0 +1,40 @@
+"""Stages of a run: what its settings were before `distlora resume RUN setting=value` changed them. Needs no torch.
+
+RUN/stages/step_00000100/config.yaml    the settings until that step
+RUN/stages/step_00000100/adapter        the result (adapter or model) of a run that had ended there
+    RUN/stages/step_00000100/summary.json   the final metrics of such a run
+
+A stage in which no step was saved has no folder: the next one replaces it.
+"""
+
+from pathlib import Path
+
+from distlora.config import Config
+from distlora.config.errors import as_typed
+from distlora.config.file import load_config, settings_by_name
+from distlora.run_folder.layout import step_of, steps
+
+STAGES_NAME = "stages"
+
+
+def earlier_stages(run_dir: Path) -> dict[int, Config]:
+    """Return the settings of a run's earlier stages by their last step, oldest first; empty for a run of one stage.
+
+    Raises UserError if one is damaged.
+    """
+    return {step_of(folder): load_config(folder) for folder in steps(run_dir / STAGES_NAME)}
+
+
+def stage_rows(config: Config) -> list[tuple[str, str]]:
+    """Return each stage of a run with the settings that not all stages share; empty if all of them are shared.
+
+    `config`: the present settings.
+    """
+    earlier = earlier_stages(Path(config.run_dir))
+    stages = [settings_by_name(each) for each in (*earlier.values(), config)]
+    names = [name for name in stages[0] if name != "run_dir" and any(each[name] != stages[0][name] for each in stages)]
+    rows = []
+    for number, (begin, stage) in enumerate(zip((0, *earlier), stages, strict=True), 1):
+        settings = ", ".join(f"{name}={as_typed(stage[name])}" for name in names)
+        rows.append((f"stage {number}, from step {begin + 1:,}", settings))
+    return rows if names else []

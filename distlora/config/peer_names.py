@@ -99,6 +99,11 @@ _SENTENCES = {
     ),
     "trust_remote_code": "; code that comes with a model is never run",
     "tracker.name": "; write tracker=wandb, or several as tracker=[wandb,tensorboard]",
+    "top_p top_k min_p": (
+        "; answers are sampled from all tokens at rollout.temperature, because the loss is of the distribution that "
+        "was sampled: the tokens that a cut leaves out change with the weights, and then the ratio of such a token's "
+        "probabilities has no value. Leave it out, or lower rollout.temperature"
+    ),
     "do_train do_eval": "; leave it out: `distlora train` trains, and evaluates on data.eval_fraction",
 }
 """Names that no single setting stands for, and what to say of them."""

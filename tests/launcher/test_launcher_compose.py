@@ -146,6 +146,8 @@ MISTYPED = [
         "train.batch_size=8",
         "write train.micro_batch (sequences per rank and forward) or train.global_batch (sequences per step)",
     ),
+    ("rollout.top_p=0.9", "the loss is of the distribution that was sampled"),
+    ("top_k=20", "Leave it out, or lower rollout.temperature"),
     ("train.resume=true", "write `distlora resume RUN`"),
     ("data.packing=true", "documents are always packed"),
     ("quant.bits=4", "write quant=nf4 (4 bits) or quant=none"),

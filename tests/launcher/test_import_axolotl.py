@@ -248,6 +248,34 @@ CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+PAIRS_OF_TEXTS = {"path": "/pairs.jsonl", "type": "bradley_terry.chat_template"}
+SCORED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (
+        {"reward_model": True, "num_labels": 1, "center_rewards_coefficient": 0.01, "datasets": [PAIRS_OF_TEXTS]},
+        {"train.objective": "reward", "train.center_rewards": 0.01, "data.format": "preference", "data.columns": {}},
+    ),
+    (
+        {"process_reward_model": True, "datasets": [{"path": "/steps.jsonl", "type": "stepwise_supervised"}]},
+        {"train.objective": "process_reward", "data.format": "steps", "data.template": None},
+    ),
+    (
+        {"rl": "grpo", "micro_batch_size": 8, "sequence_len": 200, "datasets": [{"path": "/asked.jsonl"}]}
+        | {"trl": {"reward_funcs": ["mine.short"], "reward_weights": [2], "scale_rewards": False, "beta": "1e-3"}},
+        {"train.objective": "grpo", "train.beta": 1e-3, "data.format": "prompt_only", "data.rewards": ("mine.short",)}
+        | {"data.reward_weights": (2.0,), "rollout.scale_rewards": "none", "rollout.max_new_tokens": 256}
+        | {"data.sequence_length": 456},
+    ),
+]
+
+
+def test_rewards_and_sampled_answers_are_carried_into_the_run(tmp_path: Path) -> None:
+    for given, expected in SCORED:
+        imported = convert(LEAST | given, processes=1)
+        assert not lost(imported)
+        config = composed(imported, tmp_path)
+        assert {name: value_at(config, name) for name in expected} == expected
+
+
 @pytest.mark.parametrize(("given", "expected"), CARRIED, ids=str)
 def test_what_a_key_means_is_carried_into_the_run(
     given: dict[str, Any], expected: dict[str, Any], tmp_path: Path
@@ -294,9 +322,11 @@ def test_an_adapter_to_start_from_brings_its_own_settings(tmp_path: Path) -> Non
 
 REFUSED: list[tuple[dict[str, Any] | str, list[str], str]] = [
     # (the file: keys beside LEAST, or its text, words behind it, what the message says)
-    ({"rl": "bco"}, [], "rl=bco: distlora imports rl: dpo, ipo, orpo, simpo"),
+    ({"rl": "bco"}, [], "rl=bco: distlora imports rl: dpo, ipo, orpo, simpo, kto, grpo, gdpo; set"),
     ({"rl": "ipo", "adapter": None, "load_in_4bit": False}, [], "rl=ipo without an adapter"),
-    ({"reward_model": True}, [], "reward_model=True"),
+    ({"reward_model": True, "adapter": None, "load_in_4bit": False}, [], "reward_model=true without an adapter"),
+    ({"rl": "gdpo", "adapter": None, "load_in_4bit": False}, [], "rl=gdpo without an adapter"),
+    ({"diffusion": {"eps": 1}}, [], "Axolotl trains another objective than the next token"),
     ({"adapter": "llama-adapter"}, [], "adapter=llama-adapter"),
     ({"base_model": None}, [], "base_model is not set"),
     ({"learning_rate": None}, [], "learning_rate is not set"),
@@ -378,6 +408,8 @@ def test_what_is_close_is_changed_and_composes(
         assert (getattr(getattr(config, section), field) if field else imported.options[section]) == value, name
 
 
+SAMPLED = {"reward_funcs": ["mine.short", "math"], "num_generations": 4, "max_completion_length": 64, "beta": 0.01}
+SAMPLING: dict[str, Any] = {"rl": "grpo", "sequence_len": 200, "datasets": [{"path": "/asked.jsonl"}], "trl": SAMPLED}
 DPO = {"path": "/a.jsonl", "type": "chat_template.default", "message_property_mappings": {"role": "who"}}
 NAMED: list[tuple[dict[str, Any], str, str]] = [
     # (keys beside LEAST, the group of the report, the key that it names)
@@ -445,6 +477,23 @@ NAMED: list[tuple[dict[str, Any], str, str]] = [
             ("refused", {"model_config": {"rope_theta": 1}}, "model_config.rope_theta=1"),
         )
     ],
+    *[
+        (SAMPLING | {"trl": SAMPLED | given}, group, key)
+        for given, group, key in (
+            ({"top_p": 0.95}, "unsupported", "trl.top_p=0.95"),
+            (
+                {"multi_objective_aggregation": "normalize_then_sum"},
+                "unsupported",
+                "trl.multi_objective_aggregation=normalize_then_sum",
+            ),
+            ({"async_prefetch": True}, "unsupported", "trl.async_prefetch"),
+            ({"use_vllm": True}, "changed", "trl.use_vllm"),
+            ({"vllm_server_port": 8000}, "idle", "trl.vllm_server_port"),
+        )
+    ],
+    (SAMPLING | {"rl": "gdpo"}, "unsupported", "trl.multi_objective_aggregation=normalize_then_sum"),
+    (SAMPLING | {"datasets": [{"path": "/a.jsonl", "type": "mine.transform"}]}, "refused", "datasets[0].type"),
+    ({"process_reward_model": True}, "refused", "datasets[0].type=chat_template"),
     ({"rl": "dpo", "datasets": [{"path": "/a.jsonl", "type": "chatml.intel"}]}, "refused", "datasets[0].type"),
     ({"rl": "dpo", "datasets": [DPO]}, "refused", "datasets[0].message_property_mappings"),
     ({"rl": "dpo", "dpo_use_weighting": True}, "unsupported", "dpo_use_weighting"),

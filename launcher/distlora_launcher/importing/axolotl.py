@@ -24,7 +24,7 @@ NEAR_OPTIMIZERS = {
 EMBEDDINGS = ("embed_tokens", "lm_head")
 ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")
 """Lists of special_tokens beside the tokens with a role."""
-OTHER_TRAINING = ("reward_model", "process_reward_model", "kd_trainer", "diffusion", "ebft")
+OTHER_TRAINING = ("kd_trainer", "diffusion", "ebft")
 SPLIT_SEQUENCES = ("context_parallel_size", "sequence_parallel_degree", "tensor_parallel_size")
 """Numbers of GPUs that share one sequence in Axolotl."""
 OF_AN_ADAPTER = (

@@ -66,36 +66,84 @@ PREFERENCES: dict[str, dict[str, tuple[str, float | None]]] = {
         "desirable_weight": ("kto_desirable_weight", None),
         "undesirable_weight": ("kto_undesirable_weight", None),
     },
+    "grpo": {"beta": ("rl_beta", None)},
+    "reward": {"center_rewards": ("center_rewards_coefficient", None)},
+    "process_reward": {},
 }
-"""Our settings of each value of `rl`: their keys in Axolotl, and the value that TRL's trainer takes without one."""
+"""Our settings of each objective: their keys in Axolotl, and the value that TRL's trainer takes without one."""
+SCORES = {"reward_model": "reward", "process_reward_model": "process_reward"}
+"""Our objective by the key that asks for it."""
 
 
 def convert_objective(keys: Keys, imported: Imported) -> None:
     """Set train.objective and its settings. Raises UserError for what is trained by another one."""
-    kind = keys.text("rl")
-    if kind is None:
+    scores, name = [name for name in SCORES if keys.flag(name)], keys.text("rl")
+    if name is None and not scores:
         return
+    key = f"{scores[0]}=true" if scores else f"rl={name}"
+    kind = SCORES[scores[0]] if scores else {"gdpo": "grpo"}.get(str(name), name)
     if kind not in PREFERENCES:
+        known = ", ".join([*(name for name in PREFERENCES if name not in SCORES.values()), "gdpo"])
         raise UserError(
-            f"rl={kind}: distlora imports rl: {', '.join(PREFERENCES)}; set one of these, or remove the key to import "
-            "the supervised fine-tuning"
+            f"{key}: distlora imports rl: {known}; set one of these, or remove the key to import the supervised "
+            "fine-tuning"
         )
-    if OBJECTIVES[kind].reference and keys.text("adapter") is None:
-        raise UserError(
-            f"rl={kind} without an adapter: Axolotl keeps a second model as the reference, and distlora takes the base "
-            "under the adapter; set adapter: qlora"
-        )
+    if (OBJECTIVES[kind].reference or scores) and keys.text("adapter") is None:
+        does = "trains all of the model" if scores else "keeps a second model as the reference"
+        ours = "trains an adapter and the score" if scores else "takes the base under the adapter"
+        raise UserError(f"{key} without an adapter: Axolotl {does}, and distlora {ours}; set adapter: qlora")
     train = imported.section("train")
     train["objective"] = kind
-    for name, (theirs, default) in PREFERENCES[kind].items():
+    for setting, (theirs, default) in PREFERENCES[kind].items():
         value = keys.number(*theirs.split())
         if (value := default if value is None else value) is not None:
-            train[name] = value
+            train[setting] = value
+    if scores:
+        imported.tell("{name}=true", name=scores[0])
     if kind in ("orpo", "kto"):
         imported.tell(f"rl={kind}")
     elif train.get("sft_weight"):
         key = PREFERENCES[kind]["sft_weight"][0]
         imported.tell("{key}={weight:g} | sft_weight", key=key, weight=train["sft_weight"])
+
+
+COPIED = ("loss_type", "importance_sampling_level", "mask_truncated_completions", "use_bias_correction_kl")
+"""Keys of trl that are settings of rollout, and so are the numbers below."""
+WHOLE = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+"""Keys of trl that sampling has not, with the value that changes nothing."""
+
+
+def _rollout(keys: Keys, imported: Imported) -> None:
+    """Convert how answers are sampled, and their rewards."""
+    trl, data = Keys(keys.mapping("trl"), place="trl."), imported.section("data")
+    rewards, weights = trl.words("reward_funcs") or [], trl.words("reward_weights")
+    data |= {"rewards": rewards, "reward_weights": [float(weight) for weight in weights or ()]}
+    longest = trl.integer("max_completion_length")
+    if longest is None:
+        imported.tell("trl.max_completion_length (not set)")
+    longest = longest or 256
+    data["sequence_length"] += longest
+    imported.tell("sequence_len | prompts", longest=longest)
+    given: dict[str, Any] = {name: trl.any(name) for name in COPIED}
+    given |= {name: trl.integer(name) for name in ("num_generations", "num_iterations")}
+    given |= {name: trl.number(name) for name in ("temperature", "epsilon", "epsilon_high")}
+    scale = trl.any("scale_rewards")
+    given["scale_rewards"] = {True: "group", False: "none"}.get(scale, scale)
+    rollout = imported.section("rollout")
+    rollout |= {"max_new_tokens": longest} | {name: value for name, value in given.items() if value is not None}
+    if (beta := trl.number("beta")) is not None:
+        imported.section("train")["beta"] = beta
+    by_itself = trl.text("multi_objective_aggregation") == "normalize_then_sum" or keys.text("rl") == "gdpo"
+    if by_itself and len(rewards) > 1:
+        imported.tell("trl.multi_objective_aggregation=normalize_then_sum")
+    for name, neutral in WHOLE.items():
+        if (value := trl.number(name)) not in (None, neutral):
+            imported.tell("trl.{name}={value:g}", name=name, value=value)
+    if trl.flag("use_vllm"):
+        imported.tell("trl.use_vllm")
+    for name, value in [("vllm", keys.any("vllm")), *trl.unread()]:
+        if value not in (None, False):
+            imported.tell("trl.{name}" + " | shown" * name.startswith(("vllm", "log_", "num_completions")), name=name)
 
 
 def preference_columns(entry: Keys, imported: Imported, shared: _Shared) -> tuple[dict[str, Any], bool, str | None]:
@@ -106,6 +154,8 @@ def preference_columns(entry: Keys, imported: Imported, shared: _Shared) -> tupl
         _check_roles(entry, imported)
         prompt = {} if form.startswith("argilla") else {"prompt": entry.text("field_messages") or "messages"}
         return _renamed(prompt | _answers(entry)), True, shared.template_for(entry, imported)
+    if name == "bradley_terry.chat_template":  # Texts, with their question in `input` and perhaps `system`.
+        return {}, True, shared.template_for(entry, imported)
     if base in ("chatml", "llama3") and form in ("ultra", "argilla_chat"):  # Both answers are lists of messages.
         return _renamed(_answers(entry)), True, template_of(base, None, imported)
     if name in AS_THEY_ARE:
@@ -211,6 +261,8 @@ def convert_data(keys: Keys, imported: Imported) -> None:
         data["sequence_length"] *= 2
         imported.tell("sequence_len")
     data["too_long"] = _too_long(keys, imported, {source.format for source in sources})
+    if imported.section("train").get("objective") == "grpo":
+        _rollout(keys, imported)
     _held_out(keys, imported, shared, sources)
 
 
@@ -290,9 +342,22 @@ def _sources(entry: Keys, imported: Imported, shared: _Shared) -> list[_Source]:
 
 def _format(entry: Keys, imported: Imported, source: _Source, shared: _Shared) -> dict[str, Any]:
     """Set the source's format and what belongs to chats; returns the columns."""
-    if imported.section("train").get("objective") == "kto":
+    form = OBJECTIVES[imported.section("train").get("objective", "sft")].data
+    if form == "judged":
         return judged_columns(entry, imported, source)
-    if imported.section("train").get("objective") in PREFERENCES:
+    if form == "prompts":
+        source.format, source.is_chat, source.template = "prompt_only", True, shared.template_for(entry, imported)
+        if entry.any("type"):
+            imported.tell("{place}type | prompts", place=entry.place)
+        return {}
+    if form == "steps":
+        source.format, kind = "steps", entry.text("type")
+        if (separator := entry.any("step_separator")) is not None:
+            imported.section("data")["step_separator"] = str(separator)
+        if kind != "stepwise_supervised":
+            imported.tell("{place}type={name}", place=entry.place, name=kind or "(not set)")
+        return {}
+    if form == "pairs":
         source.format = "preference"
         columns, source.is_chat, source.template = preference_columns(entry, imported, shared)
         return columns

@@ -338,10 +338,11 @@ class Agent(LocalElasticAgent):
             warn(f"the nodes of the run have changed; restarting {resume_point(self._run_dir)}")
         super()._restart_workers(worker_group)
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+    def _shutdown(self, *_: Any, **options: Any) -> None:
         self._runs = False
-        # Nobody is left to save with, and a worker that is stopped or hangs would hear no SIGTERM.
-        super()._shutdown(signal.SIGKILL, timeout)
+        # Nobody is left to save with, and a worker that is stopped or hangs would hear no SIGTERM. The options are
+        # torch's own: 2.11 has no timeout.
+        super()._shutdown(signal.SIGKILL, **options)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ gpu-wheels: $(READY)
 
 # tests/tools/first_gpu.py with tiny shapes on the CPU, in an environment with the oldest supported versions and no optional package.
 BARE ?= .bare
-gpu-dry-run: $(BARE)/.ready
+gpu-dry-run: $(BARE)/.ready gpu-wheels
 	$(BARE)/bin/python tests/tools/first_gpu.py --dry --work $(BARE)/work --seconds 10800
 
 $(BARE)/.ready:

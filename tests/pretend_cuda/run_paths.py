@@ -44,6 +44,7 @@ from distlora.post.trained import Name
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.training import worker
 from distlora.training.loop import Trainer
+from distlora.training.reporter import Reporter
 from pretend_cuda import device, launches, paths
 from support.family_models import write_family_folder
 from support.low_bit_models import write_kept_model
@@ -133,20 +134,28 @@ class Workplace:
         return run_dir
 
 
+events: list[str] = []
+"""Lines that the runs of a path print."""
+
+
 @contextlib.contextmanager
 def recorded_steps() -> Iterator[None]:
-    """Record launches and host waits of every training step but a process' first, which allocates and compiles."""
-    train_step = Trainer._train_step
+    """Record events, and launches and waits of training steps but a process' first, which allocates and compiles."""
+    train_step, event = Trainer._train_step, Reporter.event
+
+    def said(reporter: Reporter, text: str) -> None:
+        events.append(text)
+        event(reporter, text)
 
     def recorded(trainer: Trainer) -> None:
         with contextlib.nullcontext() if trainer.is_cold else device.recording():
             train_step(trainer)
 
-    Trainer._train_step = recorded  # type: ignore[assignment,method-assign]
+    Trainer._train_step, Reporter.event = recorded, said  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        Trainer._train_step = train_step  # type: ignore[method-assign]
+        Trainer._train_step, Reporter.event = train_step, event  # type: ignore[method-assign]
 
 
 def generate(place: Workplace, run_dir: Path) -> None:
@@ -249,11 +258,12 @@ def skip_checks_of_deepspeed() -> None:
 
 
 def seen(place: Workplace, name: str) -> dict[str, Any]:
-    """Run a path; return its error or None, its steps, and what was recorded in all but the first."""
+    """Run a path; return its error or None, its steps, its events, and what was recorded in all but the first step."""
     began, error = time.monotonic(), None
     torch.cuda.set_device(GPU)
     launches.recorded.clear()
     device.host_waits.clear()
+    events.clear()
     steps: list[tuple[float, float]] = []
     try:
         steps = run_path(place, name)
@@ -262,6 +272,7 @@ def seen(place: Workplace, name: str) -> dict[str, Any]:
     return {
         "error": error,
         "steps": steps,
+        "events": list(events),
         "waits": dict(device.host_waits),
         "launches": dict(Counter(each.kernel for each in launches.recorded)),
         "empty": sorted({f"{each.kernel} in {each.place}" for each in launches.recorded if each.is_empty}),

@@ -48,6 +48,15 @@ ONLY_CI = (
     r"variant .*|ipo|simpo|grpo, temperature|(generate|captured) (qwen3_moe|kept-fp8)|"
     r"keep (fp8-compressed|(nvfp4|int4)-experts)"
 )
+FUSED = {
+    "type qwen3": {"norm_forward_kernel", "gate_forward_kernel", "rotate_kernel"},
+    "type qwen3_moe": {"norm_forward_kernel", "rotate_kernel"},
+    "type qwen3_next": {"norm_forward_kernel", "gate_forward_kernel", "rotate_kernel"},
+}
+"""Fused kernels of types after the first in a process, beside experts and in a hybrid."""
+SLOW = "layers with a state run transformers' slow reference code: causal_conv1d"
+"""Start of the event of types whose fast packages are not installed."""
+SLOW_TYPES = "type (granitemoehybrid|qwen3_next|lfm2)"
 FOREIGN = ("liger kernels",)
 """Paths that launch kernels of other packages."""
 DEFAULT = [name for name in paths.PATHS if not re.fullmatch(ONLY_CI, name)]
@@ -65,6 +74,9 @@ def test_paths_of_one_rank(names: Sequence[str], tmp_path: Path, subtests: pytes
             assert set(seen["waits"]) == {place for place, (which, _) in WAITS.items() if re.fullmatch(which, name)}
             assert seen["empty"] == [], "these launches have no program"
             assert bool(seen["launches"]) == (name != "full"), "the kernels are not used"
+            assert FUSED.get(name, set()) <= seen["launches"].keys()
+            is_slow = any(event.startswith(SLOW) for event in seen["events"])
+            assert is_slow == bool(re.fullmatch(SLOW_TYPES, name)), seen["events"]
             if name not in FOREIGN:
                 assert seen["launches"].keys() <= compiled, "kernel_cases.py does not compile these for GPUs"
 

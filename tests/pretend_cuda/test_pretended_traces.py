@@ -68,8 +68,9 @@ def test_launches_of_a_layer(tokens: int, tmp_path: Path) -> None:
     assert {text.split()[0] for text in missing} == NOT_COMPILED, sorted(missing)
 
 
-TOKEN = {1: (897, 180), 64: (801, 180)}
-"""By rows that decode together: launches of Triton kernels and of torch per token of 8B, docs/benchmarks.md's."""
+TOKEN = {1: (897, 180), 64: (801, 180), 256: (641, 404)}
+"""By rows that decode together: launches of Triton kernels and of torch per token of 8B, docs/benchmarks.md's.
+256 rows multiply by dense copies of the weights, in 224 of torch's products."""
 
 
 @pytest.mark.parametrize("rows", TOKEN)

@@ -26,6 +26,9 @@ RANK_MULTIPLE = 8
 PROGRAMS = 128
 """Programs that a sum is split for if the rows give fewer: about one per multiprocessor of an H100, each with three
 tiles of 16 KB in flight (3 TB/s at 1 us needs 23 KB per multiprocessor)."""
+GROUP = 8
+"""Parts of db that are added at a time if there are more: a program reads a megabyte of L2 in 10 us, too long for one
+program to add all parts of 512 columns."""
 LARGEST_RANK_READ_ONCE = 32
 """Largest rank for which `dy` reads dy once for both products; beyond it the parts of db cost as much as a read."""
 MOST_PARTS_BYTES = 2**28
@@ -52,8 +55,8 @@ def tile_of(
     multiple of 16 is read and written element by element, and the addresses fill registers: fewer rows at a time. A
     copy at rank 16 spills on sm_89 in Triton 3.6 with one tile more in flight.
     """
-    ranks, odd = min(max(16, _power_of_2(rank)), 64), rank % 16 != 0
-    warps = 8 if with_dropout or (op == "down" and ranks > 16) else 4
+    ranks, odd = min(padded_rank(rank), 64), rank % 16 != 0
+    warps = 8 if with_dropout or ranks > {"down": 16, "grad": 32}.get(op, 64) else 4
     if itemsize == 4:
         # No tensor cores (ieee): operands are in registers.
         rows, columns = {"down": (32, 32), "up": (32, 64), "dy": (64, 32), "grad": (32, 64)}[op]
@@ -69,6 +72,11 @@ def tile_of(
         return KernelTile(_rows(128 if odd else 256, tokens), 64, ranks, 8, 3 if odd else 2)
     rows = 32 if odd and ranks == 16 and not with_dropout else 64
     return KernelTile(_rows(rows, tokens), 128, ranks, warps, 3 if with_dropout else 4)
+
+
+def padded_rank(rank: int) -> int:
+    """Return the columns of an adapter's fp32 parts, for loads of 16 bytes."""
+    return max(16, _power_of_2(rank))
 
 
 def _rows(most: int, tokens: int) -> int:
@@ -100,12 +108,13 @@ def split_over_rows(tile: KernelTile, tokens: int, columns: int, rank: int, batc
 
 def reads_once(stripes: int, columns: int, rank: int) -> bool:
     """Return whether `dy` reads dy once, which takes parts of db for each stripe of rows."""
-    return rank <= LARGEST_RANK_READ_ONCE and stripes * columns * rank * 4 <= MOST_PARTS_BYTES
+    return rank <= LARGEST_RANK_READ_ONCE and stripes * columns * padded_rank(rank) * 4 <= MOST_PARTS_BYTES
 
 
 def parts_bytes(op: str, tokens: int, columns: int, rank: int, itemsize: int) -> int:
     """Return the bytes of the parts of a gradient (`columns`, `rank`): of A by `grad`, of B by `dy`."""
     stripes = -(-tokens // tile_of("dy", rank, tokens, itemsize).rows)
-    if op == "grad" or not reads_once(stripes, columns, rank):
-        stripes = split_over_rows(tile_of("grad", rank, tokens, itemsize), tokens, columns, rank).parts
-    return stripes * columns * rank * 4
+    if op == "dy" and reads_once(stripes, columns, rank):
+        return stripes * columns * padded_rank(rank) * 4
+    stripes = split_over_rows(tile_of("grad", rank, tokens, itemsize), tokens, columns, rank).parts
+    return stripes * columns * rank * 4 if stripes > 1 else 0

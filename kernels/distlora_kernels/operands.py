@@ -334,6 +334,7 @@ class ExpertGradients(NamedTuple):
 
 
 _buffers: dict[tuple[torch.device, int], Tensor] = {}
+_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _key(device: torch.device) -> tuple[torch.device, int]:
@@ -355,6 +356,14 @@ def scratch_buffer(device: torch.device, nbytes: int = 0) -> Tensor:
     if key not in _buffers or _buffers[key].numel() < nbytes:
         reserve_scratch(device, nbytes)
     return _buffers[key]
+
+
+def counters(device: torch.device, number: int) -> Tensor:
+    """Return `number` or more int32 of the device's current stream, all 0; kernels leave zeros in them."""
+    key = _key(device)
+    if key not in _counters or len(_counters[key]) < number:
+        _counters[key] = torch.zeros(max(number, 2**14), dtype=torch.int32, device=device)
+    return _counters[key]
 
 
 def _scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

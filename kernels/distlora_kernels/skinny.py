@@ -26,11 +26,11 @@ import torch
 import triton
 from torch import Tensor
 
-from distlora_kernels.buffers import PROGRAMS, reads_once, split, split_over_rows, tile_of
+from distlora_kernels.buffers import GROUP, PROGRAMS, reads_once, split, split_over_rows, tile_of
 from distlora_kernels.dispatch import on_device, on_device_of
 from distlora_kernels.dropout import ChosenDropout, Dropout, stream_table
-from distlora_kernels.operands import RowChoice
-from distlora_kernels.skinny_triton import add_partials, down_kernel, dy_kernel, grad_kernel, up_kernel
+from distlora_kernels.operands import RowChoice, counters
+from distlora_kernels.skinny_triton import down_kernel, dy_kernel, grad_kernel, up_kernel
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -168,11 +168,12 @@ def _spans(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([(sum(ranks[:n]), rank) for n, rank in enumerate(ranks)], dtype=torch.int32, device=device)
 
 
-@functools.lru_cache(maxsize=1024)
-def _owners(ranks: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return (R, 2) int32: adapter of each column, and its index there."""
-    places = [(n, place) for n, rank in enumerate(ranks) for place in range(rank)]
-    return torch.tensor(places, dtype=torch.int32, device=device)
+def _number(choice: RowChoice | None) -> int:
+    return 1 if choice is None else len(choice.ranks)
+
+
+def _scales_of(choice: RowChoice | None, device: torch.device) -> Tensor | None:
+    return None if choice is None else on_device(choice.scales, device)
 
 
 def _dropout_words(dropout: Dropout | ChosenDropout | None, num_rows: int) -> dict[str, Any]:
@@ -211,17 +212,18 @@ def _down(
     programs = by.batch * tiles_of_a_row * pieces
     share = split(num_columns, tile.columns, programs)
     out = x.new_empty(num_rows, by.rank) if out is None else out
-    sums = out if share.parts == 1 else out.new_empty(share.parts, *out.shape, dtype=torch.float32)
+    parts = None
+    if share.parts > 1:
+        parts = out.new_empty(share.parts, num_rows, pieces * tile.ranks, dtype=torch.float32)
     down_kernel[(programs, share.parts)](
-        x, a, sums, copy, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
-        stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_out=sums.stride(-2),
-        stride_copy=None if copy is None else copy.stride(0), stride_split=out.numel(),
+        x, a, out, copy, parts, None if parts is None else counters(x.device, programs), by.rows, by.spans,
+        tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_out=out.stride(0),
+        stride_copy=None if copy is None else copy.stride(0), stride_split=num_rows * pieces * tile.ranks,
         split_columns=share.size, tiles_of_a_row=tiles_of_a_row, **_dropout_words(dropout, num_rows),
         BM=tile.rows, BK=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if share.parts > 1:
-        _add(sums, out)
     return out
 
 
@@ -276,24 +278,26 @@ def dy_products(
     # Two programs per multiprocessor: one waits for its tile while the other multiplies.
     share = split(num_columns, tile.columns, stripes, wanted=2 * PROGRAMS)
     dxa = dy.new_empty(num_rows, by.rank) if out is None else out
-    sums = dxa if share.parts == 1 else dxa.new_empty(share.parts, *dxa.shape, dtype=torch.float32)
-    parts = b.new_empty(stripes, num_columns, by.rank, dtype=torch.float32)
+    parts = None
+    if share.parts > 1:
+        parts = dxa.new_empty(share.parts, num_rows, tile.ranks, dtype=torch.float32)
+    db = b.new_empty(b.shape, dtype=torch.float32)
+    db_parts = db.new_empty(stripes, num_columns, tile.ranks)
+    group = GROUP if choice is None and stripes > GROUP else 1
+    scales = _scales_of(choice, dy.device)
     # At 32 ranks a tile of y does not fit the registers of sm_80.
     y = None if y is None or tile.ranks > 16 else _row_contiguous(y)
     products = None if y is None else b.new_empty(stripes, num_columns, dtype=torch.float32)
     dy_kernel[(stripes, share.parts)](
-        dy, b, xa, sums, parts, copy, y, products, by.rows, by.spans,
+        dy, b, xa, dxa, db, copy, y, products, parts, db_parts,
+        counters(dy.device, stripes + (triton.cdiv(stripes, group) + 1) * share.parts), by.rows, by.spans, scales,
         tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank, stride_dy=dy.stride(0), stride_b=b.stride(0),
-        stride_xa=xa.stride(0), stride_out=sums.stride(-2), stride_copy=None if copy is None else copy.stride(0),
-        stride_y=0 if y is None else y.stride(0), stride_split=dxa.numel(),
-        split_columns=share.size, stripes_of_a_row=stripes_of_a_row,
-        BM=tile.rows, BK=tile.columns, BR=tile.ranks, SPAN_ALIGNMENT=by.alignment,
+        stride_xa=xa.stride(0), stride_out=dxa.stride(0), stride_copy=None if copy is None else copy.stride(0),
+        stride_y=0 if y is None else y.stride(0), stride_split=num_rows * tile.ranks, stride_db=db.stride(0),
+        num_adapters=_number(choice), scale=scale, split_columns=share.size, stripes_of_a_row=stripes_of_a_row,
+        BM=tile.rows, BK=tile.columns, BR=tile.ranks, GROUP=group, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if share.parts > 1:
-        _add(sums, dxa)
-    db = b.new_empty(b.shape, dtype=torch.float32)
-    _add(parts, db, scale=scale, choice=choice, rank_is_last=True)
     return dxa, db, products
 
 
@@ -314,46 +318,21 @@ def _products_over_rows(
 ) -> None:
     """Compute out = scale * left^T d(right) of left (M, R), right (M, I); `scale` None is without choice.scales.
 
-    out is (R, I) fp32, contiguous or the transpose of a contiguous tensor.
+    out is (R, I) fp32 of any strides.
     """
     (num_rows, num_columns), by = right.shape, _rows_of(right.shape[0], left.shape[1], choice)
     tile = tile_of("grad", by.rank, by.tokens, right.itemsize, dropout is not None)
     column_tiles, pieces = triton.cdiv(num_columns, tile.columns), triton.cdiv(by.rank, tile.ranks)
     stripe = split_over_rows(tile, by.tokens, num_columns, by.rank, by.batch)
     stripes = by.batch * stripe.parts
-    rank_is_last = out.stride(1) != 1
-    parts = out.new_empty(stripes, *((num_columns, by.rank) if rank_is_last else (by.rank, num_columns)))
+    parts = None if stripes == 1 and choice is None else out.new_empty(stripes, by.rank, num_columns)
+    scales = None if scale is None else _scales_of(choice, out.device)
     grad_kernel[(column_tiles * pieces, stripes)](
-        left, right, parts, by.rows, by.spans, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
-        stride_dxa=left.stride(0), stride_x=right.stride(0),
-        stride_or=1 if rank_is_last else num_columns, stride_oi=by.rank if rank_is_last else 1,
+        left, right, out, parts, None if parts is None else counters(out.device, column_tiles * pieces),
+        by.rows, by.spans, scales, tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
+        stride_dxa=left.stride(0), stride_x=right.stride(0), stride_or=out.stride(0), stride_oi=out.stride(1),
+        num_adapters=_number(choice), scale=1.0 if scale is None else scale,
         stripe_tokens=stripe.size, stripes_of_a_row=stripe.parts, **_dropout_words(dropout, num_rows),
         BM=tile.rows, BN=tile.columns, BR=tile.ranks, PIECES=pieces, SPAN_ALIGNMENT=by.alignment,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
-    )  # fmt: skip
-    _add(parts, out.T if rank_is_last else out, scale=scale, choice=choice, rank_is_last=rank_is_last)
-
-
-def _add(
-    partials: Tensor,
-    out: Tensor,
-    *,
-    scale: float | None = None,
-    choice: RowChoice | None = None,
-    rank_is_last: bool = False,
-) -> None:
-    """Sum partials (S, ...) over dim 0 into `out`, times `scale`; the rows of `out` may be apart.
-
-    With a choice, sum the rows of each adapter into its columns; with a scale also times choice.scales.
-    """
-    count, size, stride_out = partials.shape[0], out.numel(), None if out.is_contiguous() else out.stride(0)
-    width, rank = (0, 2) if rank_is_last else (1, 1)
-    add_partials[(triton.cdiv(size, 512),)](
-        partials, out, None if choice is None else choice.rows,
-        None if choice is None else _owners(choice.ranks, out.device),
-        on_device(choice.scales, out.device) if choice is not None and scale is not None else None,
-        size=size, num_partials=count, partial_size=partials.stride(0),
-        partials_of_a_row=1 if choice is None else count // choice.rows.shape[0], scale=1.0 if scale is None else scale,
-        width=out.shape[width], all_ranks=0 if choice is None else sum(choice.ranks), max_rank=partials.shape[rank],
-        stride_out=stride_out, RANK_IS_LAST=rank_is_last, BLOCK=512, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

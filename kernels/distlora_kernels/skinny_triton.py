@@ -1,8 +1,9 @@
 """Run skinny.py's products in Triton, at the speed of reading or writing the one large operand.
 
 If rows choose adapters, a tile never spans two rows of the batch, so a program has one adapter. Sums that several
-programs share are written as fp32 partials and added in order by `add_partials`: no atomics. Splits depend on shapes
-only, never on the number of multiprocessors, and so do the bits.
+programs share are written as fp32 parts. The last of these programs to end adds all parts, in the order of their
+numbers: which program is last changes no bit. Splits depend on shapes only, never on the number of multiprocessors, and
+so do the bits.
 
 Ranks are padded to 16, 32 or 64; larger ones are split into pieces of 64, whose programs are neighbours and find the
 large operand in L2. Letters as in skinny.py; BM, BN, BK, BR are a tile's rows, columns, summed length and ranks.
@@ -17,8 +18,11 @@ import triton.language as tl
 
 _SLICES = ["batch_rows", "dropped_rows", "steps"]
 """Arguments that may be slices of tensors; their alignment must not create another specialization."""
+_SCALED = [*_SLICES, "scales"]
 _WORDS = ["first_token", "key0", "key1", "threshold", "step"]
 """Arguments that may be any number; they must not create another specialization either."""
+_GRAD_WORDS = [*_WORDS, "num_adapters"]
+"""The same for `grad`: a loop over one adapter that the compiler knows to be one costs the main loop 14 registers."""
 
 
 @triton.jit
@@ -60,18 +64,34 @@ def dropped_tile(k0, k1, threshold, step, row, position, first_column, COLUMNS: 
 
 
 @triton.jit
-def _adapter_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT: tl.constexpr):
-    """Return the first column and the rank of the adapter of a row of the batch; (0, 0) for none."""
-    if batch_rows is None:
+def _span_of(spans, adapter, num_ranks, SPAN_ALIGNMENT: tl.constexpr):
+    """Return the first column and the rank of an adapter; (0, num_ranks) if rows do not choose, (0, 0) for -1."""
+    if spans is None:
         first = 0
         count = num_ranks
     else:
-        adapter = tl.load(batch_rows + row)
         # Dividing and multiplying changes nothing, but lets the compiler load 16 bytes at a time (tl.multiple_of of a
         # loaded number does not in Triton 3.6).
         first = tl.load(spans + 2 * adapter, mask=adapter >= 0, other=0) // SPAN_ALIGNMENT * SPAN_ALIGNMENT
         count = tl.load(spans + 2 * adapter + 1, mask=adapter >= 0, other=0) // SPAN_ALIGNMENT * SPAN_ALIGNMENT
     return first, count
+
+
+@triton.jit
+def _scale_of(scales, adapter, scale):
+    """Return the scale, times the adapter's if there are scales."""
+    if scales is not None:
+        scale = scale * tl.load(scales + adapter)
+    return scale
+
+
+@triton.jit
+def _adapter_columns(batch_rows, spans, row, num_ranks, SPAN_ALIGNMENT: tl.constexpr):
+    """Return the first column and the rank of the adapter of a row of the batch; (0, 0) for none."""
+    adapter = 0
+    if batch_rows is not None:
+        adapter = tl.load(batch_rows + row)
+    return _span_of(spans, adapter, num_ranks, SPAN_ALIGNMENT)
 
 
 @triton.jit
@@ -95,16 +115,52 @@ def _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step):
     return key0, key1, threshold, step
 
 
+@triton.jit
+def _is_last(counter, count):
+    """Return whether this is the last of `count` programs to arrive, which then sees what the others stored.
+
+    The last one leaves 0 in the counter, for the next launch.
+    """
+    # All threads have stored before one of them counts.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+    tl.store(counter, 0, mask=last)
+    return last
+
+
+@triton.jit
+def _add_parts(parts, at, inside, count, stride, batch_rows, parts_of_a_row, adapter):
+    """Return parts[at] + parts[stride + at] + ..., fp32, `count` parts in this order.
+
+    If rows choose, only the parts of rows with this adapter.
+    """
+    total = tl.zeros(at.shape, dtype=tl.float32)
+    # Up to eight loads in flight at a time, of 16 KB; the sum stays sequential.
+    LOADS: tl.constexpr = max(1, min(8, 4096 // at.numel))
+    for begin in range(0, count, LOADS):
+        for step in tl.static_range(LOADS):
+            index = begin + step
+            end = count
+            if batch_rows is not None:
+                user = tl.load(batch_rows + index // parts_of_a_row, mask=index < count, other=-1)
+                end = tl.where(user == adapter, count, 0)
+            wanted = inside & (tl.full(at.shape, index, tl.int32) < end)
+            total += tl.load(parts + at, mask=wanted, other=0.0)
+            # Advanced as a pointer, since all parts may exceed 2^31 elements.
+            parts += stride
+    return total
+
+
 @triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
 def down_kernel(
-    x, a, out, copy, batch_rows, spans, dropped_rows, streams, steps,
+    x, a, out, copy, parts, counters, batch_rows, spans, dropped_rows, streams, steps,
     tokens, num_columns, num_ranks, stride_x, stride_ar, stride_ai, stride_out, stride_copy, stride_split,
     split_columns, tiles_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute out[split, m, r] = sum of d(x)[m, i] a[first + r, i] over the split's columns; copy x if there is a copy.
+    """Compute out[m, r] = sum of d(x)[m, i] a[first + r, i]; copy x if there is a copy.
 
-    Grid (tiles x PIECES, splits).
+    Grid (tiles x PIECES, splits). Several splits of the columns have parts (splits, M, PIECES x BR).
     """
     tile = tl.program_id(0) // PIECES
     piece = tl.program_id(0) % PIECES * BR
@@ -141,8 +197,16 @@ def down_kernel(
             to = copy + m[:, None] * stride_copy + i[None, :]
             tl.store(to, x_tile, mask=valid[:, None] & (i < tl.where(piece == 0, num_columns, 0))[None, :])
         total = tl.dot(x_tile, a_tile, total, input_precision="ieee")
-    to = out + split.to(tl.int64) * stride_split + m[:, None] * stride_out + r[None, :]
-    tl.store(to, total.to(out.dtype.element_ty), mask=valid[:, None] & (r < num_ranks)[None, :])
+    inside = valid[:, None] & (r < num_ranks)[None, :]
+    if parts is not None:
+        parts += row.to(tl.int64) * tokens * (PIECES * BR)
+        at = position[:, None] * (PIECES * BR) + r[None, :]
+        tl.store(parts + split.to(tl.int64) * stride_split + at, total, mask=valid[:, None])
+        last = _is_last(counters + tl.program_id(0), tl.num_programs(1))
+        valid = position < tl.where(last, tokens, 0)
+        inside = valid[:, None] & (r < num_ranks)[None, :]
+        total = _add_parts(parts, at, valid[:, None], tl.num_programs(1), stride_split, None, 1, 0)
+    tl.store(out + m[:, None] * stride_out + r[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
@@ -185,18 +249,74 @@ def up_kernel(
     tl.store(to, y, mask=valid[:, None] & (o < num_columns)[None, :])
 
 
-@triton.jit(do_not_specialize_on_alignment=_SLICES[:1])
-def dy_kernel(
-    dy, b, xa, dxa, db, copy, y, products, batch_rows, spans,
-    tokens, num_columns, num_ranks, stride_dy, stride_b, stride_xa, stride_out, stride_copy, stride_y, stride_split,
-    split_columns, stripes_of_a_row,
-    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
+@triton.jit
+def _add_columns(
+    parts, out, num_parts, stride, begin, end, num_columns, num_ranks, stride_out,
+    batch_rows, spans, scales, num_adapters, parts_of_a_row, scale,
+    BK: tl.constexpr, BR: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute dxa and the parts of db in one reading of dy. Grid (stripes, splits).
+    """Compute out[o, first + r] = scale * the sum of parts[:, o, r] for o from begin to end, adapter by adapter."""
+    r = tl.arange(0, BR)
+    for adapter in range(num_adapters):
+        first, count = _span_of(spans, adapter, num_ranks, SPAN_ALIGNMENT)
+        factor = _scale_of(scales, adapter, scale)
+        for column in range(begin, end, BK):
+            o = column + tl.arange(0, BK)
+            inside = (o < num_columns)[:, None]
+            at = o[:, None] * BR + r[None, :]
+            total = _add_parts(parts, at, inside, num_parts, stride, batch_rows, parts_of_a_row, adapter)
+            tl.store(
+                out + o[:, None] * stride_out + (first + r)[None, :], total * factor, mask=inside & (r < count)[None, :]
+            )
 
-    dxa[split, m, r] = sum of dy[m, o] b[o, first + r] over the split's columns o, and db[stripe, o, r] = sum of
-    dy[m, o] xa[m, r] over the stripe's BM rows m. With y also products[stripe, o] = sum of dy[m, o] y[m, o] over the
-    stripe, for DoRA's magnitudes. With a copy it copies dy.
+
+@triton.jit
+def _add_stripes(
+    parts, out, counters, splits, begin, end, num_columns, num_ranks, stride_out,
+    batch_rows, spans, scales, num_adapters, stripes_of_a_row, scale,
+    BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Add the parts (stripes, O, BR) of db to `out`, for o from begin to end, in the last program of the split.
+
+    With GROUP > 1 the last program of each GROUP neighbours adds theirs first, into the first one's part: as many
+    programs share the work as there are groups.
+    """
+    stripe = tl.program_id(0)
+    stripes = tl.num_programs(0)
+    stride = num_columns.to(tl.int64) * BR
+    ready = True
+    if GROUP > 1:
+        group = stripe // GROUP
+        size = tl.minimum(stripes - group * GROUP, GROUP)
+        neighbours = parts + group * stride * GROUP
+        ready = _is_last(counters + (1 + group) * splits, size)
+        if ready:
+            _add_columns(
+                neighbours, neighbours, size, stride, begin, end, num_columns, BR, BR,
+                None, None, None, 1, 1, 1.0, BK, BR, SPAN_ALIGNMENT,
+            )  # fmt: skip
+    groups = tl.cdiv(stripes, GROUP)
+    if ready:
+        ready = _is_last(counters, groups)
+    if ready:
+        _add_columns(
+            parts, out, groups, stride * GROUP, begin, end, num_columns, num_ranks, stride_out,
+            batch_rows, spans, scales, num_adapters, stripes_of_a_row, scale, BK, BR, SPAN_ALIGNMENT,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=["batch_rows", "scales"])
+def dy_kernel(
+    dy, b, xa, dxa, db, copy, y, products, parts, db_parts, counters, batch_rows, spans, scales,
+    tokens, num_columns, num_ranks, stride_dy, stride_b, stride_xa, stride_out, stride_copy, stride_y, stride_split,
+    stride_db, num_adapters, scale, split_columns, stripes_of_a_row,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Compute dxa[m, r] = sum of dy[m, o] b[o, first + r] and db[o, r] = scale * sum of dy[m, o] xa[m, r].
+
+    Grid (stripes of BM rows, splits of the columns); dy is read once. Several splits have parts (splits, M, BR) of
+    dxa; db_parts (stripes, O, BR) are always there. With y also products[stripe, o] = sum of dy[m, o] y[m, o]
+    over the stripe, for DoRA's magnitudes. With a copy it copies dy.
     """
     stripe = tl.program_id(0)
     r = tl.arange(0, BR)
@@ -214,7 +334,7 @@ def dy_kernel(
     in_rank = (r < count)[None, :]
     xa_tile = tl.load(xa + m[:, None] * stride_xa + r[None, :], mask=valid[:, None] & in_rank, other=0.0)
     dy_rows = dy + m[:, None] * stride_dy
-    db_stripe = db + stripe.to(tl.int64) * num_columns * num_ranks
+    db_stripe = db_parts + stripe * num_columns.to(tl.int64) * BR
     total = tl.zeros((BM, BR), dtype=tl.float32)
     for column in range(begin, end, BK):
         o = column + tl.arange(0, BK)
@@ -231,22 +351,40 @@ def dy_kernel(
         b_tile = tl.load(at, mask=inside[:, None] & in_rank, other=0.0)
         total = tl.dot(dy_tile, b_tile, total, input_precision="ieee")
         db_tile = tl.dot(tl.trans(dy_tile), xa_tile, input_precision="ieee")
-        to = db_stripe + o.to(tl.int64)[:, None] * num_ranks + r[None, :]
-        tl.store(to, db_tile, mask=inside[:, None] & (r < num_ranks)[None, :])
-    to = dxa + split.to(tl.int64) * stride_split + m[:, None] * stride_out + r[None, :]
-    tl.store(to, total.to(dxa.dtype.element_ty), mask=valid[:, None] & (r < num_ranks)[None, :])
+        tl.store(db_stripe + o[:, None] * BR + r[None, :], db_tile, mask=inside[:, None])
+    inside = valid[:, None] & (r < num_ranks)[None, :]
+    stripes = tl.num_programs(0)
+    splits = tl.num_programs(1)
+    if parts is not None:
+        parts += row.to(tl.int64) * tokens * BR
+        at = position[:, None] * BR + r[None, :]
+        tl.store(parts + split.to(tl.int64) * stride_split + at, total, mask=valid[:, None])
+        valid = position < tl.where(_is_last(counters + stripe, splits), tokens, 0)
+        inside = valid[:, None] & (r < num_ranks)[None, :]
+        total = _add_parts(parts, at, valid[:, None], splits, stride_split, None, 1, 0)
+    if batch_rows is None:
+        to = dxa + m[:, None] * stride_out
+    else:
+        # Rows of ranks alone: 32 bits suffice, and on sm_80 no register is left to keep m.
+        to = dxa + row.to(tl.int64) * tokens * stride_out + position[:, None] * stride_out
+    tl.store(to + r[None, :], total.to(dxa.dtype.element_ty), mask=inside)
+    _add_stripes(
+        db_parts, db, counters + stripes + split, splits, begin, tl.minimum(begin + split_columns, num_columns),
+        num_columns, num_ranks, stride_db, batch_rows, spans, scales, num_adapters, stripes_of_a_row, scale,
+        BK, BR, GROUP, SPAN_ALIGNMENT,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
+@triton.jit(do_not_specialize=_GRAD_WORDS, do_not_specialize_on_alignment=_SCALED)
 def grad_kernel(
-    dxa, x, out, batch_rows, spans, dropped_rows, streams, steps,
-    tokens, num_columns, num_ranks, stride_dxa, stride_x, stride_or, stride_oi,
+    dxa, x, out, parts, counters, batch_rows, spans, scales, dropped_rows, streams, steps,
+    tokens, num_columns, num_ranks, stride_dxa, stride_x, stride_or, stride_oi, num_adapters, scale,
     stripe_tokens, stripes_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute out[stripe, r, i] = sum of dxa[m, r] d(x)[m, i] over the stripe's rows.
+    """Compute out[first + r, i] = scale * sum of dxa[m, r] d(x)[m, i], times the adapter's scale if there are scales.
 
-    Grid (column tiles x PIECES, stripes).
+    Grid (column tiles x PIECES, stripes). Several stripes have parts (stripes, num_ranks, I).
     """
     column = tl.program_id(0) // PIECES * BN
     piece = tl.program_id(0) % PIECES * BR
@@ -262,7 +400,8 @@ def grad_kernel(
     if dropped_rows is not None:
         key0, key1, threshold, step = _stream_of(batch_rows, streams, steps, row, key0, key1, threshold, step)
     total = tl.zeros((BR, BN), dtype=tl.float32)
-    for start in range(begin, end, BM):
+    # Addresses moved out of the loop would fill the registers that dropout needs.
+    for start in tl.range(begin, end, BM, disable_licm=True):
         position = start + tl.arange(0, BM)
         valid = position < tokens
         m = row.to(tl.int64) * tokens + position
@@ -275,49 +414,17 @@ def grad_kernel(
             drop = dropped_tile(key0, key1, threshold, step, number, at, column, BN)
             x_tile = tl.where(drop, 0.0, x_tile)
         total = tl.dot(tl.trans(dxa_tile), x_tile, total, input_precision="ieee")
-    to = out + stripe.to(tl.int64) * num_ranks * num_columns + r[:, None] * stride_or + i[None, :] * stride_oi
-    tl.store(to, total, mask=(r < num_ranks)[:, None] & (i < num_columns)[None, :])
-
-
-@triton.jit(do_not_specialize_on_alignment=["batch_rows", "scales"])
-def add_partials(
-    partials, out, batch_rows, owners, scales,
-    size, num_partials, partial_size, partials_of_a_row, scale,
-    width, all_ranks, max_rank, stride_out,
-    RANK_IS_LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Compute out[e] = scale * (partials[0, e] + partials[1, e] + ...), in this order, e < size.
-
-    If rows choose, out is (width, all_ranks) or (all_ranks, width), a partial (width, max_rank) or (max_rank, width),
-    and an adapter's column sums the partials of the rows that use it, times the adapter's scale if there are scales.
-    With a stride_out, out has rows of `width` elements, `stride_out` apart.
-    """
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = e < size
-    source = e
-    if batch_rows is not None:
-        column = e % all_ranks if RANK_IS_LAST else e // width
-        other = e // all_ranks if RANK_IS_LAST else e % width
-        owner = tl.load(owners + 2 * column, mask=inside, other=0)
-        place = tl.load(owners + 2 * column + 1, mask=inside, other=0)
-        source = other * max_rank + place if RANK_IS_LAST else place.to(tl.int64) * width + other
-    # Advanced as a pointer, since all partials may exceed 2^31 elements.
-    at = partials + source
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for first in range(0, num_partials, 8):
-        # Eight loads in flight at a time; the sum stays sequential.
-        for step in tl.static_range(8):
-            index = first + step
-            wanted = e < tl.where(index < num_partials, size, 0)
-            if batch_rows is not None:
-                user = tl.load(batch_rows + index // partials_of_a_row, mask=index < num_partials, other=-1)
-                wanted = wanted & (user == owner)
-            total += tl.load(at, mask=wanted, other=0.0)
-            at += partial_size
-    if scales is not None:
-        total *= scale * tl.load(scales + owner, mask=inside, other=0.0)
+    inside = (r < num_ranks)[:, None] & (i < num_columns)[None, :]
+    if parts is None:
+        tl.store(out + r[:, None] * stride_or + i[None, :] * stride_oi, total * scale, mask=inside)
     else:
-        total *= scale
-    if stride_out is not None:
-        e = e // width * stride_out + e % width
-    tl.store(out + e, total.to(out.dtype.element_ty), mask=inside)
+        stride = num_columns.to(tl.int64) * num_ranks
+        at = r[:, None] * num_columns + i[None, :]
+        tl.store(parts + stripe.to(tl.int64) * stride + at, total, mask=inside)
+        if _is_last(counters + tl.program_id(0), tl.num_programs(1)):
+            for adapter in range(num_adapters):
+                first, count = _span_of(spans, adapter, num_ranks, SPAN_ALIGNMENT)
+                inside = (r < count)[:, None] & (i < num_columns)[None, :]
+                total = _add_parts(parts, at, inside, tl.num_programs(1), stride, batch_rows, stripes_of_a_row, adapter)
+                to = out + (first + r)[:, None] * stride_or + i[None, :] * stride_oi
+                tl.store(to, total * _scale_of(scales, adapter, scale), mask=inside)

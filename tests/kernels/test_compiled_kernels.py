@@ -26,7 +26,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("options", "least"),
     [
-        ci(["--every", "1"], 23),
+        ci(["--every", "1"], 22),
         pytest.param([], 400, marks=pytest.mark.slow),
     ],
     ids=["each kernel", "all"],

@@ -7,9 +7,10 @@ import functools
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from distlora_kernels.dropout import ChosenDropout, Dropout, Stream, dropped
-from distlora_kernels.operands import RowChoice
+from distlora_kernels.operands import RowChoice, counters
 from distlora_kernels.skinny import skinny_down, skinny_dy, skinny_grad, skinny_up
 from support.closeness import assert_close
 from support.tiers import diagonal
@@ -210,3 +211,35 @@ def test_the_same_inputs_give_the_same_bits(triton_device: torch.device) -> None
         assert torch.equal(first, second)
     assert_sum_close(skinny_down(x, a), x.double() @ a.double().T)
     assert_sum_close(skinny_dy(dy, b, xa, scale=0.3)[0], dy.double() @ b.double())
+
+
+def test_the_order_in_which_programs_end_changes_no_bit(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last program adds the parts: of 9 stripes by groups of 8, of several splits, of rows that choose."""
+    choice, m = choice_of(triton_device), 2100
+    tall = operands((m, 300, 260, 16), torch.bfloat16, triton_device)
+    chosen = operands((m, 300, 260, sum(RANKS)), torch.bfloat16, triton_device)
+    compact = normal(m, max(RANKS), dtype=torch.bfloat16, device=triton_device, seed=9)
+
+    def results() -> list[Tensor]:
+        x, a, b, dy, xa, _ = tall.values()
+        return [
+            *(skinny_down(x[:40], a), *skinny_dy(dy, b, xa, scale=0.3), skinny_grad(xa, x)),
+            *skinny_dy(dy, chosen["b"], compact, scale=0.3, choice=choice),
+            skinny_grad(compact, x, choice=choice),
+        ]
+
+    first = results()
+    assert_sum_close(first[2], 0.3 * (tall["dy"].double().T @ tall["xa"].double()))
+    if triton_device.type == "cpu":
+        builder = interpreter.interpreter_builder
+        start = builder.set_grid_idx
+
+        def from_the_end(*index: int) -> None:
+            start(*(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
+
+        monkeypatch.setattr(builder, "set_grid_idx", from_the_end)
+    for one, other in zip(first, results(), strict=True):
+        assert torch.equal(one, other)
+    assert not counters(triton_device, 1).any(), "a counter is not 0 for the next launch"

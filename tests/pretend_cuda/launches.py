@@ -79,6 +79,7 @@ def install() -> None:
         where = f"{self.fn.__name__} in {place}"
         known = inspect.signature(self.fn).parameters
         bound = inspect.getcallargs(self.fn, *arguments, **{n: v for n, v in options.items() if n in known})
+        bound = {name: bound[name] for name in known}
         check_devices(bound, where)
         grid = grid_of(self.grid, bound, where)
         if device.is_recording:

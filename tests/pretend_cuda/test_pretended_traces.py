@@ -49,11 +49,9 @@ def test_plan_beside_trace(name: str, tmp_path: Path) -> None:
     assert seen["waits"] == {}
 
 
-LAYER = {2048: (79.0, 20.0), 8192: (78.2, 20.5)}
+LAYER = {2048: (53.0, 20.0), 8192: (56.2, 20.5)}
 """By tokens: launches of Triton kernels and of matrix products per layer and step of 8B (forward, recomputation and
 backward; the few launches of a step outside the layers are in it)."""
-NOT_COMPILED = {"add_partials", "down_kernel", "grad_kernel", "up_kernel"}
-"""Kernels with variants at these sizes that kernel_cases.py lacks: split sums of several adapters side by side."""
 
 
 @pytest.mark.parametrize("tokens", LAYER)
@@ -64,11 +62,10 @@ def test_launches_of_a_layer(tokens: int, tmp_path: Path) -> None:
     assert sum(seen["kernels"].values()) / seen["layers"] == pytest.approx(kernels, abs=0.1)
     assert sum(seen["operators"][name] for name in ("mm", "addmm")) / seen["layers"] == pytest.approx(products, abs=0.1)
     compiled = {variant_of(case) for case in all_cases()}
-    missing = {text for text in seen["variants"] if text.partition(" num_stages")[0] not in compiled}
-    assert {text.split()[0] for text in missing} == NOT_COMPILED, sorted(missing)
+    assert not {text for text in seen["variants"] if text.partition(" num_stages")[0] not in compiled}
 
 
-TOKEN = {1: (897, 180), 64: (801, 180), 256: (641, 404)}
+TOKEN = {1: (769, 180), 64: (673, 180), 256: (513, 404)}
 """By rows that decode together: launches of Triton kernels and of torch per token of 8B, docs/benchmarks.md's.
 256 rows multiply by dense copies of the weights, in 224 of torch's products."""
 

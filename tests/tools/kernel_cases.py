@@ -243,13 +243,17 @@ def skinny() -> list[Case]:
     down, up, dy, grad = (getattr(skinny_triton, f"{name}_kernel") for name in ("down", "up", "dy", "grad"))
     pointers = ("x", "a", "b", "xa", "dy", "dxa", "out")
     base: dict[str, str | None] = dict.fromkeys(("first_token", "key0", "key1", "threshold", "step"), "i32")
-    base |= {"partials": "*fp32:16", "db": "*fp32:16", "num_partials": "i32", "partials_of_a_row": "i32"}
-    base |= dict.fromkeys(("batch_rows", "spans", "dropped_rows", "streams", "steps", "owners", "scales", "bias"))
-    base |= dict.fromkeys(("y", "products", "copy", "stride_copy"))
+    base |= {"db": "*fp32:16", "db_parts": "*fp32:16", "counters": "*i32:16", "num_adapters": "i32"}
+    base |= dict.fromkeys(("batch_rows", "spans", "dropped_rows", "streams", "steps", "scales", "bias"))
+    base |= dict.fromkeys(("y", "products", "copy", "stride_copy", "parts"))
 
-    def one(name: str, kernel: Any, tile: KernelTile, dtype: str = "bf16", **types: str | None) -> Case:
+    def one(name: str, kernel: Any, tile: KernelTile, dtype: str = "bf16", group: int = 8, **types: str | None) -> Case:
         sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.columns, "BR": tile.ranks}
-        constants = {**sizes, "PIECES": 1, "SPAN_ALIGNMENT": 16, "RANK_IS_LAST": False, "BLOCK": 512}
+        constants = {**sizes, "PIECES": 1, "SPAN_ALIGNMENT": 16, "GROUP": 1 if "batch_rows" in types else group}
+        if kernel is dy and "batch_rows" not in types:
+            types["num_adapters"] = "i32:1"
+        elif kernel is not dy and "parts" not in types:
+            types["counters"] = None
         return case(
             f"skinny {name}", kernel, {each: constants[each] for each in kernel.arg_names if each in constants},
             {**dict.fromkeys(pointers, f"*{dtype}:16"), **base, **types}, num_warps=tile.num_warps,
@@ -260,7 +264,9 @@ def skinny() -> list[Case]:
         return tile_of(op, rank, 8192, 4 if wide else 2, dropped, copies=copies)
 
     dropout = {"dropped_rows": "*i64"}
+    split = {"parts": "*fp32:16"}
     choice = {"batch_rows": "*i64", "spans": "*i32:16"}
+    scales = {"scales": "*fp32"}
     own = {**choice, **dropout, "streams": "*i64:16", "steps": "*i64"}
     with_y = {"y": "*bf16:16", "products": "*fp32:16"}
     of_8 = dict.fromkeys(("num_ranks", "stride_b", "stride_xa", "stride_dxa", "stride_out"), "i32")
@@ -269,7 +275,7 @@ def skinny() -> list[Case]:
     for name, op, kernel, own_types in (
         ("down", "down", down, {"stride_ai": "i32:1"}),
         ("up a.T", "up", up, {"stride_bo": "i32:1"}),
-        ("grad", "grad", grad, {"stride_oi": "i32:1", "out": "*fp32:16"}),
+        ("grad", "grad", grad, {"stride_oi": "i32:1", "out": "*fp32:16", **split}),
     ):
         plain = name if op == "up" else f"{name} R=16"
         cases += [
@@ -284,28 +290,32 @@ def skinny() -> list[Case]:
                 one(f"{name} fp32", kernel, tile(op, wide=True), "fp32", **own_types),
             ]
     for rank in (16, 32, 48):
-        cases.append(one(f"down R={rank} copy", down, tile("down", rank, copies=True), stride_ai="i32:1", **copy))
+        for name, more in ((f"down R={rank} copy", copy), (f"down R={rank} copy split", copy | split)):
+            cases.append(one(name, down, tile("down", rank, copies=True), stride_ai="i32:1", **more))
     few = tile_of("down", 16, 16, 2)
-    sums = {"dxa": "*fp32:16"}
     for rank, types in ((16, {}), (32, {}), (8, of_8)):
-        cases.append(one(f"dy R={rank}", dy, tile("dy", rank), **sums, **types))
-        cases.append(one(f"dy R={rank} copy", dy, tile("dy", rank), **sums, **types, **copy))
+        cases.append(one(f"dy R={rank}", dy, tile("dy", rank), **split, **types))
+        cases.append(one(f"dy R={rank} copy", dy, tile("dy", rank), **split, **types, **copy))
+    for name, more in (("dy M=2048", {}), ("dy M=2048 copy", copy)):
+        cases.append(one(name, dy, tile("dy"), group=1, **split, **more))
     return [
         *cases,
-        one("down M=16", down, few, stride_ai="i32:1", out="*fp32:16"),
+        one("down M=16", down, few, stride_ai="i32:1", **split),
+        *(one(f"down split R={rank}", down, tile("down", rank), stride_ai="i32:1", **split) for rank in (16, 48)),
         *(one(f"up R={rank}", up, tile("up", rank), stride_br="i32:1") for rank in (16, 48)),
+        one("up a.T R=32", up, tile("up", 32), stride_bo="i32:1"),
         one("up bias choice", up, tile("up"), stride_br="i32:1", bias="*bf16:16", **choice),
         one("up fp32", up, tile("up", wide=True), "fp32", stride_br="i32:1"),
-        one("dy R=16 with y", dy, tile("dy"), **sums, **with_y),
-        one("dy R=8 with y", dy, tile("dy", 8), **sums, **of_8, **with_y),
-        one("dy R=8 choice", dy, tile("dy", 8), **sums, **of_8, **choice),
-        one("dy choice", dy, tile("dy"), **sums, **choice),
+        one("dy R=16 with y", dy, tile("dy"), **split, **with_y),
+        one("dy R=8 with y", dy, tile("dy", 8), **split, **of_8, **with_y),
+        one("dy R=8 choice", dy, tile("dy", 8), **split, **of_8, **choice, **scales),
+        one("dy choice", dy, tile("dy"), **split, **choice, **scales),
         one("dy fp32", dy, tile("dy", wide=True), "fp32"),
         one("dxa R=48", down, tile("down", 48), stride_ar="i32:1"),
-        one("db R=48", grad, tile("grad", 48), out="*fp32:16", stride_or="i32:1"),
-        one("grad R=8", grad, tile("grad", 8), stride_oi="i32:1", out="*fp32:16", **of_8),
-        one("sum", skinny_triton.add_partials, KernelTile(0, 0, 0, 4, 3), out="*fp32:16", stride_out=None),
-        one("sum of rows", skinny_triton.add_partials, KernelTile(0, 0, 0, 4, 3)),
+        one("db R=48", grad, tile("grad", 48), out="*fp32:16", stride_or="i32:1", **split),
+        one("grad R=8", grad, tile("grad", 8), stride_oi="i32:1", out="*fp32:16", **split, **of_8),
+        one("grad R=32", grad, tile("grad", 32), stride_oi="i32:1", out="*fp32:16", **split),
+        one("grad whole", grad, tile("grad"), stride_oi="i32:1", out="*fp32:16"),
     ]
 
 

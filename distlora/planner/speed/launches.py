@@ -155,7 +155,6 @@ def _backward(group: Sequence[LayerLinear], m: int, how: KernelOptions) -> Itera
         elif separate:
             yield gemm("adapters", m, inputs, sum(separate), how)
         yield gemm("adapters", ranks, inputs, m, how)
-        yield KernelLaunch("adapters", 0.0)  # The second launch of a sum that is split.
 
 
 def skips(linear: LayerLinear, how: KernelOptions) -> bool:
@@ -204,7 +203,7 @@ def _decoded(linear: LayerLinear, m: int, adapter: int, how: KernelOptions) -> K
 def _parts(linear: LayerLinear, m: int) -> KernelLaunch:
     """B's gradient, in the pass over dY: one fp32 part for 256 rows, written and read again."""
     nbytes = 2.0 * FP32 * -(-m // _PART_ROWS) * linear.outputs * linear.largest
-    return KernelLaunch("adapters", nbytes, 2.0 * m * linear.largest * linear.outputs)
+    return KernelLaunch("adapters", nbytes, 2.0 * m * linear.largest * linear.outputs, launches=0)
 
 
 def _dora(linear: LayerLinear, m: int, how: KernelOptions, *, backward: bool) -> Iterator[KernelLaunch]:

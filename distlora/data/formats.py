@@ -127,7 +127,6 @@ ALPACA_WITHOUT_INPUT = (
 )
 """The prompts of github.com/tatsu-lab/stanford_alpaca, with the newline at the end that LLaMA-Factory has."""
 _GOOD_CALL = 'a good call: {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}'
-_CALL = "a part of the type 'tool_call' that"
 _GOOD_PART = 'a good part: {"type": "tool_call", "value": "{\\"name\\": \\"weather\\", \\"arguments\\": {}}"}'
 _GOOD_TOOL = 'a good one: {"type": "function", "function": {"name": "weather", "parameters": {...}}}'
 
@@ -384,25 +383,19 @@ def _message(message: Any, where: str, good: str) -> dict[str, Any]:
 def _lifted(message: dict[str, Any], where: str) -> dict[str, Any]:
     """Return a message with its parts of _LIFTED under the keys that templates read."""
     parts = message["content"] if isinstance(message.get("content"), list) else []
-    moved = {
-        kind: [part.get("value") for part in parts if isinstance(part, dict) and part.get("type") == kind]
-        for kind in _LIFTED
-    }
-    if not any(moved.values()):
+    moved = [part for part in parts if isinstance(part, dict) and part.get("type") in _LIFTED]
+    values: dict[str, list[Any]] = {key: [] for key in _LIFTED.values()}
+    for part in moved:
+        key, what = _LIFTED[part["type"]], f"a part of the type {part['type']!r}"
+        if message.get(key):
+            raise UserError(f"{where}: {key!r} stands beside {what}; leave one of them out")
+        value = expect(part.get("value"), str, f"{where}: {what}", _GOOD_PART)
+        values[key].append(parse_string(value, where, f"{what} that", _GOOD_PART) if key == "tool_calls" else value)
+    if not moved:
         return message
-    for kind, key in _LIFTED.items():
-        if moved[kind] and message.get(key):
-            raise UserError(f"{where}: {key!r} stands beside a part of the type {kind!r}; leave one of them out")
-    texts = [expect(text, str, f"{where}: a part of the type 'reasoning'", _GOOD_PART) for text in moved["reasoning"]]
-    calls = [
-        parse_string(
-            expect(call, str, f"{where}: a part of the type 'tool_call'", _GOOD_PART), where, _CALL, _GOOD_PART
-        )
-        for call in moved["tool_call"]
-    ]
-    rest = [part for part in parts if not isinstance(part, dict) or part.get("type") not in _LIFTED]
-    lifted = {"content": rest or (None if calls else ""), "tool_calls": calls, "reasoning_content": "".join(texts)}
-    return message | {key: item for key, item in lifted.items() if key == "content" or item}
+    content = [part for part in parts if part not in moved] or (None if values["tool_calls"] else "")
+    lifted = {"tool_calls": values["tool_calls"], "reasoning_content": "".join(values["reasoning_content"])}
+    return message | {"content": content} | {key: value for key, value in lifted.items() if value}
 
 
 def _content(message: dict[str, Any], where: str, good: str, *, required: bool) -> str | list[dict[str, Any]] | None:

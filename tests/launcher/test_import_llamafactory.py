@@ -144,6 +144,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dataset": "script"}, "dataset_info.json names neither hf_hub_url nor file_name"),
     ({"dataset_dir": "REMOTE:org/sets"}, "download it, and set dataset_dir to the folder"),
     ({"lora_rank": "big"}, "lora_rank='big' is not a number"),
+    ({"save_steps": float("inf")}, "save_steps=inf is not a number"),
     ({"dataset": "pairs", "stage": "dpo", "finetuning_type": "full"}, "stage=dpo with finetuning_type: full"),
 ]
 

@@ -33,6 +33,7 @@ OF_AN_ADAPTER = (
 )
 """Keys of which an adapter at lora_model_dir has its own."""
 MLP_TILE = 4096
+TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio", "swanlab")
 PROJECTS = {
     "wandb": "wandb_project",
     "mlflow": "mlflow_experiment_name",
@@ -76,6 +77,12 @@ def convert(values: dict[str, Any], *, processes: int | None = None) -> Imported
     convert_model(keys, imported)
     convert_adapter(keys, imported)
     convert_data(keys, imported)
+    convert_training(keys, imported, processes)
+    return imported
+
+
+def convert_training(keys: Keys, imported: Imported, processes: int) -> None:
+    """Convert what follows model, adapter and data, and note the keys that nothing has read."""
     convert_batch(keys, imported, processes)
     convert_optimizer(keys, imported, processes)
     convert_steps(keys, imported)
@@ -84,7 +91,6 @@ def convert(values: dict[str, Any], *, processes: int | None = None) -> Imported
     convert_tracker(keys, imported)
     convert_parallel(keys, imported, processes)
     note_unread(keys, imported)
-    return imported
 
 
 def convert_model(keys: Keys, imported: Imported) -> None:
@@ -357,7 +363,7 @@ def convert_steps(keys: Keys, imported: Imported) -> None:
 
 def _interval(keys: Keys, imported: Imported, kind: str, max_steps: int | None, epochs: float) -> dict[str, int]:
     """Return the setting of saves or evaluations (`kind`): per epoch or in steps; empty for the end only."""
-    per_epoch, steps = keys.number(f"{kind}s_per_epoch"), keys.number(f"{kind}_steps")
+    per_epoch, steps = keys.number(f"{kind}s_per_epoch"), keys.number(f"{kind}_steps") or None
     aliases = ("eval_strategy", "evaluation_strategy") if kind == "eval" else ("save_strategy",)
     chosen = keys.any(*aliases)
     strategy = "no" if chosen is False else chosen  # YAML reads a bare no as false.
@@ -499,7 +505,7 @@ def convert_tracker(keys: Keys, imported: Imported) -> None:
     """Convert the experiment trackers. They share a project, an entity and the run's name."""
     projects = {name: keys.text(key) for name, key in PROJECTS.items()}
     modes = {name: keys.text(f"{name}_mode") for name in ("wandb", "swanlab")}
-    names = [name for name in ("wandb", "tensorboard", "mlflow", "trackio", "swanlab") if keys.flag(f"use_{name}")]
+    names = [name for name in TRACKERS if keys.flag(f"use_{name}")]
     names += [name for name in ("wandb", "mlflow", "trackio") if projects[name] is not None and name not in names]
     names = [name for name in names if modes.get(name) != "disabled"]
     imported.options["tracker"] = "none" if not names else names[0] if len(names) == 1 else f"[{','.join(names)}]"

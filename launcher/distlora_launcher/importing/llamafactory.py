@@ -16,7 +16,7 @@ from distlora.data.files import read_file
 from distlora.data.formats import FORMATS, ROLES, SHAREGPT_ROLES, VERDICT_KEYS
 from distlora_launcher.importing import axolotl
 from distlora_launcher.importing.axolotl_data import adapters_beside_images
-from distlora_launcher.importing.recipe import Imported, Keys, Note, note_unread
+from distlora_launcher.importing.recipe import Imported, Keys, Note
 
 NAMES = {
     "base_model": "model_name_or_path",
@@ -59,8 +59,6 @@ DEFAULTS: dict[str, Any] = {
 """Values of keys that a file leaves out."""
 IMAGE_PIXELS = {"image_max_pixels": 768 * 768, "image_min_pixels": 32 * 32}
 """Its bounds of an image's size."""
-TRACKERS = ("wandb", "tensorboard", "mlflow", "trackio", "swanlab")
-"""Values of report_to that have an equal."""
 LOSSES = {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"}
 """Our objective by pref_loss."""
 WRITES_THOUGHTS = ("qwen3", "qwen3_vl", "qwen3_5", "qwen3_6", "deepseekr1", "exaone4", "glm4_moe", "glm4_7", "glmz1")
@@ -107,14 +105,7 @@ def convert(values: dict[str, Any], *, processes: int | None = None) -> Imported
     axolotl.convert_adapter(keys, imported)
     convert_quantization(keys, imported)
     convert_data(keys, imported)
-    axolotl.convert_batch(keys, imported, processes)
-    axolotl.convert_optimizer(keys, imported, processes)
-    axolotl.convert_steps(keys, imported)
-    axolotl.convert_schedule(keys, imported)
-    axolotl.convert_precision(keys, imported)
-    axolotl.convert_tracker(keys, imported)
-    axolotl.convert_parallel(keys, imported, processes)
-    note_unread(keys, imported)
+    axolotl.convert_training(keys, imported, processes)
     imported.notes = [Note(note.group, _their_name(note.key), note.reason) for note in imported.notes]
     for name in NAMES.keys() & values.keys():
         imported.note("unknown", name, f"not a known key of LLaMA-Factory (did you mean {NAMES[name]!r}?)")
@@ -135,24 +126,24 @@ def _shared(values: dict[str, Any]) -> dict[str, Any]:
     if kind not in ("lora", "full"):
         raise UserError(f"finetuning_type={kind}: only lora and full are supported; set finetuning_type: lora")
     shared["adapter"] = "lora" if kind == "lora" else None
-    if not (given.get("max_steps") or 0) > 0:
-        shared.pop("max_steps", None)
-    if not given.get("warmup_steps"):
-        shared.pop("warmup_steps", None)
+    read = Keys(given)
+    for name in ("max_steps", "warmup_steps"):  # 0 and -1 stand for unset.
+        if (read.number(name) or 0) <= 0:
+            shared.pop(name, None)
     for name, default in (("save", 500), ("eval", given["logging_steps"])):
         if given.get(f"{name}_strategy", "steps" if name == "save" else "no") != "steps":
             shared.pop(f"{name}_steps", None)
         else:
             shared.setdefault(f"{name}_steps", default)
     if kind == "lora":
-        targets, steps = _words(given.get("lora_target", "all")), given.get("pissa_iter", 16)
+        targets, steps = _words(given.get("lora_target", "all")), read.integer("pissa_iter")
         shared["lora_r"] = given.get("lora_rank", 8)
         shared["lora_target_modules"] = "all-linear" if "all" in targets else targets
-        start = "pissa" if steps == -1 else f"pissa_niter_{steps}"
+        start = "pissa" if steps == -1 else f"pissa_niter_{16 if steps is None else steps}"
         shared["peft_init_lora_weights"] = start if given.get("pissa_init") else None
     shared["lora_modules_to_save"] = _words(given.get("additional_target"))
     shared["tokens"] = _words(given.get("add_tokens")) + _words(given.get("add_special_tokens"))
-    bits = shared.pop("load_in_8bit", None)
+    bits = read.integer("quantization_bit")
     shared |= {"quantization_bit": bits, "load_in_8bit": bits == 8, "load_in_4bit": bits == 4}
     shared["gradient_checkpointing"] = not given.get("disable_gradient_checkpointing", False)
     shared["bf16"] = bool(given.get("bf16") or given.get("pure_bf16") or not given.get("fp16"))
@@ -160,7 +151,7 @@ def _shared(values: dict[str, Any]) -> dict[str, Any]:
         shared["sample_packing"] = True
     if (weight := given.get("moe_aux_loss_coef")) is not None:
         shared["model_config"] = {"output_router_logits": True, "router_aux_loss_coef": weight}
-    return shared | {f"use_{name}": True for name in _words(given.get("report_to")) if name in TRACKERS}
+    return shared | {f"use_{name}": True for name in _words(given.get("report_to")) if name in axolotl.TRACKERS}
 
 
 def _words(value: Any) -> list[str]:
@@ -175,7 +166,7 @@ def convert_stage(keys: Keys, imported: Imported) -> None:
     for name in ("pissa_iter", "disable_gradient_checkpointing", "save_strategy", "add_tokens", "enable_thinking"):
         keys.any(name)
     for name in _words(keys.any("report_to")):
-        if name not in ("none", *TRACKERS):
+        if name not in ("none", *axolotl.TRACKERS):
             imported.tell("report_to={name}", name=name)
     if stage not in ("pt", "sft", "rm", "dpo", "kto"):
         raise UserError(f"stage={stage}: distlora imports pt, sft, rm, dpo and kto; see docs/rl.md for sampled answers")
@@ -234,7 +225,7 @@ def convert_data(keys: Keys, imported: Imported) -> None:
     data["template"] = _template(keys, imported, stage)
     whole, last = keys.flag("train_on_prompt"), keys.flag("mask_history")
     data["train_on"] = "all" if whole else "last" if last else "assistant"
-    data["sequence_length"] = keys.integer("cutoff_len")
+    data["sequence_length"] = keys.integer("cutoff_len") or DEFAULTS["cutoff_len"]
     data["too_long"] = "split" if stage == "pt" else "drop" if stage == "rm" else "truncate"
     if stage != "pt":
         imported.tell("cutoff_len | too long", what="are left out" if stage == "rm" else "lose their end")

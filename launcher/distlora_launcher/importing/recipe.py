@@ -50,7 +50,7 @@ class Keys:
         if value is None or value is False or value == "":
             return None
         try:
-            if isinstance(value, bool):
+            if isinstance(value, bool) or not math.isfinite(float(value)):
                 raise TypeError
             return float(value)
         except (TypeError, ValueError) as error:

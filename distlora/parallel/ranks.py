@@ -18,9 +18,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from distlora.config import require
 from distlora.parallel import watch
 from distlora.system.listening import listen
 
+LEAST_CAPABILITY = (8, 0)
+"""Least compute capability of a GPU: earlier ones (T4, V100) have no bf16, and Triton compiles none of it for them."""
 AFTER_WATCH = timedelta(days=2)
 """Seconds by which torch's timeout exceeds the longest wait that `watch` allows.
 
@@ -70,6 +73,12 @@ def join_ranks(timeout_seconds: float | None = None) -> Ranks:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        require(
+            capability >= LEAST_CAPABILITY,
+            f"{name} has compute capability {capability[0]}.{capability[1]}, and GPU kernels need bf16 (8.0, Ampere "
+            "or later); use another GPU, or hide it with CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
     else:
         device = torch.device("cpu")
     if world == 1:

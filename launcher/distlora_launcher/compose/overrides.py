@@ -331,6 +331,10 @@ OPTION_HINTS = {
     },
     "optim": {" ".join(names): f"write optim={ours}" for ours, names in OPTIMIZERS.items()},
     "tracker": {"null false off disabled": "write tracker=none"},
+    "gpu": {
+        "t4 v100 p100 p40 rtx2060 rtx2070 rtx2080 rtx2080ti": "it is older than Ampere (compute capability 8.0), "
+        "without bf16, which the GPU kernels need; write for example gpu=rtx4060ti or gpu=l4"
+    },
     "recipe": {"lora": "write recipe=qlora, with quant=none for an unquantized base", "sft": "write recipe=qlora"},
 }
 """Names of other tools by group, and what to write."""

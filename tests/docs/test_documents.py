@@ -20,13 +20,17 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import yaml
 
 import distlora
 from distlora.config import Config
 from distlora.config.objectives import OBJECTIVES
 from distlora.config.sweep import SweepConfig
+from distlora.system.exit_codes import BAD_INPUT
 from distlora.training.objectives import CLASSES
 from distlora_launcher.cli.main import COMMANDS
+from distlora_launcher.compose.checks import split_endpoint
+from distlora_launcher.compose.compose import compose_config
 from support.document_stage import Shell, make_stage, make_sweep, no_process_starts
 from support.documents import ROOT, anchors, blocks, commands, documents, links, named, named_files
 from support.small_models import read_metrics
@@ -107,6 +111,28 @@ def test_the_callbacks_of_the_python_page_are_called(
     exec(text.replace(old, f"**{places!r}, "), found := {"__name__": "__main__"})
     assert len(found["losses"]) == 2
     assert found["run"].status.state == "done"
+
+
+def test_the_jobset_has_the_names_and_numbers_of_its_command() -> None:
+    jobset, policy = yaml.safe_load_all((ROOT / "examples/kubernetes/jobset.yaml").read_text())
+    (node,), name = jobset["spec"]["replicatedJobs"], jobset["metadata"]["name"]
+    job, pods = node["template"]["spec"], node["template"]["spec"]["template"]
+    (container,) = pods["spec"]["containers"]
+    waits, resumes, trains = container["command"][-1].splitlines()
+    config = compose_config(shlex.split(trains.removeprefix("exec distlora train ")))
+    host, port = split_endpoint(config.cluster.rdzv_endpoint)
+    assert host == f"{name}-{node['name']}-0-0.{name}" == waits.split("hosts ")[1].partition(";")[0]
+    assert [port] == [item["containerPort"] for item in container["ports"]]
+    assert config.cluster.nodes == job["parallelism"] == job["completions"]
+    assert config.cluster.gpus_per_node == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert resumes == f"if [ -d {config.run_dir}/logs ]; then exec distlora resume {config.run_dir}; fi"
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts) == {volume["name"] for volume in pods["spec"]["volumes"]}
+    shared = (config.run_dir, config.data.path, config.data.cache_dir, *(item["value"] for item in container["env"]))
+    assert all(path.startswith(f"{mounts['shared']}/") for path in shared)
+    rule = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert (rule["containerName"], rule["values"]) == (container["name"], [BAD_INPUT])
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= pods["metadata"]["labels"].items()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

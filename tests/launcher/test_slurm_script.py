@@ -17,6 +17,8 @@ import yaml
 from distlora.config import Config, UserError
 from distlora.config.file import build
 from distlora_launcher.cli.main import main
+from distlora_launcher.compose.compose import compose_config
+from distlora_launcher.importing.settings_file import with_file
 from distlora_launcher.jobs import submit
 from distlora_launcher.jobs.script import mounts, render, render_workers
 from distlora_launcher.launch import local
@@ -24,6 +26,7 @@ from support.fake_slurm import FakeSlurm, job_record
 from support.launcher_fakes import write_data, write_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "slurm"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "slurm"
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 
 
@@ -60,8 +63,8 @@ def run_config(run_dir: str, **cluster: Any) -> Config:
     return build(Config, values)
 
 
-def golden_scripts() -> dict[str, str]:
-    """Return the scripts that tests/golden/slurm/ holds, by name."""
+def golden_scripts() -> dict[Path, str]:
+    """Return the scripts that tests/golden/slurm/ and examples/slurm/ hold, by file."""
     everything = run_config(
         "/runs/70b at 2e-4, 100%",
         nodes=4,
@@ -95,24 +98,25 @@ def golden_scripts() -> dict[str, str]:
         folder, cluster = Path(config.run_dir), config.cluster
         return render_workers(folder, config.name, cluster, workers=workers, worker=worker, **options)
 
-    return {
+    scripts = {
         "sweep": workers_of(whole, 4),
         "sweep_container": workers_of(everything, 2),
         "simple": render(run_config("/runs/one", requeue=False), gpus=False),
         "container": render(everything, gpus=True),
         "array": render(whole, gpus=True, tasks=tasks),
     }
+    example = compose_config(with_file([str(EXAMPLE / "run.yaml")], "distlora train"))
+    files = {GOLDEN / f"{name}.sbatch": script for name, script in scripts.items()}
+    return {**files, EXAMPLE / "job.sbatch": render(example, gpus=True)}
 
 
-def test_scripts_are_the_golden_ones_and_shells_take_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """`python tests/launcher/test_slurm_script.py` writes them again, for a change that is meant."""
+def test_scripts_are_the_golden_ones_and_shells_take_them(monkeypatch: pytest.MonkeyPatch):
+    """`PYTHONPATH=tests python tests/launcher/test_slurm_script.py` writes them again, for a change that is meant."""
     monkeypatch.chdir("/")
     monkeypatch.setattr(sys, "executable", "/opt/distlora/bin/python")
-    for name, script in golden_scripts().items():
-        assert script == (GOLDEN / f"{name}.sbatch").read_text(), name
-        assert all(len(line) <= 120 for line in script.splitlines() if line.startswith("#")), name
-        path = tmp_path / f"{name}.sbatch"
-        path.write_text(script)
+    for path, script in golden_scripts().items():
+        assert script == path.read_text(), path
+        assert all(len(line) <= 120 for line in script.splitlines() if line.startswith("#")), path
         subprocess.run(["bash", "-n", path], check=True)
         if SHELLCHECK.exists():
             # The function goes to the machines as text, and what it sources is the user's.
@@ -365,5 +369,5 @@ if __name__ == "__main__":
     os.chdir("/")
     sys.executable = "/opt/distlora/bin/python"
     GOLDEN.mkdir(exist_ok=True)
-    for name, script in golden_scripts().items():
-        (GOLDEN / f"{name}.sbatch").write_text(script)
+    for path, script in golden_scripts().items():
+        path.write_text(script)

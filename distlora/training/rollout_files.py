@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from distlora.data.files import read_file, write_parquet
 from distlora.run_folder.layout import answers_file, answers_files
 from distlora.system import atomic_io
 from distlora.system.exit_codes import require_package
-
-if TYPE_CHECKING:
-    from distlora.training.rollouts import Rollout
+from distlora.training.sampled_answers import Rollout
 
 NOTABLE = 3
 """Answers of each category that are shown of an evaluation."""

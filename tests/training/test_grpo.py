@@ -37,7 +37,8 @@ from distlora.run_folder.layout import (
 from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
 from distlora.training.rollout_files import AnswerFiles, notable_answers
-from distlora.training.rollouts import RewardsFailedError, Rollout, advantages_of, pack_answers
+from distlora.training.rollouts import RewardsFailedError, advantages_of, pack_answers
+from distlora.training.sampled_answers import Rollout
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
 from distlora_launcher.compose.checks import check_model

@@ -13,7 +13,7 @@ another adapter, make far more."""
 
 OF_REWARDS = (
     *("loss_type", "scale_rewards", "importance_sampling_level", "epsilon", "epsilon_high", "use_bias_correction_kl"),
-    *("max_failed_steps", "batch_invariant", "max_logprob_difference"),
+    *("max_resamples", "max_failed_steps", "batch_invariant", "max_logprob_difference"),
 )
 """Settings that have an effect only where answers are trained on by their rewards."""
 
@@ -59,6 +59,9 @@ class RolloutConfig:
     equation 4 of the GRPO paper. Needs train.beta."""
     mask_truncated_completions: bool = False
     """Leave answers that max_new_tokens cut off out of the loss (DAPO)."""
+    max_resamples: int = 0
+    """Times that groups with equal rewards, which have no gradient, may be replaced by groups of other prompts (DAPO's
+    dynamic sampling). Each time as many prompts are sampled as groups with equal rewards are left."""
     max_failed_steps: int = 3
     """Steps in a row without a reward of any answer, which train nothing, after which the run fails."""
     eval_temperature: float = 0.0
@@ -100,6 +103,7 @@ def refused_in_rollout(rollout: RolloutConfig) -> Refusals:
     if rollout.epsilon > 1:
         yield "epsilon= would clip at a negative ratio; set it to at most 1 (0.2 is usual)"
     yield from at_least_zero(rollout, eval_temperature="is not a temperature; set 0 (the likeliest token) or more")
+    yield from at_least_zero(rollout, max_resamples="is no number of times; set 0 (never) or more")
     yield from at_least_zero(rollout, keep="is no number of rollouts; set 0 (keep none) or more")
     if rollout.batch_invariant and rollout.temperature != 1:
         yield (

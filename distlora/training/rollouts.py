@@ -33,7 +33,7 @@ from distlora.training.objectives.grpo import advantages_of
 from distlora.training.open_run import OpenRun
 from distlora.training.publish import publish_result
 from distlora.training.rollout_files import AnswerFiles, columns_of, notable_answers
-from distlora.training.sampled_answers import Rollout, figures_of, sums_of_rewards
+from distlora.training.sampled_answers import Rollout, figures_of, has_equal_rewards, sums_of_rewards
 from distlora.training.served_engine import ServedEngine, start_served_engine
 
 SHOWN = 3
@@ -201,10 +201,7 @@ class RolloutLoader:
                     "folder, and the checkpoint before it is used"
                 )
             began, settings, number = time.monotonic(), self.config.rollout, step // self.config.rollout.steps
-            rows, seed = self.prompts.rows_of_step(number), (1, number)
-            self.rollout, _ = self._answers(
-                self.prompts, rows, settings.num_generations, settings.temperature, seed, step
-            )
+            self.rollout = self._resampled(number, step)
             if self.sampled.writes:
                 totals = self.rollout.totals(self.config.data.reward_weights)
                 advantages = advantages_of(totals, settings.num_generations, settings.scale_rewards)
@@ -212,6 +209,32 @@ class RolloutLoader:
                 self._write(self.sampled, step + 1, columns)
             self._figures["rollout/seconds"] = time.monotonic() - began
         return self.rollout
+
+    def _resampled(self, number: int, step: int) -> Rollout:
+        """Return the answers of a rollout. Those of groups with equal rewards make room for answers to other prompts.
+
+        At most rollout.max_resamples times as many other prompts are drawn as there are such groups. A group takes a
+        place only if its rewards differ.
+        """
+        settings, weights = self.config.rollout, self.config.data.reward_weights
+        group, asked = settings.num_generations, self.prompts.rows_of_step(number)
+        rollout, _ = self._answers(self.prompts, asked, group, settings.temperature, (1, number), step)
+        counts, replaced = dict(self._figures), 0
+        for attempt in range(1, settings.max_resamples + 1):
+            equal = np.flatnonzero(has_equal_rewards(rollout.totals(weights), group) == 1)
+            words = (SAMPLES, self.config.train.seed, 2, number, attempt)
+            order = np.argsort(hash64(words, len(self.prompts.rows)), kind="stable")
+            rows = order[~np.isin(order, asked)][: len(equal)]
+            if len(rows) == 0:
+                break
+            others, _ = self._answers(self.prompts, rows, group, settings.temperature, (1, number, attempt), step)
+            counts = {name: counts.get(name, 0) + self._figures.get(name, 0) for name in counts | self._figures}
+            asked = np.concatenate([asked, rows])
+            differ = np.flatnonzero(has_equal_rewards(others.totals(weights), group) == 0)
+            places, chosen = (answers_of(groups, group) for groups in (equal[: len(differ)], differ))
+            rollout, replaced = rollout.with_answers(places, others, chosen), replaced + len(differ)
+        self._figures = counts | ({"rollout/replaced_groups": replaced} if settings.max_resamples else {})
+        return rollout
 
     def _columns(
         self, step: int, rollout: Rollout, totals: np.ndarray, advantages: np.ndarray | None, group: int
@@ -492,6 +515,11 @@ def open_rollouts(
         if opened.newest is not None:
             loader.restore(opened.newest)
         yield loader
+
+
+def answers_of(groups: np.ndarray, group: int) -> np.ndarray:
+    """Return the numbers of the answers of groups (n,): (n G,) integers."""
+    return (groups[:, None] * group + np.arange(group)).reshape(-1)
 
 
 def _text_of(prompt: str | Sequence[Mapping[str, Any]]) -> str:

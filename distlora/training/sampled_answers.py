@@ -72,6 +72,21 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def with_answers(self, places: np.ndarray, others: Rollout, chosen: np.ndarray) -> Rollout:
+        """Return it with the answers at `places` (n,) replaced by those at `chosen` (n,) of another rollout."""
+        source = np.arange(len(self))
+        source[places] = len(self) + chosen
+        arrays = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "step"}
+        joined = {name: np.concatenate([array, getattr(others, name)]) for name, array in arrays.items()}
+        sizes = {"tokens": joined["prompt_lengths"] + joined["lengths"], "logps": joined["lengths"]}
+        for name, array in joined.items():
+            if name in sizes:
+                answers = np.split(array, np.cumsum(sizes[name])[:-1])
+                joined[name] = np.concatenate([answers[index] for index in source])
+            else:
+                joined[name] = array[source]
+        return Rollout(step=self.step, **joined)
+
     def totals(self, weights: Sequence[float]) -> np.ndarray:
         """Return (N,) float64 sums of the rewards that apply, weighted (1 each without weights).
 
@@ -92,18 +107,23 @@ def sums_of_rewards(rewards: np.ndarray, weights: Sequence[float]) -> np.ndarray
         return np.where(np.isfinite(sums.astype(np.float32)), sums, np.inf)
 
 
+def has_equal_rewards(totals: np.ndarray, group: int) -> np.ndarray:
+    """Return (N / G,) float64: 1 for a group whose total rewards are equal, 0 for others, NaN for one without any."""
+    groups = totals.reshape(-1, group)
+    is_equal = np.nan_to_num(deviations_of_rows(groups)) < 1e-8
+    return np.where(np.isnan(groups).all(axis=1), np.nan, is_equal)
+
+
 def figures_of(rollout: Rollout, totals: np.ndarray, names: Sequence[str], group: int) -> dict[str, float]:
     """Return the metrics of a rollout, by TRL's names, without means of no reward.
 
     entropy: its estimate from the sampled tokens.
     """
-    groups = totals.reshape(-1, group)
-    deviations = deviations_of_rows(groups)
-    is_equal = np.where(np.isnan(groups).all(axis=1), np.nan, np.nan_to_num(deviations) < 1e-8)
+    deviations = deviations_of_rows(totals.reshape(-1, group))
     figures = {
         "reward": float(means_of_rows(totals[None])[0]),
         "reward_std": float(means_of_rows(deviations[None])[0]),
-        "frac_reward_zero_std": float(means_of_rows(is_equal[None])[0]),
+        "frac_reward_zero_std": float(means_of_rows(has_equal_rewards(totals, group)[None])[0]),
         "completions/mean_length": float(rollout.lengths.mean()),
         "completions/clipped_ratio": float(np.mean(rollout.ended == 0)),
         "entropy": float(-rollout.logps.mean(dtype=np.float64)),

@@ -22,6 +22,7 @@ from distlora.checkpoint.state import load_state
 from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.config.file import load_config
+from distlora.data.files import read_file
 from distlora.data.rows import open_split
 from distlora.generation.remote import ServerError
 from distlora.loading.peft_format import adapter_tensors
@@ -101,6 +102,26 @@ def made_rollout(prompts: list[list[int]], vocabulary: int) -> Rollout:
         rewards=draw.integers(0, 4, (len(answers), 1)).astype(np.float64),
         failed=np.zeros(len(answers), np.int64),
     )
+
+
+def test_answers_take_the_places_of_others() -> None:
+    made = made_rollout([[1, 2], [3]], 50), made_rollout([[4], [5, 6, 7]], 50)
+    draw = np.random.default_rng(1)
+    first, others = (dataclasses.replace(each, logps=draw.random(len(each.logps))) for each in made)
+    places, chosen = np.arange(4), np.arange(4, 8)
+    joined = first.with_answers(places, others, chosen)
+    for rollout, numbers, now in ((others, chosen, places), (first, np.arange(4, 8), np.arange(4, 8))):
+        ends, logp_ends = np.cumsum(rollout.prompt_lengths + rollout.lengths), np.cumsum(rollout.lengths)
+        found_ends, found_logp_ends = np.cumsum(joined.prompt_lengths + joined.lengths), np.cumsum(joined.lengths)
+        for number, place in zip(numbers, now, strict=True):
+            size, length = rollout.prompt_lengths[number] + rollout.lengths[number], rollout.lengths[number]
+            assert joined.lengths[place] == length
+            assert joined.rewards[place] == rollout.rewards[number]
+            assert joined.ended[place] == rollout.ended[number]
+            found = joined.tokens[found_ends[place] - size : found_ends[place]]
+            assert found.tolist() == rollout.tokens[ends[number] - size : ends[number]].tolist()
+            found = joined.logps[found_logp_ends[place] - length : found_logp_ends[place]]
+            assert found.tolist() == rollout.logps[logp_ends[number] - length : logp_ends[number]].tolist()
 
 
 def padded(rows: list[np.ndarray], *, left: bool = False) -> torch.Tensor:
@@ -355,6 +376,41 @@ def test_a_killed_run_goes_on_with_the_same_answers_and_bits(
         assert written[0] == written[1]
         assert len(written[0]) == count
     assert (tmp_path / "run/samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+def sampled_groups(run_dir: Path, first: int) -> list[list[tuple[str, str, float]]]:
+    """Return (prompt, answer, reward) of each group of a rollout."""
+    rows = [record.value for record in read_file(answers_file(run_dir / ROLLOUTS_NAME, first), "", "auto")]
+    answers = [(row["prompt"], row["completion"], row["reward"]) for row in rows]
+    return [answers[index : index + GROUP] for index in range(0, len(answers), GROUP)]
+
+
+def test_groups_with_equal_rewards_make_room_for_other_prompts(world: World, folders: Path, tmp_path: Path) -> None:
+    def run(name: str, ranks: int = 1, *, tries: int = 2, stop_before: int | None = None, **train: Any) -> Path:
+        sections = RUN | {"rollout": RUN["rollout"] | {"max_resamples": tries}, "train": RUN["train"] | train}
+        sections["data"] = RUN["data"] | {"reward_constants": {"pattern": "w"}}
+        grpo_run(tmp_path / name, folders, **sections)
+        world.run(ranks, run_until, run_dir=tmp_path / name, stop_before=stop_before)
+        return tmp_path / name
+
+    plain, whole = run("plain", tries=0, max_steps=1), run("whole")
+    before, after = sampled_groups(plain, 1), sampled_groups(whole, 1)
+    replaced = [number for number, group in enumerate(after) if group != before[number]]
+    assert replaced
+    assert len(replaced) == of_steps(whole)[0]["rollout/replaced_groups"]
+    asked = {group[0][0] for group in before}
+    for number in replaced:
+        assert len({reward for *_, reward in before[number]}) == 1
+        assert len({reward for *_, reward in after[number]}) == 2
+        assert len({prompt for prompt, *_ in after[number]} - asked) == 1
+    equal = [of_steps(run_dir)[0]["frac_reward_zero_std"] for run_dir in (plain, whole)]
+    assert equal[1] == pytest.approx(equal[0] - len(replaced) / len(before))
+    assert "rollout/replaced_groups" not in of_steps(plain)[0]
+    assert sampled_groups(run("ranks", 2, max_steps=1), 1) == after
+    killed = run("killed", stop_before=5)
+    world.run(1, run_until, run_dir=killed)
+    assert_same_run(killed, whole)
+    assert of_steps(killed) == of_steps(whole)
 
 
 def test_verify_finds_no_fault_in_a_run_and_answers_that_are_cut_off(whole: Path, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ grpo: {data.rewards: [mine.length], data.reward_weights: [1.0, 3.0], data.reward
   rollout.stop: [e], rollout.steps_per_generation: 2, rollout.num_iterations: 1, rollout.loss_type: dr_grpo,
   rollout.scale_rewards: none, rollout.importance_sampling_level: sequence, rollout.epsilon: 0.001,
   rollout.epsilon_high: 0.001, rollout.use_bias_correction_kl: false, rollout.mask_truncated_completions: true,
+  rollout.max_resamples: 2,
   rollout.eval_temperature: 1.0, rollout.batch_invariant: true}
 """)
 """Settings by the base whose results they must change, with their changed values."""

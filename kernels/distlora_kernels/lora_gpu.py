@@ -150,6 +150,7 @@ def backward(
     ]
     rows = {index: _row_major(dy) for index, dy in enumerate(dys) if dy is not None}
     carried = _carried(linears, saved, rows) if needs.x else None
+    places = _places(linears, saved, rows, carried)
     dxas: dict[int, Tensor] = {}
     through_dropout: dict[int, Tensor] = {}
     for index, dy in rows.items():
@@ -173,8 +174,10 @@ def backward(
             )
             gradients.magnitude[index] = dm[None]
         else:
-            places = {} if carried is None else carried.places(index)
-            dxas[index], db = skinny_dy(scaled, up, xa, scale=_factor(adapter), choice=_choice(adapter), **places)
+            out, copy = places.get(index, (None, None))
+            dxas[index], db = skinny_dy(
+                scaled, up, xa, scale=_factor(adapter), choice=_choice(adapter), out=out, copy=copy
+            )
         if factor is not None:
             db = db.mul_(factor[:, None])
         gradients.b[index] = db.to(adapter.b.dtype) if needs.b[index] else None
@@ -200,32 +203,31 @@ class _Carried(NamedTuple):
         """O of its linear."""
         return self.rows.shape[1] - max(columns.stop for columns in self.columns.values())
 
-    def places(self, index: int) -> dict[str, Tensor]:
-        """Return where skinny_dy writes for a linear."""
-        if index not in self.columns:
-            return {}
-        places = {"out": self.rows[:, self.out :][:, self.columns[index]]}
-        return places | {"copy": self.rows[:, : self.out]} if index == self.linear else places
+    def places(self) -> dict[int, tuple[Tensor, Tensor | None]]:
+        """Return where skinny_dy writes each linear's dxa, and dY if that is carried."""
+        dxas = self.rows[:, self.out :]
+        return {
+            index: (dxas[:, columns], self.rows[:, : self.out] if index == self.linear else None)
+            for index, columns in self.columns.items()
+        }
 
     def input_gradient(self, linears: Sequence[Linear]) -> Tensor:
         """Return its dY W and the adapters' terms, (M, I)."""
         rank = self.rows.shape[1] - self.out
         dense = operands.take_above(linears[self.linear].weight, self.rows.dtype, rows=rank)
-        for index, columns in self.columns.items():
-            dense[self.out :][columns].copy_(_adapter(linears, index).a)
+        torch.cat([_adapter(linears, index).down(dense.dtype) for index in self.columns], out=dense[self.out :])
         return self.rows @ dense
 
 
 def _carried(linears: Sequence[Linear], saved: Sequence[SavedLinear], dys: dict[int, Tensor]) -> _Carried | None:
     """Return the dY to extend, before it is filled; None if none pays."""
-    ranks, outs = {}, {}
-    for index, dy in dys.items():
-        weight, adapter, _ = linears[index]
-        is_plain = adapter is not None and saved[index].magnitude is None and _is_plain(adapter)
-        if adapter is not None and is_plain and choose_variant(dy, weight) == "scratch":
-            ranks[index] = _width(adapter)
-            if operands.uses_scratch(weight):
-                outs[index] = dy.shape[1]
+    ranks, outs = _plain_ranks(linears, saved, dys), {}
+    for index in list(ranks):
+        weight, dy = linears[index].weight, dys[index]
+        if choose_variant(dy, weight) != "scratch":
+            del ranks[index]
+        elif operands.uses_scratch(weight):
+            outs[index] = dy.shape[1]
     rank = sum(ranks.values())
     first = next(iter(dys.values()))
     copied = carrier(first.shape[0], linears[0].weight.shape[1], outs, rank, first.itemsize)
@@ -235,6 +237,26 @@ def _carried(linears: Sequence[Linear], saved: Sequence[SavedLinear], dys: dict[
     columns = {each: slice(stop - ranks[each], stop) for each, stop in zip(ranks, stops, strict=True)}
     wide = first.new_empty(first.shape[0], outs[copied] + padded(rank))
     return _Carried(copied, wide[:, : outs[copied] + rank], columns)
+
+
+def _plain_ranks(linears: Sequence[Linear], saved: Sequence[SavedLinear], dys: dict[int, Tensor]) -> dict[int, int]:
+    """Return the rank of each linear that has a dY and whose adapter is plain and without magnitude."""
+    adapters = {index: linears[index].adapter for index in dys if saved[index].magnitude is None}
+    return {index: _width(each) for index, each in adapters.items() if each is not None and _is_plain(each)}
+
+
+def _places(
+    linears: Sequence[Linear], saved: Sequence[SavedLinear], dys: dict[int, Tensor], carried: _Carried | None
+) -> dict[int, tuple[Tensor, Tensor | None]]:
+    """Return where skinny_dy writes dxa (and dY) of a group's linears: in neighbouring columns."""
+    places = {} if carried is None else carried.places()
+    ranks = {index: rank for index, rank in _plain_ranks(linears, saved, dys).items() if index not in places}
+    if len(ranks) > 1:
+        dy = dys[min(ranks)]
+        together = dy.new_empty(dy.shape[0], sum(ranks.values()))
+        dxas = zip(ranks, together.split(list(ranks.values()), dim=1), strict=True)
+        places |= {index: (dxa, None) for index, dxa in dxas}
+    return places
 
 
 def _input_gradient(
@@ -428,7 +450,16 @@ def _scaled_up(adapter: Adapter, dtype: torch.dtype) -> Tensor:
 
 
 def _side_by_side(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    """Return the matrices (M, R) as one, a view if they are neighbouring columns of one matrix."""
+    first = parts[0]
+    if all(
+        one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        and one.stride() == other.stride()
+        and one.storage_offset() + one.shape[1] == other.storage_offset()
+        for one, other in itertools.pairwise(parts)
+    ):
+        return first.as_strided((first.shape[0], sum(part.shape[1] for part in parts)), first.stride())
+    return torch.cat(parts, dim=1)
 
 
 def _row_major(matrix: Tensor) -> Tensor:

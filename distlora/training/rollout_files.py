@@ -45,8 +45,11 @@ class AnswerFiles:
             old.unlink()
 
     def before(self, step: int) -> list[dict[str, Any]]:
-        """Return the answers of the newest file before a step; none without one. Raises UserError if it is damaged."""
-        older = [path for number, path in answers_files(self.folder).items() if number < step]
+        """Return the answers of the newest file before a step; none without one, or if no files are kept.
+
+        Raises UserError if it is damaged.
+        """
+        older = [path for number, path in answers_files(self.folder).items() if number < step and self._keep > 0]
         return [record.value for record in read_file(older[-1], "", "auto")] if older else []
 
 

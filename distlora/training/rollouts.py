@@ -336,7 +336,7 @@ class RolloutLoader:
         if self.backend.writes:
             columns = self._columns(step, rollout, totals, None, 1)
             if self.config.data.rewards:
-                notable = notable_answers(columns, self.evaluated.before(step), prompts)
+                notable = notable_answers(columns, self._evaluated_before(step), prompts)
             if self.evaluated.writes:
                 self._write(self.evaluated, step, columns)
         batch = None
@@ -349,6 +349,14 @@ class RolloutLoader:
             notable=notable,
             answers=batch,
         )
+
+    def _evaluated_before(self, step: int) -> list[dict[str, Any]]:
+        """Return the answers of the evaluation before. If their file is damaged, say so and compare with none."""
+        try:
+            return self.evaluated.before(step)
+        except UserError as error:
+            self.log(f"WARNING: {error}, or delete it. Answers that have changed since then are not shown")
+            return []
 
     def _answers(
         self,

@@ -307,6 +307,7 @@ def test_only_the_newest_files_of_answers_are_kept_and_a_resume_removes_later_on
     assert list(answers_files(folder)) == [5, 9]
     assert files.before(9) == [{"step": 5}]
     assert files.before(5) == []
+    assert AnswerFiles(folder, 0, done=9, writes=True).before(9) == []
     AnswerFiles(folder, 2, done=8, writes=False)
     assert list(answers_files(folder)) == [5, 9]
     AnswerFiles(folder, 0, done=8, writes=True)

@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A test run starts hundreds of Python processes; without .pyc files each compiles our modules for 0.3 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ci test-all test-documents test-examples test-llama-cpp chaos fuzz audit lint format slurm-shell gpu-wheels gpu-dry-run clean
+.PHONY: demo test test-ci test-all test-documents test-examples test-llama-cpp test-servers chaos fuzz audit lint format slurm-shell gpu-wheels gpu-dry-run clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -21,9 +21,9 @@ test: $(READY)
 test-ci: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadfile -m 'ci and not slow'
 
-# All tests, including those that take minutes, but the examples. Not in CI.
+# All tests, including those that take minutes, but the examples and servers. Not in CI.
 test-all: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not examples'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not examples and not servers'
 
 # Every command of docs/tutorial.md, with its output: about ten minutes. Set DISTLORA_CACHE=~/.cache/distlora after a demo to use its
 # model. Not in CI.
@@ -38,6 +38,16 @@ test-examples: $(READY)
 test-llama-cpp: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[llama-cpp]'
 	$(BIN)/python -m pytest -m llama_cpp
+
+# A real vLLM on this CPU serves our exports and samples for GRPO. It has an environment of its own (3 GB, some minutes). Not in CI.
+SERVERS := .servers
+test-servers: $(READY) $(SERVERS)/.ready
+	$(BIN)/python -m pytest -m servers tests/post/test_servers.py
+
+$(SERVERS)/.ready: tests/tools/vllm_environment.sh
+	rm -rf $(SERVERS)
+	bash $< $(PYTHON) $(SERVERS)
+	touch $@
 
 # 50 kills of two-rank runs and merges at random moments, each resumed and compared with the uninterrupted run (30 minutes).
 chaos: $(READY)
@@ -100,4 +110,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .gpu .bare build dist *.egg-info
+	rm -rf $(VENV) $(SERVERS) .gpu .bare build dist *.egg-info

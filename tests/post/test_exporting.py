@@ -204,6 +204,16 @@ def test_a_servers_adapter_is_plain_lora_of_one_scale(
     assert "serve it with: " in printed
 
 
+def test_a_release_before_the_table_is_written_for_types_that_it_was_run_with(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = Name(place=str(place / "lora"))
+    request = ExportRequest(run="", name=name, format="vllm", out=str(tmp_path / "out"), version="0.32")
+    refuse(name.read(), request)
+    assert worker.run(request) == 0
+    assert "vLLM 0.32 was run with adapters of this model type" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("in_process")
 def test_an_unfinished_run_of_all_linears_goes_to_earlier_peft_and_to_vllm(
     folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -351,7 +361,7 @@ def test_bad_export_options_are_refused(
         ([run_dir, "--format", "gguf-lora"], "named by their consumer; write --for llama.cpp"),
         ([run_dir, "--for", "peft", "--dtype", "bf16"], "peft keeps the dtypes that there are; leave --dtype out"),
         ([run_dir, "--for", "vllm", "--version", "0.9.1"], "the layout is known from vLLM 0.33.0 on"),
-        ([run_dir, "--for", "vllm", "--version", "0.32"], "the layout is known from vLLM 0.33.0 on"),
+        ([run_dir, "--for", "vllm", "--version", "0.31"], "the layout is known from vLLM 0.33.0 on"),
         ([run_dir, "--for", "peft", "--version", "0.16"], "the layout is known from PEFT 0.17 on; update PEFT"),
         ([run_dir, "--for", "sglang", "--version", "new"], "--version=new is not a release"),
         ([run_dir, "--for", "llama.cpp", "--version", "1"], "llama.cpp has one layout; leave --version out"),

@@ -143,11 +143,18 @@ def architecture(name: str) -> Architecture:
     return architecture_of(hf_config(name).to_dict(), name)
 
 
-def hf_model(name: str) -> Any:
-    """Build a random transformers model of a variant, in fp32, every 1-D parameter moved off its start."""
+def hf_model(name: str, **settings: Any) -> Any:
+    """Build a random transformers model of a variant, in fp32, every 1-D parameter moved off its start.
+
+    `settings` change the config of its text model.
+    """
     import transformers
 
     config = hf_config(name)
+    if settings:
+        values = config.to_dict()
+        values.get("text_config", values).update(settings)
+        config = type(config).from_dict(values)
     torch.manual_seed(0)
     model: Any = getattr(transformers, auto_class_of(config, name)).from_config(config)
     with torch.no_grad():
@@ -157,9 +164,9 @@ def hf_model(name: str) -> Any:
     return model.eval()
 
 
-def write_family_folder(folder: Path, name: str) -> None:
+def write_family_folder(folder: Path, name: str, **settings: Any) -> None:
     """Write a variant as save_pretrained does."""
-    hf_model(name).save_pretrained(folder)
+    hf_model(name, **settings).save_pretrained(folder)
 
 
 def config_for(folder: Path, **sections: dict[str, Any]) -> Config:

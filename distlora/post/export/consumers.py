@@ -50,7 +50,7 @@ class Consumer:
 
     name: str
     version: str
-    """Release that the tables were written from; earlier ones are refused."""
+    """Release that the tables were written from; earlier ones are refused, but those of `run`."""
     source: str
     """Its repository and what identifies the source there."""
     types: Mapping[str, Served]
@@ -71,6 +71,8 @@ class Consumer:
     """Arguments that make the server read `stacks`. It then reads no other layout of experts."""
     command: str = ""
     """Command that starts it; {base}, {adapter} and {rank} are filled in."""
+    run: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Releases that `make test-servers` ran, with the model types whose adapters computed what was trained."""
 
     def limit(self, rank: int) -> int:
         """Return the setting of the largest rank that an adapter of `rank` needs. Raises UserError if none does."""

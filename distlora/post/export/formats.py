@@ -237,7 +237,7 @@ def refuse(trained: Trained, request: ExportRequest) -> None:
         check_mergeable(trained, request.onto)
     if name == "gguf":
         _refuse_unread(read_config(trained.base), trained.base / "config.json")
-    _check_version(request)
+    _check_version(trained, request)
     if form.adapter and name != "peft":
         _refuse_beyond_lora(trained, option)
     if name in CONSUMERS:
@@ -327,16 +327,18 @@ def _refuse_unserved(trained: Trained, name: str) -> None:
     consumer.limit(max(map(spec.adapter.rank_of, paths)) * (2 if spec.adapter.pissa else 1))
 
 
-def _check_version(request: ExportRequest) -> None:
-    """Refuse a release of the consumer whose layout is not known."""
+def _check_version(trained: Trained, request: ExportRequest) -> None:
+    """Refuse a release of the consumer whose layout for this model type is not known."""
     version, name = request.version, request.format
     if version is None:
         return
     known = {"peft": ("PEFT", PEFT_OLDEST)} | {key: (each.name, each.version) for key, each in CONSUMERS.items()}
     require(name in known, f"--version={version}: {name} has one layout; leave --version out")
     consumer, oldest = known[name]
+    run = CONSUMERS[name].run if name in CONSUMERS else {}
+    types = [kind for each, kinds in run.items() if release(each) == release(version) for kind in kinds]
     require(
-        release(version) >= release(oldest),
+        read_config(trained.base).get("model_type") in types or release(version) >= release(oldest),
         f"--version={version}: the layout is known from {consumer} {oldest} on; update {consumer}, or merge the "
         "adapter (`distlora merge`)",
     )

@@ -87,6 +87,8 @@ def write(export: Export) -> None:
     version = export.request.version or consumer.version
     if release(version) > release(consumer.version):
         export.say(f"the layout is that of {consumer.name} {consumer.version}; the source of {version} was not read")
+    elif release(version) < release(consumer.version):
+        export.say(f"{consumer.name} {version} was run with adapters of this model type (docs/merging.md)")
     print(error_line(consumer.name, worst))
     flags = [row.flags, consumer.stacks_flags if shared_outer else ""]
     print(f"serve it with: {' '.join([command, *filter(None, flags)])}{template}")

@@ -43,7 +43,7 @@ def write_model(folder):
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator([f"user assistant What colour is the left right half? {' '.join(COLOURS)}."] * 20, trainer)
+    bpe.train_from_iterator([f"user assistant What colour is it? {' '.join(COLOURS)}."] * 20, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<|im_end|>")
     images, videos = Qwen2VLImageProcessor(patch_size=16, merge_size=2), Qwen3VLVideoProcessor()
     Qwen3VLProcessor(images, tokenizer, videos, chat_template=TEMPLATE).save_pretrained(folder)
@@ -80,23 +80,19 @@ def write_model(folder):
 
 
 def write_chats(folder, count):
-    """Write pictures whose halves have two colours, and questions about one of the halves."""
+    """Write pictures of one colour with a little noise, and questions about it."""
     draw = random.Random(0)
     folder.mkdir(exist_ok=True)
     with open(folder / "chats.jsonl", "w") as file:
         for number in range(count):
-            halves = {"left": draw.choice(list(COLOURS)), "right": draw.choice(list(COLOURS))}
-            picture = Image.new("RGB", (64, 64), COLOURS[halves["left"]])
-            picture.paste(COLOURS[halves["right"]], (32, 0, 64, 64))
-            picture.save(folder / f"{number}.png")
-            side = draw.choice(["left", "right"])
-            asked = [
-                {"type": "image", "image": f"{number}.png"},
-                {"type": "text", "text": f"What colour is the {side} half?"},
-            ]
-            chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": halves[side]}]
+            name = draw.choice(list(COLOURS))
+            colour = tuple(max(0, min(255, value + draw.randrange(-20, 21))) for value in COLOURS[name])
+            Image.new("RGB", (64, 64), colour).save(folder / f"{number}.png")
+            image = {"type": "image", "image": f"{number}.png"}
+            asked = [image, {"type": "text", "text": "What colour is it?"}]
+            chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": name}]
             file.write(json.dumps({"messages": chat}) + "\n")
 
 
 write_model(Path("model"))
-write_chats(Path("data"), 400)
+write_chats(Path("data"), 200)

@@ -6,6 +6,7 @@ No weight is read and nothing is computed. Integers that decide shapes (grids of
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,17 @@ from distlora.model.images import attend_fast
 
 _SIDES = (224, 448)
 """Sides of the traced square images, in pixels: two give the terms that grow with the tokens and with their square."""
+_MADE_OR_MOVED = (
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.arange.default,
+    torch.ops.aten.arange.start,
+    torch.ops.aten.arange.start_step,
+)
+"""Operations that leave integers on the CPU here, whatever device they name."""
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of storages on the meta device that operations make, while they live."""
+    """Count the bytes of storages that operations make, while they live: on the meta device, or copies of pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,12 +41,16 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        if any(tensor.is_meta for tensor in tensors) and "copy" not in func.name():
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [part for index in args[1] for part in _places(index)])
+        if func in _MADE_OR_MOVED and not any(tensor.is_meta or tensor.is_floating_point() for tensor in tensors):
+            kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+        elif any(tensor.is_meta for tensor in tensors) and "copy" not in func.name():
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs or {}))
         taken = {tensor.untyped_storage()._cdata for tensor in tensors}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
+            if isinstance(tensor, Tensor) and (tensor.is_meta or tensor.is_floating_point()):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in taken | self._alive:
                     self._now += storage.nbytes()
@@ -50,6 +62,13 @@ class _LiveBytes(TorchDispatchMode):
     def _free(self, key: int, nbytes: int) -> None:
         self._now -= nbytes
         self._alive.discard(key)
+
+
+def _places(index: Tensor | None) -> Sequence[Tensor | None]:
+    """Return an index as indices that the meta device knows: a mask as the places that it chooses."""
+    if index is None or index.dtype is not torch.bool or index.is_meta:
+        return [index]
+    return index.nonzero().unbind(1)
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -80,15 +99,16 @@ def traced_work(hf_model: Any, layout: ImageLayout, decoder: str, processor: Any
     plan then names it as not counted.
     """
     merger = hf_model.get_submodule(layout.merger)
-    attend_fast(merger, hf_model.get_submodule(decoder))
+    attend_fast(merger.requires_grad_(False), hf_model.get_submodule(decoder))
     traced = []
     for side in _SIDES:
-        made = processor(np.zeros((side, side, 3), np.uint8), return_tensors="pt")
+        # Not black: some processors fill up with images of zeros, which their towers leave out.
+        made = processor(np.full((side, side, 3), 200, np.uint8), return_tensors="pt")
         image = {name: torch.as_tensor(np.asarray(value)) for name, value in made.items() if name in layout.names}
         peaks: dict[torch.dtype, int] = {}
         for dtype in (torch.float32, torch.bfloat16):
             merger.to(dtype)
-            sent = {n: t.to("meta", dtype) if t.is_floating_point() else t for n, t in image.items()}
+            sent = {n: t.to(dtype) if t.is_floating_point() else t for n, t in image.items()}
             live, attention = _LiveBytes(), _FusedAttention()
             try:
                 with torch.no_grad(), FlopCounterMode(display=False) as counter, attention, live:
@@ -96,6 +116,7 @@ def traced_work(hf_model: Any, layout: ImageLayout, decoder: str, processor: Any
             except RuntimeError:  # NotImplementedError too, which is one.
                 return ()
             peaks[dtype] = live.peak
-        flops, numel = counter.get_total_flops() + attention.flops, sum(t.numel() for t in sent.values() if t.is_meta)
+        flops = counter.get_total_flops() + attention.flops
+        numel = sum(tensor.numel() for tensor in sent.values() if tensor.is_floating_point())
         traced.append(TowerWork(side * side, tokens, numel, peaks[torch.float32], peaks[torch.bfloat16], flops))
     return tuple(traced)

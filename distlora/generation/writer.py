@@ -92,6 +92,8 @@ class Generator(PreTrainedModel, GenerationMixin):
         """
         cache = past_key_values if cache is None else cache
         images = self._images_of(input_ids, position_ids)
+        if cache is not None:  # Later tokens find them there.
+            self._images = ()
         past = Past(attention_mask, cache, grid_shift=self._grid_shift)
         logits = self.causal_lm(input_ids, position_ids, None, past=past, images=images)
         if self.backend.ranks.world > 1:
@@ -104,7 +106,7 @@ class Generator(PreTrainedModel, GenerationMixin):
 
     def _images_of(self, input_ids: Tensor, position_ids: Tensor) -> Images | None:
         """Return the images of a prompt (1, T), and keep how they shift later positions; None for a later token."""
-        if not self._images or int(position_ids[0, 0]) > 0:
+        if not self._images:
             return None
         model, ids, positions = self.causal_lm, input_ids.cpu(), position_ids.cpu()
         assert model.image_layout is not None, "images for a model that was built for text"

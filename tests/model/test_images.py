@@ -51,6 +51,7 @@ def test_a_type_computes_with_images_as_transformers_does(model_type: str, expec
     assert dict(layout.checks).keys() | one_of_two == IMAGE_BOUNDS.keys()
     assert dict(layout.checks)["loss"] <= 1e-6
     assert layout.tower
+    assert [work.tokens > 0 and work.flops > 0 for work in layout.work] == [True, True], "the tower was traced"
     assert all(weight.path.startswith(f"{layout.merger}.") for weight in layout.tower)
 
 

@@ -340,8 +340,8 @@ def project(x: Tensor, linears: Sequence[Linear]) -> tuple[list[_Input], list[Te
         if _pays(x, [linears[index] for index in group], sum(widths)):
             features, rank = x.shape[1], down.shape[0]
             rows = x.new_empty(x.shape[0], features + padded(rank))[:, : features + rank]
-            # Copied once more for backward, which must not keep the copy of x.
-            together = skinny_down(x, down, out=rows[:, features:], copy=rows[:, :features]).contiguous()
+            # x A^T is written twice: backward must not keep the copy of x.
+            together = skinny_down(x, down, wide=rows)
         else:
             together = skinny_down(x, down, choice=choice, dropout=adapters[0].dropout)
         firsts = itertools.accumulate(widths, initial=0)

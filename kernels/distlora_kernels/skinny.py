@@ -41,17 +41,17 @@ def skinny_down(
     *,
     choice: RowChoice | None = None,
     dropout: Dropout | ChosenDropout | None = None,
-    out: Tensor | None = None,
-    copy: Tensor | None = None,
+    wide: Tensor | None = None,
 ) -> Tensor:
     """Return xa = d(x) a^T, (M, R) in x's dtype, of x (M, I) and a (R, I); (M, max(ranks)) with a choice.
 
-    Without choice and dropout xa is written to `out` and x to `copy`, if they are given: columns of a wider matrix.
+    Without choice and dropout, [x | xa] is also written to `wide` (M, I + R) if it is given.
     """
     _check(x, a, rank=a.shape[0], choice=choice, dropout=dropout)
     assert x.shape[1] == a.shape[1], f"x {tuple(x.shape)}, a {tuple(a.shape)}"
+    copy, beside = (None, None) if wide is None else wide.split(list(a.shape[::-1]), dim=1)
     with on_device_of(x):
-        return _down(x, a, choice, dropout, out, copy)
+        return _down(x, a, choice, dropout, copy=copy, beside=beside)
 
 
 def skinny_up(
@@ -201,10 +201,12 @@ def _down(
     a: Tensor,
     choice: RowChoice | None,
     dropout: Dropout | ChosenDropout | None,
+    *,
     out: Tensor | None = None,
     copy: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Tensor:
-    """Return skinny_down; a may have any strides."""
+    """Return skinny_down; a may have any strides. xa is written to `out`, x to `copy` and xa to `beside`, if given."""
     x = _row_contiguous(x)
     (num_rows, num_columns), by = x.shape, _rows_of(x.shape[0], a.shape[0], choice)
     tile = tile_of("down", by.rank, by.tokens, x.itemsize, dropout is not None, copies=copy is not None)
@@ -216,7 +218,7 @@ def _down(
     if share.parts > 1:
         parts = out.new_empty(share.parts, num_rows, pieces * tile.ranks, dtype=torch.float32)
     down_kernel[(programs, share.parts)](
-        x, a, out, copy, parts, None if parts is None else counters(x.device, programs), by.rows, by.spans,
+        x, a, out, copy, beside, parts, None if parts is None else counters(x.device, programs), by.rows, by.spans,
         tokens=by.tokens, num_columns=num_columns, num_ranks=by.rank,
         stride_x=x.stride(0), stride_ar=a.stride(0), stride_ai=a.stride(1), stride_out=out.stride(0),
         stride_copy=None if copy is None else copy.stride(0), stride_split=num_rows * pieces * tile.ranks,
@@ -274,7 +276,7 @@ def dy_products(
     if not reads_once(stripes, num_columns, by.rank):
         db = b.new_empty(b.shape, dtype=torch.float32)
         _products_over_rows(xa, dy, db.T, choice, None, scale)
-        return _down(dy, b.T, choice, None, out, copy), db, None
+        return _down(dy, b.T, choice, None, out=out, copy=copy), db, None
     # Two programs per multiprocessor: one waits for its tile while the other multiplies.
     share = split(num_columns, tile.columns, stripes, wanted=2 * PROGRAMS)
     dxa = dy.new_empty(num_rows, by.rank) if out is None else out

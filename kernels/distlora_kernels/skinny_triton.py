@@ -153,12 +153,14 @@ def _add_parts(parts, at, inside, count, stride, batch_rows, parts_of_a_row, ada
 
 @triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)
 def down_kernel(
-    x, a, out, copy, parts, counters, batch_rows, spans, dropped_rows, streams, steps,
+    x, a, out, copy, beside, parts, counters, batch_rows, spans, dropped_rows, streams, steps,
     tokens, num_columns, num_ranks, stride_x, stride_ar, stride_ai, stride_out, stride_copy, stride_split,
     split_columns, tiles_of_a_row, dropped_tokens, first_token, key0, key1, threshold, step,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, PIECES: tl.constexpr, SPAN_ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Compute out[m, r] = sum of d(x)[m, i] a[first + r, i]; copy x if there is a copy.
+    """Compute out[m, r] = sum of d(x)[m, i] a[first + r, i]; copy x to `copy` and out to `beside`, if they are given.
+
+    Rows of both are `stride_copy` apart.
 
     Grid (tiles x PIECES, splits). Several splits of the columns have parts (splits, M, PIECES x BR).
     """
@@ -206,7 +208,13 @@ def down_kernel(
         valid = position < tl.where(last, tokens, 0)
         inside = valid[:, None] & (r < num_ranks)[None, :]
         total = _add_parts(parts, at, valid[:, None], tl.num_programs(1), stride_split, None, 1, 0)
-    tl.store(out + m[:, None] * stride_out + r[None, :], total.to(out.dtype.element_ty), mask=inside)
+    xa_tile = total.to(out.dtype.element_ty)
+    tl.store(out + m[:, None] * stride_out + r[None, :], xa_tile, mask=inside)
+    if beside is not None:
+        # Computed again: on sm_80 no register is left to keep it.
+        position = tile % tiles_of_a_row * BM + tl.arange(0, BM)
+        to = beside + row.to(tl.int64) * tokens * stride_copy
+        tl.store(to + position.to(tl.int64)[:, None] * stride_copy + r[None, :], xa_tile, mask=inside)
 
 
 @triton.jit(do_not_specialize=_WORDS, do_not_specialize_on_alignment=_SLICES)

@@ -83,20 +83,20 @@ def test_a_product_and_a_copy_of_its_rows_fill_columns_of_a_wider_matrix(
 ) -> None:
     """Both have the bits of products into memory of their own; the columns around them stay as they are."""
     x, a, b, dy, xa, _ = operands(shape, torch.bfloat16, device).values()
-    for rows, run in (
-        (x, lambda **places: skinny_down(x, a, **places)),
-        (dy, lambda **places: skinny_dy(dy, b, xa, scale=0.3, **places)),
-    ):
-        columns, rank = rows.shape[1], a.shape[0]
-        wide = torch.full((rows.shape[0], columns + 2 * rank + 5), 7.0, dtype=rows.dtype, device=device)
-        places = {"copy": wide[:, :columns], "out": wide[:, columns + rank : columns + 2 * rank]}
-        alone, beside = run(), run(**places)
-        pairs = [(alone, beside)] if isinstance(alone, Tensor) else zip(alone, beside, strict=True)
-        assert all(torch.equal(expected, actual) for expected, actual in pairs)
-        assert torch.equal(places["copy"], rows)
-        assert torch.equal(places["out"], alone if isinstance(alone, Tensor) else alone[0])
-        assert (wide[:, columns : columns + rank] == 7).all()
-        assert (wide[:, columns + 2 * rank :] == 7).all()
+    rank, columns = a.shape[0], dy.shape[1]
+    wide = torch.full((dy.shape[0], columns + 2 * rank + 5), 7.0, dtype=dy.dtype, device=device)
+    copy, out = wide[:, :columns], wide[:, columns + rank : columns + 2 * rank]
+    alone, beside = skinny_dy(dy, b, xa, scale=0.3), skinny_dy(dy, b, xa, scale=0.3, out=out, copy=copy)
+    assert all(torch.equal(*pair) for pair in zip(alone, beside, strict=True))
+    assert torch.equal(copy, dy)
+    assert torch.equal(out, alone[0])
+    assert (wide[:, columns : columns + rank] == 7).all()
+    assert (wide[:, columns + 2 * rank :] == 7).all()
+    alone, columns = skinny_down(x, a), x.shape[1] + rank
+    wide = torch.full((len(x), columns + 5), 7.0, dtype=x.dtype, device=device)
+    assert torch.equal(skinny_down(x, a, wide=wide[:, :columns]), alone)
+    assert torch.equal(wide[:, :columns], torch.cat([x, alone], dim=1))
+    assert (wide[:, columns:] == 7).all()
 
 
 @pytest.mark.parametrize(("shape", "dtype"), diagonal(SHAPES, DTYPES), ids=str)

@@ -245,7 +245,7 @@ def skinny() -> list[Case]:
     base: dict[str, str | None] = dict.fromkeys(("first_token", "key0", "key1", "threshold", "step"), "i32")
     base |= {"db": "*fp32:16", "db_parts": "*fp32:16", "counters": "*i32:16", "num_adapters": "i32"}
     base |= dict.fromkeys(("batch_rows", "spans", "dropped_rows", "streams", "steps", "scales", "bias"))
-    base |= dict.fromkeys(("y", "products", "copy", "stride_copy", "parts"))
+    base |= dict.fromkeys(("y", "products", "copy", "stride_copy", "beside", "parts"))
 
     def one(name: str, kernel: Any, tile: KernelTile, dtype: str = "bf16", group: int = 8, **types: str | None) -> Case:
         sizes = {"BM": tile.rows, "BN": tile.columns, "BK": tile.columns, "BR": tile.ranks}
@@ -289,8 +289,9 @@ def skinny() -> list[Case]:
                 one(f"{name} choice", kernel, tile(op), **own_types, **choice),
                 one(f"{name} fp32", kernel, tile(op, wide=True), "fp32", **own_types),
             ]
+    wide = {**copy, "beside": "*bf16:16"}
     for rank in (16, 32, 48):
-        for name, more in ((f"down R={rank} copy", copy), (f"down R={rank} copy split", copy | split)):
+        for name, more in ((f"down R={rank} copy", wide), (f"down R={rank} copy split", wide | split)):
             cases.append(one(name, down, tile("down", rank, copies=True), stride_ai="i32:1", **more))
     few = tile_of("down", 16, 16, 2)
     for rank, types in ((16, {}), (32, {}), (8, of_8)):

@@ -92,8 +92,7 @@ def _forward(group: Sequence[LayerLinear], m: int, how: KernelOptions, which: Pa
     if with_adapter:
         yield gemm("adapters", m, ranks, inputs, how)
     if extends:  # The copy of the input, and x A^T once more for backward.
-        yield KernelLaunch("adapters", how.itemsize * m * inputs, launches=0)
-        yield KernelLaunch("adapters", 2 * how.itemsize * m * ranks)
+        yield KernelLaunch("adapters", how.itemsize * m * (inputs + ranks), launches=0)
     for linear in group:
         has_adapter = linear in with_adapter
         if linear in skipped:

@@ -19,6 +19,8 @@ EXACT = 0.001
 Temporary memory of FlashAttention 2 is a model of it in both, after its source. cuBLAS' and NCCL's workspaces and
 fragmentation are in neither.
 """
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+KEPT: dict[str, Any] = {"config": {"quantization_config": FP8}, "settings": {"quant": {"method": "keep"}}}
 CELLS: dict[str, dict[str, Any]] = {
     "8B, one rank": {"model": "8b", "ranks": 1, "tokens": 2048},
     "8B, checkpointing=none": {
@@ -36,6 +38,8 @@ CELLS: dict[str, dict[str, Any]] = {
         "settings": {"train": {"checkpointing": "offload"}},
     },
     "Qwen3-30B-A3B, FSDP2": {"model": "moe", "ranks": 8, "tokens": 4096},
+    "8B, FP8 kept": {"model": "8b", "ranks": 1, "tokens": 2048, **KEPT},
+    "Qwen3-30B-A3B, FP8 kept, FSDP2": {"model": "moe", "ranks": 8, "tokens": 4096, **KEPT},
 }
 
 
@@ -61,6 +65,7 @@ def test_launches_of_a_layer(tokens: int, tmp_path: Path) -> None:
     kernels, products = LAYER[tokens]
     assert sum(seen["kernels"].values()) / seen["layers"] == pytest.approx(kernels, abs=0.1)
     assert sum(seen["operators"][name] for name in ("mm", "addmm")) / seen["layers"] == pytest.approx(products, abs=0.1)
+    assert seen["operators"]["mul"] < 10 * seen["layers"], "adapters are copied once per step, which scales 7 B"
     compiled = {variant_of(case) for case in all_cases()}
     assert not {text for text in seen["variants"] if text.partition(" num_stages")[0] not in compiled}
 

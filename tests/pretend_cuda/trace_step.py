@@ -2,9 +2,10 @@
 
     PRETEND_CUDA=shapes python -m pretend_cuda.start trace_step OUT.json CELL
 
-CELL is JSON: {"model": a short name of plan_inputs.py, "layers": number (default: all), "ranks": number, "tokens": per
-rank and step, "settings": by section}. Operators give shapes only and large blocks are addresses without memory, so 70B
-fits any machine. The step is the trainer's own, its second; the base has no values; collectives are torch's fakes.
+CELL is JSON: {"model": a short name of plan_inputs.py, "layers": number (default: all), "config": more of config.json,
+"ranks": number, "tokens": per rank and step, "settings": by section}. Operators give shapes only and large blocks are
+addresses without memory, so 70B fits any machine. The step is the trainer's own, its second; the base has no values;
+collectives are torch's fakes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import torch.distributed as dist
 
 from distlora import derive
 from distlora.architecture import spec
-from distlora.architecture.shapes import ARCHITECTURES
+from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.kept_weights import expected_headers
+from distlora.architecture.shapes import ARCHITECTURES, shapes_of
 from distlora.config import Config
 from distlora.loading.load_base import Loaded
 from distlora.parallel import Ranks
@@ -60,7 +63,7 @@ def ranks_of(world: int) -> Ranks:
 def shapes_of_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Return config.json of a cell's model."""
     shapes = ARCHITECTURES[MODELS[cell["model"]]]
-    return {**shapes, "num_hidden_layers": cell.get("layers", shapes["num_hidden_layers"])}
+    return {**shapes, "num_hidden_layers": cell.get("layers", shapes["num_hidden_layers"]), **cell.get("config", {})}
 
 
 def started(folder: Path, cell: dict[str, Any]) -> tuple[Config, Trainer]:
@@ -98,6 +101,10 @@ def seen_in_step(trainer: Trainer) -> dict[str, Any]:
 def traced(cell: dict[str, Any]) -> dict[str, Any]:
     """Return what a cell's second step allocates, what the plan says, and what its third step launches."""
     setup.load_base = load_nothing
+    settings = shapes_of_cell(cell)
+    if "quantization_config" in settings:
+        headers = expected_headers(shapes_of(settings, "").architecture, settings, "")
+        CheckpointFiles.headers = property(lambda files: headers)  # type: ignore[assignment]
     host_memory.available_bytes = lambda: None  # Blocks of the host are addresses too: no memory is taken.
     with tempfile.TemporaryDirectory() as folder:
         config, trainer = started(Path(folder), cell)
@@ -109,7 +116,7 @@ def traced(cell: dict[str, Any]) -> dict[str, Any]:
         persistent = torch.cuda.memory_allocated(gpu)
         trainer._train_step()
         peak = torch.cuda.max_memory_allocated(gpu)
-        model = built_in(cell["model"], shapes_of_cell(cell))
+        model = built_in(cell["model"], settings)
         plan = device_bytes(Workload.of(config), model, machine_of("h100", ranks=cell["ranks"]))
         bytes_ = {"persistent": [persistent, plan.persistent], "peak": [peak, plan.peak], "worst": plan.worst}
         trainer.backend.zero_gradients()

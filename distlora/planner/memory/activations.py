@@ -131,7 +131,7 @@ class Costs(LayerRun):
         if self.is_gpu and self.attention == "sdpa":
             sentences.append("what a GPU's attention with dense masks makes: it is taken for what the CPU's does")
         if self.has_reference:
-            sentences.append("which tokens are of which pair: a few bytes a token and pair of a row")
+            sentences.append("the marks of each token's pair: a few bytes for each token and pair of a row")
         return sentences
 
     @property

@@ -291,7 +291,7 @@ def _add_stripes(
     """
     stripe = tl.program_id(0)
     stripes = tl.num_programs(0)
-    stride = num_columns.to(tl.int64) * BR
+    stride = tl.cast(num_columns, tl.int64) * BR
     ready = True
     if GROUP > 1:
         group = stripe // GROUP
@@ -342,7 +342,7 @@ def dy_kernel(
     in_rank = (r < count)[None, :]
     xa_tile = tl.load(xa + m[:, None] * stride_xa + r[None, :], mask=valid[:, None] & in_rank, other=0.0)
     dy_rows = dy + m[:, None] * stride_dy
-    db_stripe = db_parts + stripe * num_columns.to(tl.int64) * BR
+    db_stripe = db_parts + stripe * tl.cast(num_columns, tl.int64) * BR
     total = tl.zeros((BM, BR), dtype=tl.float32)
     for column in range(begin, end, BK):
         o = column + tl.arange(0, BK)
@@ -426,7 +426,7 @@ def grad_kernel(
     if parts is None:
         tl.store(out + r[:, None] * stride_or + i[None, :] * stride_oi, total * scale, mask=inside)
     else:
-        stride = num_columns.to(tl.int64) * num_ranks
+        stride = tl.cast(num_columns, tl.int64) * num_ranks
         at = r[:, None] * num_columns + i[None, :]
         tl.store(parts + stripe.to(tl.int64) * stride + at, total, mask=inside)
         if _is_last(counters + tl.program_id(0), tl.num_programs(1)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distlora_kernels import (
@@ -293,6 +293,10 @@ def skinny() -> list[Case]:
     for rank in (16, 32, 48):
         for name, more in ((f"down R={rank} copy", wide), (f"down R={rank} copy split", wide | split)):
             cases.append(one(name, down, tile("down", rank, copies=True), stride_ai="i32:1", **more))
+    # A gate has one output, and Triton makes a constant of an integer that is 1.
+    for name, kernel, more in (("dy", dy, {}), ("grad", grad, {"stride_oi": "i32:1", "out": "*fp32:16"})):
+        of_1 = one(f"{name} O=1", kernel, tile(name), num_columns="i32:1", **split, **more)
+        cases.append(replace(of_1, loads_128=False))
     few = tile_of("down", 16, 16, 2)
     for rank, types in ((16, {}), (32, {}), (8, of_8)):
         cases.append(one(f"dy R={rank}", dy, tile("dy", rank), **split, **types))

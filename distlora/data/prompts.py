@@ -11,7 +11,7 @@ from typing import Any
 
 from distlora.config import UserError, require
 from distlora.data.files import read_file
-from distlora.data.formats import check_chat
+from distlora.data.formats import MEDIA_KEYS, check_chat
 from distlora.data.image_records import COLUMNS, images_of, with_images
 from distlora.data.json_values import kind_name, listed
 
@@ -73,6 +73,8 @@ def _prompt(place: str, value: Any, folder: Path) -> Prompt:
     keys = {"prompt", "messages"} & value.keys()
     require(bool(keys), f"{place} has neither 'prompt' nor 'messages' among its keys: {listed(value)}; {_GOOD}")
     require(len(keys) == 1, f"{place} has both 'prompt' and 'messages'; keep one of them")
+    media = [key for key in sorted(MEDIA_KEYS.difference(COLUMNS)) if value.get(key)]
+    require(not media, f"{place}: {', '.join(media)}: no model here reads video or audio; leave the key out")
     if "prompt" in value:
         text = value["prompt"]
         require(isinstance(text, str), f"{place}: 'prompt' is {kind_name(text)}, not a string; {_GOOD}")

@@ -158,17 +158,11 @@ def generate_all(
     prompts: Sequence[Sequence[int]],
     settings: GenerationConfig,
     stopping: StoppingCriteriaList | None = None,
-    images: Iterable[Sequence[ProcessedImage]] | None = None,
 ) -> Iterator[list[Completion]]:
     """Return completions of any number of prompts, in order, one batch at a time.
 
-    A prompt near the context limit runs alone, so that it does not shorten others. `images`: those of each prompt, and
-    each runs alone then; None: there are none.
+    A prompt near the context limit runs alone, so that it does not shorten others.
     """
-    if images is not None:
-        for prompt, own in zip(prompts, images, strict=True):
-            yield generate(generator, [prompt], settings, images=own, stopping=stopping)
-        return
     roomy = context_limit(generator.causal_lm) - settings.max_new_tokens
     start = 0
     while start < len(prompts):
@@ -215,7 +209,7 @@ class Writer:
     ) -> list[Completion]:
         """Return the completions of prompts (token ids), each shorter than `context_limit`, in order.
 
-        `images`: those of each prompt, read as they are needed; None: there are none.
+        `images`: those of each prompt, read as they are needed, and every prompt runs alone; None: there are none.
         `seed` is that of the first prompt; the next ones have the next numbers. `stop`: texts that end a completion.
         `on_done(index, completion)` is called as soon as one is there, on the rank that writes it.
         """
@@ -228,15 +222,30 @@ class Writer:
 
             requests = [_request(prompt, settings, seed + number, stop) for number, prompt in enumerate(prompts)]
             return [_completion(sample, ends) for sample in self._engine(ends).run(requests, done)]
-        criteria = [StopStringCriteria(self._tokenizer, list(stop))] if stop else []
+        criteria = StoppingCriteriaList([StopStringCriteria(self._tokenizer, list(stop))] if stop else [])
         completions: list[Completion] = []
-        with self._seeded(seed), aside(self._model, self._backend):
-            batches = generate_all(self._generator, prompts, settings, StoppingCriteriaList(criteria), images)
-            for completion in itertools.chain.from_iterable(batches):
+        with aside(self._model, self._backend):
+            for completion in self._by_transformers(prompts, settings, seed, criteria, images):
                 if on_done is not None:
                     on_done(len(completions), completion)
                 completions.append(completion)
         return completions
+
+    def _by_transformers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationConfig,
+        seed: int,
+        criteria: StoppingCriteriaList,
+        images: Iterable[Sequence[ProcessedImage]] | None,
+    ) -> Iterator[Completion]:
+        if images is None:
+            with self._seeded(seed):
+                yield from itertools.chain.from_iterable(generate_all(self._generator, prompts, settings, criteria))
+            return
+        for number, (prompt, own) in enumerate(zip(prompts, images, strict=True)):
+            with self._seeded(seed + number):
+                yield from generate(self._generator, [prompt], settings, images=own, stopping=criteria)
 
     def stream(
         self,

@@ -31,7 +31,7 @@ from distlora.architecture.config_checks import read_config
 from distlora.architecture.images import PROCESSOR_FILE, image_layout, processor_settings
 from distlora.architecture.spec import architecture_of
 from distlora.architecture.tokens import load_tokenizer
-from distlora.config import ModelConfig, UserError, require
+from distlora.config import ModelConfig, UserError
 from distlora.config.file import load_config
 from distlora.data.images import ImageTensors
 from distlora.data.prepare import check_vocabulary, prepare
@@ -49,7 +49,7 @@ from distlora.post.evaluate import (
     Text,
     table_of,
 )
-from distlora.post.load_trained import load_in_fp32, load_trained, made_on, run_on_ranks
+from distlora.post.load_trained import load_in_fp32, load_trained, made_on, require_whole_embedding, run_on_ranks
 from distlora.post.merge import Onto, Receipt, check_mergeable
 from distlora.post.merge_worker import DTYPES, merge_to
 from distlora.post.trained import Trained
@@ -196,11 +196,7 @@ def tensors_for(text: Text, folders: Mapping[str, Path], world: int) -> ImageTen
     config = load_config(text.run)
     base = config.spec.path
     layout, settings = image_layout(base), processor_settings(base)
-    require(
-        world == 1 or not layout.reads_embedding,
-        f"--processes={world}: transformers reads the embedding of {base} outside of its forward, so its images need "
-        "it whole on each rank; leave --processes out",
-    )
+    require_whole_embedding(layout, base, world)
     for label, folder in folders.items():
         same = processor_settings(folder) == settings
         if not same or (other := image_layout(folder)).token_id != layout.token_id or other.names != layout.names:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import TextStreamer
 
+from distlora.architecture.images import image_layout
 from distlora.config import UserError, nearest
 from distlora.config.file import load_config
 from distlora.data.image_records import images_of
@@ -31,7 +32,7 @@ from distlora.data.prompts import GenerateRequest, Prompt, asked, read_prompts
 from distlora.generation.prompts import PromptEncoder, sampling
 from distlora.generation.writer import Completion, Writer
 from distlora.parallel import Ranks
-from distlora.post.load_trained import load_trained, run_on_ranks
+from distlora.post.load_trained import load_trained, require_whole_embedding, run_on_ranks
 from distlora.post.trained import of_run
 from distlora.run_folder.layout import DATA_NAME, read_record
 from distlora.system.progress import PROGRESS_SECONDS, say, still
@@ -172,6 +173,8 @@ def run(request: GenerateRequest, ranks: Ranks) -> None:
     trained = of_run(config, request.weights, foreign=request.foreign)
     prompts = None if request.prompts is None else read_prompts(Path(request.prompts))
     has_images = request.image is not None or any(images_of(prompt.messages) for prompt in prompts or ())
+    if has_images:
+        require_whole_embedding(image_layout(config.spec.path), config.spec.path, ranks.world)
     trained = replace(trained, spec=replace(trained.spec, images=has_images))
     with still("loading") if speaks else contextlib.nullcontext():
         model, backend = load_trained(trained, ranks)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from distlora.architecture.checkpoint_files import CheckpointFiles
+from distlora.architecture.images import ImageLayout
 from distlora.architecture.safetensors_headers import INDEX_NAME, SINGLE_NAME
 from distlora.checkpoint.state import OR_WHAT_PISSA_TOOK, load_state
-from distlora.config import UserError
+from distlora.config import UserError, require
 from distlora.config.errors import named_settings
 from distlora.loading.decomposed_adapters import load_initial_factors
 from distlora.loading.peft_format import load_peft_adapter, whole_modules
@@ -77,6 +78,15 @@ def load_in_fp32(trained: Trained, ranks: Ranks) -> tuple[CausalLM, Backend]:
             local.copy_(local.to(held[name]))
     backend.watch_weights(model)
     return model, backend
+
+
+def require_whole_embedding(layout: ImageLayout, base: Path, world: int) -> None:
+    """Raise UserError if transformers would read a sharded embedding of a model of images."""
+    require(
+        world == 1 or not layout.reads_embedding,
+        f"--processes={world}: transformers reads the embedding of {base} outside of its forward, so its images need "
+        "it whole on each rank; leave --processes out",
+    )
 
 
 def check_base_unchanged(weights: Path, trained: Trained) -> None:

@@ -110,6 +110,10 @@ def test_an_image_that_no_prompt_can_have_is_refused(tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is this?", "images": ["no.png"]}\n')
     with pytest.raises(UserError, match=r"prompts\.jsonl:1: messages\[0\]: there is no image .*no.png"):
         read_prompts(tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is this?", "videos": ["a.mp4"]}\n')
+    with pytest.raises(UserError, match=r"prompts\.jsonl:1: videos: no model here reads video or audio"):
+        read_prompts(tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "What is this?", "images": ["no.png"]}\n')
     (tmp_path / "no.png").touch()
     with pytest.raises(UserError, match=r"prompts\.jsonl:1 holds an image, and the run was trained on text alone"):
         check_files(str(tmp_path / "prompts.jsonl"), None, takes_images=False)

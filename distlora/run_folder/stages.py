@@ -2,7 +2,7 @@
 
 RUN/stages/step_00000100/config.yaml    the settings until that step
 RUN/stages/step_00000100/adapter        the result (adapter or model) of a run that had ended there
-    RUN/stages/step_00000100/summary.json   the final metrics of such a run
+RUN/stages/step_00000100/summary.json   the final metrics of such a run
 
 A stage in which no step was saved has no folder: the next one replaces it.
 """

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distlora.config import UserError
 from distlora.data.files import read_file, write_parquet
 from distlora.run_folder.layout import answers_file, answers_files
 from distlora.system import atomic_io
@@ -47,10 +48,14 @@ class AnswerFiles:
     def before(self, step: int) -> list[dict[str, Any]]:
         """Return the answers of the newest file before a step; none without one, or if no files are kept.
 
-        Raises UserError if it is damaged.
+        Raises UserError if it is damaged, or was rewritten without what is compared.
         """
         older = [path for number, path in answers_files(self.folder).items() if number < step and self._keep > 0]
-        return [record.value for record in read_file(older[-1], "", "auto")] if older else []
+        rows = [record.value for record in read_file(older[-1], "", "auto")] if older else []
+        for row in rows:
+            if not isinstance(row.get("group"), int) or not isinstance(row.get("completion"), str):
+                raise UserError(f"{older[-1]} has rows without 'group' or 'completion'; restore it, or remove it")
+        return rows
 
 
 def notable_answers(

@@ -22,7 +22,7 @@ from distlora.checkpoint.state import load_state
 from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.data.files import read_file
+from distlora.data.files import read_file, write_parquet
 from distlora.data.rows import open_split
 from distlora.generation.remote import ServerError
 from distlora.loading.peft_format import adapter_tensors
@@ -303,9 +303,13 @@ def test_only_the_newest_files_of_answers_are_kept_and_a_resume_removes_later_on
     folder = tmp_path / "answers"
     files = AnswerFiles(folder, 2, done=0, writes=True)
     for first in (1, 5, 9):
-        files.write(first, {"step": [first], "reward": np.array([np.nan])})
+        files.write(first, {"step": [first], "group": [0], "completion": ["a"], "reward": np.array([np.nan])})
     assert list(answers_files(folder)) == [5, 9]
-    assert files.before(9) == [{"step": 5}]
+    assert files.before(9) == [{"step": 5, "group": 0, "completion": "a"}]
+    write_parquet(answers_file(folder, 7), {"step": [7]})
+    with pytest.raises(UserError, match="has rows without 'group' or 'completion'"):
+        files.before(9)
+    answers_file(folder, 7).unlink()
     assert files.before(5) == []
     assert AnswerFiles(folder, 0, done=9, writes=True).before(9) == []
     AnswerFiles(folder, 2, done=8, writes=False)

@@ -363,7 +363,10 @@ def _make_absolute(values: dict[str, Any]) -> None:
     train = values["train"] if isinstance(values["train"], dict) else {}
     if isinstance(train.get("sample_images"), list):
         images = train["sample_images"]
-        train["sample_images"] = [_absolute_path("train.sample_images", image) if image else "" for image in images]
+        train["sample_images"] = [
+            _absolute_path("train.sample_images", image) if isinstance(image, str) and image else image
+            for image in images
+        ]
 
 
 def _absolute_path(name: str, path: str) -> str:

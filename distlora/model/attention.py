@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from distlora.architecture.shapes import EXTRA, scores_at_once, tile_length, tiles
 from distlora.architecture.spec import Architecture
 from distlora.model.by_document import DocumentRows
+from distlora.system.transfer import to_device
 from distlora_kernels import attention as compiled_attention
 from distlora_kernels.products import product
 
@@ -61,7 +62,7 @@ class Documents(NamedTuple):
 
     def to(self, device: torch.device) -> Documents:
         """Return the documents with their starts on `device`."""
-        return self._replace(starts=self.starts.to(device, non_blocking=True))
+        return self._replace(starts=to_device(self.starts, device))
 
 
 VarlenOp = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, int | None], Tensor]

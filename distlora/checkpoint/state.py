@@ -45,8 +45,11 @@ _OF_STAGES = {
     "min_lr_ratio",
     "train": "max_steps epochs early_stopping_patience early_stopping_threshold eval_every evals_per_epoch "
     "eval_documents",
+    "rollout": "url keep max_failed_steps max_logprob_difference",
+    "quant": "cache cache_dir cache_gb",
+    "data": "reward_timeout reward_processes reward_memory_gb",
 }
-"""Settings that a new stage of a run may change: they change what the next steps do, and fit any saved state."""
+"""Settings that a new stage of a run may change: they change the next steps, or no result, and fit any saved state."""
 
 
 class SamplingChoice(NamedTuple):

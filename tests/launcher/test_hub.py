@@ -134,7 +134,7 @@ def test_a_model_by_name_is_trained_pushed_and_loaded_by_peft(hub: Hub, folders:
         "train.global_batch=2",
         "train.dtype=fp32",
         "plan.measure=false",
-        "optim.lr=1e-2",
+        "optim.lr=5e-3",
         "tracker=none",
         f"data.cache_dir={place}/cache",
     ]

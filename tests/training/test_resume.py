@@ -172,7 +172,7 @@ def test_a_mixture_over_several_epochs_goes_on_in_the_middle_of_one(folders: Pat
     for name, weight, part in (("a", 0.7, documents[10:16]), ("b", 0.3, documents[16:20])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(part))
         sources.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": weight})
-    settings = SETTINGS | {"max_steps": None, "epochs": 2, "global_batch": 5}
+    settings = SETTINGS | {"max_steps": None, "epochs": 2, "global_batch": 5, "micro_batch": 5}
     (tmp_path / "held_out.jsonl").write_text(documents[20])
     data = {"path": None, "sources": sources, "eval_fraction": 0.0, "eval_path": str(tmp_path / "held_out.jsonl")}
     for name in ("whole", "stopped"):

@@ -11,7 +11,7 @@ import pytest
 from distlora.checkpoint.verify import verify
 from distlora.config import UserError
 from distlora.config.file import load_config
-from distlora.run_folder.layout import read_result
+from distlora.run_folder.layout import find_result, read_result
 from distlora.run_folder.stages import earlier_stages, stage_rows
 from distlora.training.model_card import model_card
 from distlora_launcher.cli.main import main
@@ -88,6 +88,9 @@ REFUSED = [
     (["train.max_stepz=7"], r"there is no setting train\.max_stepz .*max_steps"),
     (["train.max_steps=many"], "train.max_steps=.many. must be of type int"),
     (["optim.lr=1e-3"], r"has done 6 steps, and these settings end it at 6; set train\.max_steps"),
+    (["train.max_steps=9", "optim.lr=null"], "optim.lr=null: the usual rate is found when a run begins"),
+    (["train.max_steps=9", "train.fused_kernels=liger"], "fused_kernels=liger"),
+    (["train.max_steps=9", "parallel.backend=zero3", "parallel.deepspeed_config=missing.json"], "/missing.json"),
     (["train.max_steps=4"], "has done 6 steps, and these settings end it at 4"),
     (["train.max_steps=9", "optim.warmup_steps=20"], "warmup_steps=20 is more than"),
     (
@@ -103,6 +106,7 @@ def test_what_may_not_change_is_refused_and_changes_nothing(ended: Path, words: 
     with pytest.raises(UserError, match=message):
         begin_stage(ended, words)
     assert (ended / "config.yaml").read_bytes() == before
+    assert find_result(ended) is not None
     assert not (ended / "stages").exists()
 
 

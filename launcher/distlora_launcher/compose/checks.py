@@ -86,8 +86,12 @@ ROW_TOKENS = 1024
 """Default sequence length of commands that read a text without a run."""
 
 
-def check(config: Config, *, new_run: bool) -> None:
-    """Refuse a run that cannot work. new_run: refuse a folder that holds a run, unless several nodes share it."""
+def check(config: Config, *, new_run: bool, before: Config | None = None) -> None:
+    """Refuse a run that cannot work.
+
+    new_run: refuse a folder that holds a run, unless several nodes share it. before: the settings that a new stage
+    (`config`) replaces.
+    """
     try:
         if new_run:
             if not config.cluster.on_each_node:
@@ -105,6 +109,7 @@ def check(config: Config, *, new_run: bool) -> None:
         check_model(config)
         if not new_run and checkpoint_folders(Path(config.run_dir)):
             checkpoints, earlier = Path(config.run_dir) / CHECKPOINTS, settings_of_earlier_stages(config)
+            earlier += [] if before is None else [fixed_settings(before)]
             check_newest_settings(checkpoints, fixed_settings(config), earlier)
             needed = needs_initial_adapter(config.adapter, is_reference=config.train.refers_to_start, restores=True)
             if config.adapter.decomposes and needed:

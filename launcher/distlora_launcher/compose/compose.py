@@ -360,13 +360,15 @@ def _make_absolute(values: dict[str, Any]) -> None:
     for name, section, key in [*places, ("run_dir", values, "run_dir")]:
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _absolute_path(name, section[key])
-    train = values["train"] if isinstance(values["train"], dict) else {}
-    if isinstance(train.get("sample_images"), list):
-        images = train["sample_images"]
-        train["sample_images"] = [
-            _absolute_path("train.sample_images", image) if isinstance(image, str) and image else image
-            for image in images
-        ]
+    if isinstance(values["train"], dict) and "sample_images" in values["train"]:
+        values["train"]["sample_images"] = made_absolute("train.sample_images", values["train"]["sample_images"])
+
+
+def made_absolute(name: str, value: Any) -> Any:
+    """Return the value of a setting with its paths absolute. Raises UserError for an empty path."""
+    if name == "train.sample_images" and isinstance(value, list):
+        return [_absolute_path(name, item) if isinstance(item, str) and item else item for item in value]
+    return _absolute_path(name, value) if name in PATHS and isinstance(value, str) else value
 
 
 def _absolute_path(name: str, path: str) -> str:

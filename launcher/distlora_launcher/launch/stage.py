@@ -1,10 +1,11 @@
 """A new stage of a run: `distlora resume RUN setting=value` changes its settings from the newest checkpoint on."""
 
+import errno
 import fcntl
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -16,10 +17,12 @@ from distlora.config.file import as_mapping, build, load_config, settings_by_nam
 from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, SUMMARY_NAME, find_result, read_record, step_folder
 from distlora.run_folder.stages import STAGES_NAME
 from distlora.system import atomic_io
-from distlora_launcher.compose.compose import parse_overrides
+from distlora_launcher.compose.checks import check, check_parallel
+from distlora_launcher.compose.compose import made_absolute, parse_overrides
+from distlora_launcher.compose.hub import restore
 from distlora_launcher.launch.lock import CONFIG_NAME, holders
 from distlora_launcher.report.records import total_steps
-from distlora_launcher.terminal.output import say, shown
+from distlora_launcher.terminal.output import say, shown, warn
 
 
 def begin_stage(run_dir: Path, words: Sequence[str]) -> None:
@@ -28,8 +31,8 @@ def begin_stage(run_dir: Path, words: Sequence[str]) -> None:
     Nothing changes if the run has these settings already. Raises UserError for a setting that may not change, for one
     that is refused, and for a run that would have no step left.
     """
-    with (run_dir / CONFIG_NAME).open(encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # Each node of a run may type the command, and one of them changes the file.
+    with (run_dir / CONFIG_NAME).open("r+", encoding="utf-8") as file:  # NFS locks only what is open for writing.
+        _lock(file)
         config = load_config(run_dir)
         changed = with_words(config, words)
         before, after = settings_by_name(config), settings_by_name(changed)
@@ -38,12 +41,25 @@ def begin_stage(run_dir: Path, words: Sequence[str]) -> None:
             return
         require(not holders(run_dir), f"{run_dir} is running; end it with `distlora cancel {run_dir}`, then resume it")
         step = _check_steps(run_dir, changed)
+        restore(changed.model)
+        check(changed, new_run=False, before=config)  # Before anything moves: a refusal must not cost the result.
+        check_parallel(changed.parallel, changed.cluster.ranks)
         if step:
             _keep(run_dir, step)
         text = yaml.safe_dump(as_mapping(changed), sort_keys=False, allow_unicode=True)
         atomic_io.write_text(run_dir / CONFIG_NAME, text)
     lines = ", ".join(f"{name}={as_typed(after[name])} (was {as_typed(before[name])})" for name in names)
     say(f"{shown(run_dir)} continues after step {step:,} with {lines}")
+
+
+def _lock(file: TextIO) -> None:
+    """Wait for the lock of a run's settings: each node may type the command, and one of them changes the file."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        warn(f"{file.name} is on a file system without locks: make sure that only one node types this command")
 
 
 def with_words(config: Config, words: Sequence[str]) -> Config:
@@ -57,13 +73,17 @@ def with_words(config: Config, words: Sequence[str]) -> Config:
             is_value and isinstance(values.get(section), dict),
             f"{word} is no setting of a run with one value; write for example train.max_steps=200",
         )
-        values[section][name] = override.value()
+        values[section][name] = made_absolute(override.key_or_group, override.value())
         build(type(getattr(config, section)), values[section], f"{section}.")
         require(
             override.key_or_group in allowed,
             f"{word} cannot change in a run that has begun; what can: train.max_steps and epochs, early stopping, "
             "evaluations, optim without optim.name, and what changes no result (saves, logs, memory, ranks, trackers). "
             "Start another run with it, from this one's result by adapter.init_from=RUN/adapter",
+        )
+        require(
+            override.key_or_group != "optim.lr" or override.value() is not None,
+            f"{word}: the usual rate is found when a run begins; write a number, or leave it out",
         )
         sections.add(section)
     changed = build(Config, values)

@@ -260,7 +260,7 @@ SCORED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ),
     (
         {"rl": "grpo", "micro_batch_size": 8, "sequence_len": 200, "datasets": [{"path": "/asked.jsonl"}]}
-        | {"trl": {"reward_funcs": ["mine.short"], "reward_weights": [2], "scale_rewards": False, "beta": "1e-3"}},
+        | {"trl": {"reward_funcs": ["mine.short"], "reward_weights": [2], "scale_rewards": "false", "beta": "1e-3"}},
         {"train.objective": "grpo", "train.beta": 1e-3, "data.format": "prompt_only", "data.rewards": ("mine.short",)}
         | {"data.reward_weights": (2.0,), "rollout.scale_rewards": "none", "rollout.max_new_tokens": 256}
         | {"data.sequence_length": 456},
@@ -326,6 +326,9 @@ REFUSED: list[tuple[dict[str, Any] | str, list[str], str]] = [
     ({"rl": "ipo", "adapter": None, "load_in_4bit": False}, [], "rl=ipo without an adapter"),
     ({"reward_model": True, "adapter": None, "load_in_4bit": False}, [], "reward_model=true without an adapter"),
     ({"rl": "gdpo", "adapter": None, "load_in_4bit": False}, [], "rl=gdpo without an adapter"),
+    ({"rl": "dpo", "reward_model": True}, [], "rl=dpo and reward_model=true: a run has one objective; leave 1 of"),
+    ({"reward_model": True, "process_reward_model": True}, [], "reward_model=true and process_reward_model=true"),
+    ({"rl": "grpo", "trl": {"scale_rewards": [1]}}, [], "trl.scale_rewards=[1] is not a word"),
     ({"diffusion": {"eps": 1}}, [], "Axolotl trains another objective than the next token"),
     ({"adapter": "llama-adapter"}, [], "adapter=llama-adapter"),
     ({"base_model": None}, [], "base_model is not set"),
@@ -451,6 +454,7 @@ NAMED: list[tuple[dict[str, Any], str, str]] = [
     *[
         (given, group, key)
         for group, given, key in (
+            ("unknown", {"freeze_vision_tower": True}, "freeze_vision_tower"),
             ("changed", {"processor_type": "AutoProcessor", "image_size": 512}, "image_size=512"),
             ("refused", {"image_size": 512}, "image_size=512"),
             ("refused", {"processor_type": "VoxtralProcessor"}, "processor_type=VoxtralProcessor"),
@@ -487,6 +491,7 @@ NAMED: list[tuple[dict[str, Any], str, str]] = [
                 "trl.multi_objective_aggregation=normalize_then_sum",
             ),
             ({"async_prefetch": True}, "unsupported", "trl.async_prefetch"),
+            ({"loss_type": "bnpo"}, "unsupported", "trl.loss_type=bnpo"),
             ({"use_vllm": True}, "changed", "trl.use_vllm"),
             ({"vllm_server_port": 8000}, "idle", "trl.vllm_server_port"),
         )

@@ -41,6 +41,7 @@ SETS: dict[str, dict[str, Any]] = {
     "seen": CHAT | {"file_name": "i.jsonl", "tags": TAGS, "columns": {"messages": "messages", "images": "images"}},
     "heard": CHAT | {"file_name": "a.jsonl", "tags": TAGS, "columns": {"messages": "messages", "audios": "audios"}},
     "odd": CHAT | {"file_name": "o.jsonl", "tags": TAGS | {"user_tag": "asker"}, "formating": "x"},
+    "plain": {"file_name": "."},
     "script": {"script_url": "org/script"},
 }
 
@@ -77,6 +78,10 @@ CARRIED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dataset": "gpt", "max_samples": 5}, {"data.split": "test[:5]"}),
     ({"dataset": "a/b", "dataset_dir": "ONLINE"}, {"data.path": "a/b", "data.format": "alpaca"}),
     ({"dataset": "alpaca"}, {"data.columns": {"instruction": "q", "output": "a", "system": "s"}}),
+    ({"eval_steps": 10, "val_size": 0.1, "evaluation_strategy": "steps"}, {"train.eval_every": 10}),
+    ({"pissa_init": "false", "fp16": "false", "disable_gradient_checkpointing": "false"}, {"adapter.init": "kaiming"}),
+    ({"disable_gradient_checkpointing": "false"}, {"train.checkpointing": "block"}),
+    ({"dataset": "text", "stage": "pt", "packing": False, "neat_packing": False}, {"data.too_long": "truncate"}),
     ({"dataset": "alpaca", "stage": "pt"}, {"data.format": "text", "data.too_long": "split"}),
     ({"dataset": "text", "stage": "pt"}, {"data.sample_by": "line", "data.columns": {}}),
     ({"dataset": "pairs", "stage": "dpo", "cutoff_len": 700}, {"train.objective": "dpo", "data.sequence_length": 1400}),
@@ -124,7 +129,14 @@ NAMED: list[tuple[dict[str, Any], str, str]] = [
     ({"template": "moss_vl"}, "unsupported", "template=moss_vl"),
     ({"template": "qwen3"}, "changed", "template=qwen3"),
     ({"packing": True, "neat_packing": False}, "changed", "packing=true"),
+    ({"packing": False, "neat_packing": False, "stage": "pt"}, "changed", "packing=false"),
+    ({"neat_packing": False}, "changed", "packing (not set)"),
+    ({"dataset": "text", "stage": "pt", "neat_packing": False}, "changed", "stage=pt"),
+    ({"dataset": "plain", "stage": "pt"}, "refused", "dataset plain: columns"),
+    ({"quantization_bit": 8}, "changed", "quantization_bit=8"),
+    ({"adapter_name_or_path": "/a,/b"}, "unsupported", "adapter_name_or_path=/a, /b"),
     ({"max_samples": 1}, "idle", "max_samples=1"),
+    ({"dataset": "plain", "max_samples": 1}, "unsupported", "max_samples=1"),
     ({"eval_dataset": "alpaca"}, "unsupported", "eval_dataset=alpaca"),
     ({"dataset": "pairs", "stage": "dpo", "pref_loss": "hinge"}, "unsupported", "pref_loss=hinge"),
 ]
@@ -133,6 +145,14 @@ NAMED: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("given", "group", "key"), NAMED, ids=str)
 def test_what_ours_cannot_do_is_named(given: dict[str, Any], group: str, key: str) -> None:
     assert key in reported(imported_from(given), group)
+
+
+def test_a_new_adapter_does_not_start_from_the_others() -> None:
+    imported = imported_from({"adapter_name_or_path": "/a", "create_new_adapter": True})
+    assert "init_from" not in imported.settings["adapter"]
+    assert [note.reason for note in imported.notes if note.key == "adapter_name_or_path=/a"] == [
+        "merge /a into the base (`distlora merge`) and set model.path to the result"
+    ]
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

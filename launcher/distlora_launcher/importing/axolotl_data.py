@@ -80,6 +80,8 @@ def convert_objective(keys: Keys, imported: Imported) -> None:
     scores, name = [name for name in SCORES if keys.flag(name)], keys.text("rl")
     if name is None and not scores:
         return
+    if len(given := [f"rl={name}"] * (name is not None) + [f"{score}=true" for score in scores]) > 1:
+        raise UserError(f"{' and '.join(given)}: a run has one objective; leave {len(given) - 1} of them out")
     key = f"{scores[0]}=true" if scores else f"rl={name}"
     kind = SCORES[scores[0]] if scores else {"gdpo": "grpo"}.get(str(name), name)
     if kind not in PREFERENCES:
@@ -107,8 +109,14 @@ def convert_objective(keys: Keys, imported: Imported) -> None:
         imported.tell("{key}={weight:g} | sft_weight", key=key, weight=train["sft_weight"])
 
 
-COPIED = ("loss_type", "importance_sampling_level", "mask_truncated_completions", "use_bias_correction_kl")
-"""Keys of trl that are settings of rollout, and so are the numbers below."""
+CHOICES = {
+    "loss_type": ("dapo", "grpo", "dr_grpo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+}
+"""Keys of trl that are settings of rollout with these values, the default first."""
+SCALES = {"true": "group", "false": "none"}
+"""Values of scale_rewards as booleans."""
 WHOLE = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
 """Keys of trl that sampling has not, with the value that changes nothing."""
 
@@ -124,11 +132,11 @@ def _rollout(keys: Keys, imported: Imported) -> None:
     longest = longest or 256
     data["sequence_length"] += longest
     imported.tell("sequence_len | prompts", longest=longest)
-    given: dict[str, Any] = {name: trl.any(name) for name in COPIED}
+    given: dict[str, Any] = {name: _choice(trl, name, imported) for name in CHOICES}
+    flags = ("mask_truncated_completions", "use_bias_correction_kl")
+    given |= {name: trl.flag(name) for name in flags if trl.any(name) is not None}
     given |= {name: trl.integer(name) for name in ("num_generations", "num_iterations")}
     given |= {name: trl.number(name) for name in ("temperature", "epsilon", "epsilon_high")}
-    scale = trl.any("scale_rewards")
-    given["scale_rewards"] = {True: "group", False: "none"}.get(scale, scale)
     rollout = imported.section("rollout")
     rollout |= {"max_new_tokens": longest} | {name: value for name, value in given.items() if value is not None}
     if (beta := trl.number("beta")) is not None:
@@ -144,6 +152,17 @@ def _rollout(keys: Keys, imported: Imported) -> None:
     for name, value in [("vllm", keys.any("vllm")), *trl.unread()]:
         if value not in (None, False):
             imported.tell("trl.{name}" + " | shown" * name.startswith(("vllm", "log_", "num_completions")), name=name)
+
+
+def _choice(trl: Keys, name: str, imported: Imported) -> str | None:
+    """Return a value of CHOICES, or None if it is unset; the default replaces a value that is not supported."""
+    if name == "scale_rewards" and (scale := SCALES.get(str(trl.any(name)).lower())) is not None:
+        return scale
+    value, known = trl.text(name), CHOICES[name]
+    if value is None or value in known:
+        return value
+    imported.tell("trl.{name}={value} | word", name=name, value=value, known=", ".join(known), written=known[0])
+    return known[0]
 
 
 def preference_columns(entry: Keys, imported: Imported, shared: _Shared) -> tuple[dict[str, Any], bool, str | None]:

@@ -5,6 +5,7 @@ Axolotl means, and axolotl.py converts them; keys without an equal are in llamaf
 """
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,10 @@ def convert(values: dict[str, Any], *, processes: int | None = None) -> Imported
 
 
 def _their_name(key: str) -> str:
-    name, sign, rest = key.partition("=")
-    return f"{NAMES.get(name, name)}{sign}{rest}"
+    if key == "load_in_8bit=true":
+        return "quantization_bit=8"
+    name = re.split("[ =]", key, maxsplit=1)[0]
+    return NAMES.get(name, name) + key.removeprefix(name)
 
 
 def _shared(values: dict[str, Any]) -> dict[str, Any]:
@@ -130,8 +133,10 @@ def _shared(values: dict[str, Any]) -> dict[str, Any]:
     for name in ("max_steps", "warmup_steps"):  # 0 and -1 stand for unset.
         if (read.number(name) or 0) <= 0:
             shared.pop(name, None)
-    for name, default in (("save", 500), ("eval", given["logging_steps"])):
-        if given.get(f"{name}_strategy", "steps" if name == "save" else "no") != "steps":
+    evaluates = given.get("eval_strategy", given.get("evaluation_strategy", "no"))
+    strategies = {"save": (given.get("save_strategy", "steps"), 500), "eval": (evaluates, given["logging_steps"])}
+    for name, (strategy, default) in strategies.items():
+        if strategy != "steps":
             shared.pop(f"{name}_steps", None)
         else:
             shared.setdefault(f"{name}_steps", default)
@@ -140,14 +145,16 @@ def _shared(values: dict[str, Any]) -> dict[str, Any]:
         shared["lora_r"] = given.get("lora_rank", 8)
         shared["lora_target_modules"] = "all-linear" if "all" in targets else targets
         start = "pissa" if steps == -1 else f"pissa_niter_{16 if steps is None else steps}"
-        shared["peft_init_lora_weights"] = start if given.get("pissa_init") else None
+        shared["peft_init_lora_weights"] = start if read.flag("pissa_init") else None
+    if read.flag("create_new_adapter") and "lora_model_dir" in shared:  # The run starts a new one.
+        shared["adapter_name_or_path"] = shared.pop("lora_model_dir")
     shared["lora_modules_to_save"] = _words(given.get("additional_target"))
     shared["tokens"] = _words(given.get("add_tokens")) + _words(given.get("add_special_tokens"))
     bits = read.integer("quantization_bit")
     shared |= {"quantization_bit": bits, "load_in_8bit": bits == 8, "load_in_4bit": bits == 4}
-    shared["gradient_checkpointing"] = not given.get("disable_gradient_checkpointing", False)
-    shared["bf16"] = bool(given.get("bf16") or given.get("pure_bf16") or not given.get("fp16"))
-    if given.get("neat_packing") or given["stage"] == "pt":
+    shared["gradient_checkpointing"] = not read.flag("disable_gradient_checkpointing")
+    shared["bf16"] = read.flag("bf16") or read.flag("pure_bf16") or not read.flag("fp16")
+    if read.flag("neat_packing") or (given["stage"] == "pt" and "packing" not in given):
         shared["sample_packing"] = True
     if (weight := given.get("moe_aux_loss_coef")) is not None:
         shared["model_config"] = {"output_router_logits": True, "router_aux_loss_coef": weight}
@@ -208,9 +215,10 @@ def convert_quantization(keys: Keys, imported: Imported) -> None:
     for name, value in theirs.items():
         if bits == 4 and value not in (None, "nf4", "bnb", True):
             imported.tell("{name}={value} | NF4", name=name, value=value)
-    adapters = _words(keys.any("lora_model_dir"))
-    if keys.flag("create_new_adapter") or len(adapters) > 1:
-        imported.tell("adapter_name_or_path={names}", names=", ".join(adapters))
+    adapters = _words(keys.any("lora_model_dir", "adapter_name_or_path"))
+    is_new = keys.flag("create_new_adapter")
+    if adapters and (is_new or len(adapters) > 1):
+        imported.tell("adapter_name_or_path={names}" + " | new" * is_new, names=", ".join(adapters))
 
 
 def convert_data(keys: Keys, imported: Imported) -> None:
@@ -226,10 +234,13 @@ def convert_data(keys: Keys, imported: Imported) -> None:
     whole, last = keys.flag("train_on_prompt"), keys.flag("mask_history")
     data["train_on"] = "all" if whole else "last" if last else "assistant"
     data["sequence_length"] = keys.integer("cutoff_len") or DEFAULTS["cutoff_len"]
-    data["too_long"] = "split" if stage == "pt" else "drop" if stage == "rm" else "truncate"
+    packs, is_neat = keys.flag("sample_packing"), keys.flag("neat_packing")
+    data["too_long"] = "split" if stage == "pt" and packs else "drop" if stage == "rm" else "truncate"
     if stage != "pt":
         imported.tell("cutoff_len | too long", what="are left out" if stage == "rm" else "lose their end")
-    if keys.flag("sample_packing") and not keys.flag("neat_packing") and stage != "pt":
+    if packs and stage == "pt":
+        imported.tell("stage=pt")
+    elif packs and not is_neat:
         imported.tell("packing=true")
     if any(source["format"] == "preference" for source in sources):
         data["sequence_length"] *= 2
@@ -329,6 +340,9 @@ def _source(name: str, keys: Keys, imported: Imported, stage: str) -> dict[str, 
         format, ours = "text", {"prompt": "text"}
         if is_chat:
             _refuse(imported, name, "formatting", "chats are no plain text; set stage: sft")
+        elif columns.keys() & {"query", "history"}:
+            one = "plain text is read from one column; write it into one, and name only that one as prompt"
+            _refuse(imported, name, "columns", one)
     elif stage in ("dpo", "rm"):
         format, ours = "preference", _pairs(name, columns, imported, is_chat=is_chat)
     else:
@@ -387,7 +401,9 @@ def _place(name: str, folder: str, info: Keys, most: int | None, imported: Impor
     if file is None:
         raise UserError(f"dataset={name}: dataset_info.json names neither hf_hub_url nor file_name; download it first")
     path = Path(folder).expanduser() / file
-    if most is not None and path.is_file():
+    if most is not None and not path.is_file():
+        imported.tell("max_samples={most} | folder", most=most, path=path)
+    elif most is not None:
         count = sum(1 for _ in itertools.islice(read_file(path, "", "line"), most + 1))
         imported.tell("max_samples={most}" + " | all" * (count <= most), most=most, path=path)
     return {"path": str(path), "sample_by": "line" if path.suffix == ".txt" else None}

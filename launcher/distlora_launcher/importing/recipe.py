@@ -214,7 +214,6 @@ def _table(tool: str) -> dict[str, Any]:
 
 
 _DATA, _LLAMAFACTORY = _table("axolotl"), _table("llamafactory")
-WHEN_OFF: dict[str, tuple[Group, str]] = _DATA["when_off"] | _LLAMAFACTORY["when_off"]
 NOTES: dict[str, tuple[Group, str]] = {
     name: (group, reason)
     for table in (_DATA, _LLAMAFACTORY)
@@ -238,7 +237,9 @@ def note_unread(keys: Keys, imported: Imported) -> None:
         name = plugin.rpartition(".")[2]
         group, reason = PLUGINS.get(name, ("unsupported", "plugins of Axolotl are not run"))
         imported.note(group, f"plugins: {name}", reason)
-    table = _DATA["config"] if imported.tool == "Axolotl" else _LLAMAFACTORY["config"] + _DATA["config"]
+    is_axolotl = imported.tool == "Axolotl"
+    table = _DATA["config"] if is_axolotl else _LLAMAFACTORY["config"] + _DATA["config"]
+    when_off: dict[str, tuple[Group, str]] = (_DATA if is_axolotl else _LLAMAFACTORY)["when_off"]
     rows: dict[str, tuple[Group, str]] = {}
     for row in table:
         for name in row["keys"]:
@@ -246,9 +247,9 @@ def note_unread(keys: Keys, imported: Imported) -> None:
     patterns = {name: row for name, row in rows.items() if "*" in name}
     for name, value in keys.unread():
         row = rows.get(name) or next((row for pattern, row in patterns.items() if fnmatchcase(name, pattern)), None)
-        if name in WHEN_OFF and value is False:
-            imported.note(WHEN_OFF[name][0], f"{name}=false", WHEN_OFF[name][1])
-        elif row is None and name not in WHEN_OFF:
+        if name in when_off and value is False:
+            imported.note(when_off[name][0], f"{name}=false", when_off[name][1])
+        elif row is None and name not in when_off:
             near = nearest(name, sorted(keys.read | rows.keys() - patterns.keys()))
             imported.note("unknown", name, f"not a known key of {imported.tool}{near}")
         elif row is not None and value not in (None, False, "", [], {}):

@@ -7,6 +7,7 @@ RUN/stages/step_00000100/summary.json   the final metrics of such a run
 A stage in which no step was saved has no folder: the next one replaces it.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 from distlora.config import Config
@@ -25,14 +26,15 @@ def earlier_stages(run_dir: Path) -> dict[int, Config]:
     return {step_of(folder): load_config(folder) for folder in steps(run_dir / STAGES_NAME)}
 
 
-def stage_rows(config: Config) -> list[tuple[str, str]]:
+def stage_rows(config: Config, among: Collection[str] | None = None) -> list[tuple[str, str]]:
     """Return each stage of a run with the settings that not all stages share; empty if all of them are shared.
 
-    `config`: the present settings.
+    `config`: the present settings. `among`: the settings to look at; None: all of them.
     """
     earlier = earlier_stages(Path(config.run_dir))
     stages = [settings_by_name(each) for each in (*earlier.values(), config)]
-    names = [name for name in stages[0] if name != "run_dir" and any(each[name] != stages[0][name] for each in stages)]
+    names = [name for name in stages[0] if name != "run_dir" and (among is None or name in among)]
+    names = [name for name in names if any(each[name] != stages[0][name] for each in stages)]
     rows = []
     for number, (begin, stage) in enumerate(zip((0, *earlier), stages, strict=True), 1):
         settings = ", ".join(f"{name}={as_typed(stage[name])}" for name in names)

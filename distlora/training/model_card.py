@@ -14,6 +14,7 @@ from typing import Any
 from distlora.architecture.config_checks import read_config
 from distlora.architecture.low_bit_methods import BNB_NF4, quantization_method
 from distlora.architecture.spec import architecture_of
+from distlora.checkpoint.state import fixed_settings
 from distlora.config import SourceConfig, UserError
 from distlora.config.base import is_hub_name
 from distlora.config.file import parse_yaml, settings_by_name
@@ -192,7 +193,7 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
         yield name, _shown(value) if name == "adapter.init_from" else str(value)
     if result.step is not None:
         yield "steps", f"{result.step:,}"
-    yield from stage_rows(result.config)
+    yield from stage_rows(result.config, fixed_settings(result.config).keys())  # None of one machine.
 
 
 def _figures(result: Result) -> Iterator[tuple[str, str]]:

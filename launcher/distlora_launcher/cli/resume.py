@@ -56,6 +56,12 @@ def resume(folder: Path, settings: Sequence[str] = ()) -> int:
         f"{folder} holds several runs, whose settings are fixed: {' '.join(settings)} changes those of one run alone; "
         "name the folder of one of them",
     )
+    sweep = next((place for place in folder.parents[:2] if is_sweep_folder(place)), None)
+    require(
+        not settings or sweep is None,
+        f"{folder} is a trial of the sweep {sweep}, which keeps its result as it is; train on in a run of its own with "
+        f"adapter.init_from={folder}/adapter",
+    )
     if is_sweep_folder(folder):
         from distlora_launcher.cli.sweep import resume_trials
 

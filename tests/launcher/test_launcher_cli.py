@@ -172,7 +172,7 @@ def test_each_command_shows_an_example_and_names_the_nearest_option(capsys: pyte
         ("distlora tr", "train"),
         ("distlora train adapter=", "adapter=dora adapter=full adapter=lora"),
         ("distlora train -m train.se", "train.seed="),
-        ("distlora plan gpu=rtx4", "gpu=rtx4090"),
+        ("distlora plan gpu=rtx409", "gpu=rtx4090"),
         ("distlora resume ", ""),
     ],
 )

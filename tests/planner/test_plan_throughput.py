@@ -74,8 +74,8 @@ A100S = "Answer.AI, QLoRA of Llama 2 70B, 8 A100 40 GB"
 RUNS = [
     Published("NeMo, LoRA of Llama 3.1 8B, 1 H100, no recomputation", 12_473, 1.07, "8b", **NEMO_1),
     Published("NeMo, LoRA of Llama 3.3 70B, 8 H100", 8 * 1091.85, 1.45, "70b", **NEMO_8),
-    Published("NeMo, LoRA of Qwen2.5 32B, 8 H100", 8 * 2250.31, 1.45, "32b", **NEMO_8),
-    Published("torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090", 2413, 1.07, "8b", gpu="rtx4090", **TUNE),
+    Published("NeMo, LoRA of Qwen2.5 32B, 8 H100", 8 * 2250.31, 1.46, "32b", **NEMO_8),
+    Published("torchtune, QLoRA of Llama 3.1 8B, 1 RTX 4090", 2413, 1.08, "8b", gpu="rtx4090", **TUNE),
     Published("torchtune, LoRA of Llama 3.1 8B, 1 RTX 4090", 3083, 0.87, "8b", gpu="rtx4090", nf4=False, **TUNE),
     Published("torchtune, LoRA of Llama 3.1 8B, 1 A6000", 4699, 0.52, "8b", gpu="a6000", nf4=False, **TUNE),
     Published("torchtune, LoRA of Llama 3.1 70B, 8 A100", 3497, 1.39, "70b", nf4=False, **TUNE_8),

@@ -47,6 +47,7 @@ from distlora.run_folder.layout import (
     temporary_folder,
     tidy,
 )
+from distlora.run_folder.stages import end_stages_at
 from distlora.system import atomic_io, host_memory
 from distlora.system.stop_signals import STOPPED_NAME, Stopped, name_of, write_stopped
 from distlora_kernels import native, processor
@@ -75,6 +76,7 @@ def choose(checkpoints: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
             step = step_of(folder)
             newer = reversed([path for path in steps(checkpoints) if step_of(path) > step])
             damaged = [f"{line}; it is now {set_aside(path)}" for line, path in zip(damaged, newer, strict=True)]
+            end_stages_at(checkpoints.parent, step)
         elif damaged:
             step = _NONE_WHOLE
     step = from_rank_0(step, ranks)

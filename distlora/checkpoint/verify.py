@@ -28,6 +28,7 @@ from distlora.run_folder.layout import (
     COMPILED_NAME,
     DATA_NAME,
     EVAL_ANSWERS_NAME,
+    MACHINES,
     METRICS_NAME,
     PLAN_NAME,
     PUBLISHED,
@@ -271,14 +272,15 @@ def _answers(folder: Path) -> Iterator[Item]:
 
 
 def _is_locked(run_dir: Path) -> bool:
-    """Return whether launchers hold the lock on the run (distlora_launcher/launch/lock.py)."""
-    try:
-        with (run_dir / "config.yaml").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # No permission to write, or a file system without locks.
-        return False
+    """Return whether a launcher holds the run: it locks its record (distlora_launcher/launch/lock.py)."""
+    for path in (run_dir / MACHINES).glob("*.json"):
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # The launcher has just removed it, or a file system without locks.
+            continue
     return False
 
 

@@ -184,6 +184,8 @@ best.
 CHECKPOINTS, CHECKPOINT_PATTERN = "checkpoints", "step_*"
 DATA_NAME, SUMMARY_NAME, METRICS_NAME = "data.json", "summary.json", "metrics.jsonl"
 PLAN_NAME = "plan.json"
+MACHINES = "machines"
+"""Folder in RUN and in SWEEP of the launchers' records, which they lock (distlora_launcher.launch.lock)."""
 COMPILED_NAME = "compiled.json"
 """What train.compile=auto was at the run's first start, and the path of its products on CPUs."""
 REPORT_NAME = "report.html"

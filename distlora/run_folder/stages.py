@@ -13,9 +13,10 @@ from pathlib import Path
 from distlora.config import Config
 from distlora.config.errors import as_typed
 from distlora.config.file import load_config, settings_by_name
-from distlora.run_folder.layout import step_of, steps
+from distlora.run_folder.layout import set_aside, step_folder, step_of, steps
+from distlora.system import atomic_io
 
-STAGES_NAME = "stages"
+STAGES_NAME, CONFIG_NAME = "stages", "config.yaml"
 
 
 def earlier_stages(run_dir: Path) -> dict[int, Config]:
@@ -24,6 +25,20 @@ def earlier_stages(run_dir: Path) -> dict[int, Config]:
     Raises UserError if one is damaged.
     """
     return {step_of(folder): load_config(folder) for folder in steps(run_dir / STAGES_NAME)}
+
+
+def end_stages_at(run_dir: Path, step: int) -> None:
+    """Correct the records of a run that falls back to an older checkpoint: no earlier stage ends after `step`.
+
+    The first stage that did ends at `step`. The folders of those stages, which may hold results, are set aside.
+    """
+    stages = run_dir / STAGES_NAME
+    for folder in [folder for folder in steps(stages) if step_of(folder) > step]:
+        kept = step_folder(stages, step)
+        if not (kept / CONFIG_NAME).is_file():
+            atomic_io.private_folder(kept)
+            atomic_io.write_text(kept / CONFIG_NAME, (folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        set_aside(folder)
 
 
 def stage_rows(config: Config, among: Collection[str] | None = None) -> list[tuple[str, str]]:

@@ -15,6 +15,9 @@ import pytest
 from distlora.config import UserError
 from distlora_launcher.launch import lock
 from distlora_launcher.launch.lock import this_process
+from distlora_launcher.launch.rendezvous import Rendezvous
+
+NODES = Rendezvous(nodes=2, endpoint="127.0.0.1:1", run_id="1", join_seconds=1, is_host=True, address="127.0.0.1")
 
 
 @pytest.fixture
@@ -83,3 +86,13 @@ def test_a_worker_that_lives_here_keeps_its_place(run: Path):
         with pytest.raises(UserError, match="already has a running worker_0"), lock.worker_place(run, "worker_0"):
             pass
         assert time.monotonic() - began < 1
+
+
+def test_a_node_that_changes_the_settings_is_no_file_system_without_locks(
+    run: Path, capsys: pytest.CaptureFixture[str]
+):
+    with (run / "config.yaml").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with lock.lock_run(run, NODES):
+            pass
+    assert "without locks" not in capsys.readouterr().err

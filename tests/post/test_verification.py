@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
 from distlora.training import worker
 from distlora_launcher.cli.verify import main
+from distlora_launcher.launch.lock import lock_run
 from support.small_models import make_run
 from support.tiers import ci
 
@@ -192,12 +192,8 @@ def test_files_left_by_a_kill_are_notes(copy: Path) -> None:
 
 
 def test_run_in_progress_is_a_note(copy: Path) -> None:
-    for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH):  # A run on one node, on several.
-        with (copy / "config.yaml").open("r+") as file:
-            fcntl.flock(file, kind)
-            assert states(copy)["run"] == (
-                *("note", "the run is in progress: files being written may look unfinished"),
-            )
+    with lock_run(copy):
+        assert states(copy)["run"] == ("note", "the run is in progress: files being written may look unfinished")
     assert "run" not in states(copy)
 
 

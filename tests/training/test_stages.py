@@ -80,6 +80,16 @@ def test_each_stage_is_recorded_in_the_run_the_card_and_the_report(run: Path) ->
         assert settings in page
 
 
+def test_a_stage_ends_where_the_run_fell_back_to_an_older_checkpoint(run: Path) -> None:
+    begin_stage(run, ["train.max_steps=8", "optim.lr=1e-3"])
+    (run / "checkpoints" / "step_00000006" / "trainer.safetensors").unlink()
+    run_until(SINGLE, run_dir=run, stop_before=None)
+    rates = {line["step"]: line["lr"] for line in read_metrics(run) if "lr" in line}
+    assert [rates[step] for step in (4, 5, 8)] == [2e-3, 1e-3, 1e-3]
+    assert [name for name, _ in stage_rows(load_config(run))] == ["stage 1, from step 1", "stage 2, from step 5"]
+    assert (run / "stages" / "unused_step_00000006" / "adapter").is_dir(), "the result of the first stage"
+
+
 REFUSED = [
     (["adapter.r=4"], r"adapter\.r=4 cannot change in a run that has begun; what can: train\.max_steps"),
     (["train.global_batch=3"], "train.global_batch=3 cannot change"),

@@ -21,12 +21,12 @@ from typing import IO, Any
 
 from distlora.config import UserError
 from distlora.config.json_files import object_or_empty
+from distlora.run_folder.layout import MACHINES
 from distlora_launcher.compose.checks import gpu_count
 from distlora_launcher.launch.rendezvous import Rendezvous, connection_error
 from distlora_launcher.terminal.output import show, warn
 
 CONFIG_NAME = "config.yaml"
-MACHINES = "machines"
 
 LEASE_SECONDS = 120
 """Longest wait for a lock of a node that may be gone: NFS releases its locks after up to 90 s."""
@@ -342,6 +342,8 @@ def _has_locks(run_dir: Path) -> bool:
     with (run_dir / CONFIG_NAME).open("r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:  # A node begins a new stage (stage.py).
+            return True
         except OSError:
             warn(f"{run_dir} is on a file system without locks: make sure that only one start uses it")
             return False

@@ -15,12 +15,12 @@ from distlora.config.checks import check_settings
 from distlora.config.errors import as_typed
 from distlora.config.file import as_mapping, build, load_config, settings_by_name
 from distlora.run_folder.layout import CHECKPOINTS, DATA_NAME, SUMMARY_NAME, find_result, read_record, step_folder
-from distlora.run_folder.stages import STAGES_NAME
+from distlora.run_folder.stages import CONFIG_NAME, STAGES_NAME, end_stages_at
 from distlora.system import atomic_io
 from distlora_launcher.compose.checks import check, check_parallel
 from distlora_launcher.compose.compose import made_absolute, parse_overrides
 from distlora_launcher.compose.hub import restore
-from distlora_launcher.launch.lock import CONFIG_NAME, holders
+from distlora_launcher.launch.lock import holders
 from distlora_launcher.report.records import total_steps
 from distlora_launcher.terminal.output import say, shown, warn
 
@@ -45,6 +45,7 @@ def begin_stage(run_dir: Path, words: Sequence[str]) -> None:
         check(changed, new_run=False, before=config)  # Before anything moves: a refusal must not cost the result.
         check_parallel(changed.parallel, changed.cluster.ranks)
         if step:
+            end_stages_at(run_dir, step)
             _keep(run_dir, step)
         text = yaml.safe_dump(as_mapping(changed), sort_keys=False, allow_unicode=True)
         atomic_io.write_text(run_dir / CONFIG_NAME, text)

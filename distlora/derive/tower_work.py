@@ -5,7 +5,6 @@ No weight is read and nothing is computed. Integers that decide shapes (grids of
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from distlora.architecture.images import ImageLayout, TowerWork
+from distlora.derive.memory import LiveTensors
 from distlora.model.images import attend_fast
 
 _SIDES = (224, 448)
@@ -31,13 +30,8 @@ _MADE_OR_MOVED = (
 """Operations that leave integers on the CPU here, whatever device they name."""
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Count the bytes of storages that operations make, while they live: on the meta device, or copies of pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._alive: set[int] = set()
+class _LiveBytes(LiveTensors):
+    """Count storages on the meta device and copies of pixels. Integers that decide shapes stay on the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
@@ -49,19 +43,11 @@ class _LiveBytes(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs or {}))
         taken = {tensor.untyped_storage()._cdata for tensor in tensors}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (tensor.is_meta or tensor.is_floating_point()):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in taken | self._alive:
-                    self._now += storage.nbytes()
-                    self.peak = max(self.peak, self._now)
-                    self._alive.add(storage._cdata)
-                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        for tensor in made:
+            if (tensor.is_meta or tensor.is_floating_point()) and tensor.untyped_storage()._cdata not in taken:
+                self.note(tensor)
         return result
-
-    def _free(self, key: int, nbytes: int) -> None:
-        self._now -= nbytes
-        self._alive.discard(key)
 
 
 def _places(index: Tensor | None) -> Sequence[Tensor | None]:
@@ -109,7 +95,7 @@ def traced_work(hf_model: Any, layout: ImageLayout, decoder: str, processor: Any
         for dtype in (torch.float32, torch.bfloat16):
             merger.to(dtype)
             sent = {n: t.to(dtype) if t.is_floating_point() else t for n, t in image.items()}
-            live, attention = _LiveBytes(), _FusedAttention()
+            live, attention = _LiveBytes([]), _FusedAttention()
             try:
                 with torch.no_grad(), FlopCounterMode(display=False) as counter, attention, live:
                     tokens = num_features(merger.get_image_features(**sent, return_dict=True))

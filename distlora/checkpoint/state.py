@@ -297,10 +297,10 @@ def identity_of(config: Config, *, data_digest: str, base_identity: str) -> Iden
         data_digest=data_digest,
         settings=fixed_settings(config),
         reference_digest=digest,
-        earlier=settings_of_earlier_stages(config),
+        earlier=settings_of_earlier_stages(config.run_dir),
     )
 
 
-def settings_of_earlier_stages(config: Config) -> list[dict[str, Any]]:
+def settings_of_earlier_stages(run_dir: str) -> list[dict[str, Any]]:
     """Return the `fixed_settings` of a run's earlier stages."""
-    return [fixed_settings(each) for each in earlier_stages(Path(config.run_dir)).values()]
+    return [fixed_settings(each) for each in earlier_stages(Path(run_dir)).values()]

@@ -154,6 +154,10 @@ class Config:
             return rows
         return -(-rows // self.prompts_per_rollout) * self.rollout.steps * self.train.global_batch
 
+    def total_steps(self, rows: int) -> int:
+        """Return the optimizer steps of the whole run over `rows` packed sequences or prompts."""
+        return self.train.total_steps(self.rows_per_epoch(rows))
+
     @property
     def prepared_data(self) -> DataConfig:
         """The data as it is tokenized: prompts leave room for an answer in a sequence."""

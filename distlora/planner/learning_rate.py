@@ -53,9 +53,9 @@ def with_learning_rate(config: Config, model: PlannedModel) -> tuple[Config, Set
     return changed, SettingChange(settings={"optim.lr": lr}, why=source)
 
 
-def warning_of_rate(config: Config, model: PlannedModel) -> str | None:
+def warning_of_rate(lr: float, adapter: AdapterConfig, objective: str, model: PlannedModel) -> str | None:
     """Return a sentence about an optim.lr far above the usual one of the model and method; None for any other."""
-    usual, lr = _rate(config.adapter, config.train.objective, model)[0], config.optim.lr or 0.0
+    usual = _rate(adapter, objective, model)[0]
     if lr <= FAR_ABOVE * usual:
         return None
     return (

@@ -76,7 +76,7 @@ class OpenRun:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.config.train.total_steps(self.rows_per_epoch)
+        return self.config.total_steps(len(self.loader.rows))
 
     def reporter(self, ranks: Ranks, *, label: str = "") -> Reporter:
         """Open the reporter. `label`: prefix of terminal lines, if several runs print there."""

@@ -269,7 +269,7 @@ class RolloutLoader:
     def _require_rewards(self, step: int, totals: np.ndarray) -> None:
         """Raise RewardsFailedError if these totals of a step, and of those before it, are missing too often."""
         self._failed_steps = self._failed_steps + 1 if np.isnan(totals).all() else 0
-        total = self.config.train.total_steps(self.config.rows_per_epoch(len(self.prompts.rows)))
+        total = self.config.total_steps(len(self.prompts.rows))
         if self._failed_steps >= min(self.config.rollout.max_failed_steps, total):
             count = f"{self._failed_steps} steps" if self._failed_steps > 1 else "step"
             raise RewardsFailedError(

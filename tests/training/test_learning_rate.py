@@ -47,8 +47,10 @@ def test_a_rate_that_is_set_stays() -> None:
 
 def test_a_rate_a_thousand_times_too_high_is_warned_of_and_a_swept_one_is_not() -> None:
     model = built_in("Qwen/Qwen3-8B", ARCHITECTURES["Qwen/Qwen3-8B"])
-    assert warning_of_rate(composed("optim.lr=0.003", **BASE), model) is None
-    line = warning_of_rate(composed("optim.lr=0.5", **BASE), model)
+    config = composed(**BASE)
+    adapter, objective = config.adapter, config.train.objective
+    assert warning_of_rate(0.003, adapter, objective, model) is None
+    line = warning_of_rate(0.5, adapter, objective, model)
     assert line is not None
     assert line.startswith("WARNING: optim.lr=0.5 is 1,000 times the usual rate for this model and adapter (0.0005)")
 

@@ -160,7 +160,7 @@ def status_of(run_dir: Path, job_id: str | None, job: Job | None, unknown: str |
         damaged = str(error)
     processes, ending, result = holders(run_dir), read_ending(run_dir), find_result(run_dir)
     figures, data = read_figures(run_dir), object_or_empty(run_dir / DATA_NAME)
-    total = None if config is None else total_steps(config, data)
+    total = None if config is None else total_steps(config.total_steps, data)
     state = _state(run_dir, job, processes, ending, result)
     return Status(
         run_dir=run_dir,

@@ -108,7 +108,7 @@ def check(config: Config, *, new_run: bool, before: Config | None = None) -> Non
             require(Path(image).is_file(), f"train.sample_images={image} is not a file; name an image")
         check_model(config)
         if not new_run and checkpoint_folders(Path(config.run_dir)):
-            checkpoints, earlier = Path(config.run_dir) / CHECKPOINTS, settings_of_earlier_stages(config)
+            checkpoints, earlier = Path(config.run_dir) / CHECKPOINTS, settings_of_earlier_stages(config.run_dir)
             earlier += [] if before is None else [fixed_settings(before)]
             check_newest_settings(checkpoints, fixed_settings(config), earlier)
             needed = needs_initial_adapter(config.adapter, is_reference=config.train.refers_to_start, restores=True)

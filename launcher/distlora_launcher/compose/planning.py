@@ -39,7 +39,9 @@ def decide(composed: Composed) -> Choice:
     """Return the settings of a run that is to start. Raises UserError with the nearest fit for what cannot fit."""
     choice = choices(composed)
     require_fit(choice.plan)
-    if (line := warning_of_rate(choice.config, choice.plan.model)) is not None:
+    config = choice.config
+    rate = config.optim.lr or 0.0
+    if (line := warning_of_rate(rate, config.adapter, config.train.objective, choice.plan.model)) is not None:
         warn(line)
     return choice
 

@@ -310,7 +310,8 @@ def prepare(run_dir: Path, forwarder: Forwarder | None = None, *, trains: Config
         process = start_command("distlora.data.prepare", str(run_dir), stdin=None)
         requests.attach(process)
         if trains is not None:
-            import_while(process, trains)
+            workers = trains.cluster.gpus_per_node
+            import_while(process, trains.model, trains.quant, trains.tracker, workers=workers)
         code = process.wait()
         requests.detach()
     if requests.received is not None and code != BAD_INPUT:

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 import yaml
 
 from distlora.checkpoint.state import changeable_settings, newest_state
-from distlora.config import Config, UserError, require
+from distlora.config import Config, TrainConfig, UserError, require
 from distlora.config.checks import check_settings
 from distlora.config.errors import as_typed
 from distlora.config.file import as_mapping, build, load_config, settings_by_name
@@ -40,7 +40,8 @@ def begin_stage(run_dir: Path, words: Sequence[str]) -> None:
         if not names:
             return
         require(not holders(run_dir), f"{run_dir} is running; end it with `distlora cancel {run_dir}`, then resume it")
-        step = _check_steps(run_dir, changed)
+        total = total_steps(changed.total_steps, read_record(run_dir / DATA_NAME))
+        step = _check_steps(run_dir, changed.train, total)
         restore(changed.model)
         check(changed, new_run=False, before=config)  # Before anything moves: a refusal must not cost the result.
         check_parallel(changed.parallel, changed.cluster.ranks)
@@ -94,14 +95,13 @@ def with_words(config: Config, words: Sequence[str]) -> Config:
     return changed
 
 
-def _check_steps(run_dir: Path, changed: Config) -> int:
-    """Return the steps of the newest checkpoint, 0 without one. Raises UserError if no step would follow."""
+def _check_steps(run_dir: Path, train: TrainConfig, total: int | None) -> int:
+    """Return the steps of the newest checkpoint, 0 without one. Raises UserError if none follows, of `total` steps."""
     newest, result = newest_state(run_dir / CHECKPOINTS), find_result(run_dir)
     if newest is None:
         require(result is None, f"{run_dir} has no checkpoint to continue from; start another run from its result")
         return 0
-    progress, train = newest[1].progress, changed.train
-    total, cure = total_steps(changed, read_record(run_dir / DATA_NAME)), "set train.max_steps or train.epochs higher"
+    progress, cure = newest[1].progress, "set train.max_steps or train.epochs higher"
     if total is not None and (total < progress.step or (result is not None and total == progress.step)):
         raise UserError(f"{run_dir} has done {progress.step:,} steps, and these settings end it at {total:,}; {cure}")
     patience = train.early_stopping_patience

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from distlora.config import Config, require
+from distlora.config import ModelConfig, QuantConfig, TrackerConfig, require
 from distlora.config.json_files import object_or_empty
 from distlora.system.command_worker import REQUEST_NAME, encode_call
 from distlora.system.exit_codes import DONE
@@ -147,15 +147,17 @@ def import_for_workers(
     return _forks
 
 
-def import_while(process: "subprocess.Popen[bytes]", config: Config) -> None:
-    """Import what the workers of a run need while a process prepares it; stop when that process has failed."""
-    family = object_or_empty(Path(config.model.path) / "config.json").get("model_type")
+def import_while(
+    process: "subprocess.Popen[bytes]", model: ModelConfig, quant: QuantConfig, tracker: TrackerConfig, *, workers: int
+) -> None:
+    """Import what the `workers` of a run need while a process prepares it; stop when that process has failed."""
+    family = object_or_empty(Path(model.path) / "config.json").get("model_type")
     more = [
-        *(["bitsandbytes"] if config.quant.default_format else []),  # If it is not installed, this costs nothing.
-        *(["wandb"] if config.tracker.wandb else []),
+        *(["bitsandbytes"] if quant.default_format else []),  # If it is not installed, this costs nothing.
+        *(["wandb"] if tracker.wandb else []),
         *([f"transformers.models.{family}.modeling_{family}"] if isinstance(family, str) else []),
     ]
-    with environment(worker_environment(config.cluster.gpus_per_node)):
+    with environment(worker_environment(workers)):
         import_for_workers(ends=lambda: process.poll() not in (None, DONE), more=more)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -454,15 +454,12 @@ def read_figures(run_dir: Path) -> Figures:
     )
 
 
-def total_steps(config: Config, data: Mapping[str, Any]) -> int | None:
-    """Return the number of steps of the whole run, given its data.json; None while its data is not prepared."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    try:
+def total_steps(steps_over: Callable[[int], int], data: Mapping[str, Any]) -> int | None:
+    """Return the number of steps of the whole run (Config.total_steps), given its data.json; None if it is unknown."""
+    rows = 0
+    with contextlib.suppress(LookupError, TypeError, ValueError):  # The data is not prepared yet.
         rows = int(data["splits"]["train"]["rows"])
-    except (LookupError, TypeError, ValueError):
-        return None
-    return config.train.total_steps(config.rows_per_epoch(rows)) if rows else None
+    return steps_over(rows) or None
 
 
 def seconds_left(figures: Figures, total: int | None, tokens_per_step: int) -> float | None:

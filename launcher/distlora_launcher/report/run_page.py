@@ -166,7 +166,7 @@ def _figures(run: RunRecords) -> Iterator[tuple[str, str, str | None]]:
         mean = fmean(series.values[-window:], None if weights is None else weights[-window:])
         yield "training loss", loss(mean), f"mean{_over(run)} of the last {window:,} steps" if window > 1 else None
     if training:
-        total = None if run.config is None else total_steps(run.config, run.data)
+        total = None if run.config is None else total_steps(run.config.total_steps, run.data)
         yield "steps", f"{run.metrics.step:,}", None if total is None else f"of {total:,}"
     if (seconds := summary.get("train_seconds")) is not None:
         yield "training time", length(seconds), "of the steps alone"

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,18 +180,3 @@ def test_doctor_describes_the_node_on_one_screen(
     train = ["train", "model.path=none", "data.path=none.jsonl"]
     with pytest.raises(UserError, match="DISTLORA_CPU_PATH=sve"):
         run_command(train)
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("path", cpu_paths.HERE)
-@pytest.mark.parametrize("compiles", ["true", "false"])
-def test_the_plan_of_a_lesser_processor(folders: Path, path: str, compiles: str) -> None:
-    """The peak of a step is within 5 % of the plan, in a process whose libraries are held to that processor too."""
-    environment = {**os.environ, **cpu_paths.limits_of(path)}
-    environment.pop("CXX", None)  # The tests' own hides the compiler.
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "support.path_step", str(folders / "llama"), compiles]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["path"] == path
-    assert found["planned"] == pytest.approx(found["measured"], rel=0.05)

@@ -168,7 +168,11 @@ class Config:
     @property
     def preparation(self) -> str:
         """SHA-256 of the settings that decide the packed sequences. RUN/data.json keeps that of its own."""
-        data = {name: value for name, value in asdict(self.prepared_data).items() if not name.startswith("reward")}
+        data = {
+            name: value
+            for name, value in asdict(self.prepared_data).items()
+            if not name.startswith(("reward", "environment"))
+        }
         del data["cache_dir"]
         tokens = [self.model.new_tokens, dict(self.model.special_tokens)]
         needed = self.train.max_steps if data["streaming"] else None

@@ -196,6 +196,9 @@ def _objective(adapter: AdapterConfig, model: ModelConfig, data: DataConfig, tra
     name, needs, rows = f"train.objective={train.objective}", train.needs, adapter.token_settings(model.new_tokens)
     if data.rewards and needs.data != "prompts":
         yield f"data.rewards scores answers that the model samples, and {name} samples none; leave it out"
+    if data.has_dialogues and needs.data != "prompts":
+        setting = "data.tools" if data.tools else "data.environment"
+        yield f"{setting} answers what the model samples, and {name} samples nothing; leave it out"
     for format in data.formats:
         if not takes_format(train.objective, format):
             others = " or ".join(objectives_of(format))
@@ -289,6 +292,12 @@ def _sampling(
             f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt in data.sequence_length="
             f"{data.sequence_length}; set data.sequence_length={rollout.max_new_tokens + 512}"
         )
+    if not data.has_dialogues and "max_turns" in rollout.changed:
+        needed = "data.environment or data.tools"
+        yield f"rollout.max_turns={rollout.max_turns} has no effect without {needed}; leave it out"
+    if data.has_dialogues and rollout.url is not None:
+        setting = "data.tools" if data.tools else "data.environment"
+        yield f"{setting} with rollout.url: only the run itself samples dialogues; leave one of them out"
     if needs.rewards and not data.rewards:
         yield f"{name} needs rewards; set data.rewards (docs/rl.md)"
     if needs.rewards and group == 1:

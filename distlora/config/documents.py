@@ -20,6 +20,8 @@ BUILT_IN = {"exact_match": "answer", "regex": "pattern", "math": "answer", "json
     "unit_tests": "tests"
 }
 """Built-in rewards, and the column of a record that each reads."""
+_DOTTED = r"[^\W\d]\w*(\.[^\W\d]\w*)+"
+"""Pattern of a name in a module."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,9 +126,17 @@ class DataConfig(ReadingConfig):
     """Other names for columns that built-in rewards read: {answer: solution}."""
     reward_constants: Mapping[str, str] = field(default_factory=dict)
     """Columns of records that lack them, with the same text for all: {pattern: "^[0-9]+$"}."""
+    environment: str | None = None
+    """Class of yours, as module.Class, that each sampled answer is a dialogue with (docs/rl.md). null: an answer is one
+    message."""
+    tools: tuple[str, ...] = ()
+    """Functions of yours, as module.function, that the model may call in its answers in the form of the chat template
+    (docs/rl.md)."""
+    tool_schemas: str = ""
+    """Definitions of `tools` for the chat template, as JSON. The launcher fills it in."""
     reward_timeout: float = 10.0
-    """Seconds that a reward of one answer may take; the process of a slower one is killed, and the answer is left
-    out."""
+    """Seconds that a reward of one answer, the environment's part in a dialogue, or a call of a tool may take. The
+    process of a slower one is killed. The answer is left out; of a tool, the model reads the error."""
     reward_processes: int = 2
     """Processes per rank that compute rewards."""
     reward_memory_gb: float = 8.0
@@ -138,6 +148,23 @@ class DataConfig(ReadingConfig):
     """Isolation of code that the model writes. `namespaces`: without network, other files and other processes, by
     Linux namespaces; `limits`: resource limits alone, for containers that forbid namespaces and isolate by themselves.
     """
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """Names of the user's own functions, which the processes of rewards run."""
+        own = (name for name in self.rewards if name not in BUILT_IN)
+        return (*own, *filter(None, [self.environment]), *self.tools)
+
+    @property
+    def has_dialogues(self) -> bool:
+        """True if a sampled answer may have several turns."""
+        return self.environment is not None or bool(self.tools)
+
+    def typed_function(self, name: str) -> str:
+        """Return the setting that names a function, as it is typed."""
+        if name in self.tools:
+            return f"data.tools=[{name}]"
+        return f"data.environment={name}" if name == self.environment else f"data.rewards=[{name}]"
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -224,14 +251,19 @@ def _images(data: DataConfig) -> Refusals:
 def _rewards(data: DataConfig) -> Refusals:
     """Check `data.rewards` and `data.reward_*`, which online reinforcement learning reads."""
     yield from positive(data, "reward_timeout reward_processes reward_memory_gb")
-    is_own = any(name not in BUILT_IN for name in data.rewards)
+    of_processes = ("reward_timeout", "reward_processes", "reward_memory_gb")
     for item in fields(data):
-        needed = is_own if item.name in ("reward_folder", "reward_digests") else bool(data.rewards)
+        needed = bool(data.rewards) or (item.name in of_processes and bool(data.functions))
+        if item.name in ("reward_folder", "reward_digests"):
+            needed = bool(data.functions)
         if item.name.startswith("reward") and not needed and getattr(data, item.name) != default_of(item):
             own = "a function of yours in " * bool(data.rewards)
             yield f"{item.name}= has no effect without {own}data.rewards; leave it out"
+    if data.environment is not None and re.fullmatch(_DOTTED, data.environment) is None:
+        yield "environment= is not the name of a class of yours; write it as module.Class"
+    yield from _tools(data)
     for name in data.rewards:
-        if name not in BUILT_IN and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) is None:
+        if name not in BUILT_IN and re.fullmatch(_DOTTED, name) is None:
             yield (
                 f"data.rewards=[{name}] is neither a built-in reward ({', '.join(BUILT_IN)}) nor a function's "
                 f"name{nearest(name, BUILT_IN)}; write a function of yours as module.function"
@@ -262,3 +294,16 @@ def _rewards(data: DataConfig) -> Refusals:
     for setting, default in (("rewards_execute_code", False), ("rewards_isolation", "namespaces")):
         if not runs_code and getattr(data, setting) != default:
             yield f"{setting}= has no effect without data.rewards=[unit_tests]; leave it out"
+
+
+def _tools(data: DataConfig) -> Refusals:
+    """Check `data.tools`."""
+    if data.tools and data.environment is not None:
+        yield f"data.tools and data.environment={data.environment} exclude each other; set one of them"
+    for name in data.tools:
+        if re.fullmatch(_DOTTED, name) is None:
+            yield f"data.tools=[{name}] is not the name of a function of yours; write it as module.function"
+    if (short := twice([name.rpartition(".")[2] for name in data.tools])) is not None:
+        yield f"data.tools has two functions named {short}, which the model could not tell apart; rename one of them"
+    if data.tool_schemas and not data.tools:
+        yield "tool_schemas= has no effect without data.tools; leave it out"

@@ -33,6 +33,9 @@ class RolloutConfig:
     """Most tokens of an answer. A prompt may have data.sequence_length less this; longer ones are dropped."""
     temperature: float = 1.0
     """Temperature of sampling. The loss and its ratios are those of the model at this temperature."""
+    max_turns: int = 8
+    """Most messages that the model writes in a dialogue (data.environment, data.tools). max_new_tokens is then the most
+    tokens behind the prompt, those that the environment or the tools wrote included."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, besides the tokens that end a text or a turn. The answer includes it."""
     steps_per_generation: int = 1
@@ -99,7 +102,7 @@ class RolloutConfig:
 def refused_in_rollout(rollout: RolloutConfig) -> Refusals:
     """Check how answers are sampled."""
     numbers = "num_generations max_new_tokens temperature steps_per_generation num_iterations epsilon epsilon_high"
-    yield from positive(rollout, f"{numbers} max_failed_steps max_logprob_difference")
+    yield from positive(rollout, f"{numbers} max_turns max_failed_steps max_logprob_difference")
     if rollout.epsilon > 1:
         yield "epsilon= would clip at a negative ratio; set it to at most 1 (0.2 is usual)"
     yield from at_least_zero(rollout, eval_temperature="is not a temperature; set 0 (the likeliest token) or more")

@@ -24,6 +24,7 @@ from distlora.data.images import ImageSpan, ImageText
 from distlora.data.json_values import shown
 from distlora.data.rows import RIGHT, TRAINED
 from distlora.data.sources import DataSource
+from distlora.data.turn_writer import TurnWriter
 from distlora.data.turns import Conversation, TurnFinder
 
 TooLong = Literal["truncate", "drop", "split"]
@@ -278,8 +279,10 @@ class Encoder:
     def _prompts(self, documents: list[Document]) -> Iterator[Encoded]:
         """Encode messages by the chat template up to where the assistant speaks, and texts as they are."""
         texts, starts = [], []
+        own = json.loads(self.data.tool_schemas or "[]")
         for document in documents:
-            prompt, tools = document.value["prompt"], document.value.get("tools")
+            prompt, tools = document.value["prompt"], document.value.get("tools") or own
+            self._check_dialogue(document, prompt)
             starts.append(self._bos if isinstance(prompt, str) else [])
             if not isinstance(prompt, str):
                 template = self._opened_template()
@@ -296,6 +299,25 @@ class Encoder:
                 ) from error
             tokens = np.array([*start, *ids], np.int32)
             yield Encoded(tokens, np.ones(len(tokens), np.uint8), record=line.encode() + b"\n")
+
+    def _check_dialogue(self, document: Document, prompt: Any) -> None:
+        """Refuse prompts and chat templates that dialogues cannot continue (data.environment, data.tools)."""
+        if not self.data.has_dialogues:
+            return
+        setting = "data.tools" if self.data.tools else f"data.environment={self.data.environment}"
+        if isinstance(prompt, str):
+            raise UserError(
+                f"{document.place}: {setting} needs prompts of messages, and this one is a text; write it as "
+                '{"prompt": [{"role": "user", "content": ...}]}'
+            )
+        if self.data.tools and document.value.get("tools"):
+            raise UserError(f"{document.place} has 'tools' of its own beside {setting}; leave the key out")
+        assert self._turn_writer is not None
+
+    @functools.cached_property
+    def _turn_writer(self) -> TurnWriter:
+        """Writer of the turns between; building it refuses templates that no dialogue can go on with."""
+        return TurnWriter(self._opened_template(), self.tokenizer, json.loads(self.data.tool_schemas or "[]"))
 
     def _steps(self, documents: list[Document]) -> Iterator[Encoded]:
         """Encode answers in steps: each step, then the separator, at whose last token the step is judged.

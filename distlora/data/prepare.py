@@ -143,6 +143,8 @@ def _settings(
         "stream_rows": _needed_rows(train) if data.streaming else None,
         "images": image_settings(data) | {"columns": IMAGE_COLUMNS} if data.images else None,
         "objective": train.objective if train.objective != "sft" else None,
+        "dialogues": data.has_dialogues,
+        "tools": data.tool_schemas or None,
     }
     if all(source["format"] in ("text", "prompt_completion") for source in fingerprints):
         for name in ("template", "train_on", "eot_tokens"):

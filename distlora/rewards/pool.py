@@ -1,8 +1,8 @@
 """Compute rewards in processes of their own, so that a function that hangs, raises or dies costs one answer.
 
-A request is one reward of one answer. The process of a request that takes longer than `data.reward_timeout` is killed
-with all that it started, and another one takes its place. Results are merged by position: they depend on time in no
-other way than by timeouts.
+A request is one reward of one answer, the environment's reply in one dialogue, or a call of a tool. The process of a
+request that takes longer than `data.reward_timeout` is killed with all that it started, and another one takes its
+place. Results are merged by position: they depend on time in no other way than by timeouts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from distlora.config import DataConfig, UserError
 from distlora.config.errors import short
@@ -34,7 +34,7 @@ EXIT_SECONDS = 1.0
 """Time for a process to end that has closed its pipe."""
 REASONS = ("timeouts", "errors", "invalid")
 """Causes for a missing reward: too slow; raised or ended its process; returned no finite number."""
-_START = (-1, -1)
+_START = -1
 
 Text = str | Sequence[Mapping[str, Any]]
 
@@ -65,13 +65,24 @@ class Scores:
     """Failed rewards by name and reason: rewards/<name>/timeouts, rewards/<name>/errors, rewards/<name>/invalid."""
 
 
+class _Request(NamedTuple):
+    """Call of a function."""
+
+    function: int
+    """Number among data.rewards, the environment and the tools, in this order."""
+    arguments: bytes
+    """Keyword arguments as JSON."""
+    seconds: float
+    """Time limit."""
+
+
 @dataclass(slots=True)
 class _Worker:
     """A process, the request that it works on, and the bytes of it that are on their way."""
 
     process: subprocess.Popen[bytes]
-    job: tuple[int, int] | None
-    """(answer, reward); `_START` while it loads the functions; None: it waits."""
+    job: int | None
+    """Number of the request among those of the call; `_START` while it loads the functions; None: it waits."""
     deadline: float
     outgoing: bytes
     incoming: bytes = b""
@@ -86,11 +97,11 @@ class _Worker:
         assert self.process.stdout is not None
         return self.process.stdin.fileno(), self.process.stdout.fileno()
 
-    def ask(self, job: tuple[int, int], arguments: bytes, seconds: float) -> None:
-        """Begin to send a request for a reward."""
+    def ask(self, job: int, request: _Request) -> None:
+        """Begin to send a request."""
         self.number += 1
-        self.outgoing = b'{"number": %d, "reward": %d, "arguments": %b}\n' % (self.number, job[1], arguments)
-        self.job, self.incoming, self.deadline = job, b"", time.monotonic() + seconds
+        self.outgoing = b'{"number": %d, "function": %d, "arguments": %b}\n' % (self.number, *request[:2])
+        self.job, self.incoming, self.deadline = job, b"", time.monotonic() + request.seconds
 
     def advance(self) -> dict[str, Any] | None:
         """Send and receive what the pipes take now. Return the reply once it is whole, or there will be none."""
@@ -166,29 +177,69 @@ class RewardPool:
     def score(self, samples: Sequence[RewardInput]) -> Scores:
         """Return the rewards of answers. Raises UserError for a column that is no JSON."""
         names = self.data.rewards
-        arguments = [self._arguments(sample) for sample in samples]
-        queue = deque((sample, reward) for sample in range(len(samples)) for reward in range(len(names)))
+        seconds = [self.data.reward_timeout + CODE_SECONDS * (name in ("unit_tests", "math")) for name in names]
+        requests = [
+            _Request(reward, arguments, seconds[reward])
+            for arguments in map(self._arguments, samples)
+            for reward in range(len(names))
+        ]
         values: list[list[float | None]] = [[None] * len(names) for _ in samples]
         failed = [False] * len(samples)
         counts = {f"rewards/{name}/{reason}": 0 for name in names for reason in REASONS}
-        while queue or any(worker.job not in (None, _START) for worker in self._workers):
+        for index, reply in enumerate(self._answered(requests)):
+            sample, reward = divmod(index, len(names))
+            if "value" in reply:
+                values[sample][reward] = reply["value"]
+                continue
+            [(reason, text)] = reply.items()
+            failed[sample] = True
+            counts[f"rewards/{names[reward]}/{reason}"] += 1
+            answer = f"the answer {short(samples[sample].completion)} to {short(samples[sample].prompt)}"
+            self._log_once(f"reward {names[reward]}", f"rewards/{names[reward]}/{reason}", text, answer)
+        return Scores(values=values, failed=failed, counts=counts)
+
+    def converse(self, dialogues: Sequence[RewardInput]) -> list[dict[str, Any]]:
+        """Return the environment's reply to the last message of each dialogue.
+
+        A reply is {"value": messages}, none of them where the dialogue ends, or {reason: text} of REASONS for a fault.
+        """
+        arguments = map(self._arguments, dialogues)
+        requests = [_Request(len(self.data.rewards), text, self.data.reward_timeout) for text in arguments]
+        replies = self._answered(requests)
+        for reply, dialogue in zip(replies, dialogues, strict=True):
+            if "value" not in reply:
+                [(reason, text)] = reply.items()
+                where = f"the dialogue about {short(dialogue.prompt)}"
+                self._log_once(f"data.environment={self.data.environment}", f"environment/{reason}", text, where)
+        return replies
+
+    def call(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
+        """Return the results of calls (name of a tool without its module, arguments).
+
+        A result is {"value": text} or {reason: text} of REASONS for a fault.
+        """
+        names = [name.rpartition(".")[2] for name in self.data.tools]
+        return self._answered(
+            [
+                _Request(
+                    len(self.data.rewards) + names.index(name), json.dumps(arguments).encode(), self.data.reward_timeout
+                )
+                for name, arguments in calls
+            ]
+        )
+
+    def _answered(self, requests: Sequence[_Request]) -> list[dict[str, Any]]:
+        """Return the replies to requests, in their order."""
+        queue, replies = deque(enumerate(requests)), dict[int, dict[str, Any]]()
+        while len(replies) < len(requests):
             for index, worker in enumerate(self._workers):
                 if worker.job is None and worker.process.poll() is not None:  # Between two calls: no answer's fault.
                     worker.kill()
                     self._workers[index] = worker = self._start()
                 if worker.job is None and queue:
-                    job = queue.popleft()
-                    seconds = self.data.reward_timeout + CODE_SECONDS * (names[job[1]] in ("unit_tests", "math"))
-                    worker.ask(job, arguments[job[0]], seconds)
-            for (sample, reward), reply in self._replies():
-                if "value" in reply:
-                    values[sample][reward] = reply["value"]
-                    continue
-                [(reason, text)] = reply.items()
-                failed[sample] = True
-                counts[f"rewards/{names[reward]}/{reason}"] += 1
-                self._log_once(names[reward], reason, text, samples[sample])
-        return Scores(values=values, failed=failed, counts=counts)
+                    worker.ask(*queue.popleft())
+            replies.update(self._replies())
+        return [replies[index] for index in range(len(requests))]
 
     def _start(self) -> _Worker:
         # In a session of its own: Ctrl-C reaches it through this process alone.
@@ -206,7 +257,7 @@ class RewardPool:
             os.set_blocking(pipe, False)
         return worker
 
-    def _replies(self) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    def _replies(self) -> list[tuple[int, dict[str, Any]]]:
         """Wait for a pipe or a deadline. Return the replies to requests; replace the processes that are lost."""
         busy = [index for index, worker in enumerate(self._workers) if worker.job is not None]
         waiting = select.poll()
@@ -226,7 +277,10 @@ class RewardPool:
                 continue
             if job == _START and (reply is None or "errors" in reply):
                 text = reply["errors"] if reply else f"took longer than {START_SECONDS:.0f} s"
-                raise UserError(f"data.rewards=[{','.join(self.data.rewards)}] cannot be loaded: {text}")
+                settings = f"data.rewards=[{','.join(self.data.rewards)}]" if self.data.rewards else ""
+                settings += f" data.environment={self.data.environment}" if self.data.environment else ""
+                settings += f" data.tools=[{','.join(self.data.tools)}]" if self.data.tools else ""
+                raise UserError(f"{settings.strip()} cannot be loaded: {text}")
             worker.job = None
             if job != _START:
                 seconds = f"took longer than data.reward_timeout={self.data.reward_timeout:g} seconds"
@@ -249,13 +303,10 @@ class RewardPool:
                 f"from the data, or write it as text ({', '.join(columns)})"
             ) from error
 
-    def _log_once(self, name: str, reason: str, text: str, sample: RewardInput) -> None:
+    def _log_once(self, function: str, metric: str, text: str, left_out: str) -> None:
         text, _, trace = text.partition("\n")
-        kind = (name, text.partition(":")[0])
+        kind = (function, text.partition(":")[0])
         if kind not in self._logged:
             self._logged.add(kind)
-            self.log(
-                f"reward {name} {text}: the answer {short(sample.completion)} to {short(sample.prompt)} is left out "
-                f"(counted in rewards/{name}/{reason}; logged once)"
-            )
-        self.first_failure = self.first_failure or f"reward {name} {text}\n{trace}".rstrip()
+            self.log(f"{function} {text}: {left_out} is left out (counted in {metric}; logged once)")
+        self.first_failure = self.first_failure or f"{function} {text}\n{trace}".rstrip()

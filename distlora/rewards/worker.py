@@ -1,9 +1,10 @@
 """A process that computes rewards: `python -m distlora.rewards.worker`, started by `pool.py`.
 
 It reads a line of JSON per request and writes one per reply. Whatever a function prints goes to stderr. First comes
-the set-up (the settings as plain values), then requests {"number": n, "reward": index, "arguments": {...}}. A reply is
-{"number": n, "value": x} or {"number": n, reason: text}; the first one, to the set-up, has the number 0. One with
-"is_last" asks for another process.
+the set-up (the settings as plain values), then requests {"number": n, "function": index, "arguments": {...}}; the
+functions behind those of data.rewards are the environment or the tools. A reply is {"number": n, "value": x} or
+{"number": n, reason: text}; the first one, to the set-up, has the number 0. One with "is_last" asks for another
+process.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
     sys.path.insert(0, data.reward_folder or os.getcwd())  # Behind no package: it is the user's own program.
     functions = []
-    for name in data.rewards:
+    for name in (*data.rewards, *filter(None, [data.environment]), *data.tools):
         try:
             functions.append(reward_function(name, data) if name in BUILT_IN else load(name, data))
         except _FAULTS as error:
@@ -66,8 +67,12 @@ def main() -> None:
     reply(0, {"value": None})
     for line in requests:
         request = json.loads(line)
+        function, arguments = functions[request["function"]], request["arguments"]
         random.seed(line.partition(b",")[2])  # Without its number: an answer has the same reward in any order.
-        values = compute(functions[request["reward"]], request["arguments"])
+        if request["function"] < len(data.rewards):
+            values = compute(function, arguments)
+        else:
+            values = converse(function, arguments) if data.environment is not None else call(function, arguments)
         if os.getpid() != process:  # The function forked, and its child came back too.
             os._exit(0)
         reply(request["number"], values)
@@ -109,15 +114,9 @@ def load(name: str, data: DataConfig) -> Callable[..., Any]:
 def compute(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """Return the reply to a request: a function's reward of one completion."""
     try:
-        rewards = function(**arguments)
-        if inspect.iscoroutine(rewards):
-            rewards = asyncio.run(rewards)
-        rewards = list(rewards)
+        rewards = list(called(function, arguments))
     except _FAULTS as error:
-        trace = "".join(traceback.format_exception(error))[-_LONGEST_TRACE:]
-        reply = {"errors": f"{described(error)}\n{trace}"}
-        # What filled the memory may be kept for ever: another process takes its place.
-        return {**reply, "is_last": True} if isinstance(error, MemoryError) else reply
+        return fault(error)
     if len(rewards) != 1:
         return {"invalid": f"returned {len(rewards)} rewards for one completion; return a list of one number"}
     reward = rewards[0]
@@ -130,6 +129,60 @@ def compute(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str
     if not math.isfinite(value):
         return {"invalid": f"returned {short(reward)}, which is not a finite number"}
     return {"value": value}
+
+
+def converse(make: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the environment's messages after a dialogue's last one, none where it ends, as the reply to a request.
+
+    A new environment is told the dialogue from its beginning: any process can continue it, after a kill too.
+    """
+    columns = {name: values[0] for name, values in arguments.items() if name != "completion_ids"}
+    prompt, dialogue = columns.pop("prompts"), columns.pop("completions")
+    random.seed(json.dumps([prompt, columns], sort_keys=True))  # The answers of a group meet the same environment.
+    replies: list[dict[str, Any]] = []
+    try:
+        environment = make()
+        if called(environment.reset, {"prompt": prompt, **columns}) is not None:
+            return {"invalid": "returned something from reset, which no model reads; write it into the prompts"}
+        for place, message in enumerate(dialogue):
+            if message["role"] != "assistant":
+                continue
+            value = called(environment.step, {"answer": message["content"]})
+            value = [] if value is None else value if isinstance(value, list) else [value]
+            replies = [{"role": "user", "content": item} if isinstance(item, str) else item for item in value]
+            for reply in replies:
+                is_message = isinstance(reply, dict) and reply.get("role") in ("user", "system", "tool")
+                if not is_message or not isinstance(reply.get("content"), str):
+                    return {"invalid": f"returned {short(reply)} from step; return a text, messages or None"}
+            before = dialogue[place + 1 : place + 1 + len(replies)]
+            if place + 1 < len(dialogue) and before != replies:
+                return {"invalid": f"replied {short(replies)} where it replied {short(before)} before; use no clock"}
+    except _FAULTS as error:
+        return fault(error)
+    return {"value": replies}
+
+
+def call(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool's result, as text, as the reply to a request."""
+    try:
+        value = called(function, arguments)
+        return {"value": value if isinstance(value, str) else json.dumps(value)}
+    except _FAULTS as error:
+        return fault(error)
+
+
+def called(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Return what a function returns, or what it has computed if it is async."""
+    value = function(**arguments)
+    return asyncio.run(value) if inspect.iscoroutine(value) else value
+
+
+def fault(error: BaseException) -> dict[str, Any]:
+    """Return the reply to a request whose function raised this."""
+    trace = "".join(traceback.format_exception(error))[-_LONGEST_TRACE:]
+    reply = {"errors": f"{described(error)}\n{trace}"}
+    # What filled the memory may be kept for ever: another process takes its place.
+    return {**reply, "is_last": True} if isinstance(error, MemoryError) else reply
 
 
 def described(error: BaseException) -> str:

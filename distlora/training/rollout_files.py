@@ -99,17 +99,23 @@ def columns_of(
     """Return the columns of the N answers of a step; NaN where an answer is left out or a reward does not apply.
 
     `totals` and `advantages` (N,), None for answers that are not trained on; `names` of the rewards. Prompts are
-    decoded with special tokens, as the model reads them, and answers without, as rewards do.
+    decoded with special tokens, as the model reads them, and answers without, as rewards do. Dialogues have them too:
+    they show who speaks.
     """
     wholes = np.split(rollout.tokens, np.cumsum(rollout.prompt_lengths + rollout.lengths)[:-1])
     parts = [np.split(whole, [size]) for whole, size in zip(wholes, rollout.prompt_lengths.tolist(), strict=True)]
     prompts = [tokenizer.decode(prompt) for prompt, _ in parts[::group]]
+    own = rollout.written_lengths
+    alone = (own == rollout.lengths).tolist()
     columns: dict[str, Any] = {
         "step": np.full(len(rollout), step),
         "group": np.arange(len(rollout)) // group,
         "prompt": [prompts[index // group] for index in range(len(rollout))],
-        "completion": [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in parts],
-        "tokens": rollout.lengths,
+        "completion": [
+            tokenizer.decode(answer, skip_special_tokens=is_alone)
+            for (_, answer), is_alone in zip(parts, alone, strict=True)
+        ],
+        "tokens": own,
         "ended": rollout.ended == 1,
     }
     if names:

@@ -6,6 +6,7 @@ Letters: N answers, G answers of a group (of one prompt), R rewards, L tokens pe
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +23,15 @@ from distlora.config import Config, RolloutConfig, UserError, require
 from distlora.data.loader import IGNORED, MicroBatch, StepBatch
 from distlora.data.packing import assign_rows
 from distlora.data.rows import EMPTY, PARTS, SAMPLES, RowOrder, hash64
-from distlora.generation.engine import Engine
+from distlora.data.turn_writer import TurnWriter
+from distlora.generation.engine import Engine, gathered
 from distlora.generation.prompts import PromptEncoder
-from distlora.generation.sampling import Request
+from distlora.generation.sampling import Request, Sample
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend, watch
 from distlora.rewards.pool import RewardInput, RewardPool
 from distlora.run_folder.layout import EVAL_ANSWERS_NAME, ROLLOUT_NAME, ROLLOUTS_NAME
+from distlora.training.dialogues import Dialogue, DialogueSampler
 from distlora.training.objectives.grpo import advantages_of
 from distlora.training.open_run import OpenRun
 from distlora.training.publish import publish_result
@@ -82,13 +85,13 @@ def pack_answers(
     counts = ~np.isnan(totals)
     trains = counts & ((rollout.ended == 1) | (not settings.mask_truncated_completions))
     runs = [answer for answer in answers.tolist() if trains[answer] and (with_kl or advantages[answer] != 0)]
-    lengths = rollout.lengths
-    num_labels = int(lengths[runs].sum())
+    lengths, own = rollout.lengths, rollout.written_lengths
+    num_labels = int(own[runs].sum())
     # The sum of the weighted losses is divided by num_labels.
     if settings.loss_type == "dapo":
-        weights = np.full(len(rollout), num_labels / max(int(lengths[answers][trains[answers]].sum()), 1))
+        weights = np.full(len(rollout), num_labels / max(int(own[answers][trains[answers]].sum()), 1))
     else:
-        divisor = lengths if settings.loss_type == "grpo" else np.full(len(rollout), settings.max_new_tokens)
+        divisor = own if settings.loss_type == "grpo" else np.full(len(rollout), settings.max_new_tokens)
         weights = num_labels / (max(int(np.count_nonzero(counts[answers])), 1) * divisor)
     sizes = rollout.prompt_lengths + lengths
     row_of = assign_rows(sizes[runs], sequence_length)
@@ -109,10 +112,11 @@ def pack_answers(
         # Behind it another answer begins, or the padding.
         position_ids[row, start:] = np.arange(length - start)
         position_ids[row, start + size :] = np.arange(length - start - size)
-        # The label at a position is the next token.
+        # The label at a position is the next token. Those of a dialogue's environment are none.
         places = slice(start + int(rollout.prompt_lengths[answer]) - 1, start + size - 1)
-        labels[row, places] = tokens[rollout.prompt_lengths[answer] :]
-        of_labels[0, row, places] = rollout.logps[logp_ends[answer] - lengths[answer] : logp_ends[answer]]
+        within = slice(logp_ends[answer] - lengths[answer], logp_ends[answer])
+        labels[row, places] = np.where(rollout.written[within] == 1, tokens[rollout.prompt_lengths[answer] :], IGNORED)
+        of_labels[0, row, places] = rollout.logps[within]
         of_labels[1:, row, places] = np.array([[advantages[answer]], [weights[answer]]])
     sampled = torch.from_numpy(of_labels)
     whole = MicroBatch(
@@ -158,7 +162,7 @@ class RolloutLoader:
     _: KW_ONLY
     config: Config
     engine: Engine | ServedEngine
-    encoder: PromptEncoder
+    sampler: DialogueSampler
     pool: RewardPool
     backend: Backend
     boundary: watch.Marker
@@ -239,7 +243,7 @@ class RolloutLoader:
     def _columns(
         self, step: int, rollout: Rollout, totals: np.ndarray, advantages: np.ndarray | None, group: int
     ) -> dict[str, Any]:
-        names, tokenizer = self.config.data.rewards, self.encoder.tokenizer
+        names, tokenizer = self.config.data.rewards, self.sampler.tokenizer
         return columns_of(step, rollout, totals, advantages, names, group, tokenizer)
 
     def _write(self, files: AnswerFiles, step: int, columns: Mapping[str, Any]) -> None:
@@ -385,53 +389,66 @@ class RolloutLoader:
             )
             for index, seed in enumerate(seeds)
         ]
-        if isinstance(self.engine, Engine):
-            before, device = self.engine.chosen, self.backend.ranks.device
-            if device.type == "cuda":
-                self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))
-            samples = self.engine.run(
-                requests, boundary=lambda part: self.boundary(watched, "sampling answers", part, long=True)
-            )
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            self.progress.sampling = self.engine.chosen
-            if before not in (None, self.engine.chosen):
-                self.log("memory has become too small for as many answers at once as before; later answers may differ")
-        else:
-            samples = self.engine.run(requests)
-        self.boundary(watched, "computing rewards", long=True)
-        texts = {}
-        inputs = []
-        mine = self.backend.ranks.part_of(len(samples))
-        for index in dict.fromkeys([*range(min(SHOWN, len(samples))), *mine]):
-            texts[index] = self.encoder.tokenizer.decode(samples[index].tokens, skip_special_tokens=True)
-        for index in mine:
+
+        def inputs(index: int, dialogue: Dialogue) -> RewardInput:
             record = self._record(prompts, int(rows[index // group]))
             is_text = isinstance(record["prompt"], str)
-            inputs.append(
-                RewardInput(
-                    prompt=record["prompt"],
-                    completion=texts[index] if is_text else [{"role": "assistant", "content": texts[index]}],
-                    columns=record["columns"],
-                    completion_ids=samples[index].tokens,
-                )
+            return RewardInput(
+                prompt=record["prompt"],
+                completion=dialogue.messages[0]["content"] if is_text else dialogue.messages,
+                columns=record["columns"],
+                completion_ids=dialogue.tokens,
             )
-        rewards, failed = self._scored(inputs, mine, len(samples))
+
+        answers, counts = self.sampler.run(
+            requests,
+            inputs,
+            lambda going: self._samples(going, watched),
+            lambda phase: self.boundary(watched, phase, long=True),
+        )
+        self.boundary(watched, "computing rewards", long=True)
+        mine = self.backend.ranks.part_of(len(answers))
+        scored = [inputs(index, answers[index]) for index in mine]
+        rewards, failed = self._scored(scored, mine, len(answers), counts)
         rollout = Rollout(
             step=np.array(step, np.int64),
             prompt_lengths=np.array([len(request.tokens) for request in requests], np.int64),
-            lengths=np.array([len(sample.tokens) for sample in samples], np.int64),
-            tokens=np.concatenate([[*r.tokens, *s.tokens] for r, s in zip(requests, samples, strict=True)]),
-            logps=np.concatenate([np.array(sample.logprobs, np.float32) for sample in samples]),
-            ended=np.array([sample.ended for sample in samples], np.int64),
+            lengths=np.array([len(answer.tokens) for answer in answers], np.int64),
+            written=np.concatenate([answer.written for answer in answers]),
+            tokens=np.concatenate([[*r.tokens, *a.tokens] for r, a in zip(requests, answers, strict=True)]),
+            logps=np.concatenate([np.array(answer.logprobs, np.float32) for answer in answers]),
+            ended=np.array([answer.ended for answer in answers], np.int64),
             rewards=rewards,
-            failed=failed,
+            failed=failed | np.array([answer.failed for answer in answers], np.int64),
         )
-        return rollout, [texts[index] for index in range(min(SHOWN, len(samples)))]
+        return rollout, [self.sampler.text(answer) for answer in answers[:SHOWN]]
 
-    def _scored(self, inputs: list[RewardInput], mine: range, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return all ranks' rewards (N, R), NaN where there is none, and failures (N,); counts of these are metrics."""
+    def _samples(self, requests: Sequence[Request], watched: int) -> list[Sample]:
+        """Return the engine's samples of requests."""
+        if not isinstance(self.engine, Engine):
+            return self.engine.run(requests)
+        before, device = self.engine.chosen, self.backend.ranks.device
+        if device.type == "cuda":
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(device))
+        samples = self.engine.run(
+            requests, boundary=lambda part: self.boundary(watched, "sampling answers", part, long=True)
+        )
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        self.progress.sampling = self.engine.chosen
+        if before not in (None, self.engine.chosen):
+            self.log("memory has become too small for as many answers at once as before; later answers may differ")
+        return samples
+
+    def _scored(
+        self, inputs: list[RewardInput], mine: range, count: int, others: dict[str, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return all ranks' rewards (N, R), NaN where there is none, and failures (N,).
+
+        Counts of these, and `others` of this rank, are metrics.
+        """
         scores = self.pool.score(inputs)
+        by_name = scores.counts | others
         table = torch.zeros(count, len(self.config.data.rewards) + 1, dtype=torch.float64)
         if inputs:
             values = [[math.nan if value is None else value for value in row] for row in scores.values]
@@ -439,10 +456,10 @@ class RolloutLoader:
             table[mine.start : mine.stop] = torch.cat(
                 [torch.tensor(values, dtype=torch.float64), failed[:, None]], dim=1
             )
-        counts = torch.tensor(list(scores.counts.values()), dtype=torch.float64)
+        counts = torch.tensor(list(by_name.values()), dtype=torch.float64)
         device = self.backend.ranks.device
         sums = self.backend.sum_over_ranks(torch.cat([table.flatten(), counts]).to(device)).cpu()
-        failures = zip(scores.counts, sums[table.numel() :].tolist(), strict=True)
+        failures = zip(by_name, sums[table.numel() :].tolist(), strict=True)
         self._figures = {name: int(number) for name, number in failures if number}
         table = sums[: table.numel()].view(table.shape)
         rewards, missing = table[:, :-1].contiguous().numpy(), table[:, -1].to(torch.int64).numpy()
@@ -479,6 +496,10 @@ def open_rollouts(
         )
     encoder = PromptEncoder(model, config.model, opened.data)
     ends = encoder.stop_tokens(config.model.path)
+    writer = None
+    if config.data.has_dialogues:  # The preparation has refused prompts that are no messages.
+        assert encoder.template is not None
+        writer = TurnWriter(encoder.template, encoder.tokenizer, json.loads(config.data.tool_schemas or "[]"))
     with contextlib.ExitStack() as stack:
         engine: Engine | ServedEngine
         if config.rollout.url is None:
@@ -500,6 +521,15 @@ def open_rollouts(
             served = start_served_engine(config.rollout.url, run_dir, ends, publish, backend)
             engine = stack.enter_context(contextlib.closing(served))
         pool = stack.enter_context(RewardPool(config.data, log=log, moved=watch.moved))
+        sampler = DialogueSampler(
+            tokenizer=encoder.tokenizer,
+            stops=ends,
+            pool=pool,
+            ranks=backend.ranks,
+            gather=lambda samples, count: gathered(samples, count, backend),
+            writer=writer,
+            max_turns=config.rollout.max_turns,
+        )
         sampled, evaluated = (
             AnswerFiles(
                 Path(config.run_dir) / name, config.rollout.keep, done=opened.progress.step, writes=backend.writes
@@ -511,7 +541,7 @@ def open_rollouts(
             opened.eval_loader,
             config=config,
             engine=engine,
-            encoder=encoder,
+            sampler=sampler,
             pool=pool,
             backend=backend,
             boundary=boundary,

@@ -31,17 +31,19 @@ class Rollout:
     prompt_lengths: np.ndarray
     """(N,) int64."""
     lengths: np.ndarray
-    """(N,) int64: tokens of each answer."""
+    """(N,) int64: tokens of each answer; of a dialogue all behind its prompt."""
+    written: np.ndarray
+    """Flat int64: for each token of the answers 1 if the model wrote it, 0 if the environment of a dialogue did."""
     tokens: np.ndarray
     """Flat int64: prompt and answer, one after the other."""
     logps: np.ndarray
-    """Flat fp32: log-probability of each token of the answers, as the sampler reported it."""
+    """Flat fp32: log-probability of each token of the answers, as the sampler reported it; 0 for the environment's."""
     ended: np.ndarray
-    """(N,) int64: 1 if the model ended the answer, 0 if max_new_tokens did."""
+    """(N,) int64: 1 if the model ended the answer, or model and environment the dialogue, 0 if a limit did."""
     rewards: np.ndarray
     """(N, R) float64: NaN where a reward does not apply or failed."""
     failed: np.ndarray
-    """(N,) int64: 1 if a reward of the answer failed."""
+    """(N,) int64: 1 if a reward of the answer failed, or the environment."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return it as the tensors of a checkpoint."""
@@ -72,13 +74,19 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def written_lengths(self) -> np.ndarray:
+        """(N,) int64: tokens of each answer that the model wrote. An answer has one token at least."""
+        return np.add.reduceat(self.written, np.cumsum(self.lengths) - self.lengths)
+
     def with_answers(self, places: np.ndarray, others: Rollout, chosen: np.ndarray) -> Rollout:
         """Return it with the answers at `places` (n,) replaced by those at `chosen` (n,) of another rollout."""
         source = np.arange(len(self))
         source[places] = len(self) + chosen
         arrays = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "step"}
         joined = {name: np.concatenate([array, getattr(others, name)]) for name, array in arrays.items()}
-        sizes = {"tokens": joined["prompt_lengths"] + joined["lengths"], "logps": joined["lengths"]}
+        lengths = joined["lengths"]
+        sizes = {"tokens": joined["prompt_lengths"] + lengths, "logps": lengths, "written": lengths}
         for name, array in joined.items():
             if name in sizes:
                 answers = np.split(array, np.cumsum(sizes[name])[:-1])
@@ -124,9 +132,9 @@ def figures_of(rollout: Rollout, totals: np.ndarray, names: Sequence[str], group
         "reward": float(means_of_rows(totals[None])[0]),
         "reward_std": float(means_of_rows(deviations[None])[0]),
         "frac_reward_zero_std": float(means_of_rows(has_equal_rewards(totals, group)[None])[0]),
-        "completions/mean_length": float(rollout.lengths.mean()),
+        "completions/mean_length": float(rollout.written_lengths.mean()),
         "completions/clipped_ratio": float(np.mean(rollout.ended == 0)),
-        "entropy": float(-rollout.logps.mean(dtype=np.float64)),
+        "entropy": float(-rollout.logps[rollout.written == 1].mean(dtype=np.float64)),
         "rewards/failed": int(rollout.failed.sum()),
     }
     if not names:

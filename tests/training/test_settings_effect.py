@@ -107,6 +107,7 @@ permissions, test_rewards.py: data.rewards_execute_code data.rewards_isolation
 when a run fails, test_grpo.py: rollout.max_failed_steps rollout.max_logprob_difference
 another sampler, test_grpo.py: rollout.url
 what is kept, test_grpo.py: rollout.keep
+of dialogues, test_dialogues.py: data.environment data.tools data.tool_schemas rollout.max_turns
 """)
 """Why settings of the sections below change no result of such a run."""
 

@@ -7,6 +7,7 @@ UserErrors.
 
 import dataclasses
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,13 +28,12 @@ from omegaconf.resolvers import oc
 
 from distlora.config import TARGET_PRESETS, AdapterConfig, Config, GpuConfig, UserError, check_settings, require
 from distlora.config.base import cache_root, means_hub
-from distlora.config.documents import BUILT_IN
 from distlora.config.errors import as_typed
 from distlora.config.file import build
 from distlora.config.plan import GPUS
 from distlora.config.training import TRACKERS
 from distlora.planner.mixed import with_formats
-from distlora.rewards.find import source_digests
+from distlora.rewards.find import source_digests, tool_schemas
 from distlora.run_folder.sweep import words_of
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 from distlora_launcher.compose.overrides import (
@@ -282,10 +282,12 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     _make_absolute(values)
     config = build(Config, values)
     check_settings(config)
-    if any(name not in BUILT_IN for name in config.data.rewards):
+    if config.data.functions:
         folder = config.data.reward_folder or os.getcwd()
-        digests = source_digests(config.data.rewards, folder)
+        digests = source_digests(config.data.functions, folder)
         config = config.with_settings({"data.reward_folder": folder, "data.reward_digests": digests})
+        if config.data.tools:
+            config = config.with_settings({"data.tool_schemas": json.dumps(tool_schemas(config.data))})
     unresolved: Any = OmegaConf.to_container(composed, resolve=False)
     if config.cluster.on_each_node and not may_lack_paths:
         require(

@@ -341,13 +341,14 @@ def pairs(length: int, window: int | None) -> int:
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def pairs_computed(kind: AttentionKind, documents: Sequence[int], window: int | None, groups: int) -> int:
-    """Return the query-key pairs that a layer computes, masked ones too. `groups`: query heads per key head."""
+def pairs_computed(kind: AttentionKind, length: int, window: int | None, groups: int) -> int:
+    """Return the query-key pairs of a document that a layer computes, masked ones too.
+
+    `groups`: query heads per key head.
+    """
     if kind == "documents":
-        return sum(pairs(length, window) for length in documents)
-    if kind == "tiles":
-        return sum(computed_pairs(length, groups, window) for length in documents)
-    return sum(documents) ** 2
+        return pairs(length, window)
+    return computed_pairs(length, groups, window) if kind == "tiles" else length**2
 
 
 def fused_parts(work: Workload, architecture: Architecture, *, is_gpu: bool) -> frozenset[FusedPart]:

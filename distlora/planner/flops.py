@@ -10,7 +10,6 @@ pairs that a dense mask hides) the launches of speed/timing.py tell.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,10 +37,9 @@ class ModelFlops:
     per_pair: tuple[tuple[int, int | None], ...]
     """(operations a query-key pair, window) of each kind of attention layer, all its layers together."""
 
-    def of_documents(self, lengths: Sequence[int]) -> int:
-        """Return the operations of a row that is packed with documents of these lengths."""
-        of_pairs = (ops * sum(pairs(length, window) for length in lengths) for ops, window in self.per_pair)
-        return self.per_token * sum(lengths) + sum(of_pairs)
+    def of_document(self, length: int) -> int:
+        """Return the operations of a document."""
+        return self.per_token * length + sum(ops * pairs(length, window) for ops, window in self.per_pair)
 
     def of(self, position_ids: Tensor) -> int:
         """position_ids (B, T), restarting with each document -> operations of these tokens.
@@ -99,16 +97,13 @@ def queries_by_window(architecture: Architecture) -> tuple[tuple[int, int | None
     return tuple((columns[window], window) for window in sorted(columns, key=lambda each: (each is not None, each)))
 
 
-def counted_flops(work: Workload, model: PlannedModel, *, ranks: int, document: int | None = None) -> int:
-    """Return the operations of a rank's step that MFU counts, of all rows that it runs, empty ones among them.
-
-    `document`: tokens of each packed document; None: one per sequence.
-    """
+def counted_flops(work: Workload, model: PlannedModel, *, ranks: int) -> int:
+    """Return the operations of a rank's step that MFU counts, of all rows that it runs, empty ones among them."""
     rows = work.train.accumulation(ranks) * work.train.micro_batch
     needs, active = work.train.needs, active_weights(work, model)
     passes = [active.model_flops(with_reference=needs.reference)]
     passes += [active.mismatched_flops()] if needs.mismatched else []
-    return rows * sum(each.of_documents(cut(work.sequence_length, document)) for each in passes)
+    return rows * sum(each.of_document(work.sequence_length) for each in passes)
 
 
 def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:
@@ -140,10 +135,3 @@ def active_weights(work: Workload, model: PlannedModel) -> ActiveWeights:
         head_rows=shapes.hidden * (labels or head_rows),
         queries=queries_by_window(shapes.architecture),
     )
-
-
-def cut(length: int, document: int | None) -> list[int]:
-    """Tokens of each document of a row that is packed with documents of so many; the last has what is left."""
-    if document is None or document >= length:
-        return [length]
-    return [document] * (length // document) + ([length % document] if length % document else [])

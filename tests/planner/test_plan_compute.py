@@ -19,7 +19,7 @@ from distlora.model.hf_model import materialize_buffers
 from distlora.model.trial_slots import put_trial
 from distlora.planner import plan_of
 from distlora.planner.decoder_sizes import pairs
-from distlora.planner.flops import active_weights, cut
+from distlora.planner.flops import active_weights
 from distlora.planner.model import model_in
 from distlora.planner.speed.timing import StepFlops, step_flops
 from distlora.planner.storage import trained_tensors
@@ -78,27 +78,26 @@ def test_rows_of_the_head_that_are_trained_count(name: str, tmp_path: Path) -> N
         assert (built.head_rows > 0) == (name == "llama3-tied" or isinstance(indices, dict))
 
 
-def steps(folder: Path, *, document: int | None = None, is_gpu: bool = True, **train: Any) -> StepFlops:
+def steps(folder: Path, *, is_gpu: bool = True, **train: Any) -> StepFlops:
     settings = {"global_batch": GLOBAL_BATCH, "micro_batch": 2, "dtype": "bf16", **train}
     work = Workload.of(run_of(folder, **LORA, train=settings))
-    return step_flops(work, model_in(folder), machine_of(is_gpu=is_gpu), document=document)
+    return step_flops(work, model_in(folder), machine_of(is_gpu=is_gpu))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3-text", "qwen3-moe"])
 def test_what_mfu_counts_of_a_step_is_what_the_trainer_adds_up(name: str, tmp_path: Path) -> None:
     hf_config(name).save_pretrained(tmp_path)
     model = build_run_model(run_of(tmp_path, **LORA))
-    for document in (None, 7):
-        positions = torch.cat([torch.arange(part) for part in cut(LENGTH, document)]).expand(GLOBAL_BATCH, -1)
-        step = steps(tmp_path, document=document)
-        assert step.counted == of_model(model).model_flops().of(positions)
-        dpo = steps(tmp_path, document=document, objective="dpo")
-        assert dpo.counted == of_model(model).model_flops(with_reference=True).of(positions)
-        assert step.tokens == positions.numel()
-        kto = steps(tmp_path, document=document, objective="kto")
-        mismatched = of_model(model).mismatched_flops().of(positions)
-        assert kto.counted == dpo.counted + mismatched
-        assert kto.by_kind["mismatched"] == mismatched
+    positions = torch.arange(LENGTH).expand(GLOBAL_BATCH, -1)
+    step = steps(tmp_path)
+    assert step.counted == of_model(model).model_flops().of(positions)
+    dpo = steps(tmp_path, objective="dpo")
+    assert dpo.counted == of_model(model).model_flops(with_reference=True).of(positions)
+    assert step.tokens == positions.numel()
+    kto = steps(tmp_path, objective="kto")
+    mismatched = of_model(model).mismatched_flops().of(positions)
+    assert kto.counted == dpo.counted + mismatched
+    assert kto.by_kind["mismatched"] == mismatched
     on_cpu = steps(tmp_path, is_gpu=False)
     assert on_cpu.counted == steps(tmp_path).counted
     assert on_cpu.by_kind["attention"] > steps(tmp_path).by_kind["attention"], "a dense mask hides what is computed"

@@ -46,7 +46,7 @@ def test_launches_compute_what_mfu_counts(name: str, tmp_path: Path) -> None:
         config = run_of(tmp_path, adapter=adapter, train=train, quant=sections.get("quant", {}))
         for is_gpu in (True, False):
             work, machine = Workload.of(config), machine_of(is_gpu=is_gpu)
-            step, active = step_flops(work, model, machine, document=9), active_weights(work, model)
+            step, active = step_flops(work, model, machine), active_weights(work, model)
             per_token = active.model_flops(with_reference=config.train.needs.reference).per_token
             per_token += PRODUCT * active.head if active.head_is_trained else 0  # Its logits are made again.
             launched = step.total - step.by_kind["attention"] - step.by_kind.get("recomputation", 0)

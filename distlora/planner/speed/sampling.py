@@ -131,7 +131,7 @@ def _token_seconds(
     )
     shapes, shards = model.shapes, work.shard_degree(machine.ranks)
     how = KernelOptions.planned(token, shapes, machine)
-    launches = [launch for block in blocks_of(token, model, how, None) for launch in block.forward]
+    launches = [launch for block in blocks_of(token, model, how) for launch in block.forward]
     launches.append(gemm("head", rows, shapes.vocabulary, shapes.hidden, how))
     launches.append(KernelLaunch("attention", rows * cached))
     seconds = total(seconds_of_launches(launches, rates))

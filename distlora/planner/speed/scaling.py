@@ -22,6 +22,7 @@ from distlora.planner.workload import Workload
 
 Layout = Literal["one replica", "replica per node"]
 """Sharding of the base: over all ranks, or over those of each node (parallel=hsdp)."""
+LAYOUTS: tuple[Layout, ...] = ("one replica", "replica per node")
 Scaling = Literal["strong", "weak"]
 
 MAX_GPUS = 1024
@@ -93,32 +94,22 @@ def scaling(
     plan: Plan,
     *,
     kind: Scaling = "strong",
-    numbers: Sequence[int] | None = None,
-    layouts: Sequence[Layout] = ("one replica", "replica per node"),
     fabrics: Sequence[Fabric] = (),
 ) -> list[ScalingRow]:
-    """Return a row per fabric (default: the node's own links), layout and number of GPUs of this model.
+    """Return a row per fabric (default: the node's own links), layout and number of GPUs of this model (`numbers_of`).
 
-    A node holds as many GPUs as in `plan`, at least 8; `numbers` (default: `numbers_of`) above that must be multiples
-    of it. `kind=weak` keeps the sequences per rank. A replica per node is left out on one node. Raises UserError if a
-    rate of the GPU or of a link is unknown.
+    A node holds as many GPUs as in `plan`, at least 8. `kind=weak` keeps the sequences per rank. A replica per node is
+    left out on one node. Raises UserError if a rate of the GPU or of a link is unknown.
     """
     config, machine = plan.config, plan.machine
     per_machine = max(machine.ranks_per_machine, GPUS_PER_NODE)
-    numbers = numbers_of(per_machine) if numbers is None else numbers
-    for number in numbers:
-        if number > per_machine and number % per_machine:
-            raise UserError(
-                f"{number:,} GPUs do not fill whole nodes of {per_machine}; use a multiple of {per_machine}, or set "
-                "cluster.gpus_per_node to the GPUs of a node"
-            )
     rows = config.train.accumulation(machine.ranks) * config.train.micro_batch if kind == "weak" else None
     table: list[ScalingRow] = []
     for fabric in fabrics or (None,):
         joined = machine if fabric is None else _joined(machine, fabric)
         runs: list[tuple[Layout, Workload, Machine]] = []
-        for layout in layouts:
-            for number in sorted(set(numbers)):
+        for layout in LAYOUTS:
+            for number in numbers_of(per_machine):
                 here = min(number, per_machine)
                 if layout == "replica per node" and number <= here:
                     continue

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from distlora.planner import traffic
 from distlora.planner.decoder_sizes import KernelOptions, copied_adapters, layers_of, pairs_computed
-from distlora.planner.flops import active_weights, counted_flops, cut
+from distlora.planner.flops import active_weights, counted_flops
 from distlora.planner.machine import Machine
 from distlora.planner.model import PlannedModel
 from distlora.planner.speed.launches import (
@@ -125,22 +125,22 @@ class StepFlops:
         return {"operations": dict(self.by_kind), "counted_by_mfu": self.counted, "tokens": self.tokens}
 
 
-def step_flops(work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepFlops:
-    """Return the operations of a step's launches. `document`: tokens of each packed document; None: one a sequence."""
+def step_flops(work: Workload, model: PlannedModel, machine: Machine) -> StepFlops:
+    """Return the operations of a step's launches, with one document per sequence."""
     flops: Counter[str] = Counter()
-    for name, launch, number in step_work(work, model, machine, document=document):
+    for name, launch, number in step_work(work, model, machine):
         if launch.flops:
             own = name == "mismatched" or (name not in ("forward", "backward") and launch.kind != "attention")
             flops[name if own or launch.kind == "products" else launch.kind] += round(launch.flops) * number
     return StepFlops(
         by_kind={kind: flops[kind] for kind in FLOPS if flops[kind]},
-        counted=counted_flops(work, model, ranks=machine.ranks, document=document),
+        counted=counted_flops(work, model, ranks=machine.ranks),
         tokens=work.train.accumulation(machine.ranks) * work.tokens_at_once,
     )
 
 
-def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document: int | None = None) -> StepWork:
-    """Return the work of a step. `document`: tokens of each packed document; None for one document per sequence."""
+def step_work(work: Workload, model: PlannedModel, machine: Machine) -> StepWork:
+    """Return the work of a step, with one document per sequence."""
     ranks, shards = machine.ranks, work.shard_degree(machine.ranks)
     micro_batches = work.train.accumulation(ranks)
     passes = traffic.passes_of(work, micro_batches)
@@ -186,7 +186,7 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     copied, nbytes = copied_adapters(work, shapes, machine)
     copies = [KernelLaunch("update", (1 + FP32 / how.itemsize) * nbytes, launches=1 + copied)] if copied else []
     return StepWork(
-        blocks=blocks_of(work, model, how, document),
+        blocks=blocks_of(work, model, how),
         micro_batches=micro_batches,
         passes=passes,
         head=heads[0],
@@ -206,10 +206,10 @@ def step_work(work: Workload, model: PlannedModel, machine: Machine, *, document
     )
 
 
-def blocks_of(work: Workload, model: PlannedModel, how: KernelOptions, document: int | None) -> tuple[BlockWork, ...]:
-    """Return the work of a micro-batch in each decoder layer. `document`: tokens of each packed document."""
+def blocks_of(work: Workload, model: PlannedModel, how: KernelOptions) -> tuple[BlockWork, ...]:
+    """Return the work of a micro-batch in each decoder layer."""
     length, rows, tile = work.sequence_length, work.train.micro_batch, work.train.mlp_tile or work.sequence_length
-    tiles, documents = [rows * tokens for tokens in cut(length, tile)], cut(length, document)
+    tiles = [rows * min(tile, length - start) for start in range(0, length, tile)]
     works: dict[int, BlockWork] = {}
     layers = layers_of(work, model.shapes)
     for layer in layers:
@@ -219,7 +219,7 @@ def blocks_of(work: Workload, model: PlannedModel, how: KernelOptions, document:
                 layer,
                 how,
                 m=rows * length,
-                pairs=rows * pairs_computed(how.attention, documents, layer.kind.window, groups),
+                pairs=rows * pairs_computed(how.attention, length, layer.kind.window, groups),
                 checkpointing=work.train.checkpointing,
                 tiles=tiles,
                 reference=work.train.needs.reference,
@@ -306,22 +306,20 @@ def step_time(
     model: PlannedModel,
     machine: Machine,
     *,
-    document: int | None = None,
     rates: DeviceRates | None = None,
 ) -> StepTime | None:
-    """Return the time of a step; None if a rate is unknown (`rates_of`).
+    """Return the time of a step, with one document per sequence; None if a rate is unknown (`rates_of`).
 
-    `document`: tokens of each packed document; None for one document per sequence. `rates`: rates to use in place of
-    the node's.
+    `rates`: rates to use in place of the node's.
     """
     rates = rates or rates_of(work, machine)
     if rates is None:
         return None
-    done = step_work(work, model, machine, document=document)
+    done = step_work(work, model, machine)
     collectives = step_collectives(work, model, machine)
     parts = _parts(done, collectives, rates, prefetch=work.parallel.prefetch)
     by_term = plus(*parts.values())
-    counted = counted_flops(work, model, ranks=machine.ranks, document=document)
+    counted = counted_flops(work, model, ranks=machine.ranks)
     seconds = total(by_term)
     # Rows that are missing are run as empty ones, and count for nothing.
     rows = work.train.global_batch / (machine.ranks * work.train.accumulation(machine.ranks) * work.train.micro_batch)
@@ -335,7 +333,7 @@ def step_time(
         mfu=counted * rows / seconds / rates.peak,
         steps=work.steps,
         price_per_hour=machine.price_per_hour,
-        assumptions=(*rates.assumptions, *_assumptions(work, machine, document)),
+        assumptions=(*rates.assumptions, *_assumptions(work, machine)),
     )
 
 
@@ -425,13 +423,9 @@ def seconds_of_launches(launches: Iterable[KernelLaunch], rates: DeviceRates) ->
     return by_term
 
 
-def _assumptions(work: Workload, machine: Machine, document: int | None) -> list[str]:
+def _assumptions(work: Workload, machine: Machine) -> list[str]:
     """Return the assumptions on the run, beside the rates."""
-    length = work.sequence_length
-    documents = f"each sequence is one document of {length:,} tokens"
-    if document is not None and document < length:
-        documents = f"sequences of {length:,} tokens hold documents of {document:,}"
-    assumptions = [documents]
+    assumptions = [f"each sequence is one document of {work.sequence_length:,} tokens"]
     if machine.is_gpu and work.train.deterministic_attention:
         assumptions.append("deterministic attention gradients cost no extra time")
     if work.parallel.resident_blocks == "auto" and machine.ranks > 1:

@@ -100,7 +100,9 @@ def test_the_first_chart_of_a_run_with_rewards_is_the_reward_with_its_spread(tmp
     charts = reported(run).charts
     assert "Reward" in charts[0]
     assert "Length of the answers" in charts[1]
-    assert "mean standard deviation of a group: -0.225 at step 1, 0.75 at step 40" in charts[0]
+    assert "one standard deviation of a group, on average: -0.225 at step 1, 0.75 at step 40" in charts[0]
+    [loss] = (chart for chart in charts if chart.startswith("Loss"))
+    assert "held out" not in loss, "eval_loss is the negative reward"
     assert "held out: 0 at step 0, 1 at step 40" in charts[0]
     assert "held out: 9 at step 0, 9 at step 40" in charts[1]
     for place, title in enumerate(("Share of groups with equal rewards", "Answers left out", "Loss"), 2):

@@ -227,7 +227,7 @@ def _reward_charts(run: RunRecords) -> Iterator[Figure]:
     edges = [(step, value - width, value + width) for step, value, width in values if width is not None]
     if edges:
         steps, lower, upper = map(list, zip(*edges, strict=True))
-        name = "less and plus the mean standard deviation of a group"
+        name = "within one standard deviation of a group, on average"
         curves.insert(0, Curve(name=name, x=steps, y=lower, upper=upper, style="faint"))
     if "eval_reward" in held_out:
         curves.append(_held_out(held_out["eval_reward"]))
@@ -244,14 +244,15 @@ def _reward_charts(run: RunRecords) -> Iterator[Figure]:
 def _loss_chart(run: RunRecords) -> Figure:
     training, held_out, note = run.metrics.training.get("loss"), run.metrics.held_out.get("eval_loss"), None
     lines = [] if training is None else _with_mean("training", training, run)
-    if held_out is not None:
+    samples = "reward" in run.metrics.training
+    if held_out is not None and not samples:  # That of GRPO is the negative reward, which has a chart.
         lines.append(_held_out(held_out))
     if run.metrics.non_finite:
         step, name = run.metrics.non_finite[0]
         others = len(run.metrics.non_finite) - 1
         note = f"Not drawn because not finite: {name} of step {step:,}" + (f", and {others:,} more" if others else "")
     unit = "token" if run.config is None else run.config.train.needs.unit.removeprefix("target_").removesuffix("s")
-    scale = "" if "reward" in run.metrics.training else "nats "  # GRPO's loss is no log-probability.
+    scale = "" if samples else "nats "  # GRPO's loss is no log-probability.
     return Figure(title="Loss", unit=f"{scale}per {unit}", curves=lines, is_wide=True, note=note)
 
 

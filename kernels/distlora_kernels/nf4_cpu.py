@@ -110,13 +110,12 @@ def dequantize_blocks(codes: Tensor, absmax: Tensor, *, shape: tuple[int, ...], 
     """Return reference.dequantize_blocks bit for bit."""
     numel = torch.Size(shape).numel()
     absmax = absmax.view(-1)
-    if numel % BLOCK == 0 and has_bitsandbytes():
+    if has_bitsandbytes():
         # As rows of one block: for rows of 32, 96, 160... weights bitsandbytes 0.50's AVX-512 kernel uses wrong absmax.
-        blocks = (numel // BLOCK, BLOCK)
-        packed = codes.view(-1)[: numel // 2]
-        return torch.ops.bitsandbytes.dequantize_4bit(packed, absmax[: blocks[0]], BLOCK, "nf4", blocks, dtype).view(
-            shape
-        )
+        blocks = (-(-numel // BLOCK), BLOCK)  # A last one that is not whole has a whole one's bytes.
+        packed = codes.view(-1)[: blocks[0] * BLOCK // 2]
+        weights = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax[: blocks[0]], BLOCK, "nf4", blocks, dtype)
+        return weights.view(-1)[:numel].view(shape)
     weights = _byte_values()[codes.view(-1).int()].view(-1, BLOCK).mul_(absmax[:, None])
     return weights.view(-1)[:numel].view(shape).to(dtype)
 

@@ -143,9 +143,13 @@ class StepMemory:
 
     @property
     def _kept(self) -> int:
-        """Bytes of kept activations, ids and labels. After a frozen embedding the first norm keeps nothing."""
-        mode, last = self.work.train.checkpointing, self.blocks[-1]
-        unread = mode in ("none", "selective") and not self.trained.embeds
+        """Bytes of kept activations, ids and labels.
+
+        After a frozen embedding the first norm keeps nothing, unless adapters read its output, which is made again.
+        """
+        mode, last, first = self.work.train.checkpointing, self.blocks[-1], self.blocks[0].costs
+        remade = first.remakes and any(linear.rank for linear in first.linears.get("qkv", ()))
+        unread = mode in ("none", "selective") and not self.trained.embeds and not remade
         sent = 3 * 8 * self.tokens if self.is_gpu else 0
         alike = int(self.activations.kept) - self.base.layers * last.kept
         differ = sum(blocks.count * (blocks.costs.indices(mode) - last.costs.indices(mode)) for blocks in self.blocks)

@@ -16,24 +16,28 @@ pytestmark = pytest.mark.ci
 SEED = 37
 PRIMES = (1009, 2003, 4001, 8009)
 """Vocabularies."""
-SMOLLM2 = llama(vocabulary=49_152, hidden=576, inner=1536, layers=30, heads=9, kv_heads=3) | {
+SMOLLM2 = llama(vocabulary=49_152, hidden=576, inner=1536, layers=6, heads=9, kv_heads=3) | {
     "tie_word_embeddings": True
 }
+"""SmolLM2-135M with 6 of its 30 layers; docs/benchmarks.md has all of them."""
 
 
 def random_size(draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return config.json of a Llama of odd sizes with a prime vocabulary, and settings of a step."""
+    """Return config.json of a Llama of odd sizes with a prime vocabulary, and settings of a step.
+
+    Heads of other sizes attend by tiles, which are planned for one document per row: more than a step here has.
+    """
     kv_heads = draw.choice((1, 3))
     heads = kv_heads * draw.choice((1, 3, 5))
     sizes = llama(
         vocabulary=draw.choice(PRIMES),
-        hidden=heads * (2 * draw.randrange(40, 160) // heads + 1),
+        hidden=heads * (2 * (draw.randrange(40, 160) // heads) + 1),
         inner=2 * draw.randrange(100, 400) + 1,
         layers=draw.randrange(2, 6),
         heads=heads,
         kv_heads=kv_heads,
     )
-    sizes |= {"head_dim": 2 * draw.randrange(8, 32), "tie_word_embeddings": draw.random() < 0.5}
+    sizes |= {"head_dim": 16 * draw.randrange(1, 5), "tie_word_embeddings": draw.random() < 0.5}
     step = {
         "length": draw.randrange(150, 400),
         "rows": draw.randrange(1, 5),
@@ -68,7 +72,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return settings of a step of the demo, and of one of the benchmarks, of random weights of SmolLM2-135M's size."""
+    """Return settings of a step of the demo, and of one of the benchmarks, of random weights."""
     folder = tmp_path_factory.mktemp("smollm2") / "model"
     write_random_checkpoint(folder, SMOLLM2, num_shards=1)
     model_in(folder)
@@ -79,7 +83,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("path", cpu_paths.limited_to_each())
 def test_random_sizes_have_the_planned_memory(steps: list[dict[str, Any]], path: str) -> None:
     for step, (planned, measured) in zip(steps, cpu_paths.run_limited(path, "steps", steps), strict=True):
-        assert planned == pytest.approx(measured, rel=0.05), step
+        assert planned == pytest.approx(measured, rel=0.04), step
 
 
 @pytest.mark.parametrize("path", cpu_paths.limited_to_each())

@@ -148,5 +148,6 @@ class TurnWriter:
         return text[:place], text[place:]
 
     def _ids(self, text: str) -> list[int]:
+        text = text.encode("utf-8", "replace").decode()  # Tokenizers raise on half a surrogate pair.
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return ids

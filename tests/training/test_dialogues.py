@@ -340,3 +340,10 @@ def test_a_tool_that_fails_gives_its_error_to_the_model(mine: Path) -> None:
         assert [logprob == 0 for logprob in dialogue.logprobs] == [not own for own in dialogue.written]
     text = encode.decode(dialogues[0].tokens)
     assert text.endswith("<tool_response>\n5 m\n</tool_response><|im_end|>\n<|im_start|>assistant\nDone.<|im_end|>")
+
+
+def test_half_a_surrogate_pair_in_a_reply_does_not_end_the_run() -> None:
+    encode = chat_tokenizer()
+    writer = TurnWriter(ChatTemplate(encode, "base", "chatml"), encode)
+    tokens = [writer.tokens([{"role": "user", "content": text}], 0, [0]) for text in ("a \ud83d", "a ?")]
+    assert tokens[0] == tokens[1]

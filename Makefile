@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # A test run starts hundreds of Python processes; without .pyc files each compiles our modules for 0.3 CPU seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-ci test-all test-documents test-examples test-llama-cpp test-servers chaos fuzz audit lint format slurm-shell gpu-wheels gpu-dry-run clean
+.PHONY: demo test test-ci test-all test-documents test-examples test-llama-cpp test-servers dist chaos fuzz audit lint format slurm-shell gpu-wheels gpu-dry-run clean
 
 demo: $(READY)
 	$(BIN)/distlora demo
@@ -48,6 +48,18 @@ $(SERVERS)/.ready: tests/tools/vllm_environment.sh
 	rm -rf $(SERVERS)
 	bash $< $(PYTHON) $(SERVERS)
 	touch $@
+
+# What a release uploads, in dist/, checked. The wheel and its dependencies are installed into an empty environment, in which the
+# commands of docs/pypi.md are typed (3 GB, some minutes). Not in CI.
+INSTALLED := .installed
+dist: $(READY)
+	rm -rf build dist $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(INSTALLED)
+	$(INSTALLED)/bin/pip install --quiet --disable-pip-version-check "$$(echo dist/*.whl)[demo]"
+	DISTLORA_BIN=$(abspath $(INSTALLED)/bin) $(BIN)/python -m pytest -m slow tests/docs/test_shown_output.py -k pypi
 
 # 50 kills of two-rank runs and merges at random moments, each resumed and compared with the uninterrupted run (30 minutes).
 chaos: $(READY)
@@ -110,4 +122,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(SERVERS) .gpu .bare build dist *.egg-info
+	rm -rf $(VENV) $(SERVERS) $(INSTALLED) .gpu .bare build dist *.egg-info

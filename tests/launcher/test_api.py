@@ -320,35 +320,6 @@ def test_type_checkers_see_the_names(tmp_path: Path) -> None:
     assert 'Revealed type is "str"' in finished.stdout.replace("builtins.", ""), finished.stdout + finished.stderr
 
 
-@pytest.mark.ci
-def test_the_wheel_trains_from_python_and_the_shell_in_an_empty_folder(folders: Path, tmp_path: Path) -> None:
-    """In an environment of its own, with the dependencies of this one and nothing of the repository."""
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT], check=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("distlora-*.whl")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "clean"], check=True)
-    (site,) = (tmp_path / "clean").glob("lib/python*/site-packages")
-    subprocess.run([*pip, "--python", tmp_path / "clean", "install", "--no-deps", wheel], check=True)
-    (site / "dependencies.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # Runs none of its .pth files.
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    (empty / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
-    python = tmp_path / "clean" / "bin" / "python"
-    code = (
-        "import distlora; assert distlora.__file__.startswith({site!r}); run = distlora.train(model={model!r}, "
-        "data='chats.jsonl', recipe='qlora', run_dir='first', settings={settings!r}); "
-        "print(repr(distlora.load(run).generate('What is 3?', max_new_tokens=5)))"
-    ).format(site=str(site), model=str(folders / "llama"), settings=settings(max_steps=3))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([python, "-c", code], check=True, cwd=empty, env=environment)
-    words = ["recipe=qlora", f"model.path={folders / 'llama'}", "data.path=chats.jsonl", "train.max_steps=3"]
-    words += ["data.sequence_length=64", "tracker=none", "run_dir=second"]
-    subprocess.run([python.with_name("distlora"), "train", *words], check=True, cwd=empty, env=environment)
-    runs = [distlora.Run(empty / name) for name in ("first", "second")]
-    assert [run.status.state for run in runs] == ["done", "done"]
-    assert [run.metrics[-1]["step"] for run in runs] == [3, 3]
-
-
 @pytest.mark.slow
 def test_the_notebook_runs(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the demo's model where `distlora demo` has left it, else on a small random one."""

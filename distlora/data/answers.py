@@ -166,7 +166,7 @@ def prompt_only(value: dict[str, Any], place: str, good: str) -> dict[str, Any]:
 
     The answer that verl's records keep for their rewards, reward_model.ground_truth, is also the column `answer`.
     """
-    check_meaning(value, place, MEDIA_KEYS)
+    check_meaning(value, place, MEDIA_KEYS | {"chat_template_kwargs"})
     prompt, system = value.get("prompt"), value.get("system")
     columns = {key: item for key, item in value.items() if key not in ("prompt", "system", "tools")}
     model = columns.get("reward_model")

@@ -111,6 +111,7 @@ NOT_TRAINED = {
     ),
     **dict.fromkeys(COLUMNS, "holds images, which only vision models read, with data.images=true"),
     **dict.fromkeys(("video", "videos", "audio", "audios"), "holds media that no text model reads"),
+    "chat_template_kwargs": "holds arguments of the chat template for this record alone",
 }
 """Keys of a record that mean other training than of its text, and the reason."""
 IMAGES_ADVICE = "set data.images=true for a model that takes images, or leave the record out"

@@ -151,6 +151,9 @@ def _encoded(encoder: Encoder, sample: SourceSample, batch: list[Document], show
         for document_tokens in encoded.apart():
             sample.sizes.append((len(document_tokens.tokens), document_tokens.num_targets))
             if len(sample.shown) < shown:
+                if encoder.needs.data == "prompts":  # A run samples their answers and trains on those.
+                    untrained = document_tokens.trained & ~np.uint8(TRAINED)
+                    document_tokens = document_tokens._replace(trained=untrained)
                 sample.shown.append((document, document_tokens))
         yield encoded
 
@@ -221,7 +224,10 @@ def _source_lines(name: str, train: TrainConfig, split: Split, number: int, leng
         f"  tokens each      shortest {lengths.min():,}, median {int(np.median(lengths)):,}, 95 % up to {p95:,}, "
         f"longest {lengths.max():,}"
     )
-    yield f"  trained          {trained.sum():,} of {lengths.sum():,} tokens ({trained.sum() / lengths.sum():.1%})"
+    if train.needs.data == "prompts":
+        yield f"  trained          the answers that a run samples to these prompts of {lengths.sum():,} tokens"
+    else:
+        yield f"  trained          {trained.sum():,} of {lengths.sum():,} tokens ({trained.sum() / lengths.sum():.1%})"
     if (long := lengths > length).any():
         lost = f", {(lengths - length)[long].sum():,} tokens lost" if sample.too_long == "truncate" else ""
         yield (
@@ -256,7 +262,8 @@ def _split_lines(data: DataConfig, train: TrainConfig, split: Split, *, is_train
             used = mixture.use_pieces(corpus, np.ones(len(corpus.documents), bool), np.ones(len(samples), bool))
         piece_sources = corpus.documents["source"][pieces["document"]]
         targets = np.bincount(piece_sources, weights=pieces["targets"] * used, minlength=len(samples))
-        yield "fraction of the trained tokens" + ("" if whole else " in the documents read")
+        counted = "tokens of the prompts" if train.needs.data == "prompts" else "trained tokens"
+        yield f"fraction of the {counted}" + ("" if whole else " in the documents read")
         for number, sample in enumerate(samples):
             note = f" (wanted {wanted[number]:.1%})" if wanted is not None else ""
             yield f"  {targets[number] / targets.sum():6.1%}{note}  {sample.source.label}"

@@ -78,6 +78,7 @@ BROKEN = [
     ("text", {"text": math.nan}, "'text' is a number, not a string"),
     ("chat", message(loss="no"), "'loss' is 'no'; a turn is trained (1) or not (0)"),
     ("chat", message(train_detail=[{"begin_offset": 0}]), "'train_detail' masks or weights a loss"),
+    ("chat", message() | {"chat_template_kwargs": {"thinking": False}}, "'chat_template_kwargs' holds arguments"),
     ("chat", message() | {"loss_mask": [0, 1]}, "'loss_mask' masks or weights a loss"),
     ("text", {"text": "a", "weight": 0.5}, "data.ignore_columns=[weight]"),
     ("chat", message(train="no"), "'train' is a string; write true or false"),

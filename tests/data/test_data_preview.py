@@ -40,11 +40,12 @@ def model(tmp_path_factory):
 def settings(model, tmp_path):
     """Return a function that writes config.yaml for data settings."""
 
-    def write(**data):
+    def write(objective="sft", **data):
         values = {"sequence_length": 64, "eval_fraction": 0, "cache_dir": str(tmp_path / "cache"), **data}
         if "sources" not in values:
             values = {"template": "chatml", **values}
-        config = build(Config, {"model": {"path": str(model)}, "data": values, "run_dir": str(tmp_path / "run")})
+        sections = {"model": {"path": str(model)}, "data": values, "train": {"objective": objective}}
+        config = build(Config, {**sections, "run_dir": str(tmp_path / "run")})
         folder = tmp_path / "run"
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config)))
@@ -63,6 +64,15 @@ def test_documents_are_shown_with_their_trained_tokens_marked(settings, tmp_path
         "<s><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[[Hello there.<|im_end|>]]\n"
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n[[See you.<|im_end|>]]"
     )
+
+
+def test_prompts_whose_answers_a_run_samples_are_not_marked_as_trained(settings, tmp_path, capsys):
+    path = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "What is 2 + 3?", "answer": "5"}] * 3)
+    assert show_preview(settings("grpo", path=str(path)), documents=1) == 0
+    shown, _, figures = capsys.readouterr().out.partition("What is trained")
+    assert ", 0 trained\n" in shown
+    assert shown.rstrip().endswith("What is 2 + 3?")
+    assert "trained          the answers that a run samples to these prompts of " in figures
 
 
 def test_the_figures_are_those_of_the_preparation(settings, tmp_path, capsys):

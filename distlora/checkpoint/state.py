@@ -25,10 +25,10 @@ OR_WHAT_PISSA_TOOK = (
 """Part of a message: what besides its weights makes a base another one."""
 
 _FREE = {
-    # Their contents are identified: by the digests of init_from, teacher, packed sequences, reward functions.
+    # Their contents are identified: by the digests of init_from, teacher, packed sequences, rewards.
     "adapter": "init_from init_from_loftq",
     "data": "path name split revision format columns ignore_columns reasoning_key sample_by sources eval_path "
-    "eval_split template cache_dir reward_folder reward_timeout reward_processes reward_memory_gb "
+    "eval_split template cache_dir reward_folder reward_models reward_timeout reward_processes reward_memory_gb "
     "rewards_execute_code rewards_isolation",
     "optim": "",
     "train": "teacher micro_batch accumulate checkpointing mlp_tile attention deterministic_attention "

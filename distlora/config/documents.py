@@ -112,14 +112,18 @@ class DataConfig(ReadingConfig):
     cache_dir: str = field(default_factory=lambda: str(cache_root() / "data"))
     """Folder of tokenized rows, content-addressed: a second run with the same data does not tokenize again."""
     rewards: tuple[str, ...] = ()
-    """Functions that score sampled answers (docs/rl.md): exact_match, regex, math, json_schema, unit_tests, or a
-    function of yours with TRL's signature as module.function."""
+    """Functions that score sampled answers (docs/rl.md): exact_match, regex, math, json_schema, unit_tests, a function
+    of yours with TRL's signature as module.function, or a name in reward_models."""
+    reward_models: Mapping[str, str] = field(default_factory=dict)
+    """Reward models by the name that `rewards` gives them: {quality: runs/reward}. The folder of a run with
+    train.objective=reward or of its adapter, which scores on this run's base, or of a sequence classifier of
+    transformers with one output."""
     reward_folder: str | None = None
     """Folder with the modules of your functions, searched before the installed packages; null: the working folder.
     RUN/config.yaml holds its absolute path."""
     reward_digests: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the source file of each of these modules: a run goes on with the same functions, or not at all. The
-    launcher fills it in."""
+    """SHA-256 of the source file of each of these modules, and of each reward model's weights: a run goes on with the
+    same rewards, or not at all. The launcher fills it in."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward in an answer's total; empty: 1 for all."""
     reward_columns: Mapping[str, str] = field(default_factory=dict)
@@ -140,7 +144,8 @@ class DataConfig(ReadingConfig):
     reward_processes: int = 2
     """Processes per rank that compute rewards."""
     reward_memory_gb: float = 8.0
-    """Private memory of each of these processes, in GB; a reward that needs more fails for the answer."""
+    """Private memory of each of these processes, in GB; a reward that needs more fails for the answer. Also the most
+    that the weights of a classifier in reward_models may take on each rank."""
     rewards_execute_code: bool = False
     """Permission to run code that the model writes, for the reward unit_tests (docs/rl.md says within which limits).
     """
@@ -150,9 +155,14 @@ class DataConfig(ReadingConfig):
     """
 
     @property
+    def reward_functions(self) -> tuple[str, ...]:
+        """Names in `rewards` that the processes of rewards compute: built-in ones and functions of the user."""
+        return tuple(name for name in self.rewards if name not in self.reward_models)
+
+    @property
     def functions(self) -> tuple[str, ...]:
         """Names of the user's own functions, which the processes of rewards run."""
-        own = (name for name in self.rewards if name not in BUILT_IN)
+        own = (name for name in self.reward_functions if name not in BUILT_IN)
         return (*own, *filter(None, [self.environment]), *self.tools)
 
     @property
@@ -255,18 +265,26 @@ def _rewards(data: DataConfig) -> Refusals:
     for item in fields(data):
         needed = bool(data.rewards) or (item.name in of_processes and bool(data.functions))
         if item.name in ("reward_folder", "reward_digests"):
-            needed = bool(data.functions)
+            needed = bool(data.functions or (item.name == "reward_digests" and data.reward_models))
         if item.name.startswith("reward") and not needed and getattr(data, item.name) != default_of(item):
             own = "a function of yours in " * bool(data.rewards)
             yield f"{item.name}= has no effect without {own}data.rewards; leave it out"
     if data.environment is not None and re.fullmatch(_DOTTED, data.environment) is None:
         yield "environment= is not the name of a class of yours; write it as module.Class"
     yield from _tools(data)
-    for name in data.rewards:
+    for name in data.reward_models:
+        if name in BUILT_IN or re.fullmatch(r"[^\W\d]\w*", name) is None:
+            why = "a built-in reward" if name in BUILT_IN else "not a valid name"
+            cure = "choose a name of letters, digits and _ that no built-in reward has"
+            yield f"data.reward_models={{{name}: ...}}: {name} is {why}; {cure}"
+        elif name not in data.rewards:
+            yield f"data.reward_models={{{name}: ...}} has no effect without {name} in data.rewards; add it there"
+    for name in data.reward_functions:
         if name not in BUILT_IN and re.fullmatch(_DOTTED, name) is None:
             yield (
                 f"data.rewards=[{name}] is neither a built-in reward ({', '.join(BUILT_IN)}) nor a function's "
-                f"name{nearest(name, BUILT_IN)}; write a function of yours as module.function"
+                f"name{nearest(name, BUILT_IN)}; write a function of yours as module.function, or set "
+                f"data.reward_models={{{name}: FOLDER}} for a reward model"
             )
     if (name := twice(data.rewards)) is not None:
         yield f"data.rewards names {name} twice; leave one of them out"

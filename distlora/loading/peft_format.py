@@ -187,24 +187,25 @@ def load_peft_adapter(
 
 
 @torch.no_grad()
-def keep_teacher(model: CausalLM, teacher: PeftAdapter) -> None:
-    """Use a teacher's A and B (`read_teacher`), of whatever rank, in the reference of a forward.
+def values_beside(model: CausalLM, beside: PeftAdapter) -> dict[nn.Parameter, Tensor]:
+    """Return A and B of a teacher or a reward model (`read_adapter_beside`), to compute with instead of the run's.
 
-    Its B takes the ratio of the two scales. What the teacher does not adapt has zeros.
+    They may have any rank; B takes the ratio of the two scales. What the folder does not adapt has zeros.
     """
-    settings, file, values = teacher.adapter_config, teacher.folder / WEIGHTS_NAME, {}
+    settings, file = beside.adapter_config, beside.folder / WEIGHTS_NAME
+    values: dict[nn.Parameter, Tensor] = {}
     with safetensors.safe_open(file, framework="pt") as tensors:
         for path, weight in model.adapted_weights():
             pair = weight.adapters[DEFAULT_ADAPTER]
             assert isinstance(pair, LoRAPair)
             for part, parameter in (("A", pair.A), ("B", pair.B)):
-                if (name := teacher.names.get((path, part))) is None:
+                if (name := beside.names.get((path, part))) is None:
                     values[parameter] = torch.zeros_like(parameter)
                     continue
                 _check_finite(file, name, stored := tensors.get_tensor(name))
                 factor = settings.scaling_of(path) / pair.scaling if part == "B" else 1
                 values[parameter] = stored.to(parameter) * factor
-    model.keep_start(values)
+    return values
 
 
 def _check_finite(file: Path, name: str, tensor: Tensor) -> None:

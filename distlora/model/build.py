@@ -131,6 +131,8 @@ class CausalLM(nn.Module):
         """True if training forwards count the tokens of each expert (BlockContext.expert_tokens)."""
         self.noise: EmbeddingNoise | None = None
         """Noise on the embeddings of training rows; None without train.neftune_alpha."""
+        self.reward_tensors: list[Tensor] = []
+        """Tensors of reward models beside the run's own (GRPO)."""
         self.notes: list[str] = []
         """Lines for the log about how this model computes on its device."""
 

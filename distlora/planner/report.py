@@ -370,6 +370,11 @@ def sampling_text(sampling: Sampling, plan: Plan) -> str:
     steps = "a step" if sampling.steps == 1 else f"{sampling.steps:,} steps"
     text = f"{sampling.answers:,} answers for {steps}, {sampling.rows:,} at once per {gpu}"
     text += f" with {size(sampling.cache_bytes)} of keys and values{base}"
+    if models := plan.work.reward_adapters + bool(plan.work.reward_weights):
+        text += (
+            f"; each answer runs once more through {'a reward model' if models == 1 else 'each reward model'}, whose "
+        )
+        text += "time is not counted"
     if sampling.seconds is None:
         return text
     return f"{text}; {sampling.tokens_per_second:,.0f} tokens/s, at most {seconds_in_words(sampling.seconds)} a rollout"

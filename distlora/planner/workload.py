@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from distlora.architecture.shapes import KEEP, ModelShapes
 from distlora.architecture.tokens import trained_indices
 from distlora.config import AdapterConfig, Config, OptimConfig, ParallelConfig, TrainConfig, UserError
+from distlora.rewards.models import classifier_weights, reward_adapter
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 """Bytes of an element, by train.dtype."""
@@ -46,6 +48,10 @@ class Workload:
     train: TrainConfig
     """Settings of a step; of trials trained together, `micro_batch` and `global_batch` are those of all."""
     optim: OptimConfig
+    reward_adapters: int
+    """Reward models on the run's base."""
+    reward_weights: int
+    """Weights of reward models with a base of their own, which each rank holds whole."""
     steps: int | None
     """Steps of the whole run; None if unknown."""
     checkpoints_kept: int
@@ -60,6 +66,7 @@ class Workload:
         steps = train.max_steps
         if steps is None and config.plan.tokens is not None:
             steps = math.ceil(config.plan.tokens / (train.global_batch * data.sequence_length))
+        rewards = {place: reward_adapter(Path(place)) for place in data.reward_models.values()}
         holds_out = data.eval_fraction > 0 or data.held_out_source is not None
         return cls(
             adapter=config.adapter,
@@ -75,6 +82,8 @@ class Workload:
             image_max_pixels=data.image_max_pixels,
             train=train,
             optim=config.optim,
+            reward_adapters=sum(each is not None for each in rewards.values()),
+            reward_weights=sum(classifier_weights(place) for place, each in rewards.items() if each is None),
             steps=steps,
             checkpoints_kept=train.keep + (1 if holds_out and train.evaluates else 0) + 1,
             results_kept=2 if holds_out and train.keeps_best(config.adapter.method) else 1,

@@ -28,7 +28,7 @@ def check_functions(data: DataConfig, *, on_this_node: bool = True) -> None:
     """
     for name in data.functions:
         _check_function(name, data)
-    for name in data.rewards:
+    for name in data.reward_functions:
         if on_this_node and name in PACKAGES:
             require_package(PACKAGES[name], f"data.rewards=[{name}]")
         elif on_this_node and name == "unit_tests" and (reason := sandbox.reason_against(data.rewards_isolation)):

@@ -69,7 +69,7 @@ class _Request(NamedTuple):
     """Call of a function."""
 
     function: int
-    """Number among data.rewards, the environment and the tools, in this order."""
+    """Number among data.reward_functions, the environment and the tools, in this order."""
     arguments: bytes
     """Keyword arguments as JSON."""
     seconds: float
@@ -146,7 +146,10 @@ class _Worker:
 
 @dataclass
 class RewardPool:
-    """The processes that compute `data.rewards`; as a context, they run within it. `log` gets a line per new fault."""
+    """The processes that compute the functions of `data.rewards`; as a context, they run within it.
+
+    `log` gets a line per new fault.
+    """
 
     data: DataConfig
     log: Callable[[str], None] = say
@@ -176,7 +179,7 @@ class RewardPool:
 
     def score(self, samples: Sequence[RewardInput]) -> Scores:
         """Return the rewards of answers. Raises UserError for a column that is no JSON."""
-        names = self.data.rewards
+        names = self.data.reward_functions
         seconds = [self.data.reward_timeout + CODE_SECONDS * (name in ("unit_tests", "math")) for name in names]
         requests = [
             _Request(reward, arguments, seconds[reward])
@@ -204,7 +207,7 @@ class RewardPool:
         A reply is {"value": messages}, none of them where the dialogue ends, or {reason: text} of REASONS for a fault.
         """
         arguments = map(self._arguments, dialogues)
-        requests = [_Request(len(self.data.rewards), text, self.data.reward_timeout) for text in arguments]
+        requests = [_Request(len(self.data.reward_functions), text, self.data.reward_timeout) for text in arguments]
         replies = self._answered(requests)
         for reply, dialogue in zip(replies, dialogues, strict=True):
             if "value" not in reply:
@@ -222,7 +225,9 @@ class RewardPool:
         return self._answered(
             [
                 _Request(
-                    len(self.data.rewards) + names.index(name), json.dumps(arguments).encode(), self.data.reward_timeout
+                    len(self.data.reward_functions) + names.index(name),
+                    json.dumps(arguments).encode(),
+                    self.data.reward_timeout,
                 )
                 for name, arguments in calls
             ]

@@ -54,7 +54,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
     sys.path.insert(0, data.reward_folder or os.getcwd())  # Behind no package: it is the user's own program.
     functions = []
-    for name in (*data.rewards, *filter(None, [data.environment]), *data.tools):
+    for name in (*data.reward_functions, *filter(None, [data.environment]), *data.tools):
         try:
             functions.append(reward_function(name, data) if name in BUILT_IN else load(name, data))
         except _FAULTS as error:
@@ -69,7 +69,7 @@ def main() -> None:
         request = json.loads(line)
         function, arguments = functions[request["function"]], request["arguments"]
         random.seed(line.partition(b",")[2])  # Without its number: an answer has the same reward in any order.
-        if request["function"] < len(data.rewards):
+        if request["function"] < len(data.reward_functions):
             values = compute(function, arguments)
         else:
             values = converse(function, arguments) if data.environment is not None else call(function, arguments)

@@ -198,6 +198,8 @@ def _base(model: CausalLM) -> Iterator[tuple[tuple[int, int], Kind]]:
     for block in model.blocks:
         for start in block.started.values():
             yield _storage(start), "adapters"
+    for tensor in model.reward_tensors:
+        yield _storage(tensor), "rewards"
 
 
 def _of_training(model: CausalLM, optimizers: Sequence[Optimizer]) -> Iterator[tuple[Tensor, Kind]]:

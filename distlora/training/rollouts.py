@@ -35,6 +35,7 @@ from distlora.training.dialogues import Dialogue, DialogueSampler
 from distlora.training.objectives.grpo import advantages_of
 from distlora.training.open_run import OpenRun
 from distlora.training.publish import publish_result
+from distlora.training.reward_models import RewardModels, open_reward_models
 from distlora.training.rollout_files import AnswerFiles, columns_of, notable_answers
 from distlora.training.sampled_answers import Rollout, figures_of, has_equal_rewards, sums_of_rewards
 from distlora.training.served_engine import ServedEngine, start_served_engine
@@ -164,6 +165,7 @@ class RolloutLoader:
     engine: Engine | ServedEngine
     sampler: DialogueSampler
     pool: RewardPool
+    reward_models: RewardModels
     backend: Backend
     boundary: watch.Marker
     """Called between the parts of a rollout; it may raise Stopped."""
@@ -447,7 +449,7 @@ class RolloutLoader:
 
         Counts of these, and `others` of this rank, are metrics.
         """
-        scores = self.pool.score(inputs)
+        scores = self.reward_models.merged(self.pool.score(inputs), inputs)
         by_name = scores.counts | others
         table = torch.zeros(count, len(self.config.data.rewards) + 1, dtype=torch.float64)
         if inputs:
@@ -520,6 +522,16 @@ def open_rollouts(
 
             served = start_served_engine(config.rollout.url, run_dir, ends, publish, backend)
             engine = stack.enter_context(contextlib.closing(served))
+        models = open_reward_models(
+            config.data,
+            config.spec,
+            model,
+            backend,
+            encoder,
+            micro_batch=config.train.micro_batch,
+            pad=opened.loader.rows.pad_token_id,
+            log=log,
+        )
         pool = stack.enter_context(RewardPool(config.data, log=log, moved=watch.moved))
         sampler = DialogueSampler(
             tokenizer=encoder.tokenizer,
@@ -543,6 +555,7 @@ def open_rollouts(
             engine=engine,
             sampler=sampler,
             pool=pool,
+            reward_models=models,
             backend=backend,
             boundary=boundary,
             progress=opened.progress,

@@ -22,7 +22,7 @@ from distlora.architecture.checkpoint_files import CheckpointFiles
 from distlora.config import Config, ModelSpec, ParallelConfig, TrainConfig, UserError
 from distlora.loading import decomposed_adapters
 from distlora.loading.load_base import Loaded, QuantizedCacheSettings, load_base
-from distlora.loading.peft_format import keep_teacher, load_peft_adapter
+from distlora.loading.peft_format import load_peft_adapter, values_beside
 from distlora.model import attention, fused_modules
 from distlora.model.adapters import reset_adapters
 from distlora.model.build import DTYPES, CausalLM, build_model
@@ -37,7 +37,7 @@ from distlora.parallel import Backend, Ranks, parallelize, watch
 from distlora.system import host_memory
 from distlora.system.progress import still
 from distlora.weights.initial_adapter_file import base_identity, needs_initial_adapter
-from distlora.weights.peft_folder import read_teacher
+from distlora.weights.peft_folder import read_adapter_beside
 from distlora_kernels import operands, processor, products
 from distlora_kernels.extension import scratch_numel
 
@@ -182,7 +182,8 @@ def start_adapters(
         load_peft_adapter(model, adapter, spec.quant.method, backend)
         log(f"starting from the adapter in {adapter.init_from} with lora_dropout={adapter.lora_dropout}")
     if teacher is not None:
-        keep_teacher(model, read_teacher(teacher, adapter, spec.quant.method, model.architecture))
+        read = read_adapter_beside("train.teacher", teacher, adapter, spec.quant.method, model.architecture)
+        model.keep_start(values_beside(model, read))
         log(f"the teacher is the base with the adapter in {teacher}")
     elif is_reference and not adapter.starts_as_base:
         model.keep_start()

@@ -255,32 +255,39 @@ def check_fits(initial: PeftAdapter, adapter: AdapterConfig, architecture: Archi
     return initial
 
 
-def read_teacher(
-    folder: str | Path, adapter: AdapterConfig, quant_method: str, architecture: Architecture
+def read_adapter_beside(
+    setting: str,
+    folder: str | Path,
+    adapter: AdapterConfig,
+    quant_method: str,
+    architecture: Architecture,
+    labels: int = 0,
 ) -> PeftAdapter:
-    """Read the adapter at train.teacher. Raises UserError for one that cannot run in the place of the run's adapter.
+    """Read a teacher or a reward model. Raises UserError for one that cannot run in the place of the run's adapter.
 
-    It may have another rank and scale, and adapts some or all of the linears that the run's adapter does.
+    It may have another rank and scale, and adapts some or all of the linears that the run's adapter does. `setting`
+    names the folder; `labels` as in `read_peft_adapter`.
     """
-    with named_settings({"adapter.init_from": "train.teacher"}):
-        teacher = read_peft_adapter(folder)
-        check_quantization(teacher, quant_method)
-        check_fits(teacher, teacher.adapter_config, architecture)
+    with named_settings({"adapter.init_from": setting}):
+        beside = read_peft_adapter(folder, labels=labels)
+        check_quantization(beside, quant_method)
+        check_fits(beside, beside.adapter_config, architecture)
     fused = {path for path, weight in architecture.adaptable() if weight.kind == "experts"}
     unsupported = {
-        "is DoRA": bool(teacher.settings.get("use_dora")),
-        "trains rows of the embedding or the head": bool(teacher.token_rows or teacher.modules),
-        "adapts the fused weights of experts": not fused.isdisjoint(teacher.paths),
+        "is DoRA": bool(beside.settings.get("use_dora")),
+        "trains rows of the embedding or the head": bool(beside.token_rows or beside.modules),
+        "adapts the fused weights of experts": not fused.isdisjoint(beside.paths),
     }
     for what, is_so in unsupported.items():
-        require(not is_so, f"train.teacher={folder} {what}, which a teacher cannot; set another train.teacher")
-    beyond = sorted({*teacher.paths} - {*select_adapted(adapter, architecture)})
+        why = "an adapter beside the run's cannot"
+        require(not is_so, f"{setting}={folder} {what}, which {why}; set another {setting}")
+    beyond = sorted({*beside.paths} - {*select_adapted(adapter, architecture)})
     require(
         not beyond,
-        f"train.teacher={folder} adapts {beyond[0] if beyond else ''}{_more(beyond)}, which adapter.target_modules="
+        f"{setting}={folder} adapts {beyond[0] if beyond else ''}{_more(beyond)}, which adapter.target_modules="
         f"{written(adapter.target_modules)} does not; set adapter.target_modules=all-linear",
     )
-    return teacher
+    return beside
 
 
 def check_shared(initial: PeftAdapter, adapter: AdapterConfig) -> None:

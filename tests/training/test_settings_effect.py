@@ -102,6 +102,7 @@ of images, test_data_images.py: data.images data.image_max_pixels data.image_min
 of a hub data set, test_data_hub.py: data.name data.split data.revision data.eval_split data.streaming
 places and numbers of processes, on which no result depends: data.cache_dir data.reward_processes
 where functions are, and that a resume has the same, test_rewards.py: data.reward_folder data.reward_digests
+reward models, test_reward_models.py: data.reward_models
 limits, test_rewards.py: data.reward_timeout data.reward_memory_gb
 permissions, test_rewards.py: data.rewards_execute_code data.rewards_isolation
 when a run fails, test_grpo.py: rollout.max_failed_steps rollout.max_logprob_difference

@@ -14,6 +14,7 @@ KINDS = {
     "dense": "dense copies of 4-bit weights",
     "resident": "resident decoder layers",
     "adapters": "trained parameters, fp32",  # With DoRA's norms of rows, DPO's reference, and copies in bf16.
+    "rewards": "reward models",  # Values of adapters on this base, and classifiers whole on each rank.
     "gradients": "gradients",
     "optimizer": "optimizer states",
     "scratch": "dequantized weights",

@@ -111,6 +111,9 @@ def _with_resident(work: Workload, model: PlannedModel, machine: Machine, reside
     if shards > 1 and work.parallel.backend == "zero3":
         held["resident"] += staying_bytes(base, shards, read_gathering(work.parallel))
     held["adapters"] += trained.adapter_bytes + copied_adapters(work, shapes, machine)[1]
+    held["rewards"] += work.itemsize * work.reward_weights
+    # What the trained adapter has and the reward model's lacks is filled with zeros.
+    held["rewards"] += work.reward_adapters * sum(4 * numel * count for numel, count in trained.adapters.items())
     held["gradients"] += trained.flat_gradient_bytes
     held["optimizer"] += trained.optimizer_bytes(work.optim.name, is_gpu=machine.is_gpu)
     held["scratch"] += scratch_bytes(work, model) if machine.is_gpu else widened_bytes(work)

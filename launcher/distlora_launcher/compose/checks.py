@@ -66,6 +66,7 @@ from distlora.config.deepspeed_file import check_deepspeed, read_gathering, read
 from distlora.config.errors import FILES, as_typed
 from distlora.config.objectives import OBJECTIVES
 from distlora.rewards.find import check_functions, import_functions
+from distlora.rewards.models import check_reward_models
 from distlora.run_folder.layout import CHECKPOINTS, cannot_continue, checkpoint_folders, compiled_before
 from distlora.system.exit_codes import require_package
 from distlora.weights.initial_adapter_file import needs_initial_adapter, require_initial_adapter
@@ -73,8 +74,8 @@ from distlora.weights.peft_folder import (
     WEIGHTS_NAME,
     check_fits,
     check_shared,
+    read_adapter_beside,
     read_peft_adapter,
-    read_teacher,
 )
 from distlora.weights.peft_modules import check_modules, check_rows
 from distlora_kernels import native
@@ -304,7 +305,8 @@ def check_model(config: Config) -> None:
         if needs_initial_adapter(adapter, is_reference=train.refers_to_start, restores=goes_on):
             check_initial_adapter(spec, architecture)
         if train.teacher is not None:
-            read_teacher(train.teacher, adapter, config.quant.method, architecture)
+            read_adapter_beside("train.teacher", train.teacher, adapter, config.quant.method, architecture)
+        check_reward_models(config.data, config.spec, architecture)
         if url is not None:
             from distlora.post.export.consumers import CONSUMERS, check_read_as_written
 

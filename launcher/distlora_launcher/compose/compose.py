@@ -34,6 +34,7 @@ from distlora.config.plan import GPUS
 from distlora.config.training import TRACKERS
 from distlora.planner.mixed import with_formats
 from distlora.rewards.find import source_digests, tool_schemas
+from distlora.rewards.models import weights_digests
 from distlora.run_folder.sweep import words_of
 from distlora.weights.peft_folder import CONFIG_NAME, check_quantization, read_peft_adapter
 from distlora_launcher.compose.overrides import (
@@ -80,6 +81,7 @@ MAPPINGS = (
     "quant.formats",
     "data.columns",
     "data.reward_digests",
+    "data.reward_models",
     "data.reward_columns",
     "data.reward_constants",
     "cluster.environment",
@@ -288,6 +290,9 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
         config = config.with_settings({"data.reward_folder": folder, "data.reward_digests": digests})
         if config.data.tools:
             config = config.with_settings({"data.tool_schemas": json.dumps(tool_schemas(config.data))})
+    if config.data.reward_models:
+        digests = {**config.data.reward_digests, **weights_digests(config.data.reward_models)}
+        config = config.with_settings({"data.reward_digests": digests})
     unresolved: Any = OmegaConf.to_container(composed, resolve=False)
     if config.cluster.on_each_node and not may_lack_paths:
         require(
@@ -359,6 +364,8 @@ def _make_absolute(values: dict[str, Any]) -> None:
     places = [(name, values.get(name.partition(".")[0]), name.partition(".")[2]) for name in names]
     sources = data["sources"] if isinstance(data.get("sources"), list) else []
     places += [(f"data.sources[{number}].path", source, "path") for number, source in enumerate(sources)]
+    models = data["reward_models"] if isinstance(data.get("reward_models"), dict) else {}
+    places += [(f"data.reward_models.{name}", models, name) for name in models]
     for name, section, key in [*places, ("run_dir", values, "run_dir")]:
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _absolute_path(name, section[key])

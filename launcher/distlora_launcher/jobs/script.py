@@ -245,6 +245,7 @@ def mounts(runs: Sequence[Config]) -> list[str]:
         places.append(Path(run.data.cache_dir))
         if run.quant.keeps_shards:  # In the container it would be kept in memory.
             places.append(Path(run.quant.cache_dir))
-        places += [Path(place) for place in (run.adapter.init_from, run.data.reward_folder) if place is not None]
+        others = (run.adapter.init_from, run.data.reward_folder, *run.data.reward_models.values())
+        places += [Path(place) for place in others if place is not None]
     outer = [place for place in places if not any(other in place.parents for other in places)]
     return [str(place) for place in dict.fromkeys(outer)]

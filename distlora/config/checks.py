@@ -347,10 +347,6 @@ def check_ranks(config: Config, ranks: int) -> None:
             f"parallel.expert_degree={experts} is not the number of ranks that shard a replica of the base, which is "
             f"{degree:,} ({given}, {processes}); set parallel.expert_degree={cure}"
         )
-    if parallel.backend == "zero3" and ranks > 1 and config.train.needs.data == "prompts":
-        name = f"train.objective={config.train.objective}"
-        why = "it gathers no base for answers of different lengths"
-        raise UserError(f"{name} with parallel=zero3: {why}; set parallel=fsdp2")
     gathers = ["parallel=zero3"] * (parallel.backend == "zero3")
     gathers += [f"parallel.resident_blocks={parallel.resident_blocks}"] * (parallel.resident_blocks != 0)
     if degree > 1 and parallel.backend != "fsdp2" and quant.num_dense > 0:

@@ -33,6 +33,10 @@ def reward_adapter(folder: Path) -> Path | None:
     if (folder / CONFIG_NAME).is_file():
         return folder
     if not (folder / "config.yaml").is_file():
+        require(
+            (folder / "config.json").is_file(),
+            f"data.reward_models: {folder} holds no run, no adapter ({CONFIG_NAME}) and no model; name one",
+        )
         return None
     objective = load_config(folder).train.objective
     require(

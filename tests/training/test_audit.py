@@ -101,7 +101,6 @@ REFUSED: tuple[dict[str, tuple[str, ...]], ...] = (
     {"adapter": ("full",), "base": AXES["base"][1:]},
     {"adapter": ("full", "head"), "ranks": ("2 zero3",)},
     {"adapter": ("full",), "checkpointing": ("selective",)},
-    {"objective": ("grpo",), "ranks": ("2 zero3",)},
     {"adapter": ("pissa",), "base": ("int8", *KEPT)},
     {"model": ("mixtral",), "adapter": ("dora", "ranks", "pissa", "from peft", "tokens", "full")},
     # Not refused, but no part of the table: another rule of LoRA+, tied rows, other linears than the adapter's, fused

@@ -83,7 +83,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("grpo", {"adapter.modules_to_save": ["lm_head"]}, r"modules_to_save: the sampler reads the embedding as it"),
     ("grpo", {"adapter.trainable_token_indices": [7]}, r"grpo with adapter.trainable_token_indices: the sampler"),
     ("grpo", {"adapter.method": "full", "quant.method": "none"}, r"adapter=full: the base must stay as it is"),
-    ("grpo", {"parallel.backend": "zero3", "cluster.gpus_per_node": 2}, r"zero3: it gathers no base for answers of"),
     ("grpo", {"data.too_long": "truncate"}, r"a prompt without its end asks something else"),
     ("grpo", {"data.format": "text"}, r"data.format=text is data for train.objective=sft"),
     ("on_policy_distill", {"rollout.epsilon": 0.3}, r"epsilon=0.3 has no effect with train.objective"),

@@ -19,11 +19,12 @@ from distlora.rewards.models import check_reward_models, weights_digests
 from distlora.run_folder.layout import ROLLOUTS_NAME, answers_files
 from distlora.training import worker
 from support import preference_data
+from support.closeness import adapter_of, assert_adapters_close
 from support.family_models import SINGLE
 from support.planned import plan_of_run
 from support.runs import run_once
 from support.small_models import make_run, read_metrics, tokenizer
-from support.worlds import World
+from support.worlds import World, start_world
 
 PROMPTS = [f"{word} is" for word in ("alpha", "beta", "gamma", "delta")]
 TOLERANCE = 1e-5
@@ -46,7 +47,7 @@ def models(folders: Path, preferences: Path, tmp_path_factory: pytest.TempPathFa
     return {"quality": str(folder / "run"), "other": str(folder / "classifier")}
 
 
-def grpo_run(run_dir: Path, folders: Path, models: dict[str, str]) -> Any:
+def grpo_run(run_dir: Path, folders: Path, models: dict[str, str], **sections: Any) -> Any:
     data = run_dir.with_suffix(".jsonl")
     data.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     rewards = {"rewards": ["quality", "regex", "other"], "reward_constants": {"pattern": "[aeiou]"}}
@@ -55,9 +56,10 @@ def grpo_run(run_dir: Path, folders: Path, models: dict[str, str]) -> Any:
         run_dir,
         folders,
         data={"path": str(data), "sequence_length": 64, "eval_fraction": 0.0, **rewards, **more},
-        quant={"method": "none"},
+        quant=sections.pop("quant", {"method": "none"}),
         rollout={"num_generations": 3, "max_new_tokens": 12},
         train={"objective": "grpo", "max_steps": 2, "global_batch": 9, "micro_batch": 2, "dtype": "fp32"},
+        **sections,
     )
 
 
@@ -69,7 +71,7 @@ def answers_of(run_dir: Path) -> list[dict[str, Any]]:
 def test_scores_are_pefts_and_transformers_on_one_rank_and_on_two(
     world: World, folders: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
-    """The trained adapter is the same, too, and the first steps have the sampler's probabilities."""
+    """The first steps have the sampler's probabilities."""
     runs = {ranks: tmp_path / f"ranks{ranks}" for ranks in (1, 2)}
     for ranks, run_dir in runs.items():
         grpo_run(run_dir, folders, models)
@@ -107,6 +109,21 @@ def test_scores_are_pefts_and_transformers_on_one_rank_and_on_two(
         assert all(line["rollout/logprob_difference_max"] < 1e-4 for line in read_metrics(run_dir) if "loss" in line)
 
 
+def test_zero3_samples_scores_and_learns_what_fsdp2_does(
+    world: World, folders: Path, models: dict[str, str], tmp_path: Path
+) -> None:
+    runs = {backend: tmp_path / backend for backend in ("fsdp2", "zero3")}
+    with start_world(2, regroups=True) as alone:  # DeepSpeed broadcasts within the default group.
+        for backend, run_dir in runs.items():
+            grpo_run(run_dir, folders, models, quant={"cache": False}, parallel={"backend": backend})
+            (world if backend == "fsdp2" else alone).run(2, run_once, run_dir=run_dir)
+    ours, theirs = map(answers_of, runs.values())
+    texts = [[row["completion"] for row in rows] for rows in (ours, theirs)]
+    assert texts[0] == texts[1]
+    assert [row["reward"] for row in ours] == pytest.approx([row["reward"] for row in theirs], abs=TOLERANCE)
+    assert_adapters_close(adapter_of(runs["fsdp2"]), adapter_of(runs["zero3"]))
+
+
 def test_reward_models_that_a_run_cannot_use_are_refused(folders: Path, models: dict[str, str], tmp_path: Path) -> None:
     from distlora.architecture.config_checks import check_config, read_config
 
@@ -125,7 +142,7 @@ def test_reward_models_that_a_run_cannot_use_are_refused(folders: Path, models: 
     assert "hf download org/name" in refusal(reward_models={"quality": "org/name"})
     assert "LlamaForCausalLM with 2 outputs" in refusal(reward_models={"quality": str(folders / "llama")})
     assert "which makes no reward model" in refusal(reward_models={"quality": str(tmp_path / "run")})
-    assert "q_proj does not" not in refusal(reward_models={"quality": str(tmp_path / "run")})
+    assert "holds no run, no adapter" in refusal(reward_models={"quality": str(tmp_path)})
     copied = tmp_path / "adapter"
     shutil.copytree(Path(models["quality"]) / "adapter", copied)
     narrow = config.with_settings({"adapter.target_modules": "qv", "data.reward_models": {"quality": str(copied)}})

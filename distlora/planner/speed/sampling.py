@@ -89,7 +89,8 @@ def sampling_of(
     wanted = base.total(lambda unit: unit_bytes(unit, shards), 0, shapes.num_layers) if shards > 1 else 0
     copies = copied_adapters(work, shapes, machine)[1]
     free = math.inf if machine.usable_bytes is None else machine.usable_bytes - device.persistent - copies
-    whole = wanted <= free
+    # DeepSpeed keeps no layers gathered between forwards.
+    whole = wanted <= free and (shards == 1 or work.parallel.backend == "fsdp2")
     left = free - (wanted if whole else 0)
     of_row = work.sequence_length * per_token
     rows = min(own, MOST_ROWS["cuda" if machine.is_gpu else "cpu"])

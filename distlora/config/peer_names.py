@@ -22,6 +22,8 @@ _SETTINGS = {
     "data.train_on": "train_on_inputs train_on_prompt assistant_only_loss completion_only_loss mask_history",
     "rollout.max_new_tokens": "max_completion_length",
     "data.rewards": "reward_funcs reward_functions reward_function",
+    "data.environment": "environment_factory env",
+    "rollout.max_turns": "max_tool_calling_iterations",
     "data.cache_dir": "dataset_prepared_path tokenized_path",
     "data.sequence_length": "max_length max_seq_length max_seq_len sequence_len cutoff_len seq_length block_size",
     "adapter.method": "finetuning_type use_peft",

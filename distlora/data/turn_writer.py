@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from distlora.config import UserError
+from distlora.config import UserError, require
 from distlora.data.chat_template import TOOLS_ADVICE, ChatTemplate, Message
 
 _ANSWER = "7f3a91 an answer"
@@ -104,22 +104,23 @@ class TurnWriter:
 
     def __init__(self, template: ChatTemplate, tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()) -> None:
         self._template, self._tokenizer, self._tools = template, tokenizer, tools
-        self._setting = "data.tools" if tools else "data.environment"
         self.calls = CallReader(template, tools) if tools else None
         """Reader of the model's calls; None for an environment."""
         self._ends = template.end_of_turn()
-        if not self._ends:
-            raise UserError(
-                f"{self._setting}: {template.name} ends a turn of the assistant with no token of its own, so no "
-                f"dialogue can go on behind it; {_OTHER}"
-            )
-        reply = {"role": "tool", "name": "", "tool_call_id": call_id(0)} if tools else {"role": "user"}
-        before, behind = self._parts([reply | {"content": "Go on."}])
-        if self._ids(before + behind) != self._ids(before) + self._ids(behind):
-            raise UserError(
-                f"{self._setting}: {template.name} writes text behind a turn whose tokens depend on the turn before; "
-                f"{_OTHER}"
-            )
+        self._require(bool(self._ends), "ends a turn with no token of its own, so no dialogue can go on behind it")
+        self._said: Message = {"role": "assistant", "content": _ANSWER}
+        reply = {"role": "user", "content": "Go on."}
+        if tools:
+            call = Call(tools[0]["function"]["name"], {"value": _ANSWER})
+            self._said |= {"content": "", "tool_calls": [call.message(0)]}
+            reply |= {"role": "tool", "name": call.name, "tool_call_id": call_id(0)}
+        before, behind = self._parts([reply])
+        alone = self._ids(before) + self._ids(behind)
+        self._require(self._ids(before + behind) == alone, "writes text whose tokens depend on the turn before it")
+
+    def _require(self, holds: bool, fault: str) -> None:
+        setting = "data.tools" if self._tools else "data.environment"
+        require(holds, f"{setting}: {self._template.name} {fault}; {_OTHER}")
 
     def tokens(self, replies: Sequence[Message], last: int, stops: Sequence[int]) -> list[int]:
         """Return the tokens from a turn of the model, whose last token is `last`, to the next.
@@ -131,20 +132,13 @@ class TurnWriter:
 
     def _parts(self, replies: Sequence[Message]) -> tuple[str, str]:
         """Return the text up to the token that ends a turn, and the text between it and the next turn."""
-        said: Message = {"role": "assistant", "content": _ANSWER}
-        if self.calls is not None:
-            calls = [Call(reply["name"], {"value": _ANSWER}) for reply in replies]
-            said = said | {"content": "", "tool_calls": [call.message(number) for number, call in enumerate(calls)]}
         prompt = self._template.render(_PLACE, [_QUESTION], self._tools, prompt=True)
-        past = self._template.render(_PLACE, [_QUESTION, said], self._tools)
-        text = self._template.render(_PLACE, [_QUESTION, said, *replies], self._tools, prompt=True)
+        past = self._template.render(_PLACE, [_QUESTION, self._said], self._tools)
+        text = self._template.render(_PLACE, [_QUESTION, self._said, *replies], self._tools, prompt=True)
         end = self._tokenizer.convert_ids_to_tokens(self._ends[0])
-        if not past.startswith(prompt) or not text.startswith(past) or end not in past[past.rfind(_ANSWER) :]:
-            raise UserError(
-                f"{self._setting}: {self._template.name} writes a turn of the assistant otherwise once the dialogue "
-                f"goes on, so the model would not read what it wrote; {_OTHER}"
-            )
-        place = text.index(end, text.rindex(_ANSWER)) + len(end)
+        keeps = past.startswith(prompt) and text.startswith(past) and end in past[past.rfind(_ANSWER) :]
+        self._require(keeps, "writes a turn otherwise once the dialogue goes on, so the model would not read its own")
+        place = text.index(end, past.rindex(_ANSWER)) + len(end)
         return text[:place], text[place:]
 
     def _ids(self, text: str) -> list[int]:

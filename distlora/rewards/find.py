@@ -119,15 +119,14 @@ def _tool_schema(name: str, data: DataConfig) -> dict[str, Any]:
     if node is None or not text:
         what = "has no docstring" if node is not None else "is no function that its module defines by def"
         raise UserError(f"{typed} {what}, which tells the model what it does; write one")
-    if node.args.posonlyargs or node.args.vararg or node.args.kwarg:
+    if node.args.posonlyargs or node.args.vararg or node.args.kwarg or node.args.kwonlyargs:
         raise UserError(f"{typed}: a model calls it by names of arguments; leave out /, * and ** in its signature")
     summary, _, described = text.partition("Args:")
     described = re.split(r"^(?:Returns|Raises|Yields|Examples?):", described, maxsplit=1, flags=re.MULTILINE)[0]
     entries = re.split(r"^\s*(\w+)(?: \([^)]*\))?:", described, flags=re.MULTILINE)
     descriptions = dict(zip(entries[1::2], entries[2::2], strict=True))
     parameters: dict[str, Any] = {}
-    arguments = [*node.args.args, *node.args.kwonlyargs]
-    for argument in arguments:
+    for argument in node.args.args:
         schema = _json_type(argument.annotation)
         if schema is None:
             raise UserError(
@@ -136,10 +135,8 @@ def _tool_schema(name: str, data: DataConfig) -> dict[str, Any]:
             )
         words = descriptions.get(argument.arg, "").split()
         parameters[argument.arg] = schema | ({"description": " ".join(words)} if words else {})
-    optional = {argument.arg for argument in node.args.args[len(node.args.args) - len(node.args.defaults) :]}
-    optional |= {a.arg for a, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if default}
     schema = {"type": "object", "properties": parameters}
-    if required := [argument.arg for argument in arguments if argument.arg not in optional]:
+    if required := [*parameters][: len(parameters) - len(node.args.defaults)]:
         schema["required"] = required
     function = {"name": attribute, "description": " ".join(summary.split()), "parameters": schema}
     return {"type": "function", "function": function}

@@ -222,16 +222,9 @@ class RewardPool:
         A result is {"value": text} or {reason: text} of REASONS for a fault.
         """
         names = [name.rpartition(".")[2] for name in self.data.tools]
-        return self._answered(
-            [
-                _Request(
-                    len(self.data.reward_functions) + names.index(name),
-                    json.dumps(arguments).encode(),
-                    self.data.reward_timeout,
-                )
-                for name, arguments in calls
-            ]
-        )
+        first, seconds = len(self.data.reward_functions), self.data.reward_timeout
+        requests = [(first + names.index(name), json.dumps(arguments).encode()) for name, arguments in calls]
+        return self._answered([_Request(*request, seconds) for request in requests])
 
     def _answered(self, requests: Sequence[_Request]) -> list[dict[str, Any]]:
         """Return the replies to requests, in their order."""

@@ -147,7 +147,7 @@ def converse(make: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, A
         for place, message in enumerate(dialogue):
             if message["role"] != "assistant":
                 continue
-            value = called(environment.step, {"answer": message["content"]})
+            value = called(environment.step, {}, message["content"])
             value = [] if value is None else value if isinstance(value, list) else [value]
             replies = [{"role": "user", "content": item} if isinstance(item, str) else item for item in value]
             for reply in replies:
@@ -171,9 +171,9 @@ def call(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, A
         return fault(error)
 
 
-def called(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+def called(function: Callable[..., Any], arguments: dict[str, Any], *values: Any) -> Any:
     """Return what a function returns, or what it has computed if it is async."""
-    value = function(**arguments)
+    value = function(*values, **arguments)
     return asyncio.run(value) if inspect.iscoroutine(value) else value
 
 

@@ -90,10 +90,11 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def dialogue_run(run_dir: Path, folders: Path, **sections: dict[str, Any]) -> None:
+def dialogue_run(run_dir: Path, folders: Path, *, as_text: bool = False, **sections: dict[str, Any]) -> None:
     """Prepare a run whose environment ends a dialogue after one to four turns, and max_turns after three."""
     data = run_dir.with_suffix(".jsonl")
-    prompts = [[{"role": "user", "content": f"Game {number}?"}] for number in range(10)]
+    texts = [f"Game {number}?" for number in range(10)]
+    prompts = texts if as_text else [[{"role": "user", "content": text}] for text in texts]
     records = [{"prompt": prompt, "turns": 1 + number % 4} for number, prompt in enumerate(prompts)]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     merged = {name: {**values, **sections.get(name, {})} for name, values in SECTIONS.items()}
@@ -201,19 +202,16 @@ def test_an_environment_that_fails_costs_its_dialogue_and_is_named(mine: Path) -
         assert "reset" in pool.converse(inputs[:1])[0]["invalid"]
 
 
-@pytest.mark.parametrize("template", ["chatml", "llama3", "qwen25"])
-def test_turns_are_appended_to_the_tokens_that_the_model_wrote(template: str) -> None:
+def test_turns_are_appended_to_the_tokens_that_the_model_wrote() -> None:
     encode = chat_tokenizer()
-    chat = ChatTemplate(encode, "base", template)
+    chat = ChatTemplate(encode, "base", "llama3")
     writer, (end,) = TurnWriter(chat, encode), chat.end_of_turn()
     question, reply = [{"role": "user", "content": "Why?"}], [{"role": "user", "content": "And then?"}]
     said = [*question, {"role": "assistant", "content": "So."}]
-    ids = [
-        encode(text, add_special_tokens=False).input_ids
-        for text in (chat.render("-", question, prompt=True), "So.", chat.render("-", [*said, *reply], prompt=True))
-    ]
-    for spoken in ([*ids[1], end], ids[1]):
-        assert ids[0] + spoken + writer.tokens(reply, spoken[-1], [end]) == ids[2]
+    texts = [chat.render("-", question, prompt=True), "So.", chat.render("-", [*said, *reply], prompt=True)]
+    prompt, answer, whole = (encode(text, add_special_tokens=False).input_ids for text in texts)
+    for spoken in ([*answer, end], answer):
+        assert prompt + spoken + writer.tokens(reply, spoken[-1], [end]) == whole
 
 
 FORGETS = (
@@ -228,7 +226,7 @@ ENDLESS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     [
         (
             FORGETS + "{% if add_generation_prompt %}<|assistant|>{% endif %}",
-            "writes a turn of the assistant otherwise",
+            "writes a turn otherwise once",
         ),
         (ENDLESS + "{% if add_generation_prompt %}[assistant]{% endif %}", "with no token of its own"),
     ],
@@ -347,3 +345,11 @@ def test_half_a_surrogate_pair_in_a_reply_does_not_end_the_run() -> None:
     writer = TurnWriter(ChatTemplate(encode, "base", "chatml"), encode)
     tokens = [writer.tokens([{"role": "user", "content": text}], 0, [0]) for text in ("a \ud83d", "a ?")]
     assert tokens[0] == tokens[1]
+
+
+def test_prompts_and_templates_that_have_no_dialogue_are_refused_before_the_run(folders: Path, mine: Path) -> None:
+    tools = {"environment": None, "tools": ["mine.add"], "tool_schemas": with_tools().tool_schemas}
+    with pytest.raises(UserError, match=r"data\.tools: the chat template in .* leaves out the tool 'add'"):
+        dialogue_run(mine / "tools", folders, data=tools)
+    with pytest.raises(UserError, match=r"data\.environment=mine\.Game needs prompts of messages, and this one is"):
+        dialogue_run(mine / "text", folders, as_text=True)

@@ -88,6 +88,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("on_policy_distill", {"rollout.epsilon": 0.3}, r"epsilon=0.3 has no effect with train.objective"),
     ("sft", {"rollout.num_generations": 4}, r"rollout.num_generations has no effect"),
     # Rewards.
+    ("grpo", {"data.environment": "Game"}, "is not the name of a class of yours"),
+    ("grpo", {"data.tools": ["price"]}, r"data.tools=\[price\] is not the name of a function"),
+    ("grpo", {"data.tools": ["a.f", "b.f"]}, "has two functions named f"),
+    ("grpo", {"data.tools": ["a.f"], "data.environment": "a.Game"}, "exclude each other"),
+    ("grpo", {"data.tools": ["a.f"], "rollout.url": "http://localhost:8000"}, "only the run itself samples dialogues"),
+    ("grpo", {"rollout.max_turns": 3}, "no effect without data.environment or data.tools"),
+    ("dpo", {"data.environment": "a.Game"}, "and train.objective=dpo samples nothing"),
     ("grpo", {"data.rewards": []}, r"needs rewards; set data.rewards"),
     ("grpo", {"data.rewards": ["exact_mach"]}, r"is neither a built-in .* \(did you mean 'exact_match'\?\)"),
     ("grpo", {"data.rewards": ["a.b", "a.b"]}, "names a.b twice"),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distlora.checkpoint.state import RunProgress
-from distlora.config import Config, RolloutConfig, UserError, require
+from distlora.config import Config, DataConfig, RolloutConfig, UserError, require
 from distlora.data.loader import IGNORED, MicroBatch, StepBatch
 from distlora.data.packing import assign_rows
 from distlora.data.rows import EMPTY, PARTS, SAMPLES, RowOrder, hash64
@@ -491,25 +491,19 @@ def open_rollouts(
 ) -> Iterator[RolloutLoader]:
     """Start the processes of rewards, and return the loader of sampled answers, with the newest rollout of a resume."""
     config = opened.config
-    if config.rollout.temperature != 1.0 and not model.head.is_product:
-        raise UserError(
-            f"rollout.temperature={config.rollout.temperature:g} divides logits, which "
-            f"{model.hf_config.model_type} does not compute by a product alone; set it to 1"
-        )
+    require(
+        config.rollout.temperature == 1.0 or model.head.is_product,
+        f"rollout.temperature={config.rollout.temperature:g} divides logits, which {model.hf_config.model_type} does "
+        "not compute by a product alone; set it to 1",
+    )
     encoder = PromptEncoder(model, config.model, opened.data)
     ends = encoder.stop_tokens(config.model.path)
-    writer = None
-    if config.data.has_dialogues:  # The preparation has refused prompts that are no messages.
-        assert encoder.template is not None
-        writer = TurnWriter(encoder.template, encoder.tokenizer, json.loads(config.data.tool_schemas or "[]"))
     with contextlib.ExitStack() as stack:
         engine: Engine | ServedEngine
         if config.rollout.url is None:
             if config.rollout.batch_invariant:
-                require(
-                    backend.ranks.device.type == "cpu",
-                    "rollout.batch_invariant=true is for the CPU, and this rank has a GPU; leave it out",
-                )
+                on_cpu = backend.ranks.device.type == "cpu"
+                require(on_cpu, "rollout.batch_invariant=true is for the CPU, and this rank has a GPU; leave it out")
                 model.make_batch_invariant()
             engine = Engine(
                 model, backend, end_tokens=ends, tokenizer=encoder.tokenizer, chosen=opened.progress.sampling
@@ -539,7 +533,7 @@ def open_rollouts(
             pool=pool,
             ranks=backend.ranks,
             gather=lambda samples, count: gathered(samples, count, backend),
-            writer=writer,
+            writer=_turn_writer(config.data, encoder),
             max_turns=config.rollout.max_turns,
         )
         sampled, evaluated = (
@@ -566,6 +560,14 @@ def open_rollouts(
         if opened.newest is not None:
             loader.restore(opened.newest)
         yield loader
+
+
+def _turn_writer(data: DataConfig, encoder: PromptEncoder) -> TurnWriter | None:
+    """Return the writer of what an environment or tools answer; None without them."""
+    if not data.has_dialogues:
+        return None
+    assert encoder.template is not None, "the preparation has refused prompts that are no messages"
+    return TurnWriter(encoder.template, encoder.tokenizer, json.loads(data.tool_schemas or "[]"))
 
 
 def answers_of(groups: np.ndarray, group: int) -> np.ndarray:

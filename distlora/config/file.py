@@ -15,6 +15,8 @@ Section = TypeVar("Section")
 
 _EXAMPLES = {int: "a whole number, such as 1", float: "a number, such as 0.1", bool: "true or false"}
 """Words for a value of each type; a string is the value itself, in quotes for Hydra and for the shell."""
+_EXAMPLES_OF = {"cluster.time_limit": "it in quotes, '12:00:00', since YAML reads 12:00:00 as a number of seconds"}
+"""Words for a value of a setting that a number would turn into another."""
 
 
 def build(cls: type[Section], values: Mapping[str, Any], prefix: str = "") -> Section:
@@ -70,7 +72,7 @@ def coerce(hint: Any, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     matches = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    example = _EXAMPLES.get(hint) or f"{name}='\"{_plain(value)}\"'"
+    example = _EXAMPLES_OF.get(name) or _EXAMPLES.get(hint) or f"{name}='\"{_plain(value)}\"'"
     require(matches, f"{name}={short(value)} must be of type {hint.__name__}; write {example}")
     return value
 

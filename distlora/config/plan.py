@@ -129,7 +129,8 @@ class PlanConfig:
     refuse: bool = True
     """Refuse a run that does not fit by calculation; false: warn and start. A resume after a checkpoint only warns."""
     measure: bool = True
-    """Measure the memory of one early step by category, and log where it differs by over 5 % from the plan."""
+    """Measure the memory of one early step by category, and log where the peak differs by over 5 % and
+    64 MB from the plan."""
     tokens: int | None = None
     """Total training tokens, for planned hours and cost if train.max_steps is not set; data that is not prepared has no
     known length."""

@@ -232,6 +232,7 @@ REFUSED: list[tuple[str | None, list[str], str]] = [
     (None, ["-m", "cluster.nodes=1,2"], "cluster.nodes is 1 and 2 in this sweep"),
     (None, ["cluster.max_parallel=2"], "for the jobs of a sweep; add -m"),
     (None, ["cluster.time_limit=0:03:00"], "set a longer cluster.time_limit"),
+    (None, ["cluster.time_limit=43200"], "must be of type str; write it in quotes, '12:00:00', since YAML reads"),
     (None, ['cluster.sbatch=["--nodes=4"]'], "written from cluster.nodes"),
     (None, ['cluster.setup=["source it\'s/activate"]'], "is not valid bash (line"),
     (None, ['cluster.sbatch=["--output=here"]'], "the script must set itself"),

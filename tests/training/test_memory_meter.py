@@ -165,13 +165,13 @@ def compare(world: World, folders: Path, tmp_path: Path, size: int, sections: di
     settings = {"max_steps": 3, "save_every": 2, **sections.get("train", {})}
     for name, measure in (("plain", False), ("measured", True)):
         make_run(tmp_path / name, folders, **{**sections, "train": settings, "plan": {"measure": measure}})
-    planned = {"codes": 10**6, "kept": 0}
-    record = {"by_kind": planned, "held": planned, "moments": {}, "peak": 10**6, "total": 10**6}
+    planned = {"codes": 10**9, "kept": 0}
+    record = {"by_kind": planned, "held": planned, "moments": {}, "peak": 10**9, "total": 10**9}
     (tmp_path / "measured" / "plan.json").write_text(json.dumps({"device": record}))
     assert world.run(size, run_and_listen, run_dir=tmp_path / "plain")[0] == []
     warnings = world.run(size, run_and_listen, run_dir=tmp_path / "measured")
     (warning,) = warnings[0]
-    assert "than the 1 MB that were planned" in warning
+    assert "less than the 1 GB that were planned" in warning
     assert weights(tmp_path / "plain") == weights(tmp_path / "measured")
     plain, found = read_metrics(tmp_path / "plain"), read_metrics(tmp_path / "measured")
     # What is measured takes longer than other steps, whose speed is said.
@@ -187,7 +187,7 @@ def compare(world: World, folders: Path, tmp_path: Path, size: int, sections: di
     memory = [{name: line.pop(name) for name in list(line) if name.startswith("memory")} for line in found]
     assert plain == found
     (figures,) = [each for each in memory if each]
-    assert figures["memory/planned"] == 10**6
+    assert figures["memory/planned"] == 10**9
     kinds = {name: nbytes for name, nbytes in figures.items() if name.startswith("memory/")}
     assert sum(kinds.values()) - kinds["memory/planned"] == 2 * figures["memory/peak"]
     summary = json.loads((tmp_path / "measured" / "summary.json").read_text())

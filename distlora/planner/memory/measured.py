@@ -15,6 +15,8 @@ from distlora.system.numbers import size
 
 MISS = 0.05
 """Of the measured peak: by how much a plan may be off."""
+LEAST_MISS = 64 * 10**6
+"""Bytes by which any plan may be off: a small model's plan misses 5 % by what nobody has to act on."""
 
 RECORDED: Shape = {
     "device?": {"by_kind": {"*": int}, "held": {"*": int}, "moments": {"*": {"*": int}}, "peak": int, "total": int},
@@ -56,7 +58,7 @@ def figures(measured: MeasuredRank, plan: Mapping[str, Any]) -> dict[str, int]:
 
 
 def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
-    """Return a warning if a peak differs from the plan by more than MISS, with the category that makes most of it.
+    """Return a warning if a peak differs from the plan by more than MISS and LEAST_MISS, with the category behind it.
 
     Returns None for a GPU that the plan did not know, since its assumptions are not the run's.
     """
@@ -64,7 +66,7 @@ def warning(measured: MeasuredRank, plan: Mapping[str, Any]) -> str | None:
     if device is None or (machine.get("is_gpu") and machine.get("gpu", machine.get("card")) is None):
         return None
     planned = sum(planned_kinds(device, None).values())
-    if abs(planned - measured.peak) <= MISS * measured.peak:
+    if abs(planned - measured.peak) <= max(MISS * measured.peak, LEAST_MISS):
         return None
     more = measured.peak > planned
     here, there = grouped(measured.by_kind), grouped(planned_kinds(device, measured.part))

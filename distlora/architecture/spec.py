@@ -47,6 +47,8 @@ class Weight:
     role: Role = ""
     no_adapter: str = ""
     """Reason why a linear or the weight of experts has no adapter; empty if it can have one."""
+    peft_parameter: bool = False
+    """True for a linear whose name PEFT takes for experts (EXPERT_NAMES): PEFT adapts its weight as a parameter."""
 
     @property
     def packs(self) -> bool:

@@ -133,7 +133,7 @@ def select_adapted(adapter: AdapterConfig, architecture: Architecture) -> list[s
         )
     _check_parameters(adapter, experts)
     if _meant(adapter, experts):
-        _check_settings(adapter)
+        _check_settings(adapter, "experts")
     elif adapter.expert_sharing != "none":
         raise UserError(
             f"adapter.expert_sharing={adapter.expert_sharing} has no effect, because no experts get adapters; leave it "
@@ -155,6 +155,8 @@ def select_adapted(adapter: AdapterConfig, architecture: Architecture) -> list[s
             f"adapter.target_modules={written(adapter.target_modules)} names {refused[0]}, which can have no adapter: "
             f"{every[refused[0]].no_adapter}; leave it out"
         )
+    if path := next((path for path in selected if every[path].peft_parameter), ""):
+        _check_settings(adapter, f"{path}, whose name PEFT takes for experts on {architecture.model_type}")
     return selected
 
 
@@ -285,22 +287,22 @@ def _check_parameters(adapter: AdapterConfig, names: list[str]) -> None:
             )
 
 
-def _check_settings(adapter: AdapterConfig) -> None:
-    """Refuse what an adapter on a fused weight cannot have."""
+def _check_settings(adapter: AdapterConfig, what: str) -> None:
+    """Refuse what an adapter cannot have on `what`, which PEFT adapts as a parameter (target_parameters)."""
     if adapter.lora_dropout > 0:
         raise UserError(
-            f"adapter.lora_dropout={adapter.lora_dropout} is not supported for adapters of experts: PEFT adds s B A to "
-            "the weight, which cannot drop inputs; set adapter.lora_dropout=0, or adapter.target_modules=attention"
+            f"adapter.lora_dropout={adapter.lora_dropout} is not supported for adapters of {what}: PEFT adds s B A "
+            "to the weight, which cannot drop inputs; set adapter.lora_dropout=0, or adapter.target_modules=attention"
         )
     if adapter.use_dora:
         raise UserError(
-            "adapter.use_dora=true is not supported for adapters of experts: PEFT has no DoRA for fused weights; set "
+            f"adapter.use_dora=true is not supported for adapters of {what}: PEFT has no DoRA for parameters; set "
             "adapter.use_dora=false, or adapter.target_modules=attention"
         )
     if adapter.decomposes:
         raise UserError(
-            f"adapter.init={adapter.init} starts from a linear's weight, and experts are targeted, whose weights are "
-            "fused; set adapter.init=kaiming, or adapter.target_modules=attention"
+            f"adapter.init={adapter.init} is not supported for adapters of {what}: PEFT starts parameters without "
+            "their weight; set adapter.init=kaiming, or adapter.target_modules=attention"
         )
 
 
@@ -308,21 +310,28 @@ EXPERT_NAMES = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
-"""Last names that PEFT turns into fused weights of experts, wherever they stand, by the type whose conversion of
-checkpoints transformers uses (`distlora.derive.linears.conversion_of`)."""
+"""Last names that PEFT turns into fused weights of experts in target_modules, wherever they stand, by the type whose
+conversion of checkpoints transformers uses (`distlora.derive.linears.conversion_of`). A linear of such a name is in
+target_parameters, by the path of its weight (`Weight.peft_parameter`)."""
 
 MAMBA_TYPES = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 """Types on which PEFT refuses the target out_proj."""
 
 
-def peft_refusal(model_type: str, path: str, conversion: str | None) -> str:
-    """Return the reason why PEFT cannot adapt the linear at `path`; empty if it can.
+def peft_pattern(pattern: Mapping[str, Any], parameters: Collection[str]) -> dict[str, Any]:
+    """Return a rank_pattern or alpha_pattern for PEFT, which matches `parameters` with ".weight" at their ends.
 
-    `conversion`: the type whose conversion of checkpoints transformers uses for model_type.
+    `parameters`: paths of linears that PEFT adapts as parameters.
     """
-    name = path.rpartition(".")[2]
-    if name in EXPERT_NAMES.get(conversion or "", ()):
-        return f"PEFT takes {name} for experts on {model_type}"
-    if name == "out_proj" and model_type in MAMBA_TYPES:
+    return {
+        name: value
+        for key, value in pattern.items()
+        for name in (key, *([rf"({key})\.weight"] if any(matches(key, path) for path in parameters) else []))
+    }
+
+
+def peft_refusal(model_type: str, path: str) -> str:
+    """Return the reason why PEFT cannot adapt the linear at `path`; empty if it can."""
+    if path.rpartition(".")[2] == "out_proj" and model_type in MAMBA_TYPES:
         return f"PEFT refuses out_proj on {model_type}, whose CUDA kernels read its weight"
     return ""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distlora.architecture.spec import Role
-from distlora.architecture.targets import peft_refusal
+from distlora.architecture.targets import EXPERT_NAMES, peft_refusal
 from distlora.model.hf_model import Call, calls_of
 
 Mixing = Literal["attention", "mixer"]
@@ -213,18 +213,21 @@ def conversion_of(model_type: str) -> str | None:
     return "mixtral" if model_type == "mixtral" else known.get(model_type)
 
 
+def is_peft_parameter(model_type: str, path: str) -> bool:
+    """Return whether PEFT takes the linear at `path` for experts in target_modules."""
+    return path.rpartition(".")[2] in EXPERT_NAMES.get(conversion_of(model_type) or "", ())
+
+
 def peft_reasons(hf_model: Any, paths: Sequence[str]) -> dict[str, str]:
     """Return the reasons why PEFT cannot adapt linears, by path, without those that it can."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    model_type = hf_model.config.model_type
-    conversion = conversion_of(model_type)
     renamings = [t for t in get_model_conversion_mapping(hf_model) if isinstance(t, WeightRenaming)]
     reasons = {}
     for path in paths:
         name = f"{path}.lora_A.weight"
-        reason = peft_refusal(model_type, path, conversion)
+        reason = peft_refusal(hf_model.config.model_type, path)
         if not reason and rename_source_key(name, renamings, [])[0] != name:
             reason = "PEFT renames its adapter while loading, and loses it"
         if reason:

@@ -19,7 +19,16 @@ from distlora.architecture.checkpoint_files import hf_config_of, refused_by_tran
 from distlora.architecture.spec import Architecture, LayerKind, Weight
 from distlora.config import UserError
 from distlora.derive.fusible import fusible
-from distlora.derive.linears import LinearUse, Mixing, linear_calls, peft_reasons, role_of, router_linears, token_mixers
+from distlora.derive.linears import (
+    LinearUse,
+    Mixing,
+    is_peft_parameter,
+    linear_calls,
+    peft_reasons,
+    role_of,
+    router_linears,
+    token_mixers,
+)
 from distlora.derive.memory import with_memory
 from distlora.derive.shrink import is_size
 from distlora.derive.structure import structure
@@ -207,7 +216,10 @@ def _with_uses(
         if uses[path].stays or path in routers:
             return dataclasses.replace(weight, kind="dense", no_adapter=uses[path].stays)
         return dataclasses.replace(
-            weight, role=role_of(weight.path, mixers[index]), no_adapter=uses[path].no_adapter or peft.get(path, "")
+            weight,
+            role=role_of(weight.path, mixers[index]),
+            no_adapter=uses[path].no_adapter or peft.get(path, ""),
+            peft_parameter=is_peft_parameter(model.config.model_type, path),
         )
 
     experts = kind.experts

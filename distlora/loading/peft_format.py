@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distlora.architecture.safetensors_headers import SINGLE_NAME
-from distlora.architecture.targets import match_ending, peft_paths, select_targets
+from distlora.architecture.targets import match_ending, peft_paths, peft_pattern, select_targets
 from distlora.architecture.tokens import EMBEDDING
 from distlora.config import AdapterConfig, ModelSpec, UserError
 from distlora.loading.tensor_files import DeferredTensor
@@ -228,6 +229,7 @@ def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAP
     """Return adapter_config.json of one adapter, as PEFT's LoraConfig reads it."""
     indices = {matrix: list(ids) for matrix, ids in model.vocabulary.trained.items()}
     head = model.head if isinstance(model.head, RewardHead) else None
+    parameters = _peft_parameters(model, adapter)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if head is None else head.task_type,
@@ -237,24 +239,30 @@ def adapter_config(spec: ModelSpec, model: CausalLM, adapter: str = DEFAULT_ADAP
         "lora_alpha": spec.adapter.lora_alpha,
         "use_rslora": spec.adapter.use_rslora,
         "use_dora": spec.adapter.use_dora,
-        "rank_pattern": dict(spec.adapter.rank_pattern),
-        "alpha_pattern": dict(spec.adapter.alpha_pattern),
+        "rank_pattern": peft_pattern(spec.adapter.rank_pattern, parameters),
+        "alpha_pattern": peft_pattern(spec.adapter.alpha_pattern, parameters),
         "lora_dropout": spec.adapter.lora_dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         # "pissa" tells PEFT that A and B belong to W_res (decomposed_adapters.py).
         "init_lora_weights": init if (init := spec.adapter.init) == "gaussian" or spec.adapter.pissa else True,
-        "target_modules": _target_modules(model, adapter),
+        "target_modules": _target_modules(model, adapter, parameters),
         # A list for the embedding (and a tied LM head), else a dictionary by matrix.
         "trainable_token_indices": indices[EMBEDDING] if indices.keys() == {EMBEDDING} else (indices or None),
         "modules_to_save": list(model.modules_to_save) or (None if head is None else [SCORE]),
-    } | _target_parameters(model, adapter)
+    } | _target_parameters(model, adapter, parameters)
 
 
-def _target_modules(model: CausalLM, adapter: str) -> list[str]:
+def _peft_parameters(model: CausalLM, adapter: str) -> set[str]:
+    """Return the paths of the adapted linears that PEFT adapts as parameters."""
+    known = {path for path, weight in model.architecture.adaptable() if weight.peft_parameter}
+    return known.intersection(path for path, _ in model.adapted_linears(adapter))
+
+
+def _target_modules(model: CausalLM, adapter: str, parameters: Collection[str]) -> list[str]:
     """Return last names, as PEFT's users write them, if they select exactly the adapted linears; else whole paths."""
-    adapted = sorted(path for path, _ in model.adapted_linears(adapter))
+    adapted = sorted({path for path, _ in model.adapted_linears(adapter)}.difference(parameters))
     linears = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
     # PEFT would adapt a vision tower's q_proj, too, or refuse it where it is a module around a linear (Gemma 4's).
     linears += {*model.outside_linears, *(path.rpartition(".")[0] for path in model.outside_linears)}
@@ -265,11 +273,14 @@ def _target_modules(model: CausalLM, adapter: str) -> list[str]:
     return short if not is_number and sorted(select_targets(tuple(short), linears)) == adapted else adapted
 
 
-def _target_parameters(model: CausalLM, adapter: str) -> dict[str, list[str]]:
-    """Return target_parameters with the fused expert weights that have adapters; empty if there are none."""
-    adapted = sorted(name for name, _ in model.adapted_experts(adapter))
+def _target_parameters(model: CausalLM, adapter: str, parameters: Collection[str]) -> dict[str, list[str]]:
+    """Return target_parameters: the adapted weights of experts and of `parameters`; empty if there are none."""
+    linears = [f"{path}.weight" for path in parameters]
+    adapted = sorted([*linears, *(name for name, _ in model.adapted_experts(adapter))])
     if not adapted:
         return {}
-    prefix, every = model.architecture.layer_prefix, dict(model.architecture.adaptable())
+    prefix, weights = model.architecture.layer_prefix, model.architecture.adaptable()
+    every = [f"{path}.weight" if weight.kind == "linear" else path for path, weight in weights]
+    every += [f"{path}.weight" for path in model.outside_linears]
     short = sorted({name.removeprefix(prefix).partition(".")[2] for name in adapted})
-    return {"target_parameters": short if sorted(match_ending(short, list(every))) == adapted else adapted}
+    return {"target_parameters": short if sorted(match_ending(short, every)) == adapted else adapted}

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distlora import __version__
 from distlora.architecture.safetensors_headers import read_header
-from distlora.architecture.targets import match_ending, peft_paths
+from distlora.architecture.targets import match_ending, peft_paths, peft_pattern
 from distlora.architecture.tokens import EMBEDDING
 from distlora.config import UserError, require
 from distlora.config.json_files import read_object
@@ -173,13 +173,15 @@ class Combination:
         """Return adapter_config.json: the first member's with the result's ranks, targets and scale 1."""
         ranks, rows = list(self.ranks.values()), self.row_ids
         most = max(set(ranks), key=ranks.count)
-        others = {path: rank for path, rank in self.ranks.items() if rank != most}
+        as_parameters = {path for file in self.files for path in file.parameters}
+        others = peft_pattern({path: rank for path, rank in self.ranks.items() if rank != most}, as_parameters)
         targets, parameters = set[str](), set[str]()
         for file in self.files:
             entries = file.adapter_config.target_modules
             # A pattern is expanded to its paths.
-            targets.update(set(file.paths) - self.fused if isinstance(entries, str) else entries)
-            parameters.update(file.adapter_config.target_parameters)
+            modules = set(file.paths) - self.fused if isinstance(entries, str) else entries
+            targets.update(entry for entry in modules if not match_ending([entry], list(file.parameters)))
+            parameters.update(file.adapter_config.target_parameters, (f"{path}.weight" for path in file.parameters))
         config = {
             "r": most,
             "lora_alpha": most,
@@ -195,7 +197,7 @@ class Combination:
             "modules_to_save": sorted({name for file in self.files for name in file.modules}) or None,
         }
         first = read_object(self.files[0].folder / CONFIG_NAME, "save the adapter again")
-        return first | config | ({"target_parameters": sorted(parameters)} if self.fused else {})
+        return first | config | ({"target_parameters": sorted(parameters)} if parameters else {})
 
     def _combined(self, path: str) -> tuple[Tensor, Tensor]:
         """Return A and B of a weight."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 from distlora.architecture.config_checks import refuse_links
 from distlora.architecture.safetensors_headers import SOURCE_DTYPES, Segment, read_header, read_header_and_metadata
 from distlora.architecture.spec import Architecture
-from distlora.architecture.targets import EXPERT_WEIGHTS, idle_keys, match_ending, select_adapted, written
+from distlora.architecture.targets import EXPERT_NAMES, EXPERT_WEIGHTS, idle_keys, match_ending, select_adapted, written
 from distlora.architecture.tokens import EMBEDDING
 from distlora.config import AdapterConfig, UserError, nearest, require
-from distlora.config.base import is_hub_name
+from distlora.config.base import is_hub_name, matches
 from distlora.config.checks import check_section
 from distlora.config.errors import named_settings
 from distlora.config.json_files import Shape, check_shape, read_object
@@ -98,6 +98,8 @@ class PeftAdapter:
     """Modules trained whole, by last name."""
     score: PeftWholeModule | None = None
     """Head of a reward model; None of a language model."""
+    parameters: tuple[str, ...] = ()
+    """Paths of linears that PEFT adapts as parameters, by entries of target_parameters that end in ".weight"."""
     is_early: bool = False
     """True if PEFT before EXPERTS_CHANGED wrote it, by its config."""
     transposed: frozenset[str] = frozenset()
@@ -123,7 +125,8 @@ def read_peft_adapter(folder: str | Path, *, labels: int | None = 0) -> PeftAdap
     folder = Path(folder)
     values = _read_config(folder)
     _refuse_fields(values, folder / CONFIG_NAME)
-    parameters = tuple(sorted(values.get("target_parameters") or ()))
+    entries = sorted(values.get("target_parameters") or ())
+    parameters = tuple(entry for entry in entries if not entry.endswith(_WEIGHT))
     names = _by_weight(_read_names(folder, values), parameters, folder / WEIGHTS_NAME)
     segments, metadata = read_header_and_metadata(folder / WEIGHTS_NAME)
     for name in names.values():
@@ -137,7 +140,10 @@ def read_peft_adapter(folder: str | Path, *, labels: int | None = 0) -> PeftAdap
     modules = read_initial_modules(values, segments, folder)
     score = read_score(values, segments, folder)
     check_score(score, folder, labels)
-    settings = _settings(values, folder / CONFIG_NAME, sorted({path for path, _ in names}), parameters)
+    paths = sorted({path for path, _ in names})
+    linears = {entry.removesuffix(_WEIGHT) for entry in entries if entry.endswith(_WEIGHT)}
+    as_parameters = tuple(match_ending(linears, paths))
+    settings = _settings(values, folder / CONFIG_NAME, paths, parameters, linears)
     settings["init_from_loftq"] = NF4_MARK.items() <= metadata.items()
     # Without trained rows or modules these stay unset, so that the run may train some.
     indices = {matrix: rows.ids for matrix, rows in token_rows.items()}
@@ -154,6 +160,7 @@ def read_peft_adapter(folder: str | Path, *, labels: int | None = 0) -> PeftAdap
         token_rows=token_rows,
         modules=modules,
         score=score,
+        parameters=as_parameters,
         is_early=_is_early(values),
     )
 
@@ -355,10 +362,13 @@ def _refuse_fields(values: dict[str, Any], path: Path) -> None:
         if values[name] and (name, values[name]) != ("bias", "none"):
             raise UserError(f"{path}: {name}={values[name]!r} is not supported; set another {{adapter.init_from}}")
     check_shape(values, _SHAPE, path, "save the adapter again")
-    if not all(entry.rpartition(".")[2] in EXPERT_WEIGHTS for entry in values.get("target_parameters") or ()):
+    entries = values.get("target_parameters") or ()
+    linears = {f"{name}{_WEIGHT}" for names in EXPERT_NAMES.values() for name in names}
+    if not all(match_ending({*EXPERT_WEIGHTS, *linears}, [entry]) for entry in entries):
         raise UserError(
-            f"{path}: target_parameters={values['target_parameters']!r} are not all weights of experts "
-            f"({', '.join(EXPERT_WEIGHTS)}), the only supported target_parameters; set another {{adapter.init_from}}"
+            f"{path}: target_parameters={entries!r} are not all weights of experts ({', '.join(EXPERT_WEIGHTS)}) or of "
+            f"linears named like them (down_proj{_WEIGHT}), the only supported target_parameters; set another "
+            "{adapter.init_from}"
         )
 
 
@@ -403,10 +413,13 @@ def _read_names(folder: Path, values: Mapping[str, Any]) -> dict[tuple[str, str]
     return by_part
 
 
-def _settings(values: dict[str, Any], path: Path, paths: list[str], parameters: tuple[str, ...]) -> dict[str, Any]:
+def _settings(
+    values: dict[str, Any], path: Path, paths: list[str], parameters: tuple[str, ...], linears: Collection[str]
+) -> dict[str, Any]:
     """Return the fields that become settings.
 
-    Entries that match none of the adapted `paths` are left out, as in PEFT.
+    `parameters`: entries of target_parameters that mean experts; `linears`: those that mean linears. Entries that match
+    none of the adapted `paths` are left out, as in PEFT.
     """
     rank, alpha = values.get("r", 8), float(values.get("lora_alpha", 8))
     patterns: dict[str, dict[str, Any]] = {
@@ -418,12 +431,15 @@ def _settings(values: dict[str, Any], path: Path, paths: list[str], parameters: 
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     for name, pattern in patterns.items():
+        pattern = _for_paths(pattern, match_ending(linears, paths)) | pattern
         idle = idle_keys(pattern, paths)
         patterns[name] = {key: value for key, value in pattern.items() if key not in idle}
     targets = values.get("target_modules") or ()
-    if not isinstance(targets, str):
-        linears = [name for name in paths if not match_ending(parameters, [name])]
-        targets = tuple(sorted(entry for entry in targets if match_ending([entry], linears)))
+    adapted = [name for name in paths if not match_ending(parameters, [name])]
+    if isinstance(targets, str) and match_ending(linears, paths):  # A pattern and names are no one setting.
+        targets = tuple(adapted)
+    elif not isinstance(targets, str):
+        targets = tuple(sorted(entry for entry in {*targets, *linears} if match_ending([entry], adapted)))
     if not (targets or parameters):
         raise UserError(
             f"{path}: target_modules={values.get('target_modules')!r} names nothing that {WEIGHTS_NAME} adapts "
@@ -438,6 +454,19 @@ def _settings(values: dict[str, Any], path: Path, paths: list[str], parameters: 
         "target_parameters": tuple(entry for entry in parameters if match_ending([entry], paths)),
         **patterns,
     }
+
+
+_WEIGHT = ".weight"
+
+
+def _for_paths(pattern: Mapping[str, Any], parameters: Iterable[str]) -> dict[str, Any]:
+    """Return the keys that give linears, which PEFT adapts as parameters, what `pattern` gives their weights there."""
+    chosen = {}
+    for path in parameters:
+        theirs = next((value for key, value in pattern.items() if matches(key, path + _WEIGHT)), None)
+        if theirs is not None and theirs != next((v for key, v in pattern.items() if matches(key, path)), None):
+            chosen[re.escape(path)] = theirs
+    return chosen
 
 
 def _more(names: list[str]) -> str:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distlora.architecture.targets import EXPERT_NAMES, MAMBA_TYPES, peft_paths, peft_refusal
 from distlora.config import AdapterConfig
-from distlora.derive.linears import conversion_of, peft_reasons, router_linears
+from distlora.derive.linears import conversion_of, is_peft_parameter, peft_reasons, router_linears
 from distlora.derive.shrink import build, decoder_layers, shrink
 from distlora.model.adapters import BlockContext
 from distlora.model.experts import ExpertWeight, ReadWeight, find_routers, freeze_parameters, replace_experts
@@ -204,7 +204,7 @@ def test_what_peft_takes_for_experts_refuses_or_loses_is_what_it_does() -> None:
             known = None
         assert (conversion_of(model_type) if conversion_of(model_type) in EXPERT_NAMES else None) == known, model_type
     for model_type in MAMBA_TYPES:
-        assert "refuses out_proj" in peft_refusal(model_type, "layers.0.mixer.out_proj", None)
+        assert "refuses out_proj" in peft_refusal(model_type, "layers.0.mixer.out_proj")
 
     refused = r"incompatible with Mamba"
     with pytest.raises(ValueError, match=refused):
@@ -213,11 +213,11 @@ def test_what_peft_takes_for_experts_refuses_or_loses_is_what_it_does() -> None:
         model = model_of(name)
         linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
         linears.remove("lm_head")
-        lost = peft_reasons(model, linears)
+        converted = {path for path in linears if is_peft_parameter(model.config.model_type, path)}
+        lost = {*peft_reasons(model, linears), *converted}
         kept = sorted({path.rpartition(".")[2] for path in linears} - {path.rpartition(".")[2] for path in lost})
         tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=linears))
         paths = [path.removeprefix("base_model.model.") for path, _ in tuned.named_modules()]
         adapted = {path.removesuffix(".lora_A") for path in paths if path.endswith(".lora_A")}
-        converted = {path for path, reason in lost.items() if "for experts" in reason}
         assert not converted & adapted, "PEFT does adapt them"
         assert {path for path in linears if path.rpartition(".")[2] in kept} <= adapted

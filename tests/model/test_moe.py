@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,9 @@ from distlora.post.weights import read_factors
 from distlora.training import worker
 from distlora.training.expert_load import ExpertLoad, expert_modules
 from distlora.training.metrics import describe_experts
+from distlora.training.publish import publish_result
 from distlora.training.setup import start_run_model
-from distlora.weights.peft_folder import read_peft_adapter, with_layout
+from distlora.weights.peft_folder import check_fits, read_peft_adapter, with_layout
 from distlora.weights.reader import Reader
 from distlora_launcher.compose.checks import check_initial_adapter, check_model
 from distlora_launcher.compose.compose import compose_config
@@ -58,11 +60,13 @@ from support.family_models import (
     dequantized,
     edit_config,
     load_ours,
+    our_logits,
     positions_of,
     save_adapter,
     shifted,
     three_steps,
     tokens,
+    write_family_folder,
 )
 from support.peft_models import write_adapter
 from support.report_folders import reported
@@ -228,6 +232,42 @@ def test_experts_start_from_an_adapter_of_pefts(folders: Path, tmp_path: Path, f
     with torch.no_grad():
         theirs, ours = tuned(input_ids=rows).logits[:, -1], model(rows, positions_of(rows), None)[:, 0]
     assert (theirs - ours).abs().max() <= 1e-4
+
+
+def test_linears_named_like_experts_are_parameters_in_peft(tmp_path: Path) -> None:
+    """Dense MLPs and shared experts of GLM-4 MoE: logits and gradients are PEFT's, and what PEFT saves starts a run."""
+    base, saved, rows = tmp_path / "base", tmp_path / "saved", tokens(2, 24)
+    write_family_folder(base, "glm4_moe")
+    patterns: dict[str, Any] = {"rank_pattern": {"mlp.down_proj|o_proj": 3}, "alpha_pattern": {"up_proj": 9.0}}
+    adapter: dict[str, Any] = {"target_modules": "all-linear", "r": 4, **patterns}
+    sections: dict[str, Any] = {"adapter": adapter, "quant": {"method": "none"}}
+    ours, backend = load_ours(base, **sections)
+    publish_result(tmp_path / "adapter", ours, config_for(base, **sections).spec, None, backend)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    names = ("down_proj", "gate_proj", "up_proj")
+    linears = [f"{module}.{name}.weight" for module in ("mlp", "mlp.shared_experts") for name in names]
+    assert written["target_parameters"] == sorted([*linears, *TARGETS])
+    tuned = peft.PeftModel.from_pretrained(dequantized(base, ours), tmp_path / "adapter", is_trainable=True)
+    logits = tuned(input_ids=rows).logits
+    assert (logits - our_logits(ours, rows)).abs().max() <= 1e-5
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").backward()
+    ours(rows, positions_of(rows), shifted(rows)).sum().backward()
+    theirs = {name.replace(".default", ""): value.grad for name, value in tuned.named_parameters() if ".lora_" in name}
+    own = adapter_tensors(ours)
+    assert theirs.keys() == own.keys() >= {"base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"}
+    assert max(relative_error(value.grad, theirs[name]) for name, value in own.items()) <= 1e-4
+
+    with torch.no_grad():  # PEFT's own patterns name the weight.
+        tuned.peft_config["default"].alpha_pattern = {r".*up_proj\.weight": 9.0}
+        tuned.save_pretrained(saved)
+    read = read_peft_adapter(saved)
+    assert set(read.parameters) == {path for path in read.paths if re.search(r"mlp\.(shared_experts\.)?\w+$", path)}
+    scaled = {path for path in read.paths if read.adapter_config.alpha_of(path) == 9.0}
+    assert scaled == {path for path in read.paths if path.endswith(".up_proj")}
+    check_fits(read, read.adapter_config, ours.architecture)
+    with pytest.raises(UserError, match=r"use_dora=true is not supported for adapters of model.layers.0.mlp.down_proj"):
+        load_ours(base, adapter={"target_modules": ["down_proj"], "use_dora": True}, quant={"method": "none"})
 
 
 def test_experts_start_from_an_adapter_of_peft_before_its_change(folders: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("llama", adapter(init="pissa_niter_0"), "adapter.init='pissa_niter_0' needs one or more .*pissa_niter_4, or"),
     ("llama", adapter(init="loftq") | NONE, "adapter.init=loftq .* quant=none has none; set quant=nf4"),
     ("llama", {"adapter": {"method": "full", "init": "pissa"}, **NONE}, "adapter.init has no effect with adapter=full"),
-    ("mixtral", adapter(init="loftq", target_modules="mlp"), "init=loftq starts from a linear's weight, and experts"),
+    ("mixtral", adapter(init="loftq", target_modules="mlp"), "init=loftq is not supported for adapters of experts"),
     ("llama", adapter(init="pissa", init_from="x"), "adapter.init=pissa has no effect with adapter.init_from=x"),
     ("llama", adapter(init="loftq", use_dora=True), "adapter.init=loftq cannot be combined with adapter.use_dora"),
     # quant=keep.

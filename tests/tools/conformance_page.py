@@ -146,11 +146,7 @@ def adapters(kinds: Iterable[LayerKind]) -> str:
     reasons: dict[str, set[str]] = {}
     for weight in (weight for kind in kinds for weight in kind.weights):
         if weight.no_adapter or weight.is_gate:
-            reason = re.sub(
-                r"PEFT takes .*",
-                "PEFT takes their names for experts",
-                weight.no_adapter or "a gate, adapted by name alone",
-            )
+            reason = weight.no_adapter or "a gate, adapted by name alone"
             reasons.setdefault(reason, set()).add(weight.path.removesuffix(".weight"))
         elif weight.kind in ("linear", "experts"):
             adapted.add(weight.path)

@@ -86,7 +86,8 @@ class Sample:
     top_k: int = -1
     """-1: all tokens."""
     seed: int | None = None
-    stop_tokens: Sequence[int] = ()
+    stop_tokens: Sequence[int] | None = None
+    """Tokens that end a completion; None: the model's own end tokens."""
     stop_texts: Sequence[str] = ()
     prompt_logprobs: bool = False
     topk_prompt_logprobs: int = 0

@@ -445,7 +445,8 @@ class _Batch:
             row.logprobs.append(logprob)
             if self._on_token is not None:
                 self._on_token(row.index, token)
-            ended = token in self._engine._ends or (row.stops is not None and row.stops.ends(row.tokens))
+            ended = token in self._engine._ends or token in row.request.stop_tokens
+            ended = ended or (row.stops is not None and row.stops.ends(row.tokens))
             if ended or len(row.tokens) >= row.limit:
                 gone.add(row)
                 self._finish(row, ended)

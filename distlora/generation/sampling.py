@@ -40,6 +40,8 @@ class Request:
     """Number of likeliest tokens to choose from; 0 for all."""
     stop: tuple[str, ...] = ()
     """Texts that end the completion."""
+    stop_tokens: frozenset[int] = frozenset()
+    """Tokens that end the completion, beside the engine's."""
     slot: int | None = None
     """Slot of the adapter (extension point 3): -1 for none; None for the model's only adapter."""
 

@@ -25,10 +25,26 @@ def put_trial(
     return trial_parameters(model, slot)
 
 
-def remove_trial(model: CausalLM, slot: int) -> None:
-    """Free a slot. Its rows use the base alone from now on."""
-    for _, weight in list(model.adapted_weights(slot_name(slot))):
-        del weight.adapters[slot_name(slot)]
+TrialAdapters = list[tuple[AdaptedLinear | ExpertWeight, LoRAPair]]
+"""Weights and their adapters of one trial."""
+
+
+def remove_trial(model: CausalLM, slot: int) -> TrialAdapters:
+    """Free a slot, whose rows use the base alone from now on. Return its adapters, for `insert_trial`."""
+    name = slot_name(slot)
+    removed: TrialAdapters = []
+    for _, weight in list(model.adapted_weights(name)):
+        pair = weight.adapters.pop(name)
+        assert isinstance(pair, LoRAPair)
+        removed.append((weight, pair))
+    return removed
+
+
+def insert_trial(adapters: TrialAdapters, slot: int) -> None:
+    """Put adapters that `remove_trial` took out into a free slot, another one or the same."""
+    for weight, pair in adapters:
+        pair.slot = slot
+        weight.adapters[slot_name(slot)] = pair
 
 
 def trial_parameters(model: CausalLM, slot: int) -> dict[str, nn.Parameter]:

@@ -98,6 +98,8 @@ def check_call(call: ForwardBackward, *, vocabulary: int, context: int) -> None:
     if not call.rows:
         raise UserError("forward_backward without data; send one Datum at least")
     for number, row in enumerate(call.rows):
+        if row.inputs.keys() != call.rows[0].inputs.keys():
+            raise UserError(f"data[{number}].loss_fn_inputs has other inputs than data[0]; give all the same")
         _check_row(row, loss, f"data[{number}]", vocabulary, context)
 
 

@@ -26,6 +26,7 @@ from distlora.config.errors import Refusals, UserError, as_typed, refusal, requi
 from distlora.config.objectives import objectives_of, takes_format
 from distlora.config.plan import GpuConfig, PlanConfig, refused_in_gpu, refused_in_plan
 from distlora.config.rollout import OF_REWARDS, RolloutConfig, refused_in_rollout
+from distlora.config.serve import ServeConfig, refused_in_serve
 from distlora.config.sweep import SweepConfig, refused_in_sweep
 from distlora.config.training import (
     OptimConfig,
@@ -53,6 +54,7 @@ CHECKS: dict[type, Callable[[Any], Refusals]] = {
     ClusterConfig: refused_in_cluster,
     GpuConfig: refused_in_gpu,
     PlanConfig: refused_in_plan,
+    ServeConfig: refused_in_serve,
     SweepConfig: refused_in_sweep,
 }
 """The checks of each section."""

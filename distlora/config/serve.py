@@ -9,6 +9,8 @@ from distlora.config.errors import Refusals, at_least_zero, positive
 class ServeConfig:
     """A server that speaks the protocol of the Tinker SDK. Limits are per user; a call beyond one gets a 4xx error."""
 
+    folder: str = "service"
+    """Folder of keys, adapters and checkpoints. A start with the folder of an earlier one continues it."""
     host: str = "127.0.0.1"
     """Address to listen on. Anything but loopback needs a reverse proxy with TLS before it (docs/service.md)."""
     port: int = 8000
@@ -16,7 +18,7 @@ class ServeConfig:
     users: tuple[str, ...] = ("default",)
     """Users. Each new one gets an API key, which the start prints once. A user who leaves the list is locked out."""
     names: tuple[str, ...] = ()
-    """Names by which clients ask for the base, such as Qwen/Qwen3-8B, besides model.path as it is typed."""
+    """Names by which clients ask for the base, such as Qwen/Qwen3-8B, besides model.path itself."""
     tokenizer: str | None = None
     """Name or folder that clients load the tokenizer by; null: model.path."""
     max_rank: int = 128

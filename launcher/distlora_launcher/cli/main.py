@@ -23,6 +23,7 @@ GROUPS = {
         "resume": "continue a run that was stopped",
         "cancel": "save and stop a run, on this node or in SLURM",
         "import": "turn a file of Axolotl or LLaMA-Factory into a recipe, and list what has no equivalent",
+        "serve": "train and sample adapters of many users on one base, over the protocol of the Tinker SDK",
         "demo": "fine-tune a small chat model in minutes, on any computer",
     },
     "Inspect": {
@@ -74,7 +75,7 @@ Tab completion: eval "$(distlora --shell-completion install=bash)"
 """
 
 MEANT = {
-    "generate RUN": "chat inference infer predict ask complete sample serve talk",
+    "generate RUN": "chat inference infer predict ask complete sample talk",
     "train": "finetune fine-tune tune fit sft run start launch lora qlora",
     "train recipe=dpo": "dpo preference",
     "train recipe=reward": "reward rm bradley-terry",

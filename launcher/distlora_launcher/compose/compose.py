@@ -71,6 +71,7 @@ PATHS = (
     "adapter.init_from",
     "train.teacher",
     "parallel.deepspeed_config",
+    "serve.folder",
 )
 """Settings that are paths, beside data.sources and data.template."""
 
@@ -222,7 +223,7 @@ def parse_overrides(overrides: Sequence[str], *, config_dir: str | None = None) 
 
 
 def compose_section(section: str, overrides: Sequence[str], *, config_dir: str | None = None) -> dict[str, Any]:
-    """Return the plain values of a group of conf/ that is not part of a run's settings (`sweep`)."""
+    """Return the plain values of a group of conf/ that is not part of a run's settings (`sweep`, `serve`)."""
     with _hydra(overrides, config_dir) as words:
         values: Any = OmegaConf.to_container(hydra_compose("config", overrides=words)[section], resolve=True)
     return _string_keys(values)
@@ -263,6 +264,7 @@ def config_from_hydra(composed: DictConfig, *, run_dir: str, may_lack_paths: boo
     """Return the settings of a run in the folder `run_dir`, from what Hydra composed."""
     values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     values.pop("sweep", None)  # What makes many runs of it (studies/).
+    values.pop("serve", None)  # Of `distlora serve`, which is no run.
     typed_run_dir = str(values["run_dir"])
     require(
         not isinstance(values.get("recipe"), dict),

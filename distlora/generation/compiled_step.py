@@ -122,7 +122,11 @@ class CompiledStep:
         sizes = Sizes(heads, key_heads, attention.head_dim, BLOCK, gelu)
         head = model.head
         whole = (
-            head.takes_cross_entropy and head.kept is None and head.bias is None and head.weight.shape[0] % COLUMNS == 0
+            head.takes_cross_entropy
+            and not head.adapters
+            and head.kept is None
+            and head.bias is None
+            and head.weight.shape[0] % COLUMNS == 0
         )
         self._head = pack(FrozenWeight((head.weight.detach(),), tuple(head.weight.shape))) if whole else None
         """Panels of an LM head whose product alone gives the logits."""
@@ -153,4 +157,7 @@ class CompiledStep:
         rotary = cosines[:, 0].to(embedded.dtype), sines[:, 0].to(embedded.dtype)
         hidden = self._kept.decode(embedded, rotary, step.places, step.tables, step.lengths, slots)
         hidden = decoder.norm(hidden)
-        return self._model.head.logits(hidden) if self._head is None else product(hidden, self._head).float()
+        if self._head is not None:
+            return product(hidden, self._head).float()
+        self._model.head.rows = slots
+        return self._model.head.adapted_logits(hidden)

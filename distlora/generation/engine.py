@@ -311,7 +311,8 @@ class _Batch:
     def run_nothing(self) -> None:
         """Run the model once for the other ranks' sake."""
         nothing = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
-        self._logits(nothing, nothing, None, None, CacheStep(nothing[0, :0], nothing[0, :0]))
+        slots = None if self._slots is None else self._sent([-1])  # Several adapters need a choice.
+        self._logits(nothing, nothing, None, slots, CacheStep(nothing[0, :0], nothing[0, :0]))
 
     def _admit(self) -> None:
         """Give waiting requests a place, in order, while there are rows and blocks."""

@@ -62,7 +62,7 @@ def adapter_tensors(model: CausalLM, adapter: str = DEFAULT_ADAPTER) -> dict[str
     """
     tensors: dict[str, nn.Parameter] = {}
     paths = peft_paths([path for path, _ in model.adapted_experts(adapter)])
-    for path, weight in model.adapted_weights(adapter):
+    for path, weight in model.adapted_modules(adapter):
         pair = weight.adapters[adapter]
         assert isinstance(pair, LoRAPair)
         place = paths.get(path, path)
@@ -266,6 +266,8 @@ def _target_modules(model: CausalLM, adapter: str, parameters: Collection[str]) 
     linears = [model.hf_name(name) for name, module in model.named_modules() if isinstance(module, FrozenLinear)]
     # PEFT would adapt a vision tower's q_proj, too, or refuse it where it is a module around a linear (Gemma 4's).
     linears += {*model.outside_linears, *(path.rpartition(".")[0] for path in model.outside_linears)}
+    if adapter in model.head.adapters:
+        adapted, linears = sorted([*adapted, model.architecture.head]), [*linears, model.architecture.head]
     short = sorted({path.rpartition(".")[2] for path in adapted})
     if not short:  # Experts alone.
         return []

@@ -203,6 +203,7 @@ class CausalLM(nn.Module):
             hidden = hidden[torch.arange(len(hidden), device=hidden.device), past.last]
         elif labels is None:
             hidden = hidden[:, -1:]
+        self.head.rows = adapter_rows
         output: Tensor = self.head(hidden, labels, by_token=losses.by_token)
         if balanced is None or labels is None or losses.by_token:
             return output
@@ -347,6 +348,12 @@ class CausalLM(nn.Module):
     def adapted_weights(self, adapter: str = DEFAULT_ADAPTER) -> Iterator[tuple[str, AdaptedLinear | ExpertWeight]]:
         """Yield (Hugging Face path, linear or fused weight) of the weights with the adapter, linears first."""
         return itertools.chain(self.adapted_linears(adapter), self.adapted_experts(adapter))
+
+    def adapted_modules(self, adapter: str) -> Iterator[tuple[str, AdaptedLinear | ExpertWeight | LossHead]]:
+        """Yield `adapted_weights`, and (path, LM head) if it has the adapter."""
+        yield from self.adapted_weights(adapter)
+        if adapter in self.head.adapters:
+            yield self.architecture.head, self.head
 
     def _adapted(self, kind: type[Weight], adapter: str) -> Iterator[tuple[str, Weight]]:
         for name, module in self.named_modules():

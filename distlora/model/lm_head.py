@@ -3,7 +3,8 @@
 Whole logits never exist. Token losses are independent of each other, so with a frozen head the gradient of the hidden
 states is computed in forward, chunk by chunk, and only scaled in backward: the head's weight is read (and, when
 sharded, gathered) once. Trained token rows, columns of the logits, get their gradient in backward, from what forward
-kept. A trained head recomputes its logits in backward, chunk by chunk, and accumulates its gradient in fp32.
+kept. A trained head recomputes its logits in backward, chunk by chunk, and accumulates its gradient in fp32; so does a
+frozen one with adapters, of which each row chooses one as in the linears.
 
 Where the logits are a frozen weight's product alone, their loss and gradient are computed in place, in memory that all
 chunks of a call share. It is free between calls: the peak of a step is often in a decoder layer's backward.
@@ -17,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterator
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ from distlora.architecture.shapes import (
     logit_bytes,
     tokens_per_chunk,
 )
-from distlora.model.adapters import Replicated, TokenRows, weighted_sum
+from distlora.model.adapters import LoRAPair, Replicated, TokenRows, weighted_sum
 from distlora.model.distillation import DistilledLoss, Divergence
 from distlora.model.frozen_linear import TokenMatrix, TokenProduct
 from distlora.system import randomness
@@ -133,6 +135,24 @@ class LossForm:
 SUMS = LossForm()
 
 
+class LowRank(NamedTuple):
+    """Adapter of the head for some rows: logits + s (h A^T) B^T."""
+
+    A: Tensor
+    """(r, H) fp32."""
+    B: Tensor
+    """(vocabulary, r) fp32."""
+    scale: float
+
+
+class _Segment(NamedTuple):
+    """Neighbouring rows with the same adapter."""
+
+    rows: slice
+    adapter: int | None
+    """Number in `head.adapters`; None: the base alone."""
+
+
 class LossHead(nn.Module):
     """Return (B,) fp32 sums of -log p(label) over each row's labels >= 0, from hidden (B, T, H), labels (B, T).
 
@@ -165,6 +185,10 @@ class LossHead(nn.Module):
         self.logit_scale = logit_scale
         # In a tuple, which hides them from nn.Module: the model owns them, and the embedding may share them.
         self._token_rows: tuple[TokenRows, ...] = ()
+        self.adapters = nn.ModuleDict()
+        """LoRAPair by adapter name, of trials that share the base."""
+        self.rows: Tensor | None = None
+        """(B,) int64: slot of each row's adapter, -1 for none; the model sets it before each forward."""
         self._reader: Callable[[Tensor], None] | None = None
         self.cross_entropy: Callable[[Tensor, Tensor], Tensor] | None = None
         """(logits (N, vocabulary), labels (N,)) -> (N,) fp32 losses, overwriting the logits with their gradient. Used
@@ -233,7 +257,7 @@ class LossHead(nn.Module):
             self._reader(hidden)
             return hidden.new_zeros(hidden.shape[:2] if by_token else hidden.shape[:1], dtype=torch.float32)
         if labels is None:
-            return self.logits(hidden)
+            return self.adapted_logits(hidden)
         if divergence is not None:
             assert reference is not None, "a divergence is from a teacher"
             return self._distilled(hidden, reference, labels, divergence)
@@ -255,7 +279,7 @@ class LossHead(nn.Module):
         return torch.stack(outputs).view(2, *labels.shape)
 
     def _is_plain(self, hidden: Tensor) -> bool:
-        return self.takes_cross_entropy and self.weight.dtype == hidden.dtype
+        return self.takes_cross_entropy and not self.adapters and self.weight.dtype == hidden.dtype
 
     def _tokens_per_chunk(self, hidden: Tensor, *, distills: bool = False) -> int:
         """Return the number of tokens whose logits exist at once."""
@@ -271,7 +295,12 @@ class LossHead(nn.Module):
     def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return (B, T) fp32 losses of each token, 0 without a label."""
         flat, targets, tokens = hidden.flatten(0, 1), labels.flatten(), self._tokens_per_chunk(hidden)
-        if self._is_plain(hidden):
+        if self.adapters:
+            # Of every row, and on every rank: backward gathers a sharded weight.
+            factors = [factor for pair in self._pairs for factor in (pair.A, pair.B)]
+            segments = self._segments(hidden.shape[1])
+            losses = _AdaptedHeadLoss.apply(flat, targets, self, tokens, segments, *factors)
+        elif self._is_plain(hidden):
             losses = _PlainLoss.apply(flat, targets, self, tokens, torch.is_grad_enabled())
         elif not torch.is_grad_enabled():
             chunks = zip(flat.split(tokens), targets.split(tokens), strict=True)
@@ -289,9 +318,10 @@ class LossHead(nn.Module):
         labels: Tensor,
         weight: Tensor | None = None,
         products: list[tuple[Tensor, Tensor]] | None = None,
+        low_rank: LowRank | None = None,
     ) -> Tensor:
         """Return (N,) fp32 losses, 0 without a label, from hidden (N, H) and labels (N,). The rest as in `logits`."""
-        logits = self.logits(hidden, weight, products)
+        logits = self.logits(hidden, weight, products, low_rank)
         return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
 
     def copied(self) -> LossHead:
@@ -311,16 +341,54 @@ class LossHead(nn.Module):
             head.train_rows(token_rows)
         return head
 
+    @property
+    def _pairs(self) -> list[LoRAPair]:
+        return [pair for pair in self.adapters.values() if isinstance(pair, LoRAPair)]
+
+    def _segments(self, tokens: int) -> list[_Segment]:
+        """Return the segments of rows of so many tokens each. The host reads the slots."""
+        assert self.rows is not None, "an LM head with adapters and no row choice: set CausalLM's adapter_rows"
+        numbers = {pair.slot: number for number, pair in enumerate(self._pairs)}
+        segments, start = [], 0
+        for adapter, rows in itertools.groupby(self.rows.tolist(), numbers.get):
+            stop = start + tokens * len(list(rows))
+            segments.append(_Segment(slice(start, stop), adapter))
+            start = stop
+        return segments
+
+    def adapted_logits(self, hidden: Tensor) -> Tensor:
+        """Return `logits` of rows (B, ..., H) that choose adapters."""
+        if not self.adapters:
+            return self.logits(hidden)
+        pairs = self._pairs
+        low_ranks = {number: LowRank(pair.A, pair.B, pair.scaling) for number, pair in enumerate(pairs)}
+        parts = [
+            self.logits(hidden[rows], low_rank=None if number is None else low_ranks[number])
+            for rows, number in self._segments(1)
+        ]
+        return torch.cat(parts)
+
     def logits(
-        self, hidden: Tensor, weight: Tensor | None = None, products: list[tuple[Tensor, Tensor]] | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor | None = None,
+        products: list[tuple[Tensor, Tensor]] | None = None,
+        low_rank: LowRank | None = None,
     ) -> Tensor:
         """Return (..., vocabulary) fp32 from (..., H), with what the model does before and after the product.
 
         `weight` (vocabulary, H): used instead of the head's. `products` receives, with trained rows, the input of the
-        product (..., H) and its columns of the trained rows (..., N).
+        product (..., H) and its columns of the trained rows (..., N). `low_rank`: the adapter of all rows.
         """
 
         def of_head(inputs: Tensor) -> Tensor:
+            plain = of_base(inputs)
+            if low_rank is None:
+                return plain
+            inner = linear(inputs, low_rank.A.to(inputs.dtype))
+            return plain + low_rank.scale * linear(inner, low_rank.B.to(inputs.dtype)).float()
+
+        def of_base(inputs: Tensor) -> Tensor:
             matrix = self.weight if weight is None else weight  # In fp32 where the model keeps it so.
             inputs = inputs.to(matrix.dtype)
             if self.kept is not None:
@@ -500,6 +568,62 @@ class _TrainedHeadLoss(torch.autograd.Function):
             # As large as the weight: free it and its last rows before the next chunk's is made.
             del grad_chunk, more
         return grad_hidden, None, grad_weight.to(weight.dtype), None, None
+
+
+class _AdaptedHeadLoss(torch.autograd.Function):
+    """Token losses (N,) of a frozen head with adapters, whose A and B are `factors`, in turn.
+
+    Backward recomputes each chunk, because the factors' gradient needs the weight of each token's loss.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        head: LossHead,
+        tokens_per_chunk: int,
+        segments: list[_Segment],
+        *factors: Tensor,
+    ) -> Tensor:
+        chunks = [
+            (chunk, adapter)
+            for rows, adapter in segments
+            for chunk in (
+                slice(at, min(at + tokens_per_chunk, rows.stop))
+                for at in range(rows.start, rows.stop, tokens_per_chunk)
+            )
+        ]
+        ctx.save_for_backward(hidden, labels, *factors)
+        ctx.head, ctx.chunks, ctx.scales = head, chunks, [pair.scaling for pair in head._pairs]
+        return torch.cat(
+            [
+                head.token_losses(hidden[chunk], labels[chunk], low_rank=_low_rank(factors, ctx.scales, adapter))
+                for chunk, adapter in chunks
+            ]
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, labels, *factors = ctx.saved_tensors
+        of_hidden, of_factors = torch.empty_like(hidden), [torch.zeros_like(factor) for factor in factors]
+        for chunk, adapter in ctx.chunks:
+            with torch.enable_grad():
+                leaves = [hidden[chunk].detach().requires_grad_()]
+                low_rank = _low_rank(factors, ctx.scales, adapter)
+                if low_rank is not None:
+                    leaves += [factor.detach().requires_grad_() for factor in low_rank[:2]]
+                    low_rank = LowRank(leaves[1], leaves[2], low_rank.scale)
+                losses = ctx.head.token_losses(leaves[0], labels[chunk], low_rank=low_rank)
+            of_hidden[chunk], *grown = torch.autograd.grad(losses, leaves, grad_losses[chunk])
+            for number, more in enumerate(grown):
+                of_factors[2 * adapter + number] += more
+        return of_hidden, None, None, None, None, *of_factors
+
+
+def _low_rank(factors: Sequence[Tensor], scales: Sequence[float], adapter: int | None) -> LowRank | None:
+    return None if adapter is None else LowRank(factors[2 * adapter], factors[2 * adapter + 1], scales[adapter])
 
 
 SCORE = "score"

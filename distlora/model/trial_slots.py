@@ -10,22 +10,36 @@ from distlora.config import AdapterConfig
 from distlora.model.adapters import DEFAULT_ADAPTER, AdaptedLinear, LoRAPair, slot_name, start_pair
 from distlora.model.build import CausalLM
 from distlora.model.experts import ExpertWeight
+from distlora.model.lm_head import LossHead
 
 
 def put_trial(
-    model: CausalLM, slot: int, config: AdapterConfig, *, seed: int, device: torch.device
+    model: CausalLM,
+    slot: int,
+    config: AdapterConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    layers: bool = True,
+    head: bool = False,
 ) -> dict[str, nn.Parameter]:
     """Put a trial's initialized adapters into a free slot. Return `trial_parameters`.
 
-    `seed` is the trial's train.seed. Raises UserError, before anything changes, if its targets match nothing.
+    `seed` is the trial's train.seed. `layers`: weights of the decoder layers have adapters, `head`: the LM head has
+    one. Raises UserError, before anything changes, if the targets match nothing.
     """
-    for path, weight in _targets(model, config):
+    for path, weight in _targets(model, config) if layers else []:
         pair = weight.add_adapter(slot_name(slot), config, path=path, seed=seed, slot=slot, device=device)
         start_pair(pair, weight, config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
+    if head:
+        path, sizes = model.architecture.head, (model.hf_config.hidden_size, model.vocabulary.rows)
+        pair = LoRAPair(*sizes, slot=slot, rank=config.r, scaling=config.scaling_of(path), device=device)
+        pair.reset(config, seed=seed, name=f"{path}.{DEFAULT_ADAPTER}")
+        model.head.adapters[slot_name(slot)] = pair
     return trial_parameters(model, slot)
 
 
-TrialAdapters = list[tuple[AdaptedLinear | ExpertWeight, LoRAPair]]
+TrialAdapters = list[tuple[AdaptedLinear | ExpertWeight | LossHead, LoRAPair]]
 """Weights and their adapters of one trial."""
 
 
@@ -33,7 +47,7 @@ def remove_trial(model: CausalLM, slot: int) -> TrialAdapters:
     """Free a slot, whose rows use the base alone from now on. Return its adapters, for `insert_trial`."""
     name = slot_name(slot)
     removed: TrialAdapters = []
-    for _, weight in list(model.adapted_weights(name)):
+    for _, weight in list(model.adapted_modules(name)):
         pair = weight.adapters.pop(name)
         assert isinstance(pair, LoRAPair)
         removed.append((weight, pair))

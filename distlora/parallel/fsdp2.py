@@ -216,6 +216,13 @@ def shard(model: CausalLM, shards: Shards, device: torch.device, *, prefetch: bo
             following.set_modules_to_backward_prefetch([block])
 
 
+def gather_head_in_backward(model: CausalLM, wanted: bool) -> None:
+    """Gather the LM head's weight in backward too, for a frozen head with adapters, or no more."""
+    for module in (model.head, *([model.embedding] if model.tied else [])):
+        if isinstance(module, FSDPModule):
+            module.set_unshard_in_backward(wanted or model.head.weight.requires_grad)
+
+
 @dataclass(slots=True)
 class Residency:
     """Decoder layers that stay gathered (`parallel.resident_blocks`): free memory is traded for network traffic.

@@ -1,8 +1,9 @@
 """Hold the adapters of a service: parameters, gradients and optimizer states of one each.
 
-An adapter is in a slot of the model only while a round uses it, so a round costs what its own adapters cost. An idle one
-goes to host memory, then to a folder, and comes back with the same bits. Every rank holds all adapters whole; a rank's
-gradients are of its own rows until the optimizer step sums them.
+An adapter is in a slot of the model only while a round uses it, so a round costs what its own adapters cost. An idle
+one goes to host memory, then to a folder, and comes back with the same bits. Every rank holds all adapters whole; a
+rank's gradients are of its own rows until the optimizer step sums them. A saved folder is laid out like a checkpoint of
+a run, and its state.json is `{adapter, steps}`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from distlora.loading.peft_format import weight_files
 from distlora.loading.tensor_files import atomic_folder, write_files
 from distlora.model.adapters import slot_name
 from distlora.model.build import CausalLM
-from distlora.model.trial_slots import insert_trial, put_trial, remove_trial, trial_parameters
+from distlora.model.trial_slots import insert_trial, put_trial, remove_trial
 from distlora.parallel import Backend, from_rank_0
 from distlora.parallel.gradients import GradientReducer, Gradients, Launches
-from distlora.run_folder.layout import MANIFEST_NAME, TRAINER_NAME, fault
+from distlora.run_folder.layout import MANIFEST_NAME, STATE_NAME, TRAINER_NAME, fault
 from distlora.serving.operations import Adapter, OptimStep
 from distlora.system import atomic_io
 from distlora.training.optimizers import Optimizer, build_optimizer
@@ -35,8 +36,6 @@ from distlora.training.publish import load_weights, restore
 ALPHA = 32.0
 """lora_alpha of every adapter; the scale is alpha / rank, as in the Tinker API."""
 BUCKET_BYTES = 64 * 2**20
-ADAPTER_NAME = "served_adapter.json"
-"""File of a saved adapter: `{adapter, steps}`."""
 _SHAPE: Shape = {"adapter": {"rank": int, "attention": bool, "mlp": bool, "unembed": bool}, "steps": int}
 
 
@@ -44,9 +43,9 @@ def adapter_config(adapter: Adapter) -> AdapterConfig:
     """Return the settings of an adapter as a run has them. Raises UserError for one that this server cannot train."""
     if adapter.rank < 1:
         raise UserError(f"rank={adapter.rank} is not a valid rank; set 1 or more")
-    if not (adapter.attention or adapter.mlp):
-        raise UserError("a LoRA without train_attn and train_mlp has no linear of a decoder layer; set one of them")
-    targets = "all-linear" if adapter.attention and adapter.mlp else "attention" if adapter.attention else "mlp"
+    if not (adapter.attention or adapter.mlp or adapter.unembed):
+        raise UserError("a LoRA needs train_attn, train_mlp or train_unembed; set one of them")
+    targets = "all-linear" if adapter.attention == adapter.mlp else "attention" if adapter.attention else "mlp"
     return AdapterConfig(r=adapter.rank, lora_alpha=ALPHA, use_rslora=False, target_modules=targets)
 
 
@@ -63,7 +62,13 @@ class ServedAdapter:
         self._spec = replace(spec, adapter=adapter_config(adapter))
         device = backend.ranks.device
         self.parameters: Mapping[str, nn.Parameter] = put_trial(
-            model, 0, self._spec.adapter, seed=adapter.seed, device=device
+            model,
+            0,
+            self._spec.adapter,
+            seed=adapter.seed,
+            device=device,
+            layers=adapter.attention or adapter.mlp,
+            head=adapter.unembed,
         )
         self._adapters = remove_trial(model, 0)
         self._gradients: Gradients | None = None
@@ -127,7 +132,7 @@ class ServedAdapter:
         return float(norm)
 
     def move(self, device: torch.device) -> None:
-        """Keep parameters and optimizer states on this device from now on. Off the ranks' device it has no gradients."""
+        """Keep parameters and optimizer states on this device from now on. Gradients are on the ranks' device alone."""
         first = next(iter(self.parameters.values()))
         if device != self._backend.ranks.device and self._gradients is not None:
             assert not self.has_gradients, "gradients that no optimizer step has taken stay"
@@ -161,7 +166,7 @@ class ServedAdapter:
                 )
             else:
                 files = weight_files(self._model, self._spec, name)
-            sums = write_files(temporary, {**files, ADAPTER_NAME: record}, backend)
+            sums = write_files(temporary, {**files, STATE_NAME: record}, backend)
             if backend.writes:
                 atomic_io.write_json(temporary / MANIFEST_NAME, {"files": dict(sorted(sums.items()))})
 
@@ -208,7 +213,7 @@ def check_whole(folder: Path, backend: Backend) -> None:
 
 def read_saved(folder: Path) -> tuple[Adapter, int]:
     """Return the adapter of a saved folder, and its optimizer steps."""
-    values: dict[str, Any] = read_object(folder / ADAPTER_NAME, "save the model again", _SHAPE)
+    values: dict[str, Any] = read_object(folder / STATE_NAME, "save the model again", _SHAPE)
     return Adapter(**values["adapter"]), values["steps"]
 
 

@@ -10,6 +10,7 @@ Letters: B rows of a micro-batch, L tokens of the longest.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from distlora.data.loader import IGNORED, MicroBatch
 from distlora.model.build import CausalLM
 from distlora.model.lm_head import LossForm
 from distlora.parallel import Backend, watch
+from distlora.parallel.fsdp2 import gather_head_in_backward
 from distlora.parallel.ranks import sum_over_ranks
 from distlora.serving.adapters import ServedAdapter, in_slots
 from distlora.serving.losses import TARGETS, token_losses
@@ -89,6 +91,7 @@ class Passes:
         own: dict[int, Tensor] = {}
         batches = cut(lengths, self._backend.ranks.world, self._most_tokens)
         with in_slots(adapters), contextlib.nullcontext() if backward else torch.no_grad():
+            gather_head_in_backward(self._model, any(adapter.adapter.unembed for adapter in adapters))
             self._backend.gradients[:] = [adapter.gradients for adapter in adapters] if backward else []
             try:
                 for index, ranks in enumerate(batches):
@@ -147,7 +150,7 @@ class Passes:
             table[:, starts[row] : starts[row + 1]] = values
         # Exact: each row is one rank's, and zeros are added.
         both = sum_over_ranks(table, self._backend.ranks).numpy()
-        columns = [both[:, first:last] for first, last in zip(starts, starts[1:], strict=False)]
+        columns = [both[:, first:last] for first, last in itertools.pairwise(starts)]
         results = [ForwardBackwardResult([], [], {}) for _ in calls]
         for place, (logps, losses) in zip(places, columns, strict=True):
             results[place.call].logprobs.append(logps)

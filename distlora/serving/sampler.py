@@ -50,7 +50,9 @@ class Sampler:
         if self._engine is None:
             raise UserError(f"sampling from {self._model.hf_config.model_type} is not supported by this server")
         if not 0 < number < limit:
-            raise UserError(f"a prompt of {number:,} tokens: the model has {limit:,} positions for it and its completion")
+            raise UserError(
+                f"a prompt of {number:,} tokens: it and its completion have {limit:,} positions in this model"
+            )
         check_tokens(np.asarray(operation.tokens), "prompt", self._model.vocabulary.rows)
         valid = {
             f"num_samples={operation.num_samples}": 0 < operation.num_samples <= MOST_SAMPLES,

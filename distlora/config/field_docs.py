@@ -15,6 +15,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from distlora.config import Config, SweepConfig
+from distlora.config.serve import ServeConfig
 
 _SENTENCE = re.compile(r".*?[^.]\.(?= [A-Z`0-9]|$)")
 """Matches the first sentence of a docstring in one line; `null: ...` after a full stop belongs to it."""
@@ -78,7 +79,7 @@ def sections() -> Iterator[tuple[str, str, list[Setting]]]:
     """Yield (name, summary, settings) of each section of a run; first those without a section, under an empty name."""
     yield "", "The run", settings_of(Config)
     factories = {item.name: item.default_factory for item in dataclasses.fields(Config)}
-    for name, section in {**typing.get_type_hints(Config), "sweep": SweepConfig}.items():
+    for name, section in {**typing.get_type_hints(Config), "serve": ServeConfig, "sweep": SweepConfig}.items():
         if dataclasses.is_dataclass(section):
             summary = " ".join(str(inspect.getdoc(section)).partition("\n\n")[0].split())
             factory = factories.get(name, MISSING)

@@ -7,7 +7,10 @@ from distlora.config.errors import Refusals, at_least_zero, positive
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """A server that speaks the protocol of the Tinker SDK. Limits are per user; a call beyond one gets a 4xx error."""
+    """The section `serve` of conf/, for `distlora serve` only.
+
+    Limits are per user; a call beyond one gets a 4xx error.
+    """
 
     folder: str = "service"
     """Folder of keys, adapters and checkpoints. A start with the folder of an earlier one continues it."""

@@ -31,7 +31,7 @@ from distlora.config.serve import ServeConfig
 from distlora.serving.futures import Reply
 from distlora.serving.keys import find_user, read_hashes
 from distlora.serving.service import EngineLike, RefusedError, ServedBase, Service, missing
-from distlora.serving.store import SAMPLER, Row, adapter_of
+from distlora.serving.store import SAMPLER, TRAINING, Row, adapter_of
 from distlora.serving.wire import PROTOBUF, Body
 
 log = logging.getLogger("distlora.serve")
@@ -83,9 +83,12 @@ class Figures:
     count: Counter[tuple[str, int]] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
     buckets: Counter[tuple[str, int]] = field(default_factory=Counter)
+    open: Counter[str] = field(default_factory=Counter)
+    """Requests of a route that are not answered yet."""
 
     def add(self, route: str, status: int, seconds: float) -> None:
         """Count a request of a route."""
+        self.open[route] -= 1
         self.count[route, status] += 1
         self.seconds[route] += seconds  # type: ignore[assignment]
         self.buckets[route, bisect_left(BUCKETS, seconds)] += 1
@@ -96,6 +99,8 @@ class Figures:
         lines.append(f"# TYPE {name}s_total counter")
         for (route, status), count in sorted(self.count.items()):
             lines.append(f'{name}s_total{{route="{route}",status="{status}"}} {count}')
+        lines.append(f"# TYPE {name}s_open gauge")
+        lines += [f'{name}s_open{{route="{route}"}} {count}' for route, count in sorted(self.open.items())]
         lines.append(f"# TYPE {name}_seconds histogram")
         for route in sorted(self.seconds):
             total = 0
@@ -143,10 +148,10 @@ class App:
             ("forward_backward", lambda call: service.forward_backward(call.owner, call.data)),
             ("optim_step", lambda call: service.optim_step(call.owner, call.body, call.data)),
             ("load_weights", lambda call: service.load_weights(call.owner, call.body, call.data)),
-            ("save_weights", lambda call: service.save(call.owner, call.body, call.data, "weights")),
+            ("save_weights", lambda call: service.save(call.owner, call.body, call.data, TRAINING)),
             (
                 "save_weights_for_sampler",
-                lambda call: service.save(call.owner, call.body, call.data, "sampler_weights"),
+                lambda call: service.save(call.owner, call.body, call.data, SAMPLER),
             ),
             ("asample", lambda call: service.sample(call.owner, call.body, call.data)),
         ]
@@ -172,6 +177,7 @@ class App:
     def _answering(self, path: str, handler: Handler) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         async def answer(request: Request) -> Response:
             began, user = time.monotonic(), "-"
+            self.figures.open[path] += 1
             try:
                 user = self._user(request)
                 call = Call(user, await self._body(request), request)

@@ -24,7 +24,7 @@ from distlora.config.serve import ServeConfig
 from distlora.serving import wire
 from distlora.serving.futures import Call, Calls, Reply, json_reply
 from distlora.serving.operations import Adapter, CreateModel, Load, Operation, OptimStep, Save, Unload
-from distlora.serving.store import Row, Store, adapter_of
+from distlora.serving.store import SAMPLER, TRAINING, Row, Store, adapter_of
 
 log = logging.getLogger("distlora.serve")
 
@@ -246,7 +246,7 @@ class Service:
         saved = self.store.checkpoint(owner, path)
         if saved is None:
             raise missing("checkpoint", path)
-        has_states = saved["kind"] == "weights"
+        has_states = saved["kind"] == TRAINING
         require(has_states or not with_optimizer, f"{path} has no optimizer states; load it without them")
         source = self.store.weights / saved["folder"]
         if body.values.get("session_id") is None:
@@ -360,10 +360,10 @@ class Service:
     # Checkpoints.
 
     def save(self, owner: str, body: wire.Body, data: bytes, kind: str) -> dict[str, object]:
-        """Save weights, and for kind="weights" the optimizer states too."""
+        """Save weights, and for TRAINING the optimizer states too."""
         model_id, seq, name = body.text("model_id"), body.integer("seq_id"), wire.checkpoint_name(body)
         sampler_seq = None
-        if kind == "sampler_weights" and name is None:
+        if kind == SAMPLER and name is None:
             sampler_seq = body.integer("sampling_session_seq_id")
         seconds = None if body.values.get("ttl_seconds") is None else body.integer("ttl_seconds")
         require(seconds is None or 0 < seconds < 1 << 40, f"ttl_seconds={seconds} is not a time")
@@ -372,7 +372,7 @@ class Service:
         def submit(row: Row) -> Finish:
             self._check_disk(owner)
             folder = self.store.new_folder()
-            saved = self._submit(Save(model_id, folder, optimizer=kind == "weights"))
+            saved = self._submit(Save(model_id, folder, optimizer=kind == TRAINING))
 
             async def finish() -> Reply:
                 await saved

@@ -46,6 +46,8 @@ class Body:
     def __init__(self, data: bytes) -> None:
         try:
             value = json.loads(data, parse_constant=_refuse_constant)
+            if rb"\ud" in data.lower():
+                json.dumps(value, ensure_ascii=False).encode()  # Half of a surrogate pair is no text.
         except (ValueError, RecursionError) as error:
             raise UserError(f"the body is not JSON: {error}") from error
         require(isinstance(value, dict), "the body is not a JSON object")

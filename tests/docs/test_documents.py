@@ -25,6 +25,7 @@ import yaml
 import distlora
 from distlora.config import Config
 from distlora.config.objectives import OBJECTIVES
+from distlora.config.serve import ServeConfig
 from distlora.config.sweep import SweepConfig
 from distlora.system.exit_codes import BAD_INPUT
 from distlora.training.objectives import CLASSES
@@ -45,7 +46,7 @@ WITH_COMMANDS = [
 ]
 OTHER_PROJECTS_FILES = frozenset({"utils.py", "convert_hf_to_gguf.py"})
 
-HINTS = {**typing.get_type_hints(Config), "sweep": SweepConfig}
+HINTS = {**typing.get_type_hints(Config), "serve": ServeConfig, "sweep": SweepConfig}
 SECTIONS = {name: hint for name, hint in HINTS.items() if dataclasses.is_dataclass(hint)}
 SETTINGS = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)}
 SUFFIXES = (".py", ".json", ".jsonl", ".yaml", ".md", ".txt", ".png", ".safetensors")

@@ -35,12 +35,16 @@ def datum(tokens: list[int], weights: list[float]) -> Any:
 
 def test_losses_steps_and_samples_come_back_as_the_engine_gives_them(service: Started) -> None:
     client = client_of(service, "ann")
-    assert client.get_server_capabilities().supported_models[0].model_name == "Qwen/Qwen3-8B"
+    rest = tinker.RestClient(base_url=service.url, api_key=service.keys["ann"])
+    assert rest.get_server_capabilities().result().supported_models[0].model_name == "Qwen/Qwen3-8B"
     training = client.create_lora_training_client("Qwen/Qwen3-8B", rank=4, seed=9, train_unembed=False).result()
     assert training.get_info().lora_rank == 4
     data = [datum([1, 2, 3], [0.0, 1.0, 0.5]), datum([4], [2.0]), datum([5, 6], [1.0, -1.0])]
     forward = training.forward(data, "cross_entropy")
-    future, stepped = training.forward_backward(data, "cross_entropy"), training.optim_step(types.AdamParams(0.5))
+    future, stepped = (
+        training.forward_backward(data, "cross_entropy"),
+        training.optim_step(types.AdamParams(learning_rate=0.5)),
+    )
     output = future.result()
     for result in (forward.result(), output):
         assert [list(row["logprobs"].to_numpy()) for row in result.loss_fn_outputs] == [[-1, -2, -3], [-4], [-5, -6]]
@@ -86,14 +90,14 @@ def test_states_are_saved_listed_loaded_and_deleted(service: Started) -> None:
     client = client_of(service, "ann")
     training = client.create_lora_training_client("base", rank=4).result()
     training.forward_backward([datum([1], [1.0])], "cross_entropy").result()
-    training.optim_step(types.AdamParams(1.0)).result()
+    training.optim_step(types.AdamParams(learning_rate=1.0)).result()
     saved = training.save_state("first").result().path
     with pytest.raises(tinker.RequestFailedError, match="exists already"):
         training.save_state("first").result()
     training.save_state("first", overwrite=True).result()
     again = client.create_training_client_from_state_with_optimizer(saved).result()
     again.forward_backward([datum([1], [1.0])], "cross_entropy").result()
-    assert again.optim_step(types.AdamParams(1.0)).result().metrics == {"value": 6.0}
+    assert again.optim_step(types.AdamParams(learning_rate=1.0)).result().metrics == {"value": 6.0}
     rest = tinker.RestClient(base_url=service.url, api_key=service.keys["ann"])
     assert [run.training_run_id for run in rest.list_training_runs().result().training_runs] == [
         again.model_id,
@@ -115,7 +119,7 @@ def test_a_fault_of_the_caller_comes_back_with_its_reason(service: Started) -> N
     with pytest.raises(tinker.APIStatusError, match="has a token that is not within 0 and 99"):
         training.forward_backward([datum([100], [1.0])], "cross_entropy").result()
     with pytest.raises(tinker.AuthenticationError):
-        tinker.ServiceClient(base_url=service.url, api_key="tml-wrong").get_server_capabilities()
+        tinker.RestClient(base_url=service.url, api_key="tml-wrong").get_server_capabilities().result()
 
 
 def test_arrays_of_a_thousand_rows_keep_their_rows(service: Started) -> None:

@@ -33,7 +33,7 @@ from distlora.post.merge_worker import merge_to
 from distlora.post.trained import Name
 from distlora.training import worker
 from distlora_launcher.cli import cancel as cancelling
-from distlora_launcher.cli import main, train
+from distlora_launcher.cli import main, serve, train
 from distlora_launcher.cli import sweep as sweeps
 from distlora_launcher.cli.status import run_folders
 from distlora_launcher.compose import checks
@@ -145,6 +145,7 @@ def no_process_starts() -> Iterator[None]:
         patch.setattr(local, "make_run", begun)
         patch.setattr(local, "run_node", begun)
         patch.setattr(sweeps, "make_sweep", begun)
+        patch.setattr(serve, "run_workers", begun)
         patch.setattr(sweeps, "pinned", lambda sweep, config: sweep)  # It asks the hub for the model's commit.
         patch.setattr(cancelling, "cancel", lambda folder, **_: begun(run_folders(folder)))
         patch.setattr(cancelling, "cancel_sweep", begun)

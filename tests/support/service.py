@@ -134,7 +134,7 @@ class Started:
 @contextlib.contextmanager
 def started(folder: Path, keys: dict[str, str] | None = None, **settings: Any) -> Iterator[Started]:
     """Serve in a folder; keys: of an earlier start in it."""
-    config = ServeConfig(port=0, users=("ann", "ben"), drain_seconds=5.0, **settings)
+    config = ServeConfig(port=0, users=("ann", "ben"), drain_seconds=2.0, **settings)
     service = Started(folder, (keys or {}) | add_users(folder, config.users), config)
     try:
         yield service

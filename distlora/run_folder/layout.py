@@ -16,7 +16,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,20 +88,20 @@ def replaced_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}{_REPLACED}")
 
 
-def fault(folder: Path) -> str | None:
+def fault(folder: Path, required: Collection[str] = (STATE_NAME, TRAINER_NAME)) -> str | None:
     """Return what is wrong with a checkpoint by its manifest and every byte; None if it is whole.
 
-    Reads only within `folder`, whatever the manifest names.
+    Reads only within `folder`, whatever the manifest names. `required`: files that it must name.
     """
-    reason = _fault(folder)
+    reason = _fault(folder, required)
     return None if reason is None else in_one_line(reason)
 
 
-def _fault(folder: Path) -> str | None:
+def _fault(folder: Path, required: Collection[str]) -> str | None:
     try:
         if not (folder / MANIFEST_NAME).is_file():
             return f"{MANIFEST_NAME} is missing"
-        sums = _sums(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")))
+        sums = _sums(json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8")), required)
     except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST_NAME}: {error}"
     for name, expected in sums.items():
@@ -116,7 +116,7 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-def _sums(manifest: Any) -> dict[str, str]:
+def _sums(manifest: Any, required: Collection[str]) -> dict[str, str]:
     """Return the SHA-256 by file of a manifest. Raises ValueError for an invalid one."""
     sums = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(sums, dict):
@@ -126,7 +126,7 @@ def _sums(manifest: Any) -> dict[str, str]:
             raise ValueError(f"{name!r} is not a file of this folder")
         if not isinstance(value, str) or _SHA256.fullmatch(value) is None:
             raise ValueError(f"{name} has no SHA-256 but {value!r}")
-    missing = sorted({STATE_NAME, TRAINER_NAME} - sums.keys())
+    missing = sorted(set(required) - sums.keys())
     if missing:
         raise ValueError(f"it does not list {missing[0]}")
     return sums

@@ -32,6 +32,7 @@ from distlora.serving.operations import Adapter, OptimStep
 from distlora.system import atomic_io
 from distlora.training.optimizers import Optimizer, build_optimizer
 from distlora.training.publish import load_weights, restore
+from distlora.weights.peft_folder import WEIGHTS_NAME
 
 ALPHA = 32.0
 """lora_alpha of every adapter; the scale is alpha / rank, as in the Tinker API."""
@@ -206,7 +207,7 @@ def _described(adapter: Adapter) -> str:
 
 def check_whole(folder: Path, backend: Backend) -> None:
     """Raise UserError, on every rank, if a saved folder is not whole. Rank 0 reads every byte."""
-    reason = fault(folder) if backend.writes else None
+    reason = fault(folder, (STATE_NAME, WEIGHTS_NAME)) if backend.writes else None
     if from_rank_0(int(reason is not None), backend.ranks):
         raise UserError(f"the checkpoint is damaged ({reason or 'rank 0 reports how'}); use another one")
 

@@ -142,19 +142,25 @@ class Engine:
         end_tokens: Sequence[int] = (),
         tokenizer: Any = None,
         limits: EngineLimits | None = None,
+        context: int | None = None,
         spill_folder: Path | None = None,
         boundary: watch.Marker = watch.at,
+        on_stop: Callable[[], None] | None = None,
     ) -> None:
         """Start without models.
 
-        `spec`: the base, as `model` was built, with slots for adapters. `spill_folder`: an existing folder of idle
-        adapters, the same on every rank; None: they stay in host memory. `boundary` is called between rounds on every
-        rank; it may raise Stopped, which drains the queue.
+        `spec`: the base, as `model` was built, with slots for adapters. `context`: most tokens of a sequence; None: the
+        model's positions. `spill_folder`: an existing folder of idle adapters, the same on every rank; None: they stay
+        in host memory. `boundary` is called between rounds on every rank. It may raise Stopped: `on_stop` is called,
+        once, and has to lead to `close`; None: `close`.
         """
         self._model, self._backend, self._spec, self._limits = model, backend, spec, limits or EngineLimits()
-        self._spill_folder, self._boundary = spill_folder, boundary
+        self._spill_folder, self._boundary, self._on_stop = spill_folder, boundary, on_stop or self.close
+        self._context = context or context_limit(model)
         self._passes = Passes(model, backend, most_tokens=self._limits.micro_batch_tokens)
-        self._sampler = Sampler(model, backend, self._passes, end_tokens=end_tokens, tokenizer=tokenizer)
+        self._sampler = Sampler(
+            model, backend, self._passes, end_tokens=end_tokens, tokenizer=tokenizer, context=self._context
+        )
         self._models: dict[str, ServedAdapter | Path] = {}
         """Models by their ids; those on disk by their folders."""
         self._snapshots: OrderedDict[Path, ServedAdapter] = OrderedDict()
@@ -231,8 +237,7 @@ class Engine:
     def _checked(self, operation: Operation) -> Operation:
         """Return an operation with its seed. Raises UserError for one that cannot be run."""
         if isinstance(operation, ForwardBackward):
-            rows, context = self._model.vocabulary.rows, context_limit(self._model)
-            check_call(operation, vocabulary=rows, context=context)
+            check_call(operation, vocabulary=self._model.vocabulary.rows, context=self._context)
         elif isinstance(operation, Sample):
             self._sampler.check(operation)
             if operation.seed is None:
@@ -250,12 +255,15 @@ class Engine:
     def run(self) -> None:
         """Run rounds until `close`, or a request to stop, and until the queue is empty. Every rank must call it."""
         error: BaseException = EngineStoppedError("the server has stopped; send the request again later")
+        is_stopping = False
         try:
             while True:
                 try:
                     self._boundary(None, "waiting for operations", long=True)
                 except Stopped:
-                    self.close()
+                    if not is_stopping:
+                        self._on_stop()
+                    is_stopping = True
                 taken = self._take() if self._backend.writes else []
                 operations = self._shared(None if taken is None else [operation for operation, _ in taken])
                 if operations is None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from distlora.config import UserError
 from distlora.generation.engine import Engine, serves
-from distlora.generation.prompts import context_limit
 from distlora.generation.sampling import Request
 from distlora.model.build import CausalLM
 from distlora.parallel import Backend
@@ -38,15 +37,25 @@ class Sampler:
     """Samples with the adapters of a service."""
 
     def __init__(
-        self, model: CausalLM, backend: Backend, passes: Passes, *, end_tokens: Sequence[int], tokenizer: Any
+        self,
+        model: CausalLM,
+        backend: Backend,
+        passes: Passes,
+        *,
+        end_tokens: Sequence[int],
+        tokenizer: Any,
+        context: int,
     ) -> None:
-        """`end_tokens` end a completion of a call that names no tokens; `tokenizer`: of transformers, for texts."""
-        self._model, self._passes, self._ends = model, passes, frozenset(end_tokens)
+        """`end_tokens` end a completion of a call that names no tokens. `context`: most tokens of a sequence.
+
+        `tokenizer`: of transformers, for texts that end a completion.
+        """
+        self._model, self._passes, self._ends, self._context = model, passes, frozenset(end_tokens), context
         self._engine = Engine(model, backend, tokenizer=tokenizer) if serves(model) else None
 
     def check(self, operation: Sample) -> None:
         """Raise UserError for a call that cannot be run, before anything runs."""
-        limit, number = context_limit(self._model), len(operation.tokens)
+        limit, number = self._context, len(operation.tokens)
         if self._engine is None:
             raise UserError(f"sampling from {self._model.hf_config.model_type} is not supported by this server")
         if not 0 < number < limit:
@@ -92,7 +101,7 @@ class Sampler:
     def _requests(self, operation: Sample, slot: int) -> list[Request]:
         assert operation.seed is not None, "the engine chooses a seed"
         ends = self._ends if operation.stop_tokens is None else frozenset(operation.stop_tokens)
-        room = context_limit(self._model) - len(operation.tokens)
+        room = self._context - len(operation.tokens)
         return [
             Request(
                 tokens=list(operation.tokens),

@@ -16,7 +16,7 @@ PACKAGES = """
 distlora_kernels distlora.config distlora.system distlora.results distlora.architecture
 distlora.weights distlora.run_folder distlora.rewards distlora.planner distlora.model distlora.parallel distlora.data
 distlora.loading distlora.checkpoint distlora.derive distlora.generation distlora.training distlora.post
-distlora.analysis
+distlora.analysis distlora.serving
 distlora_launcher.terminal distlora_launcher.report distlora_launcher.compose distlora_launcher.importing
 distlora_launcher.launch distlora_launcher.jobs distlora_launcher.studies distlora_launcher.demo distlora_launcher.cli
 distlora_launcher.follow distlora_launcher.api
@@ -45,6 +45,8 @@ HOMES = {
     "jsonschema": "distlora.rewards",
     "matplotlib": "distlora.results distlora_launcher.studies",
     "optuna": "distlora_launcher.studies",
+    "starlette": "distlora.serving distlora_launcher.cli.serve",
+    "uvicorn": "distlora.serving distlora_launcher.cli.serve",
 }
 ONLY_IN_WORKERS = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"} | {
     *("tensorboard", "mlflow", "trackio", "swanlab")

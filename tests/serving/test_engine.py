@@ -259,7 +259,7 @@ def test_faults_of_a_caller_change_nothing(folders: Path, tmp_path: Path) -> Non
         do(Save("a", tmp_path / "first", optimizer=False))
         refused = {
             "did you mean 'cross_entropy'": ForwardBackward("a", [row], "crossentropy"),
-            "lacks logprobs": ForwardBackward("a", [row], "ppo"),
+            "lacks advantages": ForwardBackward("a", [row], "ppo"),
             "holds token 5000": ForwardBackward("a", [replace(row, tokens=row.tokens * 0 + 5000)], "cross_entropy"),
             "model c does not exist": ForwardBackward("c", [row], "cross_entropy"),
             "exists already": CreateModel("a", USERS["a"]),

@@ -460,6 +460,11 @@ def start_http(engine: EngineLike, settings: ServeConfig, base: ServedBase, fold
 
     Raises UserError if the port is taken.
     """
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
     service = Service(engine, settings, base, folder)
     try:
         listener = socket.create_server((settings.host, settings.port), backlog=512)

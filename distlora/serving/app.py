@@ -442,7 +442,10 @@ class Server:
             self.app.service.drop_idle()
 
     def stop(self) -> None:
-        """Refuse new calls, wait for those in flight and their results to be fetched, and close."""
+        """Refuse new calls, wait for those in flight, and close. A second call waits for the first."""
+        if self.app.draining:
+            self._thread.join()
+            return
         service, loop = self.app.service, self._loop
         self.app.draining = True
         log.info("draining calls=%d", sum(service.calls.in_flight.values()))

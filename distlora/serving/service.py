@@ -257,7 +257,7 @@ class Service:
             )
 
             def submit(row: Row) -> Finish:
-                reply = {"type": "load_weights", "path": path, "model_id": model_id}
+                reply: dict[str, object] = {"type": "load_weights", "path": path, "model_id": model_id}
                 return self._step(row, body.integer("seq_id"), Load(model_id, source, with_optimizer), reply)
 
             return self._training_call(owner, model_id, body.integer("seq_id"), data, submit, changes=True)
@@ -427,9 +427,9 @@ class Service:
         operation = wire.sample(body, self.base.stop_tokens)
         scored = wire.last_n(body, len(operation.tokens))
         room = self.base.context - len(operation.tokens)
-        operation = replace(operation, max_tokens=operation.max_tokens or max(room, 1))
-        assert operation.max_tokens is not None
-        self._check_tokens(operation.tokens, operation.max_tokens, "the prompt")
+        most = operation.max_tokens or max(room, 1)
+        operation = replace(operation, max_tokens=most)
+        self._check_tokens(operation.tokens, most, "the prompt")
         sampler_id = body.optional_text("sampling_session_id")
         if sampler_id is None:
             saved = self._weights(owner, body.optional_text("model_path"), body.optional_text("base_model"))
@@ -441,7 +441,7 @@ class Service:
             folder, request_id = sampler["folder"], f"{sampler_id}:{body.integer('seq_id')}"
         if folder is not None:
             operation = replace(operation, weights_folder=self.store.weights / folder)
-        tokens = len(operation.tokens) + operation.num_samples * operation.max_tokens
+        tokens = len(operation.tokens) + operation.num_samples * most
 
         def submit() -> Finish:
             if operation.weights_folder is not None and not operation.weights_folder.is_dir():

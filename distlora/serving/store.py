@@ -204,8 +204,8 @@ class Store:
         expires = None if seconds is None else now + seconds
         with self.transaction() as database:
             database.execute("DELETE FROM checkpoints WHERE folder = ?", (old["folder"] if old else None,))
-            row = (folder.name, model["owner"], model["id"], kind, name, model["base"], model["adapter"])
-            row += (json.dumps(about), size, now, expires, only)
+            row: tuple[object, ...] = (folder.name, model["owner"], model["id"], kind, name, model["base"])
+            row += (model["adapter"], json.dumps(about), size, now, expires, only)
             database.execute("INSERT INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
             reply: dict[str, object] = {"path": path}
             if sampler_seq is not None:

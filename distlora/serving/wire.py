@@ -28,9 +28,9 @@ from distlora.serving.operations import (
 
 JSON, PROTOBUF = "application/json", "application/x-protobuf"
 
-_DTYPES = {1: np.dtype("<f4"), 2: np.dtype("<i8"), 3: np.dtype("<i4")}
+_DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 2: np.dtype("<i8"), 3: np.dtype("<i4")}
 """Of the wire's enum DType; 4 is bfloat16, which the SDK never sends."""
-_INPUTS = {
+_INPUTS: dict[str, np.dtype[Any]] = {
     "target_tokens": np.dtype(np.int64),
     "weights": np.dtype(np.float32),
     "logprobs": np.dtype(np.float32),
@@ -202,7 +202,7 @@ def _tensor(fields: dict[int, list[protobuf.Value]], where: str) -> np.ndarray:
     return values.reshape(shape)
 
 
-def _array(data: memoryview, dtype: np.dtype, where: str) -> np.ndarray:
+def _array(data: memoryview, dtype: np.dtype[Any], where: str) -> np.ndarray:
     require(len(data) % dtype.itemsize == 0, f"{where}: {len(data)} bytes are not a number of {dtype.itemsize} each")
     return np.frombuffer(data, dtype)
 
@@ -216,7 +216,7 @@ def sample(body: Body, default_stops: Sequence[int]) -> Sample:
         require(not body.values.get(name), f"{name} is not supported; leave it out")
     params = body.object("sampling_params")
     stop = params.values.get("stop")
-    stops = [stop] if isinstance(stop, str) else default_stops if stop is None else stop
+    stops: Any = [stop] if isinstance(stop, str) else default_stops if stop is None else stop
     require(
         isinstance(stops, list | tuple) and len(stops) <= 64, "sampling_params.stop is not a list of up to 64 stops"
     )

@@ -439,7 +439,10 @@ class Server:
     async def _clean(self) -> None:
         while True:
             await asyncio.sleep(CLEAN_SECONDS)
-            self.app.service.drop_idle()
+            try:
+                self.app.service.drop_idle()
+            except Exception:  # A full disk, say; the next try comes in a minute.
+                log.exception("cleaning failed")
 
     def stop(self) -> None:
         """Refuse new calls, wait for those in flight, and close. A second call waits for the first."""

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distlora.config import UserError, require
+from distlora.config import require
 from distlora.config.serve import ServeConfig
 from distlora.serving import wire
 from distlora.serving.futures import Call, Calls, Reply, json_reply
@@ -388,7 +388,7 @@ class Service:
                         overwrite=body.flag("overwrite", False),
                         sampler_seq=sampler_seq,
                     )
-                except UserError:
+                except Exception:
                     self.store.remove(folder.name)
                     raise
                 return Reply(self.store.reply(owner, f"{model_id}:{seq}") or b"")

@@ -211,7 +211,7 @@ class Store:
             if sampler_seq is not None:
                 reply = {"sampling_session_id": f"{session}:sample:{sampler_seq}"}
                 sampler = (reply["sampling_session_id"], model["owner"], session, model["base"], folder.name, path, now)
-                database.execute("INSERT INTO samplers VALUES (?, ?, ?, ?, ?, ?, ?)", sampler)
+                database.execute("INSERT OR REPLACE INTO samplers VALUES (?, ?, ?, ?, ?, ?, ?)", sampler)
             reply["type"] = "save_weights" if kind == TRAINING else "save_weights_for_sampler"
             self._add_reply(model["owner"], f"{model['id']}:{seq}", **reply)
         if old is not None:

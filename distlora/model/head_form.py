@@ -15,7 +15,8 @@ from torch import Tensor
 from distlora.architecture.spec import HeadForm
 from distlora.config import UserError
 from distlora.model.hf_model import calls_of
-from distlora.model.lm_head import LossHead, OwnForward
+from distlora.model.lm_head import LossHead
+from distlora.model.own_forward import OwnForward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,83 +37,12 @@ from distlora.architecture.shapes import (
 from distlora.model.adapters import LoRAPair, Replicated, TokenRows, weighted_sum
 from distlora.model.distillation import DistilledLoss, Divergence
 from distlora.model.frozen_linear import TokenMatrix, TokenProduct
+from distlora.model.head_adapters import AdaptedHeadLoss, LowRank, segments_of
+from distlora.model.own_forward import OwnForward
 from distlora.system import randomness
 from distlora_kernels.products import linear, product
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
 IGNORED_LABEL = -100
-
-Product = Callable[[Tensor], Tensor]
-"""(..., H) -> (..., vocabulary): the product with the LM head's weight."""
-
-
-class OwnForward(nn.Module):
-    """Compute logits from hidden states (B, T, H) by the forward of transformers' own model, without its decoder.
-
-    The model here is a copy without decoder and LM head: calls of the decoder return the hidden states, calls of the
-    head go to `product`. Of the other modules those in `beside` stay, with their parameters.
-    """
-
-    def __init__(self, hf_model: PreTrainedModel, decoder: str, beside: Collection[str]) -> None:
-        super().__init__()
-        head = hf_model.get_output_embeddings()
-        first, *inner = decoder.split(".")
-        path = next(path for path, module in hf_model.named_modules() if module is head)
-        self._decoder, self._head = _Stub(hf_model.get_submodule(first), inner), _Stub(head)
-        self.model: Any = _replaced(_replaced(hf_model, first, self._decoder), path, self._head)
-        for name in self.model._modules.keys() - {*beside, path.partition(".")[0]}:
-            del self.model._modules[name]
-
-    def forward(self, hidden: Tensor, product: Product) -> Tensor:
-        """Return the logits (B, T, vocabulary)."""
-        self._decoder.call, self._head.call = (lambda *_, **__: _DecoderOutput((hidden,))), product
-        try:
-            logits: Tensor = self.model(inputs_embeds=hidden).logits
-        finally:
-            self._decoder.call = self._head.call = None
-        return logits
-
-
-class _Stub:
-    """Stands in a model for a module that it calls, whose other attributes it reads.
-
-    No nn.Module: the parameters of the module belong to others. `inner`: names in the module that lead to what may be
-    called instead.
-    """
-
-    def __init__(self, module: nn.Module, inner: Collection[str] = ()) -> None:
-        self._module, self._inner = module, inner
-        self.call: Callable[..., Any] | None = None
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        assert self.call is not None, "called outside of OwnForward.forward"
-        return self.call(*arguments, **keywords)
-
-    def __getattr__(self, name: str) -> Any:
-        return self if name in self._inner else getattr(self._module, name)
-
-    def __deepcopy__(self, _: Any) -> _Stub:
-        return self  # It holds nothing between calls.
-
-
-class _DecoderOutput(tuple[Tensor]):
-    """Output of a decoder: its hidden states, and None for anything else."""
-
-    def __getattr__(self, name: str) -> Tensor | None:
-        return self[0] if name == "last_hidden_state" else None
-
-
-def _replaced(module: nn.Module, path: str, stub: _Stub) -> nn.Module:
-    """Return a copy of a module, sharing its parameters, with a stub at `path`."""
-    first, _, rest = path.partition(".")
-    copied: Any = copy.copy(module)
-    copied._modules = dict(module._modules)
-    child = copied._modules.pop(first)
-    setattr(copied, first, _replaced(child, rest, stub) if rest else stub)
-    return copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,24 +61,6 @@ class LossForm:
 
 
 SUMS = LossForm()
-
-
-class LowRank(NamedTuple):
-    """Adapter of the head for some rows: logits + s (h A^T) B^T."""
-
-    A: Tensor
-    """(r, H) fp32."""
-    B: Tensor
-    """(vocabulary, r) fp32."""
-    scale: float
-
-
-class _Segment(NamedTuple):
-    """Neighbouring rows with the same adapter."""
-
-    rows: slice
-    adapter: int | None
-    """Number in `head.adapters`; None: the base alone."""
 
 
 class LossHead(nn.Module):
@@ -297,9 +207,9 @@ class LossHead(nn.Module):
         flat, targets, tokens = hidden.flatten(0, 1), labels.flatten(), self._tokens_per_chunk(hidden)
         if self.adapters:
             # Of every row, and on every rank: backward gathers a sharded weight.
-            factors = [factor for pair in self._pairs for factor in (pair.A, pair.B)]
-            segments = self._segments(hidden.shape[1])
-            losses = _AdaptedHeadLoss.apply(flat, targets, self, tokens, segments, *factors)
+            factors = [factor for pair in self.pairs for factor in (pair.A, pair.B)]
+            segments = segments_of(self.rows, self.pairs, hidden.shape[1])
+            losses = AdaptedHeadLoss.apply(flat, targets, self, tokens, segments, *factors)
         elif self._is_plain(hidden):
             losses = _PlainLoss.apply(flat, targets, self, tokens, torch.is_grad_enabled())
         elif not torch.is_grad_enabled():
@@ -342,29 +252,19 @@ class LossHead(nn.Module):
         return head
 
     @property
-    def _pairs(self) -> list[LoRAPair]:
+    def pairs(self) -> list[LoRAPair]:
+        """Return the adapters."""
         return [pair for pair in self.adapters.values() if isinstance(pair, LoRAPair)]
-
-    def _segments(self, tokens: int) -> list[_Segment]:
-        """Return the segments of rows of so many tokens each. The host reads the slots."""
-        assert self.rows is not None, "an LM head with adapters and no row choice: set CausalLM's adapter_rows"
-        numbers = {pair.slot: number for number, pair in enumerate(self._pairs)}
-        segments, start = [], 0
-        for adapter, rows in itertools.groupby(self.rows.tolist(), numbers.get):
-            stop = start + tokens * len(list(rows))
-            segments.append(_Segment(slice(start, stop), adapter))
-            start = stop
-        return segments
 
     def adapted_logits(self, hidden: Tensor) -> Tensor:
         """Return `logits` of rows (B, ..., H) that choose adapters."""
         if not self.adapters:
             return self.logits(hidden)
-        pairs = self._pairs
+        pairs = self.pairs
         low_ranks = {number: LowRank(pair.A, pair.B, pair.scaling) for number, pair in enumerate(pairs)}
         parts = [
             self.logits(hidden[rows], low_rank=None if number is None else low_ranks[number])
-            for rows, number in self._segments(1)
+            for rows, number in segments_of(self.rows, pairs, 1)
         ]
         return torch.cat(parts)
 
@@ -568,62 +468,6 @@ class _TrainedHeadLoss(torch.autograd.Function):
             # As large as the weight: free it and its last rows before the next chunk's is made.
             del grad_chunk, more
         return grad_hidden, None, grad_weight.to(weight.dtype), None, None
-
-
-class _AdaptedHeadLoss(torch.autograd.Function):
-    """Token losses (N,) of a frozen head with adapters, whose A and B are `factors`, in turn.
-
-    Backward recomputes each chunk, because the factors' gradient needs the weight of each token's loss.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        labels: Tensor,
-        head: LossHead,
-        tokens_per_chunk: int,
-        segments: list[_Segment],
-        *factors: Tensor,
-    ) -> Tensor:
-        chunks = [
-            (chunk, adapter)
-            for rows, adapter in segments
-            for chunk in (
-                slice(at, min(at + tokens_per_chunk, rows.stop))
-                for at in range(rows.start, rows.stop, tokens_per_chunk)
-            )
-        ]
-        ctx.save_for_backward(hidden, labels, *factors)
-        ctx.head, ctx.chunks, ctx.scales = head, chunks, [pair.scaling for pair in head._pairs]
-        return torch.cat(
-            [
-                head.token_losses(hidden[chunk], labels[chunk], low_rank=_low_rank(factors, ctx.scales, adapter))
-                for chunk, adapter in chunks
-            ]
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, labels, *factors = ctx.saved_tensors
-        of_hidden, of_factors = torch.empty_like(hidden), [torch.zeros_like(factor) for factor in factors]
-        for chunk, adapter in ctx.chunks:
-            with torch.enable_grad():
-                leaves = [hidden[chunk].detach().requires_grad_()]
-                low_rank = _low_rank(factors, ctx.scales, adapter)
-                if low_rank is not None:
-                    leaves += [factor.detach().requires_grad_() for factor in low_rank[:2]]
-                    low_rank = LowRank(leaves[1], leaves[2], low_rank.scale)
-                losses = ctx.head.token_losses(leaves[0], labels[chunk], low_rank=low_rank)
-            of_hidden[chunk], *grown = torch.autograd.grad(losses, leaves, grad_losses[chunk])
-            for number, more in enumerate(grown):
-                of_factors[2 * adapter + number] += more
-        return of_hidden, None, None, None, None, *of_factors
-
-
-def _low_rank(factors: Sequence[Tensor], scales: Sequence[float], adapter: int | None) -> LowRank | None:
-    return None if adapter is None else LowRank(factors[2 * adapter], factors[2 * adapter + 1], scales[adapter])
 
 
 SCORE = "score"

@@ -19,7 +19,8 @@ from distlora.architecture.config_checks import check_train
 from distlora.config import TrainConfig, UserError
 from distlora.model.adapters import TokenRows
 from distlora.model.head_form import HeadForm, head_form, loss_head, tail_of
-from distlora.model.lm_head import IGNORED_LABEL, LossHead, OwnForward
+from distlora.model.lm_head import IGNORED_LABEL, LossHead
+from distlora.model.own_forward import OwnForward
 from distlora.parallel import Ranks, Shards
 from support.family_models import architecture
 from support.small_models import use_chunks_of

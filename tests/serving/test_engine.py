@@ -31,6 +31,7 @@ from distlora.serving.operations import (
     OptimStep,
     Row,
     Sample,
+    SampleResult,
     Save,
     Unload,
 )
@@ -105,7 +106,10 @@ def run_users(ranks: Ranks, *, folder: Path, users: Sequence[str]) -> Trained:
     engine = started(ranks, folder, limits=EngineLimits(micro_batch_tokens=64))
     futures: dict[str, list[Any]] = {user: [] for user in users}
     if ranks.rank == 0:
-        calls = {user: [CreateModel(user, USERS[user]), *calls_of(user)] for user in users}
+        last = Sample([7, 8, 9, 10], num_samples=2, max_tokens=5, seed=3, stop_tokens=[], prompt_logprobs=True)
+        calls = {
+            user: [CreateModel(user, USERS[user]), *calls_of(user), replace(last, model_id=user)] for user in users
+        }
         for at in range(max(map(len, calls.values()))):
             for user in users:
                 futures[user] += [engine.submit(each) for each in calls[user][at : at + 1]]
@@ -128,6 +132,11 @@ def assert_same_users(actual: Trained, expected: Trained) -> None:
                 # Relative to the sum of magnitudes: the losses of a policy gradient have both signs and may cancel.
                 size = sum(np.abs(losses).sum() for losses in other.losses)
                 assert abs(ours.metrics["loss:sum"] - other.metrics["loss:sum"]) <= 1e-6 * size
+            elif isinstance(other, SampleResult):
+                np.testing.assert_allclose(ours.prompt_logprobs[1:], other.prompt_logprobs[1:], atol=1e-5)
+                for sequence, expected in zip(ours.sequences, other.sequences, strict=True):
+                    assert sequence.tokens == expected.tokens
+                    np.testing.assert_allclose(sequence.logprobs, expected.logprobs, atol=1e-5)
         assert_adapters_close(actual[user][1], adapter)
 
 
@@ -282,5 +291,22 @@ def test_faults_of_a_caller_change_nothing(folders: Path, tmp_path: Path) -> Non
         assert contents[0] == contents[1]
 
 
-def test_rounds_are_fair_and_keep_the_order_of_a_model() -> None:
+def test_rounds_are_fair_and_keep_the_order_of_a_model(folders: Path) -> None:
     assert cut([3, 9, 4, 2], world=2, most_tokens=8) == [[[1], [2]], [[0], [3]]]
+    engine = started(SINGLE, folders / "llama", limits=EngineLimits(round_tokens=50))
+    row = Row(np.full(30, 5), {"target_tokens": np.full(30, 6), "weights": np.ones(30, np.float32)})
+    call, step = ForwardBackward("a", [row], "cross_entropy"), OptimStep("a")
+    for user in "ab":
+        engine.submit(CreateModel(user, USERS[user]))
+    for operation in (call, step, call, call):
+        engine.submit(operation)
+    engine.submit(replace(call, model_id="b"))
+    engine.submit(replace(step, model_id="b")).cancel()
+    rounds = [[(type(each).__name__, each.model_id) for each, _ in engine._take() or []] for _ in range(4)]
+    forward = "ForwardBackward"
+    assert rounds == [
+        [("CreateModel", "a"), ("CreateModel", "b"), (forward, "a")],
+        [("OptimStep", "a"), (forward, "b")],  # 30 tokens of b, which had none, leave too few for those of a.
+        [(forward, "a")],
+        [(forward, "a")],
+    ]

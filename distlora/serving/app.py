@@ -78,7 +78,7 @@ _PAGE = (("offset", "0"), ("limit", "100"))
 
 @dataclass(slots=True)
 class Figures:
-    """What /metrics shows of the requests."""
+    """Figures of the requests in /metrics."""
 
     count: Counter[tuple[str, int]] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)

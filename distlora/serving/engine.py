@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from distlora.config import ModelSpec, UserError
 from distlora.generation.prompts import context_limit
@@ -391,6 +392,8 @@ class Engine:
         if isinstance(operation, CreateModel):
             if model_id in self._models:
                 raise UserError(f"model {model_id} exists already")
+            if operation.adapter.unembed and self._backend.sharded and not isinstance(self._model.head, FSDPModule):
+                raise UserError("train_unembed=True needs a base sharded by FSDP2 or whole; set train_unembed=False")
             self._hold(model_id, self._made(operation.adapter))
             return None
         if isinstance(operation, Unload):

@@ -1,4 +1,4 @@
-"""What the launcher hands to the workers of `distlora serve`. Imports no torch."""
+"""Define the request that the launcher hands to the workers of `distlora serve`. Imports no torch."""
 
 from dataclasses import dataclass
 

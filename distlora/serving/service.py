@@ -35,7 +35,7 @@ SEED_BITS = 31
 
 
 class EngineLike(Protocol):
-    """What the service needs of the engine."""
+    """Methods of the engine that the service calls."""
 
     def submit(self, operation: Operation) -> Future[Any]:
         """Queue an operation behind the model's others, and return its result to come."""
@@ -46,7 +46,7 @@ class EngineLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServedBase:
-    """What clients are told of the base."""
+    """Facts about the base that clients are told."""
 
     names: tuple[str, ...]
     """Names by which clients ask for it; the first one is told to those who do not."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from distlora.config import TrainConfig
+from distlora.config import ModelConfig, ModelSpec, QuantConfig, TrainConfig
 from distlora.config.serve import ServeConfig
 from distlora.parallel import Ranks
 from distlora.serving.app import start_http
@@ -19,7 +19,7 @@ from distlora.serving.keys import add_users
 from distlora.serving.operations import Adapter, CreateModel, ForwardBackward, OptimStep, Row, Sample
 from distlora.serving.service import ServedBase
 from distlora.training.setup import StartOptions, start_model
-from support.small_models import VOCABULARY, config_with
+from support.small_models import VOCABULARY
 
 tinker = pytest.importorskip("tinker", reason="the official client is not installed: pip install 'tinker>=0.38,<0.39'")
 types = tinker.types
@@ -28,7 +28,7 @@ STEPS = 3
 
 def started(folder: Path) -> Engine:
     """Return an engine on the tiny model, on one rank."""
-    spec = config_with({"model": {"path": str(folder)}, "train": {"dtype": "fp32"}, "quant": {"cache": False}}, {}).spec
+    spec = ModelSpec(model=ModelConfig(path=str(folder)), quant=QuantConfig(cache=False), dtype="fp32")
     train = TrainConfig(router_aux_loss=0.0, dtype="fp32")
     ranks = Ranks(0, 1, torch.device("cpu"), None)
     model, backend, _ = start_model(spec, ranks, StartOptions(for_slots=True), train=train)

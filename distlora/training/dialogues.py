@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from distlora.config import UserError
 from distlora.data.chat_template import Message
 from distlora.data.turn_writer import TurnWriter, call_id
 from distlora.generation.sampling import Request, Sample
@@ -99,7 +100,7 @@ class DialogueSampler:
             spoken = self._spoken([(dialogues[index], inputs(index, dialogues[index])) for index in owned], counts)
             first = len([index for index in going if index < mine.start])
             tokens = {
-                first + place: self._tokens(requests[index], dialogues[index], messages)
+                first + place: self._tokens(requests[index], dialogues[index], messages, counts)
                 for place, (index, messages) in enumerate(zip(owned, spoken, strict=True))
             }
             for index, reply in zip(going, self.gather(tokens, len(going)), strict=True):
@@ -134,7 +135,9 @@ class DialogueSampler:
             for reason in (next(iter(reply)) for reply in replies if "value" not in reply):
                 counts[f"environment/{reason}"] += 1
             return [reply.get("value") for reply in replies]
-        texts = [self.tokenizer.decode(dialogue.last_turn) for dialogue, _ in dialogues]
+        texts = [
+            self.tokenizer.decode(dialogue.last_turn, clean_up_tokenization_spaces=False) for dialogue, _ in dialogues
+        ]
         calls = [self.writer.calls.read(text) for text in texts]
         made = [(call.name, call.arguments) for each in calls for call in each if call.error is None]
         results = iter(self.pool.call(made))
@@ -153,12 +156,20 @@ class DialogueSampler:
             spoken.append(messages)
         return spoken
 
-    def _tokens(self, request: Request, dialogue: Dialogue, spoken: list[Message] | None) -> Sample:
+    def _tokens(
+        self, request: Request, dialogue: Dialogue, spoken: list[Message] | None, counts: dict[str, int]
+    ) -> Sample:
         """Return messages as tokens up to the next turn, none if that has no room then; `ended` without messages."""
         assert self.writer is not None
         tokens = _FAULT if spoken is None else list[int]()
         if spoken:
-            tokens = self.writer.tokens(spoken, dialogue.tokens[-1], self.stops)
+            try:
+                tokens = self.writer.tokens(spoken, dialogue.tokens[-1], self.stops)
+            except UserError as error:  # A role that the template refuses there. The other ranks wait for this one.
+                metric = "tools/invalid" if self.writer.calls else "environment/invalid"
+                self.pool.log_once("a reply", metric, str(error), "its dialogue")
+                counts[metric] += 1
+                return Sample(_FAULT, [0.0], False)
             dialogue.messages += spoken
             if len(dialogue.tokens) + len(tokens) >= request.max_new_tokens:
                 tokens = []

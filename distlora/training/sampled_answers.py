@@ -58,7 +58,9 @@ class Rollout:
         """Read the file of a checkpoint. Raises UserError for a file that is none."""
         remedy = "move its folder out of the run folder, then the checkpoint before it is used"
         stored, names = read_header(path, remedy=remedy), {item.name for item in fields(cls)}
-        if stored.keys() != names or any(segment.dtype not in TORCH_DTYPES for segment in stored.values()):
+        if stored.keys() | {"written"} != names or any(
+            segment.dtype not in TORCH_DTYPES for segment in stored.values()
+        ):
             raise UserError(
                 f"{path} is damaged: it holds {', '.join(stored)}, not {', '.join(sorted(names))}; {remedy}"
             )
@@ -69,6 +71,7 @@ class Rollout:
                 else np.zeros(segment.shape, np.int64)  # Rewards, where there are none.
                 for name, segment in stored.items()
             }
+        arrays.setdefault("written", np.ones(len(arrays["logps"]), np.int64))  # Of a run before there were dialogues.
         return cls(**arrays | {"step": arrays["step"].reshape(()), "rewards": arrays["rewards"].view(np.float64)})
 
     def __len__(self) -> int:
@@ -102,7 +105,7 @@ class Rollout:
         others have.
         """
         if self.rewards.shape[1] == 0:  # They are trained on without rewards.
-            return np.zeros(len(self), np.float64)
+            return np.where(self.failed == 0, 0.0, math.nan)
         applies = (~np.isnan(self.rewards)).any(axis=1)
         return np.where(applies & (self.failed == 0), sums_of_rewards(self.rewards, weights), math.nan)
 

@@ -340,6 +340,31 @@ def test_a_tool_that_fails_gives_its_error_to_the_model(mine: Path) -> None:
     assert text.endswith("<tool_response>\n5 m\n</tool_response><|im_end|>\n<|im_start|>assistant\nDone.<|im_end|>")
 
 
+def test_a_role_that_the_template_refuses_costs_its_dialogue(mine: Path) -> None:
+    encode, lines = chat_tokenizer(), []  # type: ignore[var-annotated]
+    data = DataConfig(path="-", environment="mine.Game", reward_processes=1)
+    chat = ChatTemplate(encode, "base", "gemma2")
+    with RewardPool(data, log=lines.append) as pool:
+        sampler = DialogueSampler(
+            tokenizer=encode,
+            stops=chat.end_of_turn(),
+            pool=pool,
+            ranks=SINGLE,
+            gather=lambda samples, count: [samples[index] for index in range(count)],
+            writer=TurnWriter(chat, encode),
+            max_turns=3,
+        )
+        tokens = [*encode("Hello", add_special_tokens=False).input_ids, *chat.end_of_turn()]
+        dialogues, counts = sampler.run(
+            [Request([5], 0, 300)],
+            lambda index, dialogue: RewardInput(prompt=[], completion=dialogue.messages, columns={"turns": 3}),
+            lambda requests: [Sample(tokens, [-1.0] * len(tokens), True) for _ in requests],
+            lambda phase: None,
+        )
+    assert (dialogues[0].failed, counts["environment/invalid"]) == (True, 1)
+    assert "its dialogue is left out (counted in environment/invalid" in "".join(lines)
+
+
 def test_half_a_surrogate_pair_in_a_reply_does_not_end_the_run() -> None:
     encode = chat_tokenizer()
     writer = TurnWriter(ChatTemplate(encode, "base", "chatml"), encode)

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import threading
 import time
+import typing
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from distlora.config import ModelSpec, UserError
@@ -29,6 +29,7 @@ from distlora.model.build import CausalLM
 from distlora.parallel import Backend, from_rank_0, watch
 from distlora.serving.adapters import ServedAdapter, adapter_config, check_whole, read_saved
 from distlora.serving.losses import check_call
+from distlora.serving.messages import shared
 from distlora.serving.operations import (
     Adapter,
     CreateModel,
@@ -339,13 +340,7 @@ class Engine:
 
     def _shared(self, operations: list[Operation | _Park] | None) -> list[Operation | _Park] | None:
         """Return rank 0's operations on every rank."""
-        group = self._backend.ranks.control
-        if group is None:
-            return operations
-        message: list[Any] = [operations]
-        dist.broadcast_object_list(message, group=group, group_src=0, device=torch.device("cpu"))
-        received: list[Operation | _Park] | None = message[0]
-        return received
+        return shared(operations, (*typing.get_args(Operation), _Park), self._backend.ranks)
 
     def _round(self, operations: Sequence[Operation | _Park], futures: Sequence[Future[Any] | None]) -> None:
         """Run a round's operations, whose futures rank 0 has."""

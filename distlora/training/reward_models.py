@@ -194,7 +194,7 @@ class ClassifierScorer:
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-        self._model = model.to(device).eval().requires_grad_(False)
+        self._model = model.to(device).requires_grad_(False).train(False)
         self.weights: list[Tensor] = [parameter.data for parameter in model.parameters()]
         self._pad = self._model.config.get_text_config().pad_token_id
         self._longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)

@@ -79,8 +79,9 @@ class Rollout:
 
     @property
     def written_lengths(self) -> np.ndarray:
-        """(N,) int64: tokens of each answer that the model wrote. An answer has one token at least."""
-        return np.add.reduceat(self.written, np.cumsum(self.lengths) - self.lengths)
+        """(N,) int64: tokens of each answer that the model wrote."""
+        answers = np.repeat(np.arange(len(self)), self.lengths)
+        return np.bincount(answers, self.written, len(self)).astype(np.int64)
 
     def with_answers(self, places: np.ndarray, others: Rollout, chosen: np.ndarray) -> Rollout:
         """Return it with the answers at `places` (n,) replaced by those at `chosen` (n,) of another rollout."""

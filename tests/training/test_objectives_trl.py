@@ -32,7 +32,7 @@ from distlora.training.loop import prepare as prepare_objective
 from distlora.training.objectives import objective_of
 from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
-from distlora.weights.peft_folder import read_teacher
+from distlora.weights.peft_folder import read_adapter_beside
 from support.closeness import assert_close, assert_losses_close
 from support.family_models import SINGLE
 from support.peft_models import write_adapter
@@ -367,9 +367,9 @@ def test_a_teacher_is_the_base_with_another_adapter_of_any_rank(folders: Path, t
     qv = dataclasses.replace(config.adapter, target_modules="qv")
     architecture = architecture_of(json.loads((folders / "llama/config.json").read_text()), "llama")
     with pytest.raises(UserError, match=r"train.teacher=.* adapts model.layers.0.mlp.down_proj .*=qv does not"):
-        read_teacher(teacher, qv, "nf4", architecture)
+        read_adapter_beside("train.teacher", teacher, qv, "nf4", architecture)
     with pytest.raises(UserError, match=r"train\.teacher"):
-        read_teacher(tmp_path / "none", config.adapter, "nf4", architecture)
+        read_adapter_beside("train.teacher", tmp_path / "none", config.adapter, "nf4", architecture)
 
 
 def identity(config: Config) -> Identity:

@@ -15,6 +15,7 @@ from distlora_launcher.compose.checks import check_model, check_parallel, gpu_co
 from distlora_launcher.compose.compose import UNSET, compose_config, compose_section, expand_home
 from distlora_launcher.compose.hub import localize
 from distlora_launcher.launch.workers import run_workers
+from distlora_launcher.terminal.arguments import nearest_option
 
 WORKER, ENTRY = "distlora.serving.worker:main", "distlora.system.command_worker"
 MAX_RESTARTS = 100
@@ -38,6 +39,9 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE.rstrip())
         return DONE
+    for word in arguments:
+        if word.startswith("-"):
+            raise UserError(f"there is no option {word}{nearest_option(word, ['--help'])}; settings have no dashes")
     request, processes = compose_request([expand_home(word) for word in arguments])
     folder = Path(request.serve.folder)
     for user, key in add_users(folder, request.serve.users).items():

@@ -22,7 +22,7 @@ RECIPES = CONF / "recipe"
 GB = 1e9
 MODEL_FREE = {"dpo", "grpo", "kto", "orpo", "qlora", "reward", "simpo"}
 """Recipes that name no model, and so claim no GPU."""
-# `serve` trains nothing itself; tests/serving composes it.
+# `serve` trains nothing itself: docs/service.md has its command.
 NAMES = sorted({path.stem for path in RECIPES.glob("*.yaml")} - {"serve"})
 NAMED = [name for name in NAMES if name not in MODEL_FREE]
 

@@ -132,17 +132,13 @@ class Block(Wrapper):
     @contextlib.contextmanager
     def _as_started(self) -> Iterator[None]:
         """Use the adapters' initial values within this context. Autograd's saved Parameters stay in place."""
-        now = {parameter: parameter.data for parameter in self.started}
         assert self.reference is not None
         self.context.uses_start, self.context.uses_base = True, self.reference.rows is not None
         try:
-            for parameter, start in self.started.items():
-                parameter.data = start
-            yield
+            with computing_with(self.started):
+                yield
         finally:
             self.context.uses_start = self.context.uses_base = False
-            for parameter, value in now.items():
-                parameter.data = value
 
     def forget_rows(self) -> None:
         """Clear the rows of the last forward."""
@@ -435,3 +431,16 @@ class _Offloaded:
     def __del__(self) -> None:
         self.leave()
         self._store.give_back(self._place)
+
+
+@contextlib.contextmanager
+def computing_with(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Use these values of parameters within this context."""
+    now = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in now.items():
+            parameter.data = value

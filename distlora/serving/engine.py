@@ -267,7 +267,8 @@ class Engine:
                         self._on_stop()
                     is_stopping = True
                 taken = self._take() if self._backend.writes else []
-                operations = self._shared(None if taken is None else [operation for operation, _ in taken])
+                sent = None if taken is None else [operation for operation, _ in taken]
+                operations = shared(sent, (*typing.get_args(Operation), _Park), self._backend.ranks)
                 if operations is None:
                     break
                 self._round(operations, [future for _, future in taken or []])
@@ -337,10 +338,6 @@ class Engine:
         """Return whether a model has gradients that no optimizer step has taken."""
         adapter = self._models.get(model_id)
         return not isinstance(adapter, ServedAdapter) or adapter.has_gradients
-
-    def _shared(self, operations: list[Operation | _Park] | None) -> list[Operation | _Park] | None:
-        """Return rank 0's operations on every rank."""
-        return shared(operations, (*typing.get_args(Operation), _Park), self._backend.ranks)
 
     def _round(self, operations: Sequence[Operation | _Park], futures: Sequence[Future[Any] | None]) -> None:
         """Run a round's operations, whose futures rank 0 has."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ import numpy as np
 import safetensors
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from distlora.architecture.tokens import load_tokenizer
 from distlora.config import DataConfig, ModelSpec, UserError
@@ -30,6 +29,7 @@ from distlora.generation.engine import aside
 from distlora.generation.prompts import PromptEncoder
 from distlora.loading.peft_format import values_beside
 from distlora.model.build import DTYPES, CausalLM
+from distlora.model.layer_wrapper import computing_with
 from distlora.parallel import Backend, watch
 from distlora.parallel.ranks import max_over_ranks
 from distlora.rewards.models import check_reward_models, read_reward_adapter, reward_adapter
@@ -233,19 +233,6 @@ def chat_tokens(template: ChatTemplate, tokenizer: Any, sample: RewardInput, too
     text = template.render("an answer", [*sample.prompt, *sample.completion], tools)
     ids: list[int] = tokenize(tokenizer, [text]).input_ids[0]
     return ids
-
-
-@contextmanager
-def computing_with(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Use these values of parameters within this context."""
-    now = {parameter: parameter.data for parameter in values}
-    try:
-        for parameter, value in values.items():
-            parameter.data = value
-        yield
-    finally:
-        for parameter, value in now.items():
-            parameter.data = value
 
 
 def open_reward_models(

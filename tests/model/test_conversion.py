@@ -39,7 +39,7 @@ from distlora.weights.conversion import (
 from distlora.weights.reader import Reader
 from support.closeness import relative_error
 from support.family_models import edit_config, hf_model, load_ours, our_logits, tokens, write_family_folder
-from support.model_types import CAUSAL, COMPOSITES, UNBUILDABLE, VARIANTS, config_of
+from support.model_types import CAUSAL, COMPOSITES, UNBUILDABLE, VARIANTS, config_of, on_page
 from support.tiers import ci
 
 
@@ -53,7 +53,7 @@ EXPERTS = 12
 """More than ten: by plain sorting, expert 10 would come before expert 2."""
 
 
-NAMES = [name for name in (*CAUSAL, *COMPOSITES, *VARIANTS) if name not in UNBUILDABLE]
+NAMES = [name for name in on_page((*CAUSAL, *COMPOSITES, *VARIANTS)) if name not in UNBUILDABLE]
 SEAMS = {"mixtral", "qwen3_moe", "lara_mini", "sarvam_moe", "hrm_text", "inkling2_text", "zamba", "youtu", "kimi_k25"}
 """Types of which transformers merges, cuts, interleaves, shares or zeroes something on load; one with images."""
 CUT = {"lara_mini", "sarvam_moe", "hrm_text", "inkling2_text", "kimi_k25", "mistral_large4"}

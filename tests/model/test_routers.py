@@ -44,7 +44,7 @@ from distlora.model.adapters import adapter_parameters
 from distlora.training.expert_load import ExpertLoad
 from support.closeness import assert_close
 from support.family_models import edit_config
-from support.model_types import CAUSAL, COMPOSITES, config_of
+from support.model_types import CAUSAL, COMPOSITES, config_of, on_page
 from support.tiers import ci
 
 
@@ -223,7 +223,7 @@ def test_every_type_with_a_balancing_loss_is_in_the_table() -> None:
         spec = importlib.util.find_spec(module)
         return spec is not None and "load_balancing_loss_func(" in Path(str(spec.origin)).read_text()
 
-    assert {name for name in [*CAUSAL, *COMPOSITES] if has_loss(name)} == {*BALANCED, *UNBALANCED}
+    assert {name for name in on_page([*CAUSAL, *COMPOSITES]) if has_loss(name)} == {*BALANCED, *UNBALANCED}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 import distlora
 from distlora.config import UserError
 from distlora.derive.shrink import build, build_on_meta, decoder_layers, layer_kinds, read_settings, shrink
-from support.model_types import CAUSAL, COMPOSITES, UNBUILDABLE, VARIANTS, config_of
+from support.model_types import CAUSAL, COMPOSITES, UNBUILDABLE, VARIANTS, config_of, on_page
 from support.tiers import ci
 
 # Windows, an expert share, latent attention with dense layers first, shared keys, periods, mixers, a scaled head,
@@ -21,7 +21,7 @@ SEAMS = {
     *("gemma2", "qwen2_moe", "deepseek_v3", "gemma4_text@shared", "jamba", "qwen3_5_text@raw", "granite@scaled"),
     *("qwen3_vl", "zamba", "nemotron_h", "llama4_text@dense+moe", "phi3@longrope"),
 }
-NAMES = [name for name in (*CAUSAL, *COMPOSITES, *VARIANTS) if name not in UNBUILDABLE]
+NAMES = [name for name in on_page((*CAUSAL, *COMPOSITES, *VARIANTS)) if name not in UNBUILDABLE]
 _ENTRIES = json.loads((resources.files(distlora) / "architecture/known_models.json").read_text())
 KNOWN: dict[str, dict[str, Any]] = {entry["names"][0]: entry for entry in _ENTRIES}
 

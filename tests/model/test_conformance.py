@@ -1,7 +1,7 @@
 """Every text decoder of the installed transformers, at the settings of its class: all checks of `distlora check`.
 
-docs/models.md, which `tests/tools/conformance_page.py` writes, has a row for each; the types of a newer transformers wait for
-that.
+docs/models.md, which `tests/tools/conformance_page.py` writes, has a row for each. The types of a
+newer transformers wait for theirs.
 """
 
 import json

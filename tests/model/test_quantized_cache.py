@@ -408,7 +408,8 @@ def test_least_recently_used_entry_is_removed_first(folders: Path, tmp_path: Pat
     config = config_for(folders / "llama", cache, quant={"cache_gb": 2.6e-3})
     started = start(SINGLE, config=config)
     kept = {entry.key for entry in entries(cache)}
-    assert len(kept) == 3 and kept > {f"{number:064x}" for number in (2, 3)}
+    assert len(kept) == 3
+    assert kept > {f"{number:064x}" for number in (2, 3)}
     assert sum("org/base-1" in line for line in started.said) == 1
     assert start(SINGLE, config=config).loaded.from_cache
     # The own entry is used now: another base's start would find it in use.

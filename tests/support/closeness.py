@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -38,17 +39,19 @@ def assert_losses_close(actual: Iterable[float], expected: Iterable[float], *, r
 def assert_adapters_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, factor: float = 1.0) -> None:
     """Compare adapters after up to 10 AdamW steps in fp32 (Frobenius norm, relative to `expected`).
 
-    All together may differ by 2e-6 and any one tensor by 1e-5, times `factor`.
+    All together may differ by 2e-6 and any one tensor by 1e-5, times `factor`. A tensor below a twentieth of the median
+    one is held to 1e-5 of that twentieth: its gradient is a sum that cancels, whose rounding is that of its terms.
     """
     assert actual.keys() == expected.keys()
     together = relative_error(
         torch.cat([actual[name].flatten() for name in expected]), torch.cat([t.flatten() for t in expected.values()])
     )
-    worst = max(expected, key=lambda name: relative_error(actual[name], expected[name]))
     assert together <= 2e-6 * factor, f"all adapters together are {together:.1e} apart"
-    assert relative_error(actual[worst], expected[worst]) <= 1e-5 * factor, (
-        f"{worst} is {relative_error(actual[worst], expected[worst]):.1e} apart"
-    )
+    norms = {name: float(tensor.double().norm()) for name, tensor in expected.items()}
+    least = statistics.median_low(norms.values()) / 20
+    for name, norm in norms.items():
+        error = float((actual[name].double() - expected[name].double()).norm()) / max(norm, least)
+        assert error <= 1e-5 * factor, f"{name} is {error:.1e} apart"
 
 
 def adapter_of(run_dir: Path) -> dict[str, Tensor]:

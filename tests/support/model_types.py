@@ -43,7 +43,7 @@ MODELS_PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encod
 def on_page(names: Iterable[str]) -> list[str]:
     """Return the types that docs/models.md has a row for: not those that came with a newer transformers.
 
-    A release of transformers fails no test by its new types alone; tests/tools/conformance_page.py adds them to the page.
+    A release of transformers fails no test by its new types alone. tests/tools/conformance_page.py adds their rows.
     """
     return [name for name in names if f"| `{name}` |" in MODELS_PAGE]
 

@@ -249,6 +249,21 @@ def test_trials_that_fail_are_recorded_with_their_reason_and_the_others_run(tmp_
 
 
 @pytest.mark.usefixtures("fake_trials")
+def test_a_sweep_without_a_complete_trial_is_not_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sweep = sweep_at(tmp_path / "s", Values("name", ("refused", "diverges")))
+    assert work(sweep) == 0
+    capsys.readouterr()
+    assert main(["status", str(sweep.folder), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["state"], status["best"], status["next"]) == ("failed", None, f"distlora report {sweep.folder}")
+    assert main(["status", str(sweep.folder)]) == 0
+    says = "has ended, and no trial of it was trained to its end"
+    assert says in capsys.readouterr().out
+    assert main(["report", str(sweep.folder)]) == 0
+    assert says in (sweep.folder / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("fake_trials")
 def test_a_trial_that_falls_behind_is_pruned_and_one_that_leads_is_not(tmp_path: Path):
     sweep = sweep_at(tmp_path / "s", Values("optim.lr", (1e-3, 1e-1, 2e-3)), pruner="median", pruner_warmup=1, trials=3)
     assert work(sweep) == 0

@@ -37,6 +37,8 @@ from distlora_launcher.terminal.output import say, shown, warn
 RESULTS_MD = "results.md"
 CONCLUSION_NAME = "conclusion.json"
 """File in SWEEP with the source's conclusion for programs (Source.figures), if there is one."""
+ENDED = {"done": "is done", "failed": "has ended, and no trial of it was trained to its end"}
+"""Sentences about a sweep that has ended, by its state."""
 LONGEST_REASON = 100
 """Most characters of a reason in the terminal; results.md has all of it."""
 
@@ -98,7 +100,8 @@ class SweepStatus:
 
     sweep: Sweep
     state: str
-    """running (a worker is alive), queued (in SLURM), done, or stopped (something is left to do)."""
+    """running (a worker is alive), queued (in SLURM), stopped (something is left to do), done (a trial is complete), or
+    failed (all trials have ended, and none is complete)."""
     workers: list[Process]
     jobs: list[Job]
     """Live tasks of its SLURM array."""
@@ -111,8 +114,10 @@ class SweepStatus:
         best = best_of(self.sweep, self.trials)
         if self.state in ("running", "queued"):
             return f"distlora cancel {folder}"
-        if self.state == "stopped" or best is None:
-            return f"distlora resume {folder}" if self.state == "stopped" else f"distlora report {folder}"
+        if self.state == "stopped":
+            return f"distlora resume {folder}"
+        if best is None:
+            return f"distlora report {folder}"
         return f"distlora generate {shown(self.sweep.run_dir(best.number))}"
 
 
@@ -126,10 +131,19 @@ def sweep_status(folder: Path) -> SweepStatus:
             trials[index] = dataclasses.replace(trial, step=read_figures(sweep.run_dir(trial.number)).step)
     is_over = not any(trial.is_open for trial in trials) and make_source(sweep).next(trials) is NextAction.END
     jobs = jobs_in_slurm(folder)
-    state = "running" if workers else "queued" if jobs else "done" if is_over else "stopped"
+    state = state_of(workers, jobs, trials, is_over=is_over)
     if state == "stopped":
         trials = at_rest(trials)
     return SweepStatus(sweep=sweep, state=state, workers=workers, jobs=jobs, trials=trials)
+
+
+def state_of(workers: Sequence[Process], jobs: Sequence[Job], trials: Sequence[TrialRecord], *, is_over: bool) -> str:
+    """Return the state of a sweep (SweepStatus.state). `is_over`: its source has nothing more to try."""
+    if workers or jobs:
+        return "running" if workers else "queued"
+    if not is_over or not trials or any(trial.is_open for trial in trials):
+        return "stopped"
+    return "done" if any(trial.state == COMPLETE for trial in trials) else "failed"
 
 
 def jobs_in_slurm(folder: Path) -> list[Job]:
@@ -146,8 +160,8 @@ def describe_status(status: SweepStatus) -> str:
     how = {
         "running": f"is running on {where}",
         "queued": "waits in SLURM",
-        "done": "is done",
         "stopped": "is not done, and no worker runs",
+        **ENDED,
     }[status.state]
     lines = [f"{shown(status.sweep.folder)} {how}"]
     for job in status.jobs:
@@ -217,21 +231,19 @@ def standing(folder: Path, trials: Sequence[TrialRecord], *, is_over: bool, has_
     workers = [] if has_ended else holders(folder)
     jobs = [] if has_ended else jobs_in_slurm(folder)
     commands = [(f"distlora report {name}", "write this report again")]
+    state = state_of(workers, jobs, trials, is_over=is_over)
     if workers or jobs:
-        state = "running" if workers else "queued"
         headline = "waits in SLURM as " + ", ".join(job.job_id for job in jobs)
         if workers:
             headline = "is running on " + ", ".join(f"{worker.host} (pid {worker.pid})" for worker in workers)
         commands.insert(0, (f"distlora cancel {name}", "have it save and stop"))
         commands.insert(0, (f"distlora status {name}", "how it stands now"))
-    elif not is_over or not trials or any(trial.is_open for trial in trials):
-        state, headline = "stopped", "has stopped before its end"
+    elif state == "stopped":
+        headline = "has stopped before its end"
         resume = "go on with it: trials that were begun from their newest checkpoints"
         commands.insert(0, (f"distlora resume {name}", resume))
-    elif any(trial.state == COMPLETE for trial in trials):
-        state, headline = "done", "is done"
     else:
-        state, headline = "failed", "has ended, and no trial of it was trained to its end"
+        headline = ENDED[state]
     return PageStatus(state=state, headline=headline, commands=tuple(commands))
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,12 @@ SECONDS = 300.0
 
 
 class NotServed(RuntimeError):
-    """A server that ended before it answered; the message has the error from its log."""
+    """A server that ended before it answered, or never did."""
 
 
 @contextlib.contextmanager
 def vllm_server(base: Path, log: Path, *flags: str) -> Iterator[str]:
-    """Serve a base in fp32 with LoRA within this context: its URL. Raises NotServed with the error in `log`."""
+    """Serve a base in fp32 with LoRA within this context: its URL. Raises NotServed."""
     port = free_port()
     command = [str(VLLM), "serve", str(base), "--host=127.0.0.1", f"--port={port}", "--dtype=float32", "--enable-lora"]
     command += ["--max-lora-rank=16", "--max-loras=2", "--max-model-len=256", "--max-num-seqs=16", "--enforce-eager"]
@@ -34,18 +34,32 @@ def vllm_server(base: Path, log: Path, *flags: str) -> Iterator[str]:
     settings |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(log.parent / "cache"), "VLLM_HOST_IP": "127.0.0.1"}
     # Not the tests' own variables; without a compiler, as nothing here is called often enough to be worth compiling.
     environment = {key: os.environ[key] for key in ("PATH", "HOME")} | settings | {"TORCH_COMPILE_DISABLE": "1"}
+    url = f"http://127.0.0.1:{port}"
+    with serving([*command, *flags], f"{url}/health", log, environment):
+        yield url
+
+
+@contextlib.contextmanager
+def serving(
+    command: Sequence[str], health: str, log: Path, environment: Mapping[str, str], *, seconds: float = SECONDS
+) -> Iterator[None]:
+    """Run a server within this context, from its first answer at the URL `health` on. Raises NotServed.
+
+    The output goes to `log`, and the command runs in its folder.
+    """
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [*command, *flags], stdout=out, stderr=out, env=environment, cwd=log.parent, start_new_session=True
+            command, stdout=out, stderr=out, env=environment, cwd=log.parent, start_new_session=True
         )
         try:
-            url = f"http://127.0.0.1:{port}"
-            end = time.monotonic() + SECONDS
-            while not _answers(url):
-                if process.poll() is not None or time.monotonic() > end:
-                    raise NotServed(_error_in(log))
+            end = time.monotonic() + seconds
+            while not _answers(health):
+                if (code := process.poll()) is not None:
+                    raise NotServed(f"{command[0]} ended with code {code}: {_end_of(log)}")
+                if time.monotonic() > end:
+                    raise NotServed(f"{command[0]} is not up after {seconds:g} s: {_end_of(log)}")
                 time.sleep(0.5)
-            yield url
+            yield
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -58,17 +72,17 @@ def vllm_server(base: Path, log: Path, *flags: str) -> Iterator[str]:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
+        with urllib.request.urlopen(url, timeout=5):
             return True
     except OSError:
         return False
 
 
-def _error_in(log: Path) -> str:
-    """Return the last error line of a server's log, else its end."""
+def _end_of(log: Path) -> str:
+    """Return the last error line of a server's log, and its end."""
     lines = log.read_text(errors="replace").splitlines()
     errors = [line for line in lines if "Error: " in line and "Engine core initialization failed" not in line]
-    return errors[-1].rpartition("] ")[2] if errors else "\n".join(lines[-20:])
+    return "\n".join([*(line.rpartition("] ")[2] for line in errors[-1:]), *lines[-20:]])
 
 
 def ask(url: str, path: str, **body: Any) -> Any:

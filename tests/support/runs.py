@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -81,10 +83,12 @@ class Stopped(Exception):
     pass
 
 
-def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[int, list[int]]:
+def run_until(
+    ranks: Ranks, *, run_dir: Path, stop_before: int | None = None, free: float | None = None
+) -> dict[int, list[int]]:
     """Run the worker to its end, or stop it as it begins the given step.
 
-    Returns the rows of each step that it made, in order.
+    `free`: bytes of memory that it finds free; None: the machine's. Returns the rows of each step made, in order.
     """
     original = worker.Trainer._train_step
     rows: dict[int, list[int]] = {}
@@ -93,16 +97,15 @@ def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None) -> dict[i
         trial = self.trial
         if trial.done == stop_before:
             raise Stopped
-        rows[trial.done] = [row for row in trial.loader.rows_of_ranks(trial.done).flatten().tolist() if row >= 0]
+        done = trial.done
         original(self)
+        rows[done] = [row for row in trial.loader.rows_of_ranks(done).flatten().tolist() if row >= 0]
 
-    worker.Trainer._train_step = step  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Stopped):
+        patch.setattr(worker.Trainer, "_train_step", step)
+        if free is not None:
+            patch.setattr(Backend, "free_bytes", lambda self: free)
         worker.run(run_dir, ranks)
-    except Stopped:
-        pass
-    finally:
-        worker.Trainer._train_step = original  # type: ignore[method-assign]
     return rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import json
@@ -19,7 +18,6 @@ from distlora.data.chat_template import ChatTemplate
 from distlora.data.files import read_file
 from distlora.data.turn_writer import TurnWriter, call_id
 from distlora.generation.sampling import Request, Sample
-from distlora.parallel import Ranks
 from distlora.rewards.find import tool_schemas
 from distlora.rewards.pool import RewardInput, RewardPool
 from distlora.run_folder.layout import ROLLOUT_NAME, ROLLOUTS_NAME, answers_files
@@ -28,6 +26,7 @@ from distlora.training.dialogues import DialogueSampler
 from support.chat_tokenizers import chat_tokenizer
 from support.closeness import adapter_of, assert_adapters_close, assert_same_run
 from support.family_models import SINGLE
+from support.runs import run_until
 from support.small_models import make_run, read_metrics, tokenizer
 from support.tiers import ci
 from support.worlds import World
@@ -100,20 +99,6 @@ def dialogue_run(run_dir: Path, folders: Path, *, as_text: bool = False, **secti
     merged = {name: {**values, **sections.get(name, {})} for name, values in SECTIONS.items()}
     merged["data"] |= {"path": str(data), "reward_folder": str(run_dir.parent), "reward_processes": 1}
     make_run(run_dir, folders, **merged)
-
-
-def run_until(ranks: Ranks, *, run_dir: Path, stop_before: int | None = None) -> None:
-    """Run the worker to its end, or leave it as it begins the given step."""
-    original = worker.Trainer._train_step
-
-    def step(self: worker.Trainer) -> None:
-        if self.trial.done == stop_before:
-            raise KeyboardInterrupt
-        original(self)
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(worker.Trainer, "_train_step", step)
-        worker.run(run_dir, ranks)
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:

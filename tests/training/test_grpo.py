@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,7 +25,7 @@ from distlora.data.files import read_file, write_parquet
 from distlora.data.rows import open_split
 from distlora.generation.remote import ServerError
 from distlora.loading.peft_format import adapter_tensors
-from distlora.parallel import Backend, Ranks
+from distlora.parallel import Ranks
 from distlora.run_folder.layout import (
     EVAL_ANSWERS_NAME,
     ROLLOUT_NAME,
@@ -36,7 +35,6 @@ from distlora.run_folder.layout import (
     path_before,
     steps,
 )
-from distlora.training import worker
 from distlora.training.objectives import GRPO, MismatchError
 from distlora.training.rollout_files import AnswerFiles, notable_answers
 from distlora.training.rollouts import RewardsFailedError, advantages_of, pack_answers
@@ -45,7 +43,7 @@ from distlora.training.setup import start_adapters, start_run_model
 from distlora.training.worker import trained_parameters
 from distlora_launcher.compose.checks import check_model
 from distlora_launcher.launch import failures
-from support import cpu_paths
+from support import cpu_paths, runs
 from support.closeness import adapter_of, assert_adapters_close, assert_close, assert_losses_close, assert_same_run
 from support.family_models import SINGLE
 from support.low_bit_checkpoints import CHECKPOINTS, convert_folder
@@ -261,22 +259,7 @@ FREE = 8e4
 """Bytes of free memory of the runs: room for six answers at once."""
 
 
-def run_until(
-    ranks: Ranks, *, run_dir: Path, stop_before: int | None = None, free: float = FREE
-) -> list[dict[str, Any]]:
-    """Run the worker to its end, or leave it as it begins the given step. Return its metrics."""
-    original = worker.Trainer._train_step
-
-    def step(self: worker.Trainer) -> None:
-        if self.trial.done == stop_before:
-            raise KeyboardInterrupt
-        original(self)
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(worker.Trainer, "_train_step", step)
-        patch.setattr(Backend, "free_bytes", lambda self: free)
-        worker.run(run_dir, ranks)
-    return read_metrics(run_dir)
+run_until = functools.partial(runs.run_until, free=FREE)
 
 
 @pytest.fixture(scope="module")

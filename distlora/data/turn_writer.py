@@ -11,12 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from distlora.config import UserError, require
+from distlora.config.errors import short
 from distlora.data.chat_template import TOOLS_ADVICE, ChatTemplate, Message
 
 _ANSWER = "7f3a91 an answer"
 """Content of an assistant's message that stands for any."""
 _PLACE = "the turns of a dialogue"
 _QUESTION: Message = {"role": "user", "content": "A question"}
+MOST_LEVELS = 64
+"""Most levels of lists and objects in a call; what writes them again, such as a template, recurses."""
+_TOO_DEEP = f"the call has lists and objects nested to more than {MOST_LEVELS} levels"
 _OTHER = "set data.template to another one (chatml)"
 
 
@@ -81,7 +85,7 @@ class CallReader:
         if error is None and (not isinstance(name, str) or not isinstance(arguments, dict)):
             error = f"a call is an object with {self._name!r} and {self._arguments!r}"
         elif error is None and name not in self._names:
-            error = f"there is no function {name}; there is {', '.join(self._names)}"
+            error = f"there is no such function: {short(name)}; there is {', '.join(self._names)}"
         return Call(name if isinstance(name, str) else "", arguments if isinstance(arguments, dict) else {}, error)
 
 
@@ -90,9 +94,22 @@ def _object(text: str, place: int) -> tuple[dict[str, Any], int, str | None]:
     place += len(text[place:]) - len(text[place:].lstrip())
     try:
         value, end = json.JSONDecoder().raw_decode(text, place)
-    except (ValueError, RecursionError) as error:
-        return {}, len(text), f"the call is not JSON ({error})"
-    return (value, end, None) if isinstance(value, dict) else ({}, len(text), "the call is no JSON object")
+    except ValueError as error:
+        return {}, len(text), f"the call is not JSON: {error}"
+    except RecursionError:
+        return {}, len(text), _TOO_DEEP
+    if not isinstance(value, dict):
+        return {}, len(text), "the call is no JSON object"
+    return ({}, end, _TOO_DEEP) if _is_deep(value) else (value, end, None)
+
+
+def _is_deep(value: dict[str, Any]) -> bool:
+    """Return whether lists and objects are nested to more than MOST_LEVELS levels."""
+    level: list[Any] = [value]
+    for _ in range(MOST_LEVELS):
+        items = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+        level = [item for item in items if isinstance(item, dict | list)]
+    return bool(level)
 
 
 class TurnWriter:

@@ -198,7 +198,7 @@ class RewardPool:
             failed[sample] = True
             counts[f"rewards/{names[reward]}/{reason}"] += 1
             answer = f"the answer {short(samples[sample].completion)} to {short(samples[sample].prompt)}"
-            self.log_once(f"reward {names[reward]}", f"rewards/{names[reward]}/{reason}", text, answer)
+            self.leave_out(f"reward {names[reward]}", f"rewards/{names[reward]}/{reason}", text, answer)
         return Scores(values=values, failed=failed, counts=counts)
 
     def converse(self, dialogues: Sequence[RewardInput]) -> list[dict[str, Any]]:
@@ -213,7 +213,7 @@ class RewardPool:
             if "value" not in reply:
                 [(reason, text)] = reply.items()
                 where = f"the dialogue about {short(dialogue.prompt)}"
-                self.log_once(f"data.environment={self.data.environment}", f"environment/{reason}", text, where)
+                self.leave_out(f"data.environment={self.data.environment}", f"environment/{reason}", text, where)
         return replies
 
     def call(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
@@ -301,11 +301,15 @@ class RewardPool:
                 f"from the data, or write it as text ({', '.join(columns)})"
             ) from error
 
-    def log_once(self, function: str, metric: str, text: str, left_out: str) -> None:
+    def leave_out(self, function: str, metric: str, text: str, answer: str) -> None:
         """Log the first fault of its kind; keep the first of all for the error of a run that has no rewards."""
-        text, _, trace = text.partition("\n")
+        self.log_once(function, metric, text, f"{answer} is left out")
+        self.first_failure = self.first_failure or f"{function} {text}".rstrip()
+
+    def log_once(self, function: str, metric: str, text: str, result: str) -> None:
+        """Log the first fault of its kind, by the text up to a colon, and what follows of the fault."""
+        text = text.partition("\n")[0]
         kind = (function, text.partition(":")[0])
         if kind not in self._logged:
             self._logged.add(kind)
-            self.log(f"{function} {text}: {left_out} is left out (counted in {metric}; logged once)")
-        self.first_failure = self.first_failure or f"{function} {text}\n{trace}".rstrip()
+            self.log(f"{function} {text}: {result} (counted in {metric}; logged once)")

@@ -150,7 +150,10 @@ class DialogueSampler:
                 [(reason, text)] = ({"invalid": call.error} if call.error else next(results)).items()
                 counts["tools/calls"] += 1
                 if reason != "value":
-                    counts[f"tools/{reason}"] += 1
+                    metric = f"tools/{reason}"
+                    counts[metric] += 1
+                    function = "a call of a tool:" if call.error else f"the tool {call.name}"
+                    self.pool.log_once(function, metric, text, "the model reads this error")
                     text = f"error: {text.partition(chr(10))[0]}"
                 messages.append({"role": "tool", "name": call.name, "tool_call_id": call_id(number), "content": text})
             spoken.append(messages)
@@ -167,7 +170,7 @@ class DialogueSampler:
                 tokens = self.writer.tokens(spoken, dialogue.tokens[-1], self.stops)
             except UserError as error:  # A role that the template refuses there. The other ranks wait for this one.
                 metric = "tools/invalid" if self.writer.calls else "environment/invalid"
-                self.pool.log_once("a reply", metric, str(error), "its dialogue")
+                self.pool.leave_out("a reply", metric, str(error), "its dialogue")
                 counts[metric] += 1
                 return Sample(_FAULT, [0.0], False)
             dialogue.messages += spoken

@@ -16,7 +16,7 @@ import pytest
 from distlora.config import DataConfig, UserError
 from distlora.data.chat_template import ChatTemplate
 from distlora.data.files import read_file
-from distlora.data.turn_writer import TurnWriter, call_id
+from distlora.data.turn_writer import MOST_LEVELS, TurnWriter, call_id
 from distlora.generation.sampling import Request, Sample
 from distlora.rewards.find import tool_schemas
 from distlora.rewards.pool import RewardInput, RewardPool
@@ -262,9 +262,14 @@ def test_calls_of_tools_are_read_and_answered_as_the_template_writes_them(
     text = call % json.dumps(right)
     assert [(each.name, each.arguments, each.error) for each in writer.calls.read(text)] == [("add", right, None)]
     assert writer.calls.read("It is 5.") == []
-    assert "no function sub; there is add" in str(writer.calls.read(text.replace("add", "sub"))[0].error)
+    assert "no such function: 'sub'; there is add" in str(writer.calls.read(text.replace("add", "sub"))[0].error)
     assert "is not JSON" in str(writer.calls.read(text[: text.index("[3")])[0].error)
     assert len(writer.calls.read(text + "\n" + text)) == 1 + several
+    for levels, error in ((MOST_LEVELS - 1, None), (MOST_LEVELS, "to more than 64 levels"), (10**5, "64 levels")):
+        (deep,) = writer.calls.read(call % ('{"first": ' * (levels - 1) + "{}" + "}" * (levels - 1)))
+        assert (deep.error is None) == (error is None), levels
+        assert error is None or error in str(deep.error)
+        assert bool(deep.arguments) == (error is None)
     # The whole conversation, as the template writes it.
     question = [{"role": "user", "content": "2 + 3?"}]
     (made,) = writer.calls.read(text)
@@ -282,6 +287,7 @@ def test_calls_of_tools_are_read_and_answered_as_the_template_writes_them(
 def test_a_tool_that_fails_gives_its_error_to_the_model(mine: Path) -> None:
     encode, data, lines = chat_tokenizer(), with_tools(), []  # type: ignore[var-annotated]
     texts = ['{"first": 2, "others": [3]}', '{"first": 2, "others": [7]}', '{"first": 2}', '{"first": 2,', None]
+    texts += ['{"first": 2,"', "[" * 100]
     with RewardPool(data, log=lines.append) as pool:
         sampler = DialogueSampler(
             tokenizer=encode,
@@ -317,7 +323,14 @@ def test_a_tool_that_fails_gives_its_error_to_the_model(mine: Path) -> None:
     assert said[2][0].startswith("error: TypeError: add() missing 1 required positional argument: 'others'")
     assert said[3][0].startswith("error: the call is not JSON")
     assert said[4] == []
-    assert counts == {"tools/calls": 4, "tools/timeouts": 1, "tools/errors": 1, "tools/invalid": 1}
+    assert counts == {"tools/calls": 6, "tools/timeouts": 1, "tools/errors": 1, "tools/invalid": 3}
+    assert [line.partition(":")[0] for line in lines] == [
+        "the tool add took longer than data.reward_timeout=3 seconds",
+        "the tool add TypeError",
+        "a call of a tool",
+    ], "two calls are not JSON"
+    assert all(line.endswith("logged once)") and "the model reads this error" in line for line in lines)
+    assert pool.first_failure is None, "no answer is left out"
     assert all(dialogue.ended and dialogue.messages[-1]["content"] == "Done." for dialogue in dialogues)
     for dialogue in dialogues:
         assert [logprob == 0 for logprob in dialogue.logprobs] == [not own for own in dialogue.written]

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distlora.config import UserError
+from distlora.config import UserError, require
 
 if TYPE_CHECKING:  # It imports torch, and the launcher asks the server without it.
     from distlora.generation.sampling import Request, Sample
@@ -39,10 +39,20 @@ KEY = "VLLM_API_KEY"
 """Environment variable with the server's key; vLLM reads the same one."""
 MOST_SEED = 2**63 - 1
 """vLLM's seeds are signed."""
+LOAD = "/v1/load_lora_adapter"
+OTHER_SERVERS = {"llamacpp": "llama.cpp's llama-server", "me": "llama-cpp-python's server"}
+"""Servers that load adapters at their start alone, by what their /v1/models names as owner of a model."""
 
 
 class ServerError(RuntimeError):
-    """A server that does not answer, or answers with an error."""
+    """A server that does not answer, or answers with an error.
+
+    `code`: the status of an HTTP error.
+    """
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class RemoteEngine:
@@ -58,11 +68,23 @@ class RemoteEngine:
         """Name of the adapter that samples; None before `load`."""
 
     def connect(self) -> list[str]:
-        """Return the names of the models and adapters that the server has. Raises UserError if it does not answer."""
+        """Return the names of the models and adapters that the server has.
+
+        Raises UserError if it does not answer, or cannot load adapters while it runs.
+        """
         try:
-            return self._names(tries=1)
+            models = self._models(tries=1)
+            names, loads = list(models), self._loads_adapters()
         except ServerError as error:
             raise UserError(f"rollout.url={self.url}: {error}; start `vllm serve`, or leave it out") from error
+        server = next((OTHER_SERVERS[owner] for owner in models.values() if owner in OTHER_SERVERS), None)
+        cure = "start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora (docs/rl.md), or leave it out"
+        require(
+            loads,
+            f"rollout.url={self.url}: {server or 'the server'} cannot load a run's adapters while it serves (it has no "
+            f"{LOAD}); {cure}",
+        )
+        return names
 
     def load(self, folder: Path, version: int) -> None:
         """Sample with the adapter in a PEFT folder from now on, and remove the version before it from the server.
@@ -70,9 +92,9 @@ class RemoteEngine:
         Raises ServerError if the server refuses it.
         """
         name, before = f"{self._run}-{version}", self.adapter
-        if name in self._names():  # Left by a run that was killed: it may have other weights.
+        if name in self._models():  # Left by a run that was killed: it may have other weights.
             self._unload(name)
-        self._call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
+        self._call(LOAD, {"lora_name": name, "lora_path": str(folder.resolve())})
         self.adapter = name
         if before is not None and before != name:
             self._unload(before)
@@ -90,11 +112,21 @@ class RemoteEngine:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(self._complete, requests))
 
-    def _names(self, *, tries: int = TRIES) -> list[str]:
-        """Return the names of models and adapters. Raises ServerError."""
+    def _models(self, *, tries: int = TRIES) -> dict[str, str | None]:
+        """Return the owners of models and adapters by name. Raises ServerError."""
         models = self._call("/v1/models", tries=tries)
         with self._reading("/v1/models"):
-            return [model["id"] for model in models["data"]]
+            return {model["id"]: model.get("owned_by") for model in models["data"]}
+
+    def _loads_adapters(self) -> bool:
+        """Return whether the server loads adapters while it runs: then it refuses GET at that address, and has one."""
+        try:
+            self._call(LOAD, tries=1)
+        except ServerError as error:
+            if error.code in (404, 405):
+                return error.code == 405
+            raise
+        return False
 
     @contextlib.contextmanager
     def _reading(self, path: str) -> Iterator[None]:
@@ -147,20 +179,21 @@ class RemoteEngine:
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         if key := os.environ.get(KEY, "").strip():
             request.add_unredirected_header("Authorization", f"Bearer {key}")  # Never sent to another server.
+        code = None
         for attempt in range(tries):
             try:
                 with urllib.request.urlopen(request, timeout=self._seconds) as answer:
                     text = answer.read().decode()
                     return json.loads(text) if "json" in answer.headers.get("Content-Type", "") else text
             except urllib.error.HTTPError as error:
-                reason = f"answers {path} with {error.code}: {_message(error)}"
-                if error.code < 500:
+                code, reason = error.code, f"answers {path} with {error.code}: {_message(error)}"
+                if code < 500:
                     break
             except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = f"does not answer {path} ({error})"
             if attempt + 1 < tries:
                 time.sleep(FIRST_WAIT * 2**attempt)
-        raise ServerError(f"{self.url} {reason}")
+        raise ServerError(f"{self.url} {reason}", code)
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -35,6 +35,8 @@ class Server:
         self.refuses: str | None = None
         self.key: str | None = None
         """What it asks for, as `vllm serve --api-key` does."""
+        self.loads_adapters = True
+        """VLLM_ALLOW_RUNTIME_LORA_UPDATING; without it there are no such addresses."""
         self._lock = threading.Lock()
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -43,11 +45,16 @@ class Server:
             if self.fail_next > 0:
                 self.fail_next -= 1
                 return 500, {"error": {"message": "EngineCore encountered an issue", "code": 500}}
+            if path.endswith("_lora_adapter") and not (self.loads_adapters and body):
+                return (405, {"detail": "Method Not Allowed"}) if self.loads_adapters else (404, _error("Not Found"))
             if path == self.refuses:
                 return 404, _error("no")
             if path == "/v1/models":
                 names = [self.base, *self.adapters]
-                return 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
+                return 200, {
+                    "object": "list",
+                    "data": [{"id": name, "object": "model", "owned_by": "vllm"} for name in names],
+                }
             if path == "/v1/load_lora_adapter":
                 return self._load(body["lora_name"], body["lora_path"])
             if path == "/v1/unload_lora_adapter":

@@ -11,6 +11,7 @@ from distlora.config import UserError
 from distlora.generation import remote
 from distlora.generation.remote import RemoteEngine, ServerError
 from distlora.generation.sampling import Request
+from support import loopback
 from support.family_models import write_family_folder
 from support.peft_models import write_adapter
 from support.vllm_server import Server, serving
@@ -111,5 +112,24 @@ def test_what_the_server_refuses_is_said_in_its_words(
     url, _ = server
     with pytest.raises(ServerError, match=r"answers /v1/load_lora_adapter with 404: Loading lora run-0 failed"):
         RemoteEngine(url, stop_tokens=[], run="run").load(tmp_path, 0)
+    server[1].loads_adapters = False
+    with pytest.raises(UserError, match=r"the server cannot load .*start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        RemoteEngine(url, stop_tokens=[], run="run").connect()
     with pytest.raises(UserError, match=r"rollout\.url=http://127\.0\.0\.1:9: .*does not answer /v1/models"):
         RemoteEngine("http://127.0.0.1:9", stop_tokens=[], run="run").connect()
+
+
+@pytest.mark.parametrize(("owner", "name"), [("llamacpp", "llama-server"), ("me", "llama-cpp-python's server")])
+def test_a_server_that_loads_adapters_at_its_start_alone_is_refused_by_name(owner: str, name: str) -> None:
+    """Answers of llama.cpp's servers, as 0.3.36 of llama-cpp-python has both."""
+
+    class LlamaHandler(loopback.Handler):
+        def do_GET(self) -> None:
+            model = {"id": "model.gguf", "object": "model", "owned_by": owner}
+            found = (200, {"object": "list", "data": [model]}) if self.path == "/v1/models" else (404, {"detail": "no"})
+            self.answer(*found)
+
+    with loopback.serving(LlamaHandler) as url:
+        refused = rf"rollout\.url={url}: .*{name} cannot load a run's adapters while it serves .*start vLLM"
+        with pytest.raises(UserError, match=refused):
+            RemoteEngine(url, stop_tokens=[], run="run").connect()

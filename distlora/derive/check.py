@@ -48,6 +48,7 @@ from distlora.loading.peft_format import adapter_config, adapter_tensors
 from distlora.model.adapters import adapter_parameters
 from distlora.parallel import Ranks, join_ranks, leave_ranks
 from distlora.system.exit_codes import DONE
+from distlora.system.import_peft import import_peft
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 
 
@@ -103,8 +104,6 @@ def _show_images(request: CheckRequest) -> None:
 
 def _with_peft(small: Architecture, folder: Path) -> Iterator[tuple[str, float]]:
     """Load an adapter of ours with PEFT onto transformers' model, and compare names, tensors, logits and gradients."""
-    import peft
-
     ours, _ = load_ours(small, folder / "model")
     own, place = adapter_tensors(ours), folder / "adapter"
     place.mkdir()
@@ -116,7 +115,7 @@ def _with_peft(small: Architecture, folder: Path) -> Iterator[tuple[str, float]]
             theirs.get_parameter(name).copy_(weight)
     input_ids = random_tokens(48, small.vocabulary, rows=2, seed=6)
     of_logits, of_gradients = amplifications(ours, theirs, input_ids)
-    tuned = peft.PeftModel.from_pretrained(theirs, place, is_trainable=True)
+    tuned = import_peft().PeftModel.from_pretrained(theirs, place, is_trainable=True)
     by_name = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if ".lora_" in n}
     same = by_name.keys() == own.keys() and all(torch.equal(by_name[name], own[name]) for name in own)
     yield "PEFT adapter", 0.0 if same else float("inf")

@@ -35,6 +35,7 @@ from distlora.post.weights import BaseWeight, Factors, adapted_rows, open_base, 
 from distlora.results.record import Record, Table
 from distlora.system import atomic_io
 from distlora.system.atomic_io import sha256
+from distlora.system.import_peft import import_peft
 from distlora.system.progress import ProgressLines
 from distlora.system.randomness import key_of
 from distlora.weights.peft_folder import CONFIG_NAME, NF4_MARK, WEIGHTS_NAME, read_peft_adapter
@@ -83,13 +84,11 @@ def combine(parts: Sequence[Part], request: CombineRequest, path: str, base: Cal
 
 def merged(tensors: list[Tensor], weights: Tensor, request: CombineRequest) -> Tensor:
     """Call PEFT's function of the method."""
-    from peft.utils import merge_utils
-
     values = {"density": request.density, "majority_sign_method": request.majority_sign_method or "total"}
     settings = {name: value for name, value in values.items() if name in request.how.options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # "density >= 1: no pruning".
-        result: Tensor = getattr(merge_utils, request.how.function)(tensors, weights, **settings)
+        result: Tensor = getattr(import_peft().utils.merge_utils, request.how.function)(tensors, weights, **settings)
     return result
 
 

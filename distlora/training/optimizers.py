@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from distlora.config import OptimConfig
 from distlora.planner.storage import is_matrix
 from distlora.system.exit_codes import require_package
+from distlora_kernels.nf4_cpu import has_bitsandbytes
 
 
 class Optimizer(ABC):
@@ -103,6 +104,7 @@ class BitsAndBytesAdamW(Optimizer):
 
     def __init__(self, parameters: dict[str, nn.Parameter], config: OptimConfig) -> None:
         require_package("bitsandbytes", f"optim.name={config.name}", otherwise=", or set optim.name=adamw")
+        has_bitsandbytes()
         from bitsandbytes import optim
 
         classes = {

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -136,7 +137,10 @@ def _byte_values() -> Tensor:
 
 @functools.cache
 def has_bitsandbytes() -> bool:
-    """Return whether bitsandbytes is installed; imports it, which registers its ops."""
+    """Return whether bitsandbytes is installed; imports it, which registers its ops.
+
+    All code of ours that needs it, or PEFT, which imports it, calls this first.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
     # At import it recommends the `kernels` package for a CPU GEMM that we do not use.
@@ -144,7 +148,7 @@ def has_bitsandbytes() -> bool:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with _without_compiler():
+        with _without_compiler(), _without_hub_kernels():
             import bitsandbytes  # noqa: F401
     except ImportError as error:
         warnings.warn(f"bitsandbytes is installed but cannot be imported ({error}); using torch instead", stacklevel=2)
@@ -166,3 +170,19 @@ def _without_compiler() -> Iterator[None]:
         yield
     finally:
         torch.compiler.set_default_backend(chosen)
+
+
+@contextlib.contextmanager
+def _without_hub_kernels() -> Iterator[None]:
+    """Let `import kernels` fail during bitsandbytes' import.
+
+    Where the processor has AVX512-BF16 and that package is installed, as transformers requires, the import would
+    download a GEMM from the Hub and run it: a request that nobody asked for, by every rank.
+    """
+    kept = {name: module for name, module in sys.modules.items() if name == "kernels"}
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        sys.modules.update(kept)

@@ -35,7 +35,7 @@ HOMES = {
     "bitsandbytes": "distlora_kernels distlora.training.optimizers",
     "datasets": "distlora.data",
     "huggingface_hub": "distlora_launcher distlora.system distlora.data distlora.architecture.checkpoint_files",
-    "peft": "distlora.derive.check distlora.post distlora_launcher.demo",
+    "peft": "distlora.system.import_peft",
     "accelerate": "",
     "lm_eval": "distlora.post.evaluate_harness",
     "liger_kernel": "distlora.model.fused_modules",
@@ -139,6 +139,7 @@ def test_files_and_functions_are_short_and_docstrings_in_plain_english() -> None
 
 
 PATCHES = {
+    "distlora_kernels.nf4_cpu": "sys.modules['kernels']",
     "distlora.architecture.tokens": "sys.modules['torch']",
     "distlora.config.field_docs": "inspect.getsource",
     "distlora.data.sources": "datasets.config.HF_HUB_OFFLINE",

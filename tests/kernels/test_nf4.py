@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -147,3 +151,18 @@ def test_non_finite_weights_are_refused(value: float) -> None:
     weight[200, 7] = value
     with pytest.raises(ValueError, match="NaN or Inf"):
         nf4.nf4_quantize(weight)
+
+
+def test_the_import_of_bitsandbytes_reaches_no_kernel_of_the_hub(tmp_path: Path) -> None:
+    """On a processor with AVX512-BF16 it asks `kernels` for one (tests/launcher/test_confined.py sees that there)."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(name): return name")
+    (tmp_path / "bitsandbytes.py").write_text(
+        "try:\n    from kernels import get_kernel\nexcept ImportError:\n    get_kernel = None\n"
+    )
+    code = (
+        "from distlora_kernels.nf4_cpu import has_bitsandbytes; assert has_bitsandbytes()\n"
+        "import bitsandbytes; assert bitsandbytes.get_kernel is None\n"
+        "from kernels import get_kernel; assert get_kernel('a') == 'a'\n"
+    )
+    search = os.pathsep.join([str(tmp_path), *sys.path])
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": search}, check=True)

@@ -32,6 +32,7 @@ from distlora.post.trained import Trained
 from distlora.post.weights import BaseWeight, OpenBase, open_base, require_whole_tensors
 from distlora.run_folder.layout import STATE_NAME
 from distlora.system import atomic_io
+from distlora.system.import_peft import import_peft
 from distlora.weights.low_bit.codecs import write_groups, write_statistics
 from distlora.weights.peft_folder import CONFIG_NAME, WEIGHTS_NAME
 from distlora.weights.reader import TORCH_DTYPES, Reader
@@ -205,8 +206,8 @@ def taken_back(trained: Trained, place: Path) -> ClientReading:
 @torch.no_grad()
 def _logits(place: Path, ours: Ours, dtype: Any, rows: int | None, auto: str, *, dense: bool) -> torch.Tensor:
     import transformers
-    from peft import PeftModel
 
+    peft = import_peft()  # Before transformers imports bitsandbytes.
     model: Any = getattr(transformers, auto).from_pretrained(
         place, dtype=dtype, device_map="cpu", local_files_only=True, trust_remote_code=False
     )
@@ -217,7 +218,7 @@ def _logits(place: Path, ours: Ours, dtype: Any, rows: int | None, auto: str, *,
         model = model.dequantize(dtype=torch.float32).float()
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    model = PeftModel.from_pretrained(model, place / ADAPTER)
+    model = peft.PeftModel.from_pretrained(model, place / ADAPTER)
     logits: torch.Tensor = model.eval()(input_ids=ours.tokens).logits
     return logits
 

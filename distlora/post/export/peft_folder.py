@@ -31,6 +31,7 @@ from distlora.post.export.repository import as_plain_adapter, collect, write_fil
 from distlora.post.load_trained import result_of
 from distlora.post.weights import error_line, read_factors
 from distlora.run_folder.layout import Result
+from distlora.system.import_peft import import_peft
 from distlora.weights.peft_folder import CONFIG_NAME, EXPERTS_CHANGED, WEIGHTS_NAME, read_peft_adapter, with_layout
 from distlora.weights.reader import Reader
 
@@ -138,8 +139,6 @@ def check(export: Export, ours: Ours) -> list[ClientReading]:
 
 @torch.no_grad()
 def _logits(export: Export, ours: Ours, *, original: bool = False) -> torch.Tensor:
-    from peft import PeftModel
-
-    model: Any = PeftModel.from_pretrained(dense_model(export.trained, original=original), export.place)
+    model: Any = import_peft().PeftModel.from_pretrained(dense_model(export.trained, original=original), export.place)
     logits: torch.Tensor = model.eval()(input_ids=ours.tokens).logits
     return logits

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from distlora.data.prompts import Prompt
 from distlora.generation.prompts import PromptEncoder
@@ -19,6 +18,7 @@ from distlora.post.export.client_check import dense_model
 from distlora.post.load_trained import load_in_fp32
 from distlora.post.trained import Name
 from distlora.run_folder.layout import DATA_NAME, read_record
+from distlora.system.import_peft import import_peft
 
 LONGEST_ANSWER = 32
 """Tokens."""
@@ -34,7 +34,7 @@ def main(run: str, questions: str, file: str) -> None:
     assert trained.weights is not None
     model, _ = load_in_fp32(trained, Ranks(0, 1, torch.device("cpu"), None))
     encoder = PromptEncoder(model, trained.spec.model, read_record(Path(run) / DATA_NAME))
-    peft: Any = PeftModel.from_pretrained(dense_model(trained), trained.weights)
+    peft: Any = import_peft().PeftModel.from_pretrained(dense_model(trained), trained.weights)
     peft.eval()
     records = []
     for question in json.loads(questions):

@@ -153,12 +153,19 @@ def import_while(
     """Import what the `workers` of a run need while a process prepares it; stop when that process has failed."""
     family = object_or_empty(Path(model.path) / "config.json").get("model_type")
     more = [
-        *(["bitsandbytes"] if quant.default_format else []),  # If it is not installed, this costs nothing.
         *(["wandb"] if tracker.wandb else []),
         *([f"transformers.models.{family}.modeling_{family}"] if isinstance(family, str) else []),
     ]
+
+    def has_failed() -> bool:
+        return process.poll() not in (None, DONE)
+
     with environment(worker_environment(workers)):
-        import_for_workers(ends=lambda: process.poll() not in (None, DONE), more=more)
+        if import_for_workers(ends=has_failed, more=more) and quant.default_format and not has_failed():
+            from distlora_kernels.nf4_cpu import has_bitsandbytes
+
+            with quiet():
+                has_bitsandbytes()
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ must survive a power cut too is flushed to the disk (`durable`). All methods are
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS replies (request TEXT PRIMARY KEY, owner TEXT, body B
 CREATE INDEX IF NOT EXISTS owned_models ON models (owner);
 CREATE INDEX IF NOT EXISTS owned_checkpoints ON checkpoints (owner);
 """
+DATABASE = "service.sqlite3"
 KEEP_REPLIES = 86400.0
 """Seconds that replies of saves and steps are kept."""
 NEWEST_UNNAMED = 16
@@ -54,7 +55,7 @@ class Store:
         private_folder(folder)
         self.weights = folder / "weights"
         private_folder(self.weights)
-        self.database = sqlite3.connect(folder / "service.sqlite3", isolation_level=None, check_same_thread=False)
+        self.database = sqlite3.connect(folder / DATABASE, isolation_level=None, check_same_thread=False)
         self.database.row_factory = sqlite3.Row
         self.database.execute("PRAGMA journal_mode=WAL")
         self.database.executescript(SCHEMA)
@@ -71,7 +72,7 @@ class Store:
         """Close the database."""
         self.database.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """Commit all changes of the block or none. durable: flush them to the disk."""
         self.database.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
@@ -264,6 +265,21 @@ class Store:
         """Return the kept reply to a user's call, or None."""
         row = self.one("SELECT body FROM replies WHERE request = ? AND owner = ?", request, owner)
         return None if row is None else bytes(row["body"])
+
+
+def read_counts(folder: Path) -> dict[str, int]:
+    """Return how much a service's folder keeps; zeros before its first start."""
+    names, query = (
+        ("users", "adapters", "checkpoints", "checkpoint_bytes"),
+        (
+            "SELECT (SELECT COUNT(DISTINCT owner) FROM sessions), (SELECT COUNT(*) FROM models WHERE unloaded = 0), "
+            "COUNT(*), COALESCE(SUM(bytes), 0) FROM checkpoints"
+        ),
+    )
+    if not (folder / DATABASE).is_file():
+        return dict.fromkeys(names, 0)
+    with contextlib.closing(sqlite3.connect(f"{(folder / DATABASE).as_uri()}?mode=ro", uri=True)) as database:
+        return dict(zip(names, database.execute(query).fetchone(), strict=True))
 
 
 def adapter_of(row: Row) -> Adapter:

@@ -82,6 +82,8 @@ def _serve(request: ServeRequest, ranks: Ranks, control: Control) -> None:
         names, tokenizer = request.serve.names, request.serve.tokenizer or request.spec.model.path
         base = ServedBase(names, tokenizer, context, model.vocabulary.rows, tuple(ends))
         server = start_http(engine, request.serve, base, folder)
+        address = f"http://{request.serve.host}:{server.port}"
+        _say(f"serving {', '.join(names)} at {address}; requests are logged in {folder / 'logs'}")
     try:
         engine.run()
     finally:

@@ -7,6 +7,7 @@ takes its place meanwhile and is cancelled as it starts. The uninterrupted run i
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ import yaml
 from distlora.config.file import as_mapping, load_config
 from support import slurm_cluster
 from support.closeness import assert_same_run
+from support.measured import free_port
+from support.modules import ROOT
 from support.runs import run_once
 from support.slurm_cluster import SlurmCluster, running_cluster
-from support.slurm_commands import ENDED, distlora, job_of, steps_done
+from support.slurm_commands import DISTLORA, ENDED, distlora, job_of, steps_done
 from support.worlds import World
 
 MISSING = slurm_cluster.missing()
@@ -166,6 +169,35 @@ def test_resume_submits_a_task_of_an_array_as_a_job_and_cancel_takes_it_out_of_t
         assert cluster.wait(job_of(run), *ENDED, seconds=30)["JobState"] == "CANCELLED"
     finally:
         cluster.call("scontrol", "update", "NodeName=n2", "State=RESUME")
+
+
+def test_the_script_of_a_service_serves_until_it_is_told_to_stop(cluster: SlurmCluster, folders: Path) -> None:
+    """The one of docs/service.md, with this model, folder and two GPUs."""
+    tinker = pytest.importorskip("tinker", reason="the official client is not installed")
+    place, port = cluster.folder.parent, free_port()
+    text = (ROOT / "docs/service.md").read_text().partition("### In SLURM")[2]
+    script = text.partition("```bash\n")[2].partition("```")[0]
+    for typed, here in (
+        ("exec distlora", f"exec {DISTLORA}"),
+        ("/shared/Llama-3.1-70B", f"{folders / 'llama'} serve.port={port} train.dtype=fp32 data.sequence_length=64"),
+        ("/shared/service", str(place / "service")),
+        ("gpus_per_node=8", "gpus_per_node=2"),
+        ("gpus-per-node=8", "gpus-per-node=2"),
+    ):
+        assert typed in script
+        script = script.replace(typed, here)
+    (place / "service.sbatch").write_text(script)
+    log = place / "service.log"
+    options = ("--parsable", f"--chdir={place}", f"--output={log}", str(place / "service.sbatch"))
+    job = cluster.call("sbatch", *options).strip()
+    wait_for(cluster, job, place / "service", lambda: log.exists() and "serving " in log.read_text())
+    key = re.search(r"API key of default .*: (\S+)", log.read_text())
+    assert key is not None
+    client = tinker.ServiceClient(base_url=f"http://127.0.0.1:{port}", api_key=key[1])
+    assert client.create_lora_training_client(str(folders / "llama"), rank=2).result().get_info().lora_rank == 2
+    cluster.call("scancel", "--batch", "--signal=TERM", job)
+    ended = cluster.wait(job, *ENDED, seconds=60)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0")
 
 
 @pytest.mark.slow

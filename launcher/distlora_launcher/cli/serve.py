@@ -1,21 +1,29 @@
 """`distlora serve`: compose the settings, make API keys, and run a training service until it is stopped."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 from distlora.config import UserError, require
 from distlora.config.checks import check_section
 from distlora.config.file import build
+from distlora.config.json_files import read_object
 from distlora.config.serve import ServeConfig
 from distlora.serving.keys import add_users
 from distlora.serving.request import ServeRequest
+from distlora.serving.store import read_counts
+from distlora.system.atomic_io import private_folder
 from distlora.system.command_worker import REQUEST_NAME, encode_call
 from distlora.system.exit_codes import DONE
+from distlora.system.listening import listen
+from distlora.system.numbers import size
 from distlora_launcher.compose.checks import check_model, check_parallel, gpu_count
 from distlora_launcher.compose.compose import UNSET, compose_config, compose_section, expand_home
 from distlora_launcher.compose.hub import localize
+from distlora_launcher.launch.lock import holders, lock_run
 from distlora_launcher.launch.workers import run_workers
 from distlora_launcher.terminal.arguments import nearest_option
+from distlora_launcher.terminal.output import shown
 
 WORKER, ENTRY = "distlora.serving.worker:main", "distlora.system.command_worker"
 MAX_RESTARTS = 100
@@ -44,10 +52,31 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"there is no option {word}{nearest_option(word, ['--help'])}; settings have no dashes")
     request, processes = compose_request([expand_home(word) for word in arguments])
     folder = Path(request.serve.folder)
-    for user, key in add_users(folder, request.serve.users).items():
-        print(f"API key of {user} (shown once): {key}", flush=True)
-    (folder / REQUEST_NAME).write_text(encode_call(WORKER, request), encoding="utf-8")
-    return run_workers(folder, processes=processes, worker_module=ENTRY, max_restarts=MAX_RESTARTS)
+    private_folder(folder)
+    with lock_run(folder):
+        for user, key in add_users(folder, request.serve.users).items():
+            print(f"API key of {user} (shown once): {key}", flush=True)
+        (folder / REQUEST_NAME).write_text(encode_call(WORKER, request), encoding="utf-8")
+        return run_workers(folder, processes=processes, worker_module=ENTRY, max_restarts=MAX_RESTARTS)
+
+
+def describe(folder: Path, *, as_json: bool) -> str:
+    """Return the state of the service of a folder, as lines for a person or as a JSON object."""
+    call = read_object(folder / REQUEST_NAME, "start the service again", {"worker": str, "request": dict})
+    serve = build(ServeRequest, call["request"]).serve
+    machines, counts, log = holders(folder), read_counts(folder), folder / "logs" / "rank_0.log"
+    if as_json:
+        places = [{"host": process.host, "pid": process.pid} for process in machines]
+        state = "running" if machines else "ended"
+        return json.dumps({"folder": str(folder), "state": state, "machines": places, "port": serve.port, **counts})
+    where = ", ".join(f"{process.host} (pid {process.pid})" for process in machines)
+    lines = [f"{shown(folder)} {f'serves on {where}' if machines else 'has ended; start it again with its folder'}"]
+    lines.append(f"models    {', '.join(serve.names)}")
+    if machines:
+        lines.append(f"address   http://{serve.host}:{serve.port}")
+    lines.append(f"adapters  {counts['adapters']:,} of {counts['users']:,} users")
+    lines.append(f"saved     {counts['checkpoints']:,} checkpoints, {size(counts['checkpoint_bytes'])}")
+    return "\n".join([*lines, *([f"log       {shown(log)}"] if log.exists() else [])])
 
 
 def compose_request(words: list[str]) -> tuple[ServeRequest, int]:
@@ -72,6 +101,9 @@ def compose_request(words: list[str]) -> tuple[ServeRequest, int]:
     )
     settings = build(ServeConfig, compose_section("serve", words))
     check_section("serve", settings)
+    if settings.port == 0:  # Chosen here: workers that are restarted must be found where they were.
+        with listen(settings.host, 0) as listener:
+            settings = dataclasses.replace(settings, port=listener.getsockname()[1])
     processes = config.cluster.gpus_per_node
     check_parallel(config.parallel, processes)
     require(gpu_count() in (0, processes), f"set cluster.gpus_per_node={gpu_count()}, which this node has")

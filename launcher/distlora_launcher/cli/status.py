@@ -17,7 +17,7 @@ from distlora.system.numbers import length
 from distlora_launcher.jobs import scheduler
 from distlora_launcher.jobs.scheduler import Job, SchedulerError
 from distlora_launcher.jobs.script import SCRIPT_NAME
-from distlora_launcher.launch.failures import Ending, read_ending
+from distlora_launcher.launch.failures import Ending, is_service, read_ending
 from distlora_launcher.launch.lock import CONFIG_NAME, Process, holders
 from distlora_launcher.report.records import (
     Figures,
@@ -35,7 +35,7 @@ from distlora_launcher.terminal.output import shown
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatusRequest:
-    """Print the state of a run, of each run in a folder, or of a sweep.
+    """Print the state of a run, of each run in a folder, of a sweep, or of a service.
 
     The state is: running, and where (this node, other nodes, a SLURM job), or ended, and how; step, losses, time left,
     last save, and the command to type next.
@@ -44,7 +44,7 @@ class StatusRequest:
     """
 
     run: str
-    """RUN: folder of a run, of several runs (`distlora train -m`), or of a sweep."""
+    """RUN: folder of a run, of several runs (`distlora train -m`), of a sweep, or of `distlora serve`."""
     json: bool = False
     """Print a JSON object; for a folder of runs, a list of objects."""
 
@@ -101,6 +101,11 @@ def main(arguments: list[str]) -> int:
 
         sweep = sweep_status(folder)
         print(status_as_json(sweep) if options.json else describe_status(sweep))
+        return 0
+    if is_service(folder):
+        from distlora_launcher.cli.serve import describe as describe_service
+
+        print(describe_service(folder, as_json=options.json))
         return 0
     runs = statuses(folder)
     if (folder / CONFIG_NAME).exists():

@@ -88,6 +88,7 @@ def run_rank(log_dir: str, stdout: str, module: str, *arguments: str) -> None:
     os.environ[error_file.VARIABLE] = os.path.join(log_dir, f"rank_{rank}.error.json")
     sys.argv = [module, *arguments]
     code = DONE
+    sys.modules.pop(module, None)  # A fork may have it from its launcher, and runpy warns of a second copy.
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:

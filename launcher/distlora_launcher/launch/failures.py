@@ -16,6 +16,7 @@ from distlora.config import UserError
 from distlora.config.json_files import Shape, object_or_empty, read_object
 from distlora.run_folder.layout import checkpoint_folders
 from distlora.system import atomic_io
+from distlora.system.command_worker import REQUEST_NAME
 from distlora.system.exit_codes import BAD_INPUT, FAILED, STOPPED
 from distlora.system.stop_signals import STOPPED_NAME, name_of, write_stopped
 from distlora_launcher.launch.lock import host_name
@@ -259,11 +260,20 @@ def stopped_without_workers(run_dir: Path, signum: int) -> Failure:
     with contextlib.suppress(OSError):  # On a full disk only `distlora status` lacks it.
         write_stopped(run_dir, signum, saved[-1] if saved else None)
     state = f"{saved[-1].name} is saved" if saved else "nothing is saved yet"
+    if is_service(run_dir):
+        state = "adapters are as of their last snapshots"
     return Failure(f"stopped by {name_of(signum)} while no workers ran on {host_name()}: {state}", "", STOPPED)
+
+
+def is_service(folder: Path) -> bool:
+    """Return whether a folder is that of `distlora serve` and not of a run."""
+    return (folder / REQUEST_NAME).is_file()
 
 
 def resume_point(run_dir: Path) -> str:
     """Return where a restart continues."""
+    if is_service(run_dir):
+        return "from the last snapshot of each adapter"
     saved = checkpoint_folders(run_dir)
     return f"from {saved[-1].name}" if saved else "from the beginning, as nothing was saved yet"
 

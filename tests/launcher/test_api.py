@@ -268,7 +268,7 @@ def test_a_loaded_model_answers_as_the_command_and_has_the_logits_of_training(
         distlora.load(run, checkpoint="step_7")
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_callback_stops_a_run_which_resumes(stopped: tuple[distlora.Run, Recorder]) -> None:
     run, recorder = stopped
     assert run.status.state == "stopped"

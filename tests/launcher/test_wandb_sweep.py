@@ -253,7 +253,7 @@ def test_commands_that_share_a_folder_start_workers_with_their_own_arguments(
     ]
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_real_agents_train_a_registered_grid(server: WandbServer, folders: Path, tmp_path: Path) -> None:
     """Run `wandb sweep` and two `wandb agent`s offline, and read the logs back."""
     grid = ("optim.lr=1e-3,4e-3", "adapter.r=4,8", "tracker.group=g", "tracker.tags=[a,b]", "tracker.artifact=true")

@@ -46,7 +46,7 @@ from support.gguf_files import MODELS, dense_by_transformers, described_here, wr
 from support.planned import both, check
 from support.runs import build_run_model, outcome, run_until
 from support.small_models import make_run, write_text_file
-from support.tiers import ci
+from support.tiers import ci, slow
 from support.worlds import World, start_world
 
 KEEP, NONE = {"method": "keep"}, {"method": "none"}
@@ -219,7 +219,7 @@ def test_embedding_and_head_in_their_own_type_compute_what_their_dense_copies_do
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+@pytest.mark.parametrize("name", ["llama", slow("llama-untied")])
 def test_zero3_gathers_an_embedding_and_a_head_in_low_bits(in_low_bits: Path, name: str) -> None:
     alone = losses(SINGLE, folder=in_low_bits / name, keep=True)["losses"]
     with start_world(2, regroups=True) as two:
@@ -297,7 +297,7 @@ def test_a_plan_counts_an_embedding_and_a_head_in_low_bits(
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("name", ["llama", "llama-untied"])
+@pytest.mark.parametrize("name", ["llama", slow("llama-untied")])
 def test_a_run_with_all_weights_in_low_bits_is_that_of_the_dequantized_base(
     world: World, in_low_bits: Path, tmp_path: Path, name: str
 ) -> None:
@@ -339,7 +339,7 @@ def test_the_tokenizer_is_the_file_s_own(llama: Path, tmp_path: Path) -> None:
     texts_are_those_of_the_file(llama, described_here(llama, tmp_path / "described"))
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_the_demo_s_file_is_read_and_trained_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT gives our logits with an adapter of quant=keep on transformers' model of the file."""
     monkeypatch.setenv("DISTLORA_CACHE", str(tmp_path))

@@ -144,7 +144,7 @@ def listeners_of_waiting_workers(run_dir: Path, rendezvous: str) -> list[Listene
             process.kill()
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_run_on_one_node_listens_on_loopback_only(folders: Path, tmp_path: Path):
     """It trains on two ranks of which one is killed, starts again, and is evaluated by two ranks."""
     run_dir, killed = tmp_path / "run", set[int]()

@@ -18,14 +18,14 @@ from distlora_launcher.cli.generate import check_files
 from support.image_models import picture, write_colours, write_trainable
 from support.runs import SINGLE, run_once
 from support.small_models import make_run
-from support.tiers import ci
+from support.tiers import ci, slow
 
 pytest.importorskip("torchvision", reason="image processors need torchvision: pip install 'distlora[vision]'")
 
 QUESTION = "What colour is the left half?"
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", *map(ci, ("gemma3", "llava", "mistral3", "smolvlm"))])
+@pytest.mark.parametrize("family", ["qwen3_vl", ci("gemma3"), *map(slow, ("llava", "mistral3", "smolvlm"))])
 def test_tokens_are_those_of_transformers_with_the_adapter(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ def test_two_steps_equal_the_cpu_path(name: str, sequences: int, tmp_path: Path)
         assert ours == pytest.approx(theirs, rel=RELATIVE), "(loss, gradient norm) on the GPU and on the CPU"
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_replayed_graphs_generate_what_launched_steps_do(tmp_path: Path) -> None:
     """Rows that fill a graph up, another number of rows, and replays of both: equal to the bit."""
     found = groups.in_process("run_paths", tmp_path / "seen.json", "captured llama", mode="run")

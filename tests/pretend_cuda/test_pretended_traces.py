@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pretend_cuda import groups
+from support.tiers import slow
 from tools.kernel_cases import Case, all_cases
 
 pytestmark = pytest.mark.ci
@@ -43,7 +44,10 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CELLS)
+LONG = ("70B, checkpointing=offload", "Qwen3-30B-A3B, FSDP2")
+
+
+@pytest.mark.parametrize("name", [slow(name) if name in LONG else name for name in CELLS])
 def test_plan_beside_trace(name: str, tmp_path: Path) -> None:
     seen = groups.in_process("trace_step", tmp_path / "seen.json", json.dumps(CELLS[name]), mode="shapes")
     traced, planned = seen["persistent"]

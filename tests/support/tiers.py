@@ -1,4 +1,4 @@
-"""Choose the cells of a parametrized table for `make test`; the others run in `make test-ci`."""
+"""Choose the cells of a parametrized table for `make test`; the others run in `make test-ci` or `make test-all`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ import pytest
 def ci(*values: Any, marks: Sequence[pytest.MarkDecorator] = ()) -> Any:
     """Return a case that only `make test-ci` runs, with further `marks`."""
     return pytest.param(*values, marks=[pytest.mark.ci, *marks])
+
+
+def slow(*values: Any) -> Any:
+    """Return a case that only `make test-all` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def diagonal(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:

@@ -54,7 +54,7 @@ def test_ours_and_a_peer_train_the_same_step() -> None:
     assert "times as fast, with" in printed
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_loads_and_saves_are_measured_beside_the_peers() -> None:
     printed = run("benchmarks/load.py", "--layers", "1", "--ranks", "1", "--rounds", "1")
     for text in ("ours, no cache", "ours, from the cache", "transformers + bitsandbytes", "MiB over the weights"):

@@ -31,7 +31,7 @@ PathFinder.find_spec = classmethod(
 """
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "check", "compare"])
 def test_every_part_of_a_dry_run_is_done_without_optional_packages(command: str, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)

@@ -33,7 +33,7 @@ from support.low_bit_checkpoints import CHECKPOINTS, convert_folder
 from support.plan_inputs import cpu_machine
 from support.runs import SINGLE, outcome, result_of, run_once, run_until
 from support.small_models import make_run, read_metrics
-from support.tiers import ci
+from support.tiers import ci, slow
 from support.worlds import World
 
 pytest.importorskip("torchvision", reason="image processors need torchvision: pip install 'distlora[vision]'")
@@ -168,7 +168,7 @@ def test_two_ranks_learn_what_only_the_image_tells(colours: Path, tmp_path: Path
     assert held_out[-1] < blind, (held_out, blind)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_two_ranks_prefer_what_only_the_image_tells(pairs: Path, tmp_path: Path, world: World) -> None:
     sections = {"data": {"format": "preference"}, "train": {"objective": "dpo"}}
     held_out = held_out_losses(tmp_path / "run", pairs, world, **sections)
@@ -193,7 +193,11 @@ BASES = [
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(("format", "endings", "method"), BASES, ids=[format for format, *_ in BASES])
+@pytest.mark.parametrize(
+    ("format", "endings", "method"),
+    [base if base[0] in ("fp8", "bnb-nf4") else slow(*base) for base in BASES],
+    ids=[format for format, *_ in BASES],
+)
 def test_images_on_a_base_in_low_bits_train_as_on_its_values(
     colours: Path, tmp_path: Path, format: str, endings: tuple[str, ...], method: str
 ) -> None:

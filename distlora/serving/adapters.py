@@ -44,6 +44,8 @@ def adapter_config(adapter: Adapter) -> AdapterConfig:
     """Return the settings of an adapter as a run has them. Raises UserError for one that this server cannot train."""
     if adapter.rank < 1:
         raise UserError(f"rank={adapter.rank} is not a valid rank; set 1 or more")
+    if adapter.seed is not None and not 0 <= adapter.seed < 2**63:
+        raise UserError(f"seed={adapter.seed} is not within 0 and 2^63 - 1")
     if not (adapter.attention or adapter.mlp or adapter.unembed):
         raise UserError("a LoRA needs train_attn, train_mlp or train_unembed; set one of them")
     targets = "all-linear" if adapter.attention == adapter.mlp else "attention" if adapter.attention else "mlp"

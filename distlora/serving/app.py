@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from tinker import types
 
 from distlora.config import UserError
 from distlora.config.serve import ServeConfig
 from distlora.serving.futures import Reply
 from distlora.serving.keys import find_user, read_hashes
-from distlora.serving.service import EngineLike, RefusedError, ServedBase, Service, missing
-from distlora.serving.store import SAMPLER, TRAINING, Row, adapter_of
-from distlora.serving.wire import PROTOBUF, Body
+from distlora.serving.service import EngineLike, ServedBase, Service
+from distlora.serving.store import RefusedError, Row, adapter_of
+from distlora.serving.wire import PROTOBUF, Body, WeightsInfoRequest, forward_backward, metadata, read
 
 log = logging.getLogger("distlora.serve")
 
@@ -45,6 +47,10 @@ BUCKETS = (0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 30.0)
 """Upper bounds of the histogram of a route's times, in seconds."""
 
 Handler = Callable[["Call"], Awaitable[Any]]
+Read = Callable[[bytes], Any]
+"""Makes a request of a body."""
+Start = Callable[[str, Any, bytes], dict[str, object]]
+"""(user, request, body) -> what the client is told at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +61,9 @@ class Call:
     data: bytes
     request: Request
 
-    @property
-    def body(self) -> Body:
-        """The JSON object of the body."""
-        return Body(self.data)
+    def read(self, kind: type[Body]) -> Body:
+        """Return the JSON of the body as a request of the SDK."""
+        return read(kind, self.data)
 
     def part(self, name: str) -> str:
         """Return a variable part of the path."""
@@ -74,6 +79,8 @@ class Call:
 
 
 _PAGE = (("offset", "0"), ("limit", "100"))
+_ABOUT = ("user_metadata", "display_name")
+"""Fields of create_session that the session's description has."""
 
 
 @dataclass(slots=True)
@@ -142,20 +149,17 @@ class App:
             ("DELETE", checkpoint, self.delete_checkpoint),
             ("GET", "/api/v1/checkpoints", self.checkpoints),
         ]
-        starts: list[tuple[str, Callable[[Call], dict[str, object]]]] = [
-            ("create_model", lambda call: service.create_model(call.owner, call.body, call.data)),
-            ("unload_model", lambda call: service.unload_model(call.owner, call.body, call.data)),
-            ("forward_backward", lambda call: service.forward_backward(call.owner, call.data)),
-            ("optim_step", lambda call: service.optim_step(call.owner, call.body, call.data)),
-            ("load_weights", lambda call: service.load_weights(call.owner, call.body, call.data)),
-            ("save_weights", lambda call: service.save(call.owner, call.body, call.data, TRAINING)),
-            (
-                "save_weights_for_sampler",
-                lambda call: service.save(call.owner, call.body, call.data, SAMPLER),
-            ),
-            ("asample", lambda call: service.sample(call.owner, call.body, call.data)),
+        starts: list[tuple[str, Read, Start]] = [
+            ("create_model", partial(read, types.CreateModelRequest), service.create_model),
+            ("unload_model", partial(read, types.UnloadModelRequest), service.unload_model),
+            ("forward_backward", forward_backward, service.forward_backward),
+            ("optim_step", partial(read, types.OptimStepRequest), service.optim_step),
+            ("load_weights", partial(read, types.LoadWeightsRequest), service.load_weights),
+            ("save_weights", partial(read, types.SaveWeightsRequest), service.save),
+            ("save_weights_for_sampler", partial(read, types.SaveWeightsForSamplerRequest), service.save),
+            ("asample", partial(read, types.SampleRequest), service.sample),
         ]
-        routes += [("POST", f"/api/v1/{name}", self._starting(start)) for name, start in starts]
+        routes += [("POST", f"/api/v1/{name}", self._starting(reader, start)) for name, reader, start in starts]
         self.asgi = Starlette(
             routes=[
                 Route("/api/v1/healthz", lambda _: JSONResponse({"status": "ok"})),
@@ -166,11 +170,11 @@ class App:
 
     # How each request is answered.
 
-    def _starting(self, start: Callable[[Call], dict[str, object]]) -> Handler:
+    def _starting(self, reader: Read, start: Start) -> Handler:
         async def handler(call: Call) -> dict[str, object]:
             if self.draining:
                 raise RefusedError(503, "the server is shutting down; send the call again later")
-            return start(call)
+            return start(call.owner, reader(call.data), call.data)
 
         return handler
 
@@ -260,37 +264,30 @@ class App:
 
     async def create_session(self, call: Call) -> dict[str, object]:
         """Keep a new session."""
-        about = {name: call.body.values.get(name) for name in ("tags", "user_metadata", "display_name")}
-        if len(json.dumps(about)) > 65536:
-            raise UserError("user_metadata has more than 65,536 bytes; send less")
+        about = metadata(call.read(types.CreateSessionRequest).model_dump(include={"tags", *_ABOUT}))
         return {"type": "create_session", "session_id": self.service.store.add_session(call.owner, about)}
-
-    def _session(self, call: Call, session: str) -> Row:
-        row = self.service.store.session(call.owner, session)
-        if row is None:
-            raise missing("session", session)
-        return row
 
     async def heartbeat(self, call: Call) -> dict[str, object]:
         """Note that a session is alive."""
-        session = call.body.text("session_id")
-        self._session(call, session)
+        session = call.read(types.SessionHeartbeatRequest).session_id
+        self.service.store.owned("session", call.owner, session)
         self.service.store.touch(session)
         return {"type": "session_heartbeat"}
 
     async def finish_session(self, call: Call) -> Response:
         """End a session: what was its own alone goes at the next cleaning."""
-        self._session(call, call.part("session"))
+        self.service.store.owned("session", call.owner, call.part("session"))
         self.service.store.touch(call.part("session"), 0.0)
         return Response(status_code=204)
 
     async def session(self, call: Call) -> dict[str, object]:
         """Return a session's models and samplers."""
-        row, store = self._session(call, call.part("session")), self.service.store
+        store = self.service.store
+        row = store.owned("session", call.owner, call.part("session"))
         models = store.all("SELECT id FROM models WHERE session = ? ORDER BY created", row["id"])
         samplers = store.all("SELECT id FROM samplers WHERE session = ? ORDER BY created", row["id"])
         about = json.loads(row["about"])
-        names = {name: about.get(name) for name in ("user_metadata", "display_name")}
+        names = {name: about.get(name) for name in _ABOUT}
         return {"training_run_ids": [x["id"] for x in models], "sampler_ids": [x["id"] for x in samplers], **names}
 
     async def sessions(self, call: Call) -> dict[str, object]:
@@ -301,38 +298,31 @@ class App:
 
     async def get_info(self, call: Call) -> dict[str, object]:
         """Describe a model."""
-        model_id = call.body.text("model_id")
-        row = self.service.store.model(call.owner, model_id)
-        if row is None:
-            raise missing("model", model_id)
+        model_id = call.read(types.GetInfoRequest).model_id
+        row = self.service.store.owned("model", call.owner, model_id)
         data = {"model_name": row["base"], "tokenizer_id": self.service.base.tokenizer}
         about = {"is_lora": True, "lora_rank": adapter_of(row).rank, "model_name": row["base"]}
         return {"type": "get_info", "model_id": model_id, "model_data": data, **about}
 
     async def weights_info(self, call: Call) -> dict[str, object]:
         """Describe a checkpoint's adapter."""
-        path = call.body.text("tinker_path")
-        row = self.service.store.checkpoint(call.owner, path)
-        if row is None:
-            raise missing("checkpoint", path)
+        row = self.service.store.checkpoint(call.owner, call.read(WeightsInfoRequest).tinker_path)
         adapter = adapter_of(row)
         trained = {"train_attn": adapter.attention, "train_mlp": adapter.mlp, "train_unembed": adapter.unembed}
         return {"base_model": row["base"], "is_lora": True, "lora_rank": adapter.rank, **trained}
 
     async def create_sampling_session(self, call: Call) -> dict[str, object]:
         """Keep which weights a sampling client samples from."""
-        return self.service.create_sampling_session(call.owner, call.body)
+        return self.service.create_sampling_session(call.owner, call.read(types.CreateSamplingSessionRequest))
 
     async def sampler(self, call: Call) -> dict[str, object]:
         """Describe a sampling session."""
-        row = self.service.store.sampler(call.owner, call.part("sampler"))
-        if row is None:
-            raise missing("sampling session", call.part("sampler"))
+        row = self.service.store.owned("sampling session", call.owner, call.part("sampler"))
         return {"sampler_id": row["id"], "base_model": row["base"], "model_path": row["path"]}
 
     async def retrieve_future(self, call: Call) -> Response:
         """Return a call's result, or 408 if it takes longer."""
-        request_id = call.body.text("request_id")
+        request_id = call.read(types.FutureRetrieveRequest).request_id
         reply: Reply | None = await self.service.result(call.owner, request_id, POLL_SECONDS)
         if reply is None:
             waiting = {"type": "try_again", "request_id": request_id, "queue_state": "active"}
@@ -369,10 +359,7 @@ class App:
 
     async def training_run(self, call: Call) -> dict[str, object]:
         """Describe one of a user's models."""
-        row = self.service.store.model(call.owner, call.part("run"))
-        if row is None:
-            raise missing("training run", call.part("run"))
-        return self._run(row)
+        return self._run(self.service.store.owned("training run", call.owner, call.part("run")))
 
     async def run_checkpoints(self, call: Call) -> dict[str, object]:
         """List the named checkpoints of a model."""
@@ -393,8 +380,6 @@ class App:
         """Delete a checkpoint."""
         path = f"tinker://{call.part('run')}/{call.part('kind')}/{call.part('name')}"
         row = self.service.store.checkpoint(call.owner, path)
-        if row is None:
-            raise missing("checkpoint", path)
         self.service.store.delete_checkpoints([row["folder"]])
         return Response(status_code=204)
 

@@ -1,4 +1,4 @@
-"""Define the operations that the HTTP side hands to the engine, and their results. Imports no torch.
+"""Define the operations that the HTTP side hands to the engine, and their results.
 
 Letters: T tokens of a sequence, V entries of the vocabulary.
 """
@@ -90,7 +90,6 @@ class Sample:
     """Tokens that end a completion; None: the model's own end tokens."""
     stop_texts: Sequence[str] = ()
     prompt_logprobs: bool = False
-    topk_prompt_logprobs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +157,6 @@ class SampleResult:
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
     """Of each token of the prompt but the first, which has None."""
-    topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None
-    """Most probable (token, log-probability) at each token of the prompt but the first, which has None."""
 
 
 Result = ForwardBackwardResult | OptimStepResult | SampleResult | None

@@ -55,26 +55,9 @@ class Sampler:
 
     def check(self, operation: Sample) -> None:
         """Raise UserError for a call that cannot be run, before anything runs."""
-        limit, number = self._context, len(operation.tokens)
         if self._engine is None:
             raise UserError(f"sampling from {self._model.hf_config.model_type} is not supported by this server")
-        if not 0 < number < limit:
-            raise UserError(
-                f"a prompt of {number:,} tokens: it and its completion have {limit:,} positions in this model"
-            )
-        check_tokens(np.asarray(operation.tokens), "prompt", self._model.vocabulary.rows)
-        valid = {
-            f"num_samples={operation.num_samples}": 0 < operation.num_samples <= MOST_SAMPLES,
-            f"max_tokens={operation.max_tokens}": operation.max_tokens is None or operation.max_tokens > 0,
-            f"temperature={operation.temperature}": 0 <= operation.temperature <= 100,
-            f"top_p={operation.top_p}": 0 < operation.top_p <= 1,
-            f"top_k={operation.top_k}": operation.top_k >= -1,
-            f"seed={operation.seed}": operation.seed is None or 0 <= operation.seed < 2**_SEEDS,
-            f"topk_prompt_logprobs={operation.topk_prompt_logprobs}": operation.topk_prompt_logprobs == 0,
-        }
-        for setting, is_valid in valid.items():
-            if not is_valid:
-                raise UserError(f"{setting} is not a valid or supported sampling parameter")
+        check_sample(operation, vocabulary=self._model.vocabulary.rows, context=self._context)
 
     def run(self, calls: Sequence[Sampling]) -> list[SampleResult]:
         """Return the results of calls, in their order. Every rank must call it alike, and gets all results."""
@@ -137,3 +120,23 @@ class Sampler:
         for call, result in zip(scored, results, strict=True):
             found[id(call)] += result.logprobs[0].tolist()
         return found
+
+
+def check_sample(operation: Sample, *, vocabulary: int, context: int) -> None:
+    """Raise UserError for a call that cannot be run. vocabulary: number of tokens. context: most of a sequence."""
+    number, new = len(operation.tokens), operation.max_tokens or 1
+    if not 0 < number <= context - new:
+        raise UserError(f"a prompt of {number:,} tokens and {new:,} new ones; this model's context is {context:,}")
+    check_tokens(np.asarray(operation.tokens), "prompt", vocabulary)
+    valid = {
+        f"num_samples={operation.num_samples}": 0 < operation.num_samples <= MOST_SAMPLES,
+        f"max_tokens={operation.max_tokens}": operation.max_tokens is None or operation.max_tokens > 0,
+        f"temperature={operation.temperature}": 0 <= operation.temperature <= 100,
+        f"top_p={operation.top_p}": 0 < operation.top_p <= 1,
+        f"top_k={operation.top_k}": -1 <= operation.top_k < 2**31,
+        f"seed={operation.seed}": operation.seed is None or 0 <= operation.seed < 2**_SEEDS,
+        f"stop={operation.stop_tokens}": all(0 <= token < vocabulary for token in operation.stop_tokens or ()),
+    }
+    for setting, is_valid in valid.items():
+        if not is_valid:
+            raise UserError(f"{setting:.160} is not a valid sampling parameter")

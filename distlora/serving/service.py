@@ -11,20 +11,29 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+from tinker import types
 
 from distlora.config import require
 from distlora.config.serve import ServeConfig
 from distlora.serving import wire
 from distlora.serving.futures import Call, Calls, Reply, json_reply
-from distlora.serving.operations import Adapter, CreateModel, Load, Operation, OptimStep, Save, Unload
-from distlora.serving.store import SAMPLER, TRAINING, Row, Store, adapter_of
+from distlora.serving.operations import (
+    Adapter,
+    CreateModel,
+    ForwardBackward,
+    Load,
+    Operation,
+    OptimStep,
+    Save,
+    Unload,
+)
+from distlora.serving.store import SAMPLER, TRAINING, RefusedError, Row, Store, adapter_of, missing
 
 log = logging.getLogger("distlora.serve")
 
@@ -54,22 +63,6 @@ class ServedBase:
     """Name or folder that clients load its tokenizer by."""
     context: int
     """Most tokens of a sequence."""
-    vocabulary: int
-    stop_tokens: tuple[int, ...]
-    """Tokens that end an answer where the client names no stop."""
-
-
-class RefusedError(Exception):
-    """A call that gets an HTTP status of its own."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-def missing(what: str, name: str) -> RefusedError:
-    """Return the error for something that a user does not have, which says nothing of whether others do."""
-    return RefusedError(404, f"you have no {what} {name!r:.160}")
 
 
 class Service:
@@ -123,8 +116,8 @@ class Service:
         return {"request_id": request_id}
 
     def _known(self, owner: str, model_id: str) -> Row:
-        row = self.store.model(owner, model_id)
-        if row is None or row["unloaded"]:
+        row = self.store.owned("model", owner, model_id)
+        if row["unloaded"]:
             raise missing("model", model_id)
         return row
 
@@ -132,26 +125,12 @@ class Service:
         if name is not None and name not in self.base.names:
             raise missing("base model", f"{name}; this server has {', '.join(self.base.names)}")
 
-    def _check_session(self, owner: str, session: str) -> None:
-        if self.store.session(owner, session) is None:
-            raise missing("session", session)
-
     def _check_adapter(self, owner: str, adapter: Adapter) -> None:
         most = self.settings.max_rank
         require(adapter.rank <= most, f"lora_config.rank={adapter.rank} is above the limit of {most}")
         count = sum(user == owner for user in self.loaded.values())
         if count >= self.settings.max_adapters:
             raise RefusedError(403, f"{count} adapters are loaded, which is the limit; unload one, or end a session")
-
-    def _check_tokens(self, tokens: Sequence[int] | np.ndarray, new: int, what: str) -> None:
-        values = np.asarray(tokens)
-        largest = self.base.vocabulary - 1
-        within = bool((values >= 0).all() and (values <= largest).all())
-        require(within, f"{what} has a token that is not within 0 and {largest}")
-        require(
-            len(values) + new <= self.base.context,
-            f"{what} has {len(values)} tokens and {new} new ones, and the model's context is {self.base.context}",
-        )
 
     def _check_disk(self, owner: str) -> None:
         used, most = self.store.disk_bytes(owner), self.settings.max_disk_bytes
@@ -205,13 +184,12 @@ class Service:
 
     # Models.
 
-    def create_model(self, owner: str, body: wire.Body, data: bytes) -> dict[str, object]:
+    def create_model(self, owner: str, request: types.CreateModelRequest, data: bytes) -> dict[str, object]:
         """Create an adapter."""
-        session, seq = body.text("session_id"), body.integer("model_seq_id")
-        self._check_session(owner, session)
-        name = body.text("base_model")
+        session, name = request.session_id, request.base_model
+        model_id = self._new_model(owner, session, request.model_seq_id)
         self._check_base(name)
-        adapter, model_id = wire.adapter_of(body), f"{session}:train:{seq}"
+        adapter, about = wire.adapter_of(request), wire.metadata(request.user_metadata)
         if adapter.seed is None:
             adapter = replace(adapter, seed=secrets.randbits(SEED_BITS))
 
@@ -222,13 +200,17 @@ class Service:
 
             async def finish() -> Reply:
                 await self._created(model_id, created)
-                about = body.object("user_metadata").values
                 self.store.add_model(owner, session, model_id, name, adapter, about, None)
                 return json_reply(type="create_model", model_id=model_id)
 
             return finish
 
         return self._start(owner, f"{model_id}:0", data, 0, submit) | {"model_id": model_id}
+
+    def _new_model(self, owner: str, session: str, seq: int | None) -> str:
+        """Return the id of a session's model."""
+        self.store.owned("session", owner, session)
+        return f"{session}:train:{wire.counted('model_seq_id', seq)}"
 
     async def _created(self, model_id: str, *operations: Awaitable[Any]) -> None:
         """Wait for operations that make a model; if one fails there is none."""
@@ -239,18 +221,17 @@ class Service:
             self.loaded.pop(model_id, None)
             raise
 
-    def load_weights(self, owner: str, body: wire.Body, data: bytes) -> dict[str, object]:
+    def load_weights(self, owner: str, request: types.LoadWeightsRequest, data: bytes) -> dict[str, object]:
         """Load a checkpoint into a model, or into a new one."""
-        require(not body.values.get("weights_access_token"), "weights_access_token is not supported; leave it out")
-        path, with_optimizer = body.text("path"), body.flag("optimizer", False)
+        require(not request.weights_access_token, "weights_access_token is not supported; leave it out")
+        wire.check_optimizer(request.optimizer_config)
+        path, with_optimizer = request.path, request.optimizer
         saved = self.store.checkpoint(owner, path)
-        if saved is None:
-            raise missing("checkpoint", path)
         has_states = saved["kind"] == TRAINING
         require(has_states or not with_optimizer, f"{path} has no optimizer states; load it without them")
         source = self.store.weights / saved["folder"]
-        if body.values.get("session_id") is None:
-            model_id = body.text("model_id")
+        if request.session_id is None:
+            model_id, seq = request.model_id or "", wire.counted("seq_id", request.seq_id)
             require(
                 adapter_of(self._known(owner, model_id)).rank == adapter_of(saved).rank,
                 f"{path} has rank {adapter_of(saved).rank}, another one than {model_id}",
@@ -258,13 +239,12 @@ class Service:
 
             def submit(row: Row) -> Finish:
                 reply: dict[str, object] = {"type": "load_weights", "path": path, "model_id": model_id}
-                return self._step(row, body.integer("seq_id"), Load(model_id, source, with_optimizer), reply)
+                return self._step(row, seq, Load(model_id, source, with_optimizer), reply)
 
-            return self._training_call(owner, model_id, body.integer("seq_id"), data, submit, changes=True)
-        session, seq = body.text("session_id"), body.integer("model_seq_id")
-        self._check_session(owner, session)
-        self._check_base(body.optional_text("base_model"))
-        new_id = f"{session}:train:{seq}"
+            return self._training_call(owner, model_id, seq, data, submit, changes=True)
+        session, about = request.session_id, wire.metadata(request.user_metadata)
+        new_id = self._new_model(owner, session, request.model_seq_id)
+        self._check_base(request.base_model)
 
         def submit_new() -> Finish:
             self._check_adapter(owner, adapter_of(saved))
@@ -278,7 +258,6 @@ class Service:
 
             async def finish() -> Reply:
                 await self._created(new_id, *operations)
-                about = body.object("user_metadata").values
                 self.store.add_model(owner, session, new_id, saved["base"], adapter_of(saved), about, folder)
                 return json_reply(type="load_weights", path=path, model_id=new_id)
 
@@ -286,9 +265,9 @@ class Service:
 
         return self._start(owner, f"{new_id}:0", data, 0, submit_new) | {"model_id": new_id}
 
-    def unload_model(self, owner: str, body: wire.Body, data: bytes) -> dict[str, object]:
+    def unload_model(self, owner: str, request: types.UnloadModelRequest, data: bytes) -> dict[str, object]:
         """Forget a model for good; its checkpoints stay."""
-        model_id = body.text("model_id")
+        model_id = request.model_id
 
         def submit() -> Finish:
             self._known(owner, model_id)
@@ -307,13 +286,9 @@ class Service:
 
     # Training.
 
-    def forward_backward(self, owner: str, data: bytes) -> dict[str, object]:
+    def forward_backward(self, owner: str, request: tuple[ForwardBackward, int], data: bytes) -> dict[str, object]:
         """Compute losses of rows and, unless the call is forward only, add their gradients."""
-        operation, seq = wire.forward_backward(data)
-        for index, row in enumerate(operation.rows):
-            self._check_tokens(row.tokens, 0, f"datum {index}")
-            if "target_tokens" in row.inputs:
-                self._check_tokens(row.inputs["target_tokens"], 0, f"target_tokens of datum {index}")
+        operation, seq = request
         tokens = sum(len(row.tokens) for row in operation.rows)
 
         def submit(_: Row) -> Finish:
@@ -328,9 +303,9 @@ class Service:
             owner, operation.model_id, seq, data, submit, tokens=tokens, changes=operation.backward
         )
 
-    def optim_step(self, owner: str, body: wire.Body, data: bytes) -> dict[str, object]:
+    def optim_step(self, owner: str, request: types.OptimStepRequest, data: bytes) -> dict[str, object]:
         """Make an optimizer step."""
-        operation, seq = wire.optim_step(body), body.integer("seq_id")
+        operation, seq = wire.optim_step(request), wire.counted("seq_id", request.seq_id)
 
         def submit(row: Row) -> Finish:
             return self._step(row, seq, operation, {"type": "optim_step"})
@@ -359,14 +334,21 @@ class Service:
 
     # Checkpoints.
 
-    def save(self, owner: str, body: wire.Body, data: bytes, kind: str) -> dict[str, object]:
-        """Save weights, and for TRAINING the optimizer states too."""
-        model_id, seq, name = body.text("model_id"), body.integer("seq_id"), wire.checkpoint_name(body)
-        sampler_seq = None
-        if kind == SAMPLER and name is None:
-            sampler_seq = body.integer("sampling_session_seq_id")
-        seconds = None if body.values.get("ttl_seconds") is None else body.integer("ttl_seconds")
-        require(seconds is None or 0 < seconds < 1 << 40, f"ttl_seconds={seconds} is not a time")
+    def save(
+        self, owner: str, request: types.SaveWeightsRequest | types.SaveWeightsForSamplerRequest, data: bytes
+    ) -> dict[str, object]:
+        """Save weights, and with the optimizer states too where the client does not save them for sampling."""
+        model_id, seq, sampler_seq = request.model_id, wire.counted("seq_id", request.seq_id), None
+        name, about = wire.checkpoint_name(request.path), wire.metadata(request.user_metadata)
+        kind, overwrite, seconds = TRAINING, False, request.ttl_seconds
+        if isinstance(request, types.SaveWeightsRequest):
+            overwrite = request.overwrite
+        else:
+            kind = SAMPLER
+            require(request.kind == "snapshot", f"kind={request.kind} is not supported; leave it out")
+            if name is None:
+                sampler_seq = wire.counted("sampling_session_seq_id", request.sampling_session_seq_id)
+        require(seconds is None or wire.counted("ttl_seconds", seconds) > 0, "ttl_seconds=0 is not a time")
         unnamed = f"{'unnamed' if sampler_seq is not None else 'step'}-{seq}"
 
         def submit(row: Row) -> Finish:
@@ -384,8 +366,8 @@ class Service:
                         name=name or unnamed,
                         seq=seq,
                         seconds=seconds,
-                        about=body.object("user_metadata").values,
-                        overwrite=body.flag("overwrite", False),
+                        about=about,
+                        overwrite=overwrite,
                         sampler_seq=sampler_seq,
                     )
                 except Exception:
@@ -399,15 +381,14 @@ class Service:
 
     # Sampling.
 
-    def create_sampling_session(self, owner: str, body: wire.Body) -> dict[str, object]:
+    def create_sampling_session(self, owner: str, request: types.CreateSamplingSessionRequest) -> dict[str, object]:
         """Keep which weights a sampling client samples from."""
-        session = body.text("session_id")
-        self._check_session(owner, session)
-        path, name = body.optional_text("model_path"), body.optional_text("base_model")
+        session, path, name = request.session_id, request.model_path, request.base_model
+        self.store.owned("session", owner, session)
         saved = self._weights(owner, path, name)
         base = saved["base"] if saved is not None else name
         folder = None if saved is None else saved["folder"]
-        seq = body.integer("sampling_session_seq_id")
+        seq = wire.counted("sampling_session_seq_id", request.sampling_session_seq_id)
         sampler = self.store.add_sampler(owner, session, seq, base or self.base.names[0], folder, path)
         return {"type": "create_sampling_session", "sampling_session_id": sampler}
 
@@ -415,32 +396,20 @@ class Service:
         """Return the checkpoint of a path, or None for the base alone."""
         require(path is not None or name is not None, "model_path and base_model are both missing; send one of them")
         self._check_base(name)
-        if path is None:
-            return None
-        saved = self.store.checkpoint(owner, path)
-        if saved is None:
-            raise missing("checkpoint", path)
-        return saved
+        return None if path is None else self.store.checkpoint(owner, path)
 
-    def sample(self, owner: str, body: wire.Body, data: bytes) -> dict[str, object]:
+    def sample(self, owner: str, request: types.SampleRequest, data: bytes) -> dict[str, object]:
         """Sample answers to a prompt."""
-        operation = wire.sample(body, self.base.stop_tokens)
-        scored = wire.last_n(body, len(operation.tokens))
-        room = self.base.context - len(operation.tokens)
-        most = operation.max_tokens or max(room, 1)
-        operation = replace(operation, max_tokens=most)
-        self._check_tokens(operation.tokens, most, "the prompt")
-        sampler_id = body.optional_text("sampling_session_id")
-        if sampler_id is None:
-            saved = self._weights(owner, body.optional_text("model_path"), body.optional_text("base_model"))
+        operation, scored = wire.sample(request)
+        if request.sampling_session_id is None:
+            saved = self._weights(owner, request.model_path, request.base_model)
             folder, request_id = None if saved is None else saved["folder"], f"sample:{secrets.token_hex(12)}"
         else:
-            sampler = self.store.sampler(owner, sampler_id)
-            if sampler is None:
-                raise missing("sampling session", sampler_id)
-            folder, request_id = sampler["folder"], f"{sampler_id}:{body.integer('seq_id')}"
+            sampler = self.store.owned("sampling session", owner, request.sampling_session_id)
+            folder, request_id = sampler["folder"], f"{sampler['id']}:{wire.counted('seq_id', request.seq_id)}"
         if folder is not None:
             operation = replace(operation, weights_folder=self.store.weights / folder)
+        most = operation.max_tokens or max(self.base.context - len(operation.tokens), 1)
         tokens = len(operation.tokens) + operation.num_samples * most
 
         def submit() -> Finish:

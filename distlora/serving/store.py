@@ -47,6 +47,21 @@ TRAINING, SAMPLER = "weights", "sampler_weights"
 
 Row = sqlite3.Row
 
+_TABLES = {"session": "sessions", "model": "models", "training run": "models", "sampling session": "samplers"}
+
+
+class RefusedError(Exception):
+    """A call that gets an HTTP status of its own."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def missing(what: str, name: str) -> RefusedError:
+    """Return the error for something that a user does not have, which says nothing of whether others do."""
+    return RefusedError(404, f"you have no {what} {name!r:.160}")
+
 
 class Store:
     """The database and the weights of one service, in a folder of its own."""
@@ -101,6 +116,13 @@ class Store:
         if name is not None:
             shutil.rmtree(self.weights / name, ignore_errors=True)
 
+    def owned(self, what: str, owner: str, name: str) -> Row:
+        """Return a user's session, model, training run or sampling session by its id. Raises RefusedError for none."""
+        row = self.one(f"SELECT * FROM {_TABLES[what]} WHERE id = ? AND owner = ?", name, owner)
+        if row is None:
+            raise missing(what, name)
+        return row
+
     # Sessions and sampling sessions.
 
     def add_session(self, owner: str, about: Any) -> str:
@@ -110,10 +132,6 @@ class Store:
             row = (session, owner, now, now, json.dumps(about))
             database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?, ?)", row)
         return session
-
-    def session(self, owner: str, session: str) -> Row | None:
-        """Return a user's session, or None."""
-        return self.one("SELECT * FROM sessions WHERE id = ? AND owner = ?", session, owner)
 
     def touch(self, session: str, seen: float | None = None) -> None:
         """Note that a session is alive; seen=0: that it has ended."""
@@ -129,10 +147,6 @@ class Store:
             database.execute("INSERT OR IGNORE INTO samplers VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         return sampler
 
-    def sampler(self, owner: str, sampler: str) -> Row | None:
-        """Return a user's sampling session, or None."""
-        return self.one("SELECT * FROM samplers WHERE id = ? AND owner = ?", sampler, owner)
-
     # Models.
 
     def add_model(
@@ -147,10 +161,6 @@ class Store:
                 (model, owner, session, base, json.dumps(asdict(adapter)), json.dumps(about), now, now, _name(state)),
             )
             self._add_reply(owner, f"{model}:0", model_id=model, type="create_model")
-
-    def model(self, owner: str, model: str) -> Row | None:
-        """Return a user's model, or None."""
-        return self.one("SELECT * FROM models WHERE id = ? AND owner = ?", model, owner)
 
     def note_pending(self, model: str, seq: int | None) -> None:
         """Note the first call that changed a model after its snapshot; None: that its owner knows of the loss."""
@@ -222,13 +232,15 @@ class Store:
             self.delete_checkpoints([row[0] for row in self.all(unnamed, model["id"])][NEWEST_UNNAMED:])
         return path
 
-    def checkpoint(self, owner: str, path: str) -> Row | None:
-        """Return a user's checkpoint by its tinker:// path, or None."""
-        parts = path.removeprefix("tinker://").split("/")
-        if len(parts) != 3 or not path.startswith("tinker://"):
-            return None
-        query = "SELECT * FROM checkpoints WHERE owner = ? AND model = ? AND kind = ? AND name = ?"
-        return self.one(query, owner, *parts)
+    def checkpoint(self, owner: str, path: str) -> Row:
+        """Return a user's checkpoint by its tinker:// path. Raises RefusedError for none."""
+        parts, row = path.removeprefix("tinker://").split("/"), None
+        if len(parts) == 3 and path.startswith("tinker://"):
+            query = "SELECT * FROM checkpoints WHERE owner = ? AND model = ? AND kind = ? AND name = ?"
+            row = self.one(query, owner, *parts)
+        if row is None:
+            raise missing("checkpoint", path)
+        return row
 
     def delete_checkpoints(self, folders: list[str]) -> None:
         """Delete checkpoints by the names of their folders."""

@@ -80,8 +80,7 @@ def _serve(request: ServeRequest, ranks: Ranks, control: Control) -> None:
     )
     if backend.writes:
         names, tokenizer = request.serve.names, request.serve.tokenizer or request.spec.model.path
-        base = ServedBase(names, tokenizer, context, model.vocabulary.rows, tuple(ends))
-        server = start_http(engine, request.serve, base, folder)
+        server = start_http(engine, request.serve, ServedBase(names, tokenizer, context), folder)
         address = f"http://{request.serve.host}:{server.port}"
         _say(f"serving {', '.join(names)} at {address}; requests are logged in {folder / 'logs'}")
     try:

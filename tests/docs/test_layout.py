@@ -45,8 +45,11 @@ HOMES = {
     "jsonschema": "distlora.rewards",
     "matplotlib": "distlora.results distlora_launcher.studies",
     "optuna": "distlora_launcher.studies",
-    "starlette": "distlora.serving distlora_launcher.cli.serve",
-    "uvicorn": "distlora.serving distlora_launcher.cli.serve",
+    "starlette": "distlora.serving",
+    "uvicorn": "distlora.serving",
+    "tinker": "distlora.serving",
+    "pydantic": "distlora.serving.wire distlora.parallel.deepspeed_schema",
+    "google": "distlora.serving.wire",
 }
 ONLY_IN_WORKERS = {"datasets", "wandb", "deepspeed", "liger_kernel", "bitsandbytes", "matplotlib"} | {
     *("tensorboard", "mlflow", "trackio", "swanlab")

@@ -46,7 +46,7 @@ def test_the_client_trains_and_samples_as_the_engine_does(
     thread = threading.Thread(target=engine.run)
     thread.start()
     keys = add_users(tmp_path, ["ann"])
-    base = ServedBase(("base",), "tokenizer", context=64, vocabulary=VOCABULARY, stop_tokens=(1,))
+    base = ServedBase(("base",), "tokenizer", context=64)
     server = start_http(engine, ServeConfig(port=0), base, tmp_path)
     try:
         client = tinker.ServiceClient(base_url=f"http://127.0.0.1:{server.port}", api_key=keys["ann"])

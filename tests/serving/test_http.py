@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from tinker.proto import tinker_public_pb2 as pb
 
 from distlora.serving.keys import add_users
 from distlora.serving.operations import ForwardBackward, OptimStep
-from distlora.serving.protobuf import field
 from support.service import Started, started
 
 ADAM = {"learning_rate": 1.0}
@@ -25,15 +25,15 @@ LONG = "/" + "x" * 100
 
 def rows(model: str, seq: int, *, tokens: int = 3, token: int = 5, forward_only: bool = False) -> bytes:
     """Return a ForwardBackwardRequest of one row, whose weights sum to 1."""
-
-    def tensor(values: np.ndarray, dtype: int) -> bytes:
-        return field(1, values.tobytes()) + field(3, dtype) + field(4, bytes([tokens]))
-
-    chunk = field(1, field(1, np.full(tokens, token, np.int32).tobytes()))
-    inputs = {"target_tokens": tensor(np.full(tokens, token, np.int64), 2)}
-    inputs["weights"] = tensor(np.eye(1, tokens, dtype=np.float32)[0], 1)
-    datum = field(1, chunk) + b"".join(field(2, field(1, name) + field(2, value)) for name, value in inputs.items())
-    return field(1, model) + field(2, seq) + field(3, datum) + field(4, "cross_entropy") + field(6, int(forward_only))
+    chunk = pb.Chunk(encoded_text=pb.EncodedTextChunk(tokens=np.full(tokens, token, np.int32).tobytes()))
+    targets, weights = np.full(tokens, token, np.int64).tobytes(), np.eye(1, tokens, dtype=np.float32).tobytes()
+    inputs = {
+        "target_tokens": pb.Tensor(dense=targets, dtype=pb.DTYPE_INT64, shape=[tokens]),
+        "weights": pb.Tensor(dense=weights, dtype=pb.DTYPE_FLOAT32, shape=[tokens]),
+    }
+    data = [pb.Datum(model_input=[chunk], loss_fn_inputs=inputs)]
+    about = {"model_id": model, "seq_id": seq, "loss_fn": "cross_entropy", "forward_only": forward_only}
+    return bytes(pb.ForwardBackwardRequest(data=data, **about).SerializeToString())
 
 
 def begun(service: Started, user: str = "ann") -> tuple[str, str]:
@@ -114,7 +114,7 @@ def test_calls_beyond_a_limit_are_refused_with_the_limit(tmp_path: Path) -> None
         assert "limit of 8" in service.model("ann", session, 1, rank=9).json()["error"]
         assert service.post("ann", "get_info", b" " * 3001).status_code == 413
         assert service.post("ann", "asample", {**sample, "num_samples": 2}).status_code == 413
-        assert "context is 64" in service.post("ann", "forward_backward", rows(model, 1, tokens=65)).json()["error"]
+        assert service.post("ann", "forward_backward", rows(model, 1, tokens=61)).status_code == 413
         service.engine.held = []
         assert service.post("ann", "asample", sample).status_code == 200
         assert service.post("ann", "asample", sample).status_code == 429

@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import numpy as np
 
-from distlora.config import UserError
 from distlora.config.serve import ServeConfig
 from distlora.serving.app import Server, start_http
 from distlora.serving.keys import add_users
+from distlora.serving.losses import check_call
 from distlora.serving.operations import (
     CreateModel,
     ForwardBackward,
@@ -29,9 +29,13 @@ from distlora.serving.operations import (
     Save,
     Unload,
 )
+from distlora.serving.sampler import check_sample
 from distlora.serving.service import ServedBase
 
-BASE = ServedBase(("Qwen/Qwen3-8B", "base"), "tokenizer", context=64, vocabulary=100, stop_tokens=(7,))
+CONTEXT, VOCABULARY = 64, 100
+STOP = (7,)
+"""Tokens that end a completion of a call that names none."""
+BASE = ServedBase(("Qwen/Qwen3-8B", "base"), "tokenizer", CONTEXT)
 
 
 class CountingEngine:
@@ -68,9 +72,8 @@ class CountingEngine:
         match operation:
             case CreateModel(model_id, adapter):
                 self.values[model_id], self.gradients[model_id] = float(adapter.rank), 0.0
-            case ForwardBackward(model_id, rows, loss):
-                if loss != "cross_entropy":
-                    raise UserError(f"loss_fn={loss} is not supported")
+            case ForwardBackward(model_id, rows):
+                check_call(operation, vocabulary=VOCABULARY, context=CONTEXT)
                 logprobs = [-row.tokens.astype(np.float32) for row in rows]
                 losses = [-row.inputs["weights"] * values for row, values in zip(rows, logprobs, strict=True)]
                 if operation.backward:
@@ -88,15 +91,13 @@ class CountingEngine:
             case Unload(model_id):
                 del self.values[model_id]
             case Sample():
+                check_sample(operation, vocabulary=VOCABULARY, context=CONTEXT)
                 folder = operation.weights_folder
                 value = 0.0 if folder is None else float((folder / "value").read_text())
-                one = SampledSequence(
-                    [1, *operation.stop_tokens], [value, *[-1.0] * len(operation.stop_tokens)], "stop"
-                )
-                places = len(operation.tokens) - 1
-                scores = [None, *[-0.5] * places] if operation.prompt_logprobs else None
-                pairs: Any = [None, *[[(5, -0.25), (6, -2.0)]] * places] if operation.topk_prompt_logprobs else None
-                return SampleResult([one] * operation.num_samples, scores, pairs)
+                stops = STOP if operation.stop_tokens is None else operation.stop_tokens
+                one = SampledSequence([1, *stops], [value, *[-1.0] * len(stops)], "stop")
+                scores = [None, *[-0.5] * (len(operation.tokens) - 1)] if operation.prompt_logprobs else None
+                return SampleResult([one] * operation.num_samples, scores)
         return None
 
     def snapshot(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from distlora.config import UserError, require
@@ -81,11 +82,8 @@ def describe(folder: Path, *, as_json: bool) -> str:
 
 def compose_request(words: list[str]) -> tuple[ServeRequest, int]:
     """Return a service's settings, checked, and its number of ranks. Raises UserError for what cannot be served."""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"distlora serve needs {error.name}; pip install 'distlora[serve]'") from error
+    for name in ("starlette", "uvicorn", "tinker"):  # Found, not imported: tinker imports torch.
+        require(find_spec(name) is not None, f"distlora serve needs {name}; pip install 'distlora[serve]'")
     if not any(word.startswith(("recipe=serve", "serve=")) for word in words):
         words = ["serve=default", *words]
     config = compose_config(words, may_lack_paths=True)
